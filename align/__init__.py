@@ -1,0 +1,1 @@
+"""Stage 2: train two light heads on stored features."""

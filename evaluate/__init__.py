@@ -1,0 +1,1 @@
+"""Stage 3: score a run zero-shot."""

@@ -1,0 +1,1 @@
+"""Frozen vision and language encoders behind two small protocols."""

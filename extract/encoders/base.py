@@ -1,0 +1,118 @@
+"""What an encoder is, and the identity it carries into the store."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sail_align.extract.errors import UserError
+
+GOLDEN_COSINE = 0.999
+"""Two builds of one encoder agree better than this, also between CPU and GPU or float32 and bfloat16."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that determines an encoder's output; two encoders with equal specs give the same features.
+
+    `source` says where the model comes from (loader, repository or package, revision), `weights` is the SHA-256 of its
+    tensors' file, `preprocessing` what happens before the network (size, crop, mean; prefix, token limit).
+    """
+
+    id: str
+    modality: Literal["image", "text"]
+    source: dict[str, str]
+    weights: str
+    preprocessing: dict[str, Any]
+    pooling: str
+    precision: str
+    dim: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of the spec. Library versions and golden vectors stay outside it."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A spec with what is recorded beside it: what a store's encoder node and a run's checkpoint hold.
+
+    `golden` is the encoder's output for a fixed input: it catches a change that no field of the spec shows.
+    """
+
+    spec: EncoderSpec
+    golden: list[float]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-able data, with the fingerprint spelt out for readers."""
+        return {**asdict(self), "fingerprint": self.spec.fingerprint}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Identity":
+        """Read a record written by `to_json`."""
+        return cls(EncoderSpec(**record["spec"]), record["golden"], record["versions"])
+
+
+class VisionEncoder(Protocol):
+    """A frozen image encoder."""
+
+    @property
+    def identity(self) -> Identity: ...  # noqa: D102
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Turn an RGB picture into the network's input, (3, H, W) float32, normalised."""
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Normalise RGB in [0, 1], (…, 3, H, W) float32, of any size: what `preprocess` does after resizing."""
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return pooled features, (B, D) float32 on the CPU."""
+
+    def encode_dense(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return one feature a patch, (B, h, w, D) float32 on the CPU, in the space of `encode`.
+
+        H and W need not be the training size; they are multiples of `stride`.
+        """
+
+    @property
+    def stride(self) -> int:
+        """Pixels a patch, in each direction."""
+
+
+class TextEncoder(Protocol):
+    """A frozen text encoder."""
+
+    @property
+    def identity(self) -> Identity: ...  # noqa: D102
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Return pooled features, (B, D) float32 on the CPU. Texts beyond the token limit are cut."""
+
+
+def require_same(found: Identity, expected: Identity, where: str) -> None:
+    """Refuse an encoder that is not the one `where` was made with, naming the first difference.
+
+    Raises:
+        UserError: A field of the spec differs, or the specs agree and the golden vectors do not.
+    """
+    ours, theirs = asdict(found.spec), asdict(expected.spec)
+    for name, value in theirs.items():
+        if ours[name] != value:
+            raise UserError(
+                f"{where} was made with encoder {expected.spec.id!r} whose {name} is {value!r}, but here it is "
+                f"{ours[name]!r}; use the same encoder, or another store."
+            )
+    cosine = torch.cosine_similarity(torch.tensor(found.golden), torch.tensor(expected.golden), dim=0).item()
+    if not cosine >= GOLDEN_COSINE:
+        raise UserError(
+            f"Encoder {expected.spec.id!r} answers its fixed test input differently than when {where} was made "
+            f"(cosine {cosine:.4f}, at least {GOLDEN_COSINE} expected); compare the library versions {found.versions} "
+            f"with {expected.versions}."
+        )

@@ -1,0 +1,168 @@
+"""A data set as a validated object: one YAML file in `data_manifests/`, or one of the user's own."""
+
+import hashlib
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sail_align.extract.errors import UserError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Split(_Strict):
+    """Keep the rows whose `column` in `file` (the tables themselves if absent) holds `keep`, joined by the image."""
+
+    column: str
+    keep: str
+    file: str | None = None
+
+
+class TableSource(_Strict):
+    """Tables (CSV, TSV, JSONL, parquet) that name images in a folder and hold their captions.
+
+    Either one row an image with a column for each caption name (`captions: {raw: title, long: description}`), or
+    several rows an image with one caption each (`captions: caption`), which become `c0`, `c1`, … in file order.
+    """
+
+    kind: Literal["table"]
+    root: str = "."
+    files: str | list[str]
+    images: str = "."
+    image: str = "image"
+    captions: str | dict[str, str]
+    split: Split | None = None
+    masks: str | None = None
+    classes: list[str] = []
+
+
+class ClassFolderSource(_Strict):
+    """A folder with one sub-folder of images a class; `classes` renames folders, in label order."""
+
+    kind: Literal["class-folder"]
+    root: str = "."
+    classes: dict[str, str] | None = None
+
+
+class DemoSource(_Strict):
+    """Scenes composed from OpenMoji drawings; nothing is read from the data root."""
+
+    kind: Literal["demo"]
+    part: Literal["train", "retrieval", "objects", "unseen", "pairs", "segmentation"]
+
+
+Source = Annotated[TableSource | ClassFolderSource | DemoSource, Field(discriminator="kind")]
+
+TaskKind = Literal["classification", "retrieval", "winoground", "segmentation"]
+
+
+class Task(_Strict):
+    """What an evaluation set measures. `templates` hold one `{}` for the class name; `captions` default to all."""
+
+    kind: TaskKind
+    templates: list[str] = ["a photo of a {}."]
+    captions: list[str] | None = None
+
+
+class Encoders(_Strict):
+    """The encoders that `sail-extract run` uses where the command names none. The default is the paper's pair."""
+
+    image: str = "dinov2-large"
+    text: str = "gte-large"
+
+
+class Manifest(_Strict):
+    """A data set: what it is for, where its files are, what to expect of it, and how to get it."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    purpose: Literal["train", "evaluate"]
+    title: str
+    licence: str
+    get: str
+    source: Source
+    task: Task | None = None
+    encoders: Encoders = Encoders()
+    expected_rows: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _task_goes_with_evaluation(self) -> "Manifest":
+        if (self.purpose == "evaluate") != (self.task is not None):
+            raise ValueError("'task' belongs to, and only to, a manifest whose purpose is 'evaluate'")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what decides the rows of a store: the name and the source."""
+        rows = self.model_dump(mode="json", include={"name", "source"})
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def packaged_manifests() -> dict[str, Path]:
+    """Return the manifests that come with the project, by name."""
+    folder = resources.files("sail_align.data_manifests")
+    paths = (Path(str(entry)) for entry in folder.iterdir())
+    return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
+
+
+def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifest, Path]:
+    """Return the manifest that a packaged name or a path means, and the data root that its files lie under.
+
+    The data root is `data_root`, else `$SAIL_DATA_ROOT`, else `./data` for a packaged manifest and the manifest's own
+    folder for a file of the user's.
+
+    Raises:
+        UserError: There is no such manifest, or it is not valid.
+    """
+    path = Path(reference)
+    packaged = packaged_manifests()
+    if reference in packaged:
+        path, default_root = packaged[reference], Path("data")
+    elif path.suffix in {".yaml", ".yml"} and path.is_file():
+        default_root = path.parent
+    else:
+        raise UserError(
+            f"No manifest {reference!r}; give a path to a .yaml file or one of: {', '.join(packaged)}."
+        )
+    root = data_root or os.environ.get("SAIL_DATA_ROOT")
+    return read_manifest(path), Path(root) if root else default_root
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and validate one manifest.
+
+    Raises:
+        UserError: The file is not YAML, or a field is missing, unknown or of the wrong form; the sentence names file,
+            field and value.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}.") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {content!r} where a mapping of fields is expected.")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as problem:
+        raise UserError(f"{path}: {_first_problem(problem, content)}") from problem
+
+
+def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
+    """Say in a sentence what the first validation error is about, with a likely field name for a typing slip."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "the manifest"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {field!r} with value {problem['input']!r}; remove or correct it."
+    if problem["type"] == "missing":
+        return f"field {field!r} is missing; add it."
+    return (
+        f"field {field!r} is {problem['input']!r}: {problem['msg']}."
+        if problem["loc"]
+        else f"{problem['msg']}."
+    )
