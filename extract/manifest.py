@@ -127,9 +127,7 @@ def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifes
     elif path.suffix in {".yaml", ".yml"} and path.is_file():
         default_root = path.parent
     else:
-        raise UserError(
-            f"No manifest {reference!r}; give a path to a .yaml file or one of: {', '.join(packaged)}."
-        )
+        raise UserError(f"No manifest {reference!r}; give a path to a .yaml file or one of: {', '.join(packaged)}.")
     root = data_root or os.environ.get("SAIL_DATA_ROOT")
     return read_manifest(path), Path(root) if root else default_root
 
@@ -161,8 +159,4 @@ def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
         return f"unknown field {field!r} with value {problem['input']!r}; remove or correct it."
     if problem["type"] == "missing":
         return f"field {field!r} is missing; add it."
-    return (
-        f"field {field!r} is {problem['input']!r}: {problem['msg']}."
-        if problem["loc"]
-        else f"{problem['msg']}."
-    )
+    return f"field {field!r} is {problem['input']!r}: {problem['msg']}." if problem["loc"] else f"{problem['msg']}."
