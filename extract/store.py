@@ -1,0 +1,234 @@
+"""The feature store, format version 1. This file and features.py are all that knows the layout on disk.
+
+    cc12m.zarr/
+      zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, index digests
+      index/part-00000.parquet …         one row a sample: key, image, label, mask, its captions by name
+      image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
+      text/<encoder>/<caption>/{features,status}
+      commits/<array path>/<shard>.json  written last: a shard without a valid marker does not exist for any reader
+
+Row i of every array is sample i of the index. A shard is written once, whole, by one writer.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sail_align.extract.encoders.base import Identity, require_same
+from sail_align.extract.errors import UserError
+from sail_align.extract.features import Damage, FeatureArray
+from sail_align.extract.files import canonical_json, file_digest, write_atomically
+from sail_align.extract.index import part_path, read_index, write_index
+from sail_align.extract.sources.base import Sample
+
+FORMAT = 1
+SHARD_ROWS = 65_536
+CHUNK_ROWS = 1_024
+CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Store:
+    """A store on disk. Make one with `create`, open one with `open`."""
+
+    def __init__(self, path: Path, attributes: dict[str, Any]):
+        self.path = path
+        self.attributes = attributes
+        self.rows: int = attributes["rows"]
+        self.shard_rows: int = attributes["shard_rows"]
+        self.chunk_rows: int = attributes["chunk_rows"]
+        self.dataset: str = attributes["dataset"]
+        self.captions: tuple[str, ...] = tuple(attributes["captions"])
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        dataset: str,
+        manifest: dict[str, Any],
+        digest: str,
+        samples: Iterable[Sample],
+        captions: Sequence[str],
+        shard_rows: int | None = None,
+        chunk_rows: int | None = None,
+    ) -> "Store":
+        """Write the index of a new store and, last, the attributes that make the folder a store.
+
+        Sizes default to shards of 65,536 rows in chunks of 1,024, and to less for small data sets, so that some work is
+        committed every minute there too.
+
+        Raises:
+            UserError: The folder holds something else, there is no sample, a key occurs twice, or a caption's name
+                cannot name a folder.
+        """
+        path = Path(path)
+        unfinished = {"index", ".zarr.json.tmp"}
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - unfinished):
+            raise UserError(f"{path} exists and is not a store; name another path or remove it.")
+        for name in captions:
+            if not CAPTION_NAME.fullmatch(name):
+                raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
+        shutil.rmtree(path / "index", ignore_errors=True)
+        (path / "index").mkdir(parents=True)
+        rows, parts = write_index(path / "index", samples, captions)
+        if rows == 0:
+            raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
+        shard_rows = shard_rows or _shard_rows(rows)
+        chunk_rows = chunk_rows or min(CHUNK_ROWS, shard_rows)
+        if shard_rows % chunk_rows:
+            raise UserError(f"A shard of {shard_rows} rows is no multiple of its chunks of {chunk_rows} rows.")
+        attributes = {
+            "format": FORMAT,
+            "dataset": dataset,
+            "manifest": manifest,
+            "manifest_digest": digest,
+            "rows": rows,
+            "shard_rows": shard_rows,
+            "chunk_rows": chunk_rows,
+            "captions": list(captions),
+            "index_sha256": parts,
+        }
+        root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
+        write_atomically(path / "zarr.json", canonical_json(root))
+        return cls(path, attributes)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """Open an existing store.
+
+        Raises:
+            UserError: The path is not a store, or one of a later format.
+        """
+        path = Path(path)
+        try:
+            attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as problem:
+            raise UserError(f"{path} is not a feature store; make one with `sail-extract run`.") from problem
+        if attributes.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has store format {attributes.get('format')!r}, this version reads {FORMAT}; update sail-align."
+            )
+        return cls(path, attributes)
+
+    def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
+        """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, and `caption.<name>`."""
+        stop = self.rows if stop is None else stop
+        return read_index(self.path / "index", start, stop, columns)
+
+    def samples(self, start: int, stop: int) -> list[Sample]:
+        """Return rows start … stop − 1 of the index as samples."""
+        rows = self.index(start=start, stop=stop).to_pylist()
+        return [
+            Sample(
+                key=row["key"],
+                image=row["image"],
+                captions={name: text for name in self.captions if (text := row[f"caption.{name}"]) is not None},
+                label=row["label"],
+                mask=row["mask"],
+            )
+            for row in rows
+        ]
+
+    def images(self) -> dict[str, FeatureArray]:
+        """The image arrays by encoder node name."""
+        return {
+            node.name: self._array(f"image/{node.name}", node)
+            for node in self._nodes("image")
+            if FeatureArray.exists(node)
+        }
+
+    def texts(self, caption: str) -> dict[str, FeatureArray]:
+        """The arrays of one caption by encoder node name."""
+        return {
+            node.name: self._array(f"text/{node.name}/{caption}", node)
+            for node in self._nodes("text")
+            if FeatureArray.exists(node / caption)
+        }
+
+    def arrays(self) -> list[FeatureArray]:
+        """All arrays, images first."""
+        return [*self.images().values(), *chain.from_iterable(self.texts(name).values() for name in self.captions)]
+
+    def image(self, encoder: str | None = None) -> FeatureArray:
+        """Return the image array of an encoder, or the only one. Raises `UserError` if there is no such array."""
+        return self._pick(self.images(), "image features", encoder)
+
+    def text(self, caption: str, encoder: str | None = None) -> FeatureArray:
+        """Return a caption's array of an encoder, or the only one. Raises `UserError` if there is no such array."""
+        return self._pick(self.texts(caption), f"text features of caption {caption!r}", encoder)
+
+    def add_image(self, identity: Identity) -> FeatureArray:
+        """Return the image array of this encoder, made if it is not there. Raises `UserError` for another's node."""
+        return self._add("image", identity, "")
+
+    def add_text(self, identity: Identity, caption: str) -> FeatureArray:
+        """Return a caption's array of this encoder, made if it is not there. Raises `UserError` for another's node."""
+        return self._add("text", identity, caption)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the index's digests and all markers: what a checkpoint records."""
+        digest = hashlib.sha256(canonical_json(self.attributes["index_sha256"]))
+        for array in self.arrays():
+            digest.update(canonical_json([array.path, sorted(array.markers.items())]))
+        return digest.hexdigest()
+
+    def index_damage(self) -> Iterator[Damage]:
+        """Recompute the index files' hashes; yield each file that is not as it was written."""
+        for part, expected in enumerate(self.attributes["index_sha256"]):
+            file = part_path(self.path / "index", part)
+            if file_digest(file) != expected:
+                yield Damage(f"index/{file.name}", "is not as it was written")
+
+    def _nodes(self, modality: str) -> list[Path]:
+        return sorted(meta.parent for meta in (self.path / modality).glob("*/zarr.json"))
+
+    def _array(self, path: str, node: Path) -> FeatureArray:
+        return FeatureArray(self.path, path, _read_identity(node))
+
+    def _pick(self, arrays: dict[str, FeatureArray], what: str, encoder: str | None) -> FeatureArray:
+        if encoder is not None and encoder in arrays:
+            return arrays[encoder]
+        if encoder is None and len(arrays) == 1:
+            return next(iter(arrays.values()))
+        asked = f"of encoder {encoder!r} " if encoder else ""
+        there = ", ".join(arrays) or "none"
+        raise UserError(
+            f"{self.path} has no single array of {what} {asked}(encoders there: {there}); name one of them."
+        )
+
+    def _add(self, modality: str, identity: Identity, caption: str) -> FeatureArray:
+        node = self.path / modality / node_name(identity.spec.id)
+        if (node / "zarr.json").exists():
+            require_same(identity, _read_identity(node), where=str(self.path))
+        else:
+            group = {"zarr_format": 3, "node_type": "group", "attributes": identity.to_json()}
+            write_atomically(node / "zarr.json", canonical_json(group))
+        folder = node / caption
+        if caption and not (folder / "zarr.json").exists():
+            group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+            write_atomically(folder / "zarr.json", canonical_json(group))
+        if not FeatureArray.exists(folder):
+            FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
+        return self._array(folder.relative_to(self.path).as_posix(), node)
+
+
+def node_name(encoder_id: str) -> str:
+    """Return an encoder's id as the name of its node: `hf:org/model@rev` → `hf-org-model@rev`."""
+    return re.sub(r"[^\w.@+-]+", "-", encoder_id)
+
+
+def _shard_rows(rows: int) -> int:
+    """Return the power of two that cuts a data set into at least eight shards, between 256 and 65,536 rows."""
+    return max(256, min(SHARD_ROWS, 1 << max(rows // 8, 1).bit_length() - 1))
+
+
+def _read_identity(node: Path) -> Identity:
+    return Identity.from_json(json.loads((node / "zarr.json").read_bytes())["attributes"])
