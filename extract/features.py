@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,6 @@ from numpy.typing import NDArray
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.status import Status
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A part of a store that is not what its marker says, or not there."""
-
-    where: str
-    what: str
 
 
 class FeatureArray:
@@ -140,18 +130,10 @@ class FeatureArray:
         self._marker_path(shard).unlink(missing_ok=True)
         self.markers.pop(shard, None)
 
-    def damage(self) -> Iterator[tuple[int, Damage]]:
-        """Recompute every committed shard's hashes; yield each shard that differs from its marker or has none."""
-        for shard in self.shards:
-            where = f"{self.path} shard {shard}"
-            if shard not in self.markers:
-                yield shard, Damage(where, "is not committed")
-                continue
-            hashes = self._hashes(shard)
-            for name, expected in self.markers[shard]["sha256"].items():
-                if hashes[name] != expected:
-                    yield shard, Damage(where, f"holds other {name} than were committed")
-                    break
+    def changed(self, shard: int) -> str | None:
+        """Recompute a committed shard's hashes; return what differs from its marker: features or status."""
+        expected = self.markers[shard]["sha256"]
+        return next((name for name, digest in self._hashes(shard).items() if digest != expected[name]), None)
 
     def _hashes(self, shard: int) -> dict[str, str | None]:
         return {name: file_digest(file) for name, file in self._shard_files(shard).items()}

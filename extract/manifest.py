@@ -1,7 +1,5 @@
 """A data set as a validated object: one YAML file in `data_manifests/`, or one of the user's own."""
 
-import hashlib
-import json
 import os
 from importlib import resources
 from pathlib import Path
@@ -29,7 +27,9 @@ class TableSource(_Strict):
     """Tables (CSV, TSV, JSONL, parquet) that name images in a folder and hold their captions.
 
     Either one row an image with a column for each caption name (`captions: {raw: title, long: description}`), or
-    several rows an image with one caption each (`captions: caption`), which become `c0`, `c1`, … in file order.
+    several rows an image with one caption each (`captions: caption`), which become `c0`, `c1`, … in file order. A
+    column of lists (JSONL, parquet) counts as several rows. `masks` is a folder of PNGs with the images' names, and
+    `classes` names their pixel values; other values are ignored.
     """
 
     kind: Literal["table"]
@@ -40,7 +40,7 @@ class TableSource(_Strict):
     captions: str | dict[str, str]
     split: Split | None = None
     masks: str | None = None
-    classes: list[str] = []
+    classes: dict[int, str] = {}
 
 
 class ClassFolderSource(_Strict):
@@ -98,10 +98,9 @@ class Manifest(_Strict):
         return self
 
     @property
-    def digest(self) -> str:
-        """SHA-256 over what decides the rows of a store: the name and the source."""
-        rows = self.model_dump(mode="json", include={"name", "source"})
-        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    def rows(self) -> dict[str, Any]:
+        """What decides the rows of a store: a store is made from this and goes on only with the same."""
+        return self.model_dump(mode="json", include={"name", "source"})
 
 
 def packaged_manifests() -> dict[str, Path]:

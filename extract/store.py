@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ import pyarrow as pa
 
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import UserError
-from sail_align.extract.features import Damage, FeatureArray
+from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.index import part_path, read_index, write_index
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.manifest import Manifest
+from sail_align.extract.sources.base import Sample, Source
 
 FORMAT = 1
 SHARD_ROWS = 65_536
@@ -53,7 +54,6 @@ class Store:
         *,
         dataset: str,
         manifest: dict[str, Any],
-        digest: str,
         samples: Iterable[Sample],
         captions: Sequence[str],
         shard_rows: int | None = None,
@@ -88,7 +88,7 @@ class Store:
             "format": FORMAT,
             "dataset": dataset,
             "manifest": manifest,
-            "manifest_digest": digest,
+            "manifest_sha256": hashlib.sha256(canonical_json(manifest)).hexdigest(),
             "rows": rows,
             "shard_rows": shard_rows,
             "chunk_rows": chunk_rows,
@@ -180,12 +180,13 @@ class Store:
             digest.update(canonical_json([array.path, sorted(array.markers.items())]))
         return digest.hexdigest()
 
-    def index_damage(self) -> Iterator[Damage]:
-        """Recompute the index files' hashes; yield each file that is not as it was written."""
-        for part, expected in enumerate(self.attributes["index_sha256"]):
-            file = part_path(self.path / "index", part)
-            if file_digest(file) != expected:
-                yield Damage(f"index/{file.name}", "is not as it was written")
+    def damaged_index_files(self) -> list[str]:
+        """Recompute the index files' hashes; return those that are not as they were written."""
+        return [
+            str(file)
+            for part, expected in enumerate(self.attributes["index_sha256"])
+            if file_digest(file := part_path(self.path / "index", part)) != expected
+        ]
 
     def _nodes(self, modality: str) -> list[Path]:
         return sorted(meta.parent for meta in (self.path / modality).glob("*/zarr.json"))
@@ -218,6 +219,27 @@ class Store:
         if not FeatureArray.exists(folder):
             FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
         return self._array(folder.relative_to(self.path).as_posix(), node)
+
+
+def open_or_create(path: Path, manifest: Manifest, source: Source) -> Store:
+    """Open the store of a manifest's samples, or make it.
+
+    Raises:
+        UserError: The path holds the store of another manifest, or something else.
+    """
+    rows = manifest.rows
+    if not (path / "zarr.json").exists():
+        return Store.create(
+            path, dataset=manifest.name, manifest=rows, samples=source.samples(), captions=source.captions
+        )
+    store = Store.open(path)
+    if (recorded := store.attributes["manifest"]) != rows:
+        field = next(name for name in (*rows, *recorded) if rows.get(name) != recorded.get(name))
+        raise UserError(
+            f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is {rows.get(field)!r}; "
+            "name another --out."
+        )
+    return store
 
 
 def node_name(encoder_id: str) -> str:

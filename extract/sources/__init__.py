@@ -1,1 +1,23 @@
 """Where samples come from: one file a kind."""
+
+from pathlib import Path
+
+from sail_align.extract import manifest as described
+from sail_align.extract.sources.base import Source
+
+
+def open_source(manifest: described.Manifest, data_root: Path) -> Source:
+    """Open what a manifest describes. Raises `UserError` if its files are not there or not of the described form."""
+    match manifest.source:
+        case described.TableSource():
+            from sail_align.extract.sources.table import TableSource
+
+            return TableSource(manifest.source, data_root)
+        case described.ClassFolderSource():
+            from sail_align.extract.sources.class_folder import ClassFolderSource
+
+            return ClassFolderSource(manifest.source, data_root)
+        case described.DemoSource():
+            from sail_align.extract.sources.demo import DemoSource
+
+            return DemoSource(manifest.source.part)

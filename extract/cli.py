@@ -1,0 +1,119 @@
+"""sail-extract: run frozen encoders over a data set once and keep the features in a store."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sail_align.extract.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from sail_align.extract.store import Store
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command()
+def run(
+    manifest: Annotated[str, typer.Argument(help="A packaged manifest's name, such as demo, or a .yaml file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The store to make or go on with.  [default: features/<manifest name>.zarr]")
+    ] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="[default: the manifest's, else dinov2-large]")] = None,
+    image_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="[default: the manifest's, else gte-large]")] = None,
+    text_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
+    captions: Annotated[str | None, typer.Option(help="Caption names, as in raw,long.  [default: all]")] = None,
+    data_root: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the manifest's files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
+    precision: Annotated[str, typer.Option(help="What encoders compute in: float32, bfloat16, float16.")] = "float32",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run a model's own code; needs a pinned revision.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Encode a data set's images and captions into a store; run it again to go on after a stop."""
+    from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+    from sail_align.extract.engine import extract
+    from sail_align.extract.manifest import find_manifest
+    from sail_align.extract.sources import open_source
+    from sail_align.extract.store import Store, open_or_create
+
+    about, root = find_manifest(manifest, data_root)
+    source = open_source(about, root)
+    names = captions.split(",") if captions else list(source.captions)
+    for name in names:
+        if name not in source.captions:
+            raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(source.captions) or 'none'}.")
+    path = out or Path("features") / f"{about.name}.zarr"
+    if path.exists():
+        Store.open(path)
+    image = load_image_encoder(
+        image_encoder or about.encoders.image,
+        pooling=image_pooling,
+        device=device,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+    )
+    text = load_text_encoder(
+        text_encoder or about.encoders.text,
+        pooling=text_pooling,
+        device=device,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+    )
+    store = open_or_create(path, about, source)
+    if about.expected_rows not in (None, store.rows):
+        typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
+    summary = extract(store, source, image=image, text=text, captions=names, quiet=quiet)
+    _print_arrays(store)
+    rate = f", {summary.encoded / summary.seconds:.0f} a second" if summary.encoded else ""
+    typer.echo(f"{path}: {summary.encoded} rows encoded in {summary.seconds:.0f} s{rate}.")
+    typer.echo(f"Next: sail-align fit --features {path}")
+
+
+@app.command()
+def status(store: StorePath) -> None:
+    """Say what a store holds: its arrays, how much of each is done, and rows by status."""
+    from sail_align.extract.store import Store
+
+    opened = Store.open(store)
+    typer.echo(f"{store}: {opened.dataset}, {opened.rows} samples, captions {', '.join(opened.captions) or 'none'}")
+    _print_arrays(opened)
+    typer.echo(f"digest {opened.digest}")
+
+
+@app.command()
+def verify(
+    store: StorePath,
+    discard: Annotated[
+        bool, typer.Option(help="Take damaged shards' commits back, so that `run` redoes them.")
+    ] = False,
+) -> None:
+    """Recompute every hash, and the golden vectors of the encoders that can be loaded here. Exits 1 on damage."""
+    from sail_align.extract.verify import verify_store
+
+    problems = 0
+    for finding in verify_store(store, discard=discard):
+        typer.echo(str(finding))
+        problems += finding.damage
+    typer.echo(f"{store}: {problems or 'no'} problem{'s' if problems != 1 else ''} found.")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _print_arrays(store: "Store") -> None:
+    for array in store.arrays():
+        counts = ", ".join(f"{count} {label}" for label, count in sorted(array.counts.items()))
+        typer.echo(f"  {array.path}: {len(array.markers)}/{len(array.shards)} shards, dim {array.dim}: {counts}")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(app)

@@ -1,0 +1,45 @@
+"""Bytes of a picture as upright RGB."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sail_align.extract.sources.base import UnreadableImageError
+from sail_align.extract.status import Status
+
+PIXEL_LIMIT = 100_000_000
+"""More pixels than this are refused before they are decoded."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Open a file as an upright RGB image.
+
+    Raises:
+        UnreadableImageError: The file is missing, is no image, is cut short, or has more than `PIXEL_LIMIT` pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {image.width} × {image.height} pixels")
+            return _rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as problem:
+        raise UnreadableImageError(Status.MISSING, f"{path}: no such file") from problem
+    except Image.DecompressionBombError as problem:
+        raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {problem}") from problem
+    # Pillow's decoders report broken bytes in all these ways.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as problem:
+        raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem}") from problem
+
+
+def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """Read a one-channel mask as it is stored, palette indices included, (H, W) uint8."""
+    with Image.open(path) as image:
+        return np.array(image if image.mode in {"L", "P"} else image.convert("L"), dtype=np.uint8)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255 instead of scaling
+        scaled = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")

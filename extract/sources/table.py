@@ -1,0 +1,121 @@
+"""Source kind `table`: tables that name images in a folder and hold their captions."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import Split
+from sail_align.extract.manifest import TableSource as Description
+from sail_align.extract.sources.base import IGNORED, Sample
+from sail_align.extract.sources.images import read_image, read_mask
+from sail_align.extract.sources.tables import read_table
+
+PROBED = 100
+"""Samples whose images are looked for before anything is encoded."""
+
+
+class TableSource:
+    """See `manifest.TableSource` for the forms of table. A sample's key is its image's path as the table has it.
+
+    Raises:
+        UserError: Tables or images are not where the manifest says, a column is missing, or the form does not fit.
+    """
+
+    def __init__(self, description: Description, data_root: Path):
+        self._about = description
+        self._root = data_root / description.root
+        self._images = self._root / description.images
+        self._masks = self._root / description.masks if description.masks else None
+        patterns = [description.files] if isinstance(description.files, str) else description.files
+        self._files = [path for pattern in patterns for path in sorted(self._root.glob(pattern))]
+        if not self._files:
+            raise UserError(f"No table matches {', '.join(patterns)} under {self._root}; set --data-root.")
+        self._require_images()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The names in the manifest, or c0 … for as many captions as any image has."""
+        if isinstance(self._about.captions, dict):
+            return tuple(self._about.captions)
+        return tuple(f"c{i}" for i in range(max(map(len, self._grouped.values()), default=0)))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of mask values, in the manifest's order."""
+        return tuple(self._about.classes.values())
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield one sample an image, in the order of the tables."""
+        if isinstance(self._about.captions, str):
+            for image, texts in self._grouped.items():
+                yield self._sample(image, {f"c{i}": text for i, text in enumerate(texts)})
+        else:
+            names = self._about.captions
+            for image, *texts in self._rows(list(names.values())):
+                yield self._sample(image, {name: text for name, text in zip(names, texts, strict=True) if text})
+
+    def image(self, location: str) -> Image.Image:
+        """Open an image by its path under the image folder."""
+        return read_image(self._images / location)
+
+    def mask(self, location: str) -> NDArray[np.uint8]:
+        """Open a mask; pixel values that the manifest gives no class become `IGNORED`."""
+        if self._masks is None:
+            raise UserError("This manifest names no folder of masks; add 'masks' and 'classes' to its source.")
+        table = np.full(256, IGNORED, dtype=np.uint8)
+        for index, value in enumerate(self._about.classes):
+            table[value] = index
+        masked: NDArray[np.uint8] = table[read_mask(self._masks / location)]
+        return masked
+
+    def _sample(self, image: str, captions: dict[str, str]) -> Sample:
+        mask = str(Path(image).with_suffix(".png")) if self._masks else ""
+        return Sample(key=image, image=image, captions=captions, mask=mask)
+
+    @cached_property
+    def _grouped(self) -> dict[str, list[str]]:
+        """All captions of each image, where each row of the tables holds one (or a list of them)."""
+        if not isinstance(self._about.captions, str):
+            raise TypeError("captions are named columns: there is one row an image")
+        grouped: dict[str, list[str]] = {}
+        for image, texts in self._rows([self._about.captions]):
+            of_image = grouped.setdefault(image, [])
+            of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if text]
+        return grouped
+
+    def _rows(self, columns: list[str]) -> Iterator[list[str]]:
+        """Yield image and columns of every row that the split keeps."""
+        split, image = self._about.split, self._about.image
+        kept = self._images_in(split, split.file) if split and split.file else None
+        for file in self._files:
+            if split is None:
+                table = read_table(file, [image, *columns])
+            elif split.file is None:
+                table = read_table(file, [image, *columns, split.column])
+                table = table.filter(pc.equal(table[split.column], split.keep)).drop_columns(split.column)
+            else:
+                table = read_table(file, [image, *columns])
+                table = table.filter(pc.is_in(table[image], kept))
+            yield from map(list, zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+    def _images_in(self, split: Split, file: str) -> pa.ChunkedArray:
+        table = read_table(self._root / file, [self._about.image, split.column])
+        return table.filter(pc.equal(table[split.column], split.keep))[self._about.image]
+
+    def _require_images(self) -> None:
+        if not self._images.is_dir():
+            raise UserError(f"Image folder {self._images} is not there; set --data-root or the manifest's 'images'.")
+        probed = list(islice(self.samples(), PROBED))
+        if probed and not any((self._images / sample.image).is_file() for sample in probed):
+            raise UserError(
+                f"None of the first {len(probed)} images is under {self._images} "
+                f"(the first is {probed[0].image!r}); check 'images', 'image' and --data-root."
+            )
