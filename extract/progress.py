@@ -2,13 +2,14 @@
 
 import io
 import sys
+from typing import NoReturn
 
 from tqdm import tqdm
 
 LOG_SECONDS = 30.0
 
 
-def progress(total: int, what: str, *, unit: str = "samples", done: int = 0, quiet: bool = False) -> "tqdm[None]":
+def progress(total: int, what: str, *, unit: str = "samples", done: int = 0, quiet: bool = False) -> "tqdm[NoReturn]":
     """Return a bar over `total` units of which `done` were there before; it shows the rate and the time left."""
     terminal = sys.stderr.isatty()
     return tqdm(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,7 +92,7 @@ class TableSource:
             of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if text]
         return grouped
 
-    def _rows(self, columns: list[str]) -> Iterator[list[str]]:
+    def _rows(self, columns: list[str]) -> Iterator[list[Any]]:
         """Yield image and columns of every row that the split keeps."""
         split, image = self._about.split, self._about.image
         kept = self._images_in(split, split.file) if split and split.file else None

@@ -1,0 +1,54 @@
+# Every target wraps one command that you can type yourself; `make setup` is all the others need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATASET ?= demo
+STORE ?= features/$(basename $(notdir $(DATASET))).zarr
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo extract fit eval test lint format typecheck bench
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/ready ## Make a virtual environment in .venv with everything in it
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name another, as in make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+demo: setup ## The whole pipeline on the embedded data: extract, fit, evaluate, report
+	$(BIN)/sail-extract run demo
+	$(BIN)/sail-align fit --features features/demo.zarr
+	$(BIN)/sail-eval all
+
+extract: setup ## Encode a data set into a store: make extract DATASET=demo (or a path to a manifest)
+	$(BIN)/sail-extract run $(DATASET)
+
+fit: setup ## Train the heads on a store: make fit DATASET=demo (or STORE=features/demo.zarr)
+	$(BIN)/sail-align fit --features $(STORE)
+
+eval: setup ## Score the newest run on every evaluation set that is there
+	$(BIN)/sail-eval all
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: setup ## Check types on the package as it installs
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/installed .
+	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p sail_align
+
+bench: setup ## Measure speed; each benchmark prints ratios against a baseline in the same run
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

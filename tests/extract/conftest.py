@@ -1,0 +1,44 @@
+"""A small data set of pictures on disk, with the faults that real ones have."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder `images/` of 600 pictures and a table of their captions; 7 is missing, 11 is cut, 13 is text."""
+    root = tmp_path / "pictures"
+    (root / "images").mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    with (root / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption", "story", "part"])
+        for i in range(600):
+            path = root / "images" / f"{i}.png"
+            table.writerow([path.name, f"picture {i}", "" if i == 5 else f"A long, long story of number {i}", i % 2])
+            if i == 13:
+                path.write_text("no picture")
+            elif i != 7:
+                Image.fromarray(noise.integers(0, 255, (9, 11, 3), dtype=np.uint8)).save(path)
+            if i == 11:
+                path.write_bytes(path.read_bytes()[:200])
+    (root / "pictures.yaml").write_text(MANIFEST)
+    return root
+
+
+MANIFEST = """
+name: pictures
+purpose: train
+title: Noise, and words about it
+licence: none
+get: made by a test
+source:
+  kind: table
+  files: captions.csv
+  images: images
+  captions: {raw: caption, long: story}
+"""

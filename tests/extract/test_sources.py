@@ -1,0 +1,147 @@
+"""Samples and pixels out of tables and folders."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import ClassFolderSource as ClassFolder
+from sail_align.extract.manifest import Split
+from sail_align.extract.manifest import TableSource as Table
+from sail_align.extract.sources.base import IGNORED, UnreadableImageError
+from sail_align.extract.sources.class_folder import ClassFolderSource
+from sail_align.extract.sources.images import read_image
+from sail_align.extract.sources.table import TableSource
+from sail_align.extract.status import Status
+
+COLUMNS = {"raw": "caption", "long": "story"}
+
+
+def table(pictures, **fields):
+    fields = {"files": "captions.csv", "images": "images", "captions": COLUMNS} | fields
+    return TableSource(Table(kind="table", **fields), pictures)
+
+
+def test_captions_come_by_column_name_and_an_empty_one_is_absent(pictures):
+    samples = list(table(pictures).samples())
+    assert len(samples) == 600
+    assert samples[3].captions == {"raw": "picture 3", "long": "A long, long story of number 3"}
+    assert samples[5].captions == {"raw": "picture 5"}
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
+def test_every_form_of_table_gives_the_same_samples(pictures, ending):
+    rows = [{"image": f"{i}.png", "caption": f"a, {i}\nb", "story": f'say "{i}"'} for i in range(20)]
+    path = pictures / f"other.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        quoted = ["\t".join('"' + row[name].replace('"', '""') + '"' for name in rows[0]) for row in rows]
+        path.write_text("\n".join(["\t".join(rows[0]), *quoted]) + "\n")
+    samples = list(table(pictures, files=f"other.{ending}").samples())
+    assert [s.captions for s in samples] == [{"raw": row["caption"], "long": row["story"]} for row in rows]
+
+
+def test_words_that_look_like_numbers_or_nothing_stay_words(pictures):
+    (pictures / "odd.csv").write_text("image,caption,story\n1.png,007,NA\n2.png,null,1e5\n")
+    samples = list(table(pictures, files="odd.csv").samples())
+    assert [s.captions for s in samples] == [{"raw": "007", "long": "NA"}, {"raw": "null", "long": "1e5"}]
+
+
+def test_several_rows_an_image_become_numbered_captions(pictures):
+    (pictures / "rows.csv").write_text("image,caption\n2.png,a\n1.png,b\n2.png,c\n")
+    source = table(pictures, files="rows.csv", captions="caption")
+    assert source.captions == ("c0", "c1")
+    assert [(s.key, dict(s.captions)) for s in source.samples()] == [
+        ("2.png", {"c0": "a", "c1": "c"}),
+        ("1.png", {"c0": "b"}),
+    ]
+
+
+def test_a_column_of_lists_counts_as_several_rows(pictures):
+    (pictures / "lists.jsonl").write_text('{"image": "1.png", "caption": ["a", "b"]}\n')
+    assert next(table(pictures, files="lists.jsonl", captions="caption").samples()).captions == {"c0": "a", "c1": "b"}
+
+
+def test_a_split_keeps_its_rows_by_column_or_by_another_file(pictures):
+    (pictures / "split.csv").write_text("image,part\n" + "".join(f"{i}.png,{i % 2}\n" for i in reversed(range(600))))
+    own = list(table(pictures, split=Split(column="part", keep="1")).samples())
+    other = list(table(pictures, split=Split(column="part", keep="1", file="split.csv")).samples())
+    assert own == other
+    assert [s.key for s in own] == [f"{i}.png" for i in range(1, 600, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"captions": {"raw": "captoin"}}, "no column 'captoin'; its columns are image, caption, story, part"),
+        ({"files": "*.tsv"}, "No table matches"),
+        ({"images": "photos"}, "Image folder .*photos is not there"),
+        ({"root": "empty"}, "No table matches"),
+        ({"images": "."}, "None of the first 100 images is under"),
+    ],
+)
+def test_what_is_not_there_is_said(pictures, fields, said):
+    with pytest.raises(UserError, match=said):
+        list(table(pictures, **fields).samples())
+
+
+def test_masks_hold_class_indices_and_ignore_other_values(pictures):
+    (pictures / "masks").mkdir()
+    Image.fromarray(np.array([[0, 3], [9, 200]], dtype=np.uint8)).save(pictures / "masks" / "1.png")
+    source = table(pictures, masks="masks", classes={3: "cat", 9: "dog"})
+    sample = list(source.samples())[1]
+    assert source.classes == ("cat", "dog")
+    np.testing.assert_array_equal(source.mask(sample.mask), [[IGNORED, 0], [1, IGNORED]])
+
+
+def test_folders_are_classes_in_sorted_or_listed_order(pictures):
+    for folder in ("tabby_cat", "dog"):
+        (pictures / "classes" / folder).mkdir(parents=True)
+        shutil.copy(pictures / "images" / "1.png", pictures / "classes" / folder / "x.png")
+    (pictures / "classes" / "dog" / "notes.txt").write_text("no image")
+    source = ClassFolderSource(ClassFolder(kind="class-folder", root="classes"), pictures)
+    assert source.classes == ("dog", "tabby cat")
+    assert [(s.key, s.label) for s in source.samples()] == [("dog/x.png", 0), ("tabby_cat/x.png", 1)]
+    names = {"tabby_cat": "cat", "dog": "hound"}
+    listed = ClassFolderSource(ClassFolder(kind="class-folder", root="classes", classes=names), pictures)
+    assert listed.classes == ("cat", "hound")
+    assert [(s.key, s.label) for s in listed.samples()] == [("tabby_cat/x.png", 0), ("dog/x.png", 1)]
+
+
+def test_an_empty_image_folder_is_said(pictures):
+    (pictures / "nothing").mkdir()
+    with pytest.raises(UserError, match="No image under"):
+        ClassFolderSource(ClassFolder(kind="class-folder", root="nothing"), pictures)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(7, Status.MISSING), (11, Status.UNDECODABLE), (13, Status.UNDECODABLE)]
+)
+def test_an_image_that_cannot_be_used_says_why(pictures, number, status):
+    with pytest.raises(UnreadableImageError) as problem:
+        read_image(pictures / "images" / f"{number}.png")
+    assert problem.value.status is status
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UnreadableImageError) as problem:
+        read_image(tmp_path / "bomb.png")
+    assert problem.value.status is Status.TOO_LARGE
+
+
+def test_sixteen_bits_are_scaled_and_exif_turns_the_picture(tmp_path):
+    Image.fromarray(np.full((2, 3), 65_535 // 2, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert np.array(read_image(tmp_path / "deep.png")).mean() == pytest.approx(127, abs=1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=turned)
+    assert read_image(tmp_path / "turned.jpg").size == (2, 4)

@@ -1,0 +1,193 @@
+"""The store keeps what was written, and shows nothing that was not committed."""
+
+import json
+
+import numpy as np
+import pytest
+from fakes import identity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.sources.base import Sample
+from sail_align.extract.status import Status
+from sail_align.extract.store import Store, node_name
+from sail_align.extract.verify import verify_store
+
+ROWS = 1_000
+
+
+@pytest.fixture
+def store(tmp_path):
+    samples = [Sample(f"key {i}", f"{i}.jpg", {"raw": f"text {i}"} | ({"long": "…"} if i % 3 else {})) for i in range(ROWS)]
+    return Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, samples=samples, captions=["raw", "long"])
+
+
+def fill(array, seed=0):
+    features = np.random.default_rng(seed).normal(size=(ROWS, array.dim)).astype(np.float16)
+    status = np.zeros(ROWS, dtype=np.uint8)
+    features[5], status[5] = np.nan, Status.MISSING
+    for shard in array.shards:
+        rows = slice(*array.span(shard))
+        array.write(shard, features[rows], status[rows])
+    return features, status
+
+
+def test_what_was_written_is_read_again_in_any_span(store):
+    features, status = fill(store.add_image(identity("image")))
+    array = Store.open(store.path).image()
+    assert array.complete
+    for start, stop in [(0, ROWS), (3, 700), (255, 257), (999, 1_000)]:
+        read = array.read(start, stop)
+        np.testing.assert_array_equal(read[0], features[start:stop])
+        np.testing.assert_array_equal(read[1], status[start:stop])
+    assert array.counts == {"ok": 999, "missing": 1}
+
+
+def test_features_are_raw_float16_in_chunks_at_sequential_offsets(store):
+    array = store.add_image(identity("image"))
+    features, _ = fill(array)
+    shard = (store.path / "image/fake-image/features/c/1/0").read_bytes()
+    chunk = features[256:512].astype("<f2").tobytes()
+    assert shard[: len(chunk)] == chunk
+    assert json.loads((store.path / "image/fake-image/features/zarr.json").read_text())["fill_value"] == "NaN"
+
+
+def test_the_index_gives_the_samples_back(store):
+    assert store.samples(2, 5) == [
+        Sample("key 2", "2.jpg", {"raw": "text 2", "long": "…"}),
+        Sample("key 3", "3.jpg", {"raw": "text 3"}),
+        Sample("key 4", "4.jpg", {"raw": "text 4", "long": "…"}),
+    ]
+    assert store.index(["key"])["key"].to_pylist() == [f"key {i}" for i in range(ROWS)]
+
+
+def test_a_shard_without_marker_does_not_exist_for_a_reader(store):
+    array = store.add_image(identity("image"))
+    fill(array)
+    (store.path / "commits/image/fake-image/00001.json").unlink()
+    features, status = Store.open(store.path).image().read(200, 600)
+    assert np.isnan(features[56:312]).all()
+    assert (status[56:312] == Status.PENDING).all()
+    assert (status[:56] == Status.OK).all()
+    assert (status[312:] == Status.OK).all()
+    assert Store.open(store.path).image().counts["pending"] == 256
+
+
+def test_a_marker_of_another_fingerprint_counts_for_nothing(store):
+    fill(store.add_image(identity("image")))
+    marker = store.path / "commits/image/fake-image/00000.json"
+    marker.write_text(marker.read_text().replace(identity("image").spec.fingerprint, "0" * 64))
+    assert 0 not in Store.open(store.path).image().markers
+
+
+def test_what_a_killed_writer_left_is_gone_after_the_shard_is_written(store):
+    array = store.add_image(identity("image"))
+    features, status = fill(array)
+    folder = store.path / "image/fake-image/features/c/3"
+    whole = (folder / "0").read_bytes()
+    (folder / "0").write_bytes(whole[:100])
+    (folder / "0.deadbeef.partial").write_bytes(b"half a shard")
+    array.write(3, features[768:], status[768:])
+    assert (folder / "0").read_bytes() == whole
+    assert [path.name for path in folder.iterdir()] == ["0"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_flipped_byte_is_found_and_its_shard_named(tmp_path_factory, data):
+    samples = [Sample(f"{i}", "") for i in range(600)]
+    path = tmp_path_factory.mktemp("flip") / "s.zarr"
+    store = Store.create(path, dataset="set", manifest={}, samples=samples, captions=[])
+    array = store.add_image(identity("image"))
+    for shard in array.shards:
+        start, stop = array.span(shard)
+        array.write(shard, np.ones((stop - start, 4), dtype=np.float16), np.zeros(stop - start, dtype=np.uint8))
+    shard = data.draw(st.sampled_from(array.shards))
+    name = data.draw(st.sampled_from([f"features/c/{shard}/0", f"status/c/{shard}"]))
+    file = path / "image/fake-image" / name
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    damage = [finding.text for finding in verify_store(path) if finding.damage]
+    assert len(damage) == 1
+    assert damage[0].startswith(f"image/fake-image shard {shard}: {name.split('/')[0]}")
+
+
+def test_verify_is_content_with_an_intact_store_and_discard_takes_damage_back(store):
+    array = store.add_image(identity("image"))
+    fill(array)
+    assert not [finding for finding in verify_store(store.path) if finding.damage]
+    (store.path / "image/fake-image/features/c/2/0").write_bytes(b"")
+    assert [f.damage for f in verify_store(store.path, discard=True)][0]
+    assert set(Store.open(store.path).image().markers) == {0, 1, 3}
+
+
+def test_a_changed_index_is_found(store):
+    part = store.path / "index/part-00000.parquet"
+    part.write_bytes(part.read_bytes() + b" ")
+    assert any("part-00000.parquet" in finding.text for finding in verify_store(store.path) if finding.damage)
+
+
+def test_the_digest_follows_content_and_nothing_else(store):
+    array = store.add_image(identity("image"))
+    fill(array, seed=1)
+    first = store.digest
+    fill(array, seed=2)
+    assert store.digest != first
+    fill(array, seed=1)
+    assert Store.open(store.path).digest == first
+
+
+def test_adding_a_caption_leaves_every_other_file_alone(store):
+    fill(store.add_image(identity("image")))
+    fill(store.add_text(identity("text"), "raw"))
+    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+    fill(store.add_text(identity("text"), "long"))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert [array.path for array in store.arrays()] == ["image/fake-image", "text/fake-text/raw", "text/fake-text/long"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"pooling": "cls"}, "whose pooling is 'mean', but here it is 'cls'"), ({"golden": -1.0}, "fixed test input")],
+)
+def test_another_encoder_of_the_same_name_is_refused(store, changes, said):
+    store.add_image(identity("image"))
+    with pytest.raises(UserError, match=said):
+        store.add_image(identity("image", **changes))
+
+
+def test_two_samples_of_one_key_are_refused(tmp_path):
+    samples = [Sample("a", ""), Sample("b", ""), Sample("a", "")]
+    with pytest.raises(UserError, match="'a' occurs more than once"):
+        Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, samples=samples, captions=[])
+
+
+def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
+    (tmp_path / "precious.txt").write_text("!")
+    with pytest.raises(UserError, match="is not a feature store"):
+        Store.open(tmp_path)
+    with pytest.raises(UserError, match="exists and is not a store"):
+        Store.create(tmp_path, dataset="set", manifest={}, samples=[Sample("a", "")], captions=[])
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_a_later_format_is_refused(store):
+    root = store.path / "zarr.json"
+    root.write_text(root.read_text().replace('"format":1', '"format":2'))
+    with pytest.raises(UserError, match="format 2"):
+        Store.open(store.path)
+
+
+def test_small_sets_get_small_shards_and_large_ones_the_full_size(tmp_path):
+    def shard_rows(rows):
+        samples = (Sample(str(i), "") for i in range(rows))
+        path = tmp_path / str(rows)
+        return Store.create(path, dataset="set", manifest={}, samples=samples, captions=[]).shard_rows
+
+    assert [shard_rows(rows) for rows in (1, 3_000, 70_000)] == [256, 256, 8_192]
+
+
+def test_node_names_are_folder_names():
+    assert node_name("hf:facebook/dinov2-base@abc.cls+mean") == "hf-facebook-dinov2-base@abc.cls+mean"
