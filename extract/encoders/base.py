@@ -43,12 +43,14 @@ class EncoderSpec:
 class Identity:
     """A spec with what is recorded beside it: what a store's encoder node and a run's checkpoint hold.
 
-    `golden` is the encoder's output for a fixed input: it catches a change that no field of the spec shows.
+    `golden` is the encoder's output for a fixed input: it catches a change that no field of the spec shows. `location`
+    is where an encoder of a local folder lay, so that it can be found again; "" for all others.
     """
 
     spec: EncoderSpec
     golden: list[float]
     versions: dict[str, str]
+    location: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-able data, with the fingerprint spelt out for readers."""
@@ -57,7 +59,7 @@ class Identity:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Identity":
         """Read a record written by `to_json`."""
-        return cls(EncoderSpec(**record["spec"]), record["golden"], record["versions"])
+        return cls(EncoderSpec(**record["spec"]), record["golden"], record["versions"], record["location"])
 
 
 class VisionEncoder(Protocol):

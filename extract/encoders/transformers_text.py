@@ -1,0 +1,60 @@
+"""Text encoders of transformers."""
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.encoders.catalogue import TransformersText
+from sail_align.extract.encoders.checkpoint import Checkpoint
+from sail_align.extract.encoders.golden import SENTENCE, golden_vector, versions
+from sail_align.extract.encoders.pooling import pool_tokens, require_text_pooling
+from sail_align.extract.encoders.pretrained import load_pretrained
+from sail_align.extract.encoders.runtime import Runtime
+
+
+class FrozenTextEncoder:
+    """A `TextEncoder`: a tokenizer, a transformers model, a pooling over its last token states."""
+
+    def __init__(
+        self,
+        id: str,
+        checkpoint: Checkpoint,
+        entry: TransformersText,
+        runtime: Runtime,
+        *,
+        trust_remote_code: bool = False,
+    ):
+        self._pooling = require_text_pooling(entry.pooling, id)
+        self._prefix = entry.prefix
+        self._runtime = runtime
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        self._token_limit = min(entry.token_limit, self._tokenizer.model_max_length)
+        self._model = runtime.freeze(load_pretrained(checkpoint, trust_remote_code=trust_remote_code))
+        golden = golden_vector(self.encode([SENTENCE]))
+        spec = EncoderSpec(
+            id=id,
+            modality="text",
+            source=checkpoint.source,
+            weights=checkpoint.digest,
+            preprocessing={"prefix": self._prefix, "token_limit": self._token_limit},
+            pooling=self._pooling,
+            precision=runtime.precision,
+            dim=len(golden),
+        )
+        self.identity = Identity(spec, golden, versions("torch", "transformers", "tokenizers"), checkpoint.location)
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Return pooled features of one padded batch, (B, D) float32 on the CPU. Texts beyond the limit are cut."""
+        tokens = self._tokenizer(
+            [self._prefix + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self._token_limit,
+            return_tensors="pt",
+        ).to(self._runtime.device)
+        hidden_BTD = self._model(**tokens).last_hidden_state
+        return pool_tokens(hidden_BTD, tokens["attention_mask"], self._pooling).float().cpu()

@@ -1,0 +1,91 @@
+"""The image encoder: a backbone of whatever kind with its preprocessing, pooling and precision."""
+
+from dataclasses import asdict
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sail_align.extract.encoders import preprocessing
+from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.encoders.catalogue import ImagePreprocessing
+from sail_align.extract.encoders.checkpoint import Checkpoint
+from sail_align.extract.encoders.golden import golden_image, golden_vector, versions
+from sail_align.extract.encoders.pooling import pool_image, pool_patches, require_image_pooling
+from sail_align.extract.encoders.runtime import Runtime
+
+
+class Backbone(nn.Module):
+    """A network without its head.
+
+    Its forward turns (B, 3, H, W) into a class token (B, D), or None where `has_cls` is false, and a map of patches
+    (B, H / stride, W / stride, D).
+    """
+
+    stride: int
+    has_cls: bool
+    library: str
+    """The package that implements it; its version is recorded."""
+
+
+class FrozenVisionEncoder:
+    """A `VisionEncoder` around any backbone.
+
+    Its features have the backbone's D numbers, or 2D for `cls+mean`. With that pooling a patch is paired with its
+    picture's class token, so that what is learnt on pictures applies to patches.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        checkpoint: Checkpoint,
+        backbone: Backbone,
+        how: ImagePreprocessing,
+        pooling: str | None,
+        runtime: Runtime,
+    ):
+        self._pooling = require_image_pooling(pooling, backbone.has_cls, id)
+        self._how = how
+        self._runtime = runtime
+        self._backbone = runtime.freeze(backbone)
+        self.stride = backbone.stride
+        golden = golden_vector(self.encode(self.preprocess(golden_image())[None]))
+        spec = EncoderSpec(
+            id=id,
+            modality="image",
+            source=checkpoint.source,
+            weights=checkpoint.digest,
+            preprocessing={**asdict(how), "mean": list(how.mean), "std": list(how.std)},  # as JSON gives them back
+            pooling=self._pooling,
+            precision=runtime.precision,
+            dim=len(golden),
+        )
+        self.identity = Identity(spec, golden, versions("torch", "pillow", backbone.library), checkpoint.location)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Turn an RGB picture into the network's input, (3, H, W) float32, normalised."""
+        return preprocessing.preprocess(image, self._how)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Normalise RGB in [0, 1], (…, 3, H, W) float32, of any size."""
+        return preprocessing.normalize(pixels, self._how)
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return pooled features, (B, D) float32 on the CPU."""
+        return pool_image(*self._forward(pixels_BCHW), self._pooling).float().cpu()
+
+    def encode_dense(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return one feature a patch, (B, h, w, D) float32 on the CPU.
+
+        Raises:
+            ValueError: H or W is no multiple of `stride`.
+        """
+        height, width = pixels_BCHW.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"{height} × {width} pixels are no multiple of the stride {self.stride}")
+        return pool_patches(*self._forward(pixels_BCHW), self._pooling).float().cpu()
+
+    @torch.inference_mode()
+    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
+        cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.device, self._runtime.dtype))
+        return cls_BD, patches_BhwD
