@@ -98,22 +98,26 @@ class TextEncoder(Protocol):
         """Return pooled features, (B, D) float32 on the CPU. Texts beyond the token limit are cut."""
 
 
+class EncoderChangedError(UserError):
+    """An encoder is not the one that a store or a run was made with."""
+
+
 def require_same(found: Identity, expected: Identity, where: str) -> None:
     """Refuse an encoder that is not the one `where` was made with, naming the first difference.
 
     Raises:
-        UserError: A field of the spec differs, or the specs agree and the golden vectors do not.
+        EncoderChangedError: A field of the spec differs, or the specs agree and the golden vectors do not.
     """
     ours, theirs = asdict(found.spec), asdict(expected.spec)
     for name, value in theirs.items():
         if ours[name] != value:
-            raise UserError(
+            raise EncoderChangedError(
                 f"{where} was made with encoder {expected.spec.id!r} whose {name} is {value!r}, but here it is "
                 f"{ours[name]!r}; use the same encoder, or another store."
             )
     cosine = torch.cosine_similarity(torch.tensor(found.golden), torch.tensor(expected.golden), dim=0).item()
     if not cosine >= GOLDEN_COSINE:
-        raise UserError(
+        raise EncoderChangedError(
             f"Encoder {expected.spec.id!r} answers its fixed test input differently than when {where} was made "
             f"(cosine {cosine:.4f}, at least {GOLDEN_COSINE} expected); compare the library versions {found.versions} "
             f"with {expected.versions}."
