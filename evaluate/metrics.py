@@ -1,0 +1,111 @@
+"""Metrics that need labels, masks or pairs: numpy in, numbers out. Recall is in `sail_align.align.metrics`.
+
+A tie is never a success: a model that gives everything the same score, or NaN, scores nothing. Values are fractions.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sail_align.extract.sources.base import IGNORED
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+Numbers = NDArray[np.number]
+
+
+def top_k_hits(scores_NC: Floats, labels_N: Ints, k: int) -> NDArray[np.bool_]:
+    """Return for each row whether its label is among the k best classes, (N,)."""
+    own_N1 = np.take_along_axis(scores_NC, labels_N[:, None], axis=1)
+    others_not_worse_N = (~(scores_NC < own_N1)).sum(axis=1) - 1
+    return others_not_worse_N < k
+
+
+def mean_per_class(hits_N: NDArray[np.bool_], labels_N: Ints, weights_N: Floats | None = None) -> float:
+    """Return the mean over the classes that occur of each class's share of hits; rows may carry weights."""
+    weights_N = np.ones(len(hits_N)) if weights_N is None else weights_N
+    rows_C = np.bincount(labels_N, weights_N)
+    right_C = np.bincount(labels_N, weights_N * hits_N)
+    return float((right_C[rows_C > 0] / rows_C[rows_C > 0]).mean())
+
+
+def pair_hits(scores_KCI: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return Winoground's text, image and group hits, (K,) each, of scores (K, 2 captions, 2 images).
+
+    Text: each image prefers its own caption. Image: each caption prefers its own image. Group: both. Strict `>`, as in
+    Thrush et al. 2022, "Winoground", section 3.2.
+    """
+    c0_i0, c0_i1, c1_i0, c1_i1 = (scores_KCI[:, caption, image] for caption in (0, 1) for image in (0, 1))
+    text_K = (c0_i0 > c1_i0) & (c1_i1 > c0_i1)
+    image_K = (c0_i0 > c0_i1) & (c1_i1 > c1_i0)
+    return text_K, image_K, text_K & image_K
+
+
+def confusion_matrix(truth: NDArray[np.uint8], predicted: Ints, classes: int) -> NDArray[np.int64]:
+    """Count pixels by true class (row) and predicted class (column), (C, C); `IGNORED` ones are left out.
+
+    Raises:
+        ValueError: A mask holds a value that is neither a class nor `IGNORED`.
+    """
+    counted = truth != IGNORED
+    if counted.any() and (highest := int(truth[counted].max())) >= classes:
+        raise ValueError(f"mask value {highest} where there are {classes} classes (0 … {classes - 1}) and {IGNORED}")
+    cells = truth[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+def iou_per_class(hits_C: Numbers, truth_C: Numbers, predicted_C: Numbers) -> NDArray[np.float64]:
+    """Return intersection over union by class, (C,), of pixels right, true and predicted; NaN where there are none."""
+    union_C = np.asarray(truth_C + predicted_C - hits_C, dtype=np.float64)
+    return np.divide(hits_C, union_C, out=np.full_like(union_C, np.nan), where=union_C > 0)
+
+
+def mean_iou(hits_C: Numbers, truth_C: Numbers, predicted_C: Numbers) -> float:
+    """Return the mean over the classes that occur in the truth; a class only ever predicted lowers the others' IoU."""
+    return float(iou_per_class(hits_C, truth_C, predicted_C)[truth_C > 0].mean())
+
+
+def chance_mean_iou(truth_pixels_C: Ints) -> float:
+    """Return the mIoU of labels drawn uniformly at random, by pixels of each true class (C,).
+
+    Of a class with a share p of the pixels, p / C are hit, and p + 1 / C − p / C are in the union. Exact in the limit
+    of many pixels. Classes that do not occur are left out, as in `mean_iou`.
+    """
+    share_C = truth_pixels_C[truth_pixels_C > 0] / truth_pixels_C.sum()
+    classes = len(truth_pixels_C)
+    return float((share_C / (classes * share_C + 1 - share_C)).mean())
+
+
+def chance_recall(items: int, positives: Ints, k: int) -> float:
+    """Return the expected recall@k of a random ranking of `items`, over queries with these numbers of positives.
+
+    A query with p positives misses with probability Π_{j<k} (items − p − j) / (items − j).
+    """
+    values, counts = np.unique(positives, return_counts=True)
+    steps_k = np.arange(min(k, items))
+    misses = np.prod(np.maximum(items - values[:, None] - steps_k, 0) / (items - steps_k), axis=1)
+    return float(1 - np.average(misses, weights=counts))
+
+
+def bootstrap_interval(
+    statistic: Callable[[NDArray[np.float64]], float], items: int, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a statistic over items.
+
+    Args:
+        statistic: Takes how often each item was drawn, (items,), and returns a number.
+        items: Number of independent items: images, or pairs.
+        resamples: Samples of `items` items drawn with replacement.
+        seed: Seed of the draws; the same seed gives the same interval.
+    """
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(items, size=items) for _ in range(resamples))
+    values = [statistic(np.bincount(draw, minlength=items).astype(np.float64)) for draw in draws]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(values_N: Floats | NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the bootstrap interval of a mean over items."""
+    return bootstrap_interval(lambda drawn_N: float(np.average(values_N, weights=drawn_N)), len(values_N))
