@@ -108,13 +108,13 @@ def _noun_phrase(group: Group, name: str, size: str, rng: Random) -> str:
 
 def _relation_phrase(subject: Group, other: Group, rng: Random) -> str:
     found = relation(subject, other)
-    return rng.choice(RELATIONS[found]) if found else rng.choice(("with", "along with", "close to"))
+    return rng.choice(RELATIONS[found]) if found else rng.choice(("with", "along with", "together with"))
 
 
 def _gap(subject: Group, other: Group, axis: str) -> float:
     """Return the distance from the last of `subject` to the first of `other`; negative the other way; 0 if mixed."""
-    ours = [getattr(picture, axis) for picture in subject.pictures]
-    theirs = [getattr(picture, axis) for picture in other.pictures]
+    ours: list[float] = [getattr(picture, axis) for picture in subject.pictures]
+    theirs: list[float] = [getattr(picture, axis) for picture in other.pictures]
     return max(0.0, min(theirs) - max(ours)) or min(0.0, max(theirs) - min(ours))
 
 
@@ -131,7 +131,9 @@ def _spot(group: Group) -> str:
     (picture,) = group.pictures
     down = "top" if picture.y < 0.4 else "bottom" if picture.y > 0.6 else ""
     across = "left" if picture.x < 0.4 else "right" if picture.x > 0.6 else ""
-    return f"in the {' '.join(filter(None, [down, across])) or 'middle'}"
+    if down and across:
+        return f"in the {down} {across}"
+    return f"at the {down}" if down else f"on the {across}" if across else "in the middle"
 
 
 def _enumerate(parts: Sequence[str]) -> str:

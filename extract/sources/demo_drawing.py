@@ -16,7 +16,7 @@ from sail_align.extract.sources.demo_scenes import COLOURS, Picture, Scene
 
 _RASTERS = (64, 128, 256)
 """Widths at which drawings are rasterised; a picture is scaled down from the next larger one."""
-_CLUTTER = (
+CLUTTER = (
     *("star", "red_heart", "musical_note", "sparkles", "right_arrow", "anger_symbol", "paw_prints", "footprints"),
     *("recycling_symbol", "plus", "spade_suit", "club_suit", "fleur-de-lis", "wavy_dash"),
 )
@@ -128,8 +128,8 @@ def _codepoints() -> dict[str, str]:
 def _background(scene: Scene, side: int) -> Image.Image:
     rng = np.random.default_rng(scene.seed)
     colour = np.array(COLOURS[scene.colour], np.float32)
-    second = np.clip(colour * rng.uniform(0.86, 0.93) + rng.uniform(-8, 8, 3), 0, 255).astype(np.float32)
-    weight = _pattern(scene.pattern, side, rng)[..., None]
+    second = np.clip(colour * rng.uniform(0.78, 0.92) + rng.uniform(-8, 8, 3), 0, 255).astype(np.float32)
+    weight = _pattern(scene.pattern, side, rng).astype(np.float32)[..., None]
     canvas = Image.fromarray((colour * (1 - weight) + second * weight).astype(np.uint8)).convert("RGBA")
     for _ in range(rng.integers(0, 5)):
         _add_shape(canvas, rng)
@@ -138,27 +138,28 @@ def _background(scene: Scene, side: int) -> Image.Image:
     return canvas
 
 
-def _pattern(name: str, side: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def _pattern(name: str, side: int, rng: np.random.Generator) -> NDArray[np.floating | np.bool_]:
     """Return how much of the second colour each pixel holds, (side, side) in [0, 1]."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.06, 0.25)
     across = np.linspace(0, 1, side, dtype=np.float32)
-    along_x, along_y = np.meshgrid(across * np.float32(np.cos(angle)), across * np.float32(np.sin(angle)))
-    along = along_x + along_y
-    if name == "shaded":
-        return (along - along.min()) / np.ptp(along)
-    if name == "striped":
-        return (along % period > period / 2).astype(np.float32)
-    if name == "checked":
-        odd = (across // (period / 2)).astype(int) % 2
-        return (odd[:, None] ^ odd).astype(np.float32)
-    if name == "dotted":
-        offset = across % period - period / 2
-        return (offset[:, None] ** 2 + offset**2 < (period / 4) ** 2).astype(np.float32)
-    if name == "cloudy":
-        coarse = Image.fromarray(rng.random((7, 7), np.float32))
-        return np.clip(np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)), 0, 1)
-    if name == "speckled":
-        return rng.random((side, side), np.float32)
+    slanted: NDArray[np.floating] = across * np.cos(angle) + across[:, None] * np.sin(angle)
+    match name:
+        case "shaded":
+            shade: NDArray[np.floating] = (slanted - slanted.min()) / np.ptp(slanted)
+            return shade
+        case "striped":
+            return slanted % period > period / 2
+        case "checked":
+            odd = across % period > period / 2
+            return odd ^ odd[:, None]
+        case "dotted":
+            offset = across % period - period / 2
+            return offset**2 + offset[:, None] ** 2 < (period / 4) ** 2
+        case "cloudy":
+            coarse = Image.fromarray(rng.random((7, 7), np.float32))
+            return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
+        case "speckled":
+            return rng.random((side, side), np.float32)
     return np.zeros((side, side), np.float32)
 
 
@@ -186,7 +187,7 @@ def _add_shape(canvas: Image.Image, rng: np.random.Generator) -> None:
 def _add_symbol(canvas: Image.Image, rng: np.random.Generator) -> None:
     """Paste a small half-transparent symbol."""
     side = canvas.width
-    symbol = _drawing(_CLUTTER[rng.integers(len(_CLUTTER))], 64)
+    symbol = _drawing(CLUTTER[rng.integers(len(CLUTTER))], 64)
     scale = rng.uniform(0.06, 0.14) * side / max(symbol.size)
     symbol = symbol.resize((max(1, round(symbol.width * scale)), max(1, round(symbol.height * scale))))
     symbol = symbol.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC, expand=True)

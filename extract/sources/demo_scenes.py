@@ -150,5 +150,5 @@ def _picture(drawing: str, centre: tuple[float, float], size: float, rng: Random
         angle=rng.gauss(0, 14),
         flip=rng.random() < 0.5,
         brightness=rng.uniform(0.8, 1.15),
-        saturation=rng.uniform(0.6, 1.25),
+        saturation=rng.uniform(0.7, 1.3),
     )
