@@ -18,8 +18,9 @@ Numbers = NDArray[np.number]
 def top_k_hits(scores_NC: Floats, labels_N: Ints, k: int) -> NDArray[np.bool_]:
     """Return for each row whether its label is among the k best classes, (N,)."""
     own_N1 = np.take_along_axis(scores_NC, labels_N[:, None], axis=1)
-    others_not_worse_N = (~(scores_NC < own_N1)).sum(axis=1) - 1
-    return others_not_worse_N < k
+    others_not_worse_N = np.sum(~(scores_NC < own_N1), axis=1) - 1
+    hits_N: NDArray[np.bool_] = others_not_worse_N < k
+    return hits_N
 
 
 def mean_per_class(hits_N: NDArray[np.bool_], labels_N: Ints, weights_N: Floats | None = None) -> float:
@@ -63,7 +64,8 @@ def iou_per_class(hits_C: Numbers, truth_C: Numbers, predicted_C: Numbers) -> ND
 
 def mean_iou(hits_C: Numbers, truth_C: Numbers, predicted_C: Numbers) -> float:
     """Return the mean over the classes that occur in the truth; a class only ever predicted lowers the others' IoU."""
-    return float(iou_per_class(hits_C, truth_C, predicted_C)[truth_C > 0].mean())
+    iou_C = iou_per_class(hits_C, truth_C, predicted_C)
+    return weighted_mean(iou_C[truth_C > 0], np.ones(np.count_nonzero(truth_C)))
 
 
 def chance_mean_iou(truth_pixels_C: Ints) -> float:
@@ -94,7 +96,7 @@ def bootstrap_interval(
     """Return the 95 % percentile bootstrap interval of a statistic over items.
 
     Args:
-        statistic: Takes how often each item was drawn, (items,), and returns a number.
+        statistic: Takes how often each item was drawn, (items,), and returns a number; NaN if the draw has none.
         items: Number of independent items: images, or pairs.
         resamples: Samples of `items` items drawn with replacement.
         seed: Seed of the draws; the same seed gives the same interval.
@@ -102,10 +104,16 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     draws = (generator.integers(items, size=items) for _ in range(resamples))
     values = [statistic(np.bincount(draw, minlength=items).astype(np.float64)) for draw in draws]
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def mean_interval(values_N: Floats | NDArray[np.bool_]) -> tuple[float, float]:
     """Return the bootstrap interval of a mean over items."""
-    return bootstrap_interval(lambda drawn_N: float(np.average(values_N, weights=drawn_N)), len(values_N))
+    return bootstrap_interval(lambda drawn_N: weighted_mean(values_N, drawn_N), len(values_N))
+
+
+def weighted_mean(values_N: Floats | NDArray[np.bool_], weights_N: Floats) -> float:
+    """Return a weighted mean, NaN if all weights are zero."""
+    total = weights_N.sum()
+    return float(weights_N @ values_N / total) if total else float("nan")

@@ -1,0 +1,137 @@
+"""sail-eval: score a run zero-shot, with chance and a 95 % interval beside every number.
+
+Evaluation sets are encoded once, with the run's own encoders, into features/eval/; scores go to RUN/scores.json, a page
+with pictures to RUN/report.html.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sail_align.extract.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from sail_align.extract.manifest import Manifest
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+TASKS = {
+    "classification": "Zero-shot classification: top-1, top-5, mean per class.",
+    "retrieval": "Retrieval between images and captions: recall@1, 5 and 10 both ways.",
+    "winoground": "Pairs of images and captions: text, image and group score.",
+    "segmentation": "Zero-shot segmentation by patches: mIoU and pixel accuracy.",
+}
+
+RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(help="Where the manifests' files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
+]
+FeaturesDir = Annotated[Path, typer.Option(help="Folder of stores; the evaluation sets' go into its eval/.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command("all")
+def evaluate_all(
+    run: RunPath = None,
+    manifest: Annotated[
+        list[str] | None, typer.Option(help="An evaluation set of your own, a .yaml file; repeatable.")
+    ] = None,
+    data_root: DataRoot = None,
+    features_dir: FeaturesDir = Path("features"),
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score a run on every packaged evaluation set whose data are here, and on those that --manifest adds."""
+    from sail_align.evaluate.evaluator import data_are_there
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
+
+    packaged = [find_manifest(name, data_root) for name in packaged_manifests()]
+    packaged = [(about, root) for about, root in packaged if about.purpose == "evaluate"]
+    here = [(about, root) for about, root in packaged if data_are_there(about, root)]
+    for about, _ in packaged:
+        if about.name not in {present.name for present, _ in here}:
+            typer.echo(f"not here: {about.name}. {about.get.strip()}")
+    _evaluate(run, here + _required(manifest or [], data_root, kind=None), features_dir, device, quiet)
+
+
+def _register(kind: str, summary: str) -> Callable[..., None]:
+    """Add the command of one task kind."""
+
+    @app.command(kind, help=summary)
+    def evaluate_kind(
+        manifests: Annotated[
+            list[str], typer.Argument(metavar="MANIFEST", help="Packaged names or .yaml files.", show_default=False)
+        ],
+        run: RunPath = None,
+        data_root: DataRoot = None,
+        features_dir: FeaturesDir = Path("features"),
+        device: Device = "auto",
+        quiet: Quiet = False,
+    ) -> None:
+        _evaluate(run, _required(manifests, data_root, kind), features_dir, device, quiet)
+
+    return evaluate_kind
+
+
+for _kind, _summary in TASKS.items():
+    _register(_kind, _summary)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs with scores.", show_default=False)],
+) -> None:
+    """Write report.html again from what the last evaluation left in each run, and print its table."""
+    from sail_align.evaluate.report import write_report
+    from sail_align.evaluate.scores import read_scores
+    from sail_align.evaluate.table import score_table
+
+    for run in runs:
+        typer.echo(f"{run}\n{score_table(read_scores(run)['records'])}")
+        typer.echo(f"wrote {write_report(run)}")
+
+
+def _evaluate(
+    run_path: Path | None, sets: list[tuple["Manifest", Path]], features_dir: Path, device: str, quiet: bool
+) -> None:
+    """Score the sets, print the table, write the report; exit 1 if a set failed."""
+    from sail_align.align.checkpoint import load_run, newest_run
+    from sail_align.evaluate.evaluator import evaluate_sets
+    from sail_align.evaluate.report import write_report
+    from sail_align.evaluate.scores import failed, scores_path
+    from sail_align.evaluate.table import score_table
+
+    if not sets:
+        raise UserError("No evaluation set's data are here; name one of your own with --manifest.")
+    run = load_run(run_path or newest_run())
+    typer.echo(f"scoring {run.path}{'' if run_path else ' (the newest run)'}")
+    records = list(evaluate_sets(run, sets, features=features_dir, device=device, quiet=quiet))
+    typer.echo(score_table(records))
+    typer.echo(f"wrote {scores_path(run.path)} and {write_report(run.path)}")
+    if failed(records):
+        raise typer.Exit(1)
+
+
+def _required(references: list[str], data_root: str | None, kind: str | None) -> list[tuple["Manifest", Path]]:
+    """Return the manifests that were asked for, each with its data root; refuse those that cannot be scored."""
+    from sail_align.evaluate.evaluator import data_are_there
+    from sail_align.extract.manifest import find_manifest
+
+    found = [find_manifest(reference, data_root) for reference in references]
+    for about, root in found:
+        if about.task is None:
+            raise UserError(f"Manifest {about.name!r} is for training; give one with purpose 'evaluate'.")
+        if kind not in (None, about.task.kind):
+            raise UserError(f"Manifest {about.name!r} is for {about.task.kind}; use `sail-eval {about.task.kind}`.")
+        if not data_are_there(about, root):
+            raise UserError(f"The data of {about.name!r} are not under {root}: {about.get.strip()}")
+    return found
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(app)

@@ -1,0 +1,55 @@
+"""Score a run on evaluation sets, one after the other; one set's fault does not stop the next."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sail_align.align.checkpoint import Run
+from sail_align.evaluate.dataset import Encoders, EvaluationSet
+from sail_align.evaluate.scores import Record, error_record, examples_path, merge_scores, score_record
+from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.extract.errors import UserError
+from sail_align.extract.files import write_atomically
+from sail_align.extract.manifest import DemoSource, Manifest
+from sail_align.extract.sources.base import UnreadableImageError
+
+
+def evaluate_sets(
+    run: Run,
+    sets: Iterable[tuple[Manifest, Path]],
+    *,
+    features: Path = Path("features"),
+    device: str = "cpu",
+    quiet: bool = False,
+) -> Iterator[Record]:
+    """Score each manifest under its data root; yield its record after writing it into the run.
+
+    Args:
+        run: The run; its `scores.json` and `examples/` are updated after each set.
+        sets: Evaluation manifests, each with the data root its files lie under.
+        features: Folder of stores; the evaluation sets' go into its `eval/`.
+        device: Where encoders and heads compute.
+        quiet: No progress bars.
+    """
+    encoders = Encoders(run, device)
+    for manifest, root in sets:
+        started = time.monotonic()
+        examples_path(run.path, manifest.name).unlink(missing_ok=True)
+        try:
+            data = EvaluationSet(manifest, root, encoders, features / "eval", quiet)
+            protocol = PROTOCOLS[data.task.kind]
+            result = protocol.evaluate(data)
+        except (UserError, UnreadableImageError, OSError) as problem:
+            record = error_record(manifest, problem)
+        else:
+            record = score_record(data, protocol.id, result, time.monotonic() - started)
+            examples = [example.to_json() for example in result.examples]
+            write_atomically(examples_path(run.path, manifest.name), json.dumps(examples).encode())
+        merge_scores(run, [record])
+        yield record
+
+
+def data_are_there(manifest: Manifest, root: Path) -> bool:
+    """Whether the folder that a manifest's files lie in exists; the demo's need none."""
+    return isinstance(manifest.source, DemoSource) or (root / manifest.source.root).is_dir()

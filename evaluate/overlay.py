@@ -1,0 +1,40 @@
+"""Segmentation masks laid over their image in class colours."""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sail_align.extract.sources.base import IGNORED
+
+Colours = dict[int, tuple[int, int, int]]
+PALETTE = (
+    (66, 133, 244),
+    (251, 140, 0),
+    (67, 160, 71),
+    (229, 57, 53),
+    (142, 36, 170),
+    (0, 172, 193),
+    (253, 216, 53),
+    (216, 27, 96),
+    (121, 85, 72),
+    (158, 157, 36),
+)
+REST = (120, 120, 120)
+
+
+def class_colours(truth_C: NDArray[np.int64], predicted_C: NDArray[np.int64]) -> Colours:
+    """Return colours for the classes of one image: the true ones by size, then the largest that are only predicted."""
+    order = np.lexsort((-predicted_C, -truth_C))
+    there = [int(label) for label in order if truth_C[label] or predicted_C[label]]
+    return dict(zip(there, PALETTE, strict=False))
+
+
+def overlay(image: Image.Image, labels: NDArray[np.int64], colours: Colours, strength: float = 0.65) -> Image.Image:
+    """Return the image in grey with each pixel tinted by its class; ignored pixels stay grey, other classes darken."""
+    grey = image.convert("L").resize((labels.shape[1], labels.shape[0])).convert("RGB")
+    tint = np.full((*labels.shape, 3), REST, dtype=np.float64)
+    for label, colour in colours.items():
+        tint[labels == label] = colour
+    base = np.asarray(grey, dtype=np.float64)
+    mixed = np.where((labels == IGNORED)[..., None], base, (1 - strength) * base + strength * tint)
+    return Image.fromarray(mixed.astype(np.uint8))

@@ -1,0 +1,99 @@
+"""`report.html` of a run: one self-contained page from what the run's folder holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sail_align.evaluate.charts import Series, line_chart, score_bar
+from sail_align.evaluate.scores import examples_path, read_scores
+from sail_align.evaluate.table import interval, number
+from sail_align.extract.files import write_atomically
+
+TASK_TITLES = {
+    "classification": "Zero-shot classification",
+    "retrieval": "Retrieval: text to image",
+    "winoground": "Pairs of images and captions",
+    "segmentation": "Zero-shot segmentation",
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write the report of a run that has been scored; return its path.
+
+    Raises:
+        UserError: The run has no scores.
+    """
+    scores = read_scores(run)
+    pages = Environment(
+        loader=PackageLoader("sail_align.evaluate", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
+    page = pages.get_template("report.html.j2").render(
+        name=run.name,
+        scores=scores,
+        scored=[record for record in scores["records"] if "error" not in record],
+        errors=[record for record in scores["records"] if "error" in record],
+        settings=_flat(json.loads((run / "settings.json").read_bytes())),
+        curves=training_curves(run),
+        examples={record["dataset"]: _examples(run, record["dataset"]) for record in scores["records"]},
+        task_titles=TASK_TITLES,
+        score_bar=score_bar,
+    )
+    path = run / "report.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def training_curves(run: Path) -> list[tuple[str, list[Series], Markup]]:
+    """Return title, legend and chart of the loss and of the held-out recall, those that have two points or more."""
+    path = run / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def series(name: str, kind: str, field: str, style: str, factor: float = 1.0) -> Series:
+        rows = (entry for entry in entries if entry["kind"] == kind and field in entry)
+        return Series(name, [(row["step"], factor * row[field]) for row in rows], style)
+
+    wanted = (
+        (
+            "Loss",
+            "loss",
+            [series("training", "train", "loss", "line-1"), series("held out", "heldout", "loss", "line-2")],
+        ),
+        (
+            "Held-out R@1",
+            "R@1 (%)",
+            [series("text→image", "heldout", "t2i_r1", "line-1"), series("image→text", "heldout", "i2t_r1", "line-2")],
+        ),
+    )
+    curves = []
+    for title, label, lines in wanted:
+        drawn = [line for line in lines if len(line.points) > 1]
+        if drawn:
+            curves.append((title, drawn, line_chart(drawn, "step", label)))
+    return curves
+
+
+def _examples(run: Path, dataset: str) -> list[dict[str, Any]]:
+    path = examples_path(run, dataset)
+    examples: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.is_file() else []
+    return examples
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as dotted names and values in words."""
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            rows.append((prefix + name, ", ".join(map(str, value)) or "–"))
+        else:
+            rows.append((prefix + name, "–" if value is None else str(value)))
+    return rows

@@ -1,0 +1,106 @@
+"""What a task returns: numbers with chance and interval, and examples to look at."""
+
+import base64
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Mark = Literal["right", "wrong", ""]
+PICTURE_SIDE = 208
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number in per cent, beside what guessing would give and its 95 % interval over items."""
+
+    name: str
+    label: str
+    value: float
+    chance: float
+    interval: tuple[float, float]
+
+    @classmethod
+    def of_fractions(
+        cls, name: str, label: str, value: float, chance: float, interval: tuple[float, float]
+    ) -> "Metric":
+        """Return the metric of numbers between 0 and 1."""
+        low, high = interval
+        return cls(name, label, 100 * value, 100 * chance, (100 * low, 100 * high))
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line beside a picture: a text, a number if there is one, whether it is right, and a colour for a legend."""
+
+    text: str
+    value: str = ""
+    mark: Mark = ""
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of an example; `alt` says what it shows to who cannot see it."""
+
+    image: Image.Image
+    alt: str
+    caption: str = ""
+    mark: Mark = ""
+    notes: tuple[Note, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the picture as a small data URL with its texts."""
+        image = self.image.convert("RGB")
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+        encoded = io.BytesIO()
+        image.save(encoded, "WEBP", quality=82)
+        return {
+            "src": f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}",
+            "size": image.size,
+            "alt": self.alt,
+            "caption": self.caption,
+            "mark": self.mark,
+            "notes": [asdict(note) for note in self.notes],
+        }
+
+
+@dataclass(frozen=True)
+class Example:
+    """One case of a task: what was asked, whether the answer was right (None: neither), and pictures."""
+
+    title: str
+    right: bool | None
+    pictures: tuple[Picture, ...]
+    legend: tuple[Note, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the example as JSON-able data, pictures included."""
+        return {
+            "title": self.title,
+            "right": self.right,
+            "pictures": [picture.to_json() for picture in self.pictures],
+            "legend": [asdict(note) for note in self.legend],
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one protocol measured on one data set. `items` is what the intervals resample: images, or pairs."""
+
+    items: int
+    metrics: tuple[Metric, ...]
+    examples: tuple[Example, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def pick_examples(hits_N: NDArray[np.bool_], each: int) -> list[int]:
+    """Return up to `each` rows that were right, then as many that were wrong, spread evenly over the rows."""
+    chosen: list[int] = []
+    for rows in (np.flatnonzero(hits_N), np.flatnonzero(~hits_N)):
+        positions = np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)
+        chosen += rows[positions].tolist()
+    return chosen

@@ -1,0 +1,50 @@
+"""Scores as aligned columns of plain text."""
+
+from collections.abc import Iterable, Sequence
+
+from sail_align.evaluate.scores import Record
+
+HEADER = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
+TO_THE_RIGHT = {"n", "score", "chance", "95% interval"}
+
+
+def number(percent: float) -> str:
+    """Return a percentage with one digit; small ones keep two, so that chance does not read as none."""
+    return f"{percent:.2f}" if 0 < percent < 1 else f"{percent:.1f}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """Return an interval."""
+    low, high = bounds
+    return f"{low:.1f} – {high:.1f}"
+
+
+def score_table(records: Iterable[Record]) -> str:
+    """Return the table: one line a metric, the set's name on its first; the sentence of a set that failed instead."""
+    rows: list[tuple[str, ...]] = []
+    for record in records:
+        if "error" in record:
+            rows.append((record["dataset"], record["task"], "", f"ERROR: {record['error']}"))
+            continue
+        first = (record["dataset"], record["task"], str(record["items"]))
+        for metric in record["metrics"]:
+            score, chance = number(metric["value"]), number(metric["chance"])
+            rows.append((*first, metric["label"], score, chance, interval(metric["interval"])))
+            first = ("", "", "")
+    return _aligned(HEADER, rows)
+
+
+def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return rows under a header; a row shorter than the header is a sentence and does not widen its last column."""
+    full = [header, *(row for row in rows if len(row) == len(header))]
+    short = [row[:-1] for row in rows if len(row) < len(header)]
+    widths = [max(len(row[column]) for row in [*full, *short] if column < len(row)) for column in range(len(header))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = (
+            cell.rjust(width) if name in TO_THE_RIGHT else cell.ljust(width)
+            for cell, width, name in zip(row, widths, header, strict=False)
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])

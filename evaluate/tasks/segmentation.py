@@ -1,0 +1,141 @@
+"""Zero-shot segmentation, plain form: each patch is named by the class whose prompts are closest to it.
+
+The whole image with its short side at twice the encoder's own size (448 for an encoder of 224, the paper's), each patch
+through the image head, cosine with the class embeddings, bilinear to the mask's size, argmax; mIoU over the confusion
+matrix of all images. No sliding window and no background class: published ADE20K and VOC numbers use another protocol.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from sail_align.evaluate.dataset import EvaluationSet
+from sail_align.evaluate.metrics import bootstrap_interval, chance_mean_iou, confusion_matrix, iou_per_class, mean_iou
+from sail_align.evaluate.overlay import class_colours, overlay
+from sail_align.evaluate.results import Example, Metric, Note, Picture, Result
+from sail_align.extract.encoders.base import VisionEncoder
+from sail_align.extract.encoders.preprocessing import to_tensor
+from sail_align.extract.errors import UserError
+from sail_align.extract.progress import progress
+from sail_align.extract.sources.base import Sample
+
+PROTOCOL = "segmentation/patch-cosine@1"
+SCALE = 2
+"""Short side of the input, in sizes of the encoder's own input."""
+
+
+def evaluate(data: EvaluationSet) -> Result:
+    """Score mIoU and pixel accuracy."""
+    classes_CE = torch.from_numpy(data.class_embeddings())
+    counts = []
+    with progress(len(data.samples), f"{data.manifest.name} patches", quiet=data.quiet) as bar:
+        for sample in data.samples:
+            truth = _mask(data, sample)
+            counts.append(_counts(data, sample, truth, segment(data, sample, truth.shape, classes_CE)))
+            bar.update(1)
+    hits_NC, truth_NC, predicted_NC = np.stack(counts, axis=1)
+    examples = tuple(_example(data, sample, classes_CE) for sample in _spread(data.samples, hits_NC, truth_NC))
+    iou_C = iou_per_class(hits_NC.sum(0), truth_NC.sum(0), predicted_NC.sum(0))
+    names = data.source.classes
+    per_class = {names[label]: 100 * float(iou_C[label]) for label in np.flatnonzero(truth_NC.sum(0))}
+    return Result(len(data.samples), score(hits_NC, truth_NC, predicted_NC), examples, {"iou": per_class})
+
+
+def score(
+    hits_NC: NDArray[np.int64], truth_NC: NDArray[np.int64], predicted_NC: NDArray[np.int64]
+) -> tuple[Metric, ...]:
+    """Return the metrics of pixels right, true and predicted by image and class."""
+
+    def miou(drawn_N: NDArray[np.float64]) -> float:
+        return mean_iou(drawn_N @ hits_NC, drawn_N @ truth_NC, drawn_N @ predicted_NC)
+
+    def accuracy(drawn_N: NDArray[np.float64]) -> float:
+        return float((drawn_N @ hits_NC).sum() / (drawn_N @ truth_NC).sum())
+
+    images, classes = hits_NC.shape
+    each_once_N = np.ones(images)
+    return (
+        Metric.of_fractions(
+            "miou",
+            "mIoU",
+            miou(each_once_N),
+            chance_mean_iou(truth_NC.sum(axis=0)),
+            bootstrap_interval(miou, images),
+        ),
+        Metric.of_fractions(
+            "pixel_accuracy",
+            "pixel accuracy",
+            accuracy(each_once_N),
+            1 / classes,
+            bootstrap_interval(accuracy, images),
+        ),
+    )
+
+
+def segment(data: EvaluationSet, sample: Sample, shape: tuple[int, ...], classes_CE: torch.Tensor) -> NDArray[np.int64]:
+    """Return a class for each pixel, `shape` (H, W)."""
+    encoder = data.encoders.image
+    pixels_1CHW = encoder.normalize(_resized(data.source.image(sample.image), encoder))[None]
+    with torch.inference_mode():
+        patches_hwD = encoder.encode_dense(pixels_1CHW)[0]
+        height, width, dim = patches_hwD.shape
+        embedded_PE = data.run.model.encode_image(patches_hwD.reshape(-1, dim).to(data.encoders.device)).float().cpu()
+        scores_1Chw = (embedded_PE @ classes_CE.T).T.reshape(1, -1, height, width)
+        scores_1CHW = F.interpolate(scores_1Chw, size=shape, mode="bilinear", align_corners=False)
+    labels: NDArray[np.int64] = scores_1CHW[0].argmax(dim=0).numpy()
+    return labels
+
+
+def _resized(image: Image.Image, encoder: VisionEncoder) -> torch.Tensor:
+    """Return the whole image in [0, 1], (3, H, W), sides the nearest multiples of the stride."""
+    own_size = encoder.preprocess(image).shape[-1]
+    factor = SCALE * own_size / min(image.size)
+    width, height = (max(round(side * factor / encoder.stride), 1) * encoder.stride for side in image.size)
+    return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _mask(data: EvaluationSet, sample: Sample) -> NDArray[np.uint8]:
+    try:
+        return data.source.mask(sample.mask)
+    except (OSError, SyntaxError, ValueError) as problem:  # Pillow's ways to report broken bytes
+        raise UserError(f"Mask {sample.mask!r} of {data.manifest.name} cannot be read ({problem}).") from problem
+
+
+def _counts(
+    data: EvaluationSet, sample: Sample, truth: NDArray[np.uint8], predicted: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return pixels right, true and predicted by class, (3, C)."""
+    try:
+        confusion_CC = confusion_matrix(truth, predicted, len(data.source.classes))
+    except ValueError as problem:
+        raise UserError(f"Mask {sample.mask!r} of {data.manifest.name} holds a {problem}.") from problem
+    return np.stack([np.diagonal(confusion_CC), confusion_CC.sum(axis=1), confusion_CC.sum(axis=0)])
+
+
+def _spread(samples: list[Sample], hits_NC: NDArray[np.int64], truth_NC: NDArray[np.int64]) -> list[Sample]:
+    """Return up to five samples from the worst to the best by pixel accuracy."""
+    accuracy_N = hits_NC.sum(axis=1) / np.maximum(truth_NC.sum(axis=1), 1)
+    order = np.argsort(accuracy_N, kind="stable")
+    positions = np.linspace(len(order) - 1, 0, min(5, len(order))).astype(int)
+    return [samples[row] for row in order[positions]]
+
+
+def _example(data: EvaluationSet, sample: Sample, classes_CE: torch.Tensor) -> Example:
+    image, truth, names = data.source.image(sample.image), _mask(data, sample), data.source.classes
+    predicted = segment(data, sample, truth.shape, classes_CE)
+    hits_C, truth_C, predicted_C = _counts(data, sample, truth, predicted)
+    colours = class_colours(truth_C, predicted_C)
+    there = ", ".join(names[label] for label in np.flatnonzero(truth_C))
+    legend = tuple(Note(names[label], colour=f"rgb{colour}") for label, colour in colours.items())
+    pictures = (
+        Picture(image, alt=f"photo with {there}", caption="image"),
+        Picture(overlay(image, truth.astype(np.int64), colours), alt=f"true classes: {there}", caption="truth"),
+        Picture(
+            overlay(image, predicted, colours),
+            alt="predicted classes: " + ", ".join(names[label] for label in colours if predicted_C[label]),
+            caption="prediction",
+        ),
+    )
+    return Example(f"pixel accuracy {100 * hits_C.sum() / max(truth_C.sum(), 1):.1f}", None, pictures, legend)

@@ -1,0 +1,175 @@
+"""Each protocol on squares whose right answers are known, with the real store and engine."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.tasks.retrieval import score
+from sail_align.extract.errors import UserError
+
+
+def evaluate(data):
+    return PROTOCOLS[data.task.kind].evaluate(data)
+
+
+def values(result):
+    return {metric.name: metric.value / 100 for metric in result.metrics}
+
+
+def chances(result):
+    return {metric.name: metric.chance / 100 for metric in result.metrics}
+
+
+def test_classification_counts_the_class_with_the_closest_prompts(world):
+    squares = [("red", "red"), ("red", "pink"), ("green", "green"), ("yellow", "yellow")]  # pink is closest to red
+    result = evaluate(world.open(world.class_folders("colours", squares, {"kind": "classification"})))
+    assert values(result) == {"top1": 1.0, "top5": 1.0, "mean_per_class": 1.0}
+
+
+def test_classification_errors_and_chance(world):
+    squares = [("red", "blue"), ("red", "red"), ("green", "green"), ("blue", "blue")]  # a blue square called red
+    result = evaluate(world.open(world.class_folders("colours", squares, {"kind": "classification"})))
+    assert values(result) == {"top1": 0.75, "top5": 1.0, "mean_per_class": pytest.approx((0.5 + 1 + 1) / 3)}
+    assert chances(result) == pytest.approx({"top1": 1 / 3, "top5": 1.0, "mean_per_class": 1 / 3})
+    assert sorted(example.right for example in result.examples) == [False, True, True, True]
+
+
+def test_templates_are_averaged_per_class_as_unit_vectors(world):
+    task = {"kind": "classification", "templates": ["{}", "{} red"]}
+    data = world.open(world.class_folders("colours", [("green", "green"), ("blue", "blue")], task))
+    for row, (r, g, b) in zip(data.class_embeddings(), [(-1, -1, 1), (-1, 1, -1)], strict=True):  # blue before green
+        plain = np.array([r, g, b]) / np.sqrt(3)
+        with_red = np.array([r + 1, g - 1, b - 1]) / np.linalg.norm([r + 1, g - 1, b - 1])
+        mean = (plain + with_red) / 2
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-6)
+
+
+def test_retrieval_finds_any_of_an_images_captions(world):
+    rows = [("red", ["red", "cyan"]), ("green", ["green"]), ("blue", ["blue"])]  # cyan is closer to both others
+    result = evaluate(world.open(world.squares("caps", rows, {"kind": "retrieval"}, captions="caption")))
+    assert values(result)["i2t_r1"] == 1.0
+    assert values(result)["t2i_r1"] == 3 / 4
+    assert values(result)["t2i_r5"] == 1.0
+    assert chances(result)["t2i_r1"] == pytest.approx(1 / 3)
+    assert chances(result)["i2t_r1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+    assert result.details == {"captions": 4}
+
+
+def test_retrieval_uses_only_the_captions_that_the_task_names(world):
+    rows = [("red", ["red", "cyan"]), ("green", ["green"]), ("blue", ["blue"])]
+    manifest = world.squares("caps", rows, {"kind": "retrieval", "captions": ["c0"]}, captions="caption")
+    assert values(evaluate(world.open(manifest)))["t2i_r1"] == 1.0
+
+
+def test_recall_of_captions_and_its_interval_against_a_loop():
+    """Images are resampled with all their captions."""
+    generator = np.random.default_rng(3)
+    owner = generator.integers(0, 40, 150)
+    text_ranks, image_ranks = generator.integers(0, 20, 150), generator.integers(0, 20, 40)
+    metric = next(metric for metric in score(image_ranks, text_ranks, owner) if metric.name == "t2i_r5")
+    assert metric.value == pytest.approx(100 * sum(rank < 5 for rank in text_ranks) / 150)
+    draws = np.random.default_rng(0)
+    recalls = []
+    for _ in range(1000):
+        ranks = [rank for image in draws.integers(40, size=40) for rank in text_ranks[owner == image]]
+        recalls.append(sum(rank < 5 for rank in ranks) / len(ranks))
+    assert metric.interval == pytest.approx(tuple(100 * np.percentile(recalls, [2.5, 97.5])))
+
+
+def test_winoground_reads_rows_in_pairs(world):
+    rows = [
+        *[("red", "red"), ("green", "green")],  # both right
+        *[("red", "green"), ("green", "red")],  # both wrong
+        *[("red", "red"), ("red", "green")],  # equal images: ties, so neither
+        *[("red", "red"), ("pink", "cyan")],  # pink prefers red to cyan, cyan pink to red: only image right
+    ]
+    result = evaluate(world.open(world.squares("pairs", rows, {"kind": "winoground"})))
+    assert result.items == 4
+    assert values(result) == {"text": 0.25, "image": 0.5, "group": 0.25}
+
+
+def test_winoground_refuses_an_odd_number_of_rows(world):
+    manifest = world.squares("pairs", [("red", "red")] * 3, {"kind": "winoground"})
+    with pytest.raises(UserError, match="pairs has 3 images, 3 captions"):
+        evaluate(world.open(manifest))
+
+
+def test_segmentation_of_two_halves_is_exact_but_for_the_border_between_patches(world):
+    result = evaluate(world.open(world.halves("seg", [("red", "green"), ("blue", "yellow")], {"kind": "segmentation"})))
+    assert values(result)["pixel_accuracy"] == 1.0
+    assert values(result)["miou"] == 1.0
+    assert chances(result) == pytest.approx({"pixel_accuracy": 1 / 6, "miou": 0.25 / (6 * 0.25 + 0.75)})
+    assert set(result.details["iou"]) == {"red", "green", "blue", "yellow"}
+
+
+def test_segmentation_names_a_mask_that_cannot_be_read(world, tmp_path):
+    manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
+    (tmp_path / "seg" / "masks" / "000.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"Mask '000.png' of seg cannot be read"):
+        evaluate(world.open(manifest))
+
+
+def test_a_second_evaluation_loads_no_encoder(world, loaded):
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    first = evaluate(world.open(manifest))
+    assert loaded == ["text", "image"] or loaded == ["image", "text"]
+    loaded.clear()
+    assert evaluate(world.open(manifest)).metrics == first.metrics
+    assert loaded == []
+
+
+def test_encoding_that_was_stopped_is_finished(world, loaded):
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    data = world.open(manifest)
+    evaluate(data)
+    data.stores["set"].image().discard(0)
+    loaded.clear()
+    evaluate(world.open(manifest))
+    assert loaded == ["image"]
+
+
+def test_a_store_of_other_samples_is_refused(world, tmp_path):
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    evaluate(world.open(manifest))
+    Image.new("RGB", (4, 4)).save(tmp_path / "colours" / "green" / "new.png")
+    with pytest.raises(UserError, match="holds other samples than colours has now; remove that folder"):
+        evaluate(world.open(manifest))
+
+
+def test_a_store_of_another_encoder_is_refused(world, run, tmp_path):
+    """Folder names carry fingerprints; a store moved under another's name is still found out."""
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    data = world.open(manifest)
+    evaluate(data)
+    other = replace(run, image=replace(run.image, spec=replace(run.image.spec, weights="1")))
+    path = data.stores["set"].path
+    path.rename(path.with_name(f"colours-{other.image.spec.fingerprint[:8]}.zarr"))
+    with pytest.raises(UserError, match="weights is '0', but here it is '1'"):
+        evaluate(world.open(manifest, other))
+
+
+def test_an_unreadable_image_is_named_and_read_again_once_mended(world, tmp_path):
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    picture = tmp_path / "colours" / "red" / "0.png"
+    good = picture.read_bytes()
+    picture.write_bytes(good[:40])
+    with pytest.raises(UserError, match=r"1 of 2 rows of colours have no usable image; the first is 'red/0.png'"):
+        evaluate(world.open(manifest))
+    picture.write_bytes(good)
+    assert values(evaluate(world.open(manifest)))["top1"] == 1.0
+
+
+def test_a_diverged_head_is_refused(world, run):
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    run.model.encode_image = lambda features_BD: features_BD * float("nan")
+    with pytest.raises(UserError, match="its training has diverged"):
+        evaluate(world.open(manifest))
+
+
+def test_a_caption_that_the_set_lacks_is_named(world):
+    manifest = world.squares("caps", [("red", "red")], {"kind": "retrieval", "captions": ["long"]})
+    with pytest.raises(UserError, match=r"caps has no caption 'long' \(there: raw\)"):
+        evaluate(world.open(manifest))
