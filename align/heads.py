@@ -1,0 +1,106 @@
+"""Heads: what maps a frozen encoder's features into the shared space.
+
+Every head is LayerNorm → body (→ plus a linear path), and its output is not yet normalised.
+"""
+
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HeadKind = Literal["linear", "mlp", "glu"]
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+
+
+class Head(nn.Module):
+    """LayerNorm, dropout on the normalised features, then what a subclass does with them.
+
+    Features (…, input_dim) float32 become (…, output_dim). Weights start Xavier-uniform, biases at zero.
+    """
+
+    out: nn.Linear
+    """The layer that writes the output: every subclass has one."""
+
+    def __init__(self, input_dim: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(input_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.linear_path: nn.Linear | None = None
+
+    def body(self, normed_BD: Tensor) -> Tensor:
+        """Map normalised features (…, input_dim) to (…, output_dim)."""
+        raise NotImplementedError
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Map features (…, input_dim) float32 to (…, output_dim), not yet L2-normalised."""
+        normed_BD = self.dropout(self.norm(features_BD))
+        out_BE = self.body(normed_BD)
+        return out_BE if self.linear_path is None else out_BE + self.linear_path(normed_BD)
+
+    def add_linear_path(self) -> nn.Linear:
+        """Add a linear map beside the body, whose own output starts at zero; return the map.
+
+        What the linear path starts from (a closed-form map) is then what the whole head starts from.
+        """
+        self.linear_path = nn.Linear(self.norm.normalized_shape[0], self.out.out_features)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        return self.linear_path
+
+
+class LinearHead(Head):
+    """`W x`."""
+
+    def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0):
+        super().__init__(input_dim, dropout)
+        self.out = _linear(input_dim, output_dim)
+
+    def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
+        out_BE: Tensor = self.out(normed_BD)
+        return out_BE
+
+
+class MLPHead(Head):
+    """`W_out relu6(W_a x)`, with `expansion` × input_dim hidden units."""
+
+    def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4):
+        super().__init__(input_dim, dropout)
+        self.hidden = _linear(input_dim, expansion * input_dim)
+        self.out = _linear(expansion * input_dim, output_dim)
+
+    def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
+        out_BE: Tensor = self.out(F.relu6(self.hidden(normed_BD)))
+        return out_BE
+
+
+class GLUHead(Head):
+    """`W_out (relu6(W_a x) ⊙ W_b x)`, with `expansion` × input_dim hidden units: the paper's head.
+
+    The authors' program also clamps both branches to ±1000. LayerNorm bounds the input and relu6 one branch, so in
+    float32 the clamp changes nothing within reach, and it is left out, as in the paper's formula.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4):
+        super().__init__(input_dim, dropout)
+        self.gate = _linear(input_dim, expansion * input_dim)
+        self.value = _linear(input_dim, expansion * input_dim)
+        self.out = _linear(expansion * input_dim, output_dim)
+
+    def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
+        out_BE: Tensor = self.out(F.relu6(self.gate(normed_BD)) * self.value(normed_BD))
+        return out_BE
+
+
+def make_head(kind: HeadKind, input_dim: int, output_dim: int, *, expansion: int = 4, dropout: float = 0.0) -> Head:
+    """Return a head by its kind; `expansion` is for those with hidden units."""
+    if kind == "linear":
+        return LinearHead(input_dim, output_dim, dropout)
+    hidden_heads: dict[str, type[MLPHead | GLUHead]] = {"mlp": MLPHead, "glu": GLUHead}
+    return hidden_heads[kind](input_dim, output_dim, dropout, expansion)
+
+
+def _linear(input_dim: int, output_dim: int) -> nn.Linear:
+    layer = nn.Linear(input_dim, output_dim)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,85 @@
+"""The heads are the paper's, in size, in cost and in what they compute."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sail_align.align.closed_form import LinearMap, start_from
+from sail_align.align.heads import HEAD_KINDS, make_head
+
+IMAGE_DIM, TEXT_DIM, DIM = 2048, 1024, 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "millions", "megaflops"), [("linear", 3.15, 6.3), ("mlp", 33.57, 67.1), ("glu", 54.6, 109.1)]
+)
+def test_sizes_and_costs_are_those_of_table_1(kind, millions, megaflops):
+    with torch.device("meta"):
+        heads = [make_head(kind, dim, DIM) for dim in (IMAGE_DIM, TEXT_DIM)]
+        norms = sum(p.numel() for head in heads for p in head.norm.parameters())
+        parameters = sum(p.numel() for head in heads for p in head.parameters()) - norms
+        with FlopCounterMode(display=False) as flops:
+            for head, dim in zip(heads, (IMAGE_DIM, TEXT_DIM), strict=True):
+                head(torch.zeros(1, dim))
+    assert norms == 6144
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
+    assert flops.get_total_flops() / 1e6 == pytest.approx(megaflops, abs=0.06)
+
+
+def test_a_glu_head_is_its_formula():
+    torch.manual_seed(0)
+    head = make_head("glu", 6, 3, expansion=2)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    w = {name: p.detach().double().numpy() for name, p in head.named_parameters()}
+    x = np.random.default_rng(0).normal(size=(5, 6)) * 3
+    normed = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    normed = normed * w["norm.weight"] + w["norm.bias"]
+    gate = np.clip(normed @ w["gate.weight"].T + w["gate.bias"], 0, 6)
+    value = normed @ w["value.weight"].T + w["value.bias"]
+    expected = (gate * value) @ w["out.weight"].T + w["out.bias"]
+    np.testing.assert_allclose(head(torch.tensor(x).float()).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_weights_start_xavier_uniform_and_biases_at_zero(kind):
+    torch.manual_seed(0)
+    for name, parameter in make_head(kind, 64, 32).named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif not name.startswith("norm"):
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.95 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_a_head_started_from_a_linear_map_computes_it_and_can_learn(kind):
+    torch.manual_seed(0)
+    head = make_head(kind, 8, 4)
+    given_map = LinearMap(torch.randn(4, 8).double(), torch.randn(4).double())
+    start_from(head, given_map)
+    x = torch.randn(10, 8)
+    normed = torch.nn.functional.layer_norm(x, (8,)).double()
+    torch.testing.assert_close(head(x).double(), normed @ given_map.weight.T + given_map.bias, rtol=1e-5, atol=1e-5)
+    head(x).square().sum().backward()
+    assert head.out.weight.grad.any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(HEAD_KINDS), st.floats(0.1, 100), st.floats(-10, 10))
+def test_layer_norm_makes_a_head_blind_to_a_features_scale_and_offset(kind, scale, offset):
+    torch.manual_seed(0)
+    head, x = make_head(kind, 8, 4), 10 * torch.randn(3, 8)
+    torch.testing.assert_close(head(scale * x + offset), head(x), rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    head, x = make_head("glu", 8, 4, dropout=0.5), torch.randn(3, 8)
+    assert not torch.equal(head(x), head(x))
+    head.eval()
+    assert torch.equal(head(x), head(x))

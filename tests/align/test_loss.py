@@ -1,0 +1,91 @@
+"""The losses are their formulas, in float32 and at the ends of its range."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lion_pytorch import Lion
+
+from sail_align.align.loss import infonce_loss, sigmoid_loss
+
+LOSSES = pytest.mark.parametrize("loss", [sigmoid_loss, infonce_loss])
+
+
+def batch(captions=2, size=7, dim=5, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    image_BE = F.normalize(torch.randn(size, dim, generator=made), dim=-1)
+    text_CBE = F.normalize(torch.randn(captions, size, dim, generator=made), dim=-1)
+    return image_BE, text_CBE, torch.tensor(math.log(20.0)), torch.tensor(-10.0)
+
+
+def by_double_loop(image_BE, text_CBE, log_scale, bias):
+    x, y, t, b = image_BE.double().numpy(), text_CBE.double().numpy(), math.exp(log_scale), float(bias)
+    total = 0.0
+    for caption in y:
+        for i in range(len(x)):
+            for j in range(len(x)):
+                z = 1 if i == j else -1
+                total += np.log1p(np.exp(-z * (t * (x[i] @ caption[j]) + b)))
+    return total / len(x) ** 2
+
+
+@pytest.mark.parametrize("captions", [1, 2, 5])
+def test_sigmoid_loss_is_the_double_loop(captions):
+    inputs = batch(captions)
+    assert sigmoid_loss(*inputs).item() == pytest.approx(by_double_loop(*inputs), rel=1e-5)
+    assert sigmoid_loss(*inputs, divisor="batch").item() == pytest.approx(7 * by_double_loop(*inputs), rel=1e-5)
+
+
+def test_infonce_is_the_mean_of_both_cross_entropies_summed_over_captions():
+    image_BE, text_CBE, log_scale, bias = batch(3)
+    expected = 0.0
+    for text_BE in text_CBE:
+        p = np.exp(20 * (image_BE.double() @ text_BE.double().T).numpy())
+        expected -= (np.log(np.diag(p) / p.sum(0)).mean() + np.log(np.diag(p) / p.sum(1)).mean()) / 2
+    assert infonce_loss(image_BE, text_CBE, log_scale, bias).item() == pytest.approx(expected, rel=1e-5)
+
+
+@LOSSES
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(range(7)), captions=st.integers(1, 3))
+def test_permuting_the_batch_leaves_the_loss(loss, order, captions):
+    image_BE, text_CBE, log_scale, bias = batch(captions)
+    permuted = loss(image_BE[order], text_CBE[:, order], log_scale, bias)
+    torch.testing.assert_close(permuted, loss(image_BE, text_CBE, log_scale, bias), rtol=1e-5, atol=0)
+
+
+@LOSSES
+def test_the_same_captions_twice_give_exactly_twice_the_loss(loss):
+    image_BE, text_CBE, log_scale, bias = batch(1)
+    once = loss(image_BE, text_CBE, log_scale, bias)
+    assert loss(image_BE, text_CBE.repeat(2, 1, 1), log_scale, bias) == 2 * once
+
+
+@pytest.mark.parametrize("bias", [-200.0, 200.0])
+def test_sigmoid_loss_and_gradients_are_finite_at_extreme_logits(bias):
+    image_BE, text_CBE, log_scale, _ = batch(1)
+    image_BE.requires_grad_()
+    loss = sigmoid_loss(image_BE, text_CBE, log_scale, torch.tensor(bias))
+    loss.backward()
+    assert loss.item() == pytest.approx(by_double_loop(image_BE.detach(), text_CBE, log_scale, bias), rel=1e-5)
+    assert image_BE.grad.isfinite().all()
+
+
+def test_both_divisors_train_alike_under_lion():
+    weights = []
+    for divisor in ("pairs", "batch"):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 5)
+        optimizer = Lion(layer.parameters(), lr=1e-3)
+        for step in range(20):
+            # A batch of a power of two: the divisors then differ by an exact factor in float32.
+            image_BE, text_CBE, log_scale, bias = batch(size=8, seed=step)
+            optimizer.zero_grad()
+            sigmoid_loss(F.normalize(layer(image_BE), dim=-1), text_CBE, log_scale, bias, divisor).backward()
+            optimizer.step()
+        weights.append(layer.weight.detach().clone())
+    assert torch.equal(*weights)
