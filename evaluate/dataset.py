@@ -13,6 +13,7 @@ from torch import Tensor
 from sail_align.align.checkpoint import Run
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder, require_same
 from sail_align.extract.encoders.load import load_recorded
+from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
@@ -27,21 +28,25 @@ HEAD_BATCH = 4096
 
 
 class Encoders:
-    """A run's own encoders, loaded when first used: a set that is encoded already needs neither."""
+    """A run's own encoders, loaded when first used: a set that is encoded already needs neither.
+
+    The run's heads go to the same device; `auto` is a GPU if there is one.
+    """
 
     def __init__(self, run: Run, device: str = "cpu"):
         self.run = run
-        self.device = device
+        self.device = Runtime.of(device, "float32").device
+        run.model.to(self.device)
 
     @cached_property
     def image(self) -> VisionEncoder:
         """The image encoder that the run records; another one is refused."""
-        return cast(VisionEncoder, load_recorded(self.run.image, device=self.device))
+        return cast(VisionEncoder, load_recorded(self.run.image, device=str(self.device)))
 
     @cached_property
     def text(self) -> TextEncoder:
         """The text encoder that the run records; another one is refused."""
-        return cast(TextEncoder, load_recorded(self.run.text, device=self.device))
+        return cast(TextEncoder, load_recorded(self.run.text, device=str(self.device)))
 
 
 class EvaluationSet:

@@ -56,9 +56,9 @@ def training_curves(run: Path) -> list[tuple[str, list[Series], Markup]]:
     path = run / "metrics.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def series(name: str, kind: str, field: str, style: str, factor: float = 1.0) -> Series:
+    def series(name: str, kind: str, field: str, style: str) -> Series:
         rows = (entry for entry in entries if entry["kind"] == kind and field in entry)
-        return Series(name, [(row["step"], factor * row[field]) for row in rows], style)
+        return Series(name, [(row["step"], row[field]) for row in rows], style)
 
     wanted = (
         (

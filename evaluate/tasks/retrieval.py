@@ -71,4 +71,4 @@ def _example(data: EvaluationSet, query: str, scores_N: Embeddings, owner: int) 
         )
         for row in best
     )
-    return Example(query, best[0] == owner, pictures)
+    return Example(query, best[0] == int(owner), pictures)

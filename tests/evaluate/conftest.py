@@ -61,7 +61,7 @@ class ColourText:
         return torch.stack([torch.tensor(rgb).float().mean(dim=0) / 127.5 - 1 for rgb in named])
 
 
-class PlainHeads:
+class PlainHeads(torch.nn.Module):
     """Heads that only normalise."""
 
     def encode_image(self, features_BD):

@@ -173,3 +173,12 @@ def test_a_caption_that_the_set_lacks_is_named(world):
     manifest = world.squares("caps", [("red", "red")], {"kind": "retrieval", "captions": ["long"]})
     with pytest.raises(UserError, match=r"caps has no caption 'long' \(there: raw\)"):
         evaluate(world.open(manifest))
+
+
+def test_an_image_without_a_caption_is_found_but_does_not_ask():
+    """Ranks as `align.metrics.ranks` gives them: the image that owns no text ranks last."""
+    metrics = {metric.name: metric for metric in score(np.array([0, 0, 2]), np.array([0, 1]), np.array([0, 1]))}
+    assert metrics["i2t_r1"].value == 100.0
+    assert metrics["t2i_r1"].value == 50.0
+    assert metrics["t2i_r1"].chance == pytest.approx(100 / 3)
+    assert metrics["i2t_r1"].chance == pytest.approx(100 / 2)

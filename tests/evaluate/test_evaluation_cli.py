@@ -1,0 +1,156 @@
+"""sail-eval as typed: what it prints, what it writes, and how it ends."""
+
+import json
+import subprocess
+import sys
+import time
+from typing import get_args
+
+import pytest
+import yaml
+
+from sail_align.evaluate import cli
+from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.extract.manifest import TaskKind
+
+
+@pytest.fixture
+def sail_eval(world, run, monkeypatch, capsys, tmp_path):
+    """Call the command in an empty folder with `run` as the run of any path; return exit code, stdout, stderr."""
+    monkeypatch.setattr("sail_align.align.checkpoint.load_run", lambda path: run)
+    monkeypatch.setattr("sail_align.align.checkpoint.newest_run", lambda: run.path)
+    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", dict)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sail-eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def squares(world):
+    return world.class_folders("squares", [("red", "red"), ("green", "green")], {"kind": "classification"})
+
+
+def test_there_is_one_command_for_each_task_kind():
+    assert set(cli.TASKS) == set(PROTOCOLS) == set(get_args(TaskKind))
+
+
+def test_help_answers_within_a_second_without_torch():
+    started = time.monotonic()
+    code = "import sys; sys.argv = ['sail-eval', '--help']\nfrom sail_align.evaluate.cli import main\n"
+    check = "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    shown = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True)
+    assert "winoground" in shown.stdout
+    assert time.monotonic() - started < 5  # under a second on an idle machine
+
+
+def test_all_scores_the_newest_run_and_says_which(sail_eval, squares, run):
+    code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
+    assert code == 0
+    assert f"scoring {run.path} (the newest run)" in out
+    lines = out.splitlines()
+    assert lines[1].split() == ["data", "set", "task", "n", "metric", "score", "chance", "95%", "interval"]
+    assert lines[3].split() == ["squares", "classification", "2", "top-1", "100.0", "50.0", "100.0", "–", "100.0"]
+    assert (run.path / "report.html").is_file()
+
+
+def test_scores_say_where_they_come_from(sail_eval, squares, run):
+    sail_eval("classification", squares, "--run", run.path, "--quiet")
+    scores = json.loads((run.path / "scores.json").read_bytes())
+    record = scores["records"][0]
+    assert scores["run"] == {"name": "colours-linear", "digest": run.digest}
+    assert scores["encoders"]["image"]["fingerprint"] == run.image.spec.fingerprint
+    assert record["protocol"] == "classification/prompt-ensemble@1"
+    assert set(record["stores"]) == {"set", "prompts"}
+    assert all(len(store["digest"]) == 64 for store in record["stores"].values())
+    assert record["metrics"][0] == {
+        "name": "top1",
+        "label": "top-1",
+        "value": 100.0,
+        "chance": 50.0,
+        "interval": [100.0, 100.0],
+    }
+
+
+def test_scoring_one_set_again_keeps_the_others(sail_eval, squares, world, run):
+    pairs = world.squares("pairs", [("red", "red"), ("green", "green")], {"kind": "winoground"})
+    sail_eval("all", "--manifest", squares, "--manifest", pairs, "--quiet")
+    sail_eval("winoground", pairs, "--quiet")
+    records = json.loads((run.path / "scores.json").read_bytes())["records"]
+    assert [record["dataset"] for record in records] == ["squares", "pairs"]
+
+
+def test_scores_of_an_earlier_checkpoint_are_dropped(sail_eval, squares, run):
+    path = run.path / "scores.json"
+    sail_eval("classification", squares, "--quiet")
+    older = json.loads(path.read_bytes())
+    older["run"]["digest"] = "e" * 64
+    older["records"][0]["dataset"] = "another"
+    path.write_text(json.dumps(older))
+    sail_eval("classification", squares, "--quiet")
+    assert [record["dataset"] for record in json.loads(path.read_bytes())["records"]] == ["squares"]
+
+
+def test_a_corrupt_set_is_an_error_of_its_own(sail_eval, squares, world, run, tmp_path):
+    broken = world.class_folders("broken", [("red", "red"), ("blue", "blue")], {"kind": "classification"})
+    (tmp_path / "broken" / "red" / "0.png").write_bytes(b"no picture")
+    code, out, _ = sail_eval("all", "--manifest", broken, "--manifest", squares, "--quiet")
+    assert code == 1
+    row = next(line for line in out.splitlines() if line.startswith("broken"))
+    assert "ERROR: 1 of 2 rows of broken have no usable image; the first is 'red/0.png' (undecodable)" in row
+    assert any(line.split()[:4] == ["squares", "classification", "2", "top-1"] for line in out.splitlines())
+    assert "not scored" in (run.path / "report.html").read_text()
+
+
+def test_report_is_written_again_from_the_runs_folder(sail_eval, squares, run):
+    sail_eval("all", "--manifest", squares, "--quiet")
+    first = (run.path / "report.html").read_bytes()
+    (run.path / "report.html").unlink()
+    code, out, _ = sail_eval("report", run.path)
+    assert code == 0
+    assert "top-1" in out
+    assert (run.path / "report.html").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["retrieval", "SQUARES"], "Manifest 'squares' is for classification; use `sail-eval classification`."),
+        (["retrieval", "no-such"], "No manifest 'no-such'"),
+        (["all"], "No evaluation set's data are here; name one of your own with --manifest."),
+        (["classification", "SQUARES", "--data-root", "nowhere"], "The data of 'squares' are not under nowhere: "),
+        (["report", "RUN"], "has no scores.json; run `sail-eval all --run"),
+        (["all", "--manifest", "SQUARES", "--device", "cuda:9"], "Device 'cuda:9' is not available here"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(sail_eval, squares, run, arguments, sentence):
+    named = {"SQUARES": squares, "RUN": run.path}
+    code, _, err = sail_eval(*(named.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_a_training_manifest_is_no_evaluation_set(sail_eval, squares):
+    content = yaml.safe_load(squares.read_text())
+    del content["task"]
+    squares.write_text(yaml.safe_dump({**content, "purpose": "train"}))
+    code, _, err = sail_eval("all", "--manifest", squares)
+    assert code == 2
+    assert "is for training; give one with purpose 'evaluate'" in err
+
+
+def test_a_packaged_set_without_data_is_named_with_how_to_get_it(sail_eval, squares, monkeypatch, tmp_path):
+    far = tmp_path / "far.yaml"
+    far.write_text(squares.read_text().replace("name: squares", "name: far").replace("source:", "source:\n  root: far"))
+    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", lambda: {"far": far})
+    code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
+    assert code == 0
+    assert "not here: far. Draw them." in out
