@@ -13,7 +13,6 @@ from typing import Literal
 from sail_align.extract.errors import UserError
 
 Pooling = Literal["cls", "mean", "cls+mean", "last"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,14 +22,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ImagePreprocessing:
     """Resize the short side to `resize`, cut `crop` × `crop` out of the middle, normalise RGB in [0, 1].
 
-    Without `resize` the picture is squashed to `crop` × `crop`, whatever its aspect.
+    Without `resize` the picture is squashed to `crop` × `crop`, whatever its aspect. Pillow resizes.
     """
 
     crop: int
     resize: int | None
-    interpolation: Interpolation = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,10 @@ class TransformersVision:
 
 @dataclass(frozen=True)
 class TimmVision:
-    """A timm model with the weights and the preprocessing that timm names for it."""
+    """A timm model with the preprocessing, and unless `origin` says otherwise the weights, that timm names for it."""
 
     model: str
+    origin: Hub | None = None
     pooling: Pooling | None = None
 
 
@@ -202,7 +202,7 @@ def _hugging_face(name: str) -> Hub | Folder:
     repository, _, revision = reference.partition("@")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise UserError(
-            f"Encoder {name!r} names neither a folder that exists nor a repository; write hf:<owner>/<name>[@<revision>]."
+            f"Encoder {name!r} is neither a folder that exists nor a repository; write hf:<owner>/<name>[@<revision>]."
         )
     return Hub(repository, revision or None)
 

@@ -34,7 +34,15 @@ class Checkpoint:
     @property
     def config(self) -> dict[str, Any]:
         """The folder's `config.json`."""
-        return read_json(self.path / "config.json")
+        return self.read_json("config.json")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object that the folder must hold.
+
+        Raises:
+            UserError: The file is missing or holds no JSON object.
+        """
+        return _read_json(self.path / name)
 
 
 def fetch(origin: Package | Hub | Folder, *, with_code: bool = False) -> Checkpoint:
@@ -47,17 +55,12 @@ def fetch(origin: Package | Hub | Folder, *, with_code: bool = False) -> Checkpo
         return _from_package(origin)
     if isinstance(origin, Hub):
         return _from_hub(origin, with_code)
-    config = json.dumps(read_json(origin.path / "config.json"), sort_keys=True)
+    config = json.dumps(_read_json(origin.path / "config.json"), sort_keys=True)
     source = {"loader": "folder", "config": hashlib.sha256(config.encode()).hexdigest()}
     return Checkpoint(origin.path, source, _weights_digest(origin.path), str(origin.path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that an encoder's folder must hold.
-
-    Raises:
-        UserError: The file is missing or holds no JSON object.
-    """
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:

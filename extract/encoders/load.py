@@ -1,14 +1,35 @@
 """Load a frozen encoder by its name, or again as a store or a run recorded it."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder, require_same
-from sail_align.extract.encoders.catalogue import find_text, find_vision
-from sail_align.extract.encoders.checkpoint import fetch
+from sail_align.extract.encoders.catalogue import (
+    Folder,
+    Hub,
+    Package,
+    PackagedEfficientNet,
+    TextEntry,
+    TimmVision,
+    TransformersVision,
+    VisionEntry,
+    find_text,
+    find_vision,
+)
+from sail_align.extract.encoders.checkpoint import Checkpoint, fetch
+from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
+from sail_align.extract.encoders.pretrained import load_pretrained
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.timm_vision import packaged_efficientnet
-from sail_align.extract.encoders.transformers_text import FrozenTextEncoder
-from sail_align.extract.encoders.vision import FrozenVisionEncoder
+from sail_align.extract.encoders.timm_vision import (
+    packaged_efficientnet,
+    timm_backbone,
+    timm_origin,
+    timm_preprocessing,
+)
+from sail_align.extract.encoders.transformers_text import FrozenTextEncoder, TextSettings
+from sail_align.extract.encoders.transformers_vision import TransformersBackbone, published_preprocessing
+from sail_align.extract.encoders.vision import Backbone, FrozenVisionEncoder
 
 
 def load_image_encoder(
@@ -19,12 +40,20 @@ def load_image_encoder(
     precision: str = "float32",
     trust_remote_code: bool = False,
 ) -> VisionEncoder:
-    """Load an image encoder."""
-    entry = find_vision(name)
-    runtime = Runtime.of(device, precision)
-    checkpoint = fetch(entry.origin)
-    backbone = packaged_efficientnet(checkpoint.path, entry.model)
-    return FrozenVisionEncoder(name, checkpoint, backbone, entry.preprocessing, pooling or entry.pooling, runtime)
+    """Load an image encoder.
+
+    Args:
+        name: One of `catalogue.VISION`, `hf:<repository or folder>[@<revision>]` or `timm:<model>`.
+        pooling: `cls`, `mean` or `cls+mean`. Default: the catalogue's; a network without class token has only `mean`.
+        device: Where it runs; `auto` takes a GPU if there is one.
+        precision: `float32`, `bfloat16` or `float16`, of weights and activations.
+        trust_remote_code: Run the code in an `hf:` repository, whose revision must then be a full commit hash.
+
+    Raises:
+        UserError: One of these values is wrong, or the weights cannot be had.
+    """
+    require_known_image_pooling(pooling, name)
+    return _image_encoder(name, find_vision(name), pooling, Runtime.of(device, precision), trust_remote_code)
 
 
 def load_text_encoder(
@@ -35,17 +64,75 @@ def load_text_encoder(
     precision: str = "float32",
     trust_remote_code: bool = False,
 ) -> TextEncoder:
-    """Load a text encoder."""
-    entry = find_text(name)
-    runtime = Runtime.of(device, precision)
-    checkpoint = fetch(entry.origin)
-    return FrozenTextEncoder(name, checkpoint, replace(entry, pooling=pooling or entry.pooling), runtime)
+    """Load a text encoder: one of `catalogue.TEXT` or `hf:<repository or folder>[@<revision>]`.
+
+    `pooling` is `cls`, `mean` or `last`, by default the catalogue's. The rest, and what is raised, is that of
+    `load_image_encoder`.
+    """
+    return _text_encoder(name, find_text(name), pooling, Runtime.of(device, precision), trust_remote_code)
 
 
-def load_recorded(identity: Identity, device: str = "cpu") -> VisionEncoder | TextEncoder:
-    """Load the encoder that a store or a run recorded."""
+def load_recorded(
+    identity: Identity, device: str = "cpu", *, trust_remote_code: bool = False
+) -> VisionEncoder | TextEncoder:
+    """Load the encoder that a store or a run recorded: the same revision, pooling and precision.
+
+    Raises:
+        EncoderChangedError: What is found under its name is another encoder, or gives another golden vector.
+        UserError: It cannot be had.
+    """
     spec = identity.spec
-    load = load_image_encoder if spec.modality == "image" else load_text_encoder
-    encoder = load(spec.id, pooling=spec.pooling, device=device, precision=spec.precision)
-    require_same(encoder.identity, identity, "the record")
+    name = f"hf:{identity.location}" if identity.location else spec.id
+    runtime = Runtime.of(device, spec.precision)
+    same: dict[str, Any] = {}
+    if spec.source["loader"] == "hub":
+        same["origin"] = Hub(spec.source["repository"], spec.source["revision"])
+    encoder: VisionEncoder | TextEncoder
+    if spec.modality == "image":
+        encoder = _image_encoder(name, replace(find_vision(name), **same), spec.pooling, runtime, trust_remote_code)
+    else:
+        encoder = _text_encoder(name, replace(find_text(name), **same), spec.pooling, runtime, trust_remote_code)
+    require_same(encoder.identity, identity, where="the record")
     return encoder
+
+
+def _image_encoder(
+    name: str, entry: VisionEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool
+) -> FrozenVisionEncoder:
+    backbone: Backbone
+    match entry:
+        case TransformersVision():
+            checkpoint = fetch(entry.origin, with_code=trust_remote_code)
+            how = entry.preprocessing or published_preprocessing(checkpoint.read_json("preprocessor_config.json"))
+            model = load_pretrained(checkpoint, allow_code=_allow_code(entry.origin, trust_remote_code))
+            backbone = TransformersBackbone(model, how.crop)
+        case TimmVision():
+            how = timm_preprocessing(entry.model)
+            checkpoint = fetch(entry.origin or timm_origin(entry.model))
+            backbone = timm_backbone(checkpoint, entry.model)
+        case PackagedEfficientNet():
+            how = entry.preprocessing
+            checkpoint = fetch(entry.origin)
+            backbone = packaged_efficientnet(checkpoint.path, entry.model)
+    return FrozenVisionEncoder(_id(name, checkpoint), checkpoint, backbone, how, pooling or entry.pooling, runtime)
+
+
+def _text_encoder(
+    name: str, entry: TextEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool
+) -> FrozenTextEncoder:
+    settings = TextSettings(require_text_pooling(pooling or entry.pooling, name), entry.prefix, entry.token_limit)
+    checkpoint = fetch(entry.origin, with_code=trust_remote_code)
+    model = load_pretrained(checkpoint, allow_code=_allow_code(entry.origin, trust_remote_code))
+    return FrozenTextEncoder(_id(name, checkpoint), checkpoint, model, settings, runtime)
+
+
+def _allow_code(origin: Package | Hub | Folder, trusted: bool) -> bool:
+    """Remote code is run only where the user trusts it, and only at a commit: a branch can change under that trust."""
+    return trusted and isinstance(origin, Hub) and re.fullmatch(r"[0-9a-f]{40}", origin.revision or "") is not None
+
+
+def _id(name: str, checkpoint: Checkpoint) -> str:
+    """Return the name without its revision; of a local folder, whose name says nothing, the kind and the weights."""
+    if checkpoint.location:
+        return f"folder:{checkpoint.config.get('model_type', 'model')}-{checkpoint.digest[:8]}"
+    return name.partition("@")[0]

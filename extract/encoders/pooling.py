@@ -6,8 +6,18 @@ from torch import Tensor
 from sail_align.extract.errors import UserError
 
 
+def require_known_image_pooling(pooling: str | None, encoder: str) -> None:
+    """Refuse a pooling that no image encoder has, before anything is downloaded. None stands for the encoder's own.
+
+    Raises:
+        UserError: It is unknown.
+    """
+    if pooling is not None:
+        _require(pooling, ("cls", "mean", "cls+mean"), encoder)
+
+
 def require_image_pooling(pooling: str | None, has_cls: bool, encoder: str) -> str:
-    """Return the pooling of an image encoder; `mean` is the only one, and the default, of a network without class token.
+    """Return the pooling of an image encoder; a network without class token has only `mean`, and needs no choice.
 
     Raises:
         UserError: It is missing where there is a choice, or this network does not have it.

@@ -31,7 +31,7 @@ def _resize_and_crop(image: Image.Image, how: ImagePreprocessing) -> Image.Image
     if how.resize is None:
         return image.resize((how.crop, how.crop), filter_)
     width, height = image.size
-    # The short side is exact and the long one rounded down, as torchvision's Resize has it.
+    # The long side and an odd margin are rounded down, as in the processors that transformers models come with.
     size = tuple(how.resize * side // min(width, height) for side in (width, height))
-    left, top = round((size[0] - how.crop) / 2), round((size[1] - how.crop) / 2)
+    left, top = (size[0] - how.crop) // 2, (size[1] - how.crop) // 2
     return image.resize((size[0], size[1]), filter_).crop((left, top, left + how.crop, top + how.crop))

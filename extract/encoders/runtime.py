@@ -19,17 +19,19 @@ class Runtime:
 
     @classmethod
     def of(cls, device: str, precision: str) -> "Runtime":
-        """Check a user's choice.
+        """Check a user's choice; the device `auto` is a GPU if there is one.
 
         Raises:
             UserError: There is no such precision, or no such device here.
         """
         if precision not in PRECISIONS:
             raise UserError(f"Unknown precision {precision!r}; use one of: {', '.join(PRECISIONS)}.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as problem:
-            raise UserError(f"Device {device!r} is not available here; use 'cpu' or one that torch finds.") from problem
+            raise UserError(f"Device {device!r} is not available here; use auto or cpu.") from problem
         return cls(torch.device(device), precision)
 
     @property

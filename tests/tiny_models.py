@@ -1,0 +1,79 @@
+"""Transformers models of random weights and a few kilobytes, saved as the real ones are."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "query",
+    ":",
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "runs",
+    "sleeps",
+    "on",
+    "under",
+    "red",
+    "green",
+    "bench",
+    "grass",
+    "and",
+    "with",
+]
+
+
+def save_tokenizer(folder: Path, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+        padding_side=padding_side,
+    )
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def save_randomised(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Give every parameter a size that matters (the usual start is near zero, where mistakes hide), and save."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(noise + 1 if name.endswith("norm.weight") or "lambda" in name else noise)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_image_processor(folder: Path, **changes: object) -> None:
+    config = {
+        "do_resize": True,
+        "size": {"shortest_edge": 64},
+        "do_center_crop": True,
+        "crop_size": {"height": 56, "width": 56},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        **changes,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
