@@ -47,24 +47,19 @@ def timm_origin(name: str) -> Hub:
     Raises:
         UserError: timm has no such model, or no weights of it on the hub.
     """
-    try:
-        published: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as problem:
-        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
-        guess = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_pretrained()."
-        raise UserError(f"timm has no model {name!r}{guess}") from problem
-    if not published.hf_hub_id:
+    repository = _published(name).hf_hub_id
+    if not repository:
         raise UserError(f"timm has no weights for {name!r} on the hub; choose one of timm.list_pretrained().")
-    return Hub(published.hf_hub_id)
+    return Hub(repository)
 
 
 def timm_preprocessing(name: str) -> ImagePreprocessing:
     """Return the preprocessing with which timm evaluates a model.
 
     Raises:
-        UserError: It is neither a centre crop nor a squashed picture, or no square.
+        UserError: timm has no such model, or its input is neither a centre crop nor a squashed picture, or no square.
     """
-    published: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    published = _published(name)
     _, height, width = published.input_size
     if height != width or published.crop_mode not in {"center", "squash"}:
         raise UserError(
@@ -73,6 +68,16 @@ def timm_preprocessing(name: str) -> ImagePreprocessing:
         )
     resize = None if published.crop_mode == "squash" else int(height / published.crop_pct)
     return ImagePreprocessing(height, resize, published.interpolation, published.mean, published.std)
+
+
+def _published(name: str) -> Any:
+    """Return what timm says of a model's weights: where they are, and what they take."""
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as problem:
+        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+        guess = f"did you mean {' or '.join(near)}?" if near else "choose one of timm.list_pretrained()."
+        raise UserError(f"timm has no model {name!r}; {guess}") from problem
 
 
 def timm_backbone(checkpoint: Checkpoint, name: str) -> TimmBackbone:

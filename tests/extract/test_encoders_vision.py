@@ -206,7 +206,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     model.config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
     save_image_processor(tmp_path)
-    with pytest.raises(UserError, match="2 tensors are missing or of another shape.*layer.1.mlp.fc1"):
+    with pytest.raises(UserError, match=r"2 tensors are missing or of another shape.*layer.1.mlp.fc1"):
         load_image_encoder(f"hf:{tmp_path}", pooling="cls")
 
 
