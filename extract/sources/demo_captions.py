@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from random import Random
 
-from sail_align.extract.sources.demo_objects import Object
 from sail_align.extract.sources.demo_scenes import Group, Scene
 
 RELATIONS = {
@@ -19,10 +18,23 @@ CLEAR_DISTANCE = 0.2
 CLEAR_RATIO = 1.5
 """A group is big (small) beside another if it is this many times as large (smaller)."""
 
-_PLURALS = {"mouse": "mice", "moose": "moose", "bison": "bison", "sheep": "sheep", "shrimp": "shrimp", "squid": "squid",
-            "ox": "oxen", "goose": "geese", "man": "men", "woman": "women", "elf": "elves", "die": "dice",
-            "loaf": "loaves", "leaf": "leaves", "sheaf": "sheaves", "knife": "knives", "potato": "potatoes",
-            "tomato": "tomatoes", "volcano": "volcanoes"}  # fmt: skip
+_SAME_IN_PLURAL = ("fish", "sheep", "moose", "bison", "shrimp", "squid")
+_PLURALS = {
+    "mouse": "mice",
+    "ox": "oxen",
+    "goose": "geese",
+    "man": "men",
+    "woman": "women",
+    "elf": "elves",
+    "die": "dice",
+    "loaf": "loaves",
+    "leaf": "leaves",
+    "sheaf": "sheaves",
+    "knife": "knives",
+    "potato": "potatoes",
+    "tomato": "tomatoes",
+    "volcano": "volcanoes",
+}
 
 
 def headline(scene: Scene, rng: Random) -> Sequence[Group]:
@@ -66,6 +78,14 @@ def relation(subject: Group, other: Group) -> str | None:
     return "above" if y > 0 else "below"
 
 
+def clear_sizes(groups: Sequence[Group]) -> dict[Group, str]:
+    """Say of the largest and the smallest group what they are, where that is clear to see."""
+    ordered = sorted(groups, key=lambda group: group.size)
+    if ordered[-1].size < CLEAR_RATIO * ordered[0].size:
+        return {}
+    return {ordered[0]: "small", ordered[-1]: "big"}
+
+
 def with_article(words: str) -> str:
     """Put "a" or "an" before some words, by sound."""
     vowel = words.startswith("hour") or (words[0].lower() in "aeiou" and not words.startswith("uni"))
@@ -81,7 +101,7 @@ def plural(name: str) -> str:
     before, _, word = name.rpartition(" ")
     if word in _PLURALS:
         word = _PLURALS[word]
-    elif word.endswith("fish"):
+    elif word.endswith(_SAME_IN_PLURAL):
         pass
     elif word.endswith(("s", "x", "ch", "sh")):
         word += "es"
@@ -94,8 +114,7 @@ def plural(name: str) -> str:
 
 def _say(group: Group, rng: Random) -> str:
     """Choose one of the object's names, mostly the first."""
-    thing: Object = group.thing
-    return rng.choice(thing.names) if rng.random() < 0.5 else thing.name
+    return rng.choice(group.thing.names) if rng.random() < 0.5 else group.thing.name
 
 
 def _noun_phrase(group: Group, name: str, size: str, rng: Random) -> str:
@@ -116,14 +135,6 @@ def _gap(subject: Group, other: Group, axis: str) -> float:
     ours: list[float] = [getattr(picture, axis) for picture in subject.pictures]
     theirs: list[float] = [getattr(picture, axis) for picture in other.pictures]
     return max(0.0, min(theirs) - max(ours)) or min(0.0, max(theirs) - min(ours))
-
-
-def clear_sizes(groups: Sequence[Group]) -> dict[Group, str]:
-    """Say of the largest and the smallest group what they are, where that is clear to see."""
-    ordered = sorted(groups, key=lambda group: group.size)
-    if ordered[-1].size < CLEAR_RATIO * ordered[0].size:
-        return {}
-    return {ordered[0]: "small", ordered[-1]: "big"}
 
 
 def _spot(group: Group) -> str:

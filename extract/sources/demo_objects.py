@@ -77,12 +77,12 @@ accessory: purse; *handbag; clutch bag; pair of shopping bags = shopping_bags; *
   comb = hair_pick; ring; lipstick; diamond = gem_stone; umbrella = umbrella closed_umbrella umbrella_with_rain_drops;
   folding fan = folding_hand_fan; wristwatch = watch; string of beads = prayer_beads; bottle of nail polish =
   nail_polish
-tool: *hammer; *axe; pickaxe = pick; *screwdriver; wrench/spanner = wrench; handsaw = carpentry_saw; dagger; bow and
-  arrow; shield; boomerang; cogwheel = gear; clamp; balance scale; chain = chains; hook; toolbox; magnet; ladder;
-  *shovel; bolt = nut_and_bolt; test tube; petri dish; microscope; *telescope; satellite dish = satellite_antenna;
-  syringe; pill = pill; sticking plaster = adhesive_bandage; crutch; stethoscope; fire extinguisher; plunger; mouse
-  trap; razor; broom; bucket; key; old key; padlock = locked unlocked; *pair of scissors = scissors; safety pin; sewing
-  needle; spool of thread = thread; ball of yarn = yarn; knot; compass; thermometer; oil drum; brick
+tool: *hammer; *axe; pickaxe = pick; *screwdriver; wrench/spanner = wrench; handsaw = carpentry_saw; dagger; archery bow
+  = bow_and_arrow; shield; boomerang; cogwheel = gear; clamp; balance scale; chain = chains; hook; toolbox; magnet;
+  ladder; *shovel; bolt = nut_and_bolt; test tube; petri dish; microscope; *telescope; satellite dish =
+  satellite_antenna; syringe; pill = pill; sticking plaster = adhesive_bandage; crutch; stethoscope; fire extinguisher;
+  plunger; mouse trap; razor; broom; bucket; key; old key; padlock = locked unlocked; *pair of scissors = scissors;
+  safety pin; sewing needle; spool of thread = thread; ball of yarn = yarn; knot; compass; thermometer; oil drum; brick
 furniture: door; elevator; mirror; window; bed; *sofa/couch = couch_and_lamp; chair; toilet; shower; *bathtub; lotion
   bottle = lotion_bottle; *basket; toilet roll = roll_of_paper; bar of soap = soap; toothbrush; sponge; shopping cart;
   filing cabinet = file_cabinet; wastebasket; red lantern = red_paper_lantern; flashlight = flashlight; *candle; oil

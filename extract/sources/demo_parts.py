@@ -48,15 +48,18 @@ def class_objects(part: str) -> tuple[Object, ...]:
 def rows(part: str) -> Iterator[Row]:
     """Compose a part, one row after the other."""
     rng = Random(f"demo {part}")
-    if part == "train":
-        return _train_rows(rng)
-    if part == "retrieval":
-        return _retrieval_rows(rng)
-    if part == "pairs":
-        return _pair_rows(rng)
-    if part == "segmentation":
-        return _segmentation_rows(class_objects(part), rng)
-    return _lone_object_rows(class_objects(part), rng)
+    match part:
+        case "train":
+            return _train_rows(rng)
+        case "retrieval":
+            return _retrieval_rows(rng)
+        case "pairs":
+            return _pair_rows(rng)
+        case "segmentation":
+            return _segmentation_rows(class_objects(part), rng)
+        case "objects" | "unseen":
+            return _lone_object_rows(class_objects(part), rng)
+    raise ValueError(f"The demo has no part {part!r}.")
 
 
 def _train_rows(rng: Random) -> Iterator[Row]:
@@ -66,10 +69,7 @@ def _train_rows(rng: Random) -> Iterator[Row]:
 
 
 def _retrieval_rows(rng: Random) -> Iterator[Row]:
-    """Compose scenes of which no raw caption names only things that another scene shows too.
-
-    Otherwise a right answer would count as wrong.
-    """
+    """Compose scenes such that the things a raw caption names are together in one scene only: its own."""
     kept: list[tuple[frozenset[str], frozenset[str]]] = []
     for first in _in_turn(seen_objects(), RETRIEVAL_SCENES, rng):
         while True:
@@ -83,26 +83,33 @@ def _retrieval_rows(rng: Random) -> Iterator[Row]:
 
 
 def _pair_rows(rng: Random) -> Iterator[Row]:
-    """Compose two scenes at a time, of the same two pictures in each other's place or size."""
+    """Compose two scenes at a time, of the same two pictures in each other's place or, every fourth time, size."""
     for pair in range(PAIRS):
-        by_size = pair % 4 == 3
-        while True:
-            scene = compose(rng.sample(seen_objects(), 2), [1, 1], rng)
-            swapped = swap_sizes(scene) if by_size else swap_places(scene)
-            first, second = scene.groups
-            clear = bool(clear_sizes(scene.groups)) if by_size else relation(first, second) is not None
-            if clear and is_inside(scene) and is_inside(swapped):
-                break
-        if by_size:
-            big, small = rng.choice(SIZES["big"]), rng.choice(SIZES["small"])
-            first, second = sorted(scene.groups, key=lambda group: -group.size)
-            captions = [f"the {big} {a} and the {small} {b}" for a, b in _both_orders(first, second)]
-        else:
-            found = relation(first, second)
-            phrase = rng.choice(RELATIONS[found]) if found else ""
-            captions = [f"the {a} {phrase} the {b}" for a, b in _both_orders(first, second)]
-        yield scene, {"raw": captions[0]}
-        yield swapped, {"raw": captions[1]}
+        yield from _size_pair(rng) if pair % 4 == 3 else _place_pair(rng)
+
+
+def _place_pair(rng: Random) -> list[Row]:
+    while True:
+        scene = compose(rng.sample(seen_objects(), 2), [1, 1], rng)
+        swapped = swap_places(scene)
+        found = relation(*scene.groups)
+        if found and is_inside(swapped):
+            return _told_apart(scene, swapped, f"the {{}} {rng.choice(RELATIONS[found])} the {{}}", scene.groups)
+
+
+def _size_pair(rng: Random) -> list[Row]:
+    while True:
+        scene = compose(rng.sample(seen_objects(), 2), [1, 1], rng)
+        swapped = swap_sizes(scene)
+        if clear_sizes(scene.groups) and is_inside(swapped):
+            larger_first = sorted(scene.groups, key=lambda group: -group.size)
+            template = f"the {rng.choice(SIZES['big'])} {{}} and the {rng.choice(SIZES['small'])} {{}}"
+            return _told_apart(scene, swapped, template, larger_first)
+
+
+def _told_apart(scene: Scene, swapped: Scene, template: str, groups: Sequence[Group]) -> list[Row]:
+    first, second = (group.thing.name for group in groups)
+    return [(scene, {"raw": template.format(first, second)}), (swapped, {"raw": template.format(second, first)})]
 
 
 def _segmentation_rows(classes: Sequence[Object], rng: Random) -> Iterator[Row]:
@@ -139,7 +146,3 @@ def _in_turn(things: Sequence[Object], count: int, rng: Random) -> Iterator[Obje
 
 def _names(groups: Sequence[Group]) -> frozenset[str]:
     return frozenset(group.thing.name for group in groups)
-
-
-def _both_orders(first: Group, second: Group) -> list[tuple[str, str]]:
-    return [(first.thing.name, second.thing.name), (second.thing.name, first.thing.name)]

@@ -40,14 +40,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Group:
-    """Equal objects of one scene: a dog, two apples."""
+    """Objects of one name in a scene, drawn alike and equally large: a dog, two apples."""
 
     thing: Object
     pictures: tuple[Picture, ...]
 
     @property
     def size(self) -> float:
-        """Size of a member; members are about equally large."""
+        """The size of each."""
         return self.pictures[0].size
 
 
