@@ -3,13 +3,12 @@
 Every head is LayerNorm → body (→ plus a linear path), and its output is not yet normalised.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 HeadKind = Literal["linear", "mlp", "glu"]
-HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 
 
 class Head(nn.Module):

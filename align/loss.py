@@ -4,7 +4,7 @@ Row i of the images belongs with row i of every caption set; all other rows of t
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,7 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Takes image_BE and text_CBE (both L2-normalised), τ and b; returns a scalar."""
 
-LossKind = Literal["sigmoid", "infonce"]
 Divisor = Literal["pairs", "batch"]
-LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
-DIVISORS: tuple[Divisor, ...] = get_args(Divisor)
 
 
 def sigmoid_loss(

@@ -1,0 +1,141 @@
+"""What a run is trained on: the image and text arrays of one or several stores, and which of their rows."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sail_align.extract.encoders.base import require_same
+from sail_align.extract.errors import UserError
+from sail_align.extract.features import FeatureArray
+from sail_align.extract.status import Status
+from sail_align.extract.store import Store
+
+Rows = NDArray[np.bool_]
+"""A mask over the rows of a store."""
+
+Half = NDArray[np.float16]
+
+MIN_HELD_OUT = 100
+MAX_HELD_OUT = 5_000
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The arrays of one store that training reads: row i of `image` belongs with row i of each of `texts`."""
+
+    store: Store
+    captions: tuple[str, ...]
+    image: FeatureArray
+    texts: tuple[FeatureArray, ...]
+
+    @property
+    def arrays(self) -> tuple[FeatureArray, ...]:
+        """All arrays, the image's first."""
+        return self.image, *self.texts
+
+    def usable(self) -> Rows:
+        """Return the rows whose image and captions are all there: the others are never served."""
+        usable = np.ones(self.store.rows, dtype=np.bool_)
+        for array in self.arrays:
+            for shard in array.shards:
+                start, stop = array.span(shard)
+                usable[start:stop] &= array.read(start, stop)[1] == Status.OK
+        return usable
+
+    def read(self, start: int, stop: int, rows: Rows) -> tuple[Half, Half]:
+        """Return images (n, D_I) and texts (C, n, D_T) of those of the rows start … stop − 1 that are in `rows`."""
+        chosen = rows[start:stop]
+        image_ND = self.image.read(start, stop)[0][chosen]
+        text_CND = np.stack([array.read(start, stop)[0][chosen] for array in self.texts])
+        return image_ND, text_CND
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Return the spans that are read at once: the inner chunks of the arrays."""
+        size = self.store.chunk_rows
+        return [(start, min(start + size, self.store.rows)) for start in range(0, self.store.rows, size)]
+
+
+def open_pairs(
+    paths: Sequence[Path],
+    captions: Sequence[str] | None = None,
+    *,
+    image_encoder: str | None = None,
+    text_encoder: str | None = None,
+) -> list[Pairs]:
+    """Open the arrays of one or several stores for training on all of them together.
+
+    Args:
+        paths: At least one store.
+        captions: Caption names that every store must have; by default those that the first store has features of.
+        image_encoder: Which encoder's images, where a store holds several.
+        text_encoder: The same for texts.
+
+    Raises:
+        UserError: A path is no store, an array is not there or not complete, or two stores' encoders differ.
+    """
+    opened: list[Pairs] = []
+    for path in paths:
+        store = Store.open(path)
+        if not captions:
+            captions = [name for name in store.captions if store.texts(name)]
+        if not captions:
+            raise UserError(f"{path} has no text features; make some with `sail-extract run`.")
+        for name in captions:
+            if not store.texts(name):
+                there = ", ".join(other for other in store.captions if store.texts(other)) or "none"
+                raise UserError(f"{path} has no features of caption {name!r}; it has {there}.")
+        texts = tuple(store.text(name, text_encoder) for name in captions)
+        pairs = Pairs(store, tuple(captions), store.image(image_encoder), texts)
+        _require_complete(pairs)
+        first = opened[0] if opened else pairs
+        require_same(pairs.image.identity, first.image.identity, where=str(first.store.path))
+        for array in pairs.texts:
+            require_same(array.identity, first.texts[0].identity, where=str(first.store.path))
+        opened.append(pairs)
+    return opened
+
+
+def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: float) -> list[Rows]:
+    """Return the rows of each store that are kept out of training.
+
+    They are those whose keys hash lowest: the same whatever the seed, the order of the stores or the encoders. Their
+    number is `fraction` of the usable rows, but at least 100 (or a fifth, if that is less) and at most 5,000.
+    """
+    hashes = [_key_hashes(each.store) for each in pairs]
+    of_usable = np.sort(np.concatenate([each[rows] for each, rows in zip(hashes, usable, strict=True)]))
+    count = round(fraction * len(of_usable))
+    count = min(max(count, min(MIN_HELD_OUT, len(of_usable) // 5)), MAX_HELD_OUT)
+    if fraction == 0 or count == 0:
+        return [np.zeros_like(rows) for rows in usable]
+    return [rows & (each <= of_usable[count - 1]) for each, rows in zip(hashes, usable, strict=True)]
+
+
+def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
+    """Return the images (n, D_I) and texts (C, n, D_T) of the chosen rows of all stores."""
+    first = pairs[0]
+    blocks = [first.read(0, 0, rows[0])]  # gives the shapes where no row is chosen
+    for each, chosen in zip(pairs, rows, strict=True):
+        spans = (span for span in each.chunks() if chosen[slice(*span)].any())
+        blocks += [each.read(start, stop, chosen) for start, stop in spans]
+    images, texts = zip(*blocks, strict=True)
+    return np.concatenate(images), np.concatenate(texts, axis=1)
+
+
+def _require_complete(pairs: Pairs) -> None:
+    missing = sum(len(array.shards) - len(array.markers) for array in pairs.arrays)
+    if missing:
+        path, dataset = pairs.store.path, pairs.store.dataset
+        raise UserError(
+            f"{path} is not complete: {missing} of {sum(len(array.shards) for array in pairs.arrays)} shards are not "
+            f"written; finish it with `sail-extract run {dataset} --out {path}` and the options it was begun with."
+        )
+
+
+def _key_hashes(store: Store) -> NDArray[np.uint64]:
+    keys = store.index(["key"])["key"]
+    digests = b"".join(hashlib.blake2b(key.as_py().encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, dtype=np.dtype("<u8"))

@@ -1,0 +1,126 @@
+"""What a fit will do, decided and checked before anything is computed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sail_align.align.data import Pairs, Rows, open_pairs, split_held_out
+from sail_align.align.loss import Loss, infonce_loss, sigmoid_loss
+from sail_align.align.model import Architecture
+from sail_align.align.settings import FitSettings, check_options, choose_settings
+from sail_align.extract.errors import UserError
+
+MIN_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The data, their rows to train on and to hold out, and complete settings."""
+
+    pairs: Sequence[Pairs]
+    training: Sequence[Rows]
+    held_out: Sequence[Rows]
+    settings: FitSettings
+
+    @property
+    def training_rows(self) -> int:
+        """Number of pairs to train on."""
+        return sum(int(rows.sum()) for rows in self.training)
+
+    @property
+    def held_out_rows(self) -> int:
+        """Number of pairs to score on."""
+        return sum(int(rows.sum()) for rows in self.held_out)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shape."""
+        settings = self.settings
+        return Architecture(
+            head="linear" if settings.head == "cca" else settings.head,
+            image_dim=self.pairs[0].image.dim,
+            text_dim=self.pairs[0].texts[0].dim,
+            dim=settings.dim,
+            expansion=settings.expansion,
+            dropout=settings.dropout,
+            linear_path=settings.start == "closed-form" and settings.head != "linear",
+        )
+
+    @property
+    def loss(self) -> Loss:
+        """The loss by its settings."""
+        if self.settings.loss == "infonce":
+            return infonce_loss
+        return partial(sigmoid_loss, divisor=self.settings.divisor)
+
+    def describe(self) -> str:
+        """Say in a line what will be computed."""
+        chosen = self.settings
+        data = f"{self.training_rows:,} pairs, captions {', '.join(self.pairs[0].captions)}"
+        if chosen.head == "cca":
+            return f"CCA of {data}, {chosen.dim} dimensions"
+        begin = "" if chosen.start == "random" else f" from a {chosen.start} start"
+        return (
+            f"{chosen.head} heads{begin} on {data}; {chosen.steps:,} steps of {chosen.batch_size:,}, "
+            f"{chosen.loss} loss, {chosen.optimizer} at {chosen.lr:g}, dropout {chosen.dropout:g}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return all that decides the weights, as JSON-able data: what settings.json holds."""
+        return {
+            **asdict(self.settings),
+            "captions": list(self.pairs[0].captions),
+            "stores": [str(each.store.path) for each in self.pairs],
+            "store_digests": [each.store.digest for each in self.pairs],
+            "training_rows": self.training_rows,
+            "held_out_rows": self.held_out_rows,
+        }
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """Return what a checkpoint says besides its weights: architecture, encoders, settings."""
+        return {
+            "architecture": asdict(self.architecture),
+            "image": self.pairs[0].image.identity.to_json(),
+            "text": self.pairs[0].texts[0].identity.to_json(),
+            "settings": self.record(),
+        }
+
+
+def make_plan(
+    stores: Sequence[Path],
+    options: Mapping[str, Any],
+    *,
+    captions: Sequence[str] | None = None,
+    image_encoder: str | None = None,
+    text_encoder: str | None = None,
+) -> tuple[Plan, list[str]]:
+    """Open the stores, choose rows and settings; return the plan, and sentences about what was chosen or changed.
+
+    Args:
+        stores: At least one.
+        options: Settings that the user gave, as in `check_options`.
+        captions: Caption names, by default all that the first store has features of.
+        image_encoder: Which encoder's images, where a store holds several.
+        text_encoder: The same for texts.
+
+    Raises:
+        UserError: An option or a store cannot be used, or too few rows are left.
+    """
+    check_options(options)
+    pairs = open_pairs(stores, captions, image_encoder=image_encoder, text_encoder=text_encoder)
+    usable = [each.usable() for each in pairs]
+    held_out = split_held_out(pairs, usable, options.get("held_out", FitSettings.held_out))
+    training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
+    count = sum(int(rows.sum()) for rows in training)
+    if count < MIN_ROWS:
+        raise UserError(
+            f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, that is rows with an "
+            f"image and the captions {', '.join(pairs[0].captions)}; see `sail-extract status`."
+        )
+    dims = {"image_dim": pairs[0].image.dim, "text_dim": pairs[0].texts[0].dim}
+    settings, notes = choose_settings(options, rows=count, **dims)
+    if unusable := sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable):
+        notes.insert(0, f"{unusable:,} rows lack an image or a caption and are left out.")
+    return Plan(pairs, training, held_out, settings), notes

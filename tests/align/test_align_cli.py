@@ -1,0 +1,124 @@
+"""The command as typed: names of runs, going on, and mistakes as one sentence with exit code 2."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import identity
+from typer.testing import CliRunner
+
+from sail_align.align.checkpoint import newest_run, read_record
+from sail_align.align.cli import app
+from sail_align.extract.errors import UserError
+
+QUICK = ["--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
+
+
+def typed(*words):
+    return CliRunner().invoke(app, ["fit", *map(str, words)])
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_is_named_after_store_and_head_and_never_written_over(make_store, tmp_path):
+    make_store("photos")
+    for expected in ("photos-glu", "photos-glu-2", "photos-glu-3"):
+        result = typed("--features", "features/photos.zarr", *QUICK)
+        assert result.exit_code == 0, result.output
+        assert f"wrote runs/{expected} in" in result.output
+        assert result.output.splitlines()[-1] == f"Next: sail-eval all --run runs/{expected}"
+    assert newest_run().name == "photos-glu-3"
+
+
+def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
+    path = make_store("photos")
+    with monkeypatch.context() as patch:
+        patch.setattr("sail_align.align.trainer.train_step", interrupt)
+        stopped = typed("--features", path, *QUICK)
+    assert stopped.exit_code == 130
+    assert "stopped; the same command goes on with runs/photos-glu from its last checkpoint" in stopped.output
+    assert "going on with runs/photos-glu: glu heads on 240 pairs" in typed("--features", path, *QUICK).output
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_what_was_chosen_and_what_was_found_is_said(make_store):
+    result = typed("--features", make_store("photos", rows=500, bad=[2]), "--quiet", "--steps", "3", "--device", "cpu")
+    notes = result.output.splitlines()
+    assert notes[0] == "note: 1 rows lack an image or a caption and are left out."
+    assert notes[1] == "note: 400 pairs: the settings are those of preset 'small' (--preset paper for the others)."
+    assert notes[2] == "note: A batch of 512 is more than there are pairs: reduced to all 400."
+    assert "held out (99 pairs): loss" in result.output
+
+
+def mistake(*words):
+    result = typed(*words)
+    assert isinstance(result.exception, UserError), result.output
+    assert not Path("runs").exists()
+    return str(result.exception)
+
+
+def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
+    good = make_store("good")
+    two = make_store("two", captions={"raw": (), "long": ()})
+    assert mistake("--features", "no.zarr").startswith("no.zarr is not a feature store; make one with")
+    assert mistake("--features", good, "--captions", "raw,long") == (
+        f"{good} has no features of caption 'long'; it has raw."
+    )
+    assert mistake("--features", two, "--features", good).startswith(f"{good} has no features of caption 'long'")
+    unfinished = make_store("unfinished", commit=False)
+    assert mistake("--features", unfinished) == (
+        f"{unfinished} is not complete: 2 of 10 shards are not written; finish it with `sail-extract run unfinished "
+        f"--out {unfinished}` and the options it was begun with."
+    )
+    other = make_store("other", image=identity("image", dim=12, pooling="cls"))
+    assert mistake("--features", good, "--features", other).startswith(
+        f"{good} was made with encoder 'fake-image' whose pooling is 'mean', but here it is 'cls'"
+    )
+    assert mistake("--features", good, "--device", "cuda:99").startswith("Device 'cuda:99' is not available here")
+    tiny = make_store("tiny", rows=1)
+    assert mistake("--features", tiny).startswith(f"{tiny} has 1 pair to train on")
+    assert mistake("--features", good, "--head", "rnn") == "--head 'rnn' is none of: linear, mlp, glu, cca."
+
+
+def command(*words):
+    return [sys.executable, "-c", "from sail_align.align.cli import main; main()", "fit", *map(str, words)]
+
+
+def test_a_mistake_exits_2_with_one_line():
+    done = subprocess.run(command("--features", "no.zarr"), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: no.zarr is not a feature store; make one with `sail-extract run`.\n"
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_on_with_to_the_same_bytes(make_store, tmp_path):
+    store = make_store("photos", rows=400)
+    words = ["--features", store, "--steps", "400", "--dim", "8", "--device", "cpu", "--quiet", "--batch-size", "64"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(*words, "--out", "whole"), env=environment, check=True, capture_output=True)
+    saving_always = "import sail_align.align.trainer as t; t.fit.__kwdefaults__['save_seconds'] = 0; "
+    begun = subprocess.Popen(
+        [*command()[:2], saving_always + command()[2], "fit", *map(str, words), "--out", "killed"], env=environment
+    )
+    while not (tmp_path / "killed/checkpoint/model.json").exists():
+        assert begun.poll() is None
+        time.sleep(0.01)
+    begun.send_signal(signal.SIGKILL)
+    begun.wait()
+    assert not read_record(tmp_path / "killed")["finished"]
+    done = subprocess.run(
+        command(*words, "--out", "killed"), env=environment, check=True, capture_output=True, text=True
+    )
+    assert "going on with killed" in done.stdout
+    for name in ("metrics.jsonl", "checkpoint/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,0 +1,180 @@
+"""Training learns, and a run that was stopped ends as one that was not, bit by bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sail_align.align import trainer
+from sail_align.align.checkpoint import load_run, read_record
+from sail_align.align.plan import make_plan
+from sail_align.align.runs import claim_run
+from sail_align.align.settings import FitSettings
+from sail_align.align.trainer import fit, learning_rate
+from sail_align.extract.errors import UserError
+
+CPU = torch.device("cpu")
+QUICK = {"preset": "small", "batch_size": 50, "lr": 3e-3, "dim": 8, "expansion": 2, "dropout": 0.1}
+
+
+def options(**changes):
+    return {name: value for name, value in {**QUICK, "steps": 60, **changes}.items() if value is not None}
+
+
+def begin(stores, out: Path, **changes):
+    plan, _ = make_plan(stores, options(**changes))
+    run, _ = claim_run(out, plan.record())
+    return plan, run
+
+
+def lines(run, kind=None):
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if kind in (None, entry["kind"])]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "linear", "expansion": None},
+        {"head": "mlp"},
+        {"head": "glu"},
+        {"head": "glu", "optimizer": "adamw", "lr": 1e-2},
+        {"head": "glu", "loss": "infonce"},
+        {"head": "glu", "divisor": "batch"},
+        {"head": "glu", "start": "closed-form", "lr": 1e-4},
+        {"head": "linear", "expansion": None, "start": "closed-form", "lr": 1e-4},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values() if value is not None),
+)
+def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, changes):
+    plan, run = begin([make_store(rows=500, captions={"raw": (), "long": ()})], tmp_path / "run", **changes)
+    scores = fit(plan, run, device=CPU, quiet=True)
+    before, after = lines(run, "heldout")[0], lines(run, "heldout")[-1]
+    assert (before["step"], after["step"]) == (0, 60)
+    assert {name: after[name] for name in scores} == scores
+    chance = 10 / plan.held_out_rows * 100
+    assert after["t2i_r10"] > 4 * chance
+    assert after["i2t_r10"] > 4 * chance
+    if changes.get("start") != "closed-form":
+        assert after["loss"] < before["loss"]
+        assert before["t2i_r10"] < 3 * chance
+    assert read_record(run)["finished"]
+    assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
+
+
+def test_cca_is_a_run_without_steps(make_store, tmp_path):
+    plan, _ = make_plan([make_store(rows=500)], {"head": "cca"})
+    run, _ = claim_run(tmp_path / "run", plan.record())
+    scores = fit(plan, run, device=CPU, quiet=True)
+    assert [entry["kind"] for entry in lines(run)] == ["heldout"]
+    assert scores["t2i_r10"] > 40
+    loaded = load_run(run)
+    assert loaded.settings["head"] == "cca"
+    assert loaded.model.image_head.linear_path is None
+
+
+def test_a_closed_form_start_scores_what_the_closed_form_scores(make_store, tmp_path):
+    store = make_store(rows=500)
+    first = {}
+    for head in ("linear", "glu"):
+        expansion = None if head == "linear" else 2
+        plan, run = begin(
+            [store], tmp_path / head, head=head, expansion=expansion, start="closed-form", dropout=0, steps=1
+        )
+        fit(plan, run, device=CPU, quiet=True)
+        first[head] = lines(run, "heldout")[0]
+    plan, _ = make_plan([store], {"head": "cca", "dim": 8})
+    run, _ = claim_run(tmp_path / "cca", plan.record())
+    first["cca"] = {"kind": "heldout", "step": 0, **fit(plan, run, device=CPU, quiet=True)}
+    assert first["linear"] == first["cca"]
+    assert first["glu"] == pytest.approx(first["cca"])
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(monkeypatch, step):
+    original = trainer.train_step
+    calls = []
+
+    def train_step(*arguments):
+        calls.append(None)
+        if len(calls) > step:
+            raise StoppedError
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+
+
+def content(run):
+    files = ("metrics.jsonl", "settings.json", "checkpoint/model.json", "checkpoint/model.safetensors")
+    return {name: (run / name).read_bytes() for name in files}
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+@pytest.mark.parametrize("stops", [[0], [1], [17], [30, 1, 4]])
+def test_a_stopped_run_ends_as_one_that_was_not(make_store, tmp_path, monkeypatch, optimizer, stops):
+    stores = [make_store("one", rows=200), make_store("two", rows=150, first=1000)]
+    changes = {"start": "closed-form", "steps": 40, "optimizer": optimizer, "dropout": 0.3}
+    plan, whole = begin(stores, tmp_path / "whole", **changes)
+    fit(plan, whole, device=CPU, quiet=True, save_seconds=0)
+    for stop in stops:
+        plan, run = begin(stores, tmp_path / "stopped", **changes)
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(StoppedError):
+                fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')  # as a killed process may leave it
+    plan, same = begin(stores, tmp_path / "stopped", **changes)
+    assert same == run
+    fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    assert content(run) == content(whole)
+
+
+def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_store, tmp_path):
+    store = make_store()
+    plan, run = begin([store], tmp_path / "run", steps=2)
+    assert run.name == "run"
+    assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
+    assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
+    assert begin([store], tmp_path / "run", steps=2)[1].name == "run-3"
+    fit(plan, run.with_name("run-3"), device=CPU, quiet=True)
+    assert begin([store], tmp_path / "run", steps=2)[1].name == "run-4"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(make_store, tmp_path, monkeypatch):
+    plan, run = begin([make_store()], tmp_path / "run")
+    monkeypatch.setattr(trainer, "train_step", lambda *_: float("nan"))
+    with pytest.raises(UserError, match=r"The loss is nan after 1 steps; lower --lr \(now 0.003\)"):
+        fit(plan, run, device=CPU, quiet=True)
+
+
+def test_nothing_held_out_is_nothing_scored(make_store, tmp_path):
+    plan, run = begin([make_store()], tmp_path / "run", held_out=0.0, steps=2)
+    assert fit(plan, run, device=CPU, quiet=True) == {}
+    assert [entry["kind"] for entry in lines(run)] == ["train", "train"]
+
+
+def test_held_out_rows_are_not_trained_on(make_store):
+    plan, _ = make_plan([make_store(rows=400, bad=[3])], {"held_out": 0.25})
+    for training, held in zip(plan.training, plan.held_out, strict=True):
+        assert not (training & held).any()
+        assert (training.sum(), held.sum()) == (299, 100)
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine():
+    settings = FitSettings(lr=1.0, warmup=0.25, steps=8)
+    rates = [learning_rate(settings, step) for step in range(8)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert learning_rate(FitSettings(lr=1.0, steps=1), 0) == 1.0
+
+
+def test_scale_stays_in_its_bounds(make_store, tmp_path):
+    plan, run = begin([make_store()], tmp_path / "run", lr=1.0, steps=5)
+    fit(plan, run, device=CPU, quiet=True)
+    assert all(1 <= entry["t"] <= 100.001 for entry in lines(run, "train"))
