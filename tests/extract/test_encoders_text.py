@@ -1,13 +1,14 @@
 """Text encoders: pooling, padding, prefix and truncation, on small models with random weights."""
 
 import json
-import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import save_randomised, save_tokenizer
 from transformers import BertConfig, BertModel, GteConfig, GteModel, ModernBertConfig, ModernBertModel
 
+from sail_align.extract.encoders import checkpoint as checkpoints
 from sail_align.extract.encoders import load
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.catalogue import Folder, TransformersText
@@ -105,17 +106,60 @@ def test_a_hub_model_asks_for_a_pooling(saved):
         load_text_encoder(f"hf:{saved[2]}")
 
 
-def write_foreign_model(folder, code="modeling.Foreign"):
-    """A model that only its own code can read; that code leaves a trace when it is run."""
-    save_tokenizer(folder)
-    config = {"model_type": "foreign", "auto_map": {"AutoConfig": "code.ForeignConfig", "AutoModel": code}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text("raise RuntimeError('the code was run')")
-    shutil.copy(folder / "config.json", folder / "model.safetensors")
-
-
-def test_remote_code_is_not_run_unless_trusted_at_a_pinned_commit(tmp_path):
-    write_foreign_model(tmp_path)
+def test_code_in_a_local_folder_has_no_pinned_commit_and_is_not_run(tmp_path):
+    save_tokenizer(tmp_path)
+    code = {"AutoConfig": "foreign.ForeignConfig", "AutoModel": "foreign.ForeignModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
+    (tmp_path / "foreign.py").write_text("raise RuntimeError('the code was run')")
+    save_file({"words.weight": torch.zeros(32, 8)}, tmp_path / "model.safetensors")
     for trust in (False, True):
         with pytest.raises(UserError, match=r"needs its own code to run.*pin the commit"):
             load_text_encoder(f"hf:{tmp_path}", pooling="cls", trust_remote_code=trust)
+
+
+CODE = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class ForeignConfig(PreTrainedConfig):
+    model_type = "foreign"
+
+
+class ForeignModel(PreTrainedModel):
+    config_class = ForeignConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Embedding(32, 8)
+        self.post_init()
+
+    def forward(self, input_ids, **_):
+        return BaseModelOutput(last_hidden_state=self.words(input_ids))
+"""
+
+
+def test_code_that_is_trusted_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    folder = tmp_path / commit
+    tokenizer = save_tokenizer(folder)
+    code = {"AutoConfig": "foreign.ForeignConfig", "AutoModel": "foreign.ForeignModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
+    (folder / "foreign.py").write_text(CODE)
+    words = torch.randn(32, 8)
+    save_file({"words.weight": words}, folder / "model.safetensors")
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: str(folder))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    encoder = load_text_encoder(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True)
+    torch.testing.assert_close(encoder.encode([SHORT])[0], words[tokenizer(SHORT)["input_ids"]].mean(0))
+    assert load_recorded(encoder.identity, trust_remote_code=True).identity == encoder.identity
+    for revision, trust in (("@" + commit, False), ("@main", True), ("", True)):
+        with pytest.raises(UserError, match="needs its own code to run"):
+            load_text_encoder("hf:owner/foreign" + revision, pooling="mean", trust_remote_code=trust)
+
+    code["AutoModel"] = "other/repository--foreign.ForeignModel"
+    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
+    with pytest.raises(UserError, match="lies in another repository"):
+        load_text_encoder(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True)
