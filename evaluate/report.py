@@ -35,12 +35,14 @@ def write_report(run: Path) -> Path:
         lstrip_blocks=True,
     )
     pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
+    settings = json.loads((run / "settings.json").read_bytes())
     page = pages.get_template("report.html.j2").render(
         name=run.name,
         scores=scores,
         scored=[record for record in scores["records"] if "error" not in record],
         errors=[record for record in scores["records"] if "error" in record],
-        settings=_flat(json.loads((run / "settings.json").read_bytes())),
+        summary=summary(scores, settings),
+        settings=_flat(settings),
         curves=training_curves(run),
         examples={record["dataset"]: _examples(run, record["dataset"]) for record in scores["records"]},
         task_titles=TASK_TITLES,
@@ -78,6 +80,37 @@ def training_curves(run: Path) -> list[tuple[str, list[Series], Markup]]:
         if drawn:
             curves.append((title, drawn, line_chart(drawn, "step", label)))
     return curves
+
+
+def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what the run is, as (term, value, detail)."""
+    facts = [
+        (
+            f"{modality} encoder",
+            encoder["id"],
+            f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}",
+        )
+        for modality, encoder in scores["encoders"].items()
+    ]
+    if settings["head"] == "cca":
+        made = f"computed in closed form, ridge {settings['ridge']:g}"
+    else:
+        made = (
+            f"{settings['loss']} loss, {settings['optimizer']} at {settings['lr']:g}, "
+            f"{settings['steps']:,} steps of {settings['batch_size']:,}, {settings['start']} start"
+        )
+    stores = zip(settings["stores"], settings["store_digests"], strict=True)
+    return [
+        *facts,
+        ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", made),
+        (
+            "trained on",
+            f"{settings['training_rows']:,} pairs, {settings['held_out_rows']:,} held out",
+            f"captions {', '.join(settings['captions'])}; "
+            + "; ".join(f"{path} {digest[:12]}" for path, digest in stores),
+        ),
+        ("checkpoint", scores["run"]["digest"][:12], ""),
+    ]
 
 
 def _examples(run: Path, dataset: str) -> list[dict[str, Any]]:

@@ -97,6 +97,13 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def mark(chosen: bool, right: bool) -> Mark:
+    """Return the mark of one answer among several: what is right, and what was wrongly chosen."""
+    if right:
+        return "right"
+    return "wrong" if chosen else ""
+
+
 def pick_examples(hits_N: NDArray[np.bool_], each: int) -> list[int]:
     """Return up to `each` rows that were right, then as many that were wrong, spread evenly over the rows."""
     chosen: list[int] = []

@@ -10,7 +10,7 @@ TO_THE_RIGHT = {"n", "score", "chance", "95% interval"}
 
 def number(percent: float) -> str:
     """Return a percentage with one digit; small ones keep two, so that chance does not read as none."""
-    return f"{percent:.2f}" if 0 < percent < 1 else f"{percent:.1f}"
+    return f"{percent:.2f}" if 0 < percent < 0.995 else f"{percent:.1f}"
 
 
 def interval(bounds: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import bootstrap_interval, mean_interval, mean_per_class, top_k_hits
-from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, pick_examples
+from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, mark, pick_examples
 
 PROTOCOL = "classification/prompt-ensemble@1"
 
@@ -42,7 +42,7 @@ def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
     sample, classes = data.samples[row], data.source.classes
     best = np.argsort(-scores_NC[row], kind="stable")[:3].tolist()
     guesses = tuple(
-        Note(classes[label], f"{scores_NC[row, label]:.2f}", "right" if label == sample.label else "wrong")
+        Note(classes[label], f"{scores_NC[row, label]:.2f}", mark(label == best[0], label == sample.label))
         for label in best
     )
     name = classes[sample.label]

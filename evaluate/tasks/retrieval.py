@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sail_align.align.metrics import ranks
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import bootstrap_interval, chance_recall, weighted_mean
-from sail_align.evaluate.results import Example, Metric, Picture, Result, pick_examples
+from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, pick_examples
 
 PROTOCOL = "retrieval/any-positive@1"
 KS = (1, 5, 10)
@@ -30,7 +30,7 @@ def evaluate(data: EvaluationSet) -> Result:
     examples = []
     for text in pick_examples(text_ranks_M == 0, each=4):
         query = data.samples[owner_M[text]].captions[names_M[text]]
-        examples.append(_example(data, query, images_NE @ texts_ME[text], owner_M[text]))
+        examples.append(_example(data, query, images_NE @ texts_ME[text], int(owner_M[text])))
     metrics = score(image_ranks_N, text_ranks_M, owner_M)
     return Result(len(images_NE), metrics, tuple(examples), {"captions": len(texts_ME)})
 
@@ -61,14 +61,16 @@ def score(image_ranks_N: Ranks, text_ranks_M: Ranks, owner_M: Ranks) -> tuple[Me
 
 
 def _example(data: EvaluationSet, query: str, scores_N: Embeddings, owner: int) -> Example:
-    best = np.argsort(-scores_N, kind="stable")[:SHOWN].tolist()
+    order = np.argsort(-scores_N, kind="stable").tolist()
     pictures = tuple(
         Picture(
             data.source.image(data.samples[row].image),
             alt=next(iter(data.samples[row].captions.values()), data.samples[row].key),
-            caption=f"{scores_N[row]:.3f}",
+            caption=f"{place}. {scores_N[row]:.3f}",
             mark="right" if row == owner else "",
         )
-        for row in best
+        for place, row in enumerate(order[:SHOWN], start=1)
     )
-    return Example(query, best[0] == int(owner), pictures)
+    place = order.index(owner) + 1
+    missed = (Note(f"The right image is number {place} of {len(order)}."),) if place > SHOWN else ()
+    return Example(query, place == 1, pictures, missed)

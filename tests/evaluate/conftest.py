@@ -3,6 +3,8 @@ colour that it names, and a run's heads change nothing but the length.
 """
 
 import csv
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import yaml
 from PIL import Image
 
 from sail_align.align.checkpoint import Run
+from sail_align.align.settings import FitSettings
 from sail_align.evaluate.dataset import Encoders, EvaluationSet
 from sail_align.extract.encoders.base import EncoderSpec, Identity
 from sail_align.extract.manifest import find_manifest
@@ -87,8 +90,11 @@ def loaded(monkeypatch):
 def run(tmp_path):
     folder = tmp_path / "runs" / "colours-linear"
     folder.mkdir(parents=True)
-    (folder / "settings.json").write_text('{"head": "linear", "stores": ["features/colours.zarr"]}')
-    return Run(folder, PlainHeads(), ColourVision.identity, ColourText.identity, {"head": "linear"}, "d" * 64)
+    settings = asdict(FitSettings(head="linear", dim=3, steps=9))
+    settings |= {"captions": ["raw"], "stores": ["colours.zarr"], "store_digests": ["c" * 64]}
+    settings |= {"training_rows": 1234, "held_out_rows": 56}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return Run(folder, PlainHeads(), ColourVision.identity, ColourText.identity, settings, "d" * 64)
 
 
 @pytest.fixture

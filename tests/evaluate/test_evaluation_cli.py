@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
 import yaml
 
+from sail_align.align.checkpoint import load_run, save_checkpoint
+from sail_align.align.model import Architecture
 from sail_align.evaluate import cli
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.manifest import TaskKind
@@ -154,3 +157,21 @@ def test_a_packaged_set_without_data_is_named_with_how_to_get_it(sail_eval, squa
     code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
     assert code == 0
     assert "not here: far. Draw them." in out
+
+
+def test_a_run_as_training_saves_it_is_found_loaded_and_scored(squares, world, monkeypatch, capsys, tmp_path):
+    """Nothing of the run is a stand-in here, only the encoders that it names."""
+    saved = tmp_path / "runs" / "colours-glu"
+    model = Architecture(head="glu", image_dim=3, text_dim=3, dim=8).build()
+    settings = json.loads((world.run.path / "settings.json").read_bytes())
+    encoders = {"image": world.run.image.to_json(), "text": world.run.text.to_json()}
+    about = {"architecture": asdict(Architecture("glu", 3, 3, 8)), "settings": settings, **encoders}
+    save_checkpoint(saved, model, about, step=1, optimizer=None)
+    (saved / "settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["sail-eval", "classification", str(squares), "--quiet"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "scoring runs/colours-glu (the newest run)" in capsys.readouterr().out
+    assert json.loads((saved / "scores.json").read_bytes())["run"]["digest"] == load_run(saved).digest

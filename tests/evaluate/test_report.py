@@ -70,7 +70,7 @@ def test_nothing_is_loaded_from_elsewhere(page):
 
 def test_every_picture_is_whole_and_has_an_alternative_text(page):
     pictures = page.all("img")
-    assert len(pictures) == 2 + 3 * 3 + 2 + 3
+    assert len(pictures) == 2 + 3 * 3 + 2 + 4
     for picture in pictures:
         assert picture["alt"]
         image = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
@@ -84,6 +84,18 @@ def test_the_table_has_chance_and_interval_of_every_metric(page, run):
         for metric in record["metrics"]:
             low, high = metric["interval"]
             assert re.search(rf"{re.escape(metric['label'])} {metric['value']:.1f} .* {low:.1f} – {high:.1f}", text)
+
+
+def test_the_head_of_the_page_says_what_was_trained_on_what(page):
+    text = " ".join(" ".join(page.text).split())
+    for fact in (
+        "colour-image",
+        "linear, 3 dimensions",
+        "1,234 pairs, 56 held out",
+        "lion at 1e-05",
+        "colours.zarr cccc",
+    ):
+        assert fact in text
 
 
 def test_curves_are_drawn_from_the_metrics_file(page):
