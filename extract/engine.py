@@ -9,6 +9,7 @@ from functools import partial
 
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
 from sail_align.extract.features import FeatureArray
+from sail_align.extract.memory import keep_freed_memory
 from sail_align.extract.pipeline import Advance, Rows, encode_images, encode_texts
 from sail_align.extract.progress import progress
 from sail_align.extract.sources.base import Source
@@ -44,6 +45,7 @@ def extract(
         UserError: The store holds features of another encoder under the same name.
     """
     started = time.monotonic()
+    keep_freed_memory()
     jobs: list[tuple[FeatureArray, EncodeRows]] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
         if image is not None:
