@@ -10,10 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sail_align.align.checkpoint import Run
-from sail_align.extract.encoders.base import TextEncoder, VisionEncoder, require_same
-from sail_align.extract.encoders.load import load_recorded
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.evaluate.encoders import Encoders, RunError
+from sail_align.extract.encoders.base import require_same
 from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
@@ -25,28 +23,6 @@ from sail_align.extract.store import Store
 
 Embeddings = NDArray[np.float32]
 HEAD_BATCH = 4096
-
-
-class Encoders:
-    """A run's own encoders, loaded when first used: a set that is encoded already needs neither.
-
-    The run's heads go to the same device; `auto` is a GPU if there is one.
-    """
-
-    def __init__(self, run: Run, device: str = "cpu"):
-        self.run = run
-        self.device = Runtime.of(device, "float32").device
-        run.model.to(self.device)
-
-    @cached_property
-    def image(self) -> VisionEncoder:
-        """The image encoder that the run records; another one is refused."""
-        return cast(VisionEncoder, load_recorded(self.run.image, device=str(self.device)))
-
-    @cached_property
-    def text(self) -> TextEncoder:
-        """The text encoder that the run records; another one is refused."""
-        return cast(TextEncoder, load_recorded(self.run.text, device=str(self.device)))
 
 
 class EvaluationSet:
@@ -102,7 +78,8 @@ class EvaluationSet:
         """Return the embeddings of all images, (N, E), rows of unit length.
 
         Raises:
-            UserError: An image cannot be read, or the run's head gives no finite numbers.
+            UserError: An image cannot be read.
+            RunError: The run's head gives no finite numbers.
         """
         store = self._set_store
         features, _ = self._readable(store, store.image(), "image", allowed={Status.OK})
@@ -194,5 +171,5 @@ class EvaluationSet:
             parts = [encode(batch.to(self.encoders.device, torch.float32)).float().cpu() for batch in batches]
         embeddings = cast(Embeddings, torch.cat(parts).numpy())
         if not np.isfinite(embeddings).all():
-            raise UserError(f"The heads of {self.run.path} give NaN or infinity; its training has diverged.")
+            raise RunError(f"The heads of {self.run.path} give NaN or infinity; its training has diverged.")
         return embeddings

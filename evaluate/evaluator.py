@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sail_align.align.checkpoint import Run
-from sail_align.evaluate.dataset import Encoders, EvaluationSet
+from sail_align.evaluate.dataset import EvaluationSet
+from sail_align.evaluate.encoders import Encoders, RunError
 from sail_align.evaluate.scores import Record, error_record, examples_path, merge_scores, score_record
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
@@ -31,6 +32,9 @@ def evaluate_sets(
         features: Folder of stores; the evaluation sets' go into its `eval/`.
         device: Where encoders and heads compute.
         quiet: No progress bars.
+
+    Raises:
+        RunError: The run's encoders cannot be loaded, or its heads have diverged.
     """
     encoders = Encoders(run, device)
     for manifest, root in sets:
@@ -40,6 +44,8 @@ def evaluate_sets(
             data = EvaluationSet(manifest, root, encoders, features / "eval", quiet)
             protocol = PROTOCOLS[data.task.kind]
             result = protocol.evaluate(data)
+        except RunError:
+            raise
         except (UserError, UnreadableImageError, OSError) as problem:
             record = error_record(manifest, problem)
         else:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from sail_align.align.checkpoint import Run
 from sail_align.align.settings import FitSettings
-from sail_align.evaluate.dataset import Encoders, EvaluationSet
+from sail_align.evaluate.dataset import EvaluationSet
+from sail_align.evaluate.encoders import Encoders
 from sail_align.extract.encoders.base import EncoderSpec, Identity
 from sail_align.extract.manifest import find_manifest
 
@@ -82,7 +83,7 @@ def loaded(monkeypatch):
         loads.append(recorded.spec.modality)
         return ColourVision() if recorded.spec.modality == "image" else ColourText()
 
-    monkeypatch.setattr("sail_align.evaluate.dataset.load_recorded", load)
+    monkeypatch.setattr("sail_align.evaluate.encoders.load_recorded", load)
     return loads
 
 

@@ -14,6 +14,7 @@ from sail_align.align.checkpoint import load_run, save_checkpoint
 from sail_align.align.model import Architecture
 from sail_align.evaluate import cli
 from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import TaskKind
 
 
@@ -109,6 +110,16 @@ def test_a_corrupt_set_is_an_error_of_its_own(sail_eval, squares, world, run, tm
     assert "ERROR: 1 of 2 rows of broken have no usable image; the first is 'red/0.png' (undecodable)" in row
     assert any(line.split()[:4] == ["squares", "classification", "2", "top-1"] for line in out.splitlines())
     assert "not scored" in (run.path / "report.html").read_text()
+
+
+def test_an_encoder_that_cannot_be_had_is_one_mistake_and_not_one_for_each_set(sail_eval, squares, monkeypatch):
+    def refuse(recorded, device):
+        raise UserError("It is not in the hub's cache.")
+
+    monkeypatch.setattr("sail_align.evaluate.encoders.load_recorded", refuse)
+    code, _, err = sail_eval("all", "--manifest", squares)
+    assert code == 2
+    assert "colours-linear cannot be used: It is not in the hub's cache." in err
 
 
 def test_report_is_written_again_from_the_runs_folder(sail_eval, squares, run):
