@@ -39,14 +39,12 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set's images and captions into a store; run it again to go on after a stop."""
-    from sail_align.extract.device import find_device
     from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
     from sail_align.extract.engine import extract
     from sail_align.extract.manifest import find_manifest
     from sail_align.extract.sources import open_source
     from sail_align.extract.store import Store, open_or_create
 
-    device = str(find_device(device))
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
     names = captions.split(",") if captions else list(source.captions)
