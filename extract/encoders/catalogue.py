@@ -97,10 +97,11 @@ class TransformersText:
 VisionEntry = TransformersVision | TimmVision | PackagedEfficientNet
 TextEntry = TransformersText
 
+# The paper's 224 pixels; the short side is kept whole, since captions tell of borders too.
 _DINOV2 = ImagePreprocessing(crop=224, resize=224)
 _DINOV3 = ImagePreprocessing(crop=224, resize=None, interpolation="bilinear")
-# The weights' own normalisation: under ImageNet's mean and deviation the first layer's variance is four times the one
-# that its batch norm recorded in training, under this one it agrees.
+# The normalisation of their training: on photos, the variance after the first convolution is within a quarter of what
+# its batch norm recorded then; under ImageNet's mean and deviation it is four times that.
 _HALF = (0.5, 0.5, 0.5)
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from sail_align.extract.encoders.catalogue import Folder, Hub, Package
 from sail_align.extract.errors import UserError
@@ -57,7 +63,7 @@ def fetch(origin: Package | Hub | Folder, *, with_code: bool = False) -> Checkpo
         return _from_hub(origin, with_code)
     config = json.dumps(_read_json(origin.path / "config.json"), sort_keys=True)
     source = {"loader": "folder", "config": hashlib.sha256(config.encode()).hexdigest()}
-    return Checkpoint(origin.path, source, _weights_digest(origin.path), str(origin.path))
+    return Checkpoint(origin.path, source, _weights_digest(origin.path), str(origin.path.resolve()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def _from_hub(origin: Hub, with_code: bool) -> Checkpoint:
         raise UserError(
             f"Repository {where} is gated; accept its terms on the hub, then log in with `hf auth login`."
         ) from problem
-    except RepositoryNotFoundError as problem:
+    except (RepositoryNotFoundError, HFValidationError) as problem:
         raise UserError(f"No repository {where} on the hub; correct its name.") from problem
     except (HfHubHTTPError, LocalEntryNotFoundError) as problem:
         raise UserError(

@@ -18,15 +18,11 @@ from sail_align.extract.encoders.catalogue import (
     find_vision,
 )
 from sail_align.extract.encoders.checkpoint import Checkpoint, fetch
+from sail_align.extract.encoders.efficientnet import packaged_efficientnet
 from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
 from sail_align.extract.encoders.pretrained import load_pretrained
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.timm_vision import (
-    packaged_efficientnet,
-    timm_backbone,
-    timm_origin,
-    timm_preprocessing,
-)
+from sail_align.extract.encoders.timm_vision import timm_backbone, timm_origin, timm_preprocessing
 from sail_align.extract.encoders.transformers_text import FrozenTextEncoder, TextSettings
 from sail_align.extract.encoders.transformers_vision import TransformersBackbone, published_preprocessing
 from sail_align.extract.encoders.vision import Backbone, FrozenVisionEncoder
@@ -47,7 +43,7 @@ def load_image_encoder(
         pooling: `cls`, `mean` or `cls+mean`. Default: the catalogue's; a network without class token has only `mean`.
         device: Where it runs; `auto` takes a GPU if there is one.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
-        trust_remote_code: Run the code in an `hf:` repository, whose revision must then be a full commit hash.
+        trust_remote_code: Let an `hf:` repository at a full commit hash run its own code, if transformers lacks it.
 
     Raises:
         UserError: One of these values is wrong, or the weights cannot be had.

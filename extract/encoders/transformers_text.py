@@ -45,7 +45,7 @@ class FrozenTextEncoder:
         )
         self.identity = Identity(spec, golden, versions("torch", "transformers", "tokenizers"), checkpoint.location)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """Return pooled features of one padded batch, (B, D) float32 on the CPU. Texts beyond the limit are cut."""
         tokens = self._tokenizer(

@@ -85,7 +85,7 @@ class FrozenVisionEncoder:
             raise ValueError(f"{height} × {width} pixels are no multiple of the stride {self.stride}")
         return pool_patches(*self._forward(pixels_BCHW), self._pooling).float().cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.device, self._runtime.dtype))
         return cls_BD, patches_BhwD

@@ -5,7 +5,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sail_align.extract.encoders import checkpoint as checkpoints
 from sail_align.extract.encoders.catalogue import (
@@ -98,6 +98,7 @@ def test_a_repository_is_recorded_by_its_commit(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("failure", "sentence"),
     [
+        (HFValidationError("bad"), "No repository 'owner/model'"),
         (LocalEntryNotFoundError("offline"), "cannot be had and is not in the local cache"),
         (RepositoryNotFoundError("404", response=Mock()), "No repository 'owner/model' at revision 'v9'"),
     ],
