@@ -20,12 +20,12 @@ class Series:
     style: str
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Markup:
-    """Draw series over a common x; y is logarithmic where the values span more than a factor of 20."""
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, *, may_be_log: bool = False) -> Markup:
+    """Draw series over a common x; with `may_be_log`, y is logarithmic if the values span more than a factor of 20."""
     series = [Series(each.name, _thinned(each.points), each.style) for each in series]
     xs = [x for each in series for x, _ in each.points]
     ys = [y for each in series for _, y in each.points]
-    logarithmic = min(ys) > 0 and max(ys) > 20 * min(ys)
+    logarithmic = may_be_log and min(ys) > 0 and max(ys) > 20 * min(ys)
     x_axis = _Axis(ticks(0, max(xs)), LEFT, WIDTH - RIGHT)
     y_ticks = log_ticks(min(ys), max(ys)) if logarithmic else ticks(min(0.0, *ys), max(ys))
     y_axis = _Axis(y_ticks, HEIGHT - BOTTOM, TOP, logarithmic)
@@ -64,10 +64,10 @@ def score_bar(percent: float, chance: float, interval: Sequence[float]) -> Marku
     """Draw a score between 0 and 100: a dot with its interval, and a tick at chance."""
     low, high = interval
     return Markup(
-        '<svg class="bar" viewBox="-4 0 108 16" aria-hidden="true"><line class="track" x1="0" x2="100" y1="8" y2="8"/>'
-        f'<line class="whisker" x1="{low:.2f}" x2="{high:.2f}" y1="8" y2="8"/>'
-        f'<line class="chance" x1="{chance:.2f}" x2="{chance:.2f}" y1="2" y2="14"/>'
-        f'<circle class="score" cx="{percent:.2f}" cy="8" r="3"/></svg>'
+        '<svg class="bar" viewBox="-4 0 208 16" aria-hidden="true"><line class="track" x1="0" x2="200" y1="8" y2="8"/>'
+        f'<line class="whisker" x1="{2 * low:.1f}" x2="{2 * high:.1f}" y1="8" y2="8"/>'
+        f'<line class="chance" x1="{2 * chance:.1f}" x2="{2 * chance:.1f}" y1="2" y2="14"/>'
+        f'<circle class="score" cx="{2 * percent:.1f}" cy="8" r="3"/></svg>'
     )
 
 

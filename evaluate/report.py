@@ -12,12 +12,26 @@ from sail_align.evaluate.scores import examples_path, read_scores
 from sail_align.evaluate.table import interval, number
 from sail_align.extract.files import write_atomically
 
-TASK_TITLES = {
-    "classification": "Zero-shot classification",
-    "retrieval": "Retrieval: text to image",
-    "winoground": "Pairs of images and captions",
-    "segmentation": "Zero-shot segmentation",
+TASKS = {
+    "classification": (
+        "Zero-shot classification",
+        "Below each picture the three classes whose prompts are closest to it, with their cosine.",
+    ),
+    "retrieval": (
+        "Retrieval, text to image",
+        "The five images closest to a caption, best first, with their cosine; the caption's own image is framed.",
+    ),
+    "winoground": (
+        "Pairs of images and captions",
+        "Text is right if each image prefers its own caption, image if each caption prefers its own image. A model "
+        "that knows the words but not their order prefers one caption for both images, and so falls below chance.",
+    ),
+    "segmentation": (
+        "Zero-shot segmentation",
+        "Each pixel takes the class whose prompts are closest to its patch; pixels without a true class do not count.",
+    ),
 }
+"""Title of a task's examples, and how to read them."""
 
 
 def write_report(run: Path) -> Path:
@@ -45,7 +59,7 @@ def write_report(run: Path) -> Path:
         settings=_flat(settings),
         curves=training_curves(run),
         examples={record["dataset"]: _examples(run, record["dataset"]) for record in scores["records"]},
-        task_titles=TASK_TITLES,
+        tasks=TASKS,
         score_bar=score_bar,
     )
     path = run / "report.html"
@@ -66,19 +80,21 @@ def training_curves(run: Path) -> list[tuple[str, list[Series], Markup]]:
         (
             "Loss",
             "loss",
+            True,
             [series("training", "train", "loss", "line-1"), series("held out", "heldout", "loss", "line-2")],
         ),
         (
             "Held-out R@1",
             "R@1 (%)",
+            False,
             [series("text→image", "heldout", "t2i_r1", "line-1"), series("image→text", "heldout", "i2t_r1", "line-2")],
         ),
     )
     curves = []
-    for title, label, lines in wanted:
+    for title, label, may_be_log, lines in wanted:
         drawn = [line for line in lines if len(line.points) > 1]
         if drawn:
-            curves.append((title, drawn, line_chart(drawn, "step", label)))
+            curves.append((title, drawn, line_chart(drawn, "step", label, may_be_log=may_be_log)))
     return curves
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Mark = Literal["right", "wrong", ""]
-PICTURE_SIDE = 208
+PICTURE_SIDE = 256
 
 
 @dataclass(frozen=True)
