@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import bootstrap_interval, mean_interval, mean_per_class, top_k_hits
 from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, mark, pick_examples
+from sail_align.extract.errors import UserError
 
 PROTOCOL = "classification/prompt-ensemble@1"
 
@@ -17,6 +18,8 @@ PROTOCOL = "classification/prompt-ensemble@1"
 def evaluate(data: EvaluationSet) -> Result:
     """Score top-1, top-5 and mean-per-class accuracy."""
     labels_N = np.array([sample.label for sample in data.samples])
+    if (labels_N < 0).any():
+        raise UserError(f"{data.manifest.name} has rows without a label; give its source classes, as in class-folder.")
     scores_NC = data.images() @ data.class_embeddings().T
     metrics, hits_N = score(scores_NC, labels_N)
     examples = tuple(_example(data, scores_NC, row) for row in pick_examples(hits_N, each=4))

@@ -11,6 +11,7 @@ from sail_align.align.metrics import ranks
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import bootstrap_interval, chance_recall, weighted_mean
 from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, pick_examples
+from sail_align.extract.errors import UserError
 
 PROTOCOL = "retrieval/any-positive@1"
 KS = (1, 5, 10)
@@ -23,6 +24,8 @@ def evaluate(data: EvaluationSet) -> Result:
     """Score recall@1, 5 and 10, text to image and image to text."""
     images_NE = data.images()
     parts = [data.texts(name) for name in data.captions]
+    if not any(len(rows_K) for _, rows_K in parts):
+        raise UserError(f"{data.manifest.name} has no caption to retrieve by; give its source 'captions'.")
     texts_ME = np.concatenate([embeddings_KE for embeddings_KE, _ in parts])
     owner_M = np.concatenate([rows_K for _, rows_K in parts])
     names_M = [name for name, (_, rows_K) in zip(data.captions, parts, strict=True) for _ in rows_K]

@@ -31,7 +31,7 @@ def evaluate(data: EvaluationSet) -> Result:
 def _pair_scores(data: EvaluationSet) -> Embeddings:
     """Return cosines (K pairs, 2 captions, 2 images)."""
     if len(data.captions) != 1:
-        raise UserError(f"{data.manifest.name} has captions {', '.join(data.captions)}; name one in task.captions.")
+        raise UserError(f"{data.manifest.name} has {len(data.captions)} captions a row; name one in task.captions.")
     images_NE = data.images()
     texts_NE, rows = data.texts(data.captions[0])
     if len(rows) != len(images_NE) or len(rows) % 2:

@@ -182,3 +182,28 @@ def test_an_image_without_a_caption_is_found_but_does_not_ask():
     assert metrics["t2i_r1"].value == 50.0
     assert metrics["t2i_r1"].chance == pytest.approx(100 / 3)
     assert metrics["i2t_r1"].chance == pytest.approx(100 / 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("segmentation", "words names no classes"),
+        ("winoground", "words has 2 captions a row; name one"),
+    ],
+)
+def test_a_set_that_does_not_fit_its_task_is_refused(world, kind, sentence):
+    manifest = world.squares("words", [("red", ["red", "pink"])] * 2, {"kind": kind}, captions="caption")
+    with pytest.raises(UserError, match=sentence):
+        evaluate(world.open(manifest))
+
+
+def test_classification_needs_labels(world):
+    manifest = world.halves("seg", [("red", "green")], {"kind": "classification"})
+    with pytest.raises(UserError, match="seg has rows without a label"):
+        evaluate(world.open(manifest))
+
+
+def test_retrieval_needs_captions(world):
+    manifest = world.class_folders("colours", [("red", "red")], {"kind": "retrieval"})
+    with pytest.raises(UserError, match="colours has no caption to retrieve by"):
+        evaluate(world.open(manifest))
