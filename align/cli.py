@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
+from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options
 from sail_align.extract.errors import run_command
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-PRESETS_HELP = (
-    "Settings for the options below that are not given: paper (batch 36864, Lion 1e-5, 50 epochs) or small (batch 512, "
-    "Lion 3e-4, warm-up 0.1, dropout 0.4, 60 epochs).  [default: small below 100,000 pairs, else paper]"
-)
-BY_PRESET = "[default: the preset's]"
+
+def _default(name: str) -> str:
+    """Return a setting's default in words, and the small preset's where it is another."""
+    values = {preset: chosen.get(name, getattr(FitSettings, name, None)) for preset, chosen in PRESETS.items()}
+    small = "" if values["small"] == values["paper"] else f"; small: {values['small']}"
+    return f"[default: {values['paper']}{small}]"
 
 
 @app.callback()
@@ -34,46 +36,64 @@ def fit(
     captions: Annotated[
         str | None, typer.Option(help="Captions to train on together, as in raw,long.  [default: all in the store]")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=PRESETS_HELP)] = None,
-    head: Annotated[str, typer.Option(help="linear, mlp, glu; or cca, computed in closed form.")] = "glu",
-    expansion: Annotated[int | None, typer.Option(help="Hidden units a feature dimension.  [default: 4]")] = None,
-    dim: Annotated[
-        int | None, typer.Option(help="Of the shared space.  [default: 1024; 256 from a closed form]")
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"paper or small: the defaults below.  [default: small below {PAPER_ROWS:,} pairs, else paper]"
+        ),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help=f"On the heads' inputs.  {BY_PRESET}")] = None,
+    head: Annotated[str, typer.Option(help="linear, mlp, glu; or cca, computed in closed form.")] = FitSettings.head,
+    expansion: Annotated[
+        int | None, typer.Option(help=f"Hidden units a feature dimension.  {_default('expansion')}")
+    ] = None,
+    dim: Annotated[
+        int | None,
+        typer.Option(help=f"Of the shared space.  [default: {FitSettings.dim}; from a closed form: {CLOSED_FORM_DIM}]"),
+    ] = None,
+    image_dropout: Annotated[
+        float | None, typer.Option(help=f"On the image head's inputs and hidden units.  {_default('image_dropout')}")
+    ] = None,
+    text_dropout: Annotated[
+        float | None, typer.Option(help=f"On the text head's inputs and hidden units.  {_default('text_dropout')}")
+    ] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="random, or closed-form: a linear path that starts as the CCA.  [default: random]"),
+        typer.Option(help=f"random, or closed-form: a linear path begins as the CCA.  {_default('start')}"),
     ] = None,
-    ridge: Annotated[float | None, typer.Option(help="Regularisation of the closed form.  [default: 2]")] = None,
-    loss: Annotated[str | None, typer.Option(help="sigmoid or infonce.  [default: sigmoid]")] = None,
+    ridge: Annotated[
+        float | None, typer.Option(help=f"Regularisation of the closed form.  {_default('ridge')}")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help=f"sigmoid or infonce.  {_default('loss')}")] = None,
     divisor: Annotated[
-        str | None, typer.Option(help="Of the sigmoid loss: pairs (|B|²) or batch (|B|).  [default: pairs]")
+        str | None, typer.Option(help=f"Of the sigmoid loss: pairs (|B|²) or batch (|B|).  {_default('divisor')}")
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="lion or adamw.  [default: lion]")] = None,
-    lr: Annotated[float | None, typer.Option(help=f"Highest rate; falls along a cosine.  {BY_PRESET}")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="[default: 1e-7]")] = None,
-    warmup: Annotated[float | None, typer.Option(help=f"Fraction of the steps.  {BY_PRESET}")] = None,
-    batch_size: Annotated[int | None, typer.Option(help=f"{BY_PRESET}")] = None,
-    epochs: Annotated[float | None, typer.Option(help=f"{BY_PRESET}")] = None,
+    optimizer: Annotated[str | None, typer.Option(help=f"lion or adamw.  {_default('optimizer')}")] = None,
+    lr: Annotated[float | None, typer.Option(help=f"Highest rate, of a cosine.  {_default('lr')}")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=_default("weight_decay"))] = None,
+    warmup: Annotated[float | None, typer.Option(help=f"Fraction of the steps.  {_default('warmup')}")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=_default("batch_size"))] = None,
+    epochs: Annotated[float | None, typer.Option(help=_default("epochs"))] = None,
     steps: Annotated[int | None, typer.Option(help="In place of epochs.")] = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help=_default("seed"))] = None,
     held_out: Annotated[
         float | None,
-        typer.Option(help="Fraction of the pairs to score on, not to train on; 100 to 5,000 of them.  [default: 0.05]"),
+        typer.Option(
+            help=f"Fraction of the pairs to score on and not to train on; 100 to 5,000 of them.  {_default('held_out')}"
+        ),
     ] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
-    """Train the heads on stores; typed again after a stop, it goes on. The defaults are the paper's, or a preset's."""
+    """Train the heads on stores; typed again after a stop, it goes on. Defaults are the paper's, or small data's."""
     given = {
         "preset": preset,
         "head": head,
         "expansion": expansion,
         "dim": dim,
-        "dropout": dropout,
+        "image_dropout": image_dropout,
+        "text_dropout": text_dropout,
         "start": start,
         "ridge": ridge,
         "loss": loss,
@@ -89,8 +109,6 @@ def fit(
         "held_out": held_out,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    from sail_align.align.settings import check_options
-
     check_options(options)  # before the seconds that torch takes to load
 
     from sail_align.align.plan import make_plan

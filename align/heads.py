@@ -12,7 +12,7 @@ HeadKind = Literal["linear", "mlp", "glu"]
 
 
 class Head(nn.Module):
-    """LayerNorm, dropout on the normalised features, then what a subclass does with them.
+    """LayerNorm, dropout on the normalised features, then what a subclass does with them; hidden units drop out too.
 
     Features (…, input_dim) float32 become (…, output_dim). Weights start Xavier-uniform, biases at zero.
     """
@@ -68,7 +68,7 @@ class MLPHead(Head):
         self.out = _linear(expansion * input_dim, output_dim)
 
     def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
-        out_BE: Tensor = self.out(F.relu6(self.hidden(normed_BD)))
+        out_BE: Tensor = self.out(self.dropout(F.relu6(self.hidden(normed_BD))))
         return out_BE
 
 
@@ -86,7 +86,7 @@ class GLUHead(Head):
         self.out = _linear(expansion * input_dim, output_dim)
 
     def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
-        out_BE: Tensor = self.out(F.relu6(self.gate(normed_BD)) * self.value(normed_BD))
+        out_BE: Tensor = self.out(self.dropout(F.relu6(self.gate(normed_BD)) * self.value(normed_BD)))
         return out_BE
 
 

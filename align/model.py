@@ -49,14 +49,16 @@ class Architecture:
     text_dim: int
     dim: int
     expansion: int = 4
-    dropout: float = 0.0
+    image_dropout: float = 0.0
+    text_dropout: float = 0.0
     linear_path: bool = False
 
     def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
         """Return a fresh model; its weights come from torch's global random state."""
+        sides = ((self.image_dim, self.image_dropout), (self.text_dim, self.text_dropout))
         heads = [
-            make_head(self.head, input_dim, self.dim, expansion=self.expansion, dropout=self.dropout)
-            for input_dim in (self.image_dim, self.text_dim)
+            make_head(self.head, input_dim, self.dim, expansion=self.expansion, dropout=dropout)
+            for input_dim, dropout in sides
         ]
         if self.linear_path:
             for head in heads:

@@ -44,8 +44,9 @@ class Plan:
             text_dim=self.pairs[0].texts[0].dim,
             dim=settings.dim,
             expansion=settings.expansion,
-            dropout=settings.dropout,
-            linear_path=settings.start == "closed-form" and settings.head != "linear",
+            image_dropout=settings.image_dropout,
+            text_dropout=settings.text_dropout,
+            linear_path=settings.start == "closed-form" and settings.head in ("mlp", "glu"),
         )
 
     @property
@@ -64,7 +65,7 @@ class Plan:
         begin = "" if chosen.start == "random" else f" from a {chosen.start} start"
         return (
             f"{chosen.head} heads{begin} on {data}; {chosen.steps:,} steps of {chosen.batch_size:,}, "
-            f"{chosen.loss} loss, {chosen.optimizer} at {chosen.lr:g}, dropout {chosen.dropout:g}"
+            f"{chosen.loss} loss, {chosen.optimizer} at {chosen.lr:g}"
         )
 
     def record(self) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from sail_align.extract.errors import UserError
 class FitSettings:
     """Everything besides the data that decides a run's weights. The defaults are the paper's.
 
-    `head` "cca" is a linear head that is computed and not trained: its `steps` are 0. `expansion` and `dropout` are the
-    heads', `dim` is the dimension of the shared space. `ridge` belongs to a closed form, `divisor` to the sigmoid loss.
-    `scale` and `bias` are what t and b start from. `warmup` is a fraction of the steps. `held_out` is the fraction of
-    the rows that is kept out of training and scored.
+    `head` "cca" is a linear head that is computed and not trained: its `steps` are 0. `expansion` and the dropouts
+    are the heads', `dim` is the dimension of the shared space. `ridge` belongs to a closed form, `divisor` to the
+    sigmoid loss. `scale` and `bias` are what t and b start from. `warmup` is a fraction of the steps, `held_out` the
+    fraction of the rows that is kept out of training and scored.
     """
 
     head: Literal["linear", "mlp", "glu", "cca"] = "glu"
     expansion: int = 4
     dim: int = 1_024
-    dropout: float = 0.0
+    image_dropout: float = 0.0
+    text_dropout: float = 0.0
     start: Literal["random", "closed-form"] = "random"
     ridge: float = 2.0
     loss: Literal["sigmoid", "infonce"] = "sigmoid"
@@ -45,9 +46,19 @@ class FitSettings:
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper does not say how long: 50 epochs of its millions of pairs are the hours on one GPU that it reports.
     "paper": {"epochs": 50},
-    # For thousands of pairs. Lion moves each weight by the rate a step, whatever the gradient: a short run needs a
-    # higher rate; and few pairs are soon known by heart, hence the dropout.
-    "small": {"epochs": 60, "batch_size": 512, "lr": 3e-4, "dropout": 0.4, "warmup": 0.1},
+    # For thousands of pairs: they are soon known by heart, so start from the best linear maps, add little, drop out
+    # much. Mean R@1 of two folds of 2,000 photos with five captions each: closed form 31.6, this 34.3; with dropout 0.5
+    # on both sides 33.4; a linear head from a random start 15.
+    "small": {
+        "start": "closed-form",
+        "expansion": 1,
+        "image_dropout": 0.7,
+        "text_dropout": 0.3,
+        "scale": 15.0,
+        "bias": -8.0,
+        "batch_size": 512,
+        "epochs": 25,
+    },
 }
 PAPER_ROWS = 100_000
 """From this many pairs on, the paper's settings are the default."""
@@ -65,7 +76,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LIMITS: dict[str, tuple[float, float]] = {
     "expansion": (1, 64),
     "dim": (1, 65_536),
-    "dropout": (0, 0.95),
+    "image_dropout": (0, 0.95),
+    "text_dropout": (0, 0.95),
     "ridge": (1e-6, 1e6),
     "lr": (1e-9, 1),
     "weight_decay": (0, 10),
@@ -77,7 +89,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "held_out": (0, 0.5),
 }
 TRAINED = 5e-3
-"""Rates that sum up to less leave a run all but untrained: 200 steps at 1e-5 were seen to learn next to nothing."""
+"""Rates that sum up to less leave a random start all but untrained: 200 steps at 1e-5 learn next to nothing."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -94,7 +106,6 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UserError(f"{_flag(name)} {value:g} is out of range; give a number from {low:g} to {high:g}.")
     head, loss = options.get("head"), options.get("loss")
     trained = {field.name for field in fields(FitSettings)} | {"epochs", "preset"}
-    closed_form = head == "cca" or options.get("start") == "closed-form"
     idle = [
         (
             head == "cca",
@@ -102,7 +113,6 @@ def check_options(options: Mapping[str, Any]) -> None:
             "--head cca, which is computed and not trained",
         ),
         (head == "linear", {"expansion"}, "--head linear, which has no hidden units"),
-        (not closed_form, {"ridge"}, "--start random"),
         (loss == "infonce", {"divisor"}, "--loss infonce"),
         ("steps" in options, {"epochs"}, "--steps"),
     ]
@@ -119,7 +129,7 @@ def choose_settings(
     `options`, which have passed `check_options`, override the preset; where none is named, it goes by `rows`.
 
     Raises:
-        UserError: The features have too few dimensions for the closed form that is asked for.
+        UserError: An option does not go with the start or with the features' dimensions.
     """
     notes = []
     preset = options.get("preset") or ("paper" if rows >= PAPER_ROWS else "small")
@@ -130,6 +140,8 @@ def choose_settings(
         other = "small" if preset == "paper" else "paper"
         notes.append(f"{rows:,} pairs: the settings are those of preset {preset!r} (--preset {other} for the others).")
     settings = FitSettings(**{"steps": 0, **chosen})
+    if "ridge" in options and not settings.closed_form:
+        raise UserError("--ridge has no effect with --start random; leave one of them out.")
     if settings.closed_form:
         chosen["dim"] = _closed_form_dim(chosen.get("dim"), image_dim, text_dim)
     chosen["batch_size"] = min(settings.batch_size, rows)
@@ -139,7 +151,7 @@ def choose_settings(
         notes.append(f"A batch of {settings.batch_size:,} is more than there are pairs: reduced to all {rows:,}.")
     chosen.setdefault("steps", max(1, round(epochs * rows / chosen["batch_size"])))
     reach = settings.lr * chosen["steps"] / 2
-    if reach < TRAINED:
+    if reach < TRAINED and not settings.closed_form:
         notes.append(
             f"{chosen['steps']} steps at a rate of {settings.lr:g} move no weight by more than {reach:.1g}: expect a "
             "run that has hardly learned; raise --lr or --steps."
@@ -151,7 +163,8 @@ def _closed_form_dim(dim: int | None, image_dim: int, text_dim: int) -> int:
     most = min(image_dim, text_dim)
     if dim is not None and dim > most:
         raise UserError(
-            f"--dim {dim} is more than a closed form of {image_dim} and {text_dim} dimensions has; give at most {most}."
+            f"--dim {dim} is more than a closed form of {image_dim} and {text_dim} dimensions has; give at most {most} "
+            "or --start random."
         )
     return dim or min(CLOSED_FORM_DIM, most)
 

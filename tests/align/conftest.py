@@ -13,6 +13,12 @@ from sail_align.extract.store import Store
 IMAGE_DIM, TEXT_DIM = 12, 8
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """What survives a power cut is not under test, and waiting for it takes most of the time."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
 @pytest.fixture
 def make_store(tmp_path):
     """Makes a store of `rows` pairs under a name.

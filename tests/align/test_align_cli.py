@@ -44,7 +44,10 @@ def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
         stopped = typed("--features", path, *QUICK)
     assert stopped.exit_code == 130
     assert "stopped; the same command goes on with runs/photos-glu from its last checkpoint" in stopped.output
-    assert "going on with runs/photos-glu: glu heads on 240 pairs" in typed("--features", path, *QUICK).output
+    assert (
+        "going on with runs/photos-glu: glu heads from a closed-form start on 240 pairs"
+        in typed("--features", path, *QUICK).output
+    )
 
 
 def interrupt(*_):

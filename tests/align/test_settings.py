@@ -20,7 +20,8 @@ def test_the_defaults_are_the_papers():
         head="glu",
         expansion=4,
         dim=1024,
-        dropout=0.0,
+        image_dropout=0.0,
+        text_dropout=0.0,
         start="random",
         loss="sigmoid",
         divisor="pairs",
@@ -39,8 +40,13 @@ def test_the_defaults_are_the_papers():
 
 def test_few_pairs_get_the_small_preset_and_a_sentence():
     settings, notes = choose(rows=2_000)
-    assert (settings.lr, settings.batch_size) == (PRESETS["small"]["lr"], PRESETS["small"]["batch_size"])
+    assert (settings.start, settings.dim, settings.batch_size) == ("closed-form", 256, 512)
+    assert settings.image_dropout == PRESETS["small"]["image_dropout"]
     assert notes == ["2,000 pairs: the settings are those of preset 'small' (--preset paper for the others)."]
+
+
+def test_a_closed_form_start_needs_no_long_way():
+    assert not any("hardly learned" in note for note in choose(rows=2_000, preset="small", steps=10)[1])
 
 
 def test_the_papers_settings_on_few_pairs_say_that_they_leave_a_run_untrained():
