@@ -41,8 +41,7 @@ class Pairs:
         """Return the rows whose image and captions are all there: the others are never served."""
         usable = np.ones(self.store.rows, dtype=np.bool_)
         for array in self.arrays:
-            for start, stop in self.chunks():
-                usable[start:stop] &= array.read(start, stop)[1] == Status.OK
+            usable &= array.read_status() == Status.OK
         return usable
 
     def read(self, start: int, stop: int, rows: Rows) -> tuple[Half, Half]:

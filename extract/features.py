@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,24 @@ class FeatureArray:
         """Return features (n, dim) and status (n,) of rows start … stop − 1; NaN and pending where not committed."""
         stop = self.rows if stop is None else stop
         features = np.asarray(self._features[start:stop])
+        for rows in self._uncommitted(start, stop):
+            features[rows] = np.nan
+        return features, self.read_status(start, stop)
+
+    def read_status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Return the status (n,) of rows start … stop − 1, without reading their features."""
+        stop = self.rows if stop is None else stop
         status = np.asarray(self._status[start:stop])
+        for rows in self._uncommitted(start, stop):
+            status[rows] = Status.PENDING
+        return status
+
+    def _uncommitted(self, start: int, stop: int) -> Iterator[slice]:
+        """Yield the stretches of rows start … stop − 1, counted from start, whose shards have no valid marker."""
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             if shard not in self.markers:
                 first, last = self.span(shard)
-                rows = slice(max(first - start, 0), last - start)
-                features[rows] = np.nan
-                status[rows] = Status.PENDING
-        return features, status
+                yield slice(max(first - start, 0), last - start)
 
     def write(self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8]) -> None:
         """Write one shard whole, then its marker."""
