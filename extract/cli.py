@@ -39,6 +39,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set's images and captions into a store; run it again to go on after a stop."""
+    from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
     from sail_align.extract.engine import extract
     from sail_align.extract.manifest import find_manifest
@@ -54,15 +55,18 @@ def run(
     path = out or Path("features") / f"{about.name}.zarr"
     if path.exists():
         Store.open(path)
+    image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
+    find_vision(image_name)
+    find_text(text_name)  # a slip in either name is said before the first encoder is fetched
     image = load_image_encoder(
-        image_encoder or about.encoders.image,
+        image_name,
         pooling=image_pooling,
         device=device,
         precision=precision,
         trust_remote_code=trust_remote_code,
     )
     text = load_text_encoder(
-        text_encoder or about.encoders.text,
+        text_name,
         pooling=text_pooling,
         device=device,
         precision=precision,
