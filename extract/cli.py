@@ -44,7 +44,7 @@ def run(
     from sail_align.extract.engine import extract
     from sail_align.extract.manifest import find_manifest
     from sail_align.extract.sources import open_source
-    from sail_align.extract.store import Store, open_or_create
+    from sail_align.extract.store import open_or_create, require_place
 
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
@@ -53,8 +53,7 @@ def run(
         if name not in source.captions:
             raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(source.captions) or 'none'}.")
     path = out or Path("features") / f"{about.name}.zarr"
-    if path.exists():
-        Store.open(path)
+    require_place(path)
     image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
     find_vision(image_name)
     find_text(text_name)  # a slip in either name is said before the first encoder is fetched

@@ -52,10 +52,14 @@ class ClassFolderSource(_Strict):
 
 
 class DemoSource(_Strict):
-    """Scenes composed from OpenMoji drawings; nothing is read from the data root."""
+    """Scenes composed from OpenMoji drawings; nothing is read from the data root.
+
+    `version` rises when the code draws other pictures for the same rows, so that no store mixes the two.
+    """
 
     kind: Literal["demo"]
     part: Literal["train", "retrieval", "objects", "unseen", "pairs", "segmentation"]
+    version: Literal[1] = 1
 
 
 Source = Annotated[TableSource | ClassFolderSource | DemoSource, Field(discriminator="kind")]

@@ -69,9 +69,9 @@ class Store:
                 cannot name a folder.
         """
         path = Path(path)
-        unfinished = {"index", ".zarr.json.tmp"}
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - unfinished):
-            raise UserError(f"{path} exists and is not a store; name another path or remove it.")
+        if (path / "zarr.json").exists():
+            raise UserError(f"{path} is a store already; name another path or remove it.")
+        require_place(path)
         for name in captions:
             if not CAPTION_NAME.fullmatch(name):
                 raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
@@ -219,6 +219,16 @@ class Store:
         if not FeatureArray.exists(folder):
             FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
         return self._array(folder.relative_to(self.path).as_posix(), node)
+
+
+def require_place(path: Path) -> None:
+    """Raise `UserError` unless the path holds a store, one that was never finished, or nothing."""
+    if (path / "zarr.json").exists():
+        Store.open(path)
+    elif path.exists():
+        unfinished = {"index", ".zarr.json.tmp"}
+        if not path.is_dir() or {entry.name for entry in path.iterdir()} - unfinished:
+            raise UserError(f"{path} exists and is not a feature store; name another --out.")
 
 
 def open_or_create(path: Path, manifest: Manifest, source: Source) -> Store:

@@ -37,9 +37,9 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Finding]:
                 yield Finding(f"{array.path} shard {shard}: is not committed; run sail-extract run to do it.")
             elif changed := array.changed(shard):
                 advice = "its commit is taken back" if discard else "use --discard, then sail-extract run"
-                yield Finding(f"{array.path} shard {shard}: {changed} are not as they were committed; {advice}.")
                 if discard:
                     array.discard(shard)
+                yield Finding(f"{array.path} shard {shard}: {changed} are not as they were committed; {advice}.")
     yield from map(_compare_with_encoder, identities.values())
 
 

@@ -14,7 +14,9 @@ from sail_align.extract.status import Status
 
 @pytest.fixture
 def source(pictures):
-    return TableSource(Table(kind="table", files="captions.csv", images="images", captions={"raw": "caption"}), pictures)
+    return TableSource(
+        Table(kind="table", files="captions.csv", images="images", captions={"raw": "caption"}), pictures
+    )
 
 
 def test_each_image_is_encoded_into_its_own_row_and_a_bad_one_shifts_nothing(source):
