@@ -47,8 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The paper does not say how long: 50 epochs of its millions of pairs are the hours on one GPU that it reports.
     "paper": {"epochs": 50},
     # For thousands of pairs: they are soon known by heart, so start from the best linear maps, add little and drop out
-    # some. Mean R@1 on 400 of 2,000 photos / on 600 of 3,000 scenes of the demo, both kept out: closed form 30.2 / 55.2,
-    # this 32.7 / 60.0; with dropout 0.7 and 0.3 it is 33.2 / 50.7.
+    # some. Mean R@1 on 400 of 2,000 photos and on 600 of the demo's 3,000 scenes, kept out: closed form 30.2 and 55.2,
+    # this 32.7 and 60.0; with dropout 0.7 and 0.3 it is 33.2 and 50.7.
     "small": {
         "start": "closed-form",
         "expansion": 1,
