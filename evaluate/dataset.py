@@ -62,8 +62,8 @@ class EvaluationSet:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """The set's samples, with the captions that the task uses."""
-        return [
+        """The set's samples, one at least, with the captions that the task uses."""
+        samples = [
             Sample(
                 key=sample.key,
                 image=sample.image,
@@ -73,6 +73,9 @@ class EvaluationSet:
             )
             for sample in self.source.samples()
         ]
+        if not samples:
+            raise UserError(f"{self.manifest.name} has no samples; correct its files or its split.")
+        return samples
 
     def images(self) -> Embeddings:
         """Return the embeddings of all images, (N, E), rows of unit length.

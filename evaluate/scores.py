@@ -60,7 +60,7 @@ def merge_scores(run: Run, records: list[Record]) -> None:
     kept = older["records"] if all(older.get(name) == value for name, value in head.items()) else []
     merged = {record["dataset"]: record for record in [*kept, *records]}
     content = {**head, "records": list(merged.values())}
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
 def read_scores(run: Path) -> dict[str, Any]:

@@ -112,6 +112,20 @@ def test_segmentation_names_a_mask_that_cannot_be_read(world, tmp_path):
         evaluate(world.open(manifest))
 
 
+def test_segmentation_without_a_pixel_to_count_is_refused(world, tmp_path):
+    manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
+    Image.new("L", (32, 32), 255).save(tmp_path / "seg" / "masks" / "000.png")
+    with pytest.raises(UserError, match="No mask of seg has a pixel of a listed class"):
+        evaluate(world.open(manifest))
+
+
+@pytest.mark.parametrize("kind", PROTOCOLS)
+def test_a_set_without_samples_is_refused(world, kind):
+    manifest = world.squares("none", [], {"kind": kind}, masks="images", classes={0: "red"})
+    with pytest.raises(UserError, match="none has no samples"):
+        evaluate(world.open(manifest))
+
+
 def test_a_second_evaluation_loads_no_encoder(world, loaded):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     first = evaluate(world.open(manifest))
