@@ -1,9 +1,10 @@
 """An evaluation set as a run sees it: encoded once into a store of its own, embedded by the run's heads."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from sail_align.extract.encoders.base import require_same
 from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
-from sail_align.extract.manifest import Manifest, Task
+from sail_align.extract.files import canonical_json
+from sail_align.extract.manifest import DemoSource, Manifest, Task
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Sample
 from sail_align.extract.status import Status
@@ -27,6 +29,9 @@ HEAD_BATCH = 4096
 
 class EvaluationSet:
     """One evaluation set and one run.
+
+    A store's name depends on the folder of the data, or on the prompts: others are encoded beside. Images that change
+    in place, under the same names, are not noticed: their features stay until the store's folder is removed.
 
     Args:
         manifest: Its purpose is to evaluate.
@@ -46,6 +51,7 @@ class EvaluationSet:
         self.source = open_source(manifest, data_root)
         self.stores: dict[str, Store] = {}
         self._folder = folder
+        self._root = None if isinstance(manifest.source, DemoSource) else (data_root / manifest.source.root).resolve()
         self.quiet = quiet
 
     @property
@@ -100,26 +106,31 @@ class EvaluationSet:
         templates, classes = self.task.templates, self.source.classes
         if not classes:
             raise UserError(f"{self.manifest.name} names no classes; its source needs 'classes'.")
+        if twice := [name for name in dict.fromkeys(classes) if classes.count(name) > 1]:
+            raise UserError(f"{self.manifest.name} has two classes named {twice[0]!r}; give each its own name.")
         prompts = [
             Sample(key=f"{label}/{number}", image="", captions={"prompt": template.replace("{}", name)})
             for label, name in enumerate(classes)
             for number, template in enumerate(templates)
         ]
-        store = self._encoded("prompts", prompts, ["prompt"], images=False)
+        told_apart = _short_digest([self.manifest.rows, [sample.captions["prompt"] for sample in prompts]])
+        store = self._encoded("prompts", f"prompts-{told_apart}", prompts, ["prompt"], images=False)
         features, _ = self._readable(store, store.text("prompt"), "prompt", allowed={Status.OK})
         means_CE = self._embed(self.run.model.encode_text, features).reshape(len(classes), len(templates), -1).mean(1)
         return cast(Embeddings, means_CE / np.linalg.norm(means_CE, axis=1, keepdims=True))
 
     @cached_property
     def _set_store(self) -> Store:
-        return self._encoded("set", self.samples, self.captions, images=True)
+        told_apart = _short_digest(str(self._root)) if self._root else ""
+        return self._encoded("set", told_apart, self.samples, self.captions, images=True)
 
-    def _encoded(self, name: str, samples: list[Sample], captions: Sequence[str], *, images: bool) -> Store:
+    def _encoded(
+        self, name: str, told_apart: str, samples: list[Sample], captions: Sequence[str], *, images: bool
+    ) -> Store:
         """Return the complete store of these samples, encoding what is not there yet."""
         image, text = (self.run.image if images else None), (self.run.text if captions else None)
         prints = [identity.spec.fingerprint[:8] for identity in (image, text) if identity]
-        stem = self.manifest.name if name == "set" else f"{self.manifest.name}-{name}"
-        path = self._folder / f"{'-'.join([stem, *prints])}.zarr"
+        path = self._folder / f"{'-'.join(filter(None, [self.manifest.name, told_apart, *prints]))}.zarr"
         if (path / "zarr.json").exists():
             store = Store.open(path)
             self._require_reusable(store, samples)
@@ -176,3 +187,7 @@ class EvaluationSet:
         if not np.isfinite(embeddings).all():
             raise RunError(f"The heads of {self.run.path} give NaN or infinity; its training has diverged.")
         return embeddings
+
+
+def _short_digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:8]

@@ -1,7 +1,7 @@
 """Zero-shot classification: the class whose prompts are closest to the image.
 
 Radford et al. 2021 (CLIP), section 3.1: per class, the prompts' unit embeddings are averaged and normalised again;
-prediction by cosine. On ImageNet with its 80 templates this is the number that papers report.
+prediction by cosine. A tie counts as wrong, where an argmax would credit the class that comes first.
 """
 
 import numpy as np

@@ -153,6 +153,34 @@ def test_a_store_of_other_samples_is_refused(world, tmp_path):
         evaluate(world.open(manifest))
 
 
+def test_another_template_is_encoded_beside_the_first(world):
+    task = {"kind": "classification"}
+    manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], task)
+    first = world.open(manifest)
+    evaluate(first)
+    manifest.write_text(manifest.read_text().replace("task:", "task:\n  templates: ['{} red']"))
+    second = world.open(manifest)
+    evaluate(second)
+    assert first.stores["prompts"].path != second.stores["prompts"].path
+    assert first.stores["set"].path == second.stores["set"].path
+
+
+def test_the_same_names_in_another_folder_are_other_images(world, tmp_path):
+    manifest = world.class_folders("here", [("red", "red"), ("green", "green")], {"kind": "classification"})
+    assert values(evaluate(world.open(manifest)))["top1"] == 1.0
+    world.class_folders("there", [("red", "green"), ("green", "red")], {"kind": "classification"})
+    moved = tmp_path / "there" / "manifest.yaml"
+    moved.write_text(manifest.read_text())
+    assert values(evaluate(world.open(moved)))["top1"] == 0.0
+
+
+def test_two_classes_of_one_name_are_refused(world):
+    manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
+    manifest.write_text(manifest.read_text().replace("1: green", "1: red"))
+    with pytest.raises(UserError, match="seg has two classes named 'red'"):
+        evaluate(world.open(manifest))
+
+
 def test_a_store_of_another_encoder_is_refused(world, run, tmp_path):
     """Folder names carry fingerprints; a store moved under another's name is still found out."""
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
@@ -160,7 +188,8 @@ def test_a_store_of_another_encoder_is_refused(world, run, tmp_path):
     evaluate(data)
     other = replace(run, image=replace(run.image, spec=replace(run.image.spec, weights="1")))
     path = data.stores["set"].path
-    path.rename(path.with_name(f"colours-{other.image.spec.fingerprint[:8]}.zarr"))
+    fingerprint, another = (each.image.spec.fingerprint[:8] for each in (run, other))
+    path.rename(path.with_name(path.name.replace(fingerprint, another)))
     with pytest.raises(UserError, match="weights is '0', but here it is '1'"):
         evaluate(world.open(manifest, other))
 
