@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
     pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
     settings = json.loads((run / "settings.json").read_bytes())
     page = pages.get_template("report.html.j2").render(
-        name=run.name,
+        name=run.resolve().name,
         scores=scores,
         scored=[record for record in scores["records"] if "error" not in record],
         errors=[record for record in scores["records"] if "error" in record],
@@ -70,7 +70,8 @@ def write_report(run: Path) -> Path:
 def training_curves(run: Path) -> list[tuple[str, list[Series], Markup]]:
     """Return title, legend and chart of the loss and of the held-out recall, those that have two points or more."""
     path = run / "metrics.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines_and_rest = path.read_text().split("\n") if path.is_file() else [""]
+    entries = [json.loads(line) for line in lines_and_rest[:-1]]  # a killed run may leave part of a line
 
     def series(name: str, kind: str, field: str, style: str) -> Series:
         rows = (entry for entry in entries if entry["kind"] == kind and field in entry)

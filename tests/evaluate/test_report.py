@@ -53,7 +53,7 @@ def page(world, run):
     ]
     steps = [{"kind": "train", "step": step, "loss": 5 / (1 + step)} for step in range(10)]
     heldout = [{"kind": "heldout", "step": step, "loss": 1.0, "t2i_r1": 9.0 * step, "i2t_r1": 8.0} for step in (0, 9)]
-    (run.path / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps + heldout)))
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps + heldout))
     sets = [find_manifest(str(path)) for path in manifests]
     for record in evaluate_sets(run, sets, features=world.folder / "features", quiet=True):
         assert "error" not in record
@@ -112,6 +112,13 @@ def test_captions_are_shown_as_text_and_not_as_markup(page):
 def test_a_run_without_curves_has_a_report(page, run):
     (run.path / "metrics.jsonl").unlink()
     assert not Page(write_report(run.path).read_text()).all("polyline")
+
+
+def test_a_last_line_that_a_kill_cut_is_left_out(page, run):
+    whole = write_report(run.path).read_bytes()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')
+    assert write_report(run.path).read_bytes() == whole
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 87), (3, 3), (-2.5, 0.1), (0, 12345), (0, 0)])
