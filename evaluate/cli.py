@@ -55,7 +55,8 @@ def evaluate_all(
     for about, _ in packaged:
         if about.name not in {present.name for present, _ in here}:
             typer.echo(f"not here: {about.name}. {about.get.strip()}")
-    _evaluate(run, here + _required(manifest or [], data_root, kind=None), features_dir, device, quiet)
+    sets = here + _required(manifest or [], data_root, kind=None)
+    _evaluate(run, sets, features_dir, device, quiet, stop_at_fault=False)
 
 
 def _register(kind: str, summary: str) -> Callable[..., None]:
@@ -72,7 +73,7 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
         device: Device = "auto",
         quiet: Quiet = False,
     ) -> None:
-        _evaluate(run, _required(manifests, data_root, kind), features_dir, device, quiet)
+        _evaluate(run, _required(manifests, data_root, kind), features_dir, device, quiet, stop_at_fault=True)
 
     return evaluate_kind
 
@@ -96,22 +97,33 @@ def report(
 
 
 def _evaluate(
-    run_path: Path | None, sets: list[tuple["Manifest", Path]], features_dir: Path, device: str, quiet: bool
+    run_path: Path | None,
+    sets: list[tuple["Manifest", Path]],
+    features_dir: Path,
+    device: str,
+    quiet: bool,
+    *,
+    stop_at_fault: bool,
 ) -> None:
-    """Score the sets, print the table, write the report; exit 1 if a set failed."""
+    """Score the sets, print the table, write the report, also of those before a fault; exit 1 if a set failed."""
     from sail_align.align.checkpoint import load_run, newest_run
     from sail_align.evaluate.evaluator import evaluate_sets
     from sail_align.evaluate.report import write_report
-    from sail_align.evaluate.scores import failed, scores_path
+    from sail_align.evaluate.scores import Record, failed, scores_path
     from sail_align.evaluate.table import score_table
 
     if not sets:
         raise UserError("No evaluation set's data are here; name one of your own with --manifest.")
     run = load_run(run_path or newest_run())
     typer.echo(f"scoring {run.path}{'' if run_path else ' (the newest run)'}")
-    records = list(evaluate_sets(run, sets, features=features_dir, device=device, quiet=quiet))
-    typer.echo(score_table(records))
-    typer.echo(f"wrote {scores_path(run.path)} and {write_report(run.path)}")
+    scored = evaluate_sets(run, sets, features=features_dir, device=device, quiet=quiet, stop_at_fault=stop_at_fault)
+    records: list[Record] = []
+    try:
+        records.extend(scored)
+    finally:
+        if records:
+            typer.echo(score_table(records))
+            typer.echo(f"wrote {scores_path(run.path)} and {write_report(run.path)}")
     if failed(records):
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""Score a run on evaluation sets, one after the other; one set's fault does not stop the next."""
+"""Score a run on evaluation sets, one after the other; one set's fault need not stop the next."""
 
 import json
 import time
@@ -23,6 +23,7 @@ def evaluate_sets(
     features: Path = Path("features"),
     device: str = "cpu",
     quiet: bool = False,
+    stop_at_fault: bool = False,
 ) -> Iterator[Record]:
     """Score each manifest under its data root; yield its record after writing it into the run.
 
@@ -32,14 +33,15 @@ def evaluate_sets(
         features: Folder of stores; the evaluation sets' go into its `eval/`.
         device: Where encoders and heads compute.
         quiet: No progress bars.
+        stop_at_fault: Raise a set's fault, where it would else be the set's record.
 
     Raises:
+        UserError: A set cannot be scored, and `stop_at_fault`.
         RunError: The run's encoders cannot be loaded, or its heads have diverged.
     """
     encoders = Encoders(run, device)
     for manifest, root in sets:
         started = time.monotonic()
-        examples_path(run.path, manifest.name).unlink(missing_ok=True)
         try:
             data = EvaluationSet(manifest, root, encoders, features / "eval", quiet)
             protocol = PROTOCOLS[data.task.kind]
@@ -47,6 +49,8 @@ def evaluate_sets(
         except RunError:
             raise
         except (UserError, UnreadableImageError, OSError) as problem:
+            if stop_at_fault:
+                raise UserError(" ".join(str(problem).split())) from problem
             record = error_record(manifest, problem)
         else:
             record = score_record(data, protocol.id, result, time.monotonic() - started)

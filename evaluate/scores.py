@@ -48,17 +48,20 @@ def failed(records: list[Record]) -> bool:
 def merge_scores(run: Run, records: list[Record]) -> None:
     """Put records into the run's `scores.json`, in the place of older ones of the same set.
 
-    Scores of an earlier checkpoint of this run, or of another schema, are dropped.
+    An error takes no score's place. Scores of another checkpoint, of other encoders or of another schema are dropped;
+    the run's folder may have another name by now.
     """
     head = {
         "schema": SCHEMA,
-        "run": {"name": run.path.name, "digest": run.digest},
+        "run": {"name": run.path.resolve().name, "digest": run.digest},
         "encoders": {"image": _encoder(run.image), "text": _encoder(run.text)},
     }
     path = scores_path(run.path)
     older = json.loads(path.read_bytes()) if path.exists() else {}
-    kept = older["records"] if all(older.get(name) == value for name, value in head.items()) else []
-    merged = {record["dataset"]: record for record in [*kept, *records]}
+    merged = {record["dataset"]: record for record in older["records"]} if _of_same_weights(older, head) else {}
+    for record in records:
+        if "error" not in record or "error" in merged.get(record["dataset"], record):
+            merged[record["dataset"]] = record
     content = {**head, "records": list(merged.values())}
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
@@ -86,6 +89,11 @@ def scores_path(run: Path) -> Path:
 def examples_path(run: Path, dataset: str) -> Path:
     """Return where the examples of one set are, for the report."""
     return run / "examples" / f"{dataset}.json"
+
+
+def _of_same_weights(older: dict[str, Any], head: dict[str, Any]) -> bool:
+    same = all(older.get(name) == head[name] for name in ("schema", "encoders"))
+    return same and older["run"]["digest"] == head["run"]["digest"]
 
 
 def _about(manifest: Manifest) -> Record:

@@ -112,6 +112,42 @@ def test_a_corrupt_set_is_an_error_of_its_own(sail_eval, squares, world, run, tm
     assert "not scored" in (run.path / "report.html").read_text()
 
 
+def test_one_tasks_command_ends_at_a_mistake_with_what_was_scored_before_it(sail_eval, squares, world, run, tmp_path):
+    broken = world.class_folders("broken", [("red", "red"), ("blue", "blue")], {"kind": "classification"})
+    (tmp_path / "broken" / "red" / "0.png").write_bytes(b"no picture")
+    code, out, err = sail_eval("classification", squares, broken, "--quiet")
+    assert code == 2
+    assert err.startswith("error: 1 of 2 rows of broken have no usable image")
+    assert err.count("\n") == 1
+    assert "top-1" in out
+    assert [record["dataset"] for record in json.loads((run.path / "scores.json").read_bytes())["records"]] == [
+        "squares"
+    ]
+
+
+def test_an_error_takes_no_scores_place(sail_eval, squares, run, tmp_path):
+    sail_eval("all", "--manifest", squares, "--quiet")
+    good = (run.path / "scores.json").read_bytes()
+    for name in ("red", "green"):
+        (tmp_path / "squares" / name / "0.png").rename(tmp_path / "squares" / name / "1.png")
+    code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
+    assert code == 1
+    assert "ERROR: " in out
+    assert (run.path / "scores.json").read_bytes() == good
+    assert "closest to it" in (run.path / "report.html").read_text()
+
+
+def test_a_renamed_run_keeps_its_scores(sail_eval, squares, world, run):
+    pairs = world.squares("pairs", [("red", "red"), ("green", "green")], {"kind": "winoground"})
+    sail_eval("classification", squares, "--quiet")
+    path = run.path / "scores.json"
+    path.write_text(path.read_text().replace('"colours-linear"', '"before"'))
+    sail_eval("winoground", pairs, "--quiet")
+    scores = json.loads(path.read_bytes())
+    assert scores["run"]["name"] == "colours-linear"
+    assert [record["dataset"] for record in scores["records"]] == ["squares", "pairs"]
+
+
 def test_an_encoder_that_cannot_be_had_is_one_mistake_and_not_one_for_each_set(sail_eval, squares, monkeypatch):
     def refuse(recorded, device):
         raise UserError("It is not in the hub's cache.")
