@@ -41,22 +41,26 @@ def run(
     """Encode a data set's images and captions into a store; run it again to go on after a stop."""
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+    from sail_align.extract.encoders.pooling import require_text_pooling
+    from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.engine import extract
     from sail_align.extract.manifest import find_manifest
     from sail_align.extract.sources import open_source
-    from sail_align.extract.store import open_or_create, require_place
+    from sail_align.extract.store import open_or_create
 
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
-    names = captions.split(",") if captions else list(source.captions)
+    names = [name.strip() for name in captions.split(",")] if captions else list(source.captions)
     for name in names:
         if name not in source.captions:
             raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(source.captions) or 'none'}.")
     path = out or Path("features") / f"{about.name}.zarr"
-    require_place(path)
     image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
+    Runtime.of(device, precision)
     find_vision(image_name)
-    find_text(text_name)  # a slip in either name is said before the first encoder is fetched
+    if names:
+        require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
+    store = open_or_create(path, about, source)
     image = load_image_encoder(
         image_name,
         pooling=image_pooling,
@@ -64,14 +68,15 @@ def run(
         precision=precision,
         trust_remote_code=trust_remote_code,
     )
-    text = load_text_encoder(
-        text_name,
-        pooling=text_pooling,
-        device=device,
-        precision=precision,
-        trust_remote_code=trust_remote_code,
-    )
-    store = open_or_create(path, about, source)
+    text = None
+    if names:
+        text = load_text_encoder(
+            text_name,
+            pooling=text_pooling,
+            device=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+        )
     if about.expected_rows not in (None, store.rows):
         typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
     summary = extract(store, source, image=image, text=text, captions=names, quiet=quiet)

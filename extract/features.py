@@ -63,11 +63,21 @@ class FeatureArray:
         for shard in self.shards:
             try:
                 marker = json.loads(self._marker_path(shard).read_bytes())
-            except (FileNotFoundError, json.JSONDecodeError):
+            except (FileNotFoundError, ValueError):
                 continue
-            if marker.get("fingerprint") == self.identity.spec.fingerprint:
+            if self._is_valid(shard, marker):
                 found[shard] = marker
         return found
+
+    def _is_valid(self, shard: int, marker: Any) -> bool:
+        start, stop = self.span(shard)
+        return (
+            isinstance(marker, dict)
+            and marker.keys() == {"fingerprint", "rows", "counts", "sha256"}
+            and marker["fingerprint"] == self.identity.spec.fingerprint
+            and marker["rows"] == [start, stop]
+            and sum(marker["counts"].values()) == stop - start
+        )
 
     @property
     def complete(self) -> bool:
@@ -113,8 +123,11 @@ class FeatureArray:
                 yield slice(max(first - start, 0), last - start)
 
     def write(self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8]) -> None:
-        """Write one shard whole, then its marker."""
+        """Write one shard whole, then its marker. Raises `ValueError` unless the arrays are the shard's size."""
         start, stop = self.span(shard)
+        if features.shape != (stop - start, self.dim) or status.shape != (stop - start,):
+            raise ValueError(f"shard {shard} has shape {(stop - start, self.dim)}, not {features.shape}")
+        self.discard(shard)
         values, counts = np.unique(status, return_counts=True)
         for file in self._shard_files(shard).values():
             # What a killed writer left behind goes first: zarr would merge with a shard file that is there, and its

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sail_align.extract.errors import UserError
 
+NonEmpty = Annotated[str, Field(min_length=1)]
+Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
+"""A prompt with exactly one `{}`, where the class name goes."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,13 +38,13 @@ class TableSource(_Strict):
 
     kind: Literal["table"]
     root: str = "."
-    files: str | list[str]
+    files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
     images: str = "."
     image: str = "image"
-    captions: str | dict[str, str]
+    captions: NonEmpty | Annotated[dict[str, NonEmpty], Field(min_length=1)]
     split: Split | None = None
     masks: str | None = None
-    classes: dict[int, str] = {}
+    classes: dict[Annotated[int, Field(ge=0, le=254)], str] = {}
 
 
 class ClassFolderSource(_Strict):
@@ -71,7 +75,7 @@ class Task(_Strict):
     """What an evaluation set measures. `templates` hold one `{}` for the class name; `captions` default to all."""
 
     kind: TaskKind
-    templates: list[str] = ["a photo of a {}."]
+    templates: list[Template] = Field(default=["a photo of a {}."], min_length=1)
     captions: list[str] | None = None
 
 

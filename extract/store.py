@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json, file_digest, write_atomically
-from sail_align.extract.index import part_path, read_index, write_index
+from sail_align.extract.index import PART_ROWS, part_path, read_index, write_index
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources.base import Sample, Source
 
@@ -71,12 +71,18 @@ class Store:
         path = Path(path)
         if (path / "zarr.json").exists():
             raise UserError(f"{path} is a store already; name another path or remove it.")
-        require_place(path)
+        if path.exists():
+            unfinished = {"index", ".zarr.json.tmp"}
+            if not path.is_dir() or {entry.name for entry in path.iterdir()} - unfinished:
+                raise UserError(f"{path} exists and is not a feature store; name another --out.")
         for name in captions:
             if not CAPTION_NAME.fullmatch(name):
                 raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
         shutil.rmtree(path / "index", ignore_errors=True)
-        (path / "index").mkdir(parents=True)
+        try:
+            (path / "index").mkdir(parents=True)
+        except OSError as problem:
+            raise UserError(f"{path} cannot be made ({problem.strerror}); name another --out.") from problem
         rows, parts = write_index(path / "index", samples, captions)
         if rows == 0:
             raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
@@ -88,7 +94,6 @@ class Store:
             "format": FORMAT,
             "dataset": dataset,
             "manifest": manifest,
-            "manifest_sha256": hashlib.sha256(canonical_json(manifest)).hexdigest(),
             "rows": rows,
             "shard_rows": shard_rows,
             "chunk_rows": chunk_rows,
@@ -109,7 +114,7 @@ class Store:
         path = Path(path)
         try:
             attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not a feature store; make one with `sail-extract run`.") from problem
         if attributes.get("format") != FORMAT:
             raise UserError(
@@ -180,6 +185,11 @@ class Store:
             digest.update(canonical_json([array.path, sorted(array.markers.items())]))
         return digest.hexdigest()
 
+    def committed_paths(self) -> set[str]:
+        """Return the paths of all arrays that have a marker, whether they are there or not."""
+        commits = self.path / "commits"
+        return {marker.parent.relative_to(commits).as_posix() for marker in commits.rglob("*.json")}
+
     def damaged_index_files(self) -> list[str]:
         """Recompute the index files' hashes; return those that are not as they were written."""
         return [
@@ -221,35 +231,42 @@ class Store:
         return self._array(folder.relative_to(self.path).as_posix(), node)
 
 
-def require_place(path: Path) -> None:
-    """Raise `UserError` unless the path holds a store, one that was never finished, or nothing."""
-    if (path / "zarr.json").exists():
-        Store.open(path)
-    elif path.exists():
-        unfinished = {"index", ".zarr.json.tmp"}
-        if not path.is_dir() or {entry.name for entry in path.iterdir()} - unfinished:
-            raise UserError(f"{path} exists and is not a feature store; name another --out.")
-
-
 def open_or_create(path: Path, manifest: Manifest, source: Source) -> Store:
     """Open the store of a manifest's samples, or make it.
 
     Raises:
         UserError: The path holds the store of another manifest, or something else.
     """
-    rows = manifest.rows
+    made_from = manifest.rows
     if not (path / "zarr.json").exists():
         return Store.create(
-            path, dataset=manifest.name, manifest=rows, samples=source.samples(), captions=source.captions
+            path, dataset=manifest.name, manifest=made_from, samples=source.samples(), captions=source.captions
         )
     store = Store.open(path)
-    if (recorded := store.attributes["manifest"]) != rows:
-        field = next(name for name in (*rows, *recorded) if rows.get(name) != recorded.get(name))
+    if (recorded := store.attributes["manifest"]) != made_from:
+        field = next(name for name in (*made_from, *recorded) if made_from.get(name) != recorded.get(name))
         raise UserError(
-            f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is {rows.get(field)!r}; "
-            "name another --out."
+            f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is "
+            f"{made_from.get(field)!r}; name another --out."
         )
+    _require_samples(store, source)
     return store
+
+
+def _require_samples(store: Store, source: Source) -> None:
+    """Refuse a store whose samples are not, one by one, those that the source has now."""
+    stored = (sample for start in range(0, store.rows, PART_ROWS) for sample in _part(store, start))
+    for row, (old, new) in enumerate(zip_longest(stored, source.samples())):
+        if old != new:
+            there, here = ("no sample" if sample is None else f"sample {sample.key!r}" for sample in (old, new))
+            raise UserError(
+                f"{store.path} has {there} in row {row} where the data set has {here} now, or another caption of it; "
+                "name another --out."
+            )
+
+
+def _part(store: Store, start: int) -> list[Sample]:
+    return store.samples(start, min(start + PART_ROWS, store.rows))
 
 
 def node_name(encoder_id: str) -> str:
@@ -263,4 +280,14 @@ def _shard_rows(rows: int) -> int:
 
 
 def _read_identity(node: Path) -> Identity:
-    return Identity.from_json(json.loads((node / "zarr.json").read_bytes())["attributes"])
+    path = node / "zarr.json"
+    try:
+        attributes = json.loads(path.read_bytes())["attributes"]
+        identity = Identity.from_json(attributes)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path} is damaged; restore it, or make the store again.") from problem
+    if identity.spec.fingerprint != attributes["fingerprint"]:
+        raise UserError(
+            f"{path} is damaged: its fingerprint is another encoder's; restore it, or make the store again."
+        )
+    return identity

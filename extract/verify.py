@@ -29,8 +29,11 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Finding]:
     store = Store.open(path)
     for file in store.damaged_index_files():
         yield Finding(f"{file}: is not as it was written; the store cannot be trusted, make it again.")
+    arrays = store.arrays()
+    for lost in sorted(store.committed_paths() - {array.path for array in arrays}):
+        yield Finding(f"{lost}: is committed, but the array is gone or damaged; run sail-extract run to do it again.")
     identities: dict[str, Identity] = {}
-    for array in store.arrays():
+    for array in arrays:
         identities[array.identity.spec.fingerprint] = array.identity
         for shard in array.shards:
             if shard not in array.markers:

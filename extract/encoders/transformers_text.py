@@ -1,6 +1,8 @@
 """Text encoders of transformers."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from sail_align.extract.encoders.checkpoint import Checkpoint
 from sail_align.extract.encoders.golden import SENTENCE, golden_vector, versions
 from sail_align.extract.encoders.pooling import pool_tokens
 from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class FrozenTextEncoder:
         self._pooling = settings.pooling
         self._prefix = settings.prefix
         self._runtime = runtime
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        self._tokenizer = _load_tokenizer(checkpoint.path)
         self._token_limit = min(settings.token_limit, self._tokenizer.model_max_length)
         self._model = runtime.freeze(model)
         golden = golden_vector(self.encode([SENTENCE]))
@@ -57,3 +60,19 @@ class FrozenTextEncoder:
         ).to(self._runtime.device)
         hidden_BTD = self._model(**tokens).last_hidden_state
         return pool_tokens(hidden_BTD, tokens["attention_mask"], self._pooling).float().cpu()
+
+
+def _load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer beside a model; transformers makes an empty one where the files are missing.
+
+    Raises:
+        UserError: It cannot be loaded, or knows no words.
+    """
+    advice = "save it beside the model with tokenizer.save_pretrained"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} has no tokenizer that loads; {advice}.") from problem
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"The tokenizer in {path} knows no words; {advice}.")
+    return tokenizer

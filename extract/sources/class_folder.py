@@ -26,7 +26,7 @@ class ClassFolderSource:
         self._root = data_root / description.root
         if not self._root.is_dir():
             raise UserError(f"Folder {self._root} is not there; set --data-root or the manifest's 'root'.")
-        there = sorted(path.name for path in self._root.iterdir() if path.is_dir())
+        there = sorted(path.name for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
         names = description.classes or {folder: folder.replace("_", " ") for folder in there}
         for folder in names:
             if folder not in there:
@@ -41,7 +41,7 @@ class ClassFolderSource:
         endings = Image.registered_extensions()
         for label, folder in enumerate(self._folders):
             for path in sorted((self._root / folder).iterdir()):
-                if path.suffix.lower() in endings:
+                if path.suffix.lower() in endings and not path.name.startswith("."):
                     key = f"{folder}/{path.name}"
                     yield Sample(key=key, image=key, label=label)
 

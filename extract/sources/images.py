@@ -1,10 +1,12 @@
 """Bytes of a picture as upright RGB."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import UnreadableImageError
 from sail_align.extract.status import Status
 
@@ -27,15 +29,24 @@ def read_image(path: Path) -> Image.Image:
         raise UnreadableImageError(Status.MISSING, f"{path}: no such file") from problem
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {problem}") from problem
-    # Pillow's decoders report broken bytes in all these ways.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as problem:
+    # Pillow's decoders report broken bytes in all these ways. What the system reports (too many open files, a network
+    # disk that is gone) carries a number: it is no fault of the picture, and must not be kept as one.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, RuntimeError) as problem:
+        if isinstance(problem, OSError) and problem.errno not in (None, errno.EISDIR):
+            raise
         raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem}") from problem
 
 
 def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """Read a one-channel mask as it is stored, palette indices included, (H, W) uint8."""
+    """Read a one-channel mask as it is stored, palette indices included, (H, W) uint8.
+
+    Raises:
+        UserError: The picture has other channels: converting them would invent class values.
+    """
     with Image.open(path) as image:
-        return np.array(image if image.mode in {"L", "P"} else image.convert("L"), dtype=np.uint8)
+        if image.mode not in {"L", "P"}:
+            raise UserError(f"Mask {path} has mode {image.mode}; masks are 8-bit pictures of one channel or a palette.")
+        return np.array(image, dtype=np.uint8)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -21,6 +21,8 @@ from sail_align.extract.sources.tables import read_table
 
 PROBED = 100
 """Samples whose images are looked for before anything is encoded."""
+READ_ROWS = 8_192
+"""Rows of a table that are Python objects at a time."""
 
 
 class TableSource:
@@ -36,7 +38,7 @@ class TableSource:
         self._images = self._root / description.images
         self._masks = self._root / description.masks if description.masks else None
         patterns = [description.files] if isinstance(description.files, str) else description.files
-        self._files = [path for pattern in patterns for path in sorted(self._root.glob(pattern))]
+        self._files = list(dict.fromkeys(path for pattern in patterns for path in self._matches(pattern)))
         if not self._files:
             raise UserError(f"No table matches {', '.join(patterns)} under {self._root}; set --data-root.")
         self._require_images()
@@ -61,6 +63,8 @@ class TableSource:
         else:
             names = self._about.captions
             for image, *texts in self._rows(list(names.values())):
+                if any(isinstance(text, list) for text in texts):
+                    raise UserError(f"A caption of {image!r} is a list; write `captions: <column>` for such a column.")
                 yield self._sample(image, {name: text for name, text in zip(names, texts, strict=True) if text})
 
     def image(self, location: str) -> Image.Image:
@@ -76,6 +80,13 @@ class TableSource:
             table[value] = index
         masked: NDArray[np.uint8] = table[read_mask(self._masks / location)]
         return masked
+
+    def _matches(self, pattern: str) -> list[Path]:
+        if (file := self._root / pattern).is_file():  # also an absolute path, and a name that holds a bracket
+            return [file]
+        if Path(pattern).is_absolute():
+            return []
+        return sorted(path for path in self._root.glob(pattern) if path.is_file())
 
     def _sample(self, image: str, captions: dict[str, str]) -> Sample:
         mask = str(Path(image).with_suffix(".png")) if self._masks else ""
@@ -95,17 +106,18 @@ class TableSource:
     def _rows(self, columns: list[str]) -> Iterator[list[Any]]:
         """Yield image and columns of every row that the split keeps."""
         split, image = self._about.split, self._about.image
+        own_split = [split.column] if split and split.file is None else []
         kept = self._images_in(split, split.file) if split and split.file else None
         for file in self._files:
-            if split is None:
-                table = read_table(file, [image, *columns])
-            elif split.file is None:
-                table = read_table(file, [image, *columns, split.column])
-                table = table.filter(pc.equal(table[split.column], split.keep)).drop_columns(split.column)
-            else:
-                table = read_table(file, [image, *columns])
-                table = table.filter(pc.is_in(table[image], kept))
-            yield from map(list, zip(*(column.to_pylist() for column in table.columns), strict=True))
+            table = read_table(file, list(dict.fromkeys([image, *columns, *own_split])))
+            if table[image].null_count or pc.any(pc.equal(table[image], "")).as_py():
+                raise UserError(f"Column {image!r} of {file} is empty in some rows; each row needs an image.")
+            if split:
+                keep = pc.is_in(table[image], kept) if split.file else pc.equal(table[split.column], split.keep)
+                table = table.filter(keep)
+            for batch in table.to_batches(max_chunksize=READ_ROWS):
+                wanted = [batch.column(name).to_pylist() for name in (image, *columns)]
+                yield from map(list, zip(*wanted, strict=True))
 
     def _images_in(self, split: Split, file: str) -> pa.ChunkedArray:
         table = read_table(self._root / file, [self._about.image, split.column])

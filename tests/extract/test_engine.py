@@ -81,6 +81,14 @@ def test_a_store_of_another_manifest_is_not_gone_on_with(pictures):
         run(pictures)
 
 
+def test_a_store_of_other_samples_is_not_gone_on_with(pictures):
+    run(pictures)
+    table = pictures / "captions.csv"
+    table.write_text(table.read_text().replace("picture 3,", "another picture,"))
+    with pytest.raises(UserError, match=r"sample '3\.png' in row 3"):
+        run(pictures)
+
+
 def test_progress_counts_on_from_what_is_there(pictures, capfd):
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     source = open_source(manifest, root)

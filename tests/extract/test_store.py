@@ -1,6 +1,7 @@
 """The store keeps what was written, and shows nothing that was not committed."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import Sample
 from sail_align.extract.status import Status
-from sail_align.extract.store import Store, node_name, require_place
+from sail_align.extract.store import Store, node_name
 from sail_align.extract.verify import verify_store
 
 ROWS = 1_000
@@ -125,6 +126,30 @@ def test_verify_is_content_with_an_intact_store_and_discard_takes_damage_back(st
     assert set(Store.open(store.path).image().markers) == {0, 1, 3}
 
 
+def test_an_array_that_is_gone_and_a_changed_count_are_found(store):
+    fill(store.add_image(identity("image")))
+    fill(store.add_text(identity("text"), "raw"))
+    shutil.rmtree(store.path / "text")
+    marker = store.path / "commits/image/fake-image/00001.json"
+    marker.write_text(marker.read_text().replace('"ok":256', '"ok":156'))
+    found = [finding.text for finding in verify_store(store.path) if finding.damage]
+    assert [text.split(":")[0] for text in found] == ["text/fake-text/raw", "image/fake-image shard 1"]
+
+
+def test_a_damaged_identity_is_refused_by_name(store):
+    fill(store.add_image(identity("image")))
+    node = store.path / "image/fake-image/zarr.json"
+    node.write_text(node.read_text().replace('"pooling":"mean"', '"pooling":"lean"'))
+    with pytest.raises(UserError, match=r"image/fake-image/zarr\.json is damaged"):
+        Store.open(store.path).image()
+
+
+def test_a_shard_of_another_size_is_not_written(store):
+    array = store.add_image(identity("image"))
+    with pytest.raises(ValueError, match="shard 0 has shape"):
+        array.write(0, np.ones((1, 4), dtype=np.float16), np.zeros(256, dtype=np.uint8))
+
+
 def test_a_changed_index_is_found(store):
     part = store.path / "index/part-00000.parquet"
     part.write_bytes(part.read_bytes() + b" ")
@@ -178,7 +203,6 @@ def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
 def test_an_index_that_was_never_finished_is_written_again(tmp_path):
     (tmp_path / "s.zarr" / "index").mkdir(parents=True)
     (tmp_path / "s.zarr" / "index" / "part-00000.parquet").write_bytes(b"half a part")
-    require_place(tmp_path / "s.zarr")
     Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, samples=[Sample("a", "")], captions=[])
     assert Store.open(tmp_path / "s.zarr").samples(0, 1) == [Sample("a", "")]
 
