@@ -1,6 +1,7 @@
 """sail-eval as typed: what it prints, what it writes, and how it ends."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def test_help_answers_within_a_second_without_torch():
     assert time.monotonic() - started < 5  # under a second on an idle machine
 
 
-def test_all_scores_the_newest_run_and_says_which(sail_eval, squares, run):
+def test_all_prints_a_table_and_writes_a_report(sail_eval, squares, run):
     code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
     assert code == 0
     assert f"scoring {run.path} (the newest run)" in out
@@ -206,15 +207,17 @@ def test_a_packaged_set_without_data_is_named_with_how_to_get_it(sail_eval, squa
     assert "not here: far. Draw them." in out
 
 
-def test_a_run_as_training_saves_it_is_found_loaded_and_scored(squares, world, monkeypatch, capsys, tmp_path):
+def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypatch, capsys, tmp_path):
     """Nothing of the run is a stand-in here, only the encoders that it names."""
-    saved = tmp_path / "runs" / "colours-glu"
+    older, saved = tmp_path / "runs" / "later-in-the-alphabet", tmp_path / "runs" / "colours-glu"
     model = Architecture(head="glu", image_dim=3, text_dim=3, dim=8).build()
     settings = json.loads((world.run.path / "settings.json").read_bytes())
     encoders = {"image": world.run.image.to_json(), "text": world.run.text.to_json()}
     about = {"architecture": asdict(Architecture("glu", 3, 3, 8)), "settings": settings, **encoders}
-    save_checkpoint(saved, model, about, step=1, optimizer=None)
-    (saved / "settings.json").write_text(json.dumps(settings))
+    for folder in (older, saved):
+        save_checkpoint(folder, model, about, step=1, optimizer=None)
+        (folder / "settings.json").write_text(json.dumps(settings))
+    os.utime(older / "checkpoint" / "model.json", (0, 0))
     monkeypatch.setattr(sys, "argv", ["sail-eval", "classification", str(squares), "--quiet"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
