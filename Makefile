@@ -26,7 +26,7 @@ demo: setup ## The whole pipeline on the embedded data: extract, fit, evaluate, 
 	$(BIN)/sail-eval all
 
 extract: setup ## Encode a data set into a store: make extract DATASET=demo (or a path to a manifest)
-	$(BIN)/sail-extract run $(DATASET)
+	$(BIN)/sail-extract run $(DATASET) --out $(STORE)
 
 fit: setup ## Train the heads on a store: make fit DATASET=demo (or STORE=features/demo.zarr)
 	$(BIN)/sail-align fit --features $(STORE)

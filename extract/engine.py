@@ -21,9 +21,8 @@ EncodeRows = Callable[[int, int, Advance], Rows]
 
 @dataclass(frozen=True)
 class Summary:
-    """What an extraction left: rows by status for each array, and how many rows this call encoded in how long."""
+    """How many rows a call encoded, and in how long."""
 
-    counts: dict[str, dict[str, int]]
     encoded: int
     seconds: float
 
@@ -53,7 +52,7 @@ def extract(
         if text is not None:
             jobs += [(store.add_text(text.identity, name), partial(_text_rows, store, name, text)) for name in captions]
         encoded = sum(_fill(array, encode, quiet) for array, encode in jobs)
-    return Summary({array.path: array.counts for array, _ in jobs}, encoded, time.monotonic() - started)
+    return Summary(encoded, time.monotonic() - started)
 
 
 def _image_rows(
