@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sail_align.align.heads import Head, LinearHead
+from sail_align.extract.errors import UserError
+
+ROUNDING = 1e-12
 
 
 class Moments:
@@ -89,11 +92,14 @@ def regularised_cca(moments: Moments, dim: int, ridge: float = 2.0) -> ClosedFor
         moments: Of at least two pairs.
         dim: At most the smaller of the two feature dimensions.
         ridge: Strength of the regularisation, above 0.
+
+    Raises:
+        UserError: The features of a side are the same in all rows.
     """
     image_mean, image_DD = moments.image()
     text_mean, text_DD = moments.text()
-    image_L = _whitener(image_DD, ridge / moments.rows)
-    text_L = _whitener(text_DD, ridge / moments.rows)
+    image_L = _whitener(image_DD, ridge / moments.rows, "image")
+    text_L = _whitener(text_DD, ridge / moments.rows, "text")
     # K = L_I⁻¹ C L_T⁻ᵀ: its singular vectors are the canonical directions in whitened space.
     half_K = torch.linalg.solve_triangular(image_L, moments.cross(), upper=False)
     whitened_K = torch.linalg.solve_triangular(text_L, half_K.T, upper=False).T
@@ -124,8 +130,15 @@ def _layer_norm(features: Tensor) -> Tensor:
     return F.layer_norm(features.double(), features.shape[-1:])
 
 
-def _whitener(covariance_DD: Tensor, ridge: float) -> Tensor:
+def _whitener(covariance_DD: Tensor, ridge: float, side: str) -> Tensor:
     """Return the Cholesky factor L of the covariance plus `ridge` × trace (D times the mean) on the diagonal."""
-    ridge_D = (ridge * covariance_DD.trace()).expand(len(covariance_DD))
-    factor_DD: Tensor = torch.linalg.cholesky(covariance_DD + torch.diag(ridge_D))
+    dim, trace = len(covariance_DD), covariance_DD.trace()
+    factor_DD: Tensor
+    factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD + torch.diag((ridge * trace).expand(dim)))
+    # After LayerNorm a mean square is about 1: so small a variance is what rounding leaves of none.
+    if failed or trace < ROUNDING * dim:
+        raise UserError(
+            f"The {side} features do not differ from row to row, so there is no closed form; check the store with "
+            f"`sail-extract verify`, or choose other features."
+        )
     return factor_DD

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sail_align.align.closed_form import Moments, regularised_cca
+from sail_align.extract.errors import UserError
 
 IMAGE_DIM, TEXT_DIM = 9, 6
 
@@ -96,3 +97,14 @@ def test_fewer_pairs_than_dimensions_are_enough():
     form = regularised_cca(moments_of(image_ND, text_CND), TEXT_DIM)
     assert form.image.weight.isfinite().all()
     assert (form.correlations <= 1).all()
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_features_that_are_the_same_in_all_rows_are_refused(side):
+    image_ND, text_CND = pairs()
+    if side == "image":
+        image_ND = image_ND[:1].expand_as(image_ND)
+    else:
+        text_CND = text_CND[:1, :1].expand_as(text_CND)
+    with pytest.raises(UserError, match=f"The {side} features do not differ from row to row"):
+        regularised_cca(moments_of(image_ND, text_CND, block=37), 4)
