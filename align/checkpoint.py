@@ -10,11 +10,13 @@ RUN/checkpoint/optimizer.safetensors   the optimiser's state; not there once the
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,7 +34,7 @@ class Run:
     """A run's model as last saved, in evaluation mode, and the encoders whose features it takes.
 
     `settings` is everything that decided the weights, the stores' digests included. `digest` is over weights, settings
-    and encoders: what score files record.
+    and encoders: what score files record. `step` is how many steps were done, `finished` whether those are all.
     """
 
     path: Path
@@ -41,6 +43,8 @@ class Run:
     text: Identity
     settings: dict[str, Any]
     digest: str
+    step: int = 0
+    finished: bool = True
 
 
 def save_checkpoint(
@@ -65,7 +69,7 @@ def save_checkpoint(
     weights = save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
     record = {"format": FORMAT, **about, "step": step, "finished": optimizer is None}
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-    record["digest"] = hashlib.sha256(canonical_json(record)).hexdigest()
+    record["digest"] = _digest(record)
     write_atomically(written / "model.safetensors", weights)
     if optimizer is not None:
         write_atomically(written / "optimizer.safetensors", save(_optimizer_state(model, optimizer)))
@@ -92,7 +96,8 @@ def load_run(path: str | Path) -> Run:
     model = Architecture(**record["architecture"]).build()
     restore(path, model)
     image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
-    return Run(path, model.eval(), image, text, record["settings"], record["digest"])
+    about = {name: record[name] for name in ("settings", "digest", "step", "finished")}
+    return Run(path, model.eval(), image, text, **about)
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -104,7 +109,7 @@ def newest_run(root: str | Path = "runs") -> Path:
     saved = {run: folder for run in Path(root).glob("*") if is_run(run) and (folder := _checkpoint(run))}
     if not saved:
         raise UserError(f"There is no run under {root}; make one with `sail-align fit`.")
-    return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
+    return max(saved, key=lambda run: (_saved_at(saved[run]), run.name))
 
 
 def is_run(path: Path) -> bool:
@@ -116,15 +121,36 @@ def read_record(run: Path) -> dict[str, Any] | None:
     """Return a run's model.json, None if it has no checkpoint yet.
 
     Raises:
-        UserError: It is of a later format.
+        UserError: It is of a later format, or not what the run wrote.
     """
     if (folder := _checkpoint(run)) is None:
         return None
-    record: dict[str, Any] = json.loads((folder / "model.json").read_bytes())
+    record = read_json(folder / "model.json")
     if record.get("format") != FORMAT:
         raise UserError(
             f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; update sail-align."
         )
+    if record.get("digest") != _digest(record):
+        raise _damaged(folder / "model.json")
+    return record
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a run's file. Raises `UserError` if it is not there or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read ({problem.strerror}); train again or restore the file.") from problem
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a run's JSON file holds. Raises `UserError` if it is not whole."""
+    try:
+        record = json.loads(read_file(path))
+    except ValueError as problem:
+        raise _damaged(path) from problem
+    if not isinstance(record, dict):
+        raise _damaged(path)
     return record
 
 
@@ -138,14 +164,18 @@ def restore(run: Path, model: AlignmentModel, optimizer: Optimizer | None = None
     folder, record = _checkpoint(run), read_record(run)
     if folder is None or record is None:
         raise UserError(f"{run} has no checkpoint.")
-    weights = (folder / "model.safetensors").read_bytes()
+    weights = read_file(folder / "model.safetensors")
     if hashlib.sha256(weights).hexdigest() != record["weights_sha256"]:
-        raise UserError(f"{folder / 'model.safetensors'} is not what the run wrote; train again or restore the file.")
+        raise _damaged(folder / "model.safetensors")
     saved = load(weights)
     _require_same_tensors(saved, model.state_dict(), folder)
     model.load_state_dict(saved)
     if optimizer is not None:
-        state = load((folder / "optimizer.safetensors").read_bytes())
+        file = folder / "optimizer.safetensors"
+        try:
+            state = load(read_file(file))
+        except SafetensorError as problem:
+            raise _damaged(file) from problem
         parameters = dict(model.named_parameters())
         for name, tensor in state.items():
             parameter, slot = name.rsplit("/", 1)
@@ -154,10 +184,33 @@ def restore(run: Path, model: AlignmentModel, optimizer: Optimizer | None = None
             optimizer.state[where][slot] = tensor if slot == "step" else tensor.to(where.device)
 
 
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings less where its stores lie: their digests say which they are, wherever they are moved."""
+    return {name: value for name, value in settings.items() if name != "stores"}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over all of a record that decides the weights."""
+    covered = {name: value for name, value in record.items() if name != "digest"}
+    covered["settings"] = decisive(record.get("settings", {}))
+    return hashlib.sha256(canonical_json(covered)).hexdigest()
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"{file} is not what the run wrote; train again or restore the file.")
+
+
 def _checkpoint(run: Path) -> Path | None:
     """Return the folder of the whole checkpoint; between two renames of `save_checkpoint` it is the old one."""
     folders = (run / "checkpoint", run / ".checkpoint.old")
     return next((folder for folder in folders if (folder / "model.json").is_file()), None)
+
+
+def _saved_at(folder: Path) -> int:
+    try:
+        return (folder / "model.json").stat().st_mtime_ns
+    except FileNotFoundError:  # the run is saving at this moment: no other is newer
+        return time.time_ns()
 
 
 def _optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -111,23 +111,28 @@ def fit(
     options = {name: value for name, value in given.items() if value is not None}
     check_options(options)  # before the seconds that torch takes to load
 
+    from sail_align.align.checkpoint import read_record
     from sail_align.align.plan import make_plan
     from sail_align.align.runs import claim_run, default_path
     from sail_align.align.trainer import fit as train
     from sail_align.extract.encoders.runtime import Runtime
 
     where = Runtime.of(device, "float32").device
-    names = captions.split(",") if captions else None
+    names = [name.strip() for name in captions.split(",")] if captions else None
     plan, notes = make_plan(features, options, captions=names, image_encoder=image_encoder, text_encoder=text_encoder)
     for note in notes:
         typer.echo(f"note: {note}")
-    run, resumed = claim_run(out or default_path(features, head), plan.record())
+    run, resumed, finished = claim_run(out or default_path(features, head), plan.record())
+    if finished:
+        typer.echo(f"note: {finished} is a finished run with the very same settings.")
     typer.echo(f"{'going on with' if resumed else 'writing'} {run}: {plan.describe()}")
     started = time.monotonic()
     try:
         scores = train(plan, run, device=where, quiet=quiet)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; the same command goes on with {run} from its last checkpoint", err=True)
+        record = read_record(run)
+        place = f"step {record['step']:,}" if record else "the beginning"
+        typer.echo(f"stopped; the same command goes on with {run} from {place}", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"wrote {run} in {time.monotonic() - started:.0f} s")
     if scores:

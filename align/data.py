@@ -73,9 +73,13 @@ def open_pairs(
         text_encoder: The same for texts.
 
     Raises:
-        UserError: A path is no store, an array is not there or not complete, or two stores' encoders differ.
+        UserError: A path is no store, an array is not there or not complete, two stores' encoders differ, or a caption
+            or a store is given twice.
     """
+    if captions and len(set(captions)) < len(captions):
+        raise UserError(f"A caption is given twice in {','.join(captions)}; name each one once.")
     opened: list[Pairs] = []
+    first_with: dict[str, Path] = {}
     for path in paths:
         store = Store.open(path)
         if not captions:
@@ -89,12 +93,34 @@ def open_pairs(
         texts = tuple(store.text(name, text_encoder) for name in captions)
         pairs = Pairs(store, tuple(captions), store.image(image_encoder), texts)
         _require_complete(pairs)
+        if (digest := store.digest) in first_with:
+            raise UserError(f"{path} holds the same as {first_with[digest]}; give each store once.")
+        first_with[digest] = path
         first = opened[0] if opened else pairs
         require_same(pairs.image.identity, first.image.identity, where=str(first.store.path))
         for array in pairs.texts:
             require_same(array.identity, first.texts[0].identity, where=str(first.store.path))
         opened.append(pairs)
     return opened
+
+
+def require_half(pairs: Sequence[Pairs], usable: Sequence[Rows]) -> None:
+    """Refuse several captions that few rows have together: training would lose most of the images unasked.
+
+    Raises:
+        UserError: Fewer than half of the rows that have an image are usable.
+    """
+    captions = pairs[0].captions
+    count = sum(int(rows.sum()) for rows in usable)
+    with_image = sum(_count_ok(each.image) for each in pairs)
+    if len(captions) == 1 or 2 * count >= with_image:
+        return
+    rows_of = {name: sum(_count_ok(each.texts[number]) for each in pairs) for number, name in enumerate(captions)}
+    rarest = min(captions, key=lambda name: rows_of[name])
+    raise UserError(
+        f"Only {count:,} of {with_image:,} rows with an image have all of the captions {', '.join(captions)}, and the "
+        f"rarest, {rarest}, is in {rows_of[rarest]:,} rows; choose with --captions which to train on."
+    )
 
 
 def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: float) -> list[Rows]:
@@ -121,6 +147,10 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
         blocks += [each.read(start, stop, chosen) for start, stop in spans]
     images, texts = zip(*blocks, strict=True)
     return np.concatenate(images), np.concatenate(texts, axis=1)
+
+
+def _count_ok(array: FeatureArray) -> int:
+    return array.counts.get(Status.OK.label, 0)
 
 
 def _require_complete(pairs: Pairs) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sail_align.align.data import Pairs, Rows, open_pairs, split_held_out
+from sail_align.align.data import Pairs, Rows, open_pairs, require_half, split_held_out
 from sail_align.align.loss import Loss, infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
 from sail_align.align.settings import FitSettings, check_options, choose_settings
@@ -69,10 +69,15 @@ class Plan:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return all that decides the weights, as JSON-able data: what settings.json holds."""
+        """Return all that decides the weights, as JSON-able data: what settings.json holds.
+
+        Where the stores lie is there for readers alone: `decisive` leaves it out.
+        """
         return {
             **asdict(self.settings),
             "captions": list(self.pairs[0].captions),
+            "image_encoder": self.pairs[0].image.identity.spec.fingerprint,
+            "text_encoder": self.pairs[0].texts[0].identity.spec.fingerprint,
             "stores": [str(each.store.path) for each in self.pairs],
             "store_digests": [each.store.digest for each in self.pairs],
             "training_rows": self.training_rows,
@@ -112,6 +117,8 @@ def make_plan(
     check_options(options)
     pairs = open_pairs(stores, captions, image_encoder=image_encoder, text_encoder=text_encoder)
     usable = [each.usable() for each in pairs]
+    if not captions:
+        require_half(pairs, usable)
     held_out = split_held_out(pairs, usable, options.get("held_out", FitSettings.held_out))
     training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
     count = sum(int(rows.sum()) for rows in training)
@@ -124,4 +131,6 @@ def make_plan(
     settings, notes = choose_settings(options, rows=count, **dims)
     if unusable := sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable):
         notes.insert(0, f"{unusable:,} rows lack an image or a caption and are left out.")
+    if settings.held_out > 0 and not any(rows.any() for rows in held_out):
+        notes.append(f"{count} pairs are too few to hold some out: the run is not scored.")
     return Plan(pairs, training, held_out, settings), notes

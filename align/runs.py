@@ -4,10 +4,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from sail_align.align.checkpoint import is_run, read_record
+from sail_align.align.checkpoint import decisive, is_run, read_file, read_json, read_record
+from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
+
+
+class Claim(NamedTuple):
+    """The folder that a run may write, whether the run was begun before, and a finished run with equal settings."""
+
+    path: Path
+    resumed: bool
+    finished: Path | None = None
 
 
 def default_path(stores: Sequence[Path], head: str) -> Path:
@@ -15,22 +24,48 @@ def default_path(stores: Sequence[Path], head: str) -> Path:
     return Path("runs") / f"{'+'.join(path.stem for path in stores)}-{head}"
 
 
-def claim_run(path: Path, settings: dict[str, Any]) -> tuple[Path, bool]:
-    """Return the folder for a run with these settings, and whether it was begun before.
+def claim_run(path: Path, settings: dict[str, Any]) -> Claim:
+    """Return the folder for a run with these settings.
 
-    That is the newest of `path`, `path-2`, `path-3`, … if it is an unfinished run with the same settings, and else the
-    next name: a run is never written over.
+    That is the newest of `path`, `path-2`, `path-3`, … that is an unfinished run with the same settings, and else the
+    next name: a run is never written over. A folder with nothing in it is free.
+
+    Raises:
+        UserError: The path is there and is not a run, or it cannot be written.
     """
-    newest, following = None, path
-    number = 1
-    while following.exists():
-        newest, number = following, number + 1
+    if path.name in ("", ".."):  # "." and "..": names to which no number can be put
+        path = path.resolve()
+    try:
+        return _claim(path, settings)
+    except OSError as problem:
+        raise UserError(f"{path} cannot be written ({problem.strerror}); name another --out.") from problem
+
+
+def _claim(path: Path, settings: dict[str, Any]) -> Claim:
+    if not _is_free(path) and not is_run(path):
+        raise UserError(f"{path} exists and is not a run; name another --out.")
+    runs: list[Path] = []
+    following, number = path, 1
+    while not _is_free(following):
+        if is_run(following):
+            runs.append(following)
+        number += 1
         following = path.with_name(f"{path.name}-{number}")
-    if newest is not None and _can_go_on(newest, settings):
-        return newest, True
-    following.mkdir(parents=True)
-    write_atomically(following / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode())
-    return following, False
+    finished = None
+    for run in reversed(runs):
+        if decisive(read_json(run / "settings.json")) != decisive(settings):
+            continue
+        record = read_record(run)
+        if record is None or not record["finished"]:
+            return Claim(run, resumed=True)
+        finished = finished or run
+    content = json.dumps(settings, indent=1, ensure_ascii=False).encode()
+    write_atomically(following / "settings.json", content)
+    return Claim(following, resumed=False, finished=finished)
+
+
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 class MetricsLog:
@@ -44,7 +79,7 @@ class MetricsLog:
         path = run / "metrics.jsonl"
         kept = []
         if step is not None:
-            for line in path.read_text().splitlines(keepends=True):
+            for line in read_file(path).decode().splitlines(keepends=True):
                 if not line.endswith("\n") or json.loads(line)["step"] > step:
                     break
                 kept.append(line)
@@ -63,10 +98,3 @@ class MetricsLog:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def _can_go_on(run: Path, settings: dict[str, Any]) -> bool:
-    if not is_run(run) or json.loads((run / "settings.json").read_bytes()) != settings:
-        return False
-    record = read_record(run)
-    return record is None or not record["finished"]

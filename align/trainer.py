@@ -28,7 +28,7 @@ SCORES = 20
 """How often a run is scored."""
 
 SAVE_SECONDS = 60.0
-"""A run is saved where it is scored, if so much time has passed: saving large heads takes longer than small steps."""
+"""A run is saved after the step at which so much time has passed: saving large heads takes longer than small steps."""
 
 
 def fit(
@@ -84,9 +84,9 @@ def fit(
             bar.update()
             if (step + 1) % interval == 0 or step + 1 == settings.steps:
                 score_held_out(step + 1)
-                if time.monotonic() - last_saved >= save_seconds and step + 1 < settings.steps:
-                    save_checkpoint(run, model, about, step=step + 1, optimizer=optimizer)
-                    last_saved = time.monotonic()
+            if time.monotonic() - last_saved >= save_seconds and step + 1 < settings.steps:
+                save_checkpoint(run, model, about, step=step + 1, optimizer=optimizer)
+                last_saved = time.monotonic()
     save_checkpoint(run, model, about, step=settings.steps, optimizer=None)
     return scores
 

@@ -11,6 +11,7 @@ import pytest
 from fakes import identity
 from typer.testing import CliRunner
 
+from sail_align.align import trainer
 from sail_align.align.checkpoint import newest_run, read_record
 from sail_align.align.cli import app
 from sail_align.extract.errors import UserError
@@ -34,6 +35,8 @@ def test_a_run_is_named_after_store_and_head_and_never_written_over(make_store, 
         assert result.exit_code == 0, result.output
         assert f"wrote runs/{expected} in" in result.output
         assert result.output.splitlines()[-1] == f"Next: sail-eval all --run runs/{expected}"
+        finished = "note: runs/photos-glu-2 is a finished run with the very same settings."
+        assert (finished in result.output) == (expected == "photos-glu-3")
     assert newest_run().name == "photos-glu-3"
 
 
@@ -43,11 +46,24 @@ def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
         patch.setattr("sail_align.align.trainer.train_step", interrupt)
         stopped = typed("--features", path, *QUICK)
     assert stopped.exit_code == 130
-    assert "stopped; the same command goes on with runs/photos-glu from its last checkpoint" in stopped.output
+    assert "stopped; the same command goes on with runs/photos-glu from the beginning" in stopped.output
     assert (
         "going on with runs/photos-glu: glu heads from a closed-form start on 240 pairs"
         in typed("--features", path, *QUICK).output
     )
+
+
+def test_a_stopped_run_says_from_which_step_it_goes_on(make_store, monkeypatch):
+    path = make_store("photos")
+    step, calls = trainer.train_step, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        return interrupt() if len(calls) == 3 else step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    monkeypatch.setitem(trainer.fit.__kwdefaults__, "save_seconds", 0)
+    assert "goes on with runs/photos-glu from step 2" in typed("--features", path, *QUICK).output
 
 
 def interrupt(*_):
@@ -91,6 +107,31 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
     tiny = make_store("tiny", rows=1)
     assert mistake("--features", tiny).startswith(f"{tiny} has 1 pair to train on")
     assert mistake("--features", good, "--head", "rnn") == "--head 'rnn' is none of: linear, mlp, glu, cca."
+
+
+def test_what_is_given_twice_is_refused(make_store):
+    two = make_store("two", captions={"raw": (), "long": ()})
+    assert mistake("--features", two, "--captions", "raw, long,raw") == (
+        "A caption is given twice in raw,long,raw; name each one once."
+    )
+    assert mistake("--features", two, "--features", two) == (f"{two} holds the same as {two}; give each store once.")
+
+
+def test_names_of_captions_may_have_blanks_around_them(make_store):
+    path = make_store("two", captions={"raw": (), "long": ()})
+    assert "captions raw, long;" in typed("--features", path, "--captions", "raw, long ", *QUICK).output
+
+
+def test_an_out_that_cannot_be_a_run_is_refused_and_an_empty_folder_is_taken(make_store, tmp_path):
+    good = make_store("good")
+    (tmp_path / "file").write_text("")
+    for out in ("features", ".", "file"):
+        assert mistake("--features", good, "--out", out).endswith("exists and is not a run; name another --out.")
+    assert mistake("--features", good, "--out", "file/run") == (
+        "file/run cannot be written (Not a directory); name another --out."
+    )
+    (tmp_path / "empty").mkdir()
+    assert "wrote empty in" in typed("--features", good, "--out", "empty", *QUICK).output
 
 
 def command(*words):

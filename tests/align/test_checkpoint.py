@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sail_align.align import checkpoint
 from sail_align.align.checkpoint import load_run, newest_run, read_record, restore, save_checkpoint
 from sail_align.align.model import Architecture
+from sail_align.align.runs import MetricsLog
 from sail_align.align.settings import FitSettings
 from sail_align.align.trainer import make_optimizer
 from sail_align.extract.errors import UserError
@@ -44,6 +45,7 @@ def test_what_was_saved_is_loaded(run):
     assert not loaded.model.training
     assert (loaded.image, loaded.text) == (identity("image", dim=6), identity("text", dim=4))
     assert loaded.settings == {"head": "glu"}
+    assert (loaded.step, loaded.finished) == (7, True)
     for name, tensor in saved.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
     features = torch.randn(5, 6, dtype=torch.float16)
@@ -139,6 +141,35 @@ def test_a_changed_weights_file_is_refused(run):
     tensors["bias"] += 1
     save_file(tensors, weights)
     assert refused(run).startswith("RUN/checkpoint/model.safetensors is not what the run wrote")
+
+
+def test_a_changed_record_is_refused(run):
+    save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
+    record = run / "checkpoint" / "model.json"
+    whole = record.read_text()
+    for changed in (whole.replace('"step": 1', '"step": 2'), whole[:100], "[]"):
+        record.write_text(changed)
+        assert refused(run) == ("RUN/checkpoint/model.json is not what the run wrote; train again or restore the file.")
+        assert newest_run(run.parent) == run
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_missing_or_cut_file_is_refused(run, name):
+    ours = model()
+    optimizer = make_optimizer(ours, FitSettings(steps=1))
+    save_checkpoint(run, ours, ABOUT, step=1, optimizer=optimizer)
+    file = run / "checkpoint" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{name} is not what the run wrote"):
+        restore(run, ours, optimizer)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file or directory\); train again"):
+        restore(run, ours, optimizer)
+
+
+def test_a_missing_log_is_refused(run):
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read"):
+        MetricsLog(run, 3)
 
 
 def test_what_is_no_run_or_has_no_checkpoint_is_refused(run, tmp_path):

@@ -1,10 +1,12 @@
 """Training learns, and a run that was stopped ends as one that was not, bit by bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fakes import identity
 
 from sail_align.align import trainer
 from sail_align.align.checkpoint import load_run, read_record
@@ -13,6 +15,7 @@ from sail_align.align.runs import claim_run
 from sail_align.align.settings import FitSettings
 from sail_align.align.trainer import fit, learning_rate
 from sail_align.extract.errors import UserError
+from sail_align.extract.store import Store
 
 CPU = torch.device("cpu")
 QUICK = {
@@ -32,7 +35,7 @@ def options(**changes):
 
 def begin(stores, out: Path, **changes):
     plan, _ = make_plan(stores, options(**changes))
-    run, _ = claim_run(out, plan.record())
+    run, *_ = claim_run(out, plan.record())
     return plan, run
 
 
@@ -64,8 +67,8 @@ def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, cha
     chance = 10 / plan.held_out_rows * 100
     assert after["t2i_r10"] > 4 * chance
     assert after["i2t_r10"] > 4 * chance
+    assert after["loss"] < before["loss"]
     if changes.get("start") != "closed-form":
-        assert after["loss"] < before["loss"]
         assert before["t2i_r10"] < 3 * chance
     assert read_record(run)["finished"]
     assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
@@ -73,7 +76,7 @@ def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, cha
 
 def test_cca_is_a_run_without_steps(make_store, tmp_path):
     plan, _ = make_plan([make_store(rows=500)], {"head": "cca"})
-    run, _ = claim_run(tmp_path / "run", plan.record())
+    run, *_ = claim_run(tmp_path / "run", plan.record())
     scores = fit(plan, run, device=CPU, quiet=True)
     assert [entry["kind"] for entry in lines(run)] == ["heldout"]
     assert scores["t2i_r10"] > 40
@@ -91,7 +94,7 @@ def test_a_closed_form_start_scores_what_the_closed_form_scores(make_store, tmp_
         fit(plan, run, device=CPU, quiet=True)
         first[head] = lines(run, "heldout")[0]
     plan, _ = make_plan([store], {"head": "cca", "dim": 8})
-    run, _ = claim_run(tmp_path / "cca", plan.record())
+    run, *_ = claim_run(tmp_path / "cca", plan.record())
     first["cca"] = {"kind": "heldout", "step": 0, **fit(plan, run, device=CPU, quiet=True)}
     assert first["linear"] == first["cca"]
     assert first["glu"] == pytest.approx(first["cca"])
@@ -146,9 +149,64 @@ def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_sto
     assert run.name == "run"
     assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
     assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
-    assert begin([store], tmp_path / "run", steps=2)[1].name == "run-3"
-    fit(plan, run.with_name("run-3"), device=CPU, quiet=True)
-    assert begin([store], tmp_path / "run", steps=2)[1].name == "run-4"
+    assert claim_run(run, plan.record()) == (run, True, None)
+    fit(plan, run, device=CPU, quiet=True)
+    assert claim_run(run, plan.record()) == (tmp_path / "run-3", False, run)
+
+
+def test_other_encoders_begin_another_run(make_store, tmp_path):
+    path = make_store()
+    store = Store.open(path)
+    other = store.add_image(replace(identity("image", dim=12), spec=replace(identity("image", dim=12).spec, id="b")))
+    for shard in other.shards:
+        other.write(shard, *store.image("fake-image").read(*other.span(shard)))
+    names = {}
+    for encoder in ("fake-image", "b"):
+        plan, _ = make_plan([path], options(), image_encoder=encoder)
+        names[encoder] = claim_run(tmp_path / "run", plan.record()).path.name
+    assert names == {"fake-image": "run", "b": "run-2"}
+
+
+def test_how_a_stores_path_is_spelt_is_no_part_of_a_run(make_store, tmp_path, monkeypatch):
+    path = make_store()
+    monkeypatch.chdir(path.parent)
+    _, run = begin([path], tmp_path / "run", steps=2)
+    plan, same = begin([Path(path.name)], tmp_path / "run", steps=2)
+    assert same == run
+    fit(plan, run, device=CPU, quiet=True)
+    plan, other = begin([path], tmp_path / "run", steps=2)
+    fit(plan, other, device=CPU, quiet=True)
+    assert load_run(run).digest == load_run(other).digest
+    assert load_run(run).settings["stores"] == [path.name]
+
+
+def test_a_run_is_saved_between_two_scorings(make_store, tmp_path, monkeypatch):
+    plan, run = begin([make_store()], tmp_path / "run", steps=60)
+    stop_after(monkeypatch, 5)  # it is scored at every third step
+    with pytest.raises(StoppedError):
+        fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    assert read_record(run)["step"] == 5
+
+
+def test_captions_that_few_rows_have_are_not_taken_unasked(make_store):
+    path = make_store(rows=100, captions={"c0": (), "c1": range(10), "c2": range(70)}, bad=range(60, 100))
+    with pytest.raises(UserError) as mistake:
+        make_plan([path], {})
+    assert str(mistake.value) == (
+        "Only 0 of 60 rows with an image have all of the captions c0, c1, c2, and the rarest, c2, is in 30 rows; "
+        "choose with --captions which to train on."
+    )
+    plan, _ = make_plan([path], {}, captions=["c0", "c1"])
+    assert plan.training_rows + plan.held_out_rows == 50
+    bad_images = make_store("bad", rows=100, captions={"c0": (), "c1": ()}, bad=range(60))
+    make_plan([bad_images], {})
+
+
+def test_too_few_pairs_to_hold_some_out_are_noted(make_store):
+    path = make_store(rows=4)
+    sentence = "4 pairs are too few to hold some out: the run is not scored."
+    assert sentence in make_plan([path], options())[1]
+    assert sentence not in make_plan([path], options(held_out=0.0))[1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(make_store, tmp_path, monkeypatch):
