@@ -16,6 +16,7 @@ setup: $(VENV)/ready ## Make a virtual environment in .venv with everything in i
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; name another, as in make PYTHON=python3.12 ..." >&2; exit 2; }
+	@echo "Setting up $(VENV); pip takes some minutes over PyTorch ..."
 	$(PYTHON) -m venv $(VENV)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
 	@touch $@

@@ -51,7 +51,7 @@ def extract(
             jobs.append((store.add_image(image.identity), partial(_image_rows, store, source, image, decoders)))
         if text is not None:
             jobs += [(store.add_text(text.identity, name), partial(_text_rows, store, name, text)) for name in captions]
-        encoded = sum(_fill(array, encode, quiet) for array, encode in jobs)
+        encoded = sum(_fill(array, encode, f"{store.dataset} {array.path}", quiet) for array, encode in jobs)
     return Summary(encoded, time.monotonic() - started)
 
 
@@ -72,11 +72,11 @@ def _text_rows(store: Store, caption: str, encoder: TextEncoder, start: int, sto
     return encode_texts(store.index([column], start, stop)[column].to_pylist(), encoder, advance)
 
 
-def _fill(array: FeatureArray, encode: EncodeRows, quiet: bool) -> int:
+def _fill(array: FeatureArray, encode: EncodeRows, label: str, quiet: bool) -> int:
     """Write every shard of an array that has no valid marker; return the number of rows encoded."""
     todo = [shard for shard in array.shards if shard not in array.markers]
     rows = sum(stop - start for start, stop in map(array.span, todo))
-    with progress(array.rows, array.path, done=array.rows - rows, quiet=quiet) as bar:
+    with progress(array.rows, label, done=array.rows - rows, quiet=quiet) as bar:
         for shard in todo:
             array.write(shard, *encode(*array.span(shard), bar.update))
     return rows

@@ -160,7 +160,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
     """Say in a sentence what the first validation error is about, with a likely field name for a typing slip."""
-    problem = error.errors()[0]
+    # A misspelt field is both unknown and missing: the unknown one says more.
+    problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in problem["loc"]) or "the manifest"
     if problem["type"] == "extra_forbidden":
         return f"unknown field {field!r} with value {problem['input']!r}; remove or correct it."

@@ -40,7 +40,8 @@ class TableSource:
         patterns = [description.files] if isinstance(description.files, str) else description.files
         self._files = list(dict.fromkeys(path for pattern in patterns for path in self._matches(pattern)))
         if not self._files:
-            raise UserError(f"No table matches {', '.join(patterns)} under {self._root}; set --data-root.")
+            wanted = ", ".join(patterns)
+            raise UserError(f"No table {wanted} in {self._root.resolve()}; correct source.files or set --data-root.")
         self._require_images()
 
     @property

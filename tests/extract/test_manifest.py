@@ -20,6 +20,7 @@ def test_every_packaged_manifest_is_valid_and_named_after_its_file(name):
         (("kind: table", "kind: tabel"), "'source'.*tabel"),
         (("images: images", "imagse: images"), "unknown field 'source.table.imagse' with value 'images'"),
         (("purpose: train", "purpose: training"), "field 'purpose' is 'training'"),
+        (("purpose: train", "porpose: train"), "unknown field 'porpose' with value 'train'"),
         (("licence: none", ""), "field 'licence' is missing"),
         (("name: pictures", "name: Pictures!"), "field 'name' is 'Pictures!'"),
         (("purpose: train", "purpose: evaluate"), "'task' belongs to"),
