@@ -109,13 +109,14 @@ def _evaluate(
     from sail_align.align.checkpoint import load_run, newest_run
     from sail_align.evaluate.evaluator import evaluate_sets
     from sail_align.evaluate.report import write_report
-    from sail_align.evaluate.scores import Record, failed, scores_path
+    from sail_align.evaluate.scores import Record, failed, scores_path, unfinished
     from sail_align.evaluate.table import score_table
 
     if not sets:
         raise UserError("No evaluation set's data are here; name one of your own with --manifest.")
     run = load_run(run_path or newest_run())
-    typer.echo(f"scoring {run.path}{'' if run_path else ' (the newest run)'}")
+    facts = ["" if run_path else " (the newest run)", f", {unfinished(run)}" if unfinished(run) else ""]
+    typer.echo(f"scoring {run.path}{''.join(facts)}")
     scored = evaluate_sets(run, sets, features=features_dir, device=device, quiet=quiet, stop_at_fault=stop_at_fault)
     records: list[Record] = []
     try:

@@ -126,7 +126,7 @@ def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str,
             f"captions {', '.join(settings['captions'])}; "
             + "; ".join(f"{path} {digest[:12]}" for path, digest in stores),
         ),
-        ("checkpoint", scores["run"]["digest"][:12], ""),
+        ("checkpoint", scores["run"]["digest"][:12], scores["run"].get("unfinished", "")),
     ]
 
 

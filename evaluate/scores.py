@@ -53,7 +53,11 @@ def merge_scores(run: Run, records: list[Record]) -> None:
     """
     head = {
         "schema": SCHEMA,
-        "run": {"name": run.path.resolve().name, "digest": run.digest},
+        "run": {
+            "name": run.path.resolve().name,
+            "digest": run.digest,
+            "unfinished": unfinished(run),
+        },
         "encoders": {"image": _encoder(run.image), "text": _encoder(run.text)},
     }
     path = scores_path(run.path)
@@ -64,6 +68,11 @@ def merge_scores(run: Run, records: list[Record]) -> None:
             merged[record["dataset"]] = record
     content = {**head, "records": list(merged.values())}
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def unfinished(run: Run) -> str:
+    """Return how far a run is that has not been trained to its end, "" for one that has."""
+    return "" if run.finished else f"unfinished: step {run.step:,} of {run.settings['steps']:,}"
 
 
 def read_scores(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 
 from sail_align.align.checkpoint import load_run, save_checkpoint
@@ -69,7 +70,7 @@ def test_scores_say_where_they_come_from(sail_eval, squares, run):
     sail_eval("classification", squares, "--run", run.path, "--quiet")
     scores = json.loads((run.path / "scores.json").read_bytes())
     record = scores["records"][0]
-    assert scores["run"] == {"name": "colours-linear", "digest": run.digest}
+    assert scores["run"] == {"name": "colours-linear", "digest": run.digest, "unfinished": ""}
     assert scores["encoders"]["image"]["fingerprint"] == run.image.spec.fingerprint
     assert record["protocol"] == "classification/prompt-ensemble@1"
     assert set(record["stores"]) == {"set", "prompts"}
@@ -214,8 +215,9 @@ def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypat
     settings = json.loads((world.run.path / "settings.json").read_bytes())
     encoders = {"image": world.run.image.to_json(), "text": world.run.text.to_json()}
     about = {"architecture": asdict(Architecture("glu", 3, 3, 8)), "settings": settings, **encoders}
+    optimizer = torch.optim.AdamW(model.parameters())
     for folder in (older, saved):
-        save_checkpoint(folder, model, about, step=1, optimizer=None)
+        save_checkpoint(folder, model, about, step=1, optimizer=optimizer)
         (folder / "settings.json").write_text(json.dumps(settings))
     os.utime(older / "checkpoint" / "model.json", (0, 0))
     monkeypatch.setattr(sys, "argv", ["sail-eval", "classification", str(squares), "--quiet"])
@@ -223,5 +225,6 @@ def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypat
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    assert "scoring runs/colours-glu (the newest run)" in capsys.readouterr().out
+    assert "scoring runs/colours-glu (the newest run), unfinished: step 1 of 9\n" in capsys.readouterr().out
+    assert "unfinished: step 1 of 9" in (saved / "report.html").read_text()
     assert json.loads((saved / "scores.json").read_bytes())["run"]["digest"] == load_run(saved).digest
