@@ -68,8 +68,9 @@ def pool_tokens(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
     """
     rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
     if pooling == "mean":
-        weight_BT1 = mask_BT[:, :, None].float()
-        return (hidden_BTD.float() * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)  # a sum leaves float16's range
+        # At least float32: the sum over a long text leaves float16's range.
+        weight_BT1 = mask_BT[:, :, None].to(torch.promote_types(hidden_BTD.dtype, torch.float32))
+        return (hidden_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
     if pooling == "cls":
         return hidden_BTD[rows, mask_BT.argmax(dim=1)]
     position_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)

@@ -45,3 +45,8 @@ def test_the_mean_over_patches_is_in_the_space_of_the_picture(pooling):
     assert dense.shape == (2, 3, 5, pooled.shape[1])
     if pooling != "cls":
         torch.testing.assert_close(dense.mean(dim=(1, 2)), pooled)
+
+
+def test_the_mean_over_a_long_text_stays_in_float16s_range():
+    hidden_BTD = torch.full((1, 1024, 2), 70.0, dtype=torch.float16)
+    assert pool_tokens(hidden_BTD, torch.ones(1, 1024, dtype=torch.long), "mean").tolist() == [[70.0, 70.0]]
