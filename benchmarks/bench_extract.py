@@ -19,6 +19,7 @@ from sail_align.extract.encoders.load import load_image_encoder
 from sail_align.extract.engine import extract
 from sail_align.extract.manifest import TableSource as Table
 from sail_align.extract.pipeline import IMAGE_BATCH
+from sail_align.extract.sources.base import Part
 from sail_align.extract.sources.demo import DemoSource
 from sail_align.extract.sources.table import TableSource
 from sail_align.extract.store import Store
@@ -52,7 +53,9 @@ def measure(root: Path, images: int, repeats: int) -> None:
             encoder.encode(batch)
 
     def run(repeat: int) -> None:
-        store = Store.create(root / f"{repeat}.zarr", dataset="bench", manifest={}, samples=samples, captions=["raw"])
+        store = Store.create(
+            root / f"{repeat}.zarr", dataset="bench", manifest={}, parts=[Part.of(samples)], captions=["raw"]
+        )
         extract(store, source, image=encoder, text=None, captions=[], quiet=True)
 
     encode()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json
 from sail_align.extract.manifest import DemoSource, Manifest, Task
 from sail_align.extract.sources import open_source
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.sources.base import Part, Sample
 from sail_align.extract.status import Status
 from sail_align.extract.store import Store
 
@@ -70,13 +71,7 @@ class EvaluationSet:
     def samples(self) -> list[Sample]:
         """The set's samples, one at least, with the captions that the task uses."""
         samples = [
-            Sample(
-                key=sample.key,
-                image=sample.image,
-                captions={name: text for name, text in sample.captions.items() if name in self.captions},
-                label=sample.label,
-                mask=sample.mask,
-            )
+            replace(sample, captions={name: text for name, text in sample.captions.items() if name in self.captions})
             for sample in self.source.samples()
         ]
         if not samples:
@@ -139,7 +134,7 @@ class EvaluationSet:
                 path,
                 dataset=self.manifest.name,
                 manifest=self.manifest.rows,
-                samples=samples,
+                parts=[Part.of(samples)],
                 captions=captions,
             )
         arrays = store.arrays()

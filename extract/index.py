@@ -1,11 +1,11 @@
 """The index of a store: parquet parts of 65,536 rows, one row a sample.
 
-Columns: key, image (a location that the source can open), label (−1: none), mask, and `caption.<name>`, null where the
-sample has no such caption.
+Columns: key, image (a location that the source can open), label (−1: none), mask, url (where the image came from), and
+`caption.<name>`, null where the sample has no such caption.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,37 @@ import pyarrow.parquet as pq
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import file_digest
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.sources.base import Part
 
 PART_ROWS = 65_536
 
 
-def write_index(folder: Path, samples: Iterable[Sample], captions: Sequence[str]) -> tuple[int, list[str | None]]:
+def write_index(folder: Path, parts: Sequence[Part], captions: Sequence[str]) -> tuple[int, list[str | None]]:
     """Write the index in parts; return the number of rows and each part's SHA-256.
 
     Raises:
         UserError: Two samples have the same key.
     """
     schema = pa.schema(
-        [("key", pa.string()), ("image", pa.string()), ("label", pa.int32()), ("mask", pa.string())]
+        [
+            ("key", pa.string()),
+            ("image", pa.string()),
+            ("label", pa.int32()),
+            ("mask", pa.string()),
+            ("url", pa.string()),
+        ]
         + [(f"caption.{name}", pa.string()) for name in captions]
     )
     rows = 0
     digests: list[str | None] = []
-    stream = iter(samples)
-    while part := list(islice(stream, PART_ROWS)):
-        columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in part] for name in schema.names[:4]}
-        columns |= {f"caption.{name}": [sample.captions.get(name) for sample in part] for name in captions}
+    stream = chain.from_iterable(part.read() for part in parts)
+    while block := list(islice(stream, PART_ROWS)):
+        columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in block] for name in schema.names[:5]}
+        columns |= {f"caption.{name}": [sample.captions.get(name) for sample in block] for name in captions}
         file = part_path(folder, len(digests))
         pq.write_table(pa.table(columns, schema=schema), file, compression="zstd", row_group_size=8_192)
         digests.append(file_digest(file))
-        rows += len(part)
+        rows += len(block)
     _require_unique_keys(folder, len(digests))
     return rows, digests
 

@@ -2,7 +2,7 @@
 
     cc12m.zarr/
       zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, index digests
-      index/part-00000.parquet …         one row a sample: key, image, label, mask, its captions by name
+      index/part-00000.parquet …         one row a sample: key, image, label, mask, url, captions by name
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
       text/<encoder>/<caption>/{features,status}
       commits/<array path>/<shard>.json  written last: a shard without a valid marker does not exist for any reader
@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.index import PART_ROWS, part_path, read_index, write_index
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.sources.base import Sample, Source
+from sail_align.extract.sources.base import Part, Sample, Source
 
 FORMAT = 1
 SHARD_ROWS = 65_536
@@ -54,7 +54,7 @@ class Store:
         *,
         dataset: str,
         manifest: dict[str, Any],
-        samples: Iterable[Sample],
+        parts: Sequence[Part],
         captions: Sequence[str],
         shard_rows: int | None = None,
         chunk_rows: int | None = None,
@@ -83,7 +83,7 @@ class Store:
             (path / "index").mkdir(parents=True)
         except OSError as problem:
             raise UserError(f"{path} cannot be made ({problem.strerror}); name another --out.") from problem
-        rows, parts = write_index(path / "index", samples, captions)
+        rows, digests = write_index(path / "index", parts, captions)
         if rows == 0:
             raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
         shard_rows = shard_rows or _shard_rows(rows)
@@ -98,7 +98,7 @@ class Store:
             "shard_rows": shard_rows,
             "chunk_rows": chunk_rows,
             "captions": list(captions),
-            "index_sha256": parts,
+            "index_sha256": digests,
         }
         root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
         write_atomically(path / "zarr.json", canonical_json(root))
@@ -123,7 +123,7 @@ class Store:
         return cls(path, attributes)
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
-        """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, and `caption.<name>`."""
+        """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`."""
         stop = self.rows if stop is None else stop
         return read_index(self.path / "index", start, stop, columns)
 
@@ -137,6 +137,7 @@ class Store:
                 captions={name: text for name in self.captions if (text := row[f"caption.{name}"]) is not None},
                 label=row["label"],
                 mask=row["mask"],
+                url=row["url"],
             )
             for row in rows
         ]
@@ -240,7 +241,7 @@ def open_or_create(path: Path, manifest: Manifest, source: Source) -> Store:
     made_from = manifest.rows
     if not (path / "zarr.json").exists():
         return Store.create(
-            path, dataset=manifest.name, manifest=made_from, samples=source.samples(), captions=source.captions
+            path, dataset=manifest.name, manifest=made_from, parts=source.parts(), captions=source.captions
         )
     store = Store.open(path)
     if (recorded := store.attributes["manifest"]) != made_from:

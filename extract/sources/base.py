@@ -1,7 +1,8 @@
 """What a source of samples is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ class Sample:
 
     `key` is unique in the data set. `image` and `mask` are locations that the source itself can open ("" if there is
     none). `captions` maps a caption's name to its text; a caption that a sample lacks is left out. `label` indexes the
-    source's `classes`, −1 if the sample has no label.
+    source's `classes`, −1 if the sample has no label. `url` is where the image was downloaded from, "" where unknown.
     """
 
     key: str
@@ -25,6 +26,25 @@ class Sample:
     captions: Mapping[str, str] = field(default_factory=dict)
     label: int = -1
     mask: str = ""
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a source's samples, such as what one table or one tar gives.
+
+    `read` yields the same samples in the same order each time. `files` are what they are read from: while none of these
+    has changed, the samples need not be read again. `name` is unique in the source.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Sample]]
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Part":
+        """Return a part of samples that are there already."""
+        return cls("samples", lambda: iter(samples))
 
 
 class Source(Protocol):
@@ -39,8 +59,13 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...  # noqa: D102
 
+    def parts(self) -> Sequence[Part]:
+        """Return the parts, in the order of the samples; none of their samples is read for it."""
+
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples; the same ones in the same order each time."""
+        """Yield all samples, part after part."""
+        for part in self.parts():
+            yield from part.read()
 
     def image(self, location: str) -> Image.Image:
         """Open an image as upright RGB. Raises `UnreadableImageError` with the row's status."""

@@ -1,6 +1,7 @@
 """Source kind `class-folder`: one sub-folder of images a class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,16 @@ from PIL import Image
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import ClassFolderSource as Description
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.sources.base import Part, Sample, Source
 from sail_align.extract.sources.images import read_image
 
 
-class ClassFolderSource:
+class ClassFolderSource(Source):
     """Images by class. Labels follow the sorted folder names, or the manifest's order where it lists `classes`.
 
     Raises:
         UserError: The folder or a listed class is missing, or there is no image.
     """
-
-    captions = ()
 
     def __init__(self, description: Description, data_root: Path):
         self._root = data_root / description.root
@@ -31,19 +30,26 @@ class ClassFolderSource:
         for folder in names:
             if folder not in there:
                 raise UserError(f"{self._root} has no folder {folder!r}, which the manifest lists under 'classes'.")
-        self._folders = list(names)
-        self.classes = tuple(names.values())
+        self._names = names
         if next(self.samples(), None) is None:
             raise UserError(f"No image under {self._root}; expected one sub-folder of images a class.")
 
-    def samples(self) -> Iterator[Sample]:
-        """Yield the images by class, and by name within a class. A key is `<folder>/<file>`."""
-        endings = Image.registered_extensions()
-        for label, folder in enumerate(self._folders):
-            for path in sorted((self._root / folder).iterdir()):
-                if path.suffix.lower() in endings and not path.name.startswith("."):
-                    key = f"{folder}/{path.name}"
-                    yield Sample(key=key, image=key, label=label)
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """None: images by class have labels."""
+        return ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the folders, or those that the manifest gives them."""
+        return tuple(self._names.values())
+
+    def parts(self) -> Sequence[Part]:
+        """One part a class; its images follow by name, with `<folder>/<file>` for a key."""
+        return [
+            Part(folder, partial(self._images, label, folder), (self._root / folder,))
+            for label, folder in enumerate(self._names)
+        ]
 
     def image(self, location: str) -> Image.Image:
         """Open an image by `<folder>/<file>`."""
@@ -52,3 +58,10 @@ class ClassFolderSource:
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: images by class have no masks."""
         raise UserError(f"A class-folder source has no masks ({location!r} asked for); use the kind 'table'.")
+
+    def _images(self, label: int, folder: str) -> Iterator[Sample]:
+        endings = Image.registered_extensions()
+        for path in sorted((self._root / folder).iterdir()):
+            if path.suffix.lower() in endings and not path.name.startswith("."):
+                key = f"{folder}/{path.name}"
+                yield Sample(key=key, image=key, label=label)

@@ -1,13 +1,13 @@
 """The embedded demo as a source: scenes composed from OpenMoji drawings when asked for, nothing on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sail_align.extract.sources.base import IGNORED, Sample
+from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
 from sail_align.extract.sources.demo_drawing import paint, paint_mask, require_drawings
 from sail_align.extract.sources.demo_parts import IMAGES_A_CLASS, Row, class_objects, rows
 from sail_align.extract.sources.demo_scenes import Scene
@@ -18,7 +18,7 @@ SIDE = 256
 _CAPTIONS = {"train": ("raw", "long"), "retrieval": ("raw", "long"), "pairs": ("raw",)}
 
 
-class DemoSource:
+class DemoSource(Source):
     """One part of the demo: the same scenes, captions and pixels in every process and in any order.
 
     - `train`: scenes of seen objects. Caption `raw` is short, names at most two things and no layout; `long` names
@@ -44,12 +44,9 @@ class DemoSource:
         """The names of what labels or mask values stand for; none for a part that is about captions."""
         return tuple(thing.name for thing in class_objects(self.part))
 
-    def samples(self) -> Iterator[Sample]:
-        """Yield the part's samples; key and locations are `<part>/<row>`."""
-        for row, (_, captions) in enumerate(self._rows):
-            key = f"{self.part}/{row}"
-            label = row // IMAGES_A_CLASS if self.part in ("objects", "unseen") else -1
-            yield Sample(key, key, captions, label, key if self.part == "segmentation" else "")
+    def parts(self) -> Sequence[Part]:
+        """All in one; keys and locations are `<part>/<row>`."""
+        return [Part(self.part, self._samples)]
 
     def image(self, location: str) -> Image.Image:
         """Paint a scene as RGB, (SIDE, SIDE)."""
@@ -66,6 +63,12 @@ class DemoSource:
     def scene(self, location: str) -> Scene:
         """Return what a location's picture shows, as geometry."""
         return self._rows[int(location.removeprefix(f"{self.part}/"))][0]
+
+    def _samples(self) -> Iterator[Sample]:
+        for row, (_, captions) in enumerate(self._rows):
+            key = f"{self.part}/{row}"
+            label = row // IMAGES_A_CLASS if self.part in ("objects", "unseen") else -1
+            yield Sample(key, key, captions, label, key if self.part == "segmentation" else "")
 
     @cached_property
     def _rows(self) -> list[Row]:

@@ -1,7 +1,7 @@
 """Source kind `table`: tables that name images in a folder and hold their captions."""
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import Split
 from sail_align.extract.manifest import TableSource as Description
-from sail_align.extract.sources.base import IGNORED, Sample
+from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
 from sail_align.extract.sources.images import read_image, read_mask
 from sail_align.extract.sources.tables import read_table
 
@@ -25,7 +24,7 @@ READ_ROWS = 8_192
 """Rows of a table that are Python objects at a time."""
 
 
-class TableSource:
+class TableSource(Source):
     """See `manifest.TableSource` for the forms of table. A sample's key is its image's path as the table has it.
 
     Raises:
@@ -56,17 +55,14 @@ class TableSource:
         """The names of mask values, in the manifest's order."""
         return tuple(self._about.classes.values())
 
-    def samples(self) -> Iterator[Sample]:
-        """Yield one sample an image, in the order of the tables."""
-        if isinstance(self._about.captions, str):
-            for image, texts in self._grouped.items():
-                yield self._sample(image, {f"c{i}": text for i, text in enumerate(texts)})
-        else:
-            names = self._about.captions
-            for image, *texts in self._rows(list(names.values())):
-                if any(isinstance(text, list) for text in texts):
-                    raise UserError(f"A caption of {image!r} is a list; write `captions: <column>` for such a column.")
-                yield self._sample(image, {name: text for name, text in zip(names, texts, strict=True) if text})
+    def parts(self) -> Sequence[Part]:
+        """One part a table; all tables together where an image's captions may be in any of their rows."""
+        split = self._about.split
+        also = (self._root / split.file,) if split and split.file else ()
+        captions = self._about.captions
+        if isinstance(captions, str):
+            return [Part("all tables", self._grouped_samples, (*self._files, *also))]
+        return [Part(str(file), partial(self._named_samples, file, captions), (file, *also)) for file in self._files]
 
     def image(self, location: str) -> Image.Image:
         """Open an image by its path under the image folder."""
@@ -81,6 +77,16 @@ class TableSource:
             table[value] = index
         masked: NDArray[np.uint8] = table[read_mask(self._masks / location)]
         return masked
+
+    def _grouped_samples(self) -> Iterator[Sample]:
+        for image, texts in self._grouped.items():
+            yield self._sample(image, {f"c{i}": text for i, text in enumerate(texts)})
+
+    def _named_samples(self, file: Path, names: dict[str, str]) -> Iterator[Sample]:
+        for image, *texts in self._rows(file, list(names.values())):
+            if any(isinstance(text, list) for text in texts):
+                raise UserError(f"A caption of {image!r} is a list; write `captions: <column>` for such a column.")
+            yield self._sample(image, {name: text for name, text in zip(names, texts, strict=True) if text})
 
     def _matches(self, pattern: str) -> list[Path]:
         if (file := self._root / pattern).is_file():  # also an absolute path, and a name that holds a bracket
@@ -99,29 +105,34 @@ class TableSource:
         if not isinstance(self._about.captions, str):
             raise TypeError("captions are named columns: there is one row an image")
         grouped: dict[str, list[str]] = {}
-        for image, texts in self._rows([self._about.captions]):
-            of_image = grouped.setdefault(image, [])
-            of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if text]
+        for file in self._files:
+            for image, texts in self._rows(file, [self._about.captions]):
+                of_image = grouped.setdefault(image, [])
+                of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if text]
         return grouped
 
-    def _rows(self, columns: list[str]) -> Iterator[list[Any]]:
-        """Yield image and columns of every row that the split keeps."""
+    def _rows(self, file: Path, columns: list[str]) -> Iterator[list[Any]]:
+        """Yield image and columns of every row of a table that the split keeps."""
         split, image = self._about.split, self._about.image
         own_split = [split.column] if split and split.file is None else []
-        kept = self._images_in(split, split.file) if split and split.file else None
-        for file in self._files:
-            table = read_table(file, list(dict.fromkeys([image, *columns, *own_split])))
-            if table[image].null_count or pc.any(pc.equal(table[image], "")).as_py():
-                raise UserError(f"Column {image!r} of {file} is empty in some rows; each row needs an image.")
-            if split:
-                keep = pc.is_in(table[image], kept) if split.file else pc.equal(table[split.column], split.keep)
-                table = table.filter(keep)
-            for batch in table.to_batches(max_chunksize=READ_ROWS):
-                wanted = [batch.column(name).to_pylist() for name in (image, *columns)]
-                yield from map(list, zip(*wanted, strict=True))
+        table = read_table(file, list(dict.fromkeys([image, *columns, *own_split])))
+        if table[image].null_count or pc.any(pc.equal(table[image], "")).as_py():
+            raise UserError(f"Column {image!r} of {file} is empty in some rows; each row needs an image.")
+        if split:
+            table = table.filter(
+                pc.is_in(table[image], self._kept) if split.file else pc.equal(table[split.column], split.keep)
+            )
+        for batch in table.to_batches(max_chunksize=READ_ROWS):
+            wanted = [batch.column(name).to_pylist() for name in (image, *columns)]
+            yield from map(list, zip(*wanted, strict=True))
 
-    def _images_in(self, split: Split, file: str) -> pa.ChunkedArray:
-        table = read_table(self._root / file, [self._about.image, split.column])
+    @cached_property
+    def _kept(self) -> pa.ChunkedArray:
+        """The images that a split's own file keeps."""
+        split = self._about.split
+        if split is None or split.file is None:
+            raise TypeError("this source has no split of its own file")
+        table = read_table(self._root / split.file, [self._about.image, split.column])
         return table.filter(pc.equal(table[split.column], split.keep))[self._about.image]
 
     def _require_images(self) -> None:

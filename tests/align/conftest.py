@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import identity
 
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.sources.base import Part, Sample
 from sail_align.extract.status import Status
 from sail_align.extract.store import Store
 
@@ -46,7 +46,9 @@ def make_store(tmp_path):
             tmp_path / "features" / f"{name}.zarr",
             dataset=name,
             manifest={},
-            samples=[Sample(f"key {first + i}", f"{i}.jpg", dict.fromkeys(captions, "…")) for i in range(rows)],
+            parts=[
+                Part.of([Sample(f"key {first + i}", f"{i}.jpg", dict.fromkeys(captions, "…")) for i in range(rows)])
+            ],
             captions=list(captions),
             shard_rows=shard_rows,
             chunk_rows=chunk_rows,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import Sample
+from sail_align.extract.sources.base import Part, Sample
 from sail_align.extract.status import Status
 from sail_align.extract.store import Store, node_name
 from sail_align.extract.verify import verify_store
@@ -23,7 +23,9 @@ def store(tmp_path):
     samples = [
         Sample(f"key {i}", f"{i}.jpg", {"raw": f"text {i}"} | ({"long": "…"} if i % 3 else {})) for i in range(ROWS)
     ]
-    return Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, samples=samples, captions=["raw", "long"])
+    return Store.create(
+        tmp_path / "s.zarr", dataset="set", manifest={}, parts=[Part.of(samples)], captions=["raw", "long"]
+    )
 
 
 def fill(array, seed=0):
@@ -101,7 +103,7 @@ def test_what_a_killed_writer_left_is_gone_after_the_shard_is_written(store):
 def test_any_flipped_byte_is_found_and_its_shard_named(tmp_path_factory, data):
     samples = [Sample(f"{i}", "") for i in range(600)]
     path = tmp_path_factory.mktemp("flip") / "s.zarr"
-    store = Store.create(path, dataset="set", manifest={}, samples=samples, captions=[])
+    store = Store.create(path, dataset="set", manifest={}, parts=[Part.of(samples)], captions=[])
     array = store.add_image(identity("image"))
     for shard in array.shards:
         start, stop = array.span(shard)
@@ -188,7 +190,7 @@ def test_another_encoder_of_the_same_name_is_refused(store, changes, said):
 def test_two_samples_of_one_key_are_refused(tmp_path):
     samples = [Sample("a", ""), Sample("b", ""), Sample("a", "")]
     with pytest.raises(UserError, match="'a' occurs more than once"):
-        Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, samples=samples, captions=[])
+        Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, parts=[Part.of(samples)], captions=[])
 
 
 def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
@@ -196,14 +198,14 @@ def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
     with pytest.raises(UserError, match="is not a feature store"):
         Store.open(tmp_path)
     with pytest.raises(UserError, match="exists and is not a feature store"):
-        Store.create(tmp_path, dataset="set", manifest={}, samples=[Sample("a", "")], captions=[])
+        Store.create(tmp_path, dataset="set", manifest={}, parts=[Part.of([Sample("a", "")])], captions=[])
     assert (tmp_path / "precious.txt").exists()
 
 
 def test_an_index_that_was_never_finished_is_written_again(tmp_path):
     (tmp_path / "s.zarr" / "index").mkdir(parents=True)
     (tmp_path / "s.zarr" / "index" / "part-00000.parquet").write_bytes(b"half a part")
-    Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, samples=[Sample("a", "")], captions=[])
+    Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, parts=[Part.of([Sample("a", "")])], captions=[])
     assert Store.open(tmp_path / "s.zarr").samples(0, 1) == [Sample("a", "")]
 
 
@@ -216,9 +218,9 @@ def test_a_later_format_is_refused(store):
 
 def test_small_sets_get_small_shards_and_large_ones_the_full_size(tmp_path):
     def shard_rows(rows):
-        samples = (Sample(str(i), "") for i in range(rows))
+        samples = [Sample(str(i), "") for i in range(rows)]
         path = tmp_path / str(rows)
-        return Store.create(path, dataset="set", manifest={}, samples=samples, captions=[]).shard_rows
+        return Store.create(path, dataset="set", manifest={}, parts=[Part.of(samples)], captions=[]).shard_rows
 
     assert [shard_rows(rows) for rows in (1, 3_000, 70_000)] == [256, 256, 8_192]
 
