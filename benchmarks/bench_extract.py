@@ -17,10 +17,10 @@ import torch
 
 from sail_align.extract.encoders.load import load_image_encoder
 from sail_align.extract.engine import extract
-from sail_align.extract.manifest import TableSource as Table
 from sail_align.extract.pipeline import IMAGE_BATCH
 from sail_align.extract.sources.base import Part
 from sail_align.extract.sources.demo import DemoSource
+from sail_align.extract.sources.descriptions import TableSource as Table
 from sail_align.extract.sources.table import TableSource
 from sail_align.extract.store import Store
 

@@ -18,9 +18,10 @@ from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json
-from sail_align.extract.manifest import DemoSource, Manifest, Task
+from sail_align.extract.manifest import Manifest, Task
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample
+from sail_align.extract.sources.descriptions import DemoSource
 from sail_align.extract.status import Status
 from sail_align.extract.store import Store
 

@@ -12,8 +12,9 @@ from sail_align.evaluate.scores import Record, error_record, examples_path, merg
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
-from sail_align.extract.manifest import DemoSource, Manifest
+from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources.base import UnreadableImageError
+from sail_align.extract.sources.descriptions import DemoSource
 
 
 def evaluate_sets(

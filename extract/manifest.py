@@ -6,72 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.sources.descriptions import Source, Strict
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Split(_Strict):
-    """Keep the rows whose `column` in `file` (the tables themselves if absent) holds `keep`, joined by the image."""
-
-    column: str
-    keep: str
-    file: str | None = None
-
-
-class TableSource(_Strict):
-    """Tables (CSV, TSV, JSONL, parquet) that name images in a folder and hold their captions.
-
-    Either one row an image with a column for each caption name (`captions: {raw: title, long: description}`), or
-    several rows an image with one caption each (`captions: caption`), which become `c0`, `c1`, … in file order. A
-    column of lists (JSONL, parquet) counts as several rows. `masks` is a folder of PNGs with the images' names, and
-    `classes` names their pixel values; other values are ignored.
-    """
-
-    kind: Literal["table"]
-    root: str = "."
-    files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
-    images: str = "."
-    image: str = "image"
-    captions: NonEmpty | Annotated[dict[str, NonEmpty], Field(min_length=1)]
-    split: Split | None = None
-    masks: str | None = None
-    classes: dict[Annotated[int, Field(ge=0, le=254)], str] = {}
-
-
-class ClassFolderSource(_Strict):
-    """A folder with one sub-folder of images a class; `classes` renames folders, in label order."""
-
-    kind: Literal["class-folder"]
-    root: str = "."
-    classes: dict[str, str] | None = None
-
-
-class DemoSource(_Strict):
-    """Scenes composed from OpenMoji drawings; nothing is read from the data root.
-
-    `version` rises when the code draws other pictures for the same rows, so that no store mixes the two.
-    """
-
-    kind: Literal["demo"]
-    part: Literal["train", "retrieval", "objects", "unseen", "pairs", "segmentation"]
-    version: Literal[1] = 1
-
-
-Source = Annotated[TableSource | ClassFolderSource | DemoSource, Field(discriminator="kind")]
-
 TaskKind = Literal["classification", "retrieval", "winoground", "segmentation"]
 
 
-class Task(_Strict):
+class Task(Strict):
     """What an evaluation set measures. `templates` hold one `{}` for the class name; `captions` default to all."""
 
     kind: TaskKind
@@ -79,14 +26,14 @@ class Task(_Strict):
     captions: list[str] | None = None
 
 
-class Encoders(_Strict):
+class Encoders(Strict):
     """The encoders that `sail-extract run` uses where the command names none. The default is the paper's pair."""
 
     image: str = "dinov2-large"
     text: str = "gte-large"
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """A data set: what it is for, where its files are, what to expect of it, and how to get it."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")

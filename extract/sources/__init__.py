@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from sail_align.extract import manifest as described
+from sail_align.extract.manifest import Manifest
+from sail_align.extract.sources import descriptions as described
 from sail_align.extract.sources.base import Source
 
 
-def open_source(manifest: described.Manifest, data_root: Path) -> Source:
+def open_source(manifest: Manifest, data_root: Path) -> Source:
     """Open what a manifest describes. Raises `UserError` if its files are not there or not of the described form."""
     match manifest.source:
         case described.TableSource():

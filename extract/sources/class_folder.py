@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import ClassFolderSource as Description
 from sail_align.extract.sources.base import Part, Sample, Source
+from sail_align.extract.sources.descriptions import ClassFolderSource as Description
 from sail_align.extract.sources.images import read_image
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import TableSource as Description
 from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
+from sail_align.extract.sources.descriptions import TableSource as Description
 from sail_align.extract.sources.images import read_image, read_mask
 from sail_align.extract.sources.tables import read_table
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fakes import FakeText, FakeVision
 
-from sail_align.extract.manifest import TableSource as Table
 from sail_align.extract.pipeline import encode_images, encode_texts
+from sail_align.extract.sources.descriptions import TableSource as Table
 from sail_align.extract.sources.table import TableSource
 from sail_align.extract.status import Status
 

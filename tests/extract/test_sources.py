@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import ClassFolderSource as ClassFolder
-from sail_align.extract.manifest import Split
-from sail_align.extract.manifest import TableSource as Table
 from sail_align.extract.sources.base import IGNORED, UnreadableImageError
 from sail_align.extract.sources.class_folder import ClassFolderSource
+from sail_align.extract.sources.descriptions import ClassFolderSource as ClassFolder
+from sail_align.extract.sources.descriptions import Split
+from sail_align.extract.sources.descriptions import TableSource as Table
 from sail_align.extract.sources.images import read_image
 from sail_align.extract.sources.table import TableSource
 from sail_align.extract.status import Status
