@@ -1,6 +1,7 @@
 """Bytes of a picture as upright RGB."""
 
 import errno
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ PIXEL_LIMIT = 100_000_000
 """More pixels than this are refused before they are decoded."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Open a file as an upright RGB image.
+def read_image(file: Path | bytes, name: str = "") -> Image.Image:
+    """Open a file, or the bytes of one that messages call `name`, as an upright RGB image.
 
     Raises:
         UnreadableImageError: The file is missing, is no image, is cut short, or has more than `PIXEL_LIMIT` pixels.
     """
+    path = name if isinstance(file, bytes) else file
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {image.width} × {image.height} pixels")
             return _rgb(ImageOps.exif_transpose(image))

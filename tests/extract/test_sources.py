@@ -131,6 +131,13 @@ def test_an_image_that_cannot_be_used_says_why(pictures, number, status):
     assert problem.value.status is status
 
 
+def test_bytes_read_like_the_file_that_holds_them(pictures):
+    path = pictures / "images" / "1.png"
+    assert read_image(path.read_bytes()).tobytes() == read_image(path).tobytes()
+    with pytest.raises(UnreadableImageError, match=r"0\.tar/1"):
+        read_image(path.read_bytes()[:200], "0.tar/1")
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UnreadableImageError) as problem:
