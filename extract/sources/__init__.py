@@ -1,13 +1,16 @@
 """Where samples come from: one file a kind."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources import descriptions as described
 from sail_align.extract.sources.base import Source
 
+if TYPE_CHECKING:  # a manifest is made of the descriptions beside this
+    from sail_align.extract.manifest import Manifest
 
-def open_source(manifest: Manifest, data_root: Path) -> Source:
+
+def open_source(manifest: "Manifest", data_root: Path) -> Source:
     """Open what a manifest describes. Raises `UserError` if its files are not there or not of the described form."""
     match manifest.source:
         case described.TableSource():
