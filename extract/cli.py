@@ -60,7 +60,7 @@ def run(
     find_vision(image_name)
     if names:
         require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
-    store = open_or_create(path, about, source)
+    store = open_or_create(path, about, source, quiet=quiet)
     image = load_image_encoder(
         image_name,
         pooling=image_pooling,

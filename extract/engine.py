@@ -64,7 +64,7 @@ def _image_rows(
     stop: int,
     advance: Advance,
 ) -> Rows:
-    return encode_images(store.samples(start, stop), source, encoder, decoders, advance)
+    return encode_images(store.samples(start, stop, captions=[]), source, encoder, decoders, advance)
 
 
 def _text_rows(store: Store, caption: str, encoder: TextEncoder, start: int, stop: int, advance: Advance) -> Rows:

@@ -9,8 +9,19 @@ from tqdm import tqdm
 LOG_SECONDS = 30.0
 
 
-def progress(total: int, what: str, *, unit: str = "samples", done: int = 0, quiet: bool = False) -> "tqdm[NoReturn]":
-    """Return a bar over `total` units of which `done` were there before; it shows the rate and the time left."""
+def progress(
+    total: int | None,
+    what: str,
+    *,
+    unit: str = "samples",
+    done: int = 0,
+    quiet: bool = False,
+    delay: float = 0,
+) -> "tqdm[NoReturn]":
+    """Return a bar over `total` units (None: not known) of which `done` were there before.
+
+    It shows the rate and the time left, and nothing at all for work that is over within `delay` seconds.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -18,6 +29,7 @@ def progress(total: int, what: str, *, unit: str = "samples", done: int = 0, qui
         desc=what,
         unit=f" {unit}",
         disable=quiet,
+        delay=delay,
         dynamic_ncols=terminal,
         mininterval=0.2 if terminal else LOG_SECONDS,
         maxinterval=LOG_SECONDS,

@@ -3,6 +3,7 @@
     cc12m.zarr/
       zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, index digests
       index/part-00000.parquet …         one row a sample: key, image, label, mask, url, captions by name
+      index/sources.json                 what the index was read from: rows a part, stamps of its files
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
       text/<encoder>/<caption>/{features,status}
       commits/<array path>/<shard>.json  written last: a shard without a valid marker does not exist for any reader
@@ -13,9 +14,8 @@ Row i of every array is sample i of the index. A shard is written once, whole, b
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Sequence
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json, file_digest, write_atomically
-from sail_align.extract.index import PART_ROWS, part_path, read_index, write_index
+from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
+from sail_align.extract.indexing import write_index
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.reopening import require_samples
 from sail_align.extract.sources.base import Part, Sample, Source
 
 FORMAT = 1
@@ -58,8 +60,11 @@ class Store:
         captions: Sequence[str],
         shard_rows: int | None = None,
         chunk_rows: int | None = None,
+        quiet: bool = False,
     ) -> "Store":
         """Write the index of a new store and, last, the attributes that make the folder a store.
+
+        An index that was begun and not finished is gone on with, if it was of the same manifest and files.
 
         Sizes default to shards of 65,536 rows in chunks of 1,024, and to less for small data sets, so that some work is
         committed every minute there too.
@@ -78,12 +83,13 @@ class Store:
         for name in captions:
             if not CAPTION_NAME.fullmatch(name):
                 raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
-        shutil.rmtree(path / "index", ignore_errors=True)
         try:
-            (path / "index").mkdir(parents=True)
+            (path / "index").mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"{path} cannot be made ({problem.strerror}); name another --out.") from problem
-        rows, digests = write_index(path / "index", parts, captions)
+        made_of = [FORMAT, dataset, manifest, list(captions)]
+        index = write_index(path / "index", made_of, parts, captions, quiet=quiet)
+        rows = sum(index.rows)
         if rows == 0:
             raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
         shard_rows = shard_rows or _shard_rows(rows)
@@ -98,7 +104,7 @@ class Store:
             "shard_rows": shard_rows,
             "chunk_rows": chunk_rows,
             "captions": list(captions),
-            "index_sha256": digests,
+            "index_sha256": index.digests,
         }
         root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
         write_atomically(path / "zarr.json", canonical_json(root))
@@ -127,20 +133,24 @@ class Store:
         stop = self.rows if stop is None else stop
         return read_index(self.path / "index", start, stop, columns)
 
-    def samples(self, start: int, stop: int) -> list[Sample]:
-        """Return rows start … stop − 1 of the index as samples."""
-        rows = self.index(start=start, stop=stop).to_pylist()
-        return [
-            Sample(
-                key=row["key"],
-                image=row["image"],
-                captions={name: text for name in self.captions if (text := row[f"caption.{name}"]) is not None},
-                label=row["label"],
-                mask=row["mask"],
-                url=row["url"],
-            )
-            for row in rows
-        ]
+    def samples(self, start: int, stop: int, captions: Sequence[str] | None = None) -> list[Sample]:
+        """Return rows start … stop − 1 of the index as samples, with these captions of theirs (default: all)."""
+        names = self.captions if captions is None else tuple(captions)
+        columns = [*FIELDS.names, *map(caption_column, names)]
+        samples: list[Sample] = []
+        for first in range(start, stop, GROUP_ROWS):
+            samples += [
+                Sample(
+                    key=row["key"],
+                    image=row["image"],
+                    captions={name: text for name in names if (text := row[caption_column(name)]) is not None},
+                    label=row["label"],
+                    mask=row["mask"],
+                    url=row["url"],
+                )
+                for row in self.index(columns, first, min(first + GROUP_ROWS, stop)).to_pylist()
+            ]
+        return samples
 
     def images(self) -> dict[str, FeatureArray]:
         """The image arrays by encoder node name."""
@@ -196,7 +206,7 @@ class Store:
         return [
             str(file)
             for part, expected in enumerate(self.attributes["index_sha256"])
-            if file_digest(file := part_path(self.path / "index", part)) != expected
+            if file_digest(file := index_file(self.path / "index", part)) != expected
         ]
 
     def _nodes(self, modality: str) -> list[Path]:
@@ -232,16 +242,21 @@ class Store:
         return self._array(folder.relative_to(self.path).as_posix(), node)
 
 
-def open_or_create(path: Path, manifest: Manifest, source: Source) -> Store:
+def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: bool = False) -> Store:
     """Open the store of a manifest's samples, or make it.
 
     Raises:
-        UserError: The path holds the store of another manifest, or something else.
+        UserError: The path holds the store of another manifest or of other samples, or something else.
     """
     made_from = manifest.rows
     if not (path / "zarr.json").exists():
         return Store.create(
-            path, dataset=manifest.name, manifest=made_from, parts=source.parts(), captions=source.captions
+            path,
+            dataset=manifest.name,
+            manifest=made_from,
+            parts=source.parts(),
+            captions=source.captions,
+            quiet=quiet,
         )
     store = Store.open(path)
     if (recorded := store.attributes["manifest"]) != made_from:
@@ -250,24 +265,8 @@ def open_or_create(path: Path, manifest: Manifest, source: Source) -> Store:
             f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is "
             f"{made_from.get(field)!r}; name another --out."
         )
-    _require_samples(store, source)
+    require_samples(store, source, quiet=quiet)
     return store
-
-
-def _require_samples(store: Store, source: Source) -> None:
-    """Refuse a store whose samples are not, one by one, those that the source has now."""
-    stored = (sample for start in range(0, store.rows, PART_ROWS) for sample in _part(store, start))
-    for row, (old, new) in enumerate(zip_longest(stored, source.samples())):
-        if old != new:
-            there, here = ("no sample" if sample is None else f"sample {sample.key!r}" for sample in (old, new))
-            raise UserError(
-                f"{store.path} has {there} in row {row} where the data set has {here} now, or another caption of it; "
-                "name another --out."
-            )
-
-
-def _part(store: Store, start: int) -> list[Sample]:
-    return store.samples(start, min(start + PART_ROWS, store.rows))
 
 
 def node_name(encoder_id: str) -> str:

@@ -1,0 +1,106 @@
+"""Build the index of a store: part after part, file after file, taken up again where it was stopped."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, index_file, samples_table, write_index_file
+from sail_align.extract.index_record import IndexRecord
+from sail_align.extract.progress import progress
+from sail_align.extract.sources.base import Part, Sample
+
+Advance = Callable[[int], object]
+"""Told how many more rows are done."""
+
+CANDIDATES = 65_536
+"""Hashes that occur more than once whose keys are compared at a time."""
+
+
+def write_index(
+    folder: Path, made_of: Any, parts: Sequence[Part], captions: Sequence[str], *, quiet: bool
+) -> IndexRecord:
+    """Write the index files of all parts, and go on where a call that was stopped left off.
+
+    Such a call's files are kept if `made_of` (a JSON value: all that decides what the index holds) is the same and no
+    file of the source has another stamp. The files then are byte for byte those of a call that was not stopped.
+
+    Raises:
+        UserError: Two samples have the same key.
+    """
+    record = IndexRecord.begin(made_of, parts)
+    before = IndexRecord.read(folder)
+    if before and before.same_source(record) and _all_there(folder, before):
+        record = before
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    if not record.complete:
+        _write_files(folder, record, parts, captions, quiet)
+    _require_unique_keys(folder, len(record.digests))
+    return record
+
+
+def _write_files(
+    folder: Path, record: IndexRecord, parts: Sequence[Part], captions: Sequence[str], quiet: bool
+) -> None:
+    samples = _samples(parts, record.rows)
+    with progress(None, "index", done=sum(record.rows), quiet=quiet, delay=1) as bar:
+        while first := next(samples, None):
+            of_file = chain([first], islice(samples, FILE_ROWS - 1))
+            file = index_file(folder, len(record.digests))
+            record.digests.append(write_index_file(file, _tables(of_file, captions, bar.update)))
+            record.write(folder)
+    record.complete = True
+    record.write(folder)
+
+
+def _samples(parts: Sequence[Part], rows: list[int]) -> Iterator[Sample]:
+    """Yield the samples behind the first `rows` of each part, and count them there."""
+    begun = max((number for number, count in enumerate(rows) if count), default=0)
+    for number, part in list(enumerate(parts))[begun:]:
+        for sample in islice(part.read(), rows[number], None):
+            rows[number] += 1
+            yield sample
+
+
+def _tables(samples: Iterator[Sample], captions: Sequence[str], advance: Advance) -> Iterator[pa.Table]:
+    while group := list(islice(samples, GROUP_ROWS)):
+        yield samples_table(group, captions)
+        advance(len(group))
+
+
+def _all_there(folder: Path, record: IndexRecord) -> bool:
+    return all(index_file(folder, number).is_file() for number in range(len(record.digests)))
+
+
+def _require_unique_keys(folder: Path, files: int) -> None:
+    """Compare 64-bit hashes of all keys, eight bytes a row, and only where these agree the keys themselves."""
+    hashes = np.sort(np.concatenate([text_hashes(keys) for keys in _keys(folder, files)] or [text_hashes([])]))
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    for start in range(0, len(twice), CANDIDATES):
+        seen: set[str] = set()
+        for keys in _keys(folder, files):
+            for row in np.flatnonzero(np.isin(text_hashes(keys), twice[start : start + CANDIDATES])):
+                if keys[row] in seen:
+                    raise UserError(
+                        f"Sample key {keys[row]!r} occurs more than once; every sample needs a key of its own."
+                    )
+                seen.add(keys[row])
+
+
+def _keys(folder: Path, files: int) -> Iterator[list[str]]:
+    for number in range(files):
+        yield pq.read_table(index_file(folder, number), columns=["key"])["key"].to_pylist()
+
+
+def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Return a 64-bit hash of each text; the same text has the same hash in this process only."""
+    return np.fromiter(map(hash, texts), np.int64, len(texts))

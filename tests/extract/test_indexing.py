@@ -1,0 +1,282 @@
+"""An index is the same bytes however often its building was stopped; a source is read again only if it changed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sail_align.extract import index, indexing, reopening, store
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.sources import open_source
+from sail_align.extract.sources.base import Part, Sample
+from sail_align.extract.store import Store, open_or_create
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would be too slow."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_files():
+    """Index files of 32 rows in groups of 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
+        yield
+
+
+def shrink(set_attribute=setattr):
+    for module in (index, indexing, reopening, store):
+        for name, value in {"FILE_ROWS": 32, "GROUP_ROWS": 8}.items():
+            if hasattr(module, name):
+                set_attribute(module, name, value)
+
+
+def parts_of(sizes, folder, read=lambda part, row: None):
+    """Parts of so many samples each, read from a file each; `read` is told of every sample."""
+
+    def samples(part, size):
+        for row in range(size):
+            read(part, row)
+            yield Sample(
+                f"{part}/{row}", f"{row}.jpg", {"raw": f"words {part} {row}"} if row % 3 else {}, url=f"u{row}"
+            )
+
+    files = [folder / f"{part}.tar" for part in range(len(sizes))]
+    for file in files:
+        if not file.exists():
+            file.write_text("stands for the samples")
+    return [Part(file.name, partial(samples, n, sizes[n]), (file,)) for n, file in enumerate(files)]
+
+
+def create(path, parts, **changes):
+    about = {"dataset": "set", "manifest": {"name": "set"}, "captions": ["raw"], "quiet": True} | changes
+    return Store.create(path, parts=parts, **about)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 90), min_size=1, max_size=5).filter(any),
+    deaths=st.lists(st.tuples(st.sampled_from(["sample", "write"]), st.integers(1, 120)), max_size=4),
+)
+def test_an_index_stopped_anywhere_and_run_again_is_byte_identical(tmp_path_factory, sizes, deaths):
+    folder = tmp_path_factory.mktemp("index")
+    whole = create(folder / "whole.zarr", parts_of(sizes, folder))
+    for kind, after in deaths:
+        left = [after if kind == "sample" else after // 8]
+
+        def count(*_, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        def write(path, content, write=index.write_atomically, count=count):
+            count()
+            write(path, content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "write":
+                patch.setattr("sail_align.extract.index.write_atomically", write)
+                patch.setattr("sail_align.extract.index_record.write_atomically", write)
+            try:
+                create(folder / "stopped.zarr", parts_of(sizes, folder, count if kind == "sample" else lambda *_: None))
+            except Killed:
+                continue
+        shutil.rmtree(folder / "stopped.zarr")
+    create(folder / "stopped.zarr", parts_of(sizes, folder))
+    assert contents(folder / "stopped.zarr") == contents(whole.path)
+    assert [s.key for s in whole.samples(0, whole.rows)] == [f"{p}/{r}" for p, n in enumerate(sizes) for r in range(n)]
+
+
+def stop_in(path, folder, sizes, part, row):
+    """Leave an index whose building was stopped just before a sample."""
+
+    def die(*at):
+        if at == (part, row):
+            raise Killed
+
+    with pytest.raises(Killed):
+        create(path, parts_of(sizes, folder, die))
+
+
+def test_parts_that_are_done_are_not_read_again(tmp_path):
+    stop_in(tmp_path / "s.zarr", tmp_path, [40, 40, 40], part=2, row=30)  # rows 0 … 95 are in files
+    seen = []
+    create(tmp_path / "s.zarr", parts_of([40, 40, 40], tmp_path, lambda *at: seen.append(at)))
+    assert {part for part, _ in seen} == {2}
+
+
+@pytest.mark.parametrize("change", ["manifest", "captions", "file", "no files"])
+def test_an_index_of_anything_else_is_begun_anew(tmp_path, change):
+    stop_in(tmp_path / "s.zarr", tmp_path, [40, 40], part=1, row=39)
+    parts = parts_of([30, 40], tmp_path)
+    changes = {}
+    if change == "manifest":
+        changes = {"manifest": {"name": "other"}}
+    elif change == "captions":
+        changes = {"captions": ["raw", "long"]}
+    elif change == "file":
+        (tmp_path / "0.tar").write_text("changed")
+    else:
+        parts = [Part(part.name, part.read) for part in parts]
+    keys = [sample.key for sample in create(tmp_path / "s.zarr", parts, **changes).samples(0, 70)]
+    assert keys == [f"0/{i}" for i in range(30)] + [f"1/{i}" for i in range(40)]
+
+
+def test_spans_across_files_and_groups_are_the_rows_asked_for(tmp_path):
+    made = create(tmp_path / "s.zarr", parts_of([100], tmp_path))
+    for start, stop in [(0, 1), (7, 9), (31, 33), (5, 97), (64, 100), (99, 100)]:
+        assert made.index(["key"], start, stop)["key"].to_pylist() == [f"0/{i}" for i in range(start, stop)]
+    assert [s.captions for s in made.samples(31, 33)] == [{"raw": "words 0 31"}, {"raw": "words 0 32"}]
+    assert [s.captions for s in made.samples(31, 33, captions=[])] == [{}, {}]
+
+
+@pytest.mark.parametrize("hashes", ["own", "all the same"])
+def test_keys_are_told_apart_by_themselves_and_not_by_their_hashes(tmp_path, monkeypatch, hashes):
+    if hashes == "all the same":
+        monkeypatch.setattr("sail_align.extract.indexing.hash", lambda _: 7, raising=False)
+    create(tmp_path / "good.zarr", parts_of([40, 40], tmp_path))
+    twice = [*parts_of([40, 40], tmp_path), Part.of([Sample("z", ""), Sample("1/7", "")])]
+    with pytest.raises(UserError, match="'1/7' occurs more than once"):
+        create(tmp_path / "bad.zarr", twice)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_indexing
+
+left = int(sys.argv[2])
+
+def dying(method):
+    def wrapper(self, *args, **kwargs):
+        global left
+        left -= method.__name__ == "replace" or "wb" in args
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *args, **kwargs)
+    return wrapper
+
+Path.open, Path.replace = dying(Path.open), dying(Path.replace)
+test_indexing.shrink()
+test_indexing.open_pictures(Path(sys.argv[1]), "killed.zarr")
+"""
+
+
+def open_pictures(root: Path, out: str) -> Store:
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    return open_or_create(root / out, manifest, open_source(manifest, data_root), quiet=True)
+
+
+def test_an_index_killed_at_many_points_is_byte_identical(pictures):
+    open_pictures(pictures, "whole.zarr")
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    for point in (3, 6, 21, 40):
+        command = [sys.executable, "-c", KILLED, str(pictures), str(point)]
+        assert subprocess.run(command, env=environment, check=False).returncode == -9
+    assert not (pictures / "killed.zarr" / "zarr.json").exists()
+    open_pictures(pictures, "killed.zarr")
+    assert contents(pictures / "killed.zarr") == contents(pictures / "whole.zarr")
+
+
+@pytest.fixture
+def tables(pictures):
+    """The pictures' table cut in three: of 250, 0 and 350 rows."""
+    header, *rows = (pictures / "captions.csv").read_text().splitlines(keepends=True)
+    for name, of_table in {"a": rows[:250], "b": [], "c": rows[250:]}.items():
+        (pictures / f"{name}-captions.csv").write_text(header + "".join(of_table))
+    (pictures / "captions.csv").unlink()
+    manifest = pictures / "pictures.yaml"
+    manifest.write_text(manifest.read_text().replace("files: captions.csv", "files: '*-captions.csv'"))
+    open_pictures(pictures, "s.zarr")
+    return pictures
+
+
+def parts_read(monkeypatch) -> list[str]:
+    """The names of the parts whose samples are compared from here on."""
+    read = []
+    compare = reopening._compare
+    monkeypatch.setattr(reopening, "_compare", lambda s, o, part, *a: read.append(part.name) or compare(s, o, part, *a))
+    return read
+
+
+def test_files_with_unchanged_stamps_are_not_read_again(tables, monkeypatch):
+    read = parts_read(monkeypatch)
+    open_pictures(tables, "s.zarr")
+    assert read == []
+
+
+def test_a_file_that_only_looks_changed_is_read_once_and_alone(tables, monkeypatch):
+    read = parts_read(monkeypatch)
+    os.utime(tables / "c-captions.csv", ns=(1, 1))
+    before = contents(tables / "s.zarr")
+    open_pictures(tables, "s.zarr")
+    open_pictures(tables, "s.zarr")
+    assert [Path(name).name for name in read] == ["c-captions.csv"]
+    after = contents(tables / "s.zarr")
+    assert {name for name in after if after[name] != before[name]} == {"index/sources.json"}
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "said"),
+    [
+        ("c", lambda text: text.replace("picture 300,", "another picture,"), r"row 300 where \S+/c-cap\S+ has sample"),
+        (
+            "a",
+            lambda text: text[: text.index("249.png")],
+            r"'249.png' in row 249 where \S+/a-captions.csv has no sample",
+        ),
+        (
+            "c",
+            lambda text: text[: text.index("599.png")],
+            r"'599.png' in row 599 where \S+/c-captions.csv has no sample",
+        ),
+        (
+            "a",
+            lambda text: text + "x.png,one more,,0\n",
+            r"'250.png' in row 250 where \S+/a-captions.csv has .*'x.png'",
+        ),
+        (
+            "b",
+            lambda text: text + "x.png,one more,,0\n",
+            r"'250.png' in row 250 where \S+/b-captions.csv has .*'x.png'",
+        ),
+        (
+            "c",
+            lambda text: text + "x.png,one more,,0\n",
+            r"no sample in row 600 where \S+/c-captions.csv has .*'x.png'",
+        ),
+        (
+            "d",
+            lambda text: "image,caption,story\nx.png,,\n",
+            r"no sample in row 600 where \S+/d-captions.csv has .*'x.p",
+        ),
+    ],
+)
+def test_a_changed_source_is_refused_with_the_file_and_the_first_row(tables, table, change, said):
+    file = tables / f"{table}-captions.csv"
+    file.write_text(change(file.read_text() if file.exists() else ""))
+    with pytest.raises(UserError, match=said):
+        open_pictures(tables, "s.zarr")
+
+
+def test_a_table_that_is_gone_is_refused_and_a_lost_record_means_that_all_is_compared(tables, monkeypatch):
+    read = parts_read(monkeypatch)
+    (tables / "s.zarr/index/sources.json").unlink()
+    open_pictures(tables, "s.zarr")
+    assert len(read) == 3
+    open_pictures(tables, "s.zarr")
+    assert len(read) == 3
+    (tables / "c-captions.csv").unlink()
+    with pytest.raises(UserError, match=r"'250.png' in row 250 where the data set has no sample"):
+        open_pictures(tables, "s.zarr")
