@@ -83,6 +83,7 @@ def run(
     _print_arrays(store)
     rate = f", {summary.encoded / summary.seconds:.0f} a second" if summary.encoded else ""
     typer.echo(f"{path}: {summary.encoded} rows encoded in {summary.seconds:.0f} s{rate}.")
+    _print_pairing(store)
     typer.echo(f"Next: sail-align fit --features {path}")
 
 
@@ -114,6 +115,33 @@ def verify(
     typer.echo(f"{store}: {problems or 'no'} problem{'s' if problems != 1 else ''} found.")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(store: StorePath) -> None:
+    """Check from the features that captions belong to their images, and say what is odd. Exits 1 if they do not."""
+    from sail_align.extract.doctor import Verdict, diagnose
+    from sail_align.extract.store import Store
+
+    diagnosis = diagnose(Store.open(store))
+    for line in diagnosis.lines:
+        typer.echo(f"  {line}")
+    typer.echo(f"{store}: {diagnosis.sentence}")
+    if diagnosis.verdict is Verdict.BROKEN:
+        raise typer.Exit(1)
+
+
+def _print_pairing(store: "Store") -> None:
+    """Say whether captions belong to their images, once a store that has both is complete."""
+    from sail_align.extract.doctor import Verdict, diagnose
+
+    texts = [array for name in store.captions for array in store.texts(name).values()]
+    if not (texts and store.images() and all(array.complete for array in store.arrays())):
+        return
+    diagnosis = diagnose(store)
+    warning = "warning: " if diagnosis.verdict is Verdict.BROKEN else ""
+    more = f" See `sail-extract doctor {store.path}`." if warning else ""
+    typer.echo(f"{warning}pairing check: {diagnosis.sentence}{more}")
 
 
 def _print_arrays(store: "Store") -> None:
