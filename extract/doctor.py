@@ -100,7 +100,7 @@ def judge(pairing: Pairing | None, shard_N: Places) -> tuple[Verdict, str]:
             )
     if matched.score - shuffled.score < CLEAR * np.sqrt(2) * chance_error:
         return Verdict.BROKEN, (
-            f"the captions fit no better than shuffled ones (scores {matched.score:.2f} and {shuffled.score:.2f}): they "
+            f"the captions fit no better than shuffled ones ({matched.score:.2f} and {shuffled.score:.2f}): they "
             "are mixed up, or say nothing about the images"
         )
     wrong, error = matched.wrong
