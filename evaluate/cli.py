@@ -46,15 +46,22 @@ def evaluate_all(
     quiet: Quiet = False,
 ) -> None:
     """Score a run on every packaged evaluation set whose data are here, and on those that --manifest adds."""
-    from sail_align.evaluate.evaluator import data_are_there
+    from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
 
-    packaged = [find_manifest(name, data_root) for name in packaged_manifests()]
-    packaged = [(about, root) for about, root in packaged if about.purpose == "evaluate"]
-    here = [(about, root) for about, root in packaged if data_are_there(about, root)]
-    for about, _ in packaged:
-        if about.name not in {present.name for present, _ in here}:
-            typer.echo(f"not here: {about.name}. {about.get.strip()}")
+    here, missing = [], []
+    for name in packaged_manifests():
+        about, root = find_manifest(name, data_root)
+        if about.task and not is_here(about, root):
+            missing.append(about)
+        elif about.task and about.task.kind not in TASKS:
+            typer.echo(f"not scored: {about.name}; there is no task of kind {about.task.kind!r} yet.")
+        elif about.task:
+            here.append((about, root))
+    if missing:
+        typer.echo("not here (`sail-extract check NAME` says how to get one):")
+        for about in missing:
+            typer.echo(f"  {about.name:<18} {about.title}")
     sets = here + _required(manifest or [], data_root, kind=None)
     _evaluate(run, sets, features_dir, device, quiet, stop_at_fault=False)
 
@@ -131,17 +138,20 @@ def _evaluate(
 
 def _required(references: list[str], data_root: str | None, kind: str | None) -> list[tuple["Manifest", Path]]:
     """Return the manifests that were asked for, each with its data root; refuse those that cannot be scored."""
-    from sail_align.evaluate.evaluator import data_are_there
+    from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest
 
     found = [find_manifest(reference, data_root) for reference in references]
-    for about, root in found:
+    for reference, (about, root) in zip(references, found, strict=True):
         if about.task is None:
             raise UserError(f"Manifest {about.name!r} is for training; give one with purpose 'evaluate'.")
+        if about.task.kind not in TASKS:
+            raise UserError(f"Manifest {about.name!r} is for {about.task.kind}, which has no task yet.")
         if kind not in (None, about.task.kind):
             raise UserError(f"Manifest {about.name!r} is for {about.task.kind}; use `sail-eval {about.task.kind}`.")
-        if not data_are_there(about, root):
-            raise UserError(f"The data of {about.name!r} are not under {root}: {about.get.strip()}")
+        if not is_here(about, root):
+            how = f"`sail-extract check {reference}` says how to get them."
+            raise UserError(f"The data of {about.name!r} are not under {root}; {how}")
     return found
 
 

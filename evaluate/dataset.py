@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.evaluate.encoders import Encoders, RunError
+from sail_align.extract import published
 from sail_align.extract.encoders.base import require_same
 from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
@@ -99,10 +100,13 @@ class EvaluationSet:
 
     def class_embeddings(self) -> Embeddings:
         """Return one embedding a class, (C, E): the mean over the templates' unit embeddings, of unit length."""
-        templates, classes = self.task.templates, self.source.classes
+        named, classes = self.task.templates, self.source.classes
+        templates = published.templates(named) if isinstance(named, str) else named
         if not classes:
             raise UserError(f"{self.manifest.name} names no classes; its source needs 'classes'.")
-        if twice := [name for name in dict.fromkeys(classes) if classes.count(name) > 1]:
+        as_published = isinstance(getattr(self.manifest.source, "classes", None), str)  # two of ImageNet's occur twice
+        twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
+        if twice and not as_published:
             raise UserError(f"{self.manifest.name} has two classes named {twice[0]!r}; give each its own name.")
         prompts = [
             Sample(key=f"{label}/{number}", image="", captions={"prompt": template.replace("{}", name)})

@@ -14,7 +14,6 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources.base import UnreadableImageError
-from sail_align.extract.sources.descriptions import DemoSource
 
 
 def evaluate_sets(
@@ -59,8 +58,3 @@ def evaluate_sets(
             write_atomically(examples_path(run.path, manifest.name), json.dumps(examples).encode())
         merge_scores(run, [record])
         yield record
-
-
-def data_are_there(manifest: Manifest, root: Path) -> bool:
-    """Whether the folder that a manifest's files lie in exists; the demo's need none."""
-    return isinstance(manifest.source, DemoSource) or (root / manifest.source.root).is_dir()

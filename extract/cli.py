@@ -1,6 +1,7 @@
 """sail-extract: run frozen encoders over a data set once and keep the features in a store."""
 
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False)]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(help="Where the manifest's files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -27,12 +32,7 @@ def run(
     text_encoder: Annotated[str | None, typer.Option(help="[default: the manifest's, else gte-large]")] = None,
     text_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
     captions: Annotated[str | None, typer.Option(help="Caption names, as in raw,long.  [default: all]")] = None,
-    data_root: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the manifest's files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"
-        ),
-    ] = None,
+    data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     precision: Annotated[str, typer.Option(help="What encoders compute in: float32, bfloat16, float16.")] = "float32",
     trust_remote_code: Annotated[bool, typer.Option(help="Run a model's own code; needs a pinned revision.")] = False,
@@ -85,6 +85,38 @@ def run(
     typer.echo(f"{path}: {summary.encoded} rows encoded in {summary.seconds:.0f} s{rate}.")
     _print_pairing(store)
     typer.echo(f"Next: sail-align fit --features {path}")
+
+
+@app.command()
+def check(
+    manifest: Annotated[
+        str | None, typer.Argument(help="A packaged manifest's name or a .yaml file.  [default: all packaged ones]")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Say whether a data set is here and whole, and how to get what is missing. Exits 1 if it is not ready."""
+    from sail_align.extract.check import is_here, look
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
+
+    if manifest is None:
+        for name in packaged_manifests():
+            about, root = find_manifest(name, data_root)
+            kind = about.task.kind if about.task else about.purpose
+            rows = f"{about.expected_rows:,}" if about.expected_rows else ""
+            there = "here   " if is_here(about, root) else "missing"
+            typer.echo(f"{there}  {name:<18} {kind:<15} {rows:>10}  {about.title}")
+        typer.echo("`sail-extract check NAME` looks closer, and says how to get what is missing.")
+        return
+    about, root = find_manifest(manifest, data_root)
+    typer.echo(f"{about.name}: {about.title}\nlicence: {about.licence}\ndata root: {root}")
+    ready = True
+    for finding in look(about, root):
+        typer.echo(f"  {'ok ' if finding.good else 'NOT'}  {finding.what}")
+        ready &= finding.good
+    if not ready:
+        typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")
+        raise typer.Exit(1)
+    typer.echo("ready")
 
 
 @app.command()

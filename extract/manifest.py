@@ -9,20 +9,24 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.descriptions import Source, Strict
+from sail_align.extract.sources.descriptions import NonEmpty, Source, Strict
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
 
 
-TaskKind = Literal["classification", "retrieval", "winoground", "segmentation"]
+TaskKind = Literal["classification", "retrieval", "winoground", "mmvp", "segmentation"]
 
 
 class Task(Strict):
-    """What an evaluation set measures. `templates` hold one `{}` for the class name; `captions` default to all."""
+    """What an evaluation set measures.
+
+    `templates` hold one `{}` for the class name, or name a published list (`open_clip:imagenet-80`); `captions` default
+    to all.
+    """
 
     kind: TaskKind
-    templates: list[Template] = Field(default=["a photo of a {}."], min_length=1)
+    templates: Annotated[list[Template], Field(min_length=1)] | NonEmpty = Field(default=["a photo of a {}."])
     captions: list[str] | None = None
 
 
@@ -34,7 +38,10 @@ class Encoders(Strict):
 
 
 class Manifest(Strict):
-    """A data set: what it is for, where its files are, what to expect of it, and how to get it."""
+    """A data set: what it is for, where its files are, what to expect of it, and how to get it.
+
+    `get` says it in commands, for a data root of `data`.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     purpose: Literal["train", "evaluate"]
@@ -45,6 +52,7 @@ class Manifest(Strict):
     task: Task | None = None
     encoders: Encoders = Encoders()
     expected_rows: int | None = Field(default=None, gt=0)
+    expected_captions: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _task_goes_with_evaluation(self) -> "Manifest":

@@ -21,6 +21,26 @@ def open_source(manifest: "Manifest", data_root: Path) -> Source:
             from sail_align.extract.sources.class_folder import ClassFolderSource
 
             return ClassFolderSource(manifest.source, data_root)
+        case described.CocoCaptionsSource():
+            from sail_align.extract.sources.coco_captions import CocoCaptionsSource
+
+            return CocoCaptionsSource(manifest.source, data_root)
+        case described.KarpathySource():
+            from sail_align.extract.sources.karpathy import KarpathySource
+
+            return KarpathySource(manifest.source, data_root)
+        case described.WinogroundSource():
+            from sail_align.extract.sources.winoground import WinogroundSource
+
+            return WinogroundSource(manifest.source, data_root)
+        case described.MmvpSource():
+            from sail_align.extract.sources.mmvp import MmvpSource
+
+            return MmvpSource(manifest.source, data_root)
+        case described.MaskFolderSource():
+            from sail_align.extract.sources.mask_folder import MaskFolderSource
+
+            return MaskFolderSource(manifest.source, data_root)
         case described.DemoSource():
             from sail_align.extract.sources.demo import DemoSource
 

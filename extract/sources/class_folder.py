@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.published import class_names
 from sail_align.extract.sources.base import Part, Sample, Source
 from sail_align.extract.sources.descriptions import ClassFolderSource as Description
 from sail_align.extract.sources.images import read_image
@@ -18,7 +19,8 @@ class ClassFolderSource(Source):
     """Images by class. Labels follow the sorted folder names, or the manifest's order where it lists `classes`.
 
     Raises:
-        UserError: The folder or a listed class is missing, or there is no image.
+        UserError: The folder or a listed class is missing, a published list of names is not there or of another length,
+            or there is no image.
     """
 
     def __init__(self, description: Description, data_root: Path):
@@ -26,7 +28,7 @@ class ClassFolderSource(Source):
         if not self._root.is_dir():
             raise UserError(f"Folder {self._root} is not there; set --data-root or the manifest's 'root'.")
         there = sorted(path.name for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        names = description.classes or {folder: folder.replace("_", " ") for folder in there}
+        names = self._named(description.classes, there)
         for folder in names:
             if folder not in there:
                 raise UserError(f"{self._root} has no folder {folder!r}, which the manifest lists under 'classes'.")
@@ -58,6 +60,15 @@ class ClassFolderSource(Source):
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: images by class have no masks."""
         raise UserError(f"A class-folder source has no masks ({location!r} asked for); use the kind 'table'.")
+
+    def _named(self, classes: dict[str, str] | str | None, there: list[str]) -> dict[str, str]:
+        """Return the names of the folders, in label order."""
+        if not isinstance(classes, str):
+            return classes or {folder: folder.replace("_", " ") for folder in there}
+        names = class_names(classes)
+        if len(names) != len(there):
+            raise UserError(f"{self._root} has {len(there)} folders, but {classes} names {len(names)} classes.")
+        return dict(zip(there, names, strict=True))
 
     def _images(self, label: int, folder: str) -> Iterator[Sample]:
         endings = Image.registered_extensions()

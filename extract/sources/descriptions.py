@@ -5,12 +5,24 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 NonEmpty = Annotated[str, Field(min_length=1)]
+MaskValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class Strict(BaseModel):
     """A mapping whose fields are all known: an unknown one is a typing slip."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Files(Strict):
+    """A source whose files lie under `root`, a folder under the data root."""
+
+    root: str = "."
+
+    @property
+    def needs(self) -> list[str]:
+        """The files and folders under `root` without which there are no samples; patterns may hold `*`."""
+        return ["."]
 
 
 class Split(Strict):
@@ -21,7 +33,7 @@ class Split(Strict):
     file: str | None = None
 
 
-class TableSource(Strict):
+class TableSource(Files):
     """Tables (CSV, TSV, JSONL, parquet) that name images in a folder and hold their captions.
 
     Either one row an image with a column for each caption name (`captions: {raw: title, long: description}`), or
@@ -31,7 +43,6 @@ class TableSource(Strict):
     """
 
     kind: Literal["table"]
-    root: str = "."
     files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
     images: str = "."
     image: str = "image"
@@ -40,13 +51,105 @@ class TableSource(Strict):
     masks: str | None = None
     classes: dict[Annotated[int, Field(ge=0, le=254)], str] = {}
 
+    @property
+    def needs(self) -> list[str]:
+        """The tables, and the folder of images."""
+        return [*([self.files] if isinstance(self.files, str) else self.files), self.images]
 
-class ClassFolderSource(Strict):
-    """A folder with one sub-folder of images a class; `classes` renames folders, in label order."""
+
+class ClassFolderSource(Files):
+    """A folder with one sub-folder of images a class.
+
+    `classes` renames folders, in label order, or names a published list of class names (`open_clip:imagenet`) in the
+    order of the sorted folders.
+    """
 
     kind: Literal["class-folder"]
-    root: str = "."
-    classes: dict[str, str] | None = None
+    classes: dict[str, str] | NonEmpty | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """One sub-folder at least."""
+        return ["*/"]
+
+
+class CocoCaptionsSource(Files):
+    """COCO's own captions JSON (`captions_val2017.json`) and a folder of images.
+
+    Images in the order of their ids; each keeps its first `captions` captions, in the order of theirs: c0, c1, …
+    """
+
+    kind: Literal["coco-captions"]
+    annotations: NonEmpty
+    images: str
+    captions: Annotated[int, Field(gt=0)] = 5
+
+    @property
+    def needs(self) -> list[str]:
+        """The annotations, and the folder of images."""
+        return [self.annotations, self.images]
+
+
+class KarpathySource(Files):
+    """Karpathy's JSON (`dataset_coco.json`, `dataset_flickr30k.json`): one split, with all captions of each image."""
+
+    kind: Literal["karpathy"]
+    annotations: NonEmpty
+    images: str
+    split: NonEmpty = "test"
+
+    @property
+    def needs(self) -> list[str]:
+        """The annotations, and the folder of images."""
+        return [self.annotations, self.images]
+
+
+class WinogroundSource(Files):
+    """Winoground as published: `examples.jsonl` and a folder of images. Rows 2k and 2k + 1 are one example."""
+
+    kind: Literal["winoground"]
+    examples: NonEmpty = "examples.jsonl"
+    images: str = "images"
+
+    @property
+    def needs(self) -> list[str]:
+        """The examples, and the folder of images."""
+        return [self.examples, self.images]
+
+
+class MmvpSource(Files):
+    """MMVP-VLM as published: `Questions.csv` and a folder of images by category. Rows 2k and 2k + 1 are one pair."""
+
+    kind: Literal["mmvp"]
+    questions: NonEmpty = "Questions.csv"
+    images: str = "MLLM_VLM Images"
+
+    @property
+    def needs(self) -> list[str]:
+        """The questions, and the folder of images."""
+        return [self.questions, self.images]
+
+
+class MaskFolderSource(Files):
+    """A folder of images and one of masks (PNGs of one channel or a palette) with the same names.
+
+    `names` is a list of the images to take, without their ending, one a line; without it, all that have a mask.
+    `classes` names labels, or a table of them (`ade20k-150`); a mask holds label − `label_offset`. Values in `ignored`
+    count for nothing; any other is refused, because it means that the masks are not what the manifest says.
+    """
+
+    kind: Literal["mask-folder"]
+    images: str
+    masks: str
+    names: str | None = None
+    classes: dict[MaskValue, str] | NonEmpty
+    label_offset: int = 0
+    ignored: list[MaskValue] = []
+
+    @property
+    def needs(self) -> list[str]:
+        """The folders of images and masks, and the list of names."""
+        return [self.images, self.masks, *([self.names] if self.names else [])]
 
 
 class DemoSource(Strict):
@@ -60,4 +163,14 @@ class DemoSource(Strict):
     version: Literal[1] = 1
 
 
-Source = Annotated[TableSource | ClassFolderSource | DemoSource, Field(discriminator="kind")]
+Source = Annotated[
+    TableSource
+    | ClassFolderSource
+    | CocoCaptionsSource
+    | KarpathySource
+    | WinogroundSource
+    | MmvpSource
+    | MaskFolderSource
+    | DemoSource,
+    Field(discriminator="kind"),
+]

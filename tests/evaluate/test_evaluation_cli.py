@@ -44,7 +44,7 @@ def squares(world):
 
 
 def test_there_is_one_command_for_each_task_kind():
-    assert set(cli.TASKS) == set(PROTOCOLS) == set(get_args(TaskKind))
+    assert set(cli.TASKS) == set(PROTOCOLS) == set(get_args(TaskKind)) - {"mmvp"}
 
 
 def test_help_answers_within_a_second_without_torch():
@@ -176,7 +176,10 @@ def test_report_is_written_again_from_the_runs_folder(sail_eval, squares, run):
         (["retrieval", "SQUARES"], "Manifest 'squares' is for classification; use `sail-eval classification`."),
         (["retrieval", "no-such"], "No manifest 'no-such'"),
         (["all"], "No evaluation set's data are here; name one of your own with --manifest."),
-        (["classification", "SQUARES", "--data-root", "nowhere"], "The data of 'squares' are not under nowhere: "),
+        (
+            ["classification", "SQUARES", "--data-root", "nowhere"],
+            "'squares' are not under nowhere; `sail-extract check /",
+        ),
         (["report", "RUN"], "has no scores.json; run `sail-eval all --run"),
         (["all", "--manifest", "SQUARES", "--device", "cuda:9"], "Device 'cuda:9' is not available here"),
     ],
@@ -199,13 +202,19 @@ def test_a_training_manifest_is_no_evaluation_set(sail_eval, squares):
     assert "is for training; give one with purpose 'evaluate'" in err
 
 
-def test_a_packaged_set_without_data_is_named_with_how_to_get_it(sail_eval, squares, monkeypatch, tmp_path):
-    far = tmp_path / "far.yaml"
+def test_packaged_sets_that_cannot_be_scored_are_named_a_line_each(sail_eval, squares, monkeypatch, tmp_path):
+    far, strange = tmp_path / "far.yaml", tmp_path / "strange.yaml"
     far.write_text(squares.read_text().replace("name: squares", "name: far").replace("source:", "source:\n  root: far"))
-    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", lambda: {"far": far})
-    code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
+    strange.write_text(squares.read_text().replace("kind: classification", "kind: mmvp"))
+    packaged = {"far": far, "strange": strange}
+    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", lambda: packaged)
+    code, out, _ = sail_eval("all", "--manifest", squares, "--data-root", squares.parent, "--quiet")
     assert code == 0
-    assert "not here: far. Draw them." in out
+    assert out.splitlines()[:3] == [
+        "not scored: squares; there is no task of kind 'mmvp' yet.",
+        "not here (`sail-extract check NAME` says how to get one):",
+        "  far                Squares for squares",
+    ]
 
 
 def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypatch, capsys, tmp_path):

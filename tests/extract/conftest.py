@@ -1,11 +1,14 @@
 """A small data set of pictures on disk, with the faults that real ones have."""
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from sail_align.extract.cli import main
 
 
 @pytest.fixture
@@ -28,6 +31,20 @@ def pictures(tmp_path: Path) -> Path:
                 path.write_bytes(path.read_bytes()[:200])
     (root / "pictures.yaml").write_text(MANIFEST)
     return root
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Run a command in this process; return exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sail-extract", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return run
 
 
 MANIFEST = """

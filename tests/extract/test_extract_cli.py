@@ -6,23 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sail_align.extract.cli import main
-
 PACKAGED = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6"]
-
-
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """Run a command in this process; return exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sail-extract", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        return int(end.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def edit(manifest: Path, old: str, new: str) -> None:

@@ -1,0 +1,121 @@
+"""Is a data set here and whole? What is missing, and how is it got?"""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sail_align.extract import published
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import Manifest
+from sail_align.extract.sources import open_source
+from sail_align.extract.sources.base import Sample, Source, UnreadableImageError
+from sail_align.extract.sources.descriptions import Files
+
+PROBED = 32
+"""Samples, besides the first, whose image, mask and captions are looked at."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, and whether it is as the manifest says."""
+
+    good: bool
+    what: str
+
+
+def look(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
+    """Yield what is there and what is missing; if nothing is, what a look inside shows."""
+    there = _needed(manifest, data_root)
+    for path, is_there in there.items():
+        yield Finding(is_there, f"{path}{'' if is_there else ' is missing'}")
+    if all(there.values()):
+        yield from _inspect(manifest, data_root)
+
+
+def is_here(manifest: Manifest, data_root: Path) -> bool:
+    """Whether all files that a manifest's source needs are there; nothing is opened. The demo needs none."""
+    return all(_needed(manifest, data_root).values())
+
+
+def _needed(manifest: Manifest, data_root: Path) -> dict[Path, bool]:
+    """Return the files and folders (or patterns of them) that a source needs, and whether each is there."""
+    if not isinstance(manifest.source, Files):
+        return {}
+    root = data_root / manifest.source.root
+    return {root / need: _is_there(root, need) for need in manifest.source.needs}
+
+
+def _is_there(root: Path, need: str) -> bool:
+    return (root / need).exists() or ("*" in need and any(root.glob(need)))
+
+
+def _inspect(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
+    """Look at lists that the manifest refers to, at counts, and at some samples' content.
+
+    An evaluation set has to be whole. A training set that was downloaded has lost some images: fewer rows than expected
+    are no fault there, and neither are single images that cannot be read.
+    """
+    try:
+        if manifest.task and isinstance(manifest.task.templates, str):
+            found = published.templates(manifest.task.templates)
+            yield Finding(True, f"{len(found)} templates ({manifest.task.templates})")
+        source = open_source(manifest, data_root)
+        picked = _Picked(source.samples())
+        yield from _counts(manifest, picked)
+        yield from _contents(source, picked.samples, strict=manifest.purpose == "evaluate")
+    except (UserError, OSError) as problem:
+        yield Finding(False, " ".join(str(problem).split()))
+
+
+class _Picked:
+    """Counts over all samples, and the first of them with some drawn at random (the same ones each time)."""
+
+    def __init__(self, samples: Iterable[Sample]):
+        self.rows = self.captions = 0
+        self.samples: list[Sample] = []
+        draw = random.Random(0)
+        for sample in samples:
+            if len(self.samples) <= PROBED:
+                self.samples.append(sample)
+            elif (place := draw.randint(1, self.rows)) <= PROBED:
+                self.samples[place] = sample
+            self.rows += 1
+            self.captions += len(sample.captions)
+
+
+def _counts(manifest: Manifest, picked: _Picked) -> Iterator[Finding]:
+    whole = manifest.purpose == "evaluate"
+    for count, expected, what in (
+        (picked.rows, manifest.expected_rows, "rows"),
+        (picked.captions, manifest.expected_captions, "captions"),
+    ):
+        compared = ", as expected" if count == expected else f"; {expected:,} are expected" if expected else ""
+        yield Finding(not compared or count == expected or not whole, f"{count:,} {what}{compared}")
+
+
+def _contents(source: Source, samples: list[Sample], *, strict: bool) -> Iterator[Finding]:
+    """Open the samples' images and masks, and look for captions."""
+    if source.classes:
+        yield Finding(True, f"{len(source.classes)} classes")
+    problems = []
+    for sample in samples:
+        try:
+            source.image(sample.image)
+            if sample.mask:
+                source.mask(sample.mask)
+        except (UnreadableImageError, UserError, OSError, SyntaxError, ValueError) as problem:
+            problems.append(" ".join(str(problem).split()))
+    readable = len(samples) - len(problems)
+    first = f"; the first problem: {problems[0]}" if problems else ""
+    kind = "images with masks" if any(sample.mask for sample in samples) else "images"
+    yield Finding(
+        readable == len(samples) if strict else readable > 0,
+        f"{readable} of {len(samples)} {kind} looked at are readable{first}",
+    )
+    if source.captions:
+        told = sum(bool(sample.captions) for sample in samples)
+        yield Finding(
+            told == len(samples) if strict else told > 0,
+            f"{told} of these have a caption (captions are named {', '.join(source.captions)})",
+        )

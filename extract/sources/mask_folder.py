@@ -1,0 +1,93 @@
+"""Source kind `mask-folder`: images and semantic masks of the same names, as ADE20K, VOC and COCO-Stuff come."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.published import label_names
+from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
+from sail_align.extract.sources.descriptions import MaskFolderSource as Description
+from sail_align.extract.sources.images import read_image, read_mask
+
+NO_CLASS = -1
+
+
+class MaskFolderSource(Source):
+    """Images with masks, in the order of the list of names, or sorted. Keys and locations are file names.
+
+    The first mask is read at once: masks of another numbering are refused before anything is encoded.
+
+    Raises:
+        UserError: A folder or the list is missing, a listed image or mask is not there, or the first mask is not of the
+            described form.
+    """
+
+    def __init__(self, description: Description, data_root: Path):
+        root = data_root / description.root
+        self._images, self._masks = root / description.images, root / description.masks
+        self._list = root / description.names if description.names else None
+        for path in (self._images, self._masks, self._list):
+            if path and not path.exists():
+                raise UserError(f"{path} is not there; correct the manifest's source or set --data-root.")
+        labels = description.classes
+        self._classes = label_names(labels) if isinstance(labels, str) else labels
+        self._index = np.full(256, NO_CLASS, dtype=np.int16)
+        self._index[description.ignored] = IGNORED
+        for index, label in enumerate(self._classes):
+            self._index[label - description.label_offset] = index
+        self.mask(self._samples[0].mask)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the labels, in the manifest's or the table's order."""
+        return tuple(self._classes.values())
+
+    def parts(self) -> Sequence[Part]:
+        """One part: the list of names, or the folder of masks."""
+        return [Part("masks", self._read, (self._list or self._masks,))]
+
+    def image(self, location: str) -> Image.Image:
+        """Open an image by its name under the folder of images."""
+        return read_image(self._images / location)
+
+    def mask(self, location: str) -> NDArray[np.uint8]:
+        """Open a mask as class indices.
+
+        Raises:
+            UserError: It holds a value that is neither a class nor ignored.
+        """
+        values = read_mask(self._masks / location)
+        found = self._index[values]
+        if (found == NO_CLASS).any():
+            value = int(values[found == NO_CLASS][0])
+            raise UserError(
+                f"Mask {self._masks / location} holds {value}, which is neither a class nor ignored; these masks are "
+                "numbered in another way than the manifest's 'classes', 'label_offset' and 'ignored' say."
+            )
+        return found.astype(np.uint8)
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        images = {path.stem: path.name for path in self._images.iterdir() if not path.name.startswith(".")}
+        masks = {path.stem for path in self._masks.glob("*.png")}
+        names = self._list.read_text(encoding="utf-8").split() if self._list else sorted(masks)
+        for name in names:
+            if name not in images or name not in masks:
+                folder = self._masks if name in images else self._images
+                raise UserError(f"{folder} has no picture {name!r}; the data set is not complete.")
+        if not names:
+            raise UserError(f"No mask in {self._masks}; expected PNGs with the names of the images.")
+        return [Sample(key=images[name], image=images[name], mask=f"{name}.png") for name in names]
+
+    def _read(self) -> Iterator[Sample]:
+        return iter(self._samples)

@@ -1,0 +1,114 @@
+"""sail-extract check as typed: what is here, what is missing, and the command that gets it."""
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+PHOTOS = """
+name: photos
+purpose: evaluate
+title: Photos of the group
+licence: ours
+get: |
+  cd data
+  wget http://nowhere/photos.zip
+source: {kind: coco-captions, root: photos, annotations: captions.json, images: images}
+task: {kind: retrieval}
+expected_rows: 50
+expected_captions: 100
+"""
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A manifest of fifty photos with two captions each, as it describes them."""
+    folder = tmp_path / "photos"
+    (folder / "images").mkdir(parents=True)
+    images = [{"id": i, "file_name": f"{i:03d}.jpg"} for i in range(50)]
+    annotations = [{"id": 2 * i + n, "image_id": i, "caption": f"{n} of {i}"} for i in range(50) for n in range(2)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    for image in images:
+        Image.new("RGB", (4, 4)).save(folder / "images" / image["file_name"])
+    path = tmp_path / "photos.yaml"
+    path.write_text(PHOTOS)
+    return path
+
+
+def test_a_whole_data_set_is_ready(photos, typed):
+    code, out, _ = typed("check", str(photos))
+    assert code == 0
+    assert out.splitlines() == [
+        "photos: Photos of the group",
+        "licence: ours",
+        f"data root: {photos.parent}",
+        f"  ok   {photos.parent}/photos/captions.json",
+        f"  ok   {photos.parent}/photos/images",
+        "  ok   50 rows, as expected",
+        "  ok   100 captions, as expected",
+        "  ok   33 of 33 images looked at are readable",
+        "  ok   33 of these have a caption (captions are named c0, c1)",
+        "ready",
+    ]
+
+
+def test_what_is_missing_is_named_with_the_commands_that_get_it(photos, typed):
+    (photos.parent / "photos" / "captions.json").unlink()
+    code, out, _ = typed("check", str(photos))
+    assert code == 1
+    assert f"  NOT  {photos.parent}/photos/captions.json is missing\n  ok   {photos.parent}/photos/images\n" in out
+    assert out.endswith("not ready; to get it:\n    cd data\n    wget http://nowhere/photos.zip\n")
+
+
+def test_images_that_cannot_be_read_are_found_and_named(photos, typed):
+    for image in sorted((photos.parent / "photos" / "images").iterdir())[10:]:
+        image.write_text("no picture")
+    code, out, _ = typed("check", str(photos))
+    assert code == 1
+    assert "of 33 images looked at are readable; the first problem: " in out
+    assert "cannot identify image file" in out
+
+
+def test_a_part_of_an_evaluation_set_is_not_ready_but_of_a_training_set_is(photos, typed):
+    content = {**yaml.safe_load(PHOTOS), "expected_rows": 60}
+    photos.write_text(yaml.safe_dump(content))
+    code, out, _ = typed("check", str(photos))
+    assert (code, "  NOT  50 rows; 60 are expected\n" in out) == (1, True)
+    del content["task"]
+    photos.write_text(yaml.safe_dump({**content, "purpose": "train"}))
+    code, out, _ = typed("check", str(photos))
+    assert (code, "  ok   50 rows; 60 are expected\n" in out) == (0, True)
+
+
+def test_a_file_of_another_form_is_a_finding(photos, typed):
+    (photos.parent / "photos" / "captions.json").write_text("[]")
+    code, out, _ = typed("check", str(photos))
+    assert code == 1
+    assert "captions.json is not of the published form (TypeError" in out
+
+
+def test_lists_that_a_manifest_refers_to_are_looked_up(photos, typed):
+    content = yaml.safe_load(PHOTOS)
+    content["task"]["templates"] = "open_clip:imagenet-80"
+    photos.write_text(yaml.safe_dump(content))
+    assert "  ok   80 templates (open_clip:imagenet-80)\n" in typed("check", str(photos))[1]
+    content["task"]["templates"] = "open_clip:imagenet-81"
+    photos.write_text(yaml.safe_dump(content))
+    code, out, _ = typed("check", str(photos))
+    assert (code, "  NOT  No templates 'open_clip:imagenet-81'; give" in out) == (1, True)
+
+
+def test_without_a_name_every_packaged_manifest_has_a_line(typed, tmp_path):
+    (tmp_path / "ADEChallengeData2016" / "images" / "validation").mkdir(parents=True)
+    (tmp_path / "ADEChallengeData2016" / "annotations" / "validation").mkdir(parents=True)
+    code, out, _ = typed("check", "--data-root", str(tmp_path))
+    lines = {line.split()[1]: line.split()[0] for line in out.splitlines()[:-1]}
+    assert code == 0
+    assert (lines["demo"], lines["ade20k"], lines["voc20"]) == ("here", "here", "missing")
+
+
+def test_a_name_that_is_not_known_is_a_mistake(typed):
+    code, _, err = typed("check", "coco-val2018")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "No manifest 'coco-val2018'" in err
