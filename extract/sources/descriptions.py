@@ -38,14 +38,15 @@ class TableSource(Files):
 
     Either one row an image with a column for each caption name (`captions: {raw: title, long: description}`), or
     several rows an image with one caption each (`captions: caption`), which become `c0`, `c1`, … in file order. A
-    column of lists (JSONL, parquet) counts as several rows. `masks` is a folder of PNGs with the images' names, and
-    `classes` names their pixel values; other values are ignored.
+    column of lists (JSONL, parquet) counts as several rows. `url` is a column that says where an image came from.
+    `masks` is a folder of PNGs with the images' names, and `classes` names their pixel values; others are ignored.
     """
 
     kind: Literal["table"]
     files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
     images: str = "."
     image: str = "image"
+    url: NonEmpty | None = None
     captions: NonEmpty | Annotated[dict[str, NonEmpty], Field(min_length=1)]
     split: Split | None = None
     masks: str | None = None

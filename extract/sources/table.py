@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,16 +15,17 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
 from sail_align.extract.sources.descriptions import TableSource as Description
 from sail_align.extract.sources.images import read_image, read_mask
-from sail_align.extract.sources.tables import read_table
+from sail_align.extract.sources.tables import find_tables, read_batches
 
 PROBED = 100
 """Samples whose images are looked for before anything is encoded."""
-READ_ROWS = 8_192
-"""Rows of a table that are Python objects at a time."""
 
 
 class TableSource(Source):
-    """See `manifest.TableSource` for the forms of table. A sample's key is its image's path as the table has it.
+    """See `descriptions.TableSource` for the forms of table. A sample's key is its image's path as the table has it.
+
+    Tables with a column a caption are streamed. Where an image's captions may be in any row, all of them are in memory,
+    and so are the images that a split's own file keeps.
 
     Raises:
         UserError: Tables or images are not where the manifest says, a column is missing, or the form does not fit.
@@ -36,11 +36,7 @@ class TableSource(Source):
         self._root = data_root / description.root
         self._images = self._root / description.images
         self._masks = self._root / description.masks if description.masks else None
-        patterns = [description.files] if isinstance(description.files, str) else description.files
-        self._files = list(dict.fromkeys(path for pattern in patterns for path in self._matches(pattern)))
-        if not self._files:
-            wanted = ", ".join(patterns)
-            raise UserError(f"No table {wanted} in {self._root.resolve()}; correct source.files or set --data-root.")
+        self._files = find_tables(self._root, description.files)
         self._require_images()
 
     @property
@@ -48,7 +44,7 @@ class TableSource(Source):
         """The names in the manifest, or c0 … for as many captions as any image has."""
         if isinstance(self._about.captions, dict):
             return tuple(self._about.captions)
-        return tuple(f"c{i}" for i in range(max(map(len, self._grouped.values()), default=0)))
+        return tuple(f"c{i}" for i in range(max((len(texts) for _, texts in self._grouped.values()), default=0)))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -79,61 +75,59 @@ class TableSource(Source):
         return masked
 
     def _grouped_samples(self) -> Iterator[Sample]:
-        for image, texts in self._grouped.items():
-            yield self._sample(image, {f"c{i}": text for i, text in enumerate(texts)})
+        for image, (url, texts) in self._grouped.items():
+            yield self._sample(image, url, {f"c{i}": text for i, text in enumerate(texts)})
 
     def _named_samples(self, file: Path, names: dict[str, str]) -> Iterator[Sample]:
-        for image, *texts in self._rows(file, list(names.values())):
+        for image, url, *texts in self._rows(file, list(names.values())):
             if any(isinstance(text, list) for text in texts):
                 raise UserError(f"A caption of {image!r} is a list; write `captions: <column>` for such a column.")
-            yield self._sample(image, {name: text for name, text in zip(names, texts, strict=True) if text})
+            yield self._sample(image, url, {name: text for name, text in zip(names, texts, strict=True) if text})
 
-    def _matches(self, pattern: str) -> list[Path]:
-        if (file := self._root / pattern).is_file():  # also an absolute path, and a name that holds a bracket
-            return [file]
-        if Path(pattern).is_absolute():
-            return []
-        return sorted(path for path in self._root.glob(pattern) if path.is_file())
-
-    def _sample(self, image: str, captions: dict[str, str]) -> Sample:
+    def _sample(self, image: str, url: str, captions: dict[str, str]) -> Sample:
         mask = str(Path(image).with_suffix(".png")) if self._masks else ""
-        return Sample(key=image, image=image, captions=captions, mask=mask)
+        return Sample(key=image, image=image, captions=captions, mask=mask, url=url)
 
     @cached_property
-    def _grouped(self) -> dict[str, list[str]]:
-        """All captions of each image, where each row of the tables holds one (or a list of them)."""
+    def _grouped(self) -> dict[str, tuple[str, list[str]]]:
+        """The URL and all captions of each image, where each row of the tables holds one (or a list of them)."""
         if not isinstance(self._about.captions, str):
             raise TypeError("captions are named columns: there is one row an image")
-        grouped: dict[str, list[str]] = {}
+        grouped: dict[str, tuple[str, list[str]]] = {}
         for file in self._files:
-            for image, texts in self._rows(file, [self._about.captions]):
-                of_image = grouped.setdefault(image, [])
+            for image, url, texts in self._rows(file, [self._about.captions]):
+                _, of_image = grouped.setdefault(image, (url, []))
                 of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if text]
         return grouped
 
     def _rows(self, file: Path, columns: list[str]) -> Iterator[list[Any]]:
-        """Yield image and columns of every row of a table that the split keeps."""
+        """Yield image, URL and columns of every row of a table that the split keeps, a batch in memory at a time."""
         split, image = self._about.split, self._about.image
-        own_split = [split.column] if split and split.file is None else []
-        table = read_table(file, list(dict.fromkeys([image, *columns, *own_split])))
-        if table[image].null_count or pc.any(pc.equal(table[image], "")).as_py():
-            raise UserError(f"Column {image!r} of {file} is empty in some rows; each row needs an image.")
-        if split:
-            table = table.filter(
-                pc.is_in(table[image], self._kept) if split.file else pc.equal(table[split.column], split.keep)
-            )
-        for batch in table.to_batches(max_chunksize=READ_ROWS):
-            wanted = [batch.column(name).to_pylist() for name in (image, *columns)]
-            yield from map(list, zip(*wanted, strict=True))
+        url = [self._about.url] if self._about.url else []
+        own_split = split if split and split.file is None else None
+        before = 0
+        for batch in read_batches(file, [image, *url, *columns, *([own_split.column] if own_split else [])]):
+            if (empty := pc.index(pc.equal(pc.coalesce(batch[image], ""), ""), True).as_py()) >= 0:
+                raise UserError(
+                    f"Column {image!r} of {file} is empty in row {before + empty + 1}; each row needs an image."
+                )
+            before += len(batch)
+            if own_split:
+                batch = batch.filter(pc.equal(batch[own_split.column], own_split.keep))
+            urls = pc.coalesce(batch[url[0]], "").to_pylist() if url else [""] * len(batch)
+            rows = zip(batch[image].to_pylist(), urls, *(batch[name].to_pylist() for name in columns), strict=True)
+            yield from (list(row) for row in rows if self._kept is None or row[0] in self._kept)
 
     @cached_property
-    def _kept(self) -> pa.ChunkedArray:
-        """The images that a split's own file keeps."""
+    def _kept(self) -> set[str] | None:
+        """The images that a split's own file keeps; None where there is no such file."""
         split = self._about.split
         if split is None or split.file is None:
-            raise TypeError("this source has no split of its own file")
-        table = read_table(self._root / split.file, [self._about.image, split.column])
-        return table.filter(pc.equal(table[split.column], split.keep))[self._about.image]
+            return None
+        kept: set[str] = set()
+        for batch in read_batches(self._root / split.file, [self._about.image, split.column]):
+            kept.update(batch.filter(pc.equal(batch[split.column], split.keep))[self._about.image].to_pylist())
+        return kept
 
     def _require_images(self) -> None:
         if not self._images.is_dir():
