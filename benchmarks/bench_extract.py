@@ -17,7 +17,6 @@ import torch
 
 from sail_align.extract.encoders.load import load_image_encoder
 from sail_align.extract.engine import extract
-from sail_align.extract.pipeline import IMAGE_BATCH
 from sail_align.extract.sources.base import Part
 from sail_align.extract.sources.demo import DemoSource
 from sail_align.extract.sources.descriptions import TableSource as Table
@@ -49,7 +48,7 @@ def measure(root: Path, images: int, repeats: int) -> None:
     pixels = torch.stack(decode())
 
     def encode() -> None:
-        for batch in pixels.split(IMAGE_BATCH):
+        for batch in pixels.split(encoder.batch_size):
             encoder.encode(batch)
 
     def run(repeat: int) -> None:

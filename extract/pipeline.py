@@ -13,7 +13,8 @@ from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
 from sail_align.extract.sources.base import Sample, Source, UnreadableImageError
 from sail_align.extract.status import Status
 
-IMAGE_BATCH = 32
+AHEAD = 2
+"""Batches of images that are read and decoded while one is encoded."""
 TEXT_BATCH = 64
 
 Rows = tuple[NDArray[np.float16], NDArray[np.uint8]]
@@ -32,40 +33,34 @@ def encode_images(
 ) -> Rows:
     """Encode the images of a shard; while a batch is encoded, `decoders` read and decode the next ones."""
     rows = _Shard(len(samples), encoder.identity.spec.dim)
-
-    def prepare(sample: Sample) -> Tensor | Status:
-        try:
-            return encoder.preprocess(source.image(sample.image))
-        except UnreadableImageError as problem:
-            return problem.status
-
-    batches = [range(start, min(start + IMAGE_BATCH, len(samples))) for start in range(0, len(samples), IMAGE_BATCH)]
-    for batch, prepared in _ahead(decoders, batches, lambda row: prepare(samples[row])):
-        readable = []
-        for row, result in zip(batch, prepared, strict=True):
-            if isinstance(result, Status):
-                rows.status[row] = result
-            else:
-                readable.append((row, result))
-        if readable:
-            numbers, pixels = zip(*readable, strict=True)
-            rows.put(numbers, encoder.encode(torch.stack(pixels)))
-        advance(len(batch))
+    for start, status, pixels_BHWC in _decoded(samples, source, encoder, decoders):
+        rows.status[start : start + len(status)] = status
+        readable = np.flatnonzero(status == Status.OK)
+        if len(readable):
+            rows.put(start + readable, encoder.encode(pixels_BHWC)[readable])
+        advance(len(status))
     return rows.features, rows.status
 
 
 def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Advance) -> Rows:
     """Encode one caption of a shard's rows, texts of like length together so that little is spent on padding."""
     rows = _Shard(len(texts), encoder.identity.spec.dim)
-    rows.status[:] = Status.MISSING
-    there = [(row, text) for row, text in enumerate(texts) if text and text.strip()]
+    rows.status[:] = [_of_text(text) for text in texts]
+    there = [(row, text) for row, text in enumerate(texts) if text and rows.status[row] == Status.PENDING]
     advance(len(texts) - len(there))
     there.sort(key=lambda item: len(item[1]))
     for start in range(0, len(there), TEXT_BATCH):
         numbers, batch = zip(*there[start : start + TEXT_BATCH], strict=True)
-        rows.put(numbers, encoder.encode(list(batch)))
+        rows.put(np.array(numbers), encoder.encode(list(batch)))
         advance(len(batch))
     return rows.features, rows.status
+
+
+def _of_text(text: str | None) -> Status:
+    """Return what becomes of a caption; one whose bytes were no UTF-8 holds the character that stands for those."""
+    if not text or not text.strip():
+        return Status.MISSING
+    return Status.UNDECODABLE if "\N{REPLACEMENT CHARACTER}" in text else Status.PENDING
 
 
 class _Shard:
@@ -75,25 +70,46 @@ class _Shard:
         self.features = np.full((rows, dim), np.nan, dtype=np.float16)
         self.status = np.full(rows, Status.PENDING, dtype=np.uint8)
 
-    def put(self, rows: Sequence[int], features_BD: Tensor) -> None:
+    def put(self, rows: NDArray[np.int64], features_BD: Tensor) -> None:
         with np.errstate(over="ignore"):  # beyond float16 becomes infinity, and then a status
             half = features_BD.numpy().astype(np.float16)
         finite = np.isfinite(half).all(axis=1)
         half[~finite] = np.nan
-        self.features[list(rows)] = half
-        self.status[list(rows)] = np.where(finite, Status.OK, Status.NON_FINITE)
+        self.features[rows] = half
+        self.status[rows] = np.where(finite, Status.OK, Status.NON_FINITE)
 
 
-def _ahead(
-    workers: ThreadPoolExecutor, batches: Sequence[range], work: Callable[[int], Tensor | Status]
-) -> Iterator[tuple[range, list[Tensor | Status]]]:
-    """Yield each batch with its results, in order, with the work on the next two batches already handed out."""
-    waiting: deque[tuple[range, list[Future[Tensor | Status]]]] = deque()
-    todo = iter(batches)
-    while True:
-        while len(waiting) < 3 and (batch := next(todo, None)) is not None:
-            waiting.append((batch, [workers.submit(work, row) for row in batch]))
-        if not waiting:
-            return
-        batch, futures = waiting.popleft()
-        yield batch, [future.result() for future in futures]
+def _decoded(
+    samples: Sequence[Sample], source: Source, encoder: VisionEncoder, decoders: ThreadPoolExecutor
+) -> Iterator[tuple[int, NDArray[np.uint8], Tensor]]:
+    """Yield each batch's first row, statuses and pixels, while `decoders` are at work on the next `AHEAD` batches.
+
+    An unreadable picture stands in its batch as a black one: what is computed for a picture does not depend on its
+    neighbours' faults. The pixels are overwritten after the next batch is asked for.
+    """
+
+    def decode(sample: Sample, place_HWC: NDArray[np.uint8]) -> Status:
+        try:
+            place_HWC[:] = encoder.preprocess(source.image(sample.image)).numpy()
+            return Status.OK
+        except UnreadableImageError as problem:
+            place_HWC[:] = 0
+            return problem.status
+
+    shape = (min(encoder.batch_size, len(samples)), encoder.size, encoder.size, 3)
+    # A GPU fetches page-locked memory by itself, while the CPU does something else.
+    buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()) for _ in range(1 + AHEAD)]
+    waiting: deque[tuple[int, list[Future[Status]], Tensor]] = deque()
+    for number, start in enumerate(range(0, len(samples), shape[0])):
+        batch = samples[start : start + shape[0]]
+        pixels_BHWC = buffers[number % len(buffers)][: len(batch)]
+        work = [decoders.submit(decode, *pair) for pair in zip(batch, pixels_BHWC.numpy(), strict=True)]
+        waiting.append((start, work, pixels_BHWC))
+        if len(waiting) > AHEAD:
+            yield _finished(*waiting.popleft())
+    while waiting:
+        yield _finished(*waiting.popleft())
+
+
+def _finished(start: int, work: list[Future[Status]], pixels_BHWC: Tensor) -> tuple[int, NDArray[np.uint8], Tensor]:
+    return start, np.array([future.result() for future in work], dtype=np.uint8), pixels_BHWC

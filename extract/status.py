@@ -12,7 +12,7 @@ class Status(IntEnum):
     MISSING = 2
     """The image file is not there, or the sample has no such caption."""
     UNDECODABLE = 3
-    """The bytes are no image that can be decoded."""
+    """The bytes are no image that can be decoded, or no text: the caption holds U+FFFD."""
     TOO_LARGE = 4
     """More pixels than the limit."""
     NON_FINITE = 5

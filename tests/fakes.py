@@ -16,32 +16,27 @@ def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float =
 class FakeVision:
     """Features are the mean of each channel, and 1."""
 
-    stride = 1
+    stride, size, batch_size = 1, 8, 32
 
     def __init__(self, **changes):
         self.identity = identity("image", **changes)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        return self.normalize(torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1) / 255)
+        return torch.from_numpy(np.array(image.resize((self.size, self.size))))
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        return pixels
+    def encode(self, pixels_BHWC: Tensor) -> Tensor:
+        return self.encode_dense(pixels_BHWC).mean(dim=(1, 2))
 
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        means = pixels_BCHW.mean(dim=(2, 3))
-        return torch.cat([means, torch.ones(len(means), 1)], dim=1)
-
-    def encode_dense(self, pixels_BCHW: Tensor) -> Tensor:
-        maps = pixels_BCHW.permute(0, 2, 3, 1)
-        return torch.cat([maps, torch.ones(*maps.shape[:3], 1)], dim=3)
+    def encode_dense(self, pixels_BHWC: Tensor) -> Tensor:
+        return torch.cat([pixels_BHWC / 255, torch.ones(*pixels_BHWC.shape[:3], 1)], dim=3)
 
 
 class FakeText:
-    """Features are length, number of spaces, first and last character; a text of "inf" overflows."""
+    """Features are length (at most 1,000), number of spaces, first and last character; a text of "inf" overflows."""
 
     def __init__(self, **changes):
         self.identity = identity("text", **changes)
 
     def encode(self, texts: list[str]) -> Tensor:
-        rows = [[len(t), t.count(" "), ord(t[0]), np.inf if t == "inf" else ord(t[-1])] for t in texts]
+        rows = [[min(len(t), 1000), t.count(" "), ord(t[0]), np.inf if t == "inf" else ord(t[-1])] for t in texts]
         return torch.tensor(rows, dtype=torch.float32)

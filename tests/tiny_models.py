@@ -77,3 +77,14 @@ def save_image_processor(folder: Path, **changes: object) -> None:
         **changes,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return uint8 pixels (B, H, W, 3) of noise."""
+    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def normalised(pixels_BHWC: torch.Tensor, mean: object, std: object) -> torch.Tensor:
+    """Return what a network takes, (B, 3, H, W) float32, by the textbook."""
+    pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous() / 255
+    return (pixels_BCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

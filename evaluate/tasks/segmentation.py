@@ -15,8 +15,7 @@ from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.metrics import bootstrap_interval, chance_mean_iou, confusion_matrix, iou_per_class, mean_iou
 from sail_align.evaluate.overlay import class_colours, overlay
 from sail_align.evaluate.results import Example, Metric, Note, Picture, Result
-from sail_align.extract.encoders.base import VisionEncoder
-from sail_align.extract.encoders.preprocessing import to_tensor
+from sail_align.extract.encoders.preprocessing import to_pixels
 from sail_align.extract.errors import UserError
 from sail_align.extract.progress import progress
 from sail_align.extract.sources.base import IGNORED, Sample
@@ -29,7 +28,7 @@ SCALE = 2
 def evaluate(data: EvaluationSet) -> Result:
     """Score mIoU and pixel accuracy."""
     samples, classes_CE = data.samples, torch.from_numpy(data.class_embeddings())
-    short_side = SCALE * own_size(data.encoders.image)
+    short_side = SCALE * data.encoders.image.size
     counts = []
     with progress(len(samples), f"{data.manifest.name} patches", quiet=data.quiet) as bar:
         for sample in samples:
@@ -79,20 +78,15 @@ def score(
     )
 
 
-def own_size(encoder: VisionEncoder) -> int:
-    """Return the side of the input that the encoder's own preprocessing gives, whatever the image."""
-    return encoder.preprocess(Image.new("RGB", (64, 64))).shape[-1]
-
-
 def segment(
     data: EvaluationSet, sample: Sample, shape: tuple[int, ...], classes_CE: torch.Tensor, short_side: int
 ) -> NDArray[np.int64]:
     """Return a class for each pixel, `shape` (H, W), of the image with its short side at `short_side`."""
     encoder = data.encoders.image
     image = data.source.image(sample.image)
-    pixels_1CHW = encoder.normalize(_resized(image, short_side, encoder.stride))[None]
+    pixels_1HWC = _resized(image, short_side, encoder.stride)[None]
     with torch.inference_mode():
-        patches_hwD = encoder.encode_dense(pixels_1CHW)[0]
+        patches_hwD = encoder.encode_dense(pixels_1HWC)[0]
         height, width, dim = patches_hwD.shape
         embedded_PE = data.run.model.encode_image(patches_hwD.reshape(-1, dim).to(data.encoders.device)).float().cpu()
         scores_1Chw = (embedded_PE @ classes_CE.T).T.reshape(1, -1, height, width)
@@ -102,10 +96,10 @@ def segment(
 
 
 def _resized(image: Image.Image, short_side: int, stride: int) -> torch.Tensor:
-    """Return the whole image in [0, 1], (3, H, W), sides the nearest multiples of the stride."""
+    """Return the whole image, (H, W, 3) uint8, sides the nearest multiples of the stride."""
     factor = short_side / min(image.size)
     width, height = (max(round(side * factor / stride), 1) * stride for side in image.size)
-    return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+    return to_pixels(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _mask(data: EvaluationSet, sample: Sample) -> NDArray[np.uint8]:

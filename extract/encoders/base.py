@@ -68,19 +68,24 @@ class VisionEncoder(Protocol):
     @property
     def identity(self) -> Identity: ...  # noqa: D102
 
+    @property
+    def size(self) -> int:
+        """Height and width of the pixels that `preprocess` gives, whatever the picture."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many pictures `encode` takes at its best on this device."""
+
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Turn an RGB picture into the network's input, (3, H, W) float32, normalised."""
+        """Resize and crop an RGB picture, (size, size, 3) uint8: bytes are quick to copy to a GPU."""
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalise RGB in [0, 1], (…, 3, H, W) float32, of any size: what `preprocess` does after resizing."""
+    def encode(self, pixels_BHWC: Tensor) -> Tensor:
+        """Normalise uint8 RGB pixels on the device; return pooled features, (B, D) float32 on the CPU."""
 
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return pooled features, (B, D) float32 on the CPU."""
+    def encode_dense(self, pixels_BHWC: Tensor) -> Tensor:
+        """Return one feature a patch of uint8 RGB pixels, (B, h, w, D) float32 on the CPU, in the space of `encode`.
 
-    def encode_dense(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return one feature a patch, (B, h, w, D) float32 on the CPU, in the space of `encode`.
-
-        H and W need not be the training size; they are multiples of `stride`.
+        H and W need not be `size`; they are multiples of `stride`.
         """
 
     @property

@@ -8,30 +8,33 @@ from torch import Tensor
 from sail_align.extract.encoders.catalogue import ImagePreprocessing
 
 
-def preprocess(image: Image.Image, how: ImagePreprocessing) -> Tensor:
-    """Resize, crop the centre and normalise an RGB picture: (3, crop, crop) float32."""
-    return normalize(to_tensor(_resize_and_crop(image, how)), how)
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB picture's own bytes, (H, W, 3) uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
-def normalize(pixels: Tensor, how: ImagePreprocessing) -> Tensor:
-    """Normalise RGB in [0, 1], (…, 3, H, W) float32, of any size."""
-    mean = torch.tensor(how.mean, dtype=pixels.dtype, device=pixels.device)[:, None, None]
-    std = torch.tensor(how.std, dtype=pixels.dtype, device=pixels.device)[:, None, None]
-    return (pixels - mean) / std
+def resize_and_crop(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
+    """Return a picture of `crop` × `crop`.
 
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Turn an RGB picture into (3, H, W) float32 in [0, 1]."""
-    pixels_HWC = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels_HWC.permute(2, 0, 1).contiguous().to(torch.float32) / 255
-
-
-def _resize_and_crop(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
+    Only what the crop keeps is computed, so that a picture of 1 × 10,000 needs no more memory than another; against
+    resizing all of it first, single pixels differ by the rounding of Pillow's two passes.
+    """
     filter_ = Image.Resampling[how.interpolation.upper()]
     if how.resize is None:
         return image.resize((how.crop, how.crop), filter_)
     width, height = image.size
     # The long side and an odd margin are rounded down, as in the processors that transformers models come with.
-    size = tuple(how.resize * side // min(width, height) for side in (width, height))
-    left, top = (size[0] - how.crop) // 2, (size[1] - how.crop) // 2
-    return image.resize((size[0], size[1]), filter_).crop((left, top, left + how.crop, top + how.crop))
+    resized = [how.resize * side // min(width, height) for side in (width, height)]
+    left, top = ((side - how.crop) // 2 for side in resized)
+    across, down = width / resized[0], height / resized[1]
+    box = (left * across, top * down, (left + how.crop) * across, (top + how.crop) * down)
+    return image.resize((how.crop, how.crop), filter_, box=box)
+
+
+def normalize(pixels_BHWC: Tensor, how: ImagePreprocessing) -> Tensor:
+    """Normalise uint8 pixels of any size on their device: (B, 3, H, W) float32, channels last in memory."""
+    batch, height, width, channels = pixels_BHWC.shape
+    # By rows: four times as fast on a CPU as by pixels, whose three numbers are too few for its vectors.
+    mean, std = (torch.tensor(values, device=pixels_BHWC.device).repeat(width) for values in (how.mean, how.std))
+    rows = pixels_BHWC.reshape(batch, height, width * channels).float().div_(255).sub_(mean).div_(std)
+    return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -14,6 +14,8 @@ from sail_align.extract.encoders.golden import golden_image, golden_vector, vers
 from sail_align.extract.encoders.pooling import pool_image, pool_patches, require_image_pooling
 from sail_align.extract.encoders.runtime import Runtime
 
+CPU_BATCH = 32
+
 
 class Backbone(nn.Module):
     """A network without its head.
@@ -62,30 +64,37 @@ class FrozenVisionEncoder:
         )
         self.identity = Identity(spec, golden, versions("torch", "pillow", backbone.library), checkpoint.location)
 
+    @property
+    def size(self) -> int:
+        """Height and width of the pixels that `preprocess` gives."""
+        return self._how.crop
+
+    @property
+    def batch_size(self) -> int:
+        """How many pictures `encode` takes at its best on this device."""
+        return CPU_BATCH
+
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Turn an RGB picture into the network's input, (3, H, W) float32, normalised."""
-        return preprocessing.preprocess(image, self._how)
+        """Resize and crop an RGB picture, (size, size, 3) uint8."""
+        return preprocessing.to_pixels(preprocessing.resize_and_crop(image, self._how))
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalise RGB in [0, 1], (…, 3, H, W) float32, of any size."""
-        return preprocessing.normalize(pixels, self._how)
+    def encode(self, pixels_BHWC: Tensor) -> Tensor:
+        """Return pooled features of uint8 RGB pixels, (B, D) float32 on the CPU."""
+        return pool_image(*self._forward(pixels_BHWC), self._pooling).float().cpu()
 
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return pooled features, (B, D) float32 on the CPU."""
-        return pool_image(*self._forward(pixels_BCHW), self._pooling).float().cpu()
-
-    def encode_dense(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return one feature a patch, (B, h, w, D) float32 on the CPU.
+    def encode_dense(self, pixels_BHWC: Tensor) -> Tensor:
+        """Return one feature a patch of uint8 RGB pixels, (B, h, w, D) float32 on the CPU.
 
         Raises:
             ValueError: H or W is no multiple of `stride`.
         """
-        height, width = pixels_BCHW.shape[-2:]
+        _, height, width, _ = pixels_BHWC.shape
         if height % self.stride or width % self.stride:
             raise ValueError(f"{height} × {width} pixels are no multiple of the stride {self.stride}")
-        return pool_patches(*self._forward(pixels_BCHW), self._pooling).float().cpu()
+        return pool_patches(*self._forward(pixels_BHWC), self._pooling).float().cpu()
 
     @torch.no_grad()
-    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
-        cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.device, self._runtime.dtype))
+    def _forward(self, pixels_BHWC: Tensor) -> tuple[Tensor | None, Tensor]:
+        pixels_BCHW = preprocessing.normalize(pixels_BHWC.to(self._runtime.device, non_blocking=True), self._how)
+        cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.dtype))
         return cls_BD, patches_BhwD

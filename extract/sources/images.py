@@ -1,11 +1,11 @@
 """Bytes of a picture as upright RGB."""
 
-import errno
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import UnreadableImageError
@@ -14,28 +14,34 @@ from sail_align.extract.status import Status
 PIXEL_LIMIT = 100_000_000
 """More pixels than this are refused before they are decoded."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+"""What is looked for in the bytes, whatever the file is called. Pillow knows more, and runs a program for one (EPS)."""
+
 
 def read_image(file: Path | bytes, name: str = "") -> Image.Image:
     """Open a file, or the bytes of one that messages call `name`, as an upright RGB image.
 
+    Of an animation this is the first frame. Transparent pictures are laid on white, as a web page shows them and as
+    img2dataset saves them: the colours below transparent pixels were never meant to be seen.
+
     Raises:
         UnreadableImageError: The file is missing, is no image, is cut short, or has more than `PIXEL_LIMIT` pixels.
     """
-    path = name if isinstance(file, bytes) else file
+    if isinstance(file, bytes):
+        content, path = file, name
+    else:
+        content, path = _content(file), str(file)
     try:
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(BytesIO(content), formats=_formats()) as image:
             if image.width * image.height > PIXEL_LIMIT:
-                raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {image.width} × {image.height} pixels")
-            return _rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError as problem:
-        raise UnreadableImageError(Status.MISSING, f"{path}: no such file") from problem
+                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+            return _rgb(_upright(image))
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {problem}") from problem
-    # Pillow's decoders report broken bytes in all these ways. What the system reports (too many open files, a network
-    # disk that is gone) carries a number: it is no fault of the picture, and must not be kept as one.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, RuntimeError) as problem:
-        if isinstance(problem, OSError) and problem.errno not in (None, errno.EISDIR):
-            raise
+    except MemoryError:
+        raise
+    # Broken bytes make Pillow's decoders fail in whatever way; none of them may end a run of days.
+    except Exception as problem:
         raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem}") from problem
 
 
@@ -51,8 +57,41 @@ def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
         return np.array(image, dtype=np.uint8)
 
 
+def _content(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    What the system reports otherwise (too many open files, a network disk that is gone) is no fault of the picture, and
+    must not be kept as one.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as problem:
+        raise UnreadableImageError(Status.MISSING, f"{path}: no such file") from problem
+    except IsADirectoryError as problem:
+        raise UnreadableImageError(Status.UNDECODABLE, f"{path}: a folder") from problem
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a picture, in place, as its EXIF data say."""
+    image.getexif()
+    # Pillow has them parsed now. It would write them anew without the orientation, which fails for many a camera's.
+    for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        image.info.pop(name, None)
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255 instead of scaling
         scaled = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

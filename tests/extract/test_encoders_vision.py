@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import save_image_processor, save_randomised
+from tiny_models import normalised, random_pixels, save_image_processor, save_randomised
 from transformers import (
     BitImageProcessor,
     ConvNextConfig,
@@ -26,6 +26,7 @@ from transformers import (
 from sail_align.extract.encoders import checkpoint as checkpoints
 from sail_align.extract.encoders import load
 from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded
 from sail_align.extract.errors import UserError
 
@@ -61,7 +62,7 @@ def own_tokens(kind, model, pixels):
     """The class token and the patches, by position: registers stand between."""
     options = {"interpolate_pos_encoding": True} if kind == "vit" else {}
     with torch.inference_mode():
-        tokens = model(pixels, **options).last_hidden_state
+        tokens = model(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD), **options).last_hidden_state
     return tokens[:, 0], tokens[:, 1 + REGISTERS[kind] :]
 
 
@@ -69,7 +70,7 @@ def own_tokens(kind, model, pixels):
 def test_features_are_those_of_the_model_itself(saved, pooling):
     kind, model, folder = saved
     encoder = load_image_encoder(f"hf:{folder}", pooling=pooling)
-    pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    pixels = random_pixels(3, 56, 56, seed=1)
     cls_BD, patches_BND = own_tokens(kind, model, pixels)
     expected = {"cls": cls_BD, "mean": patches_BND.mean(1), "cls+mean": torch.cat([cls_BD, patches_BND.mean(1)], 1)}
     torch.testing.assert_close(encoder.encode(pixels), expected[pooling], rtol=1e-5, atol=1e-5)
@@ -80,7 +81,7 @@ def test_features_are_those_of_the_model_itself(saved, pooling):
 def test_dense_features_pair_the_class_token_with_each_patch_in_reading_order(saved, size):
     kind, model, folder = saved
     encoder = load_image_encoder(f"hf:{folder}", pooling="cls+mean")
-    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+    pixels = random_pixels(2, *size, seed=2)
     cls_BD, patches_BND = own_tokens(kind, model, pixels)
     dense = encoder.encode_dense(pixels)
     height, width = size[0] // 14, size[1] // 14
@@ -94,24 +95,24 @@ def test_dense_features_pair_the_class_token_with_each_patch_in_reading_order(sa
 def test_preprocessing_is_that_of_the_published_processor(saved, photo):
     _, _, folder = saved
     encoder = load_image_encoder(f"hf:{folder}", pooling="cls")
-    published = BitImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")["pixel_values"][0]
-    ours = encoder.preprocess(photo)
+    published = BitImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")["pixel_values"]
+    ours = normalised(encoder.preprocess(photo)[None], IMAGENET_MEAN, IMAGENET_STD)
     assert ours.shape == published.shape
     assert (ours - published).abs().mean() < 0.01  # theirs resizes tensors, ours pictures: rounding differs
 
 
-def test_normalize_is_what_preprocess_does_after_resizing(saved):
+def test_what_is_cut_from_the_middle_is_what_the_processors_cut(saved):
     _, _, folder = saved
     encoder = load_image_encoder(f"hf:{folder}", pooling="cls")
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    middle = torch.from_numpy(np.array(photo)[4:60, 4:60].copy()).permute(2, 0, 1) / 255
-    assert torch.equal(encoder.preprocess(photo), encoder.normalize(middle))
+    pixels = random_pixels(64, 64)
+    assert torch.equal(encoder.preprocess(Image.fromarray(pixels.numpy())), pixels[4:60, 4:60])
+    assert encoder.size == 56
 
 
 def test_a_size_that_is_no_multiple_of_the_stride_is_refused(saved):
     encoder = load_image_encoder(f"hf:{saved[2]}", pooling="cls")
     with pytest.raises(ValueError, match="60 × 56"):
-        encoder.encode_dense(torch.zeros(1, 3, 60, 56))
+        encoder.encode_dense(random_pixels(1, 60, 56))
 
 
 def test_a_feature_map_is_its_own_dense_feature(tmp_path):
@@ -119,9 +120,9 @@ def test_a_feature_map_is_its_own_dense_feature(tmp_path):
     model = save_randomised(ConvNextModel(config), tmp_path)
     save_image_processor(tmp_path, crop_size={"height": 64, "width": 64})
     encoder = load_image_encoder(f"hf:{tmp_path}")
-    pixels = torch.randn(2, 3, 64, 96)
+    pixels = random_pixels(2, 64, 96)
     with torch.inference_mode():
-        map_BDhw = model(pixels).last_hidden_state
+        map_BDhw = model(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state
     torch.testing.assert_close(encoder.encode_dense(pixels), map_BDhw.permute(0, 2, 3, 1))
     torch.testing.assert_close(encoder.encode(pixels), map_BDhw.mean((2, 3)))
     assert encoder.stride == 32
@@ -141,10 +142,11 @@ def test_timm_models_give_their_own_tokens(name, pooling, tmp_path, monkeypatch)
     monkeypatch.setattr(load, "fetch", lambda origin: fetched)
     encoder = load_image_encoder(f"timm:{name}", pooling=pooling)
 
-    side = model.pretrained_cfg["input_size"][1]
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(3))
+    config = model.pretrained_cfg
+    side = config["input_size"][1]
+    pixels = random_pixels(2, side, side, seed=3)
     with torch.inference_mode():
-        features = model.forward_features(pixels)
+        features = model.forward_features(normalised(pixels, config["mean"], config["std"]))
     if features.ndim == 4:
         cls_BD, patches_BND = None, features.flatten(2).transpose(1, 2)
     else:
@@ -153,7 +155,7 @@ def test_timm_models_give_their_own_tokens(name, pooling, tmp_path, monkeypatch)
     mean_BD = patches_BND.mean(1)
     expected = mean_BD if pooling is None else torch.cat([cls_BD, mean_BD], dim=1)
     torch.testing.assert_close(encoder.encode(pixels), expected, rtol=1e-4, atol=1e-5)
-    wide = encoder.encode_dense(torch.zeros(1, 3, 2 * encoder.stride, 3 * encoder.stride))
+    wide = encoder.encode_dense(random_pixels(1, 2 * encoder.stride, 3 * encoder.stride))
     assert wide.shape == (1, 2, 3, encoder.identity.spec.dim)
 
 
@@ -162,7 +164,7 @@ def test_half_precision_changes_the_identity_and_little_else(saved, precision):
     _, _, folder = saved
     exact = load_image_encoder(f"hf:{folder}", pooling="cls")
     half = load_image_encoder(f"hf:{folder}", pooling="cls", precision=precision)
-    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(4))
+    pixels = random_pixels(2, 56, 56, seed=4)
     assert half.encode(pixels).dtype == torch.float32
     assert torch.cosine_similarity(exact.encode(pixels), half.encode(pixels)).min() > 0.99
     assert half.identity.spec.fingerprint != exact.identity.spec.fingerprint

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from fakes import FakeText, FakeVision
 
 from sail_align.extract.pipeline import encode_images, encode_texts
@@ -38,13 +39,58 @@ def test_each_image_is_encoded_into_its_own_row_and_a_bad_one_shifts_nothing(sou
 
 def test_texts_sorted_by_length_come_back_in_order():
     texts = ["x" * (1 + 37 * i % 101) + str(i) for i in range(300)]
-    texts[10], texts[20], texts[30] = None, "  ", "inf"
-    features, status = encode_texts(texts, FakeText(), lambda rows: None)
-    bad = {10: Status.MISSING, 20: Status.MISSING, 30: Status.NON_FINITE}
+    texts[10], texts[20], texts[30], texts[40] = None, "  ", "inf", "a caf\N{REPLACEMENT CHARACTER} in Paris"
+    texts[50] = "x" * 99_999 + "y"
+    done = []
+    features, status = encode_texts(texts, FakeText(), done.append)
+    assert sum(done) == 300
+    bad = {10: Status.MISSING, 20: Status.MISSING, 30: Status.NON_FINITE, 40: Status.UNDECODABLE}
     for row, text in enumerate(texts):
         assert status[row] == bad.get(row, Status.OK)
         if row in bad:
             assert np.isnan(features[row]).all()
         else:
-            assert features[row, 0] == len(text)
+            assert features[row, 0] == min(len(text), 1000)
             assert features[row, 3] == ord(text[-1])
+
+
+def test_an_image_does_not_depend_on_its_neighbours_faults(source):
+    batches = []
+
+    class Watched(FakeVision):
+        def encode(self, pixels_BHWC):
+            batches.append(pixels_BHWC.clone())
+            return super().encode(pixels_BHWC)
+
+    samples = list(source.samples())[:40]
+    with ThreadPoolExecutor(2) as decoders:
+        encode_images(samples, source, Watched(), decoders, lambda rows: None)
+    for row, pixels in enumerate(torch.cat(batches)):
+        black = row in (7, 11, 13)
+        assert torch.equal(pixels, torch.zeros(8, 8, 3)) if black else (pixels > 0).any()
+    assert [len(batch) for batch in batches] == [32, 8]
+
+
+def test_features_that_are_not_finite_are_a_status(source):
+    class Overflowing(FakeVision):
+        def encode(self, pixels_BHWC):
+            features = super().encode(pixels_BHWC)
+            features[3], features[4, 1], features[5, 2] = float("nan"), float("-inf"), 1e6  # beyond float16
+            return features
+
+    with ThreadPoolExecutor(2) as decoders:
+        features, status = encode_images(list(source.samples())[:7], source, Overflowing(), decoders, lambda rows: None)
+    assert status.tolist() == [Status.OK] * 3 + [Status.NON_FINITE] * 3 + [Status.OK]
+    assert np.isnan(features[3:6]).all()
+
+
+def test_every_row_unreadable_asks_the_encoder_nothing(source):
+    class Never(FakeVision):
+        def encode(self, pixels_BHWC):
+            raise AssertionError("nothing to encode")
+
+    samples = [list(source.samples())[row] for row in (7, 11, 13)]
+    with ThreadPoolExecutor(2) as decoders:
+        features, status = encode_images(samples, source, Never(), decoders, lambda rows: None)
+    assert status.tolist() == [Status.MISSING, Status.UNDECODABLE, Status.UNDECODABLE]
+    assert np.isnan(features).all()

@@ -1,0 +1,223 @@
+"""Pictures as they are found on the web: which are read, as what, and what becomes of the rest."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import numpy as np
+import pytest
+from fakes import FakeVision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sail_align.extract.encoders.catalogue import ImagePreprocessing
+from sail_align.extract.encoders.preprocessing import resize_and_crop
+from sail_align.extract.pipeline import encode_images
+from sail_align.extract.sources.base import UnreadableImageError
+from sail_align.extract.sources.class_folder import ClassFolderSource
+from sail_align.extract.sources.descriptions import ClassFolderSource as ClassFolder
+from sail_align.extract.sources.images import PIXEL_LIMIT, read_image
+from sail_align.extract.status import Status
+
+# Pillow warns of what it mends in damaged files.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+
+PHOTOS = Path(__file__).parents[2] / "../shared/data"
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # its top is on the right
+
+
+def photo(width: int = 64, height: int = 48) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, format_: str, **options) -> bytes:
+    file = BytesIO()
+    image.save(file, format_, **options)
+    return file.getvalue()
+
+
+JPEG = encoded(photo(), "JPEG", quality=90)
+
+
+def difference(image: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference in levels of 255."""
+    return float(np.abs(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean())
+
+
+def test_a_shard_of_faults_counts_each_and_encodes_the_rest(tmp_path):
+    folder = tmp_path / "all" / "one"
+    folder.mkdir(parents=True)
+    files = {
+        "animated.gif": encoded(photo(), "GIF", save_all=True, append_images=[Image.new("RGB", (64, 48))] * 2),
+        "animated.webp": encoded(photo(), "WEBP", save_all=True, append_images=[Image.new("RGB", (64, 48))] * 2),
+        "bomb.png": encoded(Image.new("1", (12_000, 12_000)), "PNG"),
+        "cmyk.jpg": encoded(photo().convert("CMYK"), "JPEG"),
+        "deep.png": encoded(Image.fromarray(np.full((48, 64), 40_000, dtype=np.uint16)), "PNG"),
+        "empty.jpg": b"",
+        "good.jpg": JPEG,
+        "narrow.png": encoded(photo(1, 10_000), "PNG"),
+        "page.jpg": b"<!doctype html><title>404</title>",
+        "palette.png": encoded(photo().quantize(8), "PNG", transparency=0),
+        "png-inside.jpg": encoded(photo(), "PNG"),
+        "truncated.jpg": JPEG[: len(JPEG) // 2],
+        "turned.jpg": encoded(photo(), "JPEG", exif=TURNED),
+        "wide.png": encoded(photo(20_000, 2), "PNG"),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    source = ClassFolderSource(ClassFolder(kind="class-folder", root="all"), tmp_path)
+    with ThreadPoolExecutor(2) as decoders:
+        samples = list(source.samples())
+        features, status = encode_images(samples, source, FakeVision(), decoders, lambda rows: None)
+    found = {sample.key.removeprefix("one/"): Status(value) for sample, value in zip(samples, status, strict=True)}
+    bad = {
+        "bomb.png": Status.TOO_LARGE,
+        "empty.jpg": Status.UNDECODABLE,
+        "page.jpg": Status.UNDECODABLE,
+        "truncated.jpg": Status.UNDECODABLE,
+    }
+    assert found == {name: bad.get(name, Status.OK) for name in files}
+    assert np.isfinite(features).all(axis=1).tolist() == (status == Status.OK).tolist()
+
+
+def test_content_decides_and_not_the_name(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(photo(), "PNG"))
+    assert difference(read_image(tmp_path / "a.jpg"), photo()) == 0
+
+
+def test_four_inks_are_read_as_the_colours_they_print():
+    red = read_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95))
+    assert difference(red, Image.new("RGB", (16, 16), RED)) < 2
+
+
+def test_sixteen_bits_keep_their_brightness():
+    grey = read_image(encoded(Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)), "PNG"))
+    assert np.unique(np.asarray(grey)).tolist() == [40_000 // 257]
+
+
+def see_through(mode: str) -> Image.Image:
+    """Left half red, right half transparent over hidden blue."""
+    image = Image.new("RGBA", (8, 4), (*BLUE, 0))
+    image.paste((*RED, 255), (0, 0, 4, 4))
+    return image if mode == "RGBA" else image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(see_through("RGBA"), "PNG"),
+        encoded(see_through("RGBA"), "WEBP", lossless=True, exact=True),
+        encoded(see_through("RGBA").quantize(4), "PNG"),
+        encoded(see_through("RGBA"), "GIF"),
+        encoded(see_through("RGB"), "PNG", transparency=BLUE),
+    ],
+    ids=["rgba", "webp", "palette", "gif", "one colour"],
+)
+def test_transparent_pixels_are_white(content):
+    pixels = np.asarray(read_image(content))
+    assert (pixels[:, :4] == RED).all()
+    assert (pixels[:, 4:] == WHITE).all()
+
+
+def test_half_transparent_grey_is_mixed_with_white():
+    pixels = np.asarray(read_image(encoded(Image.new("LA", (4, 4), (0, 128)), "PNG")))
+    assert np.unique(pixels).tolist() == [127]
+
+
+@pytest.mark.parametrize("format_", ["GIF", "WEBP"])
+def test_of_an_animation_the_first_frame_is_read(format_):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE, BLUE)]
+    first = read_image(encoded(frames[0], format_, save_all=True, append_images=frames[1:]))
+    assert difference(first, frames[0]) < 2
+
+
+def test_a_turned_picture_stands_upright():
+    upright = read_image(encoded(photo(), "JPEG", quality=95, exif=TURNED))
+    assert difference(upright, photo().transpose(Image.Transpose.ROTATE_270)) < 3
+
+
+def test_broken_exif_data_do_not_cost_the_picture():
+    exif = TURNED.tobytes()
+    for cut in range(0, len(exif), 3):
+        assert read_image(encoded(photo(), "JPEG", exif=exif[:cut])).width in (48, 64)
+
+
+def test_no_program_is_run_for_a_picture():
+    with pytest.raises(UnreadableImageError):
+        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+def test_the_limit_is_set_and_its_last_pixel_allowed():
+    assert 0 < PIXEL_LIMIT <= 100_000_000
+    too_large = encoded(Image.new("1", (PIXEL_LIMIT // 10_000 + 1, 10_000)), "PNG")
+    with pytest.raises(UnreadableImageError) as problem:
+        read_image(too_large)
+    assert problem.value.status is Status.TOO_LARGE
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0, 1))
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_damaged_bytes_are_read_or_refused_and_nothing_else(format_, seed, flips, kept):
+    chance = random.Random(seed)
+    content = bytearray(DAMAGED[format_])
+    for _ in range(flips):
+        content[chance.randrange(len(content))] = chance.randrange(256)
+    damaged = bytes(content[: int(len(content) * kept)] if seed % 2 else content)
+    with suppress(UnreadableImageError):
+        assert read_image(damaged).mode == "RGB"
+
+
+DAMAGED = {
+    "JPEG": encoded(photo(), "JPEG", exif=TURNED),
+    "PNG": encoded(photo().convert("RGBA"), "PNG", exif=TURNED),
+    "WEBP": encoded(photo(), "WEBP", exif=TURNED),
+    "GIF": encoded(photo(), "GIF", save_all=True, append_images=[photo()]),
+    "TIFF": encoded(photo(), "TIFF", compression="tiff_lzw"),
+    "BMP": encoded(photo(), "BMP"),
+}
+
+
+CROPS = [
+    ImagePreprocessing(224, 224),
+    ImagePreprocessing(224, 256),
+    ImagePreprocessing(260, 292),
+    ImagePreprocessing(224, 224, "bilinear"),
+]
+
+
+def whole_then_cut(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
+    """Resize all of the picture, then cut: what the published processors do."""
+    width, height = (how.resize * side // min(image.size) for side in image.size)
+    left, top = (width - how.crop) // 2, (height - how.crop) // 2
+    filter_ = Image.Resampling[how.interpolation.upper()]
+    return image.resize((width, height), filter_).crop((left, top, left + how.crop, top + how.crop))
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
+@pytest.mark.parametrize("how", CROPS)
+def test_cutting_while_resizing_is_cutting_after_it(how):
+    """To rounding: Pillow resizes one direction first and rounds to whole levels in between."""
+    for path in sorted((PHOTOS / "coco-mini/images").iterdir())[::8]:
+        image = read_image(path)
+        ours, theirs = (np.asarray(do(image, how), dtype=int) for do in (resize_and_crop, whole_then_cut))
+        assert np.abs(ours - theirs).mean() < 0.3
+        assert (np.abs(ours - theirs) > 1).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (20_000, 2), (1, 1), (2, 3), (9_000, 5_000)])
+@pytest.mark.parametrize("how", CROPS)
+def test_any_shape_is_resized_in_little_memory(size, how):
+    image = Image.new("RGB", size, RED)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    resized = resize_and_crop(image, how)
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 100_000  # KB; all of the first one enlarged takes 1.5 GB
+    assert resized.size == (how.crop, how.crop)
+    assert (np.asarray(resized) == RED).all()
