@@ -41,6 +41,10 @@ def open_source(manifest: "Manifest", data_root: Path) -> Source:
             from sail_align.extract.sources.mask_folder import MaskFolderSource
 
             return MaskFolderSource(manifest.source, data_root)
+        case described.WebDatasetSource():
+            from sail_align.extract.sources.webdataset import WebDatasetSource
+
+            return WebDatasetSource(manifest.source, data_root)
         case described.DemoSource():
             from sail_align.extract.sources.demo import DemoSource
 

@@ -1,5 +1,6 @@
 """How a manifest describes where samples come from: one class a source kind."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -153,6 +154,38 @@ class MaskFolderSource(Files):
         return [self.images, self.masks, *([self.names] if self.names else [])]
 
 
+Origin = Annotated[str, Field(pattern=r"^(json:.+|[^:.][^:]*)$")]
+"""Where in a sample a value comes from: `txt` is its member of that ending, `json:caption` a field of its json."""
+
+
+class WebDatasetSource(Files):
+    """Tars of samples as WebDataset and img2dataset write them: members of one key, `<key>.jpg`, `<key>.txt`, ….
+
+    `files` are tars under `root`, absolute paths or URLs: names, globs, or with ranges (`{00000..00331}.tar`).
+    `captions` maps a caption's name to its origin; with a single origin each line of it (or each text of a list in the
+    json) is a caption: `c0`, `c1`, …. A field `json:…` is taken from the `.parquet` beside a tar where a sample has no
+    json. `classes` is a file under `root` (or a URL) with a class name a line, a published list (`open_clip:imagenet`),
+    or the names themselves; `label` is then the origin of a class's number. Of several images under one key, the first
+    ending in `images` counts.
+    """
+
+    kind: Literal["webdataset"]
+    files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] = "*.tar"
+    captions: Origin | dict[str, Origin] = {}
+    url: Origin = "json:url"
+    label: Origin = "cls"
+    classes: NonEmpty | Annotated[list[str], Field(min_length=1)] | None = None
+    images: Annotated[list[NonEmpty], Field(min_length=1)] = ["jpg", "jpeg", "png", "webp"]
+
+    @property
+    def needs(self) -> list[str]:
+        """The tars that lie under `root`, and the list of class names if it does."""
+        files = [self.files] if isinstance(self.files, str) else self.files
+        needed = [re.sub(r"\{\d+\.\.\d+\}", "*", file) for file in files]
+        needed += [self.classes] if isinstance(self.classes, str) else []
+        return [name for name in needed if ":" not in name and not name.startswith("/")]
+
+
 class DemoSource(Strict):
     """Scenes composed from OpenMoji drawings; nothing is read from the data root.
 
@@ -172,6 +205,7 @@ Source = Annotated[
     | WinogroundSource
     | MmvpSource
     | MaskFolderSource
+    | WebDatasetSource
     | DemoSource,
     Field(discriminator="kind"),
 ]

@@ -1,0 +1,121 @@
+"""Where members of a tar lie, against Python's own reader of tars."""
+
+import io
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tars import write_tar
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.sources.tar_members import DamagedTarError, members
+
+FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+LONG = "folder/" * 30 + "ü" * 40 + ".jpg"
+
+
+def scan(data: bytes):
+    return [(m.name, m.offset, m.size) for m in members(io.BytesIO(data), "some.tar")]
+
+
+def with_tarfile(data: bytes):
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+
+
+def tar_of(*given_members, form=tarfile.GNU_FORMAT) -> bytes:
+    file = io.BytesIO()
+    write_tar(file, given_members, form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(
+    contents=st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=24),
+            st.integers(0, 1_600),
+        ),
+        max_size=6,
+    )
+)
+def test_members_are_those_that_tarfile_finds(form, contents):
+    data = tar_of(*((name, bytes(size)) for name, size in contents), form=form)
+    assert scan(data) == with_tarfile(data)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_long_names_and_names_after_them(form):
+    data = tar_of((LONG, b"x" * 700), ("b.txt", b"y"), (LONG + "2", b""), form=form)
+    assert [name for name, _, _ in scan(data)] == [LONG, "b.txt", LONG + "2"]
+    assert scan(data) == with_tarfile(data)
+
+
+def test_a_ustar_name_in_two_halves():
+    name = "d" * 90 + "/" + "n" * 90 + ".jpg"
+    assert [found for found, _, _ in scan(tar_of((name, b"x"), form=tarfile.USTAR_FORMAT))] == [name]
+
+
+def test_folders_and_links_are_passed_over():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for kind, link in ((tarfile.DIRTYPE, ""), (tarfile.SYMTYPE, LONG), (tarfile.LNKTYPE, "a.jpg")):
+            info = tarfile.TarInfo(LONG)
+            info.type, info.linkname = kind, link
+            tar.addfile(info)
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert scan(file.getvalue()) == with_tarfile(file.getvalue())
+    assert [name for name, _, _ in scan(file.getvalue())] == ["a.jpg"]
+
+
+def test_sizes_in_the_binary_form_and_in_pax_records():
+    binary = bytearray(tar_of(("a.jpg", b"x" * 600), ("b.jpg", b"y")))
+    binary[124:136] = b"\x80" + (600).to_bytes(11, "big")
+    binary[148:156] = b" " * 8
+    binary[148:156] = b"%06o\0 " % sum(binary[:512])
+    assert scan(bytes(binary)) == [("a.jpg", 512, 600), ("b.jpg", 2048, 1)]
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = {"size": "600", "comment": "multi\nline = text"}
+        tar.addfile(info)
+        file.write(b"x" * 1024)
+    assert scan(file.getvalue() + bytes(1024)) == [("a.jpg", 1536, 600)]
+
+
+def everything(data: bytes):
+    found, stream = [], members(io.BytesIO(data), "some.tar")
+    try:
+        for member in stream:
+            found.append(member.name)
+    except DamagedTarError as problem:
+        return found, str(problem)
+    return found, "is whole"
+
+
+def test_a_cut_tar_gives_its_members_and_says_where_it_is_cut():
+    data = tar_of(("a.jpg", b"x" * 600), ("b.jpg", b"y" * 600))
+    assert everything(data[:2_300]) == (["a.jpg", "b.jpg"], "is cut at byte 2,300, in the middle of a member")
+    assert everything(data[:1_700]) == (["a.jpg"], "is cut at byte 1,700")
+    assert everything(data[:1_536]) == (["a.jpg"], "is cut at byte 1,536")
+    assert everything(b"") == ([], "is empty")
+
+
+def test_damage_inside_is_said_where_tarfile_is_silent():
+    data = bytearray(tar_of(("a.jpg", b"x"), ("b.jpg", b"y"), ("c.jpg", b"z")))
+    data[1024 + 10] ^= 255
+    assert [name for name, _, _ in with_tarfile(bytes(data))] == ["a.jpg"]
+    assert everything(bytes(data)) == (["a.jpg"], "holds no header where one must be, at byte 1,024")
+    assert everything(b"<html>" * 500) == ([], "is no tar")
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_is_refused(tmp_path, mode):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, f"w:{mode}"):
+        pass
+    with path.open("rb") as file, pytest.raises(UserError, match=r"some\.tar is compressed"):
+        list(members(file, "some.tar"))
