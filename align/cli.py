@@ -83,6 +83,13 @@ def fit(
     ] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keys not to train on, one a line, as from `sail-extract overlap`; may be given several times.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
@@ -119,7 +126,14 @@ def fit(
 
     where = Runtime.of(device, "float32").device
     names = [name.strip() for name in captions.split(",")] if captions else None
-    plan, notes = make_plan(features, options, captions=names, image_encoder=image_encoder, text_encoder=text_encoder)
+    plan, notes = make_plan(
+        features,
+        options,
+        captions=names,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        exclude=exclude or (),
+    )
     for note in notes:
         typer.echo(f"note: {note}")
     run, resumed, finished = claim_run(out or default_path(features, head), plan.record())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sail_align.align.data import Pairs, Rows, open_pairs, require_half, split_held_out
+from sail_align.align.exclude import Exclusions
 from sail_align.align.loss import Loss, infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
 from sail_align.align.settings import FitSettings, check_options, choose_settings
@@ -23,6 +24,7 @@ class Plan:
     training: Sequence[Rows]
     held_out: Sequence[Rows]
     settings: FitSettings
+    exclusions: Exclusions
 
     @property
     def training_rows(self) -> int:
@@ -82,6 +84,7 @@ class Plan:
             "store_digests": [each.store.digest for each in self.pairs],
             "training_rows": self.training_rows,
             "held_out_rows": self.held_out_rows,
+            **self.exclusions.record(),
         }
 
     def checkpoint_record(self) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def make_plan(
     captions: Sequence[str] | None = None,
     image_encoder: str | None = None,
     text_encoder: str | None = None,
+    exclude: Sequence[Path] = (),
 ) -> tuple[Plan, list[str]]:
     """Open the stores, choose rows and settings; return the plan, and sentences about what was chosen or changed.
 
@@ -110,27 +114,36 @@ def make_plan(
         captions: Caption names, by default all that the first store has features of.
         image_encoder: Which encoder's images, where a store holds several.
         text_encoder: The same for texts.
+        exclude: Lists of keys whose rows are left out, as `Exclusions.read` takes them.
 
     Raises:
-        UserError: An option or a store cannot be used, or too few rows are left.
+        UserError: An option, a list or a store cannot be used, or too few rows are left.
     """
     check_options(options)
+    exclusions = Exclusions.read(exclude)
     pairs = open_pairs(stores, captions, image_encoder=image_encoder, text_encoder=text_encoder)
     usable = [each.usable() for each in pairs]
     if not captions:
         require_half(pairs, usable)
+    unusable = sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable)
+    excluded = [exclusions.rows(each.store) for each in pairs]
+    usable = [rows & ~left_out for rows, left_out in zip(usable, excluded, strict=True)]
     held_out = split_held_out(pairs, usable, options.get("held_out", FitSettings.held_out))
     training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
     count = sum(int(rows.sum()) for rows in training)
     if count < MIN_ROWS:
         raise UserError(
             f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, that is rows with an "
-            f"image and the captions {', '.join(pairs[0].captions)}; see `sail-extract status`."
+            f"image and the captions {', '.join(pairs[0].captions)}{' that no list excludes' if exclude else ''}; "
+            "see `sail-extract status`."
         )
     dims = {"image_dim": pairs[0].image.dim, "text_dim": pairs[0].texts[0].dim}
     settings, notes = choose_settings(options, rows=count, **dims)
-    if unusable := sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable):
+    if exclude:
+        fewer = sum(int(left_out.sum()) for left_out in excluded)
+        notes.insert(0, f"{fewer:,} rows are excluded by a list of {len(exclusions.keys):,} keys.")
+    if unusable:
         notes.insert(0, f"{unusable:,} rows lack an image or a caption and are left out.")
     if settings.held_out > 0 and not any(rows.any() for rows in held_out):
         notes.append(f"{count} pairs are too few to hold some out: the run is not scored.")
-    return Plan(pairs, training, held_out, settings), notes
+    return Plan(pairs, training, held_out, settings, exclusions), notes

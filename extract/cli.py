@@ -18,6 +18,8 @@ DataRoot = Annotated[
     str | None,
     typer.Option(help="Where the manifest's files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
 ]
+SHOWN = 20
+"""Rows of a list that are printed."""
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -161,6 +163,43 @@ def doctor(store: StorePath) -> None:
     typer.echo(f"{store}: {diagnosis.sentence}")
     if diagnosis.verdict is Verdict.BROKEN:
         raise typer.Exit(1)
+
+
+@app.command()
+def overlap(
+    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="The store to train on.", show_default=False)],
+    evaluation: Annotated[Path, typer.Argument(metavar="EVAL", help="The store to score on.", show_default=False)],
+    threshold: Annotated[
+        float | None, typer.Option(help="Least cosine of image features to count.  [default: 0.85]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the list for `sail-align fit --exclude`.")] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find images of a training store that are near-duplicates of images of an evaluation store."""
+    from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.overlap import THRESHOLD, find_overlap, write_exclusions
+    from sail_align.extract.store import Store
+
+    least = THRESHOLD if threshold is None else threshold
+    if not 0 < least <= 1:
+        raise UserError(f"--threshold {least:g} is no cosine between 0 and 1; give one such as {THRESHOLD}.")
+    where = str(Runtime.of(device, "float32").device)
+    found = find_overlap(Store.open(train), Store.open(evaluation), encoder=image_encoder, device=where, quiet=quiet)
+    rows = found.closest(least)
+    for key, match, cosine in found.pairs(rows[:SHOWN]):
+        typer.echo(f"  {cosine:.4f}  {key}  {match}")
+    if len(rows) > SHOWN:
+        typer.echo(f"  … and {len(rows) - SHOWN:,} more")
+    typer.echo(f"{found.spread}.")
+    typer.echo(
+        f"{train}: {len(rows):,} of {found.train.rows:,} images are near-duplicates of images of {evaluation} "
+        f"(cosine {least:g} or more)."
+    )
+    if out:
+        write_exclusions(out, found, rows)
+        typer.echo(f"wrote {out}\nNext: sail-align fit --features {train} --exclude {out}")
 
 
 def _print_pairing(store: "Store") -> None:

@@ -1,0 +1,70 @@
+"""Rows whose keys are on a list are never served and never held out, and a run goes on only with the same list."""
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sail_align.align.cli import app
+from sail_align.align.exclude import Exclusions
+from sail_align.align.plan import make_plan
+from sail_align.align.stream import Stream
+from sail_align.extract.errors import UserError
+
+QUICK = {"steps": 4, "dim": 8}
+
+
+def test_excluded_rows_are_neither_served_nor_held_out(make_store, tmp_path):
+    first, second = make_store("a", rows=300, numbered=True), make_store("b", rows=200, numbered=True, first=300)
+    (tmp_path / "one.txt").write_text("key 3\tother key\t0.99\nkey 310\tmore\t0.97\nkey 9999\n\n")
+    (tmp_path / "two.txt").write_text("key 3\r\nkey 299\r\nkey 300")
+    whole, _ = make_plan([first, second], QUICK)
+    plan, notes = make_plan([first, second], QUICK, exclude=[tmp_path / "one.txt", tmp_path / "two.txt"])
+    assert "4 rows are excluded by a list of 5 keys." in notes
+    assert whole.training_rows + whole.held_out_rows == 500
+    assert plan.training_rows + plan.held_out_rows == 496
+    used = [training | held for training, held in zip(plan.training, plan.held_out, strict=True)]
+    assert np.flatnonzero(~np.concatenate(used)).tolist() == [3, 299, 300, 310]
+    stream = Stream(plan.pairs, plan.training, batch_size=30, seed=0)
+    served = np.concatenate([batch.images[:, 0].numpy() for batch in stream.blocks()]).astype(int)
+    assert len(served) == plan.training_rows
+    assert not {3, 299, 300, 310} & set(served.tolist())
+
+
+def test_settings_keep_the_lists_digest_whatever_its_form(make_store, tmp_path):
+    store = make_store("a")
+    (tmp_path / "one.txt").write_text("key 3\tx\t0.99\nkey 4\n")
+    (tmp_path / "same.txt").write_text("key 4\nkey 3\nkey 3\n")
+    (tmp_path / "other.txt").write_text("key 4\nkey 5\n")
+    names = ("one.txt", "same.txt", "other.txt")
+    one, same, other = (make_plan([store], QUICK, exclude=[tmp_path / name])[0].record() for name in names)
+    assert one == same
+    assert one["excluded_keys"] == other["excluded_keys"] == 2
+    assert one["excluded_sha256"] != other["excluded_sha256"]
+    assert not {name for name in make_plan([store], QUICK)[0].record() if "excluded" in name}
+
+
+def test_a_run_is_gone_on_with_only_with_the_same_list(make_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = make_store("photos")
+    (tmp_path / "list.txt").write_text("key 3\n")
+    command = ["fit", "--features", str(store), "--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sail_align.align.trainer.train_step", interrupt)
+        assert CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).exit_code == 130
+    changed = CliRunner().invoke(app, command).output
+    assert "writing runs/photos-glu-2" in changed
+    again = CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).output
+    assert "note: 1 rows are excluded by a list of 1 keys." in again
+    assert "going on with runs/photos-glu:" in again
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_mistakes_are_one_sentence(make_store, tmp_path):
+    with pytest.raises(UserError, match=r"none\.txt is no list of keys that can be read: .*No such file"):
+        Exclusions.read([tmp_path / "none.txt"])
+    (tmp_path / "all.txt").write_text("\n".join(f"key {row}" for row in range(299)))
+    with pytest.raises(UserError, match=r"has 1 pair to train on, .* captions raw that no list excludes"):
+        make_plan([make_store("a")], QUICK, exclude=[tmp_path / "all.txt"])
