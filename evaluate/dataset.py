@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample
 from sail_align.extract.sources.descriptions import DemoSource
 from sail_align.extract.status import Status
-from sail_align.extract.store import Store
+from sail_align.extract.store import Store, StoreExistsError
 
 Embeddings = NDArray[np.float32]
 HEAD_BATCH = 4096
@@ -131,17 +132,17 @@ class EvaluationSet:
         image, text = (self.run.image if images else None), (self.run.text if captions else None)
         prints = [identity.spec.fingerprint[:8] for identity in (image, text) if identity]
         path = self._folder / f"{'-'.join(filter(None, [self.manifest.name, told_apart, *prints]))}.zarr"
-        if (path / "zarr.json").exists():
-            store = Store.open(path)
-            self._require_reusable(store, samples)
-        else:
-            store = Store.create(
-                path,
-                dataset=self.manifest.name,
-                manifest=self.manifest.rows,
-                parts=[Part.of(samples)],
-                captions=captions,
-            )
+        if not (path / "zarr.json").exists():
+            with suppress(StoreExistsError):  # another process was quicker
+                Store.create(
+                    path,
+                    dataset=self.manifest.name,
+                    manifest=self.manifest.rows,
+                    parts=[Part.of(samples)],
+                    captions=captions,
+                )
+        store = Store.open(path)
+        self._require_reusable(store, samples)
         arrays = store.arrays()
         if len(arrays) < images + len(captions) or not all(array.complete for array in arrays):
             extract(

@@ -38,55 +38,57 @@ def run(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     precision: Annotated[str, typer.Option(help="What encoders compute in: float32, bfloat16, float16.")] = "float32",
     trust_remote_code: Annotated[bool, typer.Option(help="Run a model's own code; needs a pinned revision.")] = False,
+    workers: Annotated[
+        str, typer.Option(help="Processes on this machine; auto: one a GPU, or one on the CPU.", metavar="auto|N")
+    ] = "auto",
+    worker: Annotated[
+        str, typer.Option(help="Do only this worker's shards of the store, as in a Slurm array.", metavar="N/OF")
+    ] = "1/1",
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set's images and captions into a store; run it again to go on after a stop."""
     from sail_align.extract.encoders.catalogue import find_text, find_vision
-    from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
-    from sail_align.extract.encoders.pooling import require_text_pooling
+    from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.engine import extract
+    from sail_align.extract.engine import run as run_job
+    from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder
     from sail_align.extract.manifest import find_manifest
+    from sail_align.extract.processes import LocalCrew, choose_devices
     from sail_align.extract.sources import open_source
-    from sail_align.extract.store import open_or_create
+    from sail_align.extract.store import Store
+    from sail_align.extract.worker import Share
 
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
-    names = [name.strip() for name in captions.split(",")] if captions else list(source.captions)
+    names = tuple(name.strip() for name in captions.split(",")) if captions else source.captions
     for name in names:
         if name not in source.captions:
             raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(source.captions) or 'none'}.")
-    path = out or Path("features") / f"{about.name}.zarr"
     image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
     Runtime.of(device, precision)
     find_vision(image_name)
+    require_known_image_pooling(image_pooling, image_name)
     if names:
         require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
-    store = open_or_create(path, about, source, quiet=quiet)
-    image = load_image_encoder(
-        image_name,
-        pooling=image_pooling,
-        device=device,
-        precision=precision,
-        trust_remote_code=trust_remote_code,
+    crew, share = LocalCrew(choose_devices(workers, device)), Share.parse(worker)
+    job = Job(
+        manifest=about,
+        data_root=root,
+        store=out or Path("features") / f"{about.name}.zarr",
+        image=NamedImageEncoder(image_name, image_pooling, precision, trust_remote_code),
+        text=NamedTextEncoder(text_name, text_pooling, precision, trust_remote_code) if names else None,
+        captions=names,
     )
-    text = None
-    if names:
-        text = load_text_encoder(
-            text_name,
-            pooling=text_pooling,
-            device=device,
-            precision=precision,
-            trust_remote_code=trust_remote_code,
-        )
+    store = job.open_store(quiet=quiet)
     if about.expected_rows not in (None, store.rows):
         typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
-    summary = extract(store, source, image=image, text=text, captions=names, quiet=quiet)
+    summary = run_job(job, store, crew, share, quiet=quiet)
+    store = Store.open(store.path)
     _print_arrays(store)
-    rate = f", {summary.encoded / summary.seconds:.0f} a second" if summary.encoded else ""
-    typer.echo(f"{path}: {summary.encoded} rows encoded in {summary.seconds:.0f} s{rate}.")
-    _print_pairing(store)
-    typer.echo(f"Next: sail-align fit --features {path}")
+    typer.echo(f"{store.path}: {summary}.")
+    if worker == "1/1":
+        _print_pairing(store)
+        typer.echo(f"Next: sail-align fit --features {store.path}")
 
 
 @app.command()

@@ -1,30 +1,17 @@
-"""Which shards of a store are still to be done, and doing them in this process."""
+"""Which process does which shard, and what it cost: here, in this process; elsewhere, in a crew of workers."""
 
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
+from sail_align.extract.costs import Summary, Tally, cores
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
-from sail_align.extract.features import FeatureArray
+from sail_align.extract.job import Job, image_task, text_task
 from sail_align.extract.memory import keep_freed_memory
-from sail_align.extract.pipeline import Advance, Rows, encode_images, encode_texts
-from sail_align.extract.progress import progress
 from sail_align.extract.sources.base import Source
+from sail_align.extract.stop import StoppedError
 from sail_align.extract.store import Store
-
-EncodeRows = Callable[[int, int, Advance], Rows]
-"""Encodes rows start … stop − 1."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How many rows a call encoded, and in how long."""
-
-    encoded: int
-    seconds: float
+from sail_align.extract.worker import Share, work
 
 
 def extract(
@@ -36,47 +23,58 @@ def extract(
     captions: Sequence[str],
     quiet: bool = False,
 ) -> Summary:
-    """Fill a store: the images by `image`, each of `captions` by `text`; an encoder that is None is left out.
+    """Fill a store in this process: the images by `image`, each of `captions` by `text`; None leaves them out.
 
     Only shards without a valid marker are done, so a call that was stopped is taken up by calling again.
 
     Raises:
-        UserError: The store holds features of another encoder under the same name.
+        UserError: The store holds features of another encoder under the same name, or the disk is full.
     """
-    started = time.monotonic()
     keep_freed_memory()
-    jobs: list[tuple[FeatureArray, EncodeRows]] = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as decoders:
-        if image is not None:
-            jobs.append((store.add_image(image.identity), partial(_image_rows, store, source, image, decoders)))
-        if text is not None:
-            jobs += [(store.add_text(text.identity, name), partial(_text_rows, store, name, text)) for name in captions]
-        encoded = sum(_fill(array, encode, f"{store.dataset} {array.path}", quiet) for array, encode in jobs)
-    return Summary(encoded, time.monotonic() - started)
+    arrays = (image is not None) + (len(captions) if text is not None else 0)
+    with (
+        Tally(arrays * store.rows, store.dataset, quiet=quiet) as tally,
+        ThreadPoolExecutor(max_workers=cores()) as decoders,
+    ):
+        tasks = [] if image is None else [image_task(store, source, image, decoders)]
+        tasks += [] if text is None else [text_task(store, name, text) for name in captions]
+        work(store, tasks, tally)
+        return tally.summary(cores(), "core")
 
 
-def _image_rows(
-    store: Store,
-    source: Source,
-    encoder: VisionEncoder,
-    decoders: ThreadPoolExecutor,
-    start: int,
-    stop: int,
-    advance: Advance,
-) -> Rows:
-    return encode_images(store.samples(start, stop, captions=[]), source, encoder, decoders, advance)
+class Crew(Protocol):
+    """The workers of a run."""
+
+    @property
+    def size(self) -> int:
+        """The number of workers."""
+
+    @property
+    def hardware(self) -> tuple[int, str]:
+        """What the run costs an hour of: how many, and of what: GPU or core."""
+
+    def work(self, job: Job, share: Share, tally: Tally) -> None:
+        """Do a share of a job, whose store is there. What it raises is said at `run`."""
 
 
-def _text_rows(store: Store, caption: str, encoder: TextEncoder, start: int, stop: int, advance: Advance) -> Rows:
-    column = f"caption.{caption}"
-    return encode_texts(store.index([column], start, stop)[column].to_pylist(), encoder, advance)
+def run(job: Job, store: Store, crew: Crew, share: Share, *, quiet: bool = False) -> Summary:
+    """Do a job's share of its store, and log what it cost.
 
-
-def _fill(array: FeatureArray, encode: EncodeRows, label: str, quiet: bool) -> int:
-    """Write every shard of an array that has no valid marker; return the number of rows encoded."""
-    todo = [shard for shard in array.shards if shard not in array.markers]
-    rows = sum(stop - start for start, stop in map(array.span, todo))
-    with progress(array.rows, label, done=array.rows - rows, quiet=quiet) as bar:
-        for shard in todo:
-            array.write(shard, *encode(*array.span(shard), bar.update))
-    return rows
+    Raises:
+        UserError: An encoder cannot be had, the store holds another's features under its name, or the disk is full.
+        WorkersFailedError: Shards are left because workers failed.
+        StoppedError: A signal asked for it; what is left has been said.
+    """
+    end = "failed"
+    with Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet, workers=crew.size) as tally:
+        try:
+            crew.work(job, share, tally)
+            end = "done"
+        except StoppedError as stopped:
+            end = stopped.name
+            raise
+        finally:
+            summary = tally.summary(*crew.hardware)
+            if end != "failed" or summary.encoded:
+                summary.append_to_log(store.path, end)
+    return summary

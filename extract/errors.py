@@ -8,10 +8,17 @@ class UserError(Exception):
     """Something the user can mend. Its message is one sentence: what is wrong, which value, what to do."""
 
 
+class WorkersFailedError(Exception):
+    """Work is left undone because workers failed. Its message is one sentence; what befell each was said before."""
+
+
 def run_command(app: Callable[[], object]) -> None:
-    """Run a console command; a `UserError` becomes one sentence on stderr and exit code 2."""
+    """Run a console command; one sentence on stderr for a `UserError`, exit code 2, and for failed workers, 1."""
     try:
         app()
+    except WorkersFailedError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(1)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)

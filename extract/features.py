@@ -1,7 +1,7 @@
 """One array of a store: features and statuses in shards, each written once, whole, and committed by a marker."""
 
+import hashlib
 import json
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from sail_align.extract.encoders.base import Identity
-from sail_align.extract.files import canonical_json, file_digest, write_atomically
+from sail_align.extract.files import canonical_json, file_digest, remove_leftovers, write_atomically
+from sail_align.extract.leases import Lease
 from sail_align.extract.status import Status
 
 
@@ -24,8 +27,8 @@ class FeatureArray:
         self.identity = identity
         self._folder = store / path
         self._commits = store / "commits" / path
-        self._features = zarr.open_array(self._folder / "features", mode="r+")
-        self._status = zarr.open_array(self._folder / "status", mode="r+")
+        self._features = zarr.open_array(self._folder / "features", mode="r")
+        self._status = zarr.open_array(self._folder / "status", mode="r")
         self.rows, self.dim = self._features.shape
         self.shard_rows, _ = self._features.shards or self._features.chunks
         self.chunk_rows, _ = self._features.chunks
@@ -39,8 +42,9 @@ class FeatureArray:
             ("status", (), "uint8", Status.PENDING),
         ]
         for name, width, dtype, fill_value in kinds:
+            memory: dict[str, Buffer] = {}
             zarr.create_array(
-                folder / name,
+                MemoryStore(memory),
                 shape=(rows, *width),
                 shards=(shard_rows, *width),
                 chunks=(chunk_rows, *width),
@@ -48,8 +52,8 @@ class FeatureArray:
                 fill_value=fill_value,
                 compressors=None,
                 filters=None,
-                overwrite=True,
             )
+            write_atomically(folder / name / "zarr.json", memory["zarr.json"].to_bytes())
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -61,23 +65,25 @@ class FeatureArray:
         """The valid markers by shard, as they were when first asked for and as written since by this object."""
         found = {}
         for shard in self.shards:
-            try:
-                marker = json.loads(self._marker_path(shard).read_bytes())
-            except (FileNotFoundError, ValueError):
-                continue
-            if self._is_valid(shard, marker):
+            if marker := self._read_marker(shard):
                 found[shard] = marker
         return found
 
-    def _is_valid(self, shard: int, marker: Any) -> bool:
+    def _read_marker(self, shard: int) -> dict[str, Any] | None:
+        """Return a shard's marker, None if there is none or it is not valid."""
+        try:
+            marker: Any = json.loads(self._marker_path(shard).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
         start, stop = self.span(shard)
-        return (
+        valid = (
             isinstance(marker, dict)
             and marker.keys() == {"fingerprint", "rows", "counts", "sha256"}
             and marker["fingerprint"] == self.identity.spec.fingerprint
             and marker["rows"] == [start, stop]
             and sum(marker["counts"].values()) == stop - start
         )
+        return marker if valid else None
 
     @property
     def complete(self) -> bool:
@@ -122,32 +128,46 @@ class FeatureArray:
                 first, last = self.span(shard)
                 yield slice(max(first - start, 0), last - start)
 
-    def write(self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8]) -> None:
-        """Write one shard whole, then its marker. Raises `ValueError` unless the arrays are the shard's size."""
+    def refresh(self, shard: int) -> bool:
+        """Look again for a shard's marker, which another process may have written; return whether it is there."""
+        if shard not in self.markers and (marker := self._read_marker(shard)):
+            self.markers[shard] = marker
+        return shard in self.markers
+
+    def write(
+        self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8], lease: Lease | None = None
+    ) -> int:
+        """Write one shard whole, then its marker; return the number of bytes.
+
+        Where several processes may write the shard, `lease` is confirmed before the first file and before the marker.
+
+        Raises:
+            ValueError: The arrays are not the shard's size.
+            LeaseLostError: Another process writes the shard now.
+        """
         start, stop = self.span(shard)
         if features.shape != (stop - start, self.dim) or status.shape != (stop - start,):
             raise ValueError(f"shard {shard} has shape {(stop - start, self.dim)}, not {features.shape}")
-        self.discard(shard)
+        contents = {
+            "features": _shard_bytes(self._features, slice(start, stop), features),
+            "status": _shard_bytes(self._status, slice(start, stop), status),
+        }
         values, counts = np.unique(status, return_counts=True)
-        for file in self._shard_files(shard).values():
-            # What a killed writer left behind goes first: zarr would merge with a shard file that is there, and its
-            # temporary files have random names.
-            for leftover in (file, *file.parent.glob(f"{file.name}.*.partial")):
-                leftover.unlink(missing_ok=True)
-        self._features[start:stop] = features
-        self._status[start:stop] = status
-        for file in self._shard_files(shard).values():
-            if file.exists():  # zarr leaves a shard of nothing but fill values out
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
         marker = {
             "fingerprint": self.identity.spec.fingerprint,
             "rows": [start, stop],
             "counts": {Status(value).label: int(count) for value, count in zip(values, counts, strict=True)},
-            "sha256": self._hashes(shard),
+            "sha256": {name: _digest(content) for name, content in contents.items()},
         }
+        confirm = lease.confirm if lease else lambda: None
+        confirm()
+        self.discard(shard)
+        for name, file in self._shard_files(shard).items():
+            _replace(file, contents[name])
+        confirm()
         write_atomically(self._marker_path(shard), canonical_json(marker))
         self.markers[shard] = marker
+        return sum(len(content) for content in contents.values() if content)
 
     def discard(self, shard: int) -> None:
         """Take a shard's marker away, so that the next extraction writes the shard again."""
@@ -167,3 +187,26 @@ class FeatureArray:
 
     def _marker_path(self, shard: int) -> Path:
         return self._commits / f"{shard:05d}.json"
+
+
+def _shard_bytes(array: "zarr.Array[Any]", rows: slice, values: NDArray[Any]) -> memoryview | None:
+    """Return the file of one shard as zarr would write it; None where it would leave out one of fill values only.
+
+    zarr's own writing would merge with a file that is there, and leave temporary files of random names when killed.
+    """
+    memory: dict[str, Buffer] = array.metadata.to_buffer_dict(default_buffer_prototype())
+    zarr.open_array(MemoryStore(memory), mode="r+")[rows] = values
+    shards = [buffer for name, buffer in memory.items() if name != "zarr.json"]
+    return shards[0].as_numpy_array().data if shards else None
+
+
+def _digest(content: memoryview | None) -> str | None:
+    return None if content is None else hashlib.sha256(content).hexdigest()
+
+
+def _replace(file: Path, content: memoryview | None) -> None:
+    if content is None:
+        file.unlink(missing_ok=True)
+        remove_leftovers(file)
+    else:
+        write_atomically(file, content)

@@ -1,8 +1,11 @@
 """Files that are whole or not there, and their digests."""
 
+import glob
 import hashlib
 import json
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,31 @@ def canonical_json(value: Any) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a whole file under a temporary name and rename it, so that no reader ever sees a part of it."""
+    """Write a whole file under a temporary name and rename it, so that no reader ever sees a part of it.
+
+    What a killed writer of the same file left behind is removed; one that is alive then tries again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    written = False
+    while not written:
+        remove_leftovers(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileNotFoundError):
+                temporary.replace(path)
+                written = True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of writers of this file that were killed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str | None:

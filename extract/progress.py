@@ -37,6 +37,11 @@ def progress(
     )
 
 
+def note(sentence: str) -> None:
+    """Say a sentence on stderr, above a bar if there is one."""
+    tqdm.write(sentence, file=sys.stderr)
+
+
 class _Lines(io.StringIO):
     """Turns the bar's rewriting of one terminal line into lines of a log."""
 

@@ -7,6 +7,7 @@
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
       text/<encoder>/<caption>/{features,status}
       commits/<array path>/<shard>.json  written last: a shard without a valid marker does not exist for any reader
+      leases/…                           who writes what just now; gone when nobody does
 
 Row i of every array is sample i of the index. A shard is written once, whole, by one writer.
 """
@@ -15,6 +16,8 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,22 @@ from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
+from sail_align.extract.leases import Leases
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.progress import note
 from sail_align.extract.reopening import require_samples
 from sail_align.extract.sources.base import Part, Sample, Source
 
 FORMAT = 1
 SHARD_ROWS = 65_536
 CHUNK_ROWS = 1_024
+LEASES, INDEX, ARRAY = "leases", "index", "array"
+UNFINISHED = re.compile(r"index|leases|\.zarr\.json\..*\.tmp")
 CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class StoreExistsError(UserError):
+    """A store cannot be made where there is one."""
 
 
 class Store:
@@ -48,6 +59,7 @@ class Store:
         self.chunk_rows: int = attributes["chunk_rows"]
         self.dataset: str = attributes["dataset"]
         self.captions: tuple[str, ...] = tuple(attributes["captions"])
+        self.leases = Leases(path / LEASES)
 
     @classmethod
     def create(
@@ -70,45 +82,52 @@ class Store:
         committed every minute there too.
 
         Raises:
+            StoreExistsError: The store is there, or another process was at it already; its end was waited for.
             UserError: The folder holds something else, there is no sample, a key occurs twice, or a caption's name
                 cannot name a folder.
         """
         path = Path(path)
-        if (path / "zarr.json").exists():
-            raise UserError(f"{path} is a store already; name another path or remove it.")
-        if path.exists():
-            unfinished = {"index", ".zarr.json.tmp"}
-            if not path.is_dir() or {entry.name for entry in path.iterdir()} - unfinished:
-                raise UserError(f"{path} exists and is not a feature store; name another --out.")
+        occupied = path.exists() and not (
+            path.is_dir() and all(UNFINISHED.fullmatch(file.name) for file in path.iterdir())
+        )
+        if (path / "zarr.json").exists():  # looked for last: another process may be making the store
+            raise StoreExistsError(f"{path} is a store already; name another path or remove it.")
+        if occupied:
+            raise UserError(f"{path} exists and is not a feature store; name another --out.")
         for name in captions:
             if not CAPTION_NAME.fullmatch(name):
                 raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
         try:
-            (path / "index").mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"{path} cannot be made ({problem.strerror}); name another --out.") from problem
-        made_of = [FORMAT, dataset, manifest, list(captions)]
-        index = write_index(path / "index", made_of, parts, captions, quiet=quiet)
-        rows = sum(index.rows)
-        if rows == 0:
-            raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
-        shard_rows = shard_rows or _shard_rows(rows)
-        chunk_rows = chunk_rows or min(CHUNK_ROWS, shard_rows)
-        if shard_rows % chunk_rows:
-            raise UserError(f"A shard of {shard_rows} rows is no multiple of its chunks of {chunk_rows} rows.")
-        attributes = {
-            "format": FORMAT,
-            "dataset": dataset,
-            "manifest": manifest,
-            "rows": rows,
-            "shard_rows": shard_rows,
-            "chunk_rows": chunk_rows,
-            "captions": list(captions),
-            "index_sha256": index.digests,
-        }
-        root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
-        write_atomically(path / "zarr.json", canonical_json(root))
-        return cls(path, attributes)
+        waiting = partial(note, f"{path}: another run is building the index; waiting for it.")
+        with Leases(path / LEASES).hold(INDEX, waiting):
+            if (path / "zarr.json").exists():
+                raise StoreExistsError(f"{path} has just been made by another run; open it.")
+            (path / "index").mkdir(exist_ok=True)
+            made_of = [FORMAT, dataset, manifest, list(captions)]
+            index = write_index(path / "index", made_of, parts, captions, quiet=quiet)
+            rows = sum(index.rows)
+            if rows == 0:
+                raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
+            shard_rows = shard_rows or _shard_rows(rows)
+            chunk_rows = chunk_rows or min(CHUNK_ROWS, shard_rows)
+            if shard_rows % chunk_rows:
+                raise UserError(f"A shard of {shard_rows} rows is no multiple of its chunks of {chunk_rows} rows.")
+            attributes = {
+                "format": FORMAT,
+                "dataset": dataset,
+                "manifest": manifest,
+                "rows": rows,
+                "shard_rows": shard_rows,
+                "chunk_rows": chunk_rows,
+                "captions": list(captions),
+                "index_sha256": index.digests,
+            }
+            root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
+            write_atomically(path / "zarr.json", canonical_json(root))
+            return cls(path, attributes)
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
@@ -228,18 +247,34 @@ class Store:
 
     def _add(self, modality: str, identity: Identity, caption: str) -> FeatureArray:
         node = self.path / modality / node_name(identity.spec.id)
+        folder = node / caption
+        path = folder.relative_to(self.path).as_posix()
+        if not FeatureArray.exists(folder):
+            with self.leases.hold(f"{modality}/{node.name}/{ARRAY}", waiting=lambda: None):
+                if not FeatureArray.exists(folder):
+                    self._lay_out(node, folder, identity)
+        require_same(identity, _read_identity(node), where=str(self.path))
+        return self._array(path, node)
+
+    def _lay_out(self, node: Path, folder: Path, identity: Identity) -> None:
+        """Write what makes a folder an array, in an order that lets it be taken up after any part."""
         if (node / "zarr.json").exists():
             require_same(identity, _read_identity(node), where=str(self.path))
-        else:
-            group = {"zarr_format": 3, "node_type": "group", "attributes": identity.to_json()}
-            write_atomically(node / "zarr.json", canonical_json(group))
-        folder = node / caption
-        if caption and not (folder / "zarr.json").exists():
-            group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-            write_atomically(folder / "zarr.json", canonical_json(group))
-        if not FeatureArray.exists(folder):
-            FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
-        return self._array(folder.relative_to(self.path).as_posix(), node)
+        groups: dict[Path, dict[str, Any]] = {folder: {}, node: identity.to_json()}  # an image array is its node
+        for group, attributes in groups.items():
+            if not (group / "zarr.json").exists():
+                content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+                write_atomically(group / "zarr.json", canonical_json(content))
+        FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
+
+    def tidy(self) -> None:
+        """Remove what killed processes left: leases of what is done. The others' are taken over in time."""
+        arrays = {array.path: array for array in self.arrays()}
+        for name in self.leases.names():
+            path, _, what = name.rpartition("/")
+            if what in (INDEX, ARRAY) or (path in arrays and arrays[path].refresh(int(what))):
+                self.leases.remove(name)
+        self.leases.tidy()
 
 
 def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: bool = False) -> Store:
@@ -250,14 +285,15 @@ def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: boo
     """
     made_from = manifest.rows
     if not (path / "zarr.json").exists():
-        return Store.create(
-            path,
-            dataset=manifest.name,
-            manifest=made_from,
-            parts=source.parts(),
-            captions=source.captions,
-            quiet=quiet,
-        )
+        with suppress(StoreExistsError):  # another process was quicker
+            return Store.create(
+                path,
+                dataset=manifest.name,
+                manifest=made_from,
+                parts=source.parts(),
+                captions=source.captions,
+                quiet=quiet,
+            )
     store = Store.open(path)
     if (recorded := store.attributes["manifest"]) != made_from:
         field = next(name for name in (*made_from, *recorded) if made_from.get(name) != recorded.get(name))

@@ -1,5 +1,7 @@
 """Encoders that compute something simple and real, in no time."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image
@@ -40,3 +42,25 @@ class FakeText:
     def encode(self, texts: list[str]) -> Tensor:
         rows = [[min(len(t), 1000), t.count(" "), ord(t[0]), np.inf if t == "inf" else ord(t[-1])] for t in texts]
         return torch.tensor(rows, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class FakeImageChoice:
+    """Loads `FakeVision` in any process."""
+
+    def load(self, device: str) -> FakeVision:
+        return FakeVision()
+
+    def may_be(self, spec: EncoderSpec) -> bool:
+        return spec == identity("image").spec
+
+
+@dataclass(frozen=True)
+class FakeTextChoice:
+    """Loads `FakeText` in any process."""
+
+    def load(self, device: str) -> FakeText:
+        return FakeText()
+
+    def may_be(self, spec: EncoderSpec) -> bool:
+        return spec == identity("text").spec

@@ -92,7 +92,7 @@ def test_what_a_killed_writer_left_is_gone_after_the_shard_is_written(store):
     folder = store.path / "image/fake-image/features/c/3"
     whole = (folder / "0").read_bytes()
     (folder / "0").write_bytes(whole[:100])
-    (folder / "0.deadbeef.partial").write_bytes(b"half a shard")
+    (folder / ".0.deadbeef.tmp").write_bytes(b"half a shard")
     array.write(3, features[768:], status[768:])
     assert (folder / "0").read_bytes() == whole
     assert [path.name for path in folder.iterdir()] == ["0"]

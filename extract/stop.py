@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C end a run within seconds, cleanly."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+HURRY_SECONDS = 1.0
+
+
+class StoppedError(SystemExit):
+    """A signal asked the process to end; what is not handled leaves the exit code that a shell gives that signal."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@contextmanager
+def stopping_on(*signals: signal.Signals) -> Iterator[None]:
+    """Raise `StoppedError` in the main thread on the first of these signals.
+
+    One that follows within a second is the same wish told twice, as a launcher and a terminal do; a later one kills.
+    """
+    first: list[float] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if not first:
+            first.append(time.monotonic())
+            raise StoppedError(number)
+        if time.monotonic() - first[0] > HURRY_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    before = {each: signal.signal(each, stop) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

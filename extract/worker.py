@@ -1,0 +1,178 @@
+"""One worker: take a lease on a shard, encode it, write it, commit it, release it; until nothing is left.
+
+Every way of running comes down to this loop: one process, several on one machine, many machines on one store.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sail_align.extract.costs import bytes_read
+from sail_align.extract.errors import UserError
+from sail_align.extract.features import FeatureArray
+from sail_align.extract.leases import POLL, Lease, LeaseLostError
+from sail_align.extract.pipeline import Advance, Rows
+from sail_align.extract.store import Store
+
+EncodeRows = Callable[[int, int, Advance], Rows]
+"""Encodes rows start … stop − 1."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LONGEST_PAUSE = 10 * POLL
+
+
+@dataclass(frozen=True)
+class Task:
+    """An array to fill and what encodes its rows; None where nothing is left to encode."""
+
+    array: FeatureArray
+    encode: EncodeRows | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Worker `number` of `count` takes every count-th shard of each array; the first has number 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Read `3/16`. Raises `UserError` for anything else."""
+        number, _, count = text.partition("/")
+        if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+            return cls(int(number), int(count))
+        raise UserError(f"--worker {text!r} is not of the form 3/16, from 1/16 to 16/16.")
+
+    def shards(self, array: FeatureArray) -> range:
+        """Return the shards of an array that are this worker's."""
+        return array.shards[self.number - 1 :: self.count]
+
+    def rows(self, store: Store) -> int:
+        """Return how many rows of each array are this worker's."""
+        starts = range((self.number - 1) * store.shard_rows, store.rows, self.count * store.shard_rows)
+        return sum(min(store.shard_rows, store.rows - start) for start in starts)
+
+
+class Report(Protocol):
+    """Is told what a worker does, from its main thread and from the one that writes."""
+
+    def found(self, array: str, shard: int, rows: int) -> None:
+        """Tell that a shard is committed that this worker has not written."""
+
+    def encoded(self, rows: int) -> None:
+        """Tell of rows encoded, or with a negative number of rows that have to be encoded again by another."""
+
+    def committed(self, array: str, shard: int, rows: int, written: int) -> None:
+        """Tell that a shard is written (in bytes) and committed."""
+
+    def read(self, size: int) -> None:
+        """Tell how many bytes were read."""
+
+    def waiting(self, shards: int) -> None:
+        """Tell that others have all shards that are left."""
+
+
+def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | None = None) -> None:
+    """Return when every shard of the tasks (of this worker's share of them) is committed, by this worker or others.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    share = share or Share()
+    for task in tasks:
+        for shard in task.array.markers:
+            if shard in share.shards(task.array):
+                report.found(task.array.path, shard, _rows(task.array, shard))
+    before = bytes_read()
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread, _full_disk_is_said(store.path):
+            _Loop(store, report, thread).run([(task, shard) for task in tasks for shard in share.shards(task.array)])
+    finally:
+        store.leases.release_all()
+        report.read(bytes_read() - before)
+    store.tidy()
+
+
+class _Loop:
+    """The loop of one worker; while a shard is encoded, the one before it is written by `thread`."""
+
+    def __init__(self, store: Store, report: Report, thread: ThreadPoolExecutor):
+        self.leases = store.leases
+        self.report = report
+        self.thread = thread
+        self.writing: Future[None] | None = None
+
+    def run(self, shards: Sequence[tuple[Task, int]]) -> None:
+        pause = POLL
+        while left := [(task, shard) for task, shard in shards if not self._is_there(task.array, shard)]:
+            done = sum(self._do(task, shard) for task, shard in left)
+            self._finish_writing()
+            if done:
+                pause = POLL
+            else:
+                self.report.waiting(len(left))
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _is_there(self, array: FeatureArray, shard: int) -> bool:
+        if shard in array.markers:
+            return True
+        if array.refresh(shard):
+            self.report.found(array.path, shard, _rows(array, shard))
+            return True
+        return False
+
+    def _do(self, task: Task, shard: int) -> bool:
+        """Encode one shard and hand it over to be written; return False if another worker has it or has done it."""
+        array = task.array
+        if task.encode is None or self._is_there(array, shard):
+            return False
+        lease = self.leases.take(f"{array.path}/{shard:05d}")
+        if lease is None:
+            return False
+        if self._is_there(array, shard):  # committed between the look and the lease
+            self.leases.release(lease)
+            return False
+        rows = task.encode(*array.span(shard), self.report.encoded)
+        self._finish_writing()
+        self.writing = self.thread.submit(self._write, array, shard, rows, lease)
+        return True
+
+    def _write(self, array: FeatureArray, shard: int, rows: Rows, lease: Lease) -> None:
+        try:
+            written = array.write(shard, *rows, lease)
+        except LeaseLostError:
+            self.report.encoded(-_rows(array, shard))
+        else:
+            self.report.committed(array.path, shard, _rows(array, shard), written)
+        finally:
+            self.leases.release(lease)
+
+    def _finish_writing(self) -> None:
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+
+def _rows(array: FeatureArray, shard: int) -> int:
+    start, stop = array.span(shard)
+    return stop - start
+
+
+@contextmanager
+def _full_disk_is_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in _FULL:
+            raise
+        raise UserError(
+            f"No room is left for {path} ({problem.strerror}); free some and run the same command again: what is "
+            "committed stays."
+        ) from problem

@@ -1,0 +1,141 @@
+"""One of many has a lease; who is dead loses it; nobody who is alive does."""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sail_align.extract import leases as module
+from sail_align.extract.leases import Lease, LeaseLostError, Leases
+
+FOREIGN = json.dumps({"machine": "another", "pid": 1, "start": "1", "token": "x"}).encode() + b"\n"
+
+
+def in_child(work) -> int:
+    """Run in a process of its own, which ends without any cleaning up; return its exit code."""
+    if (child := os.fork()) == 0:
+        os._exit(int(work() or 0))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def left_by_the_dead(folder: Path, name: str) -> None:
+    in_child(lambda: Leases(folder).take(name) is None)
+    assert (folder / f"{name}.0.json").exists()
+
+
+def test_a_lease_has_one_owner_and_leaves_nothing(tmp_path):
+    leases = Leases(tmp_path / "leases")
+    lease = leases.take("image/x/00003")
+    assert lease is not None
+    lease.confirm()
+    assert leases.take("image/x/00003") is None
+    assert leases.names() == {"image/x/00003"}
+    assert in_child(lambda: Leases(leases.folder).take("image/x/00003") is None) == 1
+    leases.release(lease)
+    leases.tidy()
+    assert not leases.folder.exists()
+
+
+def test_the_lease_of_a_process_of_this_machine_that_ended_is_free_at_once(tmp_path):
+    left_by_the_dead(tmp_path, "a")
+    leases = Leases(tmp_path)
+    lease = leases.take("a")
+    assert lease is not None
+    assert lease.generation == 1
+    leases.release(lease)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pid_that_now_is_another_process_owns_nothing(tmp_path):
+    record = {"machine": module.this_process().machine, "pid": os.getpid(), "start": "1", "token": "x"}
+    (tmp_path / "a.0.json").write_text(json.dumps(record) + "\n")
+    assert Leases(tmp_path).take("a") is not None
+
+
+@pytest.mark.parametrize("content", [FOREIGN, b"", b'{"machine": "th'])
+def test_another_machine_s_lease_is_free_when_it_has_not_changed_for_long(tmp_path, content, monkeypatch):
+    now = [1_000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    file, leases = tmp_path / "a.0.json", Leases(tmp_path, ttl=60)
+    file.write_bytes(content)
+    assert leases.take("a") is None
+    now[0] += 50
+    file.write_bytes(content + b".")  # a heartbeat
+    assert leases.take("a") is None
+    now[0] += 50
+    assert leases.take("a") is None
+    now[0] += 11
+    assert leases.take("a") is not None
+
+
+def test_a_heartbeat_changes_what_others_see(tmp_path):
+    lease = Leases(tmp_path, ttl=0.06).take("a")
+    before = lease.file.read_bytes()
+    deadline = time.monotonic() + 10
+    while lease.file.read_bytes() == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert lease.file.read_bytes().startswith(before + b".")
+    lease.confirm()
+
+
+def test_of_many_who_see_a_dead_lease_one_takes_it(tmp_path):
+    for attempt in range(10):
+        name = f"shard{attempt}"
+        left_by_the_dead(tmp_path, name)
+        start = time.time() + 0.05
+        children = []
+        for _ in range(6):
+            if (child := os.fork()) == 0:
+                leases = Leases(tmp_path)
+                time.sleep(max(start - time.time(), 0))
+                won = leases.take(name) is not None
+                time.sleep(0.1)  # a winner that is gone would be taken over in its turn
+                os._exit(won)
+            children.append(child)
+        assert sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children) == 1
+
+
+def test_an_observer_that_slept_through_the_takeover_gets_nothing(tmp_path, monkeypatch):
+    left_by_the_dead(tmp_path, "a")
+    quick, create = Leases(tmp_path), Lease.create
+
+    def sleep_first(self):
+        monkeypatch.setattr(Lease, "create", create)
+        quick.release(quick.take("a"))
+        return create(self)
+
+    monkeypatch.setattr(Lease, "create", sleep_first)
+    assert Leases(tmp_path).take("a") is None
+    assert not list(tmp_path.iterdir())
+    assert Leases(tmp_path).take("a").generation == 0
+
+
+def test_a_lease_that_was_taken_over_is_lost_and_left_alone(tmp_path):
+    slow, quick = Leases(tmp_path), Leases(tmp_path)
+    lease = slow.take("a")
+    lease.file.write_bytes(FOREIGN)
+    with pytest.raises(LeaseLostError):
+        lease.confirm()
+    lease.file.write_bytes(lease.content)
+    (tmp_path / "a.1.json").write_bytes(FOREIGN)
+    with pytest.raises(LeaseLostError):
+        lease.confirm()
+    slow.release_all()
+    assert (tmp_path / "a.1.json").read_bytes() == FOREIGN
+    assert quick.take("a") is None
+
+
+def test_file_systems_without_links_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    leases = Leases(tmp_path)
+    lease = leases.take("a")
+    assert lease is not None
+    assert Leases(tmp_path).take("a") is None
+    leases.release(lease)
+    assert not list(tmp_path.iterdir())
