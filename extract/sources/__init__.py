@@ -45,6 +45,10 @@ def open_source(manifest: "Manifest", data_root: Path) -> Source:
             from sail_align.extract.sources.webdataset import WebDatasetSource
 
             return WebDatasetSource(manifest.source, data_root)
+        case described.HuggingFaceSource():
+            from sail_align.extract.sources.hugging_face import HuggingFaceSource
+
+            return HuggingFaceSource(manifest.source, data_root)
         case described.DemoSource():
             from sail_align.extract.sources.demo import DemoSource
 

@@ -186,6 +186,30 @@ class WebDatasetSource(Files):
         return [name for name in needed if ":" not in name and not name.startswith("/")]
 
 
+class HuggingFaceSource(Files):
+    """A data set of the library `datasets`: the folder `root`, as `save_to_disk` wrote it, or `name` on the hub.
+
+    `image`, `captions`, `label` and `url` name columns. `captions` maps a caption's name to a column of text; a single
+    column (of text, or of lists of it) gives `c0`, `c1`, …. `classes` are needed where the label's column has no names.
+    """
+
+    kind: Literal["hugging-face"]
+    name: NonEmpty | None = None
+    config: str | None = None
+    revision: str | None = None
+    split: NonEmpty = "train"
+    image: NonEmpty = "image"
+    captions: NonEmpty | dict[str, NonEmpty] = {}
+    label: NonEmpty | None = None
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    url: NonEmpty | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """The folder; nothing for a name on the hub."""
+        return [] if self.name else ["."]
+
+
 class DemoSource(Strict):
     """Scenes composed from OpenMoji drawings; nothing is read from the data root.
 
@@ -206,6 +230,7 @@ Source = Annotated[
     | MmvpSource
     | MaskFolderSource
     | WebDatasetSource
+    | HuggingFaceSource
     | DemoSource,
     Field(discriminator="kind"),
 ]
