@@ -6,7 +6,7 @@ DATASET ?= demo
 STORE ?= features/$(basename $(notdir $(DATASET))).zarr
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract fit eval test lint format typecheck bench
+.PHONY: help setup demo download extract fit eval test lint format typecheck bench
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,10 @@ demo: setup ## The whole pipeline on the embedded data: extract, fit, evaluate, 
 	$(BIN)/sail-extract run demo
 	$(BIN)/sail-align fit --features features/demo.zarr
 	$(BIN)/sail-eval all
+
+download: setup ## Download a training set's images: make download DATASET=cc3m (sail-extract check cc3m says what for)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[download]'
+	$(BIN)/sail-extract download $(DATASET)
 
 extract: setup ## Encode a data set into a store: make extract DATASET=demo (or a path to a manifest)
 	$(BIN)/sail-extract run $(DATASET) --out $(STORE)

@@ -1,5 +1,6 @@
 """sail-extract: run frozen encoders over a data set once and keep the features in a store."""
 
+import os
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
@@ -121,6 +122,27 @@ def check(
         typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")
         raise typer.Exit(1)
     typer.echo("ready")
+
+
+@app.command()
+def download(
+    manifest: Annotated[str, typer.Argument(help="A packaged manifest's name, such as cc12m, or a .yaml file.")],
+    data_root: DataRoot = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes of img2dataset.  [default: one a core]")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Downloads at a time, a process.")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """Download a training set's images with img2dataset; run it again to go on after a stop."""
+    from sail_align.extract.download import download_images
+    from sail_align.extract.manifest import find_manifest
+
+    about, root = find_manifest(manifest, data_root)
+    processes = processes or os.cpu_count() or 1
+    done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
+    share = f" ({done.came / done.tried:.1%})" if done.tried else ""
+    typer.echo(f"{about.name}: {done.came:,} images of {done.tried:,} URLs{share}\nNext: sail-extract run {manifest}")
 
 
 @app.command()

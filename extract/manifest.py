@@ -37,6 +37,20 @@ class Encoders(Strict):
     text: str = "gte-large"
 
 
+class Download(Strict):
+    """Where `sail-extract download` finds the images' URLs, and where it puts them; paths are under the data root.
+
+    `url` and `caption` are columns of `table`. `folder` becomes one of tars, whose JPEGs have a short side of
+    `image_size` pixels at most.
+    """
+
+    table: NonEmpty
+    url: NonEmpty
+    caption: NonEmpty
+    folder: NonEmpty
+    image_size: int = Field(default=256, ge=32)
+
+
 class Manifest(Strict):
     """A data set: what it is for, where its files are, what to expect of it, and how to get it.
 
@@ -50,6 +64,7 @@ class Manifest(Strict):
     get: str
     source: Source
     task: Task | None = None
+    download: Download | None = None
     encoders: Encoders = Encoders()
     expected_rows: int | None = Field(default=None, gt=0)
     expected_captions: int | None = Field(default=None, gt=0)

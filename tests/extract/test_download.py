@@ -1,0 +1,145 @@
+"""sail-extract download: the real img2dataset on a small server, and what is said where it cannot run."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+COLUMNS = ["raw_caption"] + [f"{length}{by}_captions" for by in ("IB", "SV", "LLA") for length in ("short", "long")]
+"""DreamLIP's, after `Image Path`."""
+
+PRETENDER = """#!{python}
+import json, os, sys
+folder = next(word.split("=")[1] for word in sys.argv if word.startswith("--output_folder="))
+print(json.dumps(sys.argv[1:]), file=open(os.path.join(folder, "called.json"), "w"))
+json.dump({{"count": 10, "successes": 7}}, open(os.path.join(folder, "00000_stats.json"), "w"))
+sys.exit({code})
+"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def web(tmp_path):
+    """Serve twelve photos; return the root of the data, its manifest, and the photos' URLs with one that is dead."""
+    (tmp_path / "web").mkdir()
+    for i in range(12):
+        Image.new("RGB", (300 + i, 200), (20 * i, 0, 0)).save(tmp_path / "web" / f"{i}.jpg")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "web"))
+    Thread(target=server.serve_forever, daemon=True).start()
+    urls = [f"http://127.0.0.1:{server.server_port}/{i}.jpg" for i in range(12)] + [
+        f"http://127.0.0.1:{server.server_port}/gone.jpg"
+    ]
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Image Path", *COLUMNS])
+        for i, url in reversed(list(enumerate(urls))):
+            table.writerow([url, *(f"{name} of {i},\nin two lines" for name in COLUMNS)])
+    (tmp_path / "some.yaml").write_text(MANIFEST)
+    yield tmp_path, tmp_path / "some.yaml", urls
+    server.shutdown()
+    server.server_close()
+
+
+MANIFEST = """
+name: some
+purpose: train
+title: A few photos
+licence: none
+get: made by a test
+download: {table: captions.csv, url: Image Path, caption: raw_caption, folder: some, image_size: 128}
+source: {kind: class-folder, root: some}
+"""
+
+
+def pretend(tmp_path: Path, monkeypatch, code: int = 0) -> None:
+    """Put a program in img2dataset's place that says how it was called."""
+    program = tmp_path / "bin" / "img2dataset"
+    program.parent.mkdir()
+    program.write_text(PRETENDER.format(python=sys.executable, code=code))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "elsewhere" / "python"))
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_img2dataset_is_called_with_a_list_of_urls_and_its_reports_are_added_up(web, typed, tmp_path, monkeypatch):
+    _, manifest, urls = web
+    pretend(tmp_path, monkeypatch)
+    code, out, _ = typed("download", str(manifest), "--processes", "3", "--quiet")
+    assert code == 0
+    assert out == f"some: 7 images of 10 URLs (70.0%)\nNext: sail-extract run {manifest}\n"
+    listed, *options = json.loads((tmp_path / "some" / "called.json").read_text())
+    assert {"--processes_count=3", "--thread_count=64", "--image_size=128", "--output_format=webdataset"} < set(options)
+    rows = pq.read_table(listed).to_pylist()
+    assert [row["url"] for row in rows] == urls[::-1]
+    assert rows[-1]["caption"] == "raw_caption of 0,\nin two lines"
+
+
+def test_the_list_of_urls_is_made_once(web, typed, tmp_path, monkeypatch):
+    """Finished tars are known by their number, so the list must not change under them."""
+    _, manifest, _ = web
+    pretend(tmp_path, monkeypatch)
+    typed("download", str(manifest), "--quiet")
+    before = (tmp_path / "some-urls.parquet").read_bytes()
+    (tmp_path / "captions.csv").write_text("Image Path,raw_caption\nhttp://other,other\n")
+    assert typed("download", str(manifest), "--quiet")[0] == 0
+    assert (tmp_path / "some-urls.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"download": None}, "some does not come by img2dataset; `sail-extract check some` says how."),
+        ({"table": "other.csv"}, "other.csv is not there; `sail-extract check some` says how to get it."),
+        ({"url": "URL"}, "captions.csv has no column 'URL'; its columns are Image Path, raw_caption"),
+        ({}, "img2dataset ended with exit code 5; its messages are above, the same command goes on."),
+    ],
+)
+def test_a_mistake_is_one_sentence(web, typed, tmp_path, monkeypatch, change, said):
+    _, manifest, _ = web
+    pretend(tmp_path, monkeypatch, code=5)
+    content = yaml.safe_load(MANIFEST)
+    content["download"] = None if "download" in change else content["download"] | change
+    manifest.write_text(yaml.safe_dump(content))
+    code, _, err = typed("download", str(manifest), "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+
+
+def test_without_img2dataset_the_command_that_installs_it_is_said(web, typed, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = typed("download", str(web[1]))
+    assert (code, err) == (2, "error: img2dataset is not installed: pip install 'sail-align[download]'.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("img2dataset"), reason="img2dataset is not installed (extra download)")
+def test_the_real_img2dataset_downloads_what_is_alive_and_goes_on(web, typed):
+    root, manifest, urls = web
+    code, out, _ = typed("download", str(manifest), "--processes", "1", "--threads", "4", "--quiet")
+    assert code == 0
+    assert "some: 12 images of 13 URLs (92.3%)" in out
+    with tarfile.open(root / "some" / "00000.tar") as tar:
+        about = [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
+        images = [Image.open(tar.extractfile(member)) for member in tar if member.name.endswith(".jpg")]
+    assert {each["url"] for each in about} == set(urls[:12])
+    assert all(len(each["sha256"]) == 64 for each in about)
+    assert {min(image.size) for image in images} == {128}
+    written = (root / "some" / "00000.tar").stat().st_mtime_ns
+    assert typed("download", str(manifest), "--processes", "1", "--quiet")[0] == 0
+    assert (root / "some" / "00000.tar").stat().st_mtime_ns == written
