@@ -1,10 +1,15 @@
 """sail-extract check as typed: what is here, what is missing, and the command that gets it."""
 
+import io
 import json
+import tarfile
 
 import pytest
 import yaml
 from PIL import Image
+
+from sail_align.extract.manifest import find_manifest, packaged_manifests
+from sail_align.extract.published import templates
 
 PHOTOS = """
 name: photos
@@ -97,6 +102,42 @@ def test_lists_that_a_manifest_refers_to_are_looked_up(photos, typed):
     photos.write_text(yaml.safe_dump(content))
     code, out, _ = typed("check", str(photos))
     assert (code, "  NOT  No templates 'open_clip:imagenet-81'; give" in out) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("reports", "counted"), [(True, "40 tars with 80 images of 120 URLs that were tried"), (False, "40 tars;")]
+)
+def test_of_many_tars_some_are_looked_at_and_img2datasets_reports_are_added_up(typed, tmp_path, reports, counted):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "JPEG")
+    for number in range(40):
+        with tarfile.open(tmp_path / f"{number:05}.tar", "w") as tar:
+            for key in range(2):
+                for ending, content in (("jpg", picture.getvalue()), ("txt", b"said"), ("json", b"{}")):
+                    member = tarfile.TarInfo(f"{number:05}{key:04}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        if reports:
+            (tmp_path / f"{number:05}_stats.json").write_text(json.dumps({"count": 3, "successes": 2}))
+    content = {**yaml.safe_load(PHOTOS), "purpose": "train", "expected_rows": 120}
+    content["source"] = {"kind": "webdataset", "captions": {"raw": "txt"}}
+    del content["task"], content["expected_captions"]
+    (tmp_path / "tars.yaml").write_text(yaml.safe_dump(content))
+    code, out, _ = typed("check", str(tmp_path / "tars.yaml"))
+    assert code == 0
+    assert f"  ok   {counted}" in out
+    assert "  ok   33 of 33 images looked at are readable\n" in out
+
+
+@pytest.mark.parametrize("name", packaged_manifests())
+def test_what_packaged_manifests_refer_to_is_published(name):
+    manifest = find_manifest(name)[0]
+    reference = manifest.task and manifest.task.templates
+    if not isinstance(reference, str):
+        return
+    library = reference.split(":")[0]
+    pytest.importorskip(library, reason=f"{library} is not installed (extra eval)")
+    assert all(template.count("{}") == 1 for template in templates(reference))
 
 
 def test_without_a_name_every_packaged_manifest_has_a_line(typed, tmp_path):
