@@ -8,6 +8,9 @@ from typing import Any, BinaryIO, cast
 
 from sail_align.extract.errors import UserError
 
+READ_AHEAD = 8 << 20
+"""Bytes a request, where a file at a URL is read through."""
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -24,7 +27,7 @@ class FileSet:
         not looked for here: it may be thousands of requests.
 
         Raises:
-            UserError: A pattern matches no file.
+            UserError: A pattern matches no file, or no installed package knows this kind of URL.
         """
         given = [patterns] if isinstance(patterns, str) else patterns
         names = chain.from_iterable(map(self._matches, chain.from_iterable(map(_expand, given))))
@@ -51,7 +54,8 @@ class FileSet:
             if path := self.local(name):
                 return path.open("rb")
             files, there = _remote(name)
-            return cast(BinaryIO, files.open(there, "rb"))
+            # Read ahead, or the default of some protocols transfers a tar twice over while its headers are read.
+            return cast(BinaryIO, files.open(there, "rb", block_size=READ_AHEAD, cache_type="readahead"))
         except FileNotFoundError as problem:
             raise UserError(f"{self.local(name) or name} is not there; correct source.files.") from problem
 
@@ -73,9 +77,9 @@ class FileSet:
 
     def _matches(self, pattern: str) -> list[str]:
         if "://" in pattern:
+            files, path = _remote(pattern)
             if "*" not in pattern and "[" not in pattern:  # a `?` in a URL begins its query
                 return [pattern]
-            files, path = _remote(pattern)
             names = sorted(files.unstrip_protocol(found) for found in files.glob(path))
         elif (self.root / pattern).is_file():  # also a name that holds a bracket
             return [pattern]

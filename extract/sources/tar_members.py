@@ -3,6 +3,7 @@
 Python's `tarfile` takes several times as long, and ends without a word where a header is damaged.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -16,6 +17,8 @@ _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _LONG_NAME, _PAX, _PAX_GLOBAL = b"L", (b"x", b"X"), b"g"
 _LONGEST_EXTENSION = 1 << 20
+_LARGEST = 1 << 50
+_NUMBER = re.compile(rb"[0-9]{1,20}")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -58,6 +61,8 @@ def members(tar: BinaryIO, name: str) -> Iterator[Member]:
         fields = shared | own
         if kind in _FILES and "size" in fields:
             size = int(fields["size"])
+        if size > _LARGEST:
+            raise DamagedTarError(f"holds a member of impossible size, at byte {at:,}")
         data, at = at + BLOCK, at + BLOCK
         if kind not in _WITHOUT_DATA:
             at += -(-size // BLOCK) * BLOCK
@@ -127,9 +132,9 @@ def _records(extension: bytes, data: int) -> dict[str, str]:
     rest = extension
     while rest.strip(b"\0"):
         digits = rest.split(b" ", 1)[0]
-        length = int(digits) if digits.isdigit() else 0
+        length = int(digits) if _NUMBER.fullmatch(digits) else 0
         key, equals, value = rest[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or length > len(rest) or (key == b"size" and not value.isdigit()):
+        if not equals or length > len(rest) or (key == b"size" and not _NUMBER.fullmatch(value)):
             raise DamagedTarError(f"holds a PAX header that cannot be read, at byte {data:,}")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "replace")

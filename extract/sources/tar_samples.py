@@ -86,7 +86,7 @@ def table_beside(tar: str) -> str:
 def _parse(text: str) -> dict[str, Any] | None:
     try:
         row = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

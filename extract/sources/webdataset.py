@@ -104,8 +104,8 @@ class WebDatasetSource(Source):
             texts = [text for text in map(_text, several) if text]
             named = {f"c{i}": text for i, text in enumerate(texts)}
         else:
-            if lists := [origin for origin in captions.values() if isinstance(members.get(origin), list)]:
-                raise UserError(f"{lists[0]!r} of {key} is a list; write `captions: {lists[0]}` for such a field.")
+            if other := [origin for origin in captions.values() if isinstance(members.get(origin), (list, dict))]:
+                raise UserError(f"{other[0]!r} of {key} is no text; if it is a list, write `captions: {other[0]}`.")
             named = {name: text for name, origin in captions.items() if (text := _text(members.get(origin)))}
         return Sample(
             key=key,

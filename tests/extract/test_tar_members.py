@@ -112,6 +112,33 @@ def test_damage_inside_is_said_where_tarfile_is_silent():
     assert everything(b"<html>" * 500) == ([], "is no tar")
 
 
+@given(data=st.data(), form=st.sampled_from(FORMS[1:]))
+def test_no_damage_ends_in_another_way(data, form):
+    whole = tar_of((LONG, b"x" * 600), ("b.txt", b"y"), ("ü" * 60, b"z" * 1_100), form=form)
+    broken = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for place in data.draw(st.lists(st.integers(0, max(len(broken) - 1, 0)), max_size=3)) if broken else []:
+        broken[place] = data.draw(st.integers(0, 255))
+        header = place // 512 * 512
+        if data.draw(st.booleans()) and len(broken) >= header + 512:  # so that the checksum does not give it away
+            broken[header + 148 : header + 156] = b" " * 8
+            broken[header + 148 : header + 156] = b"%06o\0 " % sum(broken[header : header + 512])
+    stream = io.BytesIO(bytes(broken))
+    try:
+        for member in members(stream, "some.tar"):
+            stream.seek(member.offset)
+            assert len(stream.read(member.size)) <= member.size
+    except (DamagedTarError, UserError):
+        pass
+
+
+def test_absurd_sizes_are_damage():
+    binary = bytearray(tar_of(("a.jpg", b"x")))
+    binary[124:136] = b"\xff" * 12
+    binary[148:156] = b" " * 8
+    binary[148:156] = b"%06o\0 " % sum(binary[:512])
+    assert everything(bytes(binary)) == ([], "holds a member of impossible size, at byte 0")
+
+
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_a_compressed_tar_is_refused(tmp_path, mode):
     path = tmp_path / "a.tar"
