@@ -19,8 +19,6 @@ DataRoot = Annotated[
     str | None,
     typer.Option(help="Where the manifest's files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
 ]
-SHOWN = 20
-"""Rows of a list that are printed."""
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -88,7 +86,8 @@ def run(
     _print_arrays(store)
     typer.echo(f"{store.path}: {summary}.")
     if worker == "1/1":
-        _print_pairing(store)
+        if checked := pairing_note(store):
+        typer.echo(checked)
         typer.echo(f"Next: sail-align fit --features {store.path}")
 
 
@@ -146,11 +145,26 @@ def download(
 
 
 @app.command()
-def status(store: StorePath) -> None:
+def status(
+    store: StorePath,
+    failed: Annotated[bool, typer.Option("--failed", help="List the rows that could not be encoded, and why.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --failed, write them as parquet: key, url, image, array, status.")
+    ] = None,
+) -> None:
     """Say what a store holds: its arrays, how much of each is done, and rows by status."""
+    from sail_align.extract.failed import describe_failed, write_failed
     from sail_align.extract.store import Store
 
+    if out and not failed:
+        raise UserError("--out has no effect without --failed; add it.")
     opened = Store.open(store)
+    if failed:
+        for line in describe_failed(opened):
+            typer.echo(line)
+        if out:
+            typer.echo(f"wrote {out}: {write_failed(opened, out):,} rows")
+        return
     typer.echo(f"{store}: {opened.dataset}, {opened.rows} samples, captions {', '.join(opened.captions) or 'none'}")
     _print_arrays(opened)
     typer.echo(f"digest {opened.digest}")
@@ -212,11 +226,8 @@ def overlap(
     where = str(Runtime.of(device, "float32").device)
     found = find_overlap(Store.open(train), Store.open(evaluation), encoder=image_encoder, device=where, quiet=quiet)
     rows = found.closest(least)
-    for key, match, cosine in found.pairs(rows[:SHOWN]):
-        typer.echo(f"  {cosine:.4f}  {key}  {match}")
-    if len(rows) > SHOWN:
-        typer.echo(f"  … and {len(rows) - SHOWN:,} more")
-    typer.echo(f"{found.spread}.")
+    for line in found.describe(rows):
+        typer.echo(line)
     typer.echo(
         f"{train}: {len(rows):,} of {found.train.rows:,} images are near-duplicates of images of {evaluation} "
         f"(cosine {least:g} or more)."
@@ -224,19 +235,6 @@ def overlap(
     if out:
         write_exclusions(out, found, rows)
         typer.echo(f"wrote {out}\nNext: sail-align fit --features {train} --exclude {out}")
-
-
-def _print_pairing(store: "Store") -> None:
-    """Say whether captions belong to their images, once a store that has both is complete."""
-    from sail_align.extract.doctor import Verdict, diagnose
-
-    texts = [array for name in store.captions for array in store.texts(name).values()]
-    if not (texts and store.images() and all(array.complete for array in store.arrays())):
-        return
-    diagnosis = diagnose(store)
-    warning = "warning: " if diagnosis.verdict is Verdict.BROKEN else ""
-    more = f" See `sail-extract doctor {store.path}`." if warning else ""
-    typer.echo(f"{warning}pairing check: {diagnosis.sentence}{more}")
 
 
 def _print_arrays(store: "Store") -> None:

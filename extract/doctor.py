@@ -84,6 +84,17 @@ def diagnose(store: Store) -> Diagnosis:
     return diagnosis
 
 
+def pairing_note(store: Store) -> str | None:
+    """Return the verdict as a line for the end of a run; None while the store is not complete, or has one side only."""
+    both = store.images() and any(store.texts(name) for name in store.captions)
+    if not both or not all(array.complete for array in store.arrays()):
+        return None
+    diagnosis = diagnose(store)
+    if diagnosis.verdict is Verdict.BROKEN:
+        return f"warning: pairing check: {diagnosis.sentence} See `sail-extract doctor {store.path}`."
+    return f"pairing check: {diagnosis.sentence}"
+
+
 def judge(pairing: Pairing | None, shard_N: Places) -> tuple[Verdict, str]:
     """Return the verdict on one pair of arrays and the reason, given the shard of each row of the sample."""
     if pairing is None:

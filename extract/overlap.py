@@ -21,6 +21,8 @@ from sail_align.extract.store import Store
 THRESHOLD = 0.85
 """Of 250 photos through efficientnet-lite0, every one cropped to 95 % or mirrored, and 94 % of those saved again as
 JPEG of quality 60, are above it; of 3 million pairs of other photos only one, of the same scene a moment later."""
+SHOWN = 20
+"""Pairs that a reader sees."""
 TRAIN_ROWS = 8_192
 EVAL_ROWS = 32_768
 
@@ -48,12 +50,15 @@ class Overlap:
         matches = _keys(self.evaluation, self.matches[rows])
         yield from zip(keys, matches, self.cosines[rows].tolist(), strict=True)
 
-    @property
-    def spread(self) -> str:
-        """How alike the best matches are, in words: what a threshold is to be chosen by."""
+    def describe(self, rows: NDArray[np.int64]) -> Iterator[str]:
+        """Yield lines for a reader: the first `SHOWN` of some pairs, and how alike all best matches are."""
+        for key, match, cosine in self.pairs(rows[:SHOWN]):
+            yield f"  {cosine:.4f}  {key}  {match}"
+        if len(rows) > SHOWN:
+            yield f"  … and {len(rows) - SHOWN:,} more"
         there = self.cosines[self.cosines > -1]
         half, most, highest = np.quantile(there, [0.5, 0.99, 1]) if len(there) else (np.nan,) * 3
-        return f"best matches: half below {half:.2f}, 99 % below {most:.2f}, highest {highest:.2f}"
+        yield f"best matches: half below {half:.2f}, 99 % below {most:.2f}, highest {highest:.2f}."
 
 
 def find_overlap(

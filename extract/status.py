@@ -19,6 +19,11 @@ class Status(IntEnum):
     """The encoder's output held NaN or infinity, or left float16's range."""
 
     @property
+    def failed(self) -> bool:
+        """Whether the row was tried and could not be encoded."""
+        return self not in (Status.OK, Status.PENDING)
+
+    @property
     def label(self) -> str:
         """The name in reports and markers: `too-large`."""
         return self.name.lower().replace("_", "-")
