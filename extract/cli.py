@@ -46,6 +46,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set's images and captions into a store; run it again to go on after a stop."""
+    from sail_align.extract.doctor import pairing_note
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
     from sail_align.extract.encoders.runtime import Runtime
@@ -85,9 +86,9 @@ def run(
     store = Store.open(store.path)
     _print_arrays(store)
     typer.echo(f"{store.path}: {summary}.")
-    if worker == "1/1":
-        if checked := pairing_note(store):
+    if checked := pairing_note(store):
         typer.echo(checked)
+    if worker == "1/1":
         typer.echo(f"Next: sail-align fit --features {store.path}")
 
 
