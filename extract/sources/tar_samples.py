@@ -65,7 +65,7 @@ def read_tar(files: FileSet, tar: str, images: Collection[str], origins: Collect
                         unreadable += row is None
                         sample |= {f"json:{name}": (row or {}).get(name) for name in fields}
         except DamagedTarError as problem:
-            found.notes.append(f"{problem}; only what stands before is used")
+            found.notes.append(f"{problem}; only the samples before that are used" if found.samples else str(problem))
     for key in twice:
         del found.samples[key]
     if twice:
