@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
+from sail_align.extract.encoders.runtime import batch_memory
 from sail_align.extract.sources.base import Sample, Source, UnreadableImageError
 from sail_align.extract.status import Status
 
 AHEAD = 2
 """Batches of images that are read and decoded while one is encoded."""
-TEXT_BATCH = 64
 
 Rows = tuple[NDArray[np.float16], NDArray[np.uint8]]
 """Features (n, dim), NaN where the status (n,) is not OK."""
@@ -43,16 +42,13 @@ def encode_images(
 
 
 def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Advance) -> Rows:
-    """Encode one caption of a shard's rows, texts of like length together so that little is spent on padding."""
+    """Encode one caption of a shard's rows."""
     rows = _Shard(len(texts), encoder.identity.spec.dim)
     rows.status[:] = [_of_text(text) for text in texts]
-    there = [(row, text) for row, text in enumerate(texts) if text and rows.status[row] == Status.PENDING]
+    there = np.flatnonzero(rows.status == Status.PENDING)
     advance(len(texts) - len(there))
-    there.sort(key=lambda item: len(item[1]))
-    for start in range(0, len(there), TEXT_BATCH):
-        numbers, batch = zip(*there[start : start + TEXT_BATCH], strict=True)
-        rows.put(np.array(numbers), encoder.encode(list(batch)))
-        advance(len(batch))
+    if len(there):
+        rows.put(there, encoder.encode([texts[row] or "" for row in there], advance))
     return rows.features, rows.status
 
 
@@ -96,12 +92,11 @@ def _decoded(
             place_HWC[:] = 0
             return problem.status
 
-    shape = (min(encoder.batch_size, len(samples)), encoder.size, encoder.size, 3)
-    # A GPU fetches page-locked memory by itself, while the CPU does something else.
-    buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()) for _ in range(1 + AHEAD)]
+    size = min(encoder.batch_size, len(samples))
+    buffers = [batch_memory(size, encoder.size, encoder.size, 3) for _ in range(1 + AHEAD)]
     waiting: deque[tuple[int, list[Future[Status]], Tensor]] = deque()
-    for number, start in enumerate(range(0, len(samples), shape[0])):
-        batch = samples[start : start + shape[0]]
+    for number, start in enumerate(range(0, len(samples), size)):
+        batch = samples[start : start + size]
         pixels_BHWC = buffers[number % len(buffers)][: len(batch)]
         work = [decoders.submit(decode, *pair) for pair in zip(batch, pixels_BHWC.numpy(), strict=True)]
         waiting.append((start, work, pixels_BHWC))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -99,8 +100,12 @@ class TextEncoder(Protocol):
     @property
     def identity(self) -> Identity: ...  # noqa: D102
 
-    def encode(self, texts: list[str]) -> Tensor:
-        """Return pooled features, (B, D) float32 on the CPU. Texts beyond the token limit are cut."""
+    def encode(self, texts: Sequence[str], advance: Callable[[int], object] = ...) -> Tensor:
+        """Return pooled features of one or more texts, (B, D) float32 on the CPU. Texts beyond the token limit are cut.
+
+        However many there are, they are encoded in batches that suit the device; `advance` is told how many more are
+        done. What is computed for a text depends on the others by no more than rounding.
+        """
 
 
 class EncoderChangedError(UserError):

@@ -1,10 +1,12 @@
-"""Where and in which precision a network runs."""
+"""Where and in which precision a network runs: what differs between a CPU and a GPU is here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sail_align.extract.encoders.batches import largest_batch
 from sail_align.extract.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,3 +44,16 @@ class Runtime:
     def freeze(self, network: nn.Module) -> nn.Module:
         """Return the network on the device, in the precision, in evaluation mode and without gradients."""
         return network.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def upload(self, batch: Tensor) -> Tensor:
+        """Copy a batch to the device; a GPU fetches it out of `batch_memory` while the CPU goes on."""
+        return batch.to(self.device, non_blocking=True)
+
+    def batch_size(self, encode: Callable[[int], object], *, on_cpu: int, at_most: int) -> int:
+        """Return how many items are best encoded at once: on a GPU as many as fit, found by trying."""
+        return largest_batch(encode, at_most) if self.device.type == "cuda" else on_cpu
+
+
+def batch_memory(*shape: int) -> Tensor:
+    """Return memory for a batch of bytes; where there is a GPU it is page-locked."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())

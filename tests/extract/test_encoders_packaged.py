@@ -109,6 +109,19 @@ def test_a_paraphrase_is_nearer_than_a_stranger():
     assert encoder.identity.spec.dim == 384
 
 
+def test_features_depend_on_their_batch_by_rounding_only():
+    encoder = load_text_encoder("minilm-l6")
+    texts = [" ".join(["A brown dog leaps over a log,"] * (1 + 5 * i % 12)) + f" number {i}" for i in range(120)]
+    texts[7] = "word " * 20_000
+    done = []
+    together = encoder.encode(texts, done.append)
+    alone = torch.cat([encoder.encode([text]) for text in texts])
+    assert len(done) > 3
+    assert sum(done) == len(texts)
+    assert torch.cosine_similarity(together, alone).min() > 0.99999
+    torch.testing.assert_close(together, alone, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("name", [*NETS, "minilm-l6"])
 def test_the_packaged_encoders_are_recorded_and_found_again(name):
     load = load_text_encoder if name == "minilm-l6" else load_image_encoder
