@@ -60,10 +60,11 @@ def run(
 
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
-    names = tuple(name.strip() for name in captions.split(",")) if captions else source.captions
+    names = tuple(name.strip() for name in captions.split(",")) if captions else source.all_captions
     for name in names:
-        if name not in source.captions:
-            raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(source.captions) or 'none'}.")
+        if name not in source.all_captions:
+            there = ", ".join(source.all_captions) or "none"
+            raise UserError(f"{about.name} has no caption {name!r}; it has {there}.")
     image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
     Runtime.of(device, precision)
     find_vision(image_name)
@@ -80,6 +81,7 @@ def run(
         captions=names,
     )
     store = job.open_store(quiet=quiet)
+    _print_recaptions(store)
     if about.expected_rows not in (None, store.rows):
         typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
     summary = run_job(job, store, crew, share, quiet=quiet)
@@ -167,6 +169,7 @@ def status(
             typer.echo(f"wrote {out}: {write_failed(opened, out):,} rows")
         return
     typer.echo(f"{store}: {opened.dataset}, {opened.rows} samples, captions {', '.join(opened.captions) or 'none'}")
+    _print_recaptions(opened)
     _print_arrays(opened)
     typer.echo(f"digest {opened.digest}")
 
@@ -236,6 +239,14 @@ def overlap(
     if out:
         write_exclusions(out, found, rows)
         typer.echo(f"wrote {out}\nNext: sail-align fit --features {train} --exclude {out}")
+
+
+def _print_recaptions(store: "Store") -> None:
+    from sail_align.extract.recaption_report import RecaptionReport
+
+    report = RecaptionReport.read(store.path / "index")
+    for line in report.lines() if report else ():
+        typer.echo(line)
 
 
 def _print_arrays(store: "Store") -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sail_align.extract.files import write_atomically
 from sail_align.extract.sources.base import Sample
@@ -64,3 +66,8 @@ def read_index(folder: Path, start: int, stop: int, columns: Sequence[str] | Non
             table = file.read_row_groups(list(groups), columns=columns)
         tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
     return pa.concat_tables(tables)
+
+
+def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Return a 64-bit hash of each text; the same text has the same hash in this process only."""
+    return np.fromiter(map(hash, texts), np.int64, len(texts))

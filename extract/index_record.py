@@ -15,7 +15,9 @@ from sail_align.extract.files import canonical_json, write_atomically
 from sail_align.extract.sources.base import Part
 
 Stamp = tuple[str, int, int]
-"""A file's name, size in bytes, and time of last change in nanoseconds; −1 for a file that is not there."""
+"""A file's name, size in bytes, and time of last change in nanoseconds; −1 for a file that is not there.
+
+A part without files is known by its own name."""
 
 RECORD = "sources.json"
 
@@ -38,7 +40,7 @@ class IndexRecord:
     def begin(cls, made_of: Any, parts: Sequence[Part]) -> "IndexRecord":
         """Return the record of an index of which nothing is written."""
         digest = hashlib.sha256(canonical_json(made_of)).hexdigest()
-        return cls(digest, [stamps(part.files) for part in parts], [0] * len(parts), [], [])
+        return cls(digest, [stamps(part.files) or [(part.name, -1, -1)] for part in parts], [0] * len(parts), [], [])
 
     @classmethod
     def read(cls, folder: Path) -> "IndexRecord | None":
@@ -56,8 +58,8 @@ class IndexRecord:
         write_atomically(folder / RECORD, canonical_json(asdict(self)))
 
     def same_source(self, other: "IndexRecord") -> bool:
-        """Whether both are of one index, out of files with the same stamps: only files can vouch for samples."""
-        return self.made_of == other.made_of and self.stamps == other.stamps and all(self.stamps)
+        """Whether both are of one index, out of files with the same stamps."""
+        return self.made_of == other.made_of and self.stamps == other.stamps
 
 
 def stamps(files: Iterable[Path]) -> list[Stamp]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, index_file, samples_table, write_index_file
-from sail_align.extract.index_record import IndexRecord
+from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, index_file, samples_table, text_hashes, write_index_file
+from sail_align.extract.index_record import IndexRecord, stamps
 from sail_align.extract.progress import progress
-from sail_align.extract.sources.base import Part, Sample
+from sail_align.extract.recaptions import join_captions
+from sail_align.extract.sources.base import CaptionTables, Part, Sample
 
 Advance = Callable[[int], object]
 """Told how many more rows are done."""
@@ -25,19 +25,27 @@ CANDIDATES = 65_536
 
 
 def write_index(
-    folder: Path, made_of: Any, parts: Sequence[Part], captions: Sequence[str], *, quiet: bool
+    folder: Path,
+    made_of: Any,
+    parts: Sequence[Part],
+    captions: Sequence[str],
+    recaptions: CaptionTables | None = None,
+    *,
+    quiet: bool,
 ) -> IndexRecord:
     """Write the index files of all parts, and go on where a call that was stopped left off.
 
-    Such a call's files are kept if `made_of` (a JSON value: all that decides what the index holds) is the same and no
-    file of the source has another stamp. The files then are byte for byte those of a call that was not stopped.
+    Such a call's files are kept if `made_of` (a JSON value: all that decides which samples there are) is the same and
+    no file of the source has another stamp. The files then are byte for byte those of a call that was not stopped.
+    The captions of `recaptions` are joined when all files are there.
 
     Raises:
-        UserError: Two samples have the same key.
+        UserError: Two samples have the same key, or `recaptions` fit none.
     """
     record = IndexRecord.begin(made_of, parts)
     before = IndexRecord.read(folder)
-    if before and before.same_source(record) and _all_there(folder, before):
+    joined_before = before is not None and before.tables and not recaptions
+    if before and before.same_source(record) and not joined_before and _all_there(folder, before):
         record = before
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -45,6 +53,11 @@ def write_index(
     if not record.complete:
         _write_files(folder, record, parts, captions, quiet)
     _require_unique_keys(folder, len(record.digests))
+    if recaptions and record.digests:
+        record.tables = stamps(recaptions.files)
+        record.write(folder)  # from here on files may hold joined captions
+        record.digests = join_captions(folder, len(record.digests), sum(record.rows), recaptions, quiet=quiet)
+        record.write(folder)
     return record
 
 
@@ -99,8 +112,3 @@ def _require_unique_keys(folder: Path, files: int) -> None:
 def _keys(folder: Path, files: int) -> Iterator[list[str]]:
     for number in range(files):
         yield pq.read_table(index_file(folder, number), columns=["key"])["key"].to_pylist()
-
-
-def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return a 64-bit hash of each text; the same text has the same hash in this process only."""
-    return np.fromiter(map(hash, texts), np.int64, len(texts))

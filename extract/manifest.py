@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.descriptions import NonEmpty, Source, Strict
+from sail_align.extract.sources.descriptions import NonEmpty, Recaptions, Source, Strict
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
@@ -63,6 +63,7 @@ class Manifest(Strict):
     licence: str
     get: str
     source: Source
+    recaptions: Recaptions | None = None
     task: Task | None = None
     download: Download | None = None
     encoders: Encoders = Encoders()
@@ -70,15 +71,18 @@ class Manifest(Strict):
     expected_captions: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _task_goes_with_evaluation(self) -> "Manifest":
+    def _fields_go_with_purpose(self) -> "Manifest":
         if (self.purpose == "evaluate") != (self.task is not None):
             raise ValueError("'task' belongs to, and only to, a manifest whose purpose is 'evaluate'")
+        if self.purpose == "evaluate" and self.recaptions:
+            raise ValueError("'recaptions' belongs to manifests whose purpose is 'train'")
         return self
 
     @property
     def rows(self) -> dict[str, Any]:
         """What decides the rows of a store: a store is made from this and goes on only with the same."""
-        return self.model_dump(mode="json", include={"name", "source"})
+        fields = {"name", "source"} | ({"recaptions"} if self.recaptions else set())
+        return self.model_dump(mode="json", include=fields)
 
 
 def packaged_manifests() -> dict[str, Path]:

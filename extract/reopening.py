@@ -1,13 +1,16 @@
 """Are a store's samples still those of its source? Only parts whose files changed are read again for it."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.files import file_digest
 from sail_align.extract.index import GROUP_ROWS
-from sail_align.extract.index_record import IndexRecord
+from sail_align.extract.index_record import IndexRecord, Stamp, stamps
 from sail_align.extract.progress import progress
+from sail_align.extract.recaption_report import RecaptionReport
 from sail_align.extract.sources.base import Part, Sample, Source
 
 if TYPE_CHECKING:
@@ -26,25 +29,43 @@ def require_samples(store: "Store", source: Source, *, quiet: bool) -> None:
     folder, parts = store.path / "index", source.parts()
     now = IndexRecord.begin(store.attributes["manifest"], parts)
     before = IndexRecord.read(folder)
-    if before and before.stamps == now.stamps:
+    now.tables = _require_tables(store, source, before)
+    if before and (before.stamps, before.tables) == (now.stamps, now.tables):
         return
+    known = list(zip(before.rows, before.stamps, strict=True)) if before else []
     start = 0
     with progress(store.rows, "comparing samples", quiet=quiet, delay=1) as bar:
-        for number, part in enumerate(parts):
-            expected = before.rows[number] if before and number < len(before.rows) else None
-            if before is None or expected is None or before.stamps[number] != now.stamps[number]:
-                old = before.stamps[number] if before and expected is not None else []
-                changed = [file for file, stamp in zip(part.files, now.stamps[number], strict=True) if stamp not in old]
-                expected = _compare(store, source, part, start, expected, changed or list(part.files))
-            bar.update(expected)
-            now.rows[number] = expected
-            start += expected
+        for number, (part, stamped) in enumerate(zip(parts, now.stamps, strict=True)):
+            rows, old = known[number] if number < len(known) else (None, [])
+            if rows is None or old != stamped:
+                changed = [file for file, stamp in zip(part.files, stamped, strict=False) if stamp not in old]
+                rows = _compare(store, source, part, start, rows, changed or list(part.files))
+            bar.update(rows)
+            now.rows[number] = rows
+            start += rows
     if start < store.rows:
         _refuse(store, start, store.samples(start, start + 1)[0], None, [])
     now.digests, now.complete = store.attributes["index_sha256"], True
     if before:
-        now.made_of, now.tables = before.made_of, before.tables
+        now.made_of = before.made_of
     now.write(folder)
+
+
+def _require_tables(store: "Store", source: Source, before: IndexRecord | None) -> list[Stamp]:
+    """Return the stamps of the caption tables that were joined, which must be those that are there now."""
+    if source.recaptions is None:
+        return []
+    files = source.recaptions.files
+    now = stamps(files)
+    if before is None or before.tables != now:
+        report = RecaptionReport.read(store.path / "index")
+        for file, joined in zip_longest(files, report.tables if report else []):
+            if file is None or joined is None or joined != [file.name, file_digest(file)]:
+                raise UserError(
+                    f"{store.path} holds captions of another {file.name if file else joined[0]} than there is now; "
+                    "name another --out."
+                )
+    return now
 
 
 def _compare(store: "Store", source: Source, part: Part, start: int, expected: int | None, changed: list[Path]) -> int:

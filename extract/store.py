@@ -4,6 +4,7 @@
       zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, index digests
       index/part-00000.parquet …         one row a sample: key, image, label, mask, url, captions by name
       index/sources.json                 what the index was read from: rows a part, stamps of its files
+      index/recaptions.json              where captions were joined: from which tables, to how many images
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
       text/<encoder>/<caption>/{features,status}
       commits/<array path>/<shard>.json  written last: a shard without a valid marker does not exist for any reader
@@ -34,7 +35,7 @@ from sail_align.extract.leases import Leases
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.progress import note
 from sail_align.extract.reopening import require_samples
-from sail_align.extract.sources.base import Part, Sample, Source
+from sail_align.extract.sources.base import CaptionTables, Part, Sample, Source
 
 FORMAT = 1
 SHARD_ROWS = 65_536
@@ -70,6 +71,7 @@ class Store:
         manifest: dict[str, Any],
         parts: Sequence[Part],
         captions: Sequence[str],
+        recaptions: CaptionTables | None = None,
         shard_rows: int | None = None,
         chunk_rows: int | None = None,
         quiet: bool = False,
@@ -94,7 +96,8 @@ class Store:
             raise StoreExistsError(f"{path} is a store already; name another path or remove it.")
         if occupied:
             raise UserError(f"{path} exists and is not a feature store; name another --out.")
-        for name in captions:
+        names = [*captions, *(recaptions.captions if recaptions else ())]
+        for name in names:
             if not CAPTION_NAME.fullmatch(name):
                 raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
         try:
@@ -106,8 +109,9 @@ class Store:
             if (path / "zarr.json").exists():
                 raise StoreExistsError(f"{path} has just been made by another run; open it.")
             (path / "index").mkdir(exist_ok=True)
-            made_of = [FORMAT, dataset, manifest, list(captions)]
-            index = write_index(path / "index", made_of, parts, captions, quiet=quiet)
+            samples_of = {name: value for name, value in manifest.items() if name != "recaptions"}
+            made_of = [FORMAT, samples_of, list(captions)]
+            index = write_index(path / "index", made_of, parts, captions, recaptions, quiet=quiet)
             rows = sum(index.rows)
             if rows == 0:
                 raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
@@ -122,7 +126,7 @@ class Store:
                 "rows": rows,
                 "shard_rows": shard_rows,
                 "chunk_rows": chunk_rows,
-                "captions": list(captions),
+                "captions": names,
                 "index_sha256": index.digests,
             }
             root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
@@ -292,6 +296,7 @@ def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: boo
                 manifest=made_from,
                 parts=source.parts(),
                 captions=source.captions,
+                recaptions=source.recaptions,
                 quiet=quiet,
             )
     store = Store.open(path)

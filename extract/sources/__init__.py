@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sail_align.extract.errors import UserError
 from sail_align.extract.sources import descriptions as described
 from sail_align.extract.sources.base import Source
 
@@ -12,6 +13,17 @@ if TYPE_CHECKING:  # a manifest is made of the descriptions beside this
 
 def open_source(manifest: "Manifest", data_root: Path) -> Source:
     """Open what a manifest describes. Raises `UserError` if its files are not there or not of the described form."""
+    source = _open(manifest, data_root)
+    if manifest.recaptions:
+        from sail_align.extract.sources.tables import caption_tables
+
+        source.recaptions = caption_tables(manifest.recaptions, data_root)
+        if twice := [name for name in manifest.recaptions.captions if name in source.captions]:
+            raise UserError(f"{manifest.name} has a caption {twice[0]!r} already; rename it under 'recaptions'.")
+    return source
+
+
+def _open(manifest: "Manifest", data_root: Path) -> Source:
     match manifest.source:
         case described.TableSource():
             from sail_align.extract.sources.table import TableSource

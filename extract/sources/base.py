@@ -1,9 +1,10 @@
 """What a source of samples is."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,8 @@ class Part:
     """A stretch of a source's samples, such as what one table or one tar gives.
 
     `read` yields the same samples in the same order each time. `files` are what they are read from: while none of these
-    has changed, the samples need not be read again. `name` is unique in the source.
+    has changed, the samples need not be read again; where there are none, while the part has the same name. `name` is
+    unique in the source.
     """
 
     name: str
@@ -44,20 +46,39 @@ class Part:
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Part":
         """Return a part of samples that are there already."""
-        return cls("samples", lambda: iter(samples))
+        digest = hashlib.sha256("\n".join(map(repr, samples)).encode("utf-8", "surrogatepass"))
+        return cls(f"samples {digest.hexdigest()}", lambda: iter(samples))
+
+
+@dataclass(frozen=True)
+class CaptionTables:
+    """Tables whose `captions` (name → column) join the samples whose `field` is what a row has in `column`."""
+
+    files: tuple[Path, ...]
+    field: Literal["url", "key"]
+    column: str
+    captions: Mapping[str, str]
 
 
 class Source(Protocol):
     """Samples in a fixed order, and the pixels behind them.
 
     `captions` names every caption that a sample may have, `classes` what labels and mask values stand for: label i is
-    `classes[i]`, and a mask pixel holds i, or `IGNORED` where it counts for nothing.
+    `classes[i]`, and a mask pixel holds i, or `IGNORED` where it counts for nothing. `recaptions` are tables of further
+    captions, which samples get in the index of a store.
     """
+
+    recaptions: CaptionTables | None = None
 
     @property
     def captions(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
     def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def all_captions(self) -> tuple[str, ...]:
+        """The captions of a store's rows: the samples' own, and those that join them."""
+        return (*self.captions, *(self.recaptions.captions if self.recaptions else ()))
 
     def parts(self) -> Sequence[Part]:
         """Return the parts, in the order of the samples; none of their samples is read for it."""

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 MaskValue = Annotated[int, Field(ge=0, le=255)]
@@ -57,6 +57,30 @@ class TableSource(Files):
     def needs(self) -> list[str]:
         """The tables, and the folder of images."""
         return [*([self.files] if isinstance(self.files, str) else self.files), self.images]
+
+
+class Recaptions(Files):
+    """Tables with further captions of a source's images, one row an image: any kind of source, any kind of table.
+
+    A row belongs to the samples whose URL is what the row has in its column `url`, or whose key is what it has in its
+    column `key`: exactly, character by character. `captions` gives a name to each column that is wanted.
+    """
+
+    files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
+    url: NonEmpty | None = None
+    key: NonEmpty | None = None
+    captions: Annotated[dict[str, NonEmpty], Field(min_length=1)]
+
+    @property
+    def needs(self) -> list[str]:
+        """The tables."""
+        return [self.files] if isinstance(self.files, str) else self.files
+
+    @model_validator(mode="after")
+    def _joins_by_one_column(self) -> "Recaptions":
+        if (self.url is None) == (self.key is None):
+            raise ValueError("name one column that joins, either 'url' or 'key'")
+        return self
 
 
 class ClassFolderSource(Files):

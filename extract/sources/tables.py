@@ -11,6 +11,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.sources.base import CaptionTables
+from sail_align.extract.sources.descriptions import Recaptions
 
 BATCH_ROWS = 8_192
 CSV_BLOCK = 4 << 20
@@ -28,6 +30,14 @@ def find_tables(root: Path, patterns: str | Sequence[str]) -> list[Path]:
     if not files:
         raise UserError(f"No table {', '.join(patterns)} in {root.resolve()}; correct 'files' or set --data-root.")
     return files
+
+
+def caption_tables(description: Recaptions, data_root: Path) -> CaptionTables:
+    """Return the tables that a manifest's `recaptions` describe. Raises `UserError` if none is there."""
+    files = tuple(find_tables(data_root / description.root, description.files))
+    if description.url is not None:
+        return CaptionTables(files, "url", description.url, description.captions)
+    return CaptionTables(files, "key", str(description.key), description.captions)
 
 
 def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupted import Killed, contents, shrink
 
-from sail_align.extract import index, indexing, reopening, store
+from sail_align.extract import index, reopening
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample
 from sail_align.extract.store import Store, open_or_create
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL where a process of its own would be too slow."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,13 +26,6 @@ def small_files():
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr)
         yield
-
-
-def shrink(set_attribute=setattr):
-    for module in (index, indexing, reopening, store):
-        for name, value in {"FILE_ROWS": 32, "GROUP_ROWS": 8}.items():
-            if hasattr(module, name):
-                set_attribute(module, name, value)
 
 
 def parts_of(sizes, folder, read=lambda part, row: None):
@@ -58,10 +48,6 @@ def parts_of(sizes, folder, read=lambda part, row: None):
 def create(path, parts, **changes):
     about = {"dataset": "set", "manifest": {"name": "set"}, "captions": ["raw"], "quiet": True} | changes
     return Store.create(path, parts=parts, **about)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,7 +102,7 @@ def test_parts_that_are_done_are_not_read_again(tmp_path):
     assert {part for part, _ in seen} == {2}
 
 
-@pytest.mark.parametrize("change", ["manifest", "captions", "file", "no files"])
+@pytest.mark.parametrize("change", ["manifest", "captions", "file", "parts"])
 def test_an_index_of_anything_else_is_begun_anew(tmp_path, change):
     stop_in(tmp_path / "s.zarr", tmp_path, [40, 40], part=1, row=39)
     parts = parts_of([30, 40], tmp_path)
@@ -128,7 +114,7 @@ def test_an_index_of_anything_else_is_begun_anew(tmp_path, change):
     elif change == "file":
         (tmp_path / "0.tar").write_text("changed")
     else:
-        parts = [Part(part.name, part.read) for part in parts]
+        parts = [Part(f"other {part.name}", part.read) for part in parts]
     keys = [sample.key for sample in create(tmp_path / "s.zarr", parts, **changes).samples(0, 70)]
     assert keys == [f"0/{i}" for i in range(30)] + [f"1/{i}" for i in range(40)]
 
@@ -152,23 +138,12 @@ def test_keys_are_told_apart_by_themselves_and_not_by_their_hashes(tmp_path, mon
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
-import test_indexing
+import interrupted, test_indexing
 
-left = int(sys.argv[2])
-
-def dying(method):
-    def wrapper(self, *args, **kwargs):
-        global left
-        left -= method.__name__ == "replace" or "wb" in args
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(self, *args, **kwargs)
-    return wrapper
-
-Path.open, Path.replace = dying(Path.open), dying(Path.replace)
-test_indexing.shrink()
+interrupted.die_at_write(int(sys.argv[2]))
+interrupted.shrink()
 test_indexing.open_pictures(Path(sys.argv[1]), "killed.zarr")
 """
 

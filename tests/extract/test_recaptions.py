@@ -1,0 +1,269 @@
+"""Captions that join by URL are those of a dictionary in memory, whatever is missing, twice or empty."""
+
+import csv
+import json
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from interrupted import Killed, contents, shrink
+from typer.testing import CliRunner
+
+from sail_align.extract import index, recaptions
+from sail_align.extract.cli import app
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.recaption_report import RecaptionReport
+from sail_align.extract.sources import open_source, tables
+from sail_align.extract.sources.base import CaptionTables, Part, Sample
+from sail_align.extract.store import Store, open_or_create
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_files():
+    """Index files of 32 rows, tables in batches of 5, a spill every few batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
+        patch.setattr(recaptions, "SPILL_BYTES", 500)
+        patch.setattr(tables, "BATCH_ROWS", 5)
+        yield
+
+
+def write_table(path: Path, rows, header=("Image Path", "longSV_captions", "shortSV_captions")) -> Path:
+    if path.suffix == ".parquet":
+        columns = [[row[i] for row in rows] for i in range(len(header))]
+        pq.write_table(
+            pa.table({name: pa.array(c, pa.string()) for name, c in zip(header, columns, strict=True)}), path
+        )
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    return path
+
+
+CAPTIONS = {"long": "longSV_captions", "short": "shortSV_captions"}
+
+
+def join(folder: Path, samples, files, field="url") -> Store:
+    joined = CaptionTables(tuple(files), field, "Image Path", CAPTIONS)
+    return Store.create(
+        folder / "s.zarr",
+        dataset="set",
+        manifest={},
+        parts=[Part.of(samples)],
+        captions=["raw"],
+        recaptions=joined,
+        quiet=True,
+    )
+
+
+def expected(names, rows):
+    """The independent implementation: each row of `names` its captions, and how many caption rows came to what."""
+    captions, fate = {}, {"joined": 0, "no_image": 0, "duplicates": 0, "empty": 0}
+    for name, *texts in rows:
+        kept = {kind: text for kind, text in zip(CAPTIONS, texts, strict=True) if text and text.strip()}
+        if not name or not kept:
+            fate["empty"] += 1
+        elif name not in names:
+            fate["no_image"] += 1
+        elif name in captions:
+            fate["duplicates"] += 1
+        else:
+            captions[name] = kept
+            fate["joined"] += 1
+    return [captions.get(name, {}) for name in names], fate
+
+
+NAMES = st.text(string.ascii_letters[:6], max_size=2)
+WORDS = st.sampled_from(["", " ", "a", "some words", 'é\n,"quoted"'])
+
+
+@pytest.mark.parametrize("hashes", ["own", "colliding"])
+@settings(max_examples=40, deadline=None)
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=100),
+    rows=st.lists(st.tuples(NAMES, WORDS, WORDS), min_size=1, max_size=60),
+    cut=st.integers(0, 60),
+    field=st.sampled_from(["url", "key"]),
+)
+@example(names=["ab"] * 70, rows=[("ab", "", " "), ("ab", "a", ""), ("ab", "", "a")] * 9, cut=3, field="url")
+def test_the_join_is_that_of_a_dictionary(hashes, tmp_path_factory, names, rows, cut, field):
+    folder = tmp_path_factory.mktemp("join")
+    if field == "key":
+        names = list(dict.fromkeys(names))
+    samples = [
+        Sample(name if field == "key" else str(i), "", {"raw": f"{i}"}, url=name if field == "url" else "")
+        for i, name in enumerate(names)
+    ]
+    files = [write_table(folder / "a.csv", rows[:cut]), write_table(folder / "b.parquet", rows[cut:])]
+    captions, fate = expected(names, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        if hashes == "colliding":  # by the first letter; read backwards, by the last
+            patch.setattr(index, "hash", lambda text: ord((text + " ")[0]), raising=False)
+        if not fate["joined"] and hashes == "own":
+            with pytest.raises(UserError, match=f"None of {len(rows)} caption rows has the {field}"):
+                join(folder, samples, files, field)
+            return
+        try:
+            store = join(folder, samples, files, field)
+        except UserError:
+            assert not fate["joined"]
+            return
+    stored = store.samples(0, store.rows)
+    assert [sample.captions for sample in stored] == [{"raw": str(i)} | more for i, more in enumerate(captions)]
+    assert [(sample.key, sample.url) for sample in stored] == [(sample.key, sample.url) for sample in samples]
+    report = RecaptionReport.read(store.path / "index")
+    assert report.joined == fate["joined"]
+    assert report.found == sum(map(bool, captions))
+    assert report.captions == {kind: sum(kind in more for more in captions) for kind in CAPTIONS}
+    assert (report.images, report.nameless) == (len(names), names.count(""))
+    assert report.rows == len(rows) == report.joined + report.no_image + report.duplicates + report.empty
+    if hashes == "own":
+        assert {kind: getattr(report, kind) for kind in fate} == fate
+    assert {file.name for file in (store.path / "index").iterdir() if "part" not in file.name} == {
+        "sources.json",
+        "recaptions.json",
+    }
+
+
+DREAMLIP = ["raw_caption"] + [f"{length}{by}_captions" for by in ("IB", "SV", "LLA") for length in ("short", "long")]
+SEVEN = {name.removesuffix("_captions").removesuffix("_caption"): name for name in DREAMLIP}
+
+
+@pytest.fixture
+def recaptioned(pictures):
+    """600 pictures with URLs, and DreamLIP's tables of them in another order, without every fifth, in two files."""
+    header, *rows = list(csv.reader((pictures / "captions.csv").open()))
+    urls = [["url", *header], *([f"http://x/{row[0]}?a=b&c", *row] for row in rows)]
+    with (pictures / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(urls)
+    captions = [(f"http://x/{i}.png?a=b&c", *(f"{name} of {i}" for name in DREAMLIP)) for i in range(650) if i % 5]
+    captions.sort(key=lambda row: hash(row[0][9:]) % 1_000)
+    header = ["Image Path", *DREAMLIP]
+    write_table(pictures / "cc_3long_3short_1raw_captions_url-0.csv", captions[:200], header)
+    write_table(pictures / "cc_3long_3short_1raw_captions_url-1.csv", captions[200:], header)
+    manifest = pictures / "pictures.yaml"
+    text = manifest.read_text().replace("captions: {raw: caption, long: story}", "captions: {own: caption}\n  url: url")
+    joins = json.dumps({"files": "cc_3long*.csv", "url": "Image Path", "captions": SEVEN})
+    manifest.write_text(f"{text}\nrecaptions: {joins}\n")
+    return pictures
+
+
+def open_pictures(root: Path, out="s.zarr") -> Store:
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    return open_or_create(root / out, manifest, open_source(manifest, data_root), quiet=True)
+
+
+def test_all_seven_captions_of_dreamlip_join_the_pictures_of_a_manifest(recaptioned):
+    store = open_pictures(recaptioned)
+    assert store.captions == ("own", *SEVEN)
+    for i, sample in enumerate(store.samples(0, 600)):
+        joined = {name: f"{column} of {i}" for name, column in SEVEN.items()} if i % 5 else {}
+        assert sample.captions == {"own": f"picture {i}"} | joined
+    report = RecaptionReport.read(store.path / "index")
+    assert (report.found, report.rows, report.no_image, report.duplicates) == (480, 520, 40, 0)
+    said = "\n".join(report.lines())
+    assert "480 of 600 images (80.0%) found captions by url, 7.00 each" in said
+    assert "40 no such image, 0 with the url of a row before, 0 empty" in said
+    printed = CliRunner().invoke(app, ["status", str(store.path)]).output
+    assert said in printed
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import interrupted, test_recaptions
+
+interrupted.die_at_write(int(sys.argv[2]))
+interrupted.shrink()
+test_recaptions.open_pictures(Path(sys.argv[1]), "killed.zarr")
+"""
+
+
+def test_a_join_killed_at_many_points_is_byte_identical(recaptioned):
+    open_pictures(recaptioned, "whole.zarr")
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    for point in (60, 30, 44):  # in the base files, in the join, before the last file
+        command = [sys.executable, "-c", KILLED, str(recaptioned), str(point)]
+        assert subprocess.run(command, env=environment, check=False).returncode == -9
+    open_pictures(recaptioned, "killed.zarr")
+    assert contents(recaptioned / "killed.zarr") == contents(recaptioned / "whole.zarr")
+
+
+def test_a_stopped_join_is_done_again_without_reading_the_source_and_another_join_too(recaptioned, monkeypatch):
+    whole = open_pictures(recaptioned, "whole.zarr")
+
+    def die(*_, **__):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecaptionReport, "write", die)
+        with pytest.raises(Killed):
+            open_pictures(recaptioned)
+    manifest = recaptioned / "pictures.yaml"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"Image Path"', '"raw_caption"'))
+    with pytest.raises(UserError, match="None of 520 caption rows has the url of one of 600 images in column 'raw_cap"):
+        open_pictures(recaptioned)
+    manifest.write_text(text)
+    monkeypatch.setattr("sail_align.extract.indexing._samples", die)  # the source
+    assert contents(open_pictures(recaptioned).path) == contents(whole.path)
+
+
+def test_a_stopped_join_leaves_nothing_in_an_index_without_one(recaptioned):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecaptionReport, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_pictures(recaptioned)
+    manifest = recaptioned / "pictures.yaml"
+    manifest.write_text(manifest.read_text().split("\nrecaptions:")[0])
+    assert open_pictures(recaptioned).samples(1, 2)[0].captions == {"own": "picture 1"}
+    assert "caption.raw" not in pq.read_schema(recaptioned / "s.zarr/index/part-00000.parquet").names
+
+
+def test_caption_tables_that_only_look_changed_are_accepted_and_others_refused(recaptioned):
+    store = open_pictures(recaptioned)
+    table = recaptioned / "cc_3long_3short_1raw_captions_url-1.csv"
+    before = contents(store.path)
+    os.utime(table, ns=(1, 1))
+    open_pictures(recaptioned)
+    after = contents(store.path)
+    assert {name for name in after if after[name] != before[name]} == {"index/sources.json"}
+    table.write_text(table.read_text().replace("of 33", "of thirty-three"))
+    with pytest.raises(UserError, match=r"holds captions of another cc_3long.*-1\.csv than there is now"):
+        open_pictures(recaptioned)
+    table.unlink()
+    with pytest.raises(UserError, match=r"holds captions of another cc_3long.*-1\.csv than there is now"):
+        open_pictures(recaptioned)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('"url": ', '"key": "image", "url": '), "name one column that joins, either 'url' or 'key'"),
+        (('"url": "Image Path", ', ""), "name one column that joins, either 'url' or 'key'"),
+        (('"raw": "raw_caption"', '"own": "raw_caption"'), "has a caption 'own' already; rename it under 'recaptions'"),
+        (("cc_3long*.csv", "cc_4long*.csv"), "No table cc_4long"),
+        (('"raw_caption"', '"row_caption"'), "has no column 'row_caption'; its columns are Image Path, raw_caption"),
+        (('"raw": ', '"a/b": '), "Caption name 'a/b' may hold only"),
+    ],
+)
+def test_a_mistake_is_one_sentence(recaptioned, change, said):
+    manifest = recaptioned / "pictures.yaml"
+    manifest.write_text(manifest.read_text().replace(*change))
+    with pytest.raises(UserError, match=said):
+        open_pictures(recaptioned)
+
+
+def test_evaluation_sets_have_no_recaptions(recaptioned):
+    manifest = recaptioned / "pictures.yaml"
+    manifest.write_text(manifest.read_text().replace("purpose: train", "purpose: evaluate\ntask: {kind: retrieval}"))
+    with pytest.raises(UserError, match="'recaptions' belongs to manifests whose purpose is 'train'"):
+        open_pictures(recaptioned)

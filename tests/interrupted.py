@@ -1,0 +1,39 @@
+"""Small index files, and processes that die while they write them."""
+
+import os
+import signal
+from pathlib import Path
+
+from sail_align.extract import index, indexing, recaptions, reopening, store
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would be too slow."""
+
+
+def shrink(set_attribute=setattr):
+    """Make index files of 32 rows in groups of 8."""
+    for module in (index, indexing, recaptions, reopening, store):
+        for name, value in {"FILE_ROWS": 32, "GROUP_ROWS": 8}.items():
+            if hasattr(module, name):
+                set_attribute(module, name, value)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def die_at_write(left: int) -> None:
+    """Die by SIGKILL just before this process opens a file for writing or renames one for the n-th time."""
+
+    def dying(method):
+        def wrapper(self, *args, **kwargs):
+            nonlocal left
+            left -= method.__name__ == "replace" or "wb" in args
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return method(self, *args, **kwargs)
+
+        return wrapper
+
+    Path.open, Path.replace = dying(Path.open), dying(Path.replace)
