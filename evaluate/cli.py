@@ -6,6 +6,7 @@ with pictures to RUN/report.html.
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,15 +54,14 @@ def evaluate_all(
     for name in packaged_manifests():
         about, root = find_manifest(name, data_root)
         if about.task and not is_here(about, root):
-            missing.append(about)
+            missing.append(name)
         elif about.task and about.task.kind not in TASKS:
             typer.echo(f"not scored: {about.name}; there is no task of kind {about.task.kind!r} yet.")
         elif about.task:
             here.append((about, root))
     if missing:
-        typer.echo("not here (`sail-extract check NAME` says how to get one):")
-        for about in missing:
-            typer.echo(f"  {about.name:<18} {about.title}")
+        typer.echo("not here (`sail-extract check NAME` says what it is and how to get it):")
+        typer.echo(fill(", ".join(missing), initial_indent="  ", subsequent_indent="  "))
     sets = here + _required(manifest or [], data_root, kind=None)
     _evaluate(run, sets, features_dir, device, quiet, stop_at_fault=False)
 

@@ -13,6 +13,7 @@ from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample, Source, UnreadableImageError
 from sail_align.extract.sources.descriptions import Files, WebDatasetSource
+from sail_align.extract.sources.tables import read_batches
 
 PROBED = 32
 """Samples, besides the first, whose image, mask and captions are looked at."""
@@ -44,10 +45,9 @@ def is_here(manifest: Manifest, data_root: Path) -> bool:
 
 def _needed(manifest: Manifest, data_root: Path) -> dict[Path, bool]:
     """Return the files and folders (or patterns of them) that a source needs, and whether each is there."""
-    if not isinstance(manifest.source, Files):
-        return {}
-    root = data_root / manifest.source.root
-    return {root / need: _is_there(root, need) for need in manifest.source.needs}
+    described = [part for part in (manifest.source, manifest.recaptions) if isinstance(part, Files)]
+    needs = [(data_root / part.root, need) for part in described for need in part.needs]
+    return {root / need: _is_there(root, need) for root, need in needs}
 
 
 def _is_there(root: Path, need: str) -> bool:
@@ -138,6 +138,12 @@ def _contents(source: Source, samples: list[Sample], *, strict: bool) -> Iterato
         readable == len(samples) if strict else readable > 0,
         f"{readable} of {len(samples)} {kind} looked at are readable{first}",
     )
+    if tables := source.recaptions:
+        for table in tables.files:
+            next(read_batches(table, [tables.column, *tables.captions.values()]), None)
+        joinable = sum(bool(getattr(sample, tables.field)) for sample in samples)
+        names = ", ".join(tables.captions)
+        yield Finding(joinable > 0, f"{joinable} of these have a {tables.field}, by which captions join: {names}")
     if source.captions:
         told = sum(bool(sample.captions) for sample in samples)
         yield Finding(

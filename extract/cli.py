@@ -32,7 +32,9 @@ def run(
     image_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="[default: the manifest's, else gte-large]")] = None,
     text_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
-    captions: Annotated[str | None, typer.Option(help="Caption names, as in raw,long.  [default: all]")] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="Names, as in raw,long.  [default: the manifest's, else all]")
+    ] = None,
     data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     precision: Annotated[str, typer.Option(help="What encoders compute in: float32, bfloat16, float16.")] = "float32",
@@ -60,7 +62,8 @@ def run(
 
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
-    names = tuple(name.strip() for name in captions.split(",")) if captions else source.all_captions
+    chosen = captions.split(",") if captions else about.encoders.captions or source.all_captions
+    names = tuple(name.strip() for name in chosen)
     for name in names:
         if name not in source.all_captions:
             there = ", ".join(source.all_captions) or "none"

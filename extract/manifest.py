@@ -31,10 +31,11 @@ class Task(Strict):
 
 
 class Encoders(Strict):
-    """The encoders that `sail-extract run` uses where the command names none. The default is the paper's pair."""
+    """What `sail-extract run` uses where the command names nothing else: the paper's pair, and all captions."""
 
     image: str = "dinov2-large"
     text: str = "gte-large"
+    captions: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class Download(Strict):

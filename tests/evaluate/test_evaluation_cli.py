@@ -202,7 +202,7 @@ def test_a_training_manifest_is_no_evaluation_set(sail_eval, squares):
     assert "is for training; give one with purpose 'evaluate'" in err
 
 
-def test_packaged_sets_that_cannot_be_scored_are_named_a_line_each(sail_eval, squares, monkeypatch, tmp_path):
+def test_packaged_sets_that_cannot_be_scored_are_named_with_how_to_get_them(sail_eval, squares, monkeypatch, tmp_path):
     far, strange = tmp_path / "far.yaml", tmp_path / "strange.yaml"
     far.write_text(squares.read_text().replace("name: squares", "name: far").replace("source:", "source:\n  root: far"))
     strange.write_text(squares.read_text().replace("kind: classification", "kind: mmvp"))
@@ -212,8 +212,8 @@ def test_packaged_sets_that_cannot_be_scored_are_named_a_line_each(sail_eval, sq
     assert code == 0
     assert out.splitlines()[:3] == [
         "not scored: squares; there is no task of kind 'mmvp' yet.",
-        "not here (`sail-extract check NAME` says how to get one):",
-        "  far                Squares for squares",
+        "not here (`sail-extract check NAME` says what it is and how to get it):",
+        "  far",
     ]
 
 

@@ -1,11 +1,12 @@
-"""sail-extract download: the real img2dataset on a small server, and what is said where it cannot run."""
+"""sail-extract download: the real img2dataset on a small server, its tars joined with captions of DreamLIP's form, and
+what is said where it cannot run.
+"""
 
 import csv
 import json
 import os
 import shutil
 import sys
-import tarfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.sources import open_source
+from sail_align.extract.store import open_or_create
 
 COLUMNS = ["raw_caption"] + [f"{length}{by}_captions" for by in ("IB", "SV", "LLA") for length in ("short", "long")]
 """DreamLIP's, after `Image Path`."""
@@ -62,7 +67,11 @@ title: A few photos
 licence: none
 get: made by a test
 download: {table: captions.csv, url: Image Path, caption: raw_caption, folder: some, image_size: 128}
-source: {kind: class-folder, root: some}
+source: {kind: webdataset, root: some}
+recaptions:
+  files: captions.csv
+  url: Image Path
+  captions: {raw: raw_caption, long: longSV_captions}
 """
 
 
@@ -129,17 +138,27 @@ def test_without_img2dataset_the_command_that_installs_it_is_said(web, typed, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("img2dataset"), reason="img2dataset is not installed (extra download)")
-def test_the_real_img2dataset_downloads_what_is_alive_and_goes_on(web, typed):
+def test_the_real_img2datasets_tars_get_their_captions_by_url(web, typed):
     root, manifest, urls = web
     code, out, _ = typed("download", str(manifest), "--processes", "1", "--threads", "4", "--quiet")
     assert code == 0
     assert "some: 12 images of 13 URLs (92.3%)" in out
-    with tarfile.open(root / "some" / "00000.tar") as tar:
-        about = [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
-        images = [Image.open(tar.extractfile(member)) for member in tar if member.name.endswith(".jpg")]
-    assert {each["url"] for each in about} == set(urls[:12])
-    assert all(len(each["sha256"]) == 64 for each in about)
-    assert {min(image.size) for image in images} == {128}
     written = (root / "some" / "00000.tar").stat().st_mtime_ns
     assert typed("download", str(manifest), "--processes", "1", "--quiet")[0] == 0
     assert (root / "some" / "00000.tar").stat().st_mtime_ns == written
+
+    code, out, _ = typed("check", str(manifest))
+    assert (code, "  ok   12 of these have a url, by which captions join: raw, long\n" in out) == (0, True)
+
+    about, data_root = find_manifest(str(manifest))
+    source = open_source(about, data_root)
+    store = open_or_create(root / "some.zarr", about, source, quiet=True)
+    rows = store.index(["image", "url", "caption.raw", "caption.long"], 0, store.rows).to_pylist()
+    assert {row["url"] for row in rows} == set(urls[:12])
+    for row in rows:
+        number = urls.index(row["url"])
+        image = source.image(row["image"])
+        assert min(image.size) == 128
+        assert abs(image.getpixel((60, 60))[0] - 20 * number) < 5  # the photo that the captions speak of
+        assert row["caption.long"] == f"longSV_captions of {number},\nin two lines"
+        assert row["caption.raw"] == f"raw_caption of {number},\nin two lines"

@@ -26,6 +26,12 @@ def edit(manifest: Path, old: str, new: str) -> None:
         ),
         ("", "", ["--text-encoder", "gte"], "Unknown text encoder 'gte'"),
         ("", "", [*PACKAGED, "--captions", "raw,short"], "pictures has no caption 'short'; it has raw, long."),
+        (
+            "captions: {raw: caption, long: story}",
+            "captions: {raw: caption, long: story}\nencoders: {captions: [raw, short]}",
+            PACKAGED,
+            "pictures has no caption 'short'; it has raw, long.",
+        ),
         ("", "", [*PACKAGED, "--precision", "float8"], "Unknown precision 'float8'"),
         ("raw: caption", "raw: captoin", PACKAGED, "has no column 'captoin'; its columns are"),
         ("images: images", "imagse: images", PACKAGED, "unknown field 'source.table.imagse'"),
