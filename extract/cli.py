@@ -45,6 +45,9 @@ def run(
     worker: Annotated[
         str, typer.Option(help="Do only this worker's shards of the store, as in a Slurm array.", metavar="N/OF")
     ] = "1/1",
+    retry: Annotated[
+        str | None, typer.Option(help="failed: read again the images that could not be encoded.", metavar="failed")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set's images and captions into a store; run it again to go on after a stop."""
@@ -56,10 +59,15 @@ def run(
     from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder
     from sail_align.extract.manifest import find_manifest
     from sail_align.extract.processes import LocalCrew, choose_devices
+    from sail_align.extract.retry import retry_failed
     from sail_align.extract.sources import open_source
     from sail_align.extract.store import Store
     from sail_align.extract.worker import Share
 
+    if retry not in (None, "failed"):
+        raise UserError(f"--retry {retry!r} is not known; the one thing to try again is: failed.")
+    if retry and workers not in ("auto", "1"):
+        raise UserError("--retry works in one process; leave --workers out, or share the shards with --worker N/OF.")
     about, root = find_manifest(manifest, data_root)
     source = open_source(about, root)
     chosen = captions.split(",") if captions else about.encoders.captions or source.all_captions
@@ -74,7 +82,7 @@ def run(
     require_known_image_pooling(image_pooling, image_name)
     if names:
         require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
-    crew, share = LocalCrew(choose_devices(workers, device)), Share.parse(worker)
+    devices, share = choose_devices(workers, device), Share.parse(worker)
     job = Job(
         manifest=about,
         data_root=root,
@@ -87,10 +95,13 @@ def run(
     _print_recaptions(store)
     if about.expected_rows not in (None, store.rows):
         typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
-    summary = run_job(job, store, crew, share, quiet=quiet)
+    summary = run_job(job, store, LocalCrew(devices), share, quiet=quiet)
+    retried = retry_failed(job, share, devices[0], quiet=quiet) if retry else None
     store = Store.open(store.path)
     _print_arrays(store)
     typer.echo(f"{store.path}: {summary}.")
+    if retried:
+        typer.echo(f"{store.path}: {retried}.")
     if checked := pairing_note(store):
         typer.echo(checked)
     if worker == "1/1":

@@ -1,13 +1,19 @@
 """Files that are whole or not there, and their digests."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from sail_align.extract.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -50,3 +56,17 @@ def file_digest(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def full_disk_is_said(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk, a used-up quota or a file over the size limit into a `UserError`."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in _FULL:
+            raise
+        raise UserError(
+            f"No room is left for {path} ({problem.strerror}); free some and run the same command again: what is "
+            "committed stays."
+        ) from problem

@@ -3,18 +3,16 @@
 Every way of running comes down to this loop: one process, several on one machine, many machines on one store.
 """
 
-import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from sail_align.extract.costs import bytes_read
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
+from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.leases import POLL, Lease, LeaseLostError
 from sail_align.extract.pipeline import Advance, Rows
 from sail_align.extract.store import Store
@@ -22,7 +20,6 @@ from sail_align.extract.store import Store
 EncodeRows = Callable[[int, int, Advance], Rows]
 """Encodes rows start … stop − 1."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST_PAUSE = 10 * POLL
 
 
@@ -91,7 +88,7 @@ def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | Non
                 report.found(task.array.path, shard, _rows(task.array, shard))
     before = bytes_read()
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread, _full_disk_is_said(store.path):
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread, full_disk_is_said(store.path):
             _Loop(store, report, thread).run([(task, shard) for task in tasks for shard in share.shards(task.array)])
     finally:
         store.leases.release_all()
@@ -163,16 +160,3 @@ class _Loop:
 def _rows(array: FeatureArray, shard: int) -> int:
     start, stop = array.span(shard)
     return stop - start
-
-
-@contextmanager
-def _full_disk_is_said(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno not in _FULL:
-            raise
-        raise UserError(
-            f"No room is left for {path} ({problem.strerror}); free some and run the same command again: what is "
-            "committed stays."
-        ) from problem

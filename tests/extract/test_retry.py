@@ -1,0 +1,160 @@
+"""Failed images that are there now come in; what has not changed keeps its bytes."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from fakes import FakeImageChoice, FakeVision
+from PIL import Image
+
+from sail_align.extract.engine import extract
+from sail_align.extract.errors import UserError
+from sail_align.extract.job import Job
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.retry import Retried, retry_failed, retry_images
+from sail_align.extract.sources import open_source
+from sail_align.extract.store import Store, open_or_create
+from sail_align.extract.worker import Share
+
+
+def run(root, out="s.zarr"):
+    """Extract the images of `pictures`: rows 7, 11 and 13 fail, all in shard 0 of 3."""
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    source = open_source(manifest, data_root)
+    store = open_or_create(root / out, manifest, source)
+    extract(store, source, image=FakeVision(), text=None, captions=[], quiet=True)
+    return store, source
+
+
+def contents(store):
+    files = [file for file in store.path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(store.path)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def put(root, number):
+    colours = np.random.default_rng(number).integers(0, 255, (9, 11, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(root / "images" / f"{number}.png")
+
+
+def test_the_store_comes_out_as_if_the_images_had_been_there(pictures):
+    shutil.move(pictures / "images/400.png", pictures / "400.png")
+    store, source = run(pictures)
+    before = contents(store)
+    for number in (7, 13):
+        put(pictures, number)
+    shutil.move(pictures / "400.png", pictures / "images/400.png")
+    retried = retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
+    assert retried == Retried(tried=4, encoded=3, shards=2)
+    assert Store.open(store.path).image().counts == {"ok": 599, "undecodable": 1}
+    whole, _ = run(pictures, "whole.zarr")
+    after = contents(store)
+    assert {name: content for name, (content, _) in after.items()} == {
+        name: content for name, (content, _) in contents(whole).items()
+    }
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {
+        f"{folder}/{name}"
+        for shard in (0, 1)
+        for folder, name in (
+            ("image/fake-image/features/c", f"{shard}/0"),
+            ("image/fake-image/status/c", f"{shard}"),
+            ("commits/image/fake-image", f"{shard:05d}.json"),
+        )
+    }
+
+
+def test_where_nothing_changed_nothing_is_written(pictures):
+    store, source = run(pictures)
+    before = contents(store)
+    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == Retried(tried=3)
+    assert contents(store) == before
+
+
+def test_another_reason_is_a_change(pictures):
+    store, source = run(pictures)
+    (pictures / "images/7.png").write_text("no picture either")
+    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == Retried(tried=3, shards=1)
+    assert Store.open(store.path).image().counts == {"ok": 597, "undecodable": 3}
+
+
+def test_only_failed_rows_are_read_and_only_of_the_own_share(pictures, monkeypatch):
+    (pictures / "images/300.png").unlink()
+    store, source = run(pictures)
+    seen = []
+    image = type(source).image
+    monkeypatch.setattr(type(source), "image", lambda self, location: seen.append(location) or image(self, location))
+    retry_images(Store.open(store.path), source, FakeVision(), Share(1, 3), quiet=True)
+    assert sorted(seen) == ["11.png", "13.png", "7.png"]
+    seen.clear()
+    retry_images(Store.open(store.path), source, FakeVision(), Share(2, 3), quiet=True)
+    assert seen == ["300.png"]
+
+
+def test_a_damaged_shard_is_not_committed_anew(pictures):
+    store, source = run(pictures)
+    put(pictures, 7)
+    shard = store.path / "image/fake-image/features/c/0/0"
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard 0: features are not as committed; use .*verify --discard"):
+        retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
+    assert shard.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["image/fake-image/00000", "retry/image/fake-image/00000"])
+def test_a_shard_that_another_has_is_left_and_two_at_once_agree(pictures, name):
+    store, source = run(pictures)
+    put(pictures, 7)
+    other = Store.open(store.path)
+    lease = other.leases.take(name)
+    retried = retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
+    assert retried == Retried(tried=0 if "retry" in name else 3, left=1)
+    assert "1 shards are in use by another process" in str(retried)
+    other.leases.release(lease)
+    with ThreadPoolExecutor(2) as both:
+        opened = [Store.open(store.path) for _ in range(2)]
+        found = list(both.map(lambda each: retry_images(each, source, FakeVision(), quiet=True), opened))
+    assert sum(each.encoded for each in found) == 1
+    assert Store.open(store.path).image().counts == {"ok": 598, "undecodable": 2}
+    assert not (store.path / "leases").exists()
+
+
+def test_a_job_without_failures_loads_no_encoder(pictures, monkeypatch):
+    for number in (7, 11, 13):
+        put(pictures, number)
+    store, _ = run(pictures)
+    monkeypatch.setattr(FakeImageChoice, "load", None)
+    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
+    job = Job(manifest, root, store.path, FakeImageChoice(), None, ())
+    assert str(retry_failed(job, Share(), "cpu", quiet=True)) == "no failed image to try again"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--retry", "all"], "--retry 'all' is not known"),
+        (["--retry", "failed", "--workers", "2"], "--retry works in one process"),
+    ],
+)
+def test_mistakes_are_one_sentence(pictures, typed, words, said):
+    code, _, err = typed("run", str(pictures / "pictures.yaml"), *words)
+    assert code == 2
+    assert said in err
+
+
+@pytest.mark.slow
+def test_the_command_says_what_came_of_it(pictures, typed):
+    encoders = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--captions", "raw"]
+    command = ["run", str(pictures / "pictures.yaml"), "--out", str(pictures / "out.zarr"), "--quiet", *encoders]
+    assert typed(*command)[0] == 0
+    put(pictures, 7)
+    code, printed, _ = typed(*command, "--retry", "failed")
+    assert code == 0
+    assert "3 failed images tried again, 1 of them encoded now, 1 shards written." in printed
+    assert "598 ok, 2 undecodable" in printed
+    marker = pictures / "out.zarr/commits/image/efficientnet-lite0/00000.json"
+    assert json.loads(marker.read_text())["counts"] == {"ok": 254, "undecodable": 2}
+    assert "no problems found" in typed("verify", str(pictures / "out.zarr"))[1]
