@@ -24,7 +24,7 @@ from sail_align.extract.recaption_report import RecaptionReport
 from sail_align.extract.sources.base import CaptionTables
 from sail_align.extract.sources.tables import read_batches
 
-SPILL_BYTES = 64 << 20
+SPILL_BYTES = 32 << 20
 """Captions in memory before they are spilled."""
 
 
@@ -95,9 +95,11 @@ class _Samples:
             hashes.append(text_hashes(names)[named])
             rows.append(np.flatnonzero(named) + number * FILE_ROWS)
         together = np.concatenate(hashes)
+        del hashes  # a hundred megabytes each, for CC12M
         order = np.argsort(together)
-        count = len(order)
-        return cls(together[order], np.concatenate(rows)[order], np.zeros(count, bool), np.zeros(count, np.int64))
+        together = together[order]
+        placed = np.concatenate(rows)[order]
+        return cls(together, placed, np.zeros(len(order), bool), np.zeros(len(order), np.int64))
 
     def claim(self, names: list[str]) -> tuple[NDArray[np.intp], NDArray[np.int64], int]:
         """Return which of the names may belong to which samples, as pairs, and the number of names claimed before."""

@@ -15,7 +15,7 @@ from sail_align.extract.sources.base import CaptionTables
 from sail_align.extract.sources.descriptions import Recaptions
 
 BATCH_ROWS = 8_192
-CSV_BLOCK = 4 << 20
+CSV_BLOCK = 2 << 20
 """Bytes of a CSV that are parsed at a time; a row may be as long."""
 
 

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interrupted import Killed, contents, shrink
+from tars import img2dataset_members, write_tar
 from typer.testing import CliRunner
 
 from sail_align.extract import index, recaptions
+from sail_align.extract.check import is_here, look
 from sail_align.extract.cli import app
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
@@ -267,3 +269,29 @@ def test_evaluation_sets_have_no_recaptions(recaptioned):
     manifest.write_text(manifest.read_text().replace("purpose: train", "purpose: evaluate\ntask: {kind: retrieval}"))
     with pytest.raises(UserError, match="'recaptions' belongs to manifests whose purpose is 'train'"):
         open_pictures(recaptioned)
+
+
+def test_a_check_says_that_the_tables_are_missing(recaptioned):
+    manifest, data_root = find_manifest(str(recaptioned / "pictures.yaml"))
+    assert is_here(manifest, data_root)
+    for table in recaptioned.glob("cc_3long*"):
+        table.unlink()
+    assert not is_here(manifest, data_root)
+    assert any("cc_3long*.csv is missing" in finding.what for finding in look(manifest, data_root))
+
+
+def test_images_downloaded_by_img2dataset_find_their_captions_by_url_and_none_by_position(tmp_path):
+    there = [number for number in range(40) if number % 7]  # the others could not be downloaded
+    write_tar(tmp_path / "00000.tar", img2dataset_members(there[:20]))
+    write_tar(tmp_path / "00001.tar", img2dataset_members(there[20:]))
+    rows = [(f"http://example.org/{number}.jpg", f"long {number}", "") for number in range(40)]
+    write_table(tmp_path / "dreamlip.csv", rows)
+    (tmp_path / "pictures.yaml").write_text(
+        "{name: tars, purpose: train, title: t, licence: l, get: g, source: {kind: webdataset, files: '*.tar', "
+        "captions: {raw: txt}}, recaptions: {files: dreamlip.csv, url: Image Path, captions: {long: longSV_captions}}}"
+    )
+    store = open_pictures(tmp_path)
+    told = [sample.captions for sample in store.samples(0, store.rows)]
+    assert told == [{"raw": f"picture {number}", "long": f"long {number}"} for number in there]
+    report = RecaptionReport.read(store.path / "index")
+    assert (report.found, report.joined, report.no_image) == (len(there), len(there), 40 - len(there))

@@ -1,0 +1,131 @@
+"""How fast is an index built, opened and joined by URL, in how much memory? Beside a plain pyarrow write of its rows.
+
+The samples are synthetic: keys, image locations, URLs and captions of 80 characters. Every step runs in a process of
+its own, so that its peak memory is its own. `--rows 12900000` is the size of CC12M; the default is quick.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, samples_table
+from sail_align.extract.recaption_report import RecaptionReport
+from sail_align.extract.sources.base import CaptionTables, Part, Sample
+from sail_align.extract.store import Store
+
+TAR_ROWS = 10_000
+CAPTIONS = {"long": "longSV_captions", "short": "shortSV_captions"}
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rows", type=int, default=200_000)
+    options.add_argument("--folder", help="where to write; by default a temporary folder")
+    asked = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+        folder, rows = Path(name), asked.rows
+        imports = in_a_process(time.time)[2]
+        print(f"{rows:,} rows; a process that only imports the package: {imports:.2f} GB", flush=True)
+        plain = shown("plain pyarrow write", rows, partial(write_plainly, folder, rows))
+        built = shown("build the index", rows, partial(build, folder / "index.zarr", rows))
+        print(f"build / plain write = {built / plain:.2f}", flush=True)
+        shown("open, read a shard", min(rows, FILE_ROWS), partial(read, folder / "index.zarr"))
+        in_a_process(partial(write_recaptions, folder / "recaptions.csv", rows))
+        gigabytes = (folder / "recaptions.csv").stat().st_size / 1e9
+        joined = shown("build, join by URL", rows, partial(build, folder / "joined.zarr", rows, folder))
+        print(f"joining {gigabytes:.1f} GB of captions = {joined - built:.1f} s", flush=True)
+        shown("open, read a shard", min(rows, FILE_ROWS), partial(read, folder / "joined.zarr"))
+        print("\n".join(RecaptionReport.read(folder / "joined.zarr" / "index").lines()))  # type: ignore[union-attr]
+
+
+def shown(what: str, rows: int, work: Callable[[], object]) -> float:
+    """Print one step's time, rate and peak memory; return its seconds."""
+    seconds, _, gigabytes = in_a_process(work)
+    print(f"{what:20s} {seconds:8.1f} s  {rows / seconds:10,.0f} rows/s  peak {gigabytes:.2f} GB", flush=True)
+    return seconds
+
+
+def in_a_process(work: Callable[[], object]) -> tuple[float, object, float]:
+    """Return the seconds that work took, its result, and the peak memory of the process it ran in, in GB."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, work).result()
+
+
+def measured(work: Callable[[], object]) -> tuple[float, object, float]:
+    """Run in the process: see `in_a_process`."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def samples_of(start: int, stop: int) -> Iterator[Sample]:
+    """Yield rows start … stop − 1."""
+    for row in range(start, stop):
+        yield Sample(
+            key=f"{row // TAR_ROWS:05d}/{row:09d}",
+            image=f"{row // TAR_ROWS:05d}.tar:{row * 30_000}:29000",
+            captions={"raw": f"a caption of picture {row} ".ljust(80, "x")},
+            url=url(row),
+        )
+
+
+def url(row: int) -> str:
+    """Return a URL of 80 characters."""
+    return f"https://images{row % 977}.example.org/{row * 2_654_435_761 % 2**32:08x}/{row}".ljust(76, "p") + ".jpg"
+
+
+def write_plainly(folder: Path, rows: int) -> None:
+    """Write the same table in the same files, from the same Python objects, and nothing besides."""
+    for start in range(0, rows, FILE_ROWS):
+        writer = None
+        for group in range(start, min(start + FILE_ROWS, rows), GROUP_ROWS):
+            table = samples_table(list(samples_of(group, min(group + GROUP_ROWS, start + FILE_ROWS, rows))), ["raw"])
+            writer = writer or pq.ParquetWriter(folder / "plain.parquet", table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer:
+            writer.close()
+
+
+def build(path: Path, rows: int, tables: Path | None = None) -> None:
+    """Build the index of a store, of one part a tar."""
+    starts = range(0, rows, TAR_ROWS)
+    parts = [Part(f"{start}", partial(samples_of, start, min(start + TAR_ROWS, rows))) for start in starts]
+    joined = CaptionTables((tables / "recaptions.csv",), "url", "Image Path", CAPTIONS) if tables else None
+    Store.create(path, dataset="bench", manifest={}, parts=parts, captions=["raw"], recaptions=joined, quiet=True)
+
+
+def read(path: Path) -> None:
+    """Open a store and read one shard's samples."""
+    store = Store.open(path)
+    store.samples(0, min(store.shard_rows, store.rows))
+
+
+def write_recaptions(path: Path, rows: int) -> None:
+    """Write DreamLIP-form captions of nine in ten images, and of as many others, in another order."""
+    order = np.random.default_rng(0).permutation(rows)
+    schema = pa.schema([(name, pa.string()) for name in ("Image Path", *CAPTIONS.values())])
+    with pa.csv.CSVWriter(path, schema) as writer:
+        for start in range(0, rows, FILE_ROWS):
+            numbers = [int(row) + (rows if row % 10 == 0 else 0) for row in order[start : start + FILE_ROWS]]
+            columns = [
+                [url(row) for row in numbers],
+                [f"A long description of picture {row}, ".ljust(500, "y") for row in numbers],
+                [f"A short one of {row}".ljust(80, "z") for row in numbers],
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+if __name__ == "__main__":
+    main()
