@@ -65,11 +65,13 @@ def _inspect(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
             found = published.templates(manifest.task.templates)
             yield Finding(True, f"{len(found)} templates ({manifest.task.templates})")
         source = open_source(manifest, data_root)
+        if manifest.download and (done := tally(data_root / manifest.download.folder)):
+            yield Finding(done.tried >= done.listed, f"download: {done}")
         parts = source.parts()
-        tars = data_root / manifest.source.root if isinstance(manifest.source, WebDatasetSource) else None
-        if tars and manifest.purpose == "train" and len(parts) > MANY_TARS:
+        tars = isinstance(manifest.source, WebDatasetSource) and manifest.purpose == "train"
+        if tars and len(parts) > MANY_TARS:
             picked = _Picked(_from_some_tars(parts))
-            yield _tars(manifest, tars, len(parts))
+            yield Finding(True, f"{len(parts):,} tars, of which some are looked at; `run` counts their rows")
         else:
             picked = _Picked(source.samples())
             yield from _counts(manifest, picked)
@@ -82,15 +84,6 @@ def _from_some_tars(tars: Sequence[Part]) -> Iterator[Sample]:
     """Yield two samples of the first tar, and of some drawn at random: to read all takes hours."""
     for tar in [tars[0], *random.Random(0).sample(list(tars[1:]), MANY_TARS)]:
         yield from islice(tar.read(), 2)
-
-
-def _tars(manifest: Manifest, folder: Path, tars: int) -> Finding:
-    """Count a training set's images by the reports that img2dataset leaves beside its tars."""
-    done = tally(folder)
-    if not done.tried:
-        return Finding(True, f"{tars:,} tars; their rows are counted when a store is made")
-    expected = f"; {manifest.expected_rows:,} are expected" if manifest.expected_rows not in (None, done.tried) else ""
-    return Finding(True, f"{tars:,} tars with {done.came:,} images of {done.tried:,} URLs that were tried{expected}")
 
 
 class _Picked:
@@ -116,7 +109,8 @@ def _counts(manifest: Manifest, picked: _Picked) -> Iterator[Finding]:
         (picked.captions, manifest.expected_captions, "captions"),
     ):
         compared = ", as expected" if count == expected else f"; {expected:,} are expected" if expected else ""
-        yield Finding(not compared or count == expected or not whole, f"{count:,} {what}{compared}")
+        if count or expected:
+            yield Finding(not compared or count == expected or not whole, f"{count:,} {what}{compared}")
 
 
 def _contents(source: Source, samples: list[Sample], *, strict: bool) -> Iterator[Finding]:

@@ -157,8 +157,7 @@ def download(
     about, root = find_manifest(manifest, data_root)
     processes = processes or os.cpu_count() or 1
     done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
-    share = f" ({done.came / done.tried:.1%})" if done.tried else ""
-    typer.echo(f"{about.name}: {done.came:,} images of {done.tried:,} URLs{share}\nNext: sail-extract run {manifest}")
+    typer.echo(f"{about.name}: {done}\nNext: sail-extract run {manifest}")
 
 
 @app.command()

@@ -39,10 +39,15 @@ on the web. Finished tars are kept by a later call, others are downloaded again.
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What the reports beside the tars say: URLs that were tried, and images that came."""
+    """URLs in the list, those of them in finished tars, and images that came (by the reports beside the tars)."""
 
+    listed: int
     tried: int
     came: int
+
+    def __str__(self) -> str:
+        share = f" ({self.came / self.tried:.1%})" if self.tried else ""
+        return f"{self.came:,} images came of {self.tried:,} URLs{share}; {self.listed - self.tried:,} are still to try"
 
 
 def download_images(
@@ -72,18 +77,27 @@ def download_images(
     folder.mkdir(parents=True, exist_ok=True)
     if code := subprocess.run(command, check=False).returncode:
         raise UserError(f"img2dataset ended with exit code {code}; its messages are above, the same command goes on.")
-    return tally(folder)
+    return _tally(folder)
 
 
-def tally(folder: Path) -> Downloaded:
-    """Add up img2dataset's reports, one beside each finished tar."""
+def tally(folder: Path) -> Downloaded | None:
+    """Return how far the download into a folder is; None where none was begun."""
+    return _tally(folder) if _list_beside(folder).exists() else None
+
+
+def _tally(folder: Path) -> Downloaded:
+    listed = pq.read_metadata(_list_beside(folder)).num_rows
     reports = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
-    return Downloaded(sum(report["count"] for report in reports), sum(report["successes"] for report in reports))
+    return Downloaded(listed, sum(each["count"] for each in reports), sum(each["successes"] for each in reports))
+
+
+def _list_beside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-urls.parquet")
 
 
 def _url_list(about: Download, table: Path, folder: Path, quiet: bool) -> Path:
     """Write the list of URLs beside the folder of images, once: a list in another order would mix up finished tars."""
-    path = folder.with_name(f"{folder.name}-urls.parquet")
+    path = _list_beside(folder)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

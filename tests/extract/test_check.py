@@ -4,6 +4,8 @@ import io
 import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -104,28 +106,30 @@ def test_lists_that_a_manifest_refers_to_are_looked_up(photos, typed):
     assert (code, "  NOT  No templates 'open_clip:imagenet-81'; give" in out) == (1, True)
 
 
-@pytest.mark.parametrize(
-    ("reports", "counted"), [(True, "40 tars with 80 images of 120 URLs that were tried"), (False, "40 tars;")]
-)
-def test_of_many_tars_some_are_looked_at_and_img2datasets_reports_are_added_up(typed, tmp_path, reports, counted):
+@pytest.mark.parametrize(("tried", "code", "left"), [(120, 0, "0 are"), (117, 1, "3 are")])
+def test_of_many_tars_some_are_looked_at_and_the_download_must_be_finished(typed, tmp_path, tried, code, left):
+    (tmp_path / "tars").mkdir()
     picture = io.BytesIO()
     Image.new("RGB", (4, 4)).save(picture, "JPEG")
     for number in range(40):
-        with tarfile.open(tmp_path / f"{number:05}.tar", "w") as tar:
+        with tarfile.open(tmp_path / "tars" / f"{number:05}.tar", "w") as tar:
             for key in range(2):
                 for ending, content in (("jpg", picture.getvalue()), ("txt", b"said"), ("json", b"{}")):
                     member = tarfile.TarInfo(f"{number:05}{key:04}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        if reports:
-            (tmp_path / f"{number:05}_stats.json").write_text(json.dumps({"count": 3, "successes": 2}))
+        if 3 * number < tried:
+            (tmp_path / "tars" / f"{number:05}_stats.json").write_text(json.dumps({"count": 3, "successes": 2}))
+    pq.write_table(pa.table({"url": ["http://x"] * 120}), tmp_path / "tars-urls.parquet")
     content = {**yaml.safe_load(PHOTOS), "purpose": "train", "expected_rows": 120}
-    content["source"] = {"kind": "webdataset", "captions": {"raw": "txt"}}
+    content["source"] = {"kind": "webdataset", "root": "tars", "captions": {"raw": "txt"}}
+    content["download"] = {"table": "captions.csv", "url": "url", "caption": "caption", "folder": "tars"}
     del content["task"], content["expected_captions"]
     (tmp_path / "tars.yaml").write_text(yaml.safe_dump(content))
-    code, out, _ = typed("check", str(tmp_path / "tars.yaml"))
-    assert code == 0
-    assert f"  ok   {counted}" in out
+    exit_code, out, _ = typed("check", str(tmp_path / "tars.yaml"))
+    assert exit_code == code
+    assert f"download: {tried * 2 // 3} images came of {tried} URLs (66.7%); {left} still to try\n" in out
+    assert "  ok   40 tars, of which some are looked at; `run` counts their rows\n" in out
     assert "  ok   33 of 33 images looked at are readable\n" in out
 
 

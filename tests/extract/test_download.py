@@ -90,7 +90,7 @@ def test_img2dataset_is_called_with_a_list_of_urls_and_its_reports_are_added_up(
     pretend(tmp_path, monkeypatch)
     code, out, _ = typed("download", str(manifest), "--processes", "3", "--quiet")
     assert code == 0
-    assert out == f"some: 7 images of 10 URLs (70.0%)\nNext: sail-extract run {manifest}\n"
+    assert out == f"some: 7 images came of 10 URLs (70.0%); 3 are still to try\nNext: sail-extract run {manifest}\n"
     listed, *options = json.loads((tmp_path / "some" / "called.json").read_text())
     assert {"--processes_count=3", "--thread_count=64", "--image_size=128", "--output_format=webdataset"} < set(options)
     rows = pq.read_table(listed).to_pylist()
@@ -142,7 +142,7 @@ def test_the_real_img2datasets_tars_get_their_captions_by_url(web, typed):
     root, manifest, urls = web
     code, out, _ = typed("download", str(manifest), "--processes", "1", "--threads", "4", "--quiet")
     assert code == 0
-    assert "some: 12 images of 13 URLs (92.3%)" in out
+    assert "some: 12 images came of 13 URLs (92.3%); 0 are still to try" in out
     written = (root / "some" / "00000.tar").stat().st_mtime_ns
     assert typed("download", str(manifest), "--processes", "1", "--quiet")[0] == 0
     assert (root / "some" / "00000.tar").stat().st_mtime_ns == written
