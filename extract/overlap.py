@@ -66,7 +66,7 @@ def find_overlap(
 ) -> Overlap:
     """Compare every image of a training store with every one of an evaluation store, by the cosine of their features.
 
-    The features are taken as they are: without their mean they separate worse (docs/data.md). Blocks of both are held
+    The features are taken as they are: without their mean they separate worse (docs/store.md). Blocks of both are held
     in memory, and the training store is read once for every 32,768 rows of the evaluation store.
 
     Raises:
