@@ -91,13 +91,15 @@ def run(
         text=NamedTextEncoder(text_name, text_pooling, precision, trust_remote_code) if names else None,
         captions=names,
     )
-    store = job.open_store(quiet=quiet)
-    _print_recaptions(store)
-    if about.expected_rows not in (None, store.rows):
-        typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
-    summary = run_job(job, store, LocalCrew(devices), share, quiet=quiet)
+
+    def opened(store: Store) -> None:
+        _print_recaptions(store)
+        if about.expected_rows not in (None, store.rows):
+            typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
+
+    summary = run_job(job, LocalCrew(devices), share, opened, quiet=quiet)
     retried = retry_failed(job, share, devices[0], quiet=quiet) if retry else None
-    store = Store.open(store.path)
+    store = Store.open(job.store)
     _print_arrays(store)
     typer.echo(f"{store.path}: {summary}.")
     if retried:

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +38,11 @@ class Summary:
         """The estimate for the rows that are left at this run's rate; None if it has encoded none."""
         return self.left * self.seconds / self.encoded / 3600 if self.encoded else None
 
+    @property
+    def rest(self) -> str:
+        """How much is left, in words."""
+        return f"{self.left} rows are left" + (f", about {self.hours_left:.2g} hours" if self.hours_left else "")
+
     def __str__(self) -> str:
         if not self.encoded:
             return f"0 rows encoded in {self.seconds:.0f} s"
@@ -46,8 +52,8 @@ class Summary:
             f"{self.written / GIGABYTE:.3g} GB written"
         )
 
-    def append_to_log(self, store: Path, end: str) -> Path:
-        """Add a line to the log beside the store and return its path. A store's own bytes know nothing of time."""
+    def append_to_log(self, store: Path, end: str) -> None:
+        """Add a line to the log beside the store, whose own bytes know nothing of time; leave it where that fails."""
         log = store.with_name(f"{store.name}.log.jsonl")
         line = {
             "schema": 1,
@@ -58,9 +64,8 @@ class Summary:
             f"{self.unit}_hours": self.units * self.seconds / 3600,
             "hours_left": self.hours_left,
         }
-        with log.open("a") as file:
+        with suppress(OSError), log.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return log
 
 
 class Tally:

@@ -1,15 +1,18 @@
 """Which process does which shard, and what it cost: here, in this process; elsewhere, in a crew of workers."""
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from sail_align.extract.costs import Summary, Tally, cores
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
+from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.job import Job, image_task, text_task
 from sail_align.extract.memory import keep_freed_memory
+from sail_align.extract.progress import note
 from sail_align.extract.sources.base import Source
-from sail_align.extract.stop import StoppedError
+from sail_align.extract.stop import StoppedError, stopping_on
 from sail_align.extract.store import Store
 from sail_align.extract.worker import Share, work
 
@@ -35,6 +38,7 @@ def extract(
     with (
         Tally(arrays * store.rows, store.dataset, quiet=quiet) as tally,
         ThreadPoolExecutor(max_workers=cores()) as decoders,
+        full_disk_is_said(store.path),
     ):
         tasks = [] if image is None else [image_task(store, source, image, decoders)]
         tasks += [] if text is None else [text_task(store, name, text) for name in captions]
@@ -57,24 +61,45 @@ class Crew(Protocol):
         """Do a share of a job, whose store is there. What it raises is said at `run`."""
 
 
-def run(job: Job, store: Store, crew: Crew, share: Share, *, quiet: bool = False) -> Summary:
-    """Do a job's share of its store, and log what it cost.
+def run(
+    job: Job,
+    crew: Crew,
+    share: Share,
+    opened: Callable[[Store], object] = lambda store: None,
+    *,
+    quiet: bool = False,
+) -> Summary:
+    """Do a share of a job by a crew, and log what it cost. SIGTERM and Ctrl-C end it within seconds, with a sentence.
+
+    `opened` is shown the store before anything is encoded.
 
     Raises:
-        UserError: An encoder cannot be had, the store holds another's features under its name, or the disk is full.
+        UserError: Source, store or an encoder cannot be had, or do not go with each other, or the disk is full.
         WorkersFailedError: Shards are left because workers failed.
-        StoppedError: A signal asked for it; what is left has been said.
+        StoppedError: A signal asked for it.
     """
+    try:
+        with stopping_on(signal.SIGTERM, signal.SIGINT):
+            store = job.open_store(quiet=quiet)
+            opened(store)
+            with Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet, workers=crew.size) as tally:
+                return _do(job, store, crew, share, tally)
+    except StoppedError as stopped:
+        note(f"Stopped by {stopped.name}{stopped.left}; run the same command again to go on.")
+        raise
+
+
+def _do(job: Job, store: Store, crew: Crew, share: Share, tally: Tally) -> Summary:
     end = "failed"
-    with Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet, workers=crew.size) as tally:
-        try:
-            crew.work(job, share, tally)
-            end = "done"
-        except StoppedError as stopped:
-            end = stopped.name
-            raise
-        finally:
-            summary = tally.summary(*crew.hardware)
-            if end != "failed" or summary.encoded:
-                summary.append_to_log(store.path, end)
+    try:
+        crew.work(job, share, tally)
+        end = "done"
+    except StoppedError as stopped:
+        end = stopped.name
+        stopped.left = f": {tally.summary(*crew.hardware).rest}"
+        raise
+    finally:
+        summary = tally.summary(*crew.hardware)
+        if summary.encoded:
+            summary.append_to_log(store.path, end)
     return summary

@@ -10,6 +10,7 @@ from sail_align.extract.encoders.base import EncoderSpec, TextEncoder, VisionEnc
 from sail_align.extract.encoders.catalogue import TextEntry, VisionEntry, find_text, find_vision
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.features import FeatureArray
+from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.pipeline import Advance, Rows, encode_images, encode_texts
 from sail_align.extract.sources import open_source
@@ -101,9 +102,10 @@ class Job:
         """Open the store, or make it if it is not there.
 
         Raises:
-            UserError: Source or store cannot be opened, or do not go with each other.
+            UserError: Source or store cannot be opened, or do not go with each other, or the disk is full.
         """
-        return open_or_create(self.store, self.manifest, open_source(self.manifest, self.data_root), quiet=quiet)
+        with full_disk_is_said(self.store):
+            return open_or_create(self.store, self.manifest, open_source(self.manifest, self.data_root), quiet=quiet)
 
     def tasks(self, store: Store, share: Share, device: str, decoders: ThreadPoolExecutor) -> list[Task]:
         """Return what is to be done for a share of the store, with those encoders loaded that have something left.

@@ -187,9 +187,10 @@ class Leases:
             self._held.discard(lease)
 
     def release_all(self) -> None:
-        """Give back whatever this process holds."""
+        """Give back whatever this process holds, and leave no empty folder."""
         for lease in list(self._held):
             self.release(lease)
+        self.tidy()
 
     @contextmanager
     def hold(self, name: str, waiting: Callable[[], object]) -> Iterator[Lease]:

@@ -17,6 +17,7 @@ import torch
 
 from sail_align.extract.costs import Tally, cores
 from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.job import Job
 from sail_align.extract.memory import keep_freed_memory
 from sail_align.extract.progress import note
@@ -34,12 +35,16 @@ def do_share(job: Job, share: Share, device: str, threads: int, report: Report) 
     """Load what a job needs and do a share of it, in this process.
 
     Raises:
-        UserError: As `Job.tasks` and `work`.
+        UserError: As `Job.tasks`, or the disk is full.
     """
     keep_freed_memory()
     store = Store.open(job.store)
-    with ThreadPoolExecutor(max_workers=threads) as decoders:
-        work(store, job.tasks(store, share, device, decoders), report, share)
+    decoders = ThreadPoolExecutor(max_workers=threads)
+    try:
+        with full_disk_is_said(job.store):
+            work(store, job.tasks(store, share, device, decoders), report, share)
+    finally:
+        decoders.shutdown(cancel_futures=True)
 
 
 def choose_devices(workers: str, device: str) -> list[str]:
@@ -81,13 +86,11 @@ class LocalCrew:
         Raises:
             UserError: From a worker; the others are stopped.
             WorkersFailedError: Shards are left because workers failed.
-            StoppedError: A signal asked for it; every worker has ended.
         """
-        with stopping_on(signal.SIGTERM, signal.SIGINT):
-            if self.size == 1:
-                do_share(job, share, self.devices[0], cores(), tally)
-            else:
-                _Processes(job, share, self.devices, tally).run()
+        if self.size == 1:
+            do_share(job, share, self.devices[0], cores(), tally)
+        else:
+            _Processes(job, share, self.devices, tally).run()
 
 
 class _Processes:

@@ -10,10 +10,14 @@ HURRY_SECONDS = 1.0
 
 
 class StoppedError(SystemExit):
-    """A signal asked the process to end; what is not handled leaves the exit code that a shell gives that signal."""
+    """A signal asked the process to end; what is not handled leaves the exit code that a shell gives that signal.
+
+    `left` says, in words, what is left undone.
+    """
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+        self.left = ""
         self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

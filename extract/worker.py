@@ -12,7 +12,6 @@ from typing import Protocol
 from sail_align.extract.costs import bytes_read
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
-from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.leases import POLL, Lease, LeaseLostError
 from sail_align.extract.pipeline import Advance, Rows
 from sail_align.extract.store import Store
@@ -76,11 +75,7 @@ class Report(Protocol):
 
 
 def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | None = None) -> None:
-    """Return when every shard of the tasks (of this worker's share of them) is committed, by this worker or others.
-
-    Raises:
-        UserError: The disk is full.
-    """
+    """Return when every shard of the tasks (of this worker's share of them) is committed, by this worker or others."""
     share = share or Share()
     for task in tasks:
         for shard in task.array.markers:
@@ -88,7 +83,7 @@ def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | Non
                 report.found(task.array.path, shard, _rows(task.array, shard))
     before = bytes_read()
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread, full_disk_is_said(store.path):
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
             _Loop(store, report, thread).run([(task, shard) for task in tasks for shard in share.shards(task.array)])
     finally:
         store.leases.release_all()

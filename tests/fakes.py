@@ -1,6 +1,10 @@
 """Encoders that compute something simple and real, in no time."""
 
+import hashlib
+import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,22 +50,25 @@ class FakeText:
 
 
 @dataclass(frozen=True)
-class FakeImageChoice:
-    """Loads `FakeVision` in any process."""
+class FakeChoice:
+    """Loads a fake encoder in any process; with a `log`, each batch takes `seconds` and leaves a line there."""
 
-    def load(self, device: str) -> FakeVision:
-        return FakeVision()
+    modality: str
+    log: Path | None = None
+    seconds: float = 0
 
-    def may_be(self, spec: EncoderSpec) -> bool:
-        return spec == identity("image").spec
-
-
-@dataclass(frozen=True)
-class FakeTextChoice:
-    """Loads `FakeText` in any process."""
-
-    def load(self, device: str) -> FakeText:
-        return FakeText()
+    def load(self, device: str) -> FakeVision | FakeText:
+        encoder = FakeVision() if self.modality == "image" else FakeText()
+        if self.log is not None:
+            encoder.encode = partial(self._log_and_encode, encoder.encode)
+        return encoder
 
     def may_be(self, spec: EncoderSpec) -> bool:
-        return spec == identity("text").spec
+        return spec == identity(self.modality).spec
+
+    def _log_and_encode(self, encode, batch) -> Tensor:
+        content = batch.numpy().tobytes() if isinstance(batch, Tensor) else repr(batch).encode()
+        with self.log.open("a") as log:  # one short line: lines of several processes do not mix
+            log.write(f"{hashlib.sha256(content).hexdigest()}\n")
+        time.sleep(self.seconds)
+        return encode(batch)

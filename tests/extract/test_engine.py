@@ -1,7 +1,5 @@
-"""An extraction that was killed and run again leaves the same bytes as one that was not."""
+"""An extraction does what is left to do, into a store of the same samples only."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,29 +11,6 @@ from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.store import Store, open_or_create
 
-# Runs the extraction and dies by SIGKILL just before it opens its n-th file for writing or renames it.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import test_engine
-
-left = int(sys.argv[2])
-
-def dying(method):
-    def wrapper(self, *args, **kwargs):
-        global left
-        writes = method is Path.replace or any("w" in str(mode) for mode in args)
-        left -= writes
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args, **kwargs)
-    original = method
-    return wrapper
-
-Path.open, Path.replace = dying(Path.open), dying(Path.replace)
-test_engine.run(Path(sys.argv[1]))
-"""
-
 
 def run(root: Path, out: str = "killed.zarr"):
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
@@ -46,20 +21,6 @@ def run(root: Path, out: str = "killed.zarr"):
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
-def test_a_store_killed_at_many_points_is_byte_identical(pictures):
-    run(pictures, "whole.zarr")
-    deaths = 0
-    for point in (1, 4, 7, 10, 13, 19):
-        command = [sys.executable, "-c", KILLED, str(pictures), str(point)]
-        environment = {"PYTHONPATH": str(Path(__file__).parent) + ":" + str(Path(__file__).parents[1])}
-        deaths += subprocess.run(command, env=environment, check=False).returncode == -9
-    assert deaths == 6
-    last = run(pictures)
-    assert 0 < last.encoded < 1_800
-    assert contents(pictures / "killed.zarr") == contents(pictures / "whole.zarr")
-    assert Store.open(pictures / "killed.zarr").digest == Store.open(pictures / "whole.zarr").digest
 
 
 def test_a_finished_store_is_left_alone(pictures):

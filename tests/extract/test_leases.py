@@ -83,19 +83,23 @@ def test_a_heartbeat_changes_what_others_see(tmp_path):
 
 def test_of_many_who_see_a_dead_lease_one_takes_it(tmp_path):
     for attempt in range(10):
-        name = f"shard{attempt}"
-        left_by_the_dead(tmp_path, name)
-        start = time.time() + 0.05
+        left_by_the_dead(tmp_path, name := f"shard{attempt}")
+        told, tell = os.pipe()
+        all_tried, hold_on = os.pipe()  # a winner that had ended would be taken over in its turn
         children = []
         for _ in range(6):
             if (child := os.fork()) == 0:
-                leases = Leases(tmp_path)
-                time.sleep(max(start - time.time(), 0))
-                won = leases.take(name) is not None
-                time.sleep(0.1)  # a winner that is gone would be taken over in its turn
-                os._exit(won)
+                os.close(hold_on)
+                os.write(tell, b"x" if Leases(tmp_path).take(name) else b".")
+                os.read(all_tried, 1)
+                os._exit(0)
             children.append(child)
-        assert sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children) == 1
+        tries = b"".join(os.read(told, 1) for _ in children)
+        for end in (hold_on, all_tried, told, tell):
+            os.close(end)
+        for child in children:
+            os.waitpid(child, 0)
+        assert sorted(tries) == sorted(b"x.....")
 
 
 def test_an_observer_that_slept_through_the_takeover_gets_nothing(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from fakes import FakeImageChoice, FakeVision
+from fakes import FakeChoice, FakeVision
 from PIL import Image
 
 from sail_align.extract.engine import extract
@@ -126,9 +126,9 @@ def test_a_job_without_failures_loads_no_encoder(pictures, monkeypatch):
     for number in (7, 11, 13):
         put(pictures, number)
     store, _ = run(pictures)
-    monkeypatch.setattr(FakeImageChoice, "load", None)
+    monkeypatch.setattr(FakeChoice, "load", None)
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
-    job = Job(manifest, root, store.path, FakeImageChoice(), None, ())
+    job = Job(manifest, root, store.path, FakeChoice("image"), None, ())
     assert str(retry_failed(job, Share(), "cpu", quiet=True)) == "no failed image to try again"
 
 

@@ -1,0 +1,90 @@
+"""A disk that fills up ends a run with one sentence; once there is room, the run goes on."""
+
+import errno
+import subprocess
+from pathlib import Path
+
+import pytest
+from fakes import FakeChoice
+
+from sail_align.extract import store as store_module
+from sail_align.extract.engine import run
+from sail_align.extract.errors import UserError
+from sail_align.extract.files import write_atomically
+from sail_align.extract.job import Job
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.processes import LocalCrew
+from sail_align.extract.store import Store
+from sail_align.extract.worker import Share
+
+
+def extract_into(root: Path, store: Path):
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    job = Job(manifest, data_root, store, FakeChoice("image"), FakeChoice("text"), ("raw", "long"))
+    return run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def ends_full(root: Path, store: Path) -> bool:
+    try:
+        extract_into(root, store)
+    except UserError as said:
+        return "No room is left" in str(said)
+    return False
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB, and what makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=False, capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system of a small size can be mounted here: {mounted.stderr.strip()}")
+    yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(pictures, small_disk, monkeypatch):
+    monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 16)
+    disk, make_room = small_disk
+    with pytest.raises(
+        UserError, match=r"No room is left for .*s\.zarr \(No space left on device\); free some and run"
+    ):
+        extract_into(pictures, disk / "s.zarr")
+    done = sum(len(array.markers) for array in Store.open(disk / "s.zarr").arrays())
+    assert done > 0
+    assert not [name for name in contents(disk / "s.zarr") if name.endswith(".tmp") or name.startswith("leases")]
+    make_room()
+    assert extract_into(pictures, disk / "s.zarr").encoded > 0
+    extract_into(pictures, pictures / "whole.zarr")
+    assert contents(disk / "s.zarr") == contents(pictures / "whole.zarr")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_at_any_file_leaves_nothing_half_written(pictures, monkeypatch, number):
+    extract_into(pictures, pictures / "whole.zarr")
+    whole = contents(pictures / "whole.zarr")
+    left = 0
+
+    def full(path, content):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(number, "full")
+        write_atomically(path, content)
+
+    for module in ("features", "store", "index", "index_record"):
+        monkeypatch.setattr(f"sail_align.extract.{module}.write_atomically", full)
+    ends = 0
+    for files in range(0, 60, 7):
+        left = files
+        ends += ends_full(pictures, pictures / "s.zarr")
+        assert not (pictures / "s.zarr" / "leases").exists()
+    assert ends >= 3
+    assert contents(pictures / "s.zarr") == whole
