@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.extract.errors import UserError, run_command
+from sail_align.extract.memory import wait_without_spinning
 
 if TYPE_CHECKING:
     from sail_align.extract.store import Store
@@ -272,4 +273,5 @@ def _print_arrays(store: "Store") -> None:
 
 def main() -> None:
     """Entry point."""
+    wait_without_spinning()
     run_command(app)

@@ -1,6 +1,7 @@
-"""Keep memory that a batch freed for the next one."""
+"""What the libraries below torch do with memory that is free and with cores that wait."""
 
 import ctypes
+import os
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -17,3 +18,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _GIGABYTE)
         libc.mallopt(_M_MMAP_THRESHOLD, _GIGABYTE)
+
+
+def wait_without_spinning() -> None:
+    """Let torch's threads sleep while they wait for each other; call it before torch is imported.
+
+    By default they spin, for a while, on cores that the decoders need, and that a descheduled thread needs to get ready.
+    A user's own choice is left as it is.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

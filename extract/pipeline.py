@@ -48,7 +48,7 @@ def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Adv
     there = np.flatnonzero(rows.status == Status.PENDING)
     advance(len(texts) - len(there))
     if len(there):
-        rows.put(there, encoder.encode([texts[row] or "" for row in there], advance))
+        rows.put(there, encoder.encode([texts[row] or "" for row in there.tolist()], advance))
     return rows.features, rows.status
 
 
