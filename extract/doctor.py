@@ -105,9 +105,10 @@ def judge(pairing: Pairing | None, shard_N: Places) -> tuple[Verdict, str]:
     if best is not None:
         found = pairing.shifted[best]
         if found.gain > -CLEAR * found.error and found.score - 0.5 > CLEAR_SHIFT * chance_error:
+            there = f"row i {'+-'[best < 0]} {abs(best)}"
             return Verdict.BROKEN, (
                 f"the captions fit better, or as well, shifted by {best:+d} row{'s' * (abs(best) > 1)}: what belongs "
-                f"to the image of row i is in row i {best:+d} (score {found.score:.2f}, unshifted {matched.score:.2f})"
+                f"to the image of row i is in {there} (score {found.score:.2f}, unshifted {matched.score:.2f})"
             )
     if matched.score - shuffled.score < CLEAR * np.sqrt(2) * chance_error:
         return Verdict.BROKEN, (
