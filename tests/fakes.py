@@ -66,9 +66,9 @@ class FakeChoice:
     def may_be(self, spec: EncoderSpec) -> bool:
         return spec == identity(self.modality).spec
 
-    def _log_and_encode(self, encode, batch) -> Tensor:
+    def _log_and_encode(self, encode, batch, *advance) -> Tensor:
         content = batch.numpy().tobytes() if isinstance(batch, Tensor) else repr(batch).encode()
         with self.log.open("a") as log:  # one short line: lines of several processes do not mix
             log.write(f"{hashlib.sha256(content).hexdigest()}\n")
         time.sleep(self.seconds)
-        return encode(batch)
+        return encode(batch, *advance)
