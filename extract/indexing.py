@@ -49,7 +49,7 @@ def write_index(
         record = before
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     if not record.complete:
         _write_files(folder, record, parts, captions, quiet)
     _require_unique_keys(folder, len(record.digests))
