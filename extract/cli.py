@@ -40,6 +40,10 @@ def run(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     precision: Annotated[str, typer.Option(help="What encoders compute in: float32, bfloat16, float16.")] = "float32",
     trust_remote_code: Annotated[bool, typer.Option(help="Run a model's own code; needs a pinned revision.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Translate encoders by torch.compile.")] = False,
+    fast_jpeg: Annotated[
+        bool, typer.Option("--fast-jpeg", help="Decode large JPEGs at reduced scale: features within cosine 0.999.")
+    ] = False,
     workers: Annotated[
         str, typer.Option(help="Processes on this machine; auto: one a GPU, or one on the CPU.", metavar="auto|N")
     ] = "auto",
@@ -88,8 +92,8 @@ def run(
         manifest=about,
         data_root=root,
         store=out or Path("features") / f"{about.name}.zarr",
-        image=NamedImageEncoder(image_name, image_pooling, precision, trust_remote_code),
-        text=NamedTextEncoder(text_name, text_pooling, precision, trust_remote_code) if names else None,
+        image=NamedImageEncoder(image_name, image_pooling, precision, trust_remote_code, compiled, fast_jpeg),
+        text=NamedTextEncoder(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None,
         captions=names,
     )
 

@@ -39,12 +39,14 @@ class NamedEncoder:
     pooling: str | None = None
     precision: str = "float32"
     trust_remote_code: bool = False
+    compiled: bool = False
 
     def _options(self, device: str) -> dict[str, Any]:
         return {
             "pooling": self.pooling,
             "precision": self.precision,
             "trust_remote_code": self.trust_remote_code,
+            "compiled": self.compiled,
             "device": device,
         }
 
@@ -58,16 +60,19 @@ class NamedEncoder:
         )
 
 
+@dataclass(frozen=True)
 class NamedImageEncoder(NamedEncoder):
     """An image encoder."""
 
+    fast_jpeg: bool = False
+
     def load(self, device: str) -> VisionEncoder:
         """Load it. Raises `UserError` if it cannot be had."""
-        return load_image_encoder(self.name, **self._options(device))
+        return load_image_encoder(self.name, **self._options(device), fast_jpeg=self.fast_jpeg)
 
     def may_be(self, spec: EncoderSpec) -> bool:
-        """Whether name, pooling, precision and a pinned revision are those of the spec."""
-        return self._fits(spec, find_vision(self.name))
+        """Whether name, pooling, precision, a pinned revision and the decoding are those of the spec."""
+        return self._fits(spec, find_vision(self.name)) and self.fast_jpeg == ("jpeg_least" in spec.preprocessing)
 
 
 class NamedTextEncoder(NamedEncoder):

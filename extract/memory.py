@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
 def wait_without_spinning() -> None:
     """Let torch's threads sleep while they wait for each other; call it before torch is imported.
 
-    By default they spin, for a while, on cores that the decoders need, and that a descheduled thread needs to get ready.
+    By default they spin for a while on cores that the decoders need, or the very thread that is waited for.
     A user's own choice is left as it is.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -86,7 +86,7 @@ def _decoded(
 
     def decode(sample: Sample, place_HWC: NDArray[np.uint8]) -> Status:
         try:
-            place_HWC[:] = encoder.preprocess(source.image(sample.image)).numpy()
+            place_HWC[:] = encoder.preprocess(source.image(sample.image, encoder.least)).numpy()
             return Status.OK
         except UnreadableImageError as problem:
             place_HWC[:] = 0

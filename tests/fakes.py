@@ -22,7 +22,7 @@ def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float =
 class FakeVision:
     """Features are the mean of each channel, and 1."""
 
-    stride, size, batch_size = 1, 8, 32
+    stride, size, batch_size, least = 1, 8, 32, 0
 
     def __init__(self, **changes):
         self.identity = identity("image", **changes)

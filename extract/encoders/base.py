@@ -77,6 +77,10 @@ class VisionEncoder(Protocol):
     def batch_size(self) -> int:
         """How many pictures `encode` takes at its best on this device."""
 
+    @property
+    def least(self) -> int:
+        """How many pixels a JPEG's sides keep when it is decoded at reduced scale; 0: it is decoded whole."""
+
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB picture, (size, size, 3) uint8: bytes are quick to copy to a GPU."""
 

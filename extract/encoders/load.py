@@ -35,6 +35,8 @@ def load_image_encoder(
     device: str = "cpu",
     precision: str = "float32",
     trust_remote_code: bool = False,
+    compiled: bool = False,
+    fast_jpeg: bool = False,
 ) -> VisionEncoder:
     """Load an image encoder.
 
@@ -44,12 +46,15 @@ def load_image_encoder(
         device: Where it runs; `auto` takes a GPU if there is one.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
         trust_remote_code: Let an `hf:` repository at a full commit hash run its own code, if transformers lacks it.
+        compiled: Let torch.compile translate the network; what it computes differs by rounding.
+        fast_jpeg: Decode large JPEGs at reduced scale. It is a part of the encoder's preprocessing, and of its spec.
 
     Raises:
         UserError: One of these values is wrong, or the weights cannot be had.
     """
     require_known_image_pooling(pooling, name)
-    return _image_encoder(name, find_vision(name), pooling, Runtime.of(device, precision), trust_remote_code)
+    runtime = Runtime.of(device, precision, compiled=compiled)
+    return _image_encoder(name, find_vision(name), pooling, runtime, trust_remote_code, fast_jpeg)
 
 
 def load_text_encoder(
@@ -59,13 +64,15 @@ def load_text_encoder(
     device: str = "cpu",
     precision: str = "float32",
     trust_remote_code: bool = False,
+    compiled: bool = False,
 ) -> TextEncoder:
     """Load a text encoder: one of `catalogue.TEXT` or `hf:<repository or folder>[@<revision>]`.
 
     `pooling` is `cls`, `mean` or `last`, by default the catalogue's. The rest, and what is raised, is that of
     `load_image_encoder`.
     """
-    return _text_encoder(name, find_text(name), pooling, Runtime.of(device, precision), trust_remote_code)
+    runtime = Runtime.of(device, precision, compiled=compiled)
+    return _text_encoder(name, find_text(name), pooling, runtime, trust_remote_code)
 
 
 def load_recorded(
@@ -85,7 +92,8 @@ def load_recorded(
         same["origin"] = Hub(spec.source["repository"], spec.source["revision"])
     encoder: VisionEncoder | TextEncoder
     if spec.modality == "image":
-        encoder = _image_encoder(name, replace(find_vision(name), **same), spec.pooling, runtime, trust_remote_code)
+        entry, fast_jpeg = replace(find_vision(name), **same), "jpeg_least" in spec.preprocessing
+        encoder = _image_encoder(name, entry, spec.pooling, runtime, trust_remote_code, fast_jpeg)
     else:
         encoder = _text_encoder(name, replace(find_text(name), **same), spec.pooling, runtime, trust_remote_code)
     require_same(encoder.identity, identity, where="the record")
@@ -93,7 +101,7 @@ def load_recorded(
 
 
 def _image_encoder(
-    name: str, entry: VisionEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool
+    name: str, entry: VisionEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool, fast_jpeg: bool
 ) -> FrozenVisionEncoder:
     backbone: Backbone
     match entry:
@@ -110,7 +118,8 @@ def _image_encoder(
             how = entry.preprocessing
             checkpoint = fetch(entry.origin)
             backbone = packaged_efficientnet(checkpoint.path, entry.model)
-    return FrozenVisionEncoder(_id(name, checkpoint), checkpoint, backbone, how, pooling or entry.pooling, runtime)
+    pooling = pooling or entry.pooling
+    return FrozenVisionEncoder(_id(name, checkpoint), checkpoint, backbone, how, pooling, runtime, fast_jpeg=fast_jpeg)
 
 
 def _text_encoder(

@@ -18,9 +18,10 @@ class Runtime:
 
     device: torch.device
     precision: str
+    compiled: bool = False
 
     @classmethod
-    def of(cls, device: str, precision: str) -> "Runtime":
+    def of(cls, device: str, precision: str, *, compiled: bool = False) -> "Runtime":
         """Check a user's choice; the device `auto` is a GPU if there is one.
 
         Raises:
@@ -34,7 +35,7 @@ class Runtime:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as problem:
             raise UserError(f"Device {device!r} is not available here; use auto or cpu.") from problem
-        return cls(torch.device(device), precision)
+        return cls(torch.device(device), precision, compiled)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,7 +44,10 @@ class Runtime:
 
     def freeze(self, network: nn.Module) -> nn.Module:
         """Return the network on the device, in the precision, in evaluation mode and without gradients."""
-        return network.to(self.device, self.dtype).eval().requires_grad_(False)
+        frozen = network.to(self.device, self.dtype).eval().requires_grad_(False)
+        if self.compiled:
+            frozen.compile()
+        return frozen
 
     def upload(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device; a GPU fetches it out of `batch_memory` while the CPU goes on."""
@@ -57,3 +61,13 @@ class Runtime:
 def batch_memory(*shape: int) -> Tensor:
     """Return memory for a batch of bytes; where there is a GPU it is page-locked."""
     return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+def can_compile(device: str) -> bool:
+    """Tell whether torch.compile works here: it needs a C++ compiler, or for a GPU Triton."""
+    runtime = Runtime.of(device, "float32")
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=runtime.device))
+    except (RuntimeError, OSError):
+        return False
+    return True

@@ -15,6 +15,8 @@ from sail_align.extract.encoders.golden import golden_image, golden_vector, vers
 from sail_align.extract.encoders.pooling import pool_image, pool_patches, require_image_pooling
 from sail_align.extract.encoders.runtime import Runtime
 
+FAST_JPEG = 2
+"""A JPEG decoded at reduced scale keeps this many times the pixels that it is resized to."""
 CPU_BATCH, GPU_BATCH = 32, 1_024
 """Pictures at once on a CPU, where half of it is as fast and twice is slower; and at most on a GPU."""
 
@@ -47,19 +49,27 @@ class FrozenVisionEncoder:
         how: ImagePreprocessing,
         pooling: str | None,
         runtime: Runtime,
+        *,
+        fast_jpeg: bool = False,
     ):
         self._pooling = require_image_pooling(pooling, backbone.has_cls, id)
         self._how = how
         self._runtime = runtime
         self._backbone = runtime.freeze(backbone)
         self.stride = backbone.stride
+        self.least = FAST_JPEG * (how.resize or how.crop) if fast_jpeg else 0
         golden = golden_vector(self.encode(self.preprocess(golden_image())[None]))
         spec = EncoderSpec(
             id=id,
             modality="image",
             source=checkpoint.source,
             weights=checkpoint.digest,
-            preprocessing={**asdict(how), "mean": list(how.mean), "std": list(how.std)},  # as JSON gives them back
+            preprocessing={
+                **asdict(how),
+                "mean": list(how.mean),  # lists, as JSON gives them back
+                "std": list(how.std),
+                **({"jpeg_least": self.least} if fast_jpeg else {}),
+            },
             pooling=self._pooling,
             precision=runtime.precision,
             dim=len(golden),

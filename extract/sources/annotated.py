@@ -61,9 +61,9 @@ class AnnotatedImages(Source):
         """One part: the file of annotations."""
         return [Part(self._annotations.name, lambda: iter(self._samples), (self._annotations,))]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its path under the folder of images."""
-        return read_image(self._images / location)
+        return read_image(self._images / location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: these sources have captions, not masks."""

@@ -88,8 +88,11 @@ class Source(Protocol):
         for part in self.parts():
             yield from part.read()
 
-    def image(self, location: str) -> Image.Image:
-        """Open an image as upright RGB. Raises `UnreadableImageError` with the row's status."""
+    def image(self, location: str, least: int = 0) -> Image.Image:
+        """Open an image as upright RGB. Raises `UnreadableImageError` with the row's status.
+
+        With `least`, one whose sides keep at least so many pixels may be smaller than it is: see `read_image`.
+        """
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a segmentation mask, (H, W) of class indices."""

@@ -53,9 +53,9 @@ class ClassFolderSource(Source):
             for label, folder in enumerate(self._names)
         ]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by `<folder>/<file>`."""
-        return read_image(self._root / location)
+        return read_image(self._root / location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: images by class have no masks."""

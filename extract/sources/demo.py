@@ -48,7 +48,7 @@ class DemoSource(Source):
         """All in one; keys and locations are `<part>/<row>`."""
         return [Part(self.part, self._samples)]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Paint a scene as RGB, (SIDE, SIDE)."""
         return paint(self.scene(location), SIDE)
 

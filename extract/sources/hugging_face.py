@@ -66,18 +66,18 @@ class HuggingFaceSource(Source):
         starts = range(0, len(self._rows), PART_ROWS)
         return [Part(f"rows from {start}", partial(self._read, start), files) for start in starts]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Decode the image of a row, from its bytes or from the file that the row names."""
         stored = self._images[int(location)][self._about.image] or {"bytes": None, "path": None}
         name = f"row {location}"
         if stored["bytes"] is not None:
-            return read_image(stored["bytes"], name)
+            return read_image(stored["bytes"], name, least=least)
         if stored["path"] is None:
             raise UnreadableImageError(Status.MISSING, f"{name} has no image")
         if path := FileSet(Path()).local(stored["path"]):
-            return read_image(path)
+            return read_image(path, least=least)
         with FileSet(Path()).open(stored["path"]) as file:
-            return read_image(file.read(), name)
+            return read_image(file.read(), name, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: these rows have no masks."""

@@ -18,11 +18,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM
 """What is looked for in the bytes, whatever the file is called. Pillow knows more, and runs a program for one (EPS)."""
 
 
-def read_image(file: Path | bytes, name: str = "") -> Image.Image:
+def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.Image:
     """Open a file, or the bytes of one that messages call `name`, as an upright RGB image.
 
     Of an animation this is the first frame. Transparent pictures are laid on white, as a web page shows them and as
     img2dataset saves them: the colours below transparent pixels were never meant to be seen.
+
+    With `least`, a JPEG is decoded at a half, a quarter or an eighth of its scale where both sides divide by that and
+    keep at least `least` pixels. Other sides would be rounded up, and the picture moved by a part of a pixel.
 
     Raises:
         UnreadableImageError: The file is missing, is no image, is cut short, or has more than `PIXEL_LIMIT` pixels.
@@ -35,6 +38,8 @@ def read_image(file: Path | bytes, name: str = "") -> Image.Image:
         with Image.open(BytesIO(content), formats=_formats()) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+            if least and image.format == "JPEG":
+                _reduce(image, least)
             return _rgb(_upright(image))
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {problem}") from problem
@@ -75,6 +80,15 @@ def _content(path: Path) -> bytes:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _reduce(image: Image.Image, least: int) -> None:
+    """Let libjpeg decode a picture that is not loaded yet from fewer coefficients, to one of fewer pixels."""
+    for scale in (8, 4, 2):
+        width, height = image.width // scale, image.height // scale
+        if (width * scale, height * scale) == image.size and min(width, height) >= least:
+            image.draft("RGB", (width, height))
+            return
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -56,9 +56,9 @@ class MaskFolderSource(Source):
         """One part: the list of names, or the folder of masks."""
         return [Part("masks", self._read, (self._list or self._masks,))]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its name under the folder of images."""
-        return read_image(self._images / location)
+        return read_image(self._images / location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a mask as class indices.

@@ -60,9 +60,9 @@ class TableSource(Source):
             return [Part("all tables", self._grouped_samples, (*self._files, *also))]
         return [Part(str(file), partial(self._named_samples, file, captions), (file, *also)) for file in self._files]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its path under the image folder."""
-        return read_image(self._images / location)
+        return read_image(self._images / location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a mask; pixel values that the manifest gives no class become `IGNORED`."""

@@ -60,7 +60,7 @@ class WebDatasetSource(Source):
         """One part a tar, made from it and the table beside it."""
         return [Part(tar, partial(self._read, tar), self._local_files(tar)) for tar in self._tars]
 
-    def image(self, location: str) -> Image.Image:
+    def image(self, location: str, least: int = 0) -> Image.Image:
         """Read an image's bytes out of its tar.
 
         Raises:
@@ -75,7 +75,7 @@ class WebDatasetSource(Source):
             raise UserError(f"{tar} is no longer what was indexed: no member of {size} bytes begins at byte {offset}.")
         if len(data) < BLOCK + int(size):
             raise UnreadableImageError(Status.UNDECODABLE, f"{location}: the tar is cut")
-        return read_image(data[BLOCK:], location)
+        return read_image(data[BLOCK:], location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: samples in tars have no masks."""

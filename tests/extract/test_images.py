@@ -221,3 +221,27 @@ def test_any_shape_is_resized_in_little_memory(size, how):
     assert getrusage(RUSAGE_SELF).ru_maxrss - before < 100_000  # KB; all of the first one enlarged takes 1.5 GB
     assert resized.size == (how.crop, how.crop)
     assert (np.asarray(resized) == RED).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "read"),
+    [
+        ((1280, 960), 480, (640, 480)),
+        ((1280, 960), 481, (1280, 960)),
+        ((1280, 960), 100, (160, 120)),
+        ((1280, 961), 100, (1280, 961)),  # half of it would be rounded up
+        ((1284, 964), 100, (321, 241)),
+        ((1280, 960), 0, (1280, 960)),
+    ],
+)
+def test_a_jpeg_is_reduced_only_as_far_as_asked_and_only_exactly(size, least, read):
+    content = encoded(photo(*size), "JPEG")
+    assert read_image(content, least=least).size == read
+    assert read_image(encoded(photo(*size), "PNG"), least=least).size == size
+
+
+def test_a_reduced_jpeg_is_turned_all_the_same():
+    reduced = read_image(encoded(photo(256, 128), "JPEG", quality=95, exif=TURNED), least=64)
+    assert reduced.size == (64, 128)
+    whole = read_image(encoded(photo(256, 128), "JPEG", quality=95, exif=TURNED))
+    assert difference(reduced, whole.resize((64, 128), Image.Resampling.BOX)) < 2
