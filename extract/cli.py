@@ -50,6 +50,12 @@ def run(
     worker: Annotated[
         str, typer.Option(help="Do only this worker's shards of the store, as in a Slurm array.", metavar="N/OF")
     ] = "1/1",
+    engine: Annotated[
+        str, typer.Option(help="local: this machine; ray: a Ray cluster.", metavar="local|ray")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster.  [default: $RAY_ADDRESS, else this machine alone]")
+    ] = None,
     retry: Annotated[
         str | None, typer.Option(help="failed: read again the images that could not be encoded.", metavar="failed")
     ] = None,
@@ -60,6 +66,7 @@ def run(
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
     from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.engine import Crew, ray_crew
     from sail_align.extract.engine import run as run_job
     from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder
     from sail_align.extract.manifest import find_manifest
@@ -88,6 +95,11 @@ def run(
     if names:
         require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
     devices, share = choose_devices(workers, device), Share.parse(worker)
+    crew: Crew = LocalCrew(devices)
+    if engine == "ray":
+        crew = ray_crew(ray_address, workers, device)
+    elif engine != "local" or ray_address:
+        raise UserError(f"--engine {engine!r}: there are local and ray, and --ray-address goes with ray.")
     job = Job(
         manifest=about,
         data_root=root,
@@ -102,7 +114,7 @@ def run(
         if about.expected_rows not in (None, store.rows):
             typer.echo(f"note: {about.name} has {store.rows} samples here; its manifest expects {about.expected_rows}.")
 
-    summary = run_job(job, LocalCrew(devices), share, opened, quiet=quiet)
+    summary = run_job(job, crew, share, opened, quiet=quiet)
     retried = retry_failed(job, share, devices[0], quiet=quiet) if retry else None
     store = Store.open(job.store)
     _print_arrays(store)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from sail_align.extract.costs import Summary, Tally, cores
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
+from sail_align.extract.errors import UserError
 from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.job import Job, image_task, text_task
 from sail_align.extract.memory import keep_freed_memory
@@ -59,6 +60,15 @@ class Crew(Protocol):
 
     def work(self, job: Job, share: Share, tally: Tally) -> None:
         """Do a share of a job, whose store is there. What it raises is said at `run`."""
+
+
+def ray_crew(address: str | None, workers: str, device: str) -> Crew:
+    """Return a crew on a Ray cluster. Raises `UserError` if Ray is not installed."""
+    try:
+        from sail_align.extract.ray_crew import RayCrew
+    except ImportError as problem:
+        raise UserError("--engine ray needs Ray; install it with: pip install 'sail-align[ray]'.") from problem
+    return RayCrew(address, workers, device)
 
 
 def run(

@@ -209,8 +209,8 @@ class Leases:
 
     def names(self) -> set[str]:
         """Return the names of all leases that have a file, dead or alive."""
-        files = self.folder.rglob("*.json")
-        return {file.relative_to(self.folder).as_posix().rsplit(".", 2)[0] for file in files}
+        files = [Path(folder, file) for folder, _, files in os.walk(self.folder) for file in files]
+        return {file.relative_to(self.folder).as_posix().rsplit(".", 2)[0] for file in files if file.suffix == ".json"}
 
     def remove(self, name: str) -> None:
         """Remove a lease, whoever has it: only for what is done, so that its lease means nothing any more."""
@@ -220,12 +220,11 @@ class Leases:
 
     def tidy(self) -> None:
         """Remove what killed processes left beside their leases, and folders that are empty."""
-        for leftover in self.folder.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        folders = [path for path in self.folder.rglob("*") if path.is_dir()]
-        for folder in [*sorted(folders, reverse=True), self.folder]:
+        for folder, _, files in os.walk(self.folder, topdown=False):
+            for leftover in (Path(folder, file) for file in files if file.endswith(".tmp")):
+                leftover.unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or gone already
-                folder.rmdir()
+                os.rmdir(folder)
 
     def _is_dead(self, file: Path) -> bool:
         content = _read(file)

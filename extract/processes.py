@@ -20,6 +20,7 @@ from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.job import Job
 from sail_align.extract.memory import keep_freed_memory
+from sail_align.extract.messages import Message, Messenger, deliver
 from sail_align.extract.progress import note
 from sail_align.extract.stop import stopping_on
 from sail_align.extract.store import Store
@@ -127,17 +128,14 @@ class _Processes:
             if not isinstance(pipe, Connection):
                 continue
             try:
-                name, arguments = pipe.recv()
+                message: Message = pipe.recv()
             except (EOFError, OSError):
                 self._ended(pipe)
                 continue
-            if name == MISTAKE:
-                if not self.stopping:
-                    raise UserError(*arguments)
-            elif name == "waiting":
-                self.tally.waiting(arguments[0], self.workers[pipe][0])
-            else:
-                getattr(self.tally, name)(*arguments)
+            if message[0] != MISTAKE:
+                deliver(message, self.tally, self.workers[pipe][0])
+            elif not self.stopping:
+                raise UserError(*message[1])
 
     def _ended(self, pipe: Connection) -> None:
         number, process = self.workers.pop(pipe)
@@ -165,42 +163,27 @@ class _Processes:
 
 
 class _Pipe:
-    """Reports to the tally at the other end of a pipe. A parent that is gone is noticed by `_follow_parent`."""
+    """The end of a pipe to the parent. That the parent is gone is noticed by `_follow_parent`."""
 
     def __init__(self, pipe: Connection):
         self._pipe = pipe
         self._lock = threading.Lock()
 
-    def send(self, name: str, *arguments: object) -> None:
+    def send(self, message: Message) -> None:
         with self._lock, suppress(BrokenPipeError):
-            self._pipe.send((name, arguments))
-
-    def found(self, array: str, shard: int, rows: int) -> None:
-        self.send("found", array, shard, rows)
-
-    def encoded(self, rows: int) -> None:
-        self.send("encoded", rows)
-
-    def committed(self, array: str, shard: int, rows: int, written: int) -> None:
-        self.send("committed", array, shard, rows, written)
-
-    def read(self, size: int) -> None:
-        self.send("read", size)
-
-    def waiting(self, shards: int) -> None:
-        self.send("waiting", shards)
+            self._pipe.send(message)
 
 
 def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which passes it on
-    report = _Pipe(pipe)
+    parent = _Pipe(pipe)
     with stopping_on(signal.SIGTERM):
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
         try:
-            do_share(job, share, device, threads, report)
+            do_share(job, share, device, threads, Messenger(parent.send))
         except UserError as mistake:
-            report.send(MISTAKE, str(mistake))
+            parent.send((MISTAKE, (str(mistake),)))
 
 
 def _follow_parent() -> None:

@@ -84,14 +84,14 @@ def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | Non
     before = bytes_read()
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
-            _Loop(store, report, thread).run([(task, shard) for task in tasks for shard in share.shards(task.array)])
+            Loop(store, report, thread).run([(task, shard) for task in tasks for shard in share.shards(task.array)])
     finally:
         store.leases.release_all()
         report.read(bytes_read() - before)
     store.tidy()
 
 
-class _Loop:
+class Loop:
     """The loop of one worker; while a shard is encoded, the one before it is written by `thread`."""
 
     def __init__(self, store: Store, report: Report, thread: ThreadPoolExecutor):
@@ -101,10 +101,11 @@ class _Loop:
         self.writing: Future[None] | None = None
 
     def run(self, shards: Sequence[tuple[Task, int]]) -> None:
+        """Return when all of these shards are committed."""
         pause = POLL
-        while left := [(task, shard) for task, shard in shards if not self._is_there(task.array, shard)]:
-            done = sum(self._do(task, shard) for task, shard in left)
-            self._finish_writing()
+        while left := [(task, shard) for task, shard in shards if not self.is_there(task.array, shard)]:
+            done = sum(self.do(task, shard) for task, shard in left)
+            self.finish_writing()
             if done:
                 pause = POLL
             else:
@@ -112,7 +113,8 @@ class _Loop:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _is_there(self, array: FeatureArray, shard: int) -> bool:
+    def is_there(self, array: FeatureArray, shard: int) -> bool:
+        """Whether a shard is committed, and tell of it if another worker has done that."""
         if shard in array.markers:
             return True
         if array.refresh(shard):
@@ -120,19 +122,19 @@ class _Loop:
             return True
         return False
 
-    def _do(self, task: Task, shard: int) -> bool:
+    def do(self, task: Task, shard: int) -> bool:
         """Encode one shard and hand it over to be written; return False if another worker has it or has done it."""
         array = task.array
-        if task.encode is None or self._is_there(array, shard):
+        if task.encode is None or self.is_there(array, shard):
             return False
         lease = self.leases.take(f"{array.path}/{shard:05d}")
         if lease is None:
             return False
-        if self._is_there(array, shard):  # committed between the look and the lease
+        if self.is_there(array, shard):  # committed between the look and the lease
             self.leases.release(lease)
             return False
         rows = task.encode(*array.span(shard), self.report.encoded)
-        self._finish_writing()
+        self.finish_writing()
         self.writing = self.thread.submit(self._write, array, shard, rows, lease)
         return True
 
@@ -146,7 +148,8 @@ class _Loop:
         finally:
             self.leases.release(lease)
 
-    def _finish_writing(self) -> None:
+    def finish_writing(self) -> None:
+        """Wait until the shard that was handed over last is written."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.result()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.errors import UserError
 
 
 def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float = 1.0) -> Identity:
@@ -58,6 +59,8 @@ class FakeChoice:
     seconds: float = 0
 
     def load(self, device: str) -> FakeVision | FakeText:
+        if self.modality not in ("image", "text"):
+            raise UserError(f"There is no encoder of {self.modality}.")
         encoder = FakeVision() if self.modality == "image" else FakeText()
         if self.log is not None:
             encoder.encode = partial(self._log_and_encode, encoder.encode)

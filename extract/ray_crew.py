@@ -1,0 +1,188 @@
+"""A crew of Ray actors: a shard is a task, and any node of the cluster can do it.
+
+The driver hands out shards, a bounded number at a time, and hands out again what a lost node had. A task knows only its
+shard and does it under a lease, as every worker does: a driver, or a node, that is only thought dead does no harm.
+"""
+
+import logging
+import signal
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from sail_align.extract.costs import Tally
+from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.job import Job
+from sail_align.extract.leases import POLL
+from sail_align.extract.messages import deliver
+from sail_align.extract.progress import note
+from sail_align.extract.ray_actor import Shard, ShardActor
+from sail_align.extract.store import Store
+from sail_align.extract.worker import Share
+
+_untyped: Any = ray  # for what its own type hints leave out
+
+IN_FLIGHT = 2
+"""Tasks that an actor has at a time: one that it does, and the next."""
+
+TRIES = 3
+"""How often a shard may fail, or actors start in vain while none is at work, before the run gives up."""
+
+GIVE_UP_SECONDS = 5.0
+"""How long actors may take to give their leases back when a run is stopped."""
+
+
+@dataclass(frozen=True)
+class RayCrew:
+    """Actors on a cluster: `auto` is one a GPU, or one a node where there is none.
+
+    `address` is the cluster's; None means `$RAY_ADDRESS`, and where that is not set a cluster on this machine alone.
+    """
+
+    address: str | None
+    workers: str
+    device: str
+
+    @property
+    def size(self) -> int:
+        """The number of actors; before `work` has connected, 1."""
+        if not ray.is_initialized():
+            return 1
+        if self.workers != "auto":
+            return int(self.workers)
+        return self._gpus or sum(node["Alive"] for node in _untyped.nodes())
+
+    @property
+    def hardware(self) -> tuple[int, str]:
+        """The GPUs that are used, or the cores of the cluster."""
+        if gpus := min(self._gpus, self.size):
+            return gpus, "GPU"
+        return int(self._resources.get("CPU", 1)), "core"
+
+    @property
+    def _resources(self) -> dict[str, float]:
+        return dict(_untyped.cluster_resources()) if ray.is_initialized() else {}
+
+    @property
+    def _gpus(self) -> int:
+        return 0 if self.device == "cpu" else int(self._resources.get("GPU", 0))
+
+    def work(self, job: Job, share: Share, tally: Tally) -> None:
+        """Do a share of a job.
+
+        Raises:
+            UserError: There is no cluster at the address, or from a worker.
+            WorkersFailedError: A shard failed several times, or actors did.
+        """
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            _untyped.init(
+                address=self.address, include_dashboard=False, logging_level=logging.WARNING, ignore_reinit_error=True
+            )
+        except (ConnectionError, ValueError) as problem:
+            raise UserError(f"No Ray cluster answers at {self.address!r}; correct --ray-address.") from problem
+        signal.signal(signal.SIGTERM, before)  # Ray has put its own
+        here = replace(job, store=job.store.absolute(), data_root=job.data_root.absolute())
+        _Driver(self, here, share, tally).run()
+        Store.open(job.store).tidy()
+
+
+class _Driver:
+    """Hands shards to actors, and again where an actor was lost."""
+
+    def __init__(self, crew: RayCrew, job: Job, share: Share, tally: Tally):
+        self.tally = tally
+        self.size = crew.size
+        _, unit = crew.hardware
+        threads = max(int(_untyped.cluster_resources().get("CPU", 1)) // self.size, 1)
+        self.start = partial(
+            _untyped.remote(concurrency_groups={"stop": 1})(ShardActor)
+            .options(num_gpus=int(unit == "GPU"), num_cpus=int(unit != "GPU"), scheduling_strategy="SPREAD")
+            .remote,
+            *(job, share, crew.device, threads),
+        )
+        self.actors: list[Any] = []
+        self.ready: list[Any] = []
+        self.running: dict[Any, tuple[Any, Shard | None]] = {}
+        """Actor and shard by what Ray refers to the task with; no shard where the actor gets ready."""
+        self.left: deque[Shard] | None = None
+        self.later: deque[tuple[float, Shard]] = deque()
+        self.failures: Counter[Shard | None] = Counter()
+
+    def run(self) -> None:
+        for _ in range(self.size):
+            self._hire()
+        try:
+            while self.left is None or self.left or self.later or any(shard for _, shard in self.running.values()):
+                self._hand_out()
+                done, _ = ray.wait(list(self.running), timeout=POLL)
+                for task in done:
+                    self._receive(task)
+        finally:
+            given_up = [actor.give_up.remote() for actor in self.ready]
+            if given_up:
+                ray.wait(given_up, num_returns=len(given_up), timeout=GIVE_UP_SECONDS)
+            for actor in self.actors:
+                ray.kill(actor)
+
+    def _hire(self) -> None:
+        """Ask for an actor; where there is no room for it now, it comes with the next node."""
+        actor = self.start()
+        self.actors.append(actor)
+        self.running[actor.prepare.remote()] = actor, None
+
+    def _hand_out(self) -> None:
+        while self.left is not None and self.later and self.later[0][0] <= time.monotonic():
+            self.left.append(self.later.popleft()[1])
+        for actor in self.ready:
+            busy = sum(each is actor for each, _ in self.running.values())
+            for _ in range(busy, IN_FLIGHT):
+                if self.left:
+                    shard = self.left.popleft()
+                    self.running[actor.do.remote(shard)] = actor, shard
+
+    def _receive(self, task: Any) -> None:
+        actor, shard = self.running.pop(task)
+        try:
+            result, messages = ray.get(task)
+        except RayActorError:
+            self._lost(actor, shard)
+        except RayTaskError as failure:
+            if isinstance(failure.cause, UserError):
+                raise UserError(str(failure.cause)) from failure
+            self._failed(shard, f"{type(failure.cause).__name__}: {failure.cause}")
+        else:
+            for message in messages:
+                deliver(message, self.tally, 0)
+            if shard is None:
+                self.ready.append(actor)
+                self.failures[None] = 0
+                self.left = deque(result) if self.left is None else self.left
+            elif not result:  # another run has it
+                self.later.append((time.monotonic() + POLL, shard))
+
+    def _lost(self, actor: Any, shard: Shard | None) -> None:
+        if actor in self.actors:
+            self.actors.remove(actor)
+            if actor in self.ready:
+                self.ready.remove(actor)
+            note("A Ray worker was lost, with its node or alone; its shards go to others, and another is asked for.")
+            self._hire()
+        if shard is None:
+            self._failed(shard, "its process ended")
+        else:
+            self.later.append((time.monotonic(), shard))
+
+    def _failed(self, shard: Shard | None, reason: str) -> None:
+        what = "A worker's start" if shard is None else f"{shard[0]} shard {shard[1]}"
+        self.failures[shard] += 1
+        if self.failures[shard] >= TRIES and (shard or not self.ready):
+            raise WorkersFailedError(f"{what} failed {TRIES} times ({reason}); shards are left.")
+        note(f"{what} failed ({reason}); it is tried again.")
+        if shard is not None:
+            self.later.append((time.monotonic(), shard))

@@ -1,0 +1,89 @@
+"""A Ray cluster of three nodes, one of which dies, makes the store that one process makes."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fakes import FakeChoice
+
+from sail_align.extract import store as store_module
+from sail_align.extract.engine import run
+from sail_align.extract.errors import UserError
+from sail_align.extract.job import Job
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.processes import LocalCrew
+from sail_align.extract.worker import Share
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster of three nodes on this machine, whose workers find the fake encoders."""
+    from ray.cluster_utils import Cluster
+
+    tests = str(Path(__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", f"{tests}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, monkeypatch):
+    from sail_align.extract.ray_crew import RayCrew
+
+    monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 12)
+    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
+
+    def job(name: str, seconds: float) -> Job:
+        log = pictures / f"{name}.log"
+        choices = [FakeChoice(kind, log, seconds) for kind in ("image", "text")]
+        return Job(manifest, root, pictures / name, *choices, ("raw", "long"))
+
+    run(job("local.zarr", 0), LocalCrew(["cpu"]), Share(), quiet=True)
+    victim, committed = next(iter(cluster.worker_nodes)), 0
+    crew = RayCrew(cluster.address, "3", "cpu")
+    job_on_ray = job("ray.zarr", 0.3)
+
+    original = RayCrew.work
+
+    def work(self, job, share, tally):
+        tell = tally.committed
+
+        def committed_one(*arguments):
+            nonlocal committed
+            committed += 1
+            if committed == 20:
+                cluster.remove_node(victim, allow_graceful=False)
+            tell(*arguments)
+
+        tally.committed = committed_one
+        original(self, job, share, tally)
+
+    monkeypatch.setattr(RayCrew, "work", work)
+    summary = run(job_on_ray, crew, Share(), quiet=True)
+    assert len(cluster.list_all_nodes()) == 2
+    assert contents(pictures / "ray.zarr") == contents(pictures / "local.zarr")
+    encoded = (pictures / "ray.zarr.log").read_text().splitlines()
+    assert set(encoded) == set((pictures / "local.zarr.log").read_text().splitlines())
+    print({"shards": len(set(encoded)), "encoded again": len(encoded) - len(set(encoded)), "summary": str(summary)})
+    assert len(encoded) - len(set(encoded)) <= 2  # what the lost node had
+
+
+def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
+    from sail_align.extract.ray_crew import RayCrew
+
+    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
+    job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
+    with pytest.raises(UserError, match=r"^There is no encoder of nothing\.$"):
+        run(job, RayCrew(cluster.address, "1", "cpu"), Share(), quiet=True)
