@@ -36,6 +36,9 @@ def run(
     captions: Annotated[
         str | None, typer.Option(help="Names, as in raw,long.  [default: the manifest's, else all]")
     ] = None,
+    add_captions: Annotated[
+        str | None, typer.Option(help="Add these captions to a store that is there; its images are not touched.")
+    ] = None,
     data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     precision: Annotated[str, typer.Option(help="What encoders compute in: float32, bfloat16, float16.")] = "float32",
@@ -68,7 +71,7 @@ def run(
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.engine import Crew, ray_crew
     from sail_align.extract.engine import run as run_job
-    from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder
+    from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder, only_text_encoder
     from sail_align.extract.manifest import find_manifest
     from sail_align.extract.processes import LocalCrew, choose_devices
     from sail_align.extract.retry import retry_failed
@@ -81,14 +84,21 @@ def run(
     if retry and workers not in ("auto", "1"):
         raise UserError("--retry works in one process; leave --workers out, or share the shards with --worker N/OF.")
     about, root = find_manifest(manifest, data_root)
-    source = open_source(about, root)
-    chosen = captions.split(",") if captions else about.encoders.captions or source.all_captions
+    path = out or Path("features") / f"{about.name}.zarr"
+    image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
+    if add_captions:
+        if captions or image_encoder or retry:
+            raise UserError("--add-captions leaves images alone; leave out --captions, --image-encoder and --retry.")
+        known, chosen = Store.open(path).captions, add_captions.split(",")
+        if not text_encoder and (recorded := only_text_encoder(Store.open(path))):
+            text_name, text_pooling, precision = recorded
+    else:
+        known = open_source(about, root).all_captions
+        chosen = captions.split(",") if captions else list(about.encoders.captions or known)
     names = tuple(name.strip() for name in chosen)
     for name in names:
-        if name not in source.all_captions:
-            there = ", ".join(source.all_captions) or "none"
-            raise UserError(f"{about.name} has no caption {name!r}; it has {there}.")
-    image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
+        if name not in known:
+            raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(known) or 'none'}.")
     Runtime.of(device, precision)
     find_vision(image_name)
     require_known_image_pooling(image_pooling, image_name)
@@ -103,8 +113,10 @@ def run(
     job = Job(
         manifest=about,
         data_root=root,
-        store=out or Path("features") / f"{about.name}.zarr",
-        image=NamedImageEncoder(image_name, image_pooling, precision, trust_remote_code, compiled, fast_jpeg),
+        store=path,
+        image=None
+        if add_captions
+        else NamedImageEncoder(image_name, image_pooling, precision, trust_remote_code, compiled, fast_jpeg),
         text=NamedTextEncoder(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None,
         captions=names,
     )

@@ -15,7 +15,7 @@ from sail_align.extract.manifest import Manifest
 from sail_align.extract.pipeline import Advance, Rows, encode_images, encode_texts
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Source
-from sail_align.extract.store import Store, open_or_create
+from sail_align.extract.store import Store, open_made_from, open_or_create
 from sail_align.extract.worker import Share, Task
 
 Encoder = TypeVar("Encoder", covariant=True)
@@ -106,9 +106,13 @@ class Job:
     def open_store(self, *, quiet: bool = False) -> Store:
         """Open the store, or make it if it is not there.
 
+        A job without images on a store that is there has no need of the source, which is not opened.
+
         Raises:
             UserError: Source or store cannot be opened, or do not go with each other, or the disk is full.
         """
+        if self.image is None and (self.store / "zarr.json").exists():
+            return open_made_from(self.store, self.manifest)
         with full_disk_is_said(self.store):
             return open_or_create(self.store, self.manifest, open_source(self.manifest, self.data_root), quiet=quiet)
 
@@ -134,6 +138,19 @@ class Job:
                 tasks += [text_task(store, name, reader) for name in self.captions]
             tasks += done
         return tasks
+
+
+def only_text_encoder(store: Store) -> tuple[str, str, str] | None:
+    """Return name, pooling and precision of a store's text encoder, None unless it has exactly one."""
+    found = {array.identity.spec.id: array.identity for name in store.captions for array in store.texts(name).values()}
+    if len(found) != 1:
+        return None
+    ((name, identity),) = found.items()
+    if identity.location:
+        name = f"hf:{identity.location}"
+    elif name.startswith("hf:"):
+        name = f"{name}@{identity.spec.source['revision']}"
+    return name, identity.spec.pooling, identity.spec.precision
 
 
 def image_task(store: Store, source: Source, encoder: VisionEncoder, decoders: ThreadPoolExecutor) -> Task:

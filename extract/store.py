@@ -287,26 +287,35 @@ def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: boo
     Raises:
         UserError: The path holds the store of another manifest or of other samples, or something else.
     """
-    made_from = manifest.rows
     if not (path / "zarr.json").exists():
         with suppress(StoreExistsError):  # another process was quicker
             return Store.create(
                 path,
                 dataset=manifest.name,
-                manifest=made_from,
+                manifest=manifest.rows,
                 parts=source.parts(),
                 captions=source.captions,
                 recaptions=source.recaptions,
                 quiet=quiet,
             )
-    store = Store.open(path)
+    store = open_made_from(path, manifest)
+    require_samples(store, source, quiet=quiet)
+    return store
+
+
+def open_made_from(path: Path, manifest: Manifest) -> Store:
+    """Open the store of a manifest's samples; whether the source still has these is not asked.
+
+    Raises:
+        UserError: The path holds the store of another manifest, or something else.
+    """
+    store, made_from = Store.open(path), manifest.rows
     if (recorded := store.attributes["manifest"]) != made_from:
         field = next(name for name in (*made_from, *recorded) if made_from.get(name) != recorded.get(name))
         raise UserError(
             f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is "
             f"{made_from.get(field)!r}; name another --out."
         )
-    require_samples(store, source, quiet=quiet)
     return store
 
 

@@ -1,5 +1,6 @@
 """sail-extract as typed: a mistake is one sentence and exit code 2, and nothing that is there is lost."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,28 @@ def test_run_status_and_verify(pictures, typed):
     code, _, err = typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--text-pooling", "cls")
     assert code == 2
     assert "whose pooling is 'mean', but here it is 'cls'" in err
+
+
+@pytest.mark.slow
+def test_captions_and_encoders_are_added_without_the_images(pictures, typed, monkeypatch):
+    manifest, out = str(pictures / "pictures.yaml"), pictures / "out.zarr"
+    assert typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--captions", "raw")[0] == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    shutil.move(pictures / "images", pictures / "elsewhere")
+    monkeypatch.setattr("sail_align.extract.job.load_image_encoder", None)
+    code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", "--add-captions", "long")
+    assert code == 0
+    assert "text/minilm-l6/long: 3/3 shards, dim 384: 1 missing, 599 ok" in printed
+    assert all(file.read_bytes() == content for file, content in before.items())
+    code, _, err = typed("run", manifest, "--out", str(out), "--add-captions", "short")
+    assert (code, err) == (2, "error: pictures has no caption 'short'; it has raw, long.\n")
+
+    shutil.move(pictures / "elsewhere", pictures / "images")
+    monkeypatch.setattr("sail_align.extract.job.encode_images", None)
+    arguments = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--text-pooling", "mean"]
+    code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", *arguments)
+    assert code == 0  # what is done already is neither loaded nor read
+    assert "0 rows encoded" in printed
 
 
 def test_help_answers_without_loading_torch():
