@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.extract.errors import UserError, run_command
+from sail_align.extract.memory import wait_without_spinning
 
 if TYPE_CHECKING:
     from sail_align.extract.manifest import Manifest
@@ -157,4 +158,5 @@ def _required(references: list[str], data_root: str | None, kind: str | None) ->
 
 def main() -> None:
     """Entry point."""
+    wait_without_spinning()
     run_command(app)
