@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pandas as pd  # noqa: F401 (once, not in every fork)
 from fakes import FakeChoice
 
 from sail_align.extract import store as store_module
-from sail_align.extract.engine import run
+from sail_align.extract.engine import ray_crew, run
 from sail_align.extract.errors import run_command
 from sail_align.extract.job import Job
 from sail_align.extract.manifest import find_manifest
@@ -40,14 +41,25 @@ def make_job(name: str, seconds: float) -> Job:
     return Job(manifest, data_root, root / name, image, text, ("raw", "long"))
 
 
-def start(name: str, *, seconds: float = 0.01, devices: int = 1, share: str = "1/1", errors: str = "errors.txt") -> int:
+def start(
+    name: str,
+    *,
+    seconds: float = 0.01,
+    devices: int = 1,
+    share: str = "1/1",
+    errors: str = "errors.txt",
+    on_ray: bool = False,
+    modality: str = "image",
+) -> int:
     """Begin an extraction in a process of its own and return its pid."""
     if pid := os.fork():
         return pid
     os.dup2(os.open(root / errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
     def command() -> None:
-        run(make_job(name, seconds), LocalCrew(["cpu"] * devices), Share.parse(share), quiet=True)
+        crew = ray_crew(None, "2", "cpu") if on_ray else LocalCrew(["cpu"] * devices)
+        job = replace(make_job(name, seconds), image=FakeChoice(modality, log, seconds))
+        run(job, crew, Share.parse(share), quiet=True)
 
     try:
         run_command(command)
@@ -201,6 +213,30 @@ def workers() -> dict[str, object]:
     return seen
 
 
+def mistakes() -> dict[str, object]:
+    """A mistake that only the worker processes can notice."""
+    return {
+        "end": end_of(start("s.zarr", devices=2, modality="nothing")),
+        "said": (root / "errors.txt").read_text(),
+        "left behind": [name for name in contents("s.zarr") if name.startswith("leases")],
+    }
+
+
+def ray_stop() -> dict[str, object]:
+    """SIGTERM to the driver of a Ray cluster of this machine."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    pid = start("ray.zarr", seconds=0.2, on_ray=True)
+    wait_for(partial(have_begun, 5), pid)
+    told = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    return {
+        "end": end_of(pid),
+        "seconds": time.monotonic() - told,
+        "said": (root / "errors.txt").read_text(),
+        "left behind": [name for name in contents("ray.zarr") if name.startswith("leases")],
+    }
+
+
 def children_of(pid: int) -> list[int]:
     """Return the pids of the workers; multiprocessing's resource tracker, where there is one, is not one of them."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -209,5 +245,6 @@ def children_of(pid: int) -> list[int]:
 
 if __name__ == "__main__":
     store_module._shard_rows = lambda rows: SHARD_ROWS
-    scenario = {"kills": kills, "two": two_at_once, "signals": signals, "workers": workers}[sys.argv[2]]
+    scenarios = [kills, two_at_once, signals, workers, mistakes, ray_stop]
+    scenario = next(each for each in scenarios if each.__name__ == sys.argv[2])
     print(json.dumps(scenario()))

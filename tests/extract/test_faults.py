@@ -34,7 +34,7 @@ def test_a_store_killed_at_random_moments_is_byte_identical(seen):
 
 
 def test_two_commands_at_once_share_the_work(seen):
-    result = seen("two")
+    result = seen("two_at_once")
     assert result == {
         "ends": [0] * 4,
         "identical": [True, True],
@@ -70,4 +70,18 @@ def test_workers_go_on_without_one_that_was_killed_and_stop_with_their_parent(se
     assert result["stopped"]["end"] == 143
     assert result["stopped"]["seconds"] < 10
     assert result["stopped"]["said"].startswith("Stopped by SIGTERM: ")
+    assert result["left behind"] == []
+
+
+def test_a_mistake_that_workers_notice_is_one_sentence(seen):
+    assert seen("mistakes") == {"end": 2, "said": "error: There is no encoder of nothing.\n", "left behind": []}
+
+
+def test_a_ray_driver_stops_its_actors(seen):
+    pytest.importorskip("ray")
+    result = seen("ray_stop")
+    print(result)
+    assert result["end"] == 143
+    assert result["seconds"] < 30
+    assert "Stopped by SIGTERM: " in result["said"]
     assert result["left behind"] == []
