@@ -56,6 +56,10 @@ def fit(
     text_dropout: Annotated[
         float | None, typer.Option(help=f"On the text head's inputs and hidden units.  {_default('text_dropout')}")
     ] = None,
+    image_power: Annotated[
+        float | None,
+        typer.Option(help=f"Image features are raised to it, signs kept.  {_default('image_power')}"),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(help=f"random, or closed-form: a linear path begins as the CCA.  {_default('start')}"),
@@ -101,6 +105,7 @@ def fit(
         "dim": dim,
         "image_dropout": image_dropout,
         "text_dropout": text_dropout,
+        "image_power": image_power,
         "start": start,
         "ridge": ridge,
         "loss": loss,

@@ -1,6 +1,6 @@
 """Heads: what maps a frozen encoder's features into the shared space.
 
-Every head is LayerNorm → body (→ plus a linear path), and its output is not yet normalised.
+Every head is power → LayerNorm → body (→ plus a linear path), and its output is not yet normalised.
 """
 
 from typing import Literal
@@ -14,8 +14,11 @@ HeadKind = Literal["linear", "mlp", "glu"]
 class Head(nn.Module):
     """LayerNorm, dropout on the normalised features, then what a subclass does with them; hidden units drop out too.
 
-    Features (…, input_dim) float32 become (…, output_dim). Weights start Xavier-uniform, biases at zero.
+    Features (…, input_dim) float32 become (…, output_dim). Weights start Xavier-uniform, biases at zero. Where `power`
+    is not 1, features go through `signed_power` before all else.
     """
+
+    power = 1.0
 
     out: nn.Linear
     """The layer that writes the output: every subclass has one."""
@@ -32,7 +35,7 @@ class Head(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Map features (…, input_dim) float32 to (…, output_dim), not yet L2-normalised."""
-        normed_BD = self.dropout(self.norm(features_BD))
+        normed_BD = self.dropout(self.norm(signed_power(features_BD, self.power)))
         out_BE = self.body(normed_BD)
         return out_BE if self.linear_path is None else out_BE + self.linear_path(normed_BD)
 
@@ -88,6 +91,15 @@ class GLUHead(Head):
     def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
         out_BE: Tensor = self.out(self.dropout(F.relu6(self.gate(normed_BD)) * self.value(normed_BD)))
         return out_BE
+
+
+def signed_power(features_BD: Tensor, power: float) -> Tensor:
+    """Return `sign(x) |x|^power` of each feature; the features themselves for 1.
+
+    Below 1 it narrows the long tail of rectified features, in which a few large ones drown the others (the "power
+    normalisation" of Perronnin et al., 2010, there with 0.5).
+    """
+    return features_BD if power == 1 else features_BD.sign() * features_BD.abs() ** power
 
 
 def make_head(kind: HeadKind, input_dim: int, output_dim: int, *, expansion: int = 4, dropout: float = 0.0) -> Head:

@@ -52,6 +52,7 @@ class Architecture:
     image_dropout: float = 0.0
     text_dropout: float = 0.0
     linear_path: bool = False
+    image_power: float = 1.0
 
     def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
         """Return a fresh model; its weights come from torch's global random state."""
@@ -60,6 +61,7 @@ class Architecture:
             make_head(self.head, input_dim, self.dim, expansion=self.expansion, dropout=dropout)
             for input_dim, dropout in sides
         ]
+        heads[0].power = self.image_power
         if self.linear_path:
             for head in heads:
                 head.add_linear_path()

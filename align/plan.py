@@ -49,6 +49,7 @@ class Plan:
             image_dropout=settings.image_dropout,
             text_dropout=settings.text_dropout,
             linear_path=settings.start == "closed-form" and settings.head in ("mlp", "glu"),
+            image_power=settings.image_power,
         )
 
     @property

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from sail_align.align.checkpoint import read_record, restore, save_checkpoint
 from sail_align.align.closed_form import Moments, regularised_cca, start_from
 from sail_align.align.data import read_rows
+from sail_align.align.heads import signed_power
 from sail_align.align.loss import Loss
 from sail_align.align.metrics import ranks, recall_at
 from sail_align.align.model import AlignmentModel
@@ -161,7 +162,8 @@ def _start_from_closed_form(
     moments = Moments(plan.architecture.image_dim, plan.architecture.text_dim, device)
     with progress(stream.rows, "closed form", unit="pairs", quiet=quiet) as bar:
         for block in stream.blocks():
-            moments.add(block.images.to(device), block.texts.to(device))
+            images = signed_power(block.images.to(device).float(), plan.settings.image_power)
+            moments.add(images, block.texts.to(device))
             bar.update(len(block.images))
     found = regularised_cca(moments, plan.settings.dim, plan.settings.ridge)
     start_from(model.image_head, found.image)

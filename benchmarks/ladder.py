@@ -25,14 +25,17 @@ RATES = {"linear": "1e-3", "mlp": "3e-4", "glu": "3e-4"}
 def rungs(one_caption: str, seeds: int) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Yield each rung's name, and its options once a seed."""
     yield "CCA (closed form), all captions", [("--head", "cca")]
+    yield "CCA, all captions, power 0.5", [("--head", "cca", "--image-power", "0.5")]
     for captions, chosen in (("one caption", ("--captions", one_caption)), ("all captions", ())):
         for loss in ("infonce", "sigmoid"):
             for head, rate in RATES.items():
                 options = ("--head", head, "--loss", loss, "--lr", rate, *RANDOM_START, *chosen)
                 yield f"{head}, {loss}, {captions}", [(*options, "--seed", str(seed)) for seed in range(seeds)]
-    for head in ("linear", "glu"):
-        options = ("--preset", "small", "--head", head)
-        yield f"{head}, sigmoid, all captions, closed-form start", [(*options, "--seed", str(s)) for s in range(seeds)]
+    for name, power in (("", ()), (", power 0.5", ("--image-power", "0.5"))):
+        for head in ("linear", "glu"):
+            options = ("--preset", "small", "--head", head, *power)
+            rung = f"{head}, sigmoid, all captions, closed-form start{name}"
+            yield rung, [(*options, "--seed", str(seed)) for seed in range(seeds)]
 
 
 def main() -> None:

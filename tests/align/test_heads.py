@@ -1,5 +1,7 @@
 """The heads are the paper's, in size, in cost and in what they compute."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sail_align.align.closed_form import LinearMap, start_from
 from sail_align.align.heads import make_head
+from sail_align.align.model import Architecture
 
 IMAGE_DIM, TEXT_DIM, DIM = 2048, 1024, 1024
 HEAD_KINDS = ["linear", "mlp", "glu"]
@@ -76,6 +79,15 @@ def test_layer_norm_makes_a_head_blind_to_a_features_scale_and_offset(kind, scal
     torch.manual_seed(0)
     head, x = make_head(kind, 8, 4), 10 * torch.randn(3, 8)
     torch.testing.assert_close(head(scale * x + offset), head(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_power_bends_the_images_alone_and_keeps_their_signs():
+    architecture = Architecture("glu", image_dim=3, text_dim=3, dim=2, expansion=1)
+    plain, bent = (replace(architecture, image_power=power).build() for power in (1.0, 0.5))
+    bent.load_state_dict(plain.state_dict())
+    x = torch.tensor([[-4.0, 0.0, 9.0]])
+    torch.testing.assert_close(bent.encode_image(x), plain.encode_image(torch.tensor([[-2.0, 0.0, 3.0]])))
+    assert torch.equal(bent.encode_text(x), plain.encode_text(x))
 
 
 def test_dropout_acts_in_training_only():

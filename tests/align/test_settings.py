@@ -22,6 +22,7 @@ def test_the_defaults_are_the_papers():
         dim=1024,
         image_dropout=0.0,
         text_dropout=0.0,
+        image_power=1.0,
         start="random",
         loss="sigmoid",
         divisor="pairs",
@@ -42,6 +43,7 @@ def test_few_pairs_get_the_small_preset_and_a_sentence():
     settings, notes = choose(rows=2_000)
     assert (settings.start, settings.dim, settings.batch_size) == ("closed-form", 256, 512)
     assert settings.image_dropout == PRESETS["small"]["image_dropout"]
+    assert choose(rows=2_000, head="cca", image_power=0.5)[0].image_power == 0.5
     assert notes == ["2,000 pairs: the settings are those of preset 'small' (--preset paper for the others)."]
 
 
@@ -86,6 +88,7 @@ def test_a_closed_form_has_256_dimensions_or_as_many_as_there_are():
             {"head": "linear", "expansion": 8},
             "--expansion has no effect with --head linear, which has no hidden units;",
         ),
+        ({"image_power": 0.0}, "--image-power 0 is out of range; give a number from 0.1 to 1."),
         ({"ridge": 3.0}, "--ridge has no effect with --start random; leave one of them out."),
         (
             {"loss": "infonce", "divisor": "batch"},
