@@ -59,9 +59,10 @@ def read_tar(files: FileSet, tar: str, images: Collection[str], origins: Collect
                     data = stream.read(member.size)
                     if len(data) < member.size:  # the tar is cut here, which `members` will say
                         continue
-                    sample[ending] = data.decode("utf-8", "replace")
+                    text = data.decode("utf-8", "replace")
+                    sample[ending] = text if ending in origins else ""
                     if ending == "json" and fields:
-                        row = _parse(sample[ending])
+                        row = _parse(text)
                         unreadable += row is None
                         sample |= {f"json:{name}": (row or {}).get(name) for name in fields}
         except DamagedTarError as problem:
@@ -91,19 +92,37 @@ def _parse(text: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _add_table(found: TarSamples, files: FileSet, name: str, fields: list[str]) -> None:
-    """Give the samples without a json the fields of their rows in a table with a column `key`."""
-    if not files.exists(name):
+def _add_table(found: TarSamples, files: FileSet, table: str, fields: list[str]) -> None:
+    """Give the samples without a json the fields of their rows in a table with a column `key`.
+
+    A row is of the sample with that key, or with that base name. Where several rows or samples have one, none is taken.
+    """
+    if not files.exists(table):
         return
     try:
-        with files.open(name) as stream:
-            table = pq.ParquetFile(stream)
-            there = [column for column in fields if column in table.schema_arrow.names]
-            rows = table.read(["key", *there]).to_pylist() if "key" in table.schema_arrow.names else []
+        with files.open(table) as stream:
+            rows_of_tar = pq.ParquetFile(stream)
+            columns = rows_of_tar.schema_arrow.names
+            there = [column for column in fields if column in columns]
+            rows = rows_of_tar.read(["key", *there]).to_pylist() if "key" in columns else []
     except (pa.ArrowException, OSError) as problem:
-        found.notes.append(f"has a table {name} beside it that cannot be read: {' '.join(str(problem).split())}")
+        found.notes.append(f"has a table {table} beside it that cannot be read: {' '.join(str(problem).split())}")
         return
     by_key = {str(row["key"]): row for row in rows}
+    rows_of = Counter(str(row["key"]) for row in rows)
+    samples_of = Counter(map(_base_name, found.samples))
+    unclear = 0
     for key, sample in found.samples.items():
-        if "json" not in sample and (row := by_key.get(key.rpartition("/")[2])):
-            sample |= {f"json:{column}": row[column] for column in there}
+        name = key if key in by_key else _base_name(key)
+        if "json" in sample or name not in by_key:
+            continue
+        if rows_of[name] > 1 or (name != key and samples_of[name] > 1):
+            unclear += 1
+        else:
+            sample |= {f"json:{column}": by_key[name][column] for column in there}
+    if unclear:
+        found.notes.append(f"has {unclear:,} samples whose row in {table} is not clear, left without its fields")
+
+
+def _base_name(key: str) -> str:
+    return key.rpartition("/")[2]

@@ -31,8 +31,8 @@ class WebDatasetSource(Source):
     wrong with a tar is logged as a warning when it is read; its other samples are used.
 
     Raises:
-        UserError: There are no tars or class names where the manifest says, or the first tar has nothing of what the
-            manifest says its samples hold.
+        UserError: There are no tars or class names where the manifest says, or the first tar with samples has nothing of
+            what the manifest says these hold.
     """
 
     def __init__(self, description: Description, data_root: Path):
@@ -82,17 +82,20 @@ class WebDatasetSource(Source):
         raise UserError(f"A webdataset source has no masks ({location!r} asked for); use the kind 'table'.")
 
     def _read(self, tar: str) -> Iterator[Sample]:
+        found, samples = self._look_into(tar)
+        notes = [*found.notes]
+        if without := len(found.samples) - len(samples):
+            notes.append(f"holds {without:,} keys with neither image nor caption, left out")
+        for note in notes or ([] if samples else ["holds no sample"]):
+            _log.warning("%s %s.", tar, note)
+        if tar == self._tars[0]:
+            self._require_content(tar, found, samples)
+        yield from samples
+
+    def _look_into(self, tar: str) -> tuple[TarSamples, list[Sample]]:
         found = read_tar(self._files, tar, self._about.images, self._origins)
         samples = [self._sample(tar, key, members) for key, members in found.samples.items()]
-        kept = [sample for sample in samples if sample.image or sample.captions or sample.label >= 0]
-        notes = [*found.notes]
-        if without := len(samples) - len(kept):
-            notes.append(f"holds {without:,} keys with neither image nor caption, left out")
-        for note in notes:
-            _log.warning("%s %s.", tar, note)
-        if kept and tar == self._tars[0]:
-            self._require_content(tar, kept, found)
-        yield from kept
+        return found, [sample for sample in samples if sample.image or sample.captions or sample.label >= 0]
 
     def _sample(self, tar: str, key: str, members: Mapping[str, Any]) -> Sample:
         key = f"{tar.removesuffix('.tar')}/{key}"
@@ -123,8 +126,16 @@ class WebDatasetSource(Source):
             raise UserError(f"The label of {key} is {number!r}; the {len(self._classes)} classes count from 0.")
         return int(number)
 
-    def _require_content(self, tar: str, samples: Sequence[Sample], found: TarSamples) -> None:
-        """Refuse a description that does not fit, before twelve million rows lack a caption."""
+    def _require_content(self, tar: str, found: TarSamples, samples: Sequence[Sample]) -> None:
+        """Refuse a description that does not fit, before twelve million rows lack a caption.
+
+        Where the first tar is empty or damaged, the next that has samples is looked at in its place.
+        """
+        others = iter(self._tars[1:])
+        while not samples:
+            if (another := next(others, None)) is None:
+                return
+            tar, (found, samples) = another, self._look_into(another)
         there = f"its members end in {', '.join(sorted(found.endings))}"
         if not any(sample.image for sample in samples):
             raise UserError(f"{tar} holds no {' or '.join(self._about.images)}; {there}: correct source.images.")

@@ -105,6 +105,24 @@ def test_the_table_beside_a_tar_stands_in_for_json(tmp_path):
     assert tars.parts()[0].files == (tmp_path / "0.tar", tmp_path / "0.parquet")
 
 
+def test_a_row_beside_a_tar_is_nobodys_where_it_may_be_of_several(tmp_path, caplog):
+    """Its captions would be paired with other images."""
+    keys = ["a/1", "b/1", "a/2", "3", "c/4", "5"]
+    write_tar(tmp_path / "0.tar", [(f"{key}.jpg", picture(i)) for i, key in enumerate(keys)])
+    rows = [{"key": key, "caption": f"row {key}"} for key in ("1", "a/2", "3", "3", "4", "5")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    samples = read(tmp_path, captions={"raw": "json:caption"})
+    assert {s.key: s.captions.get("raw") for s in samples} == {
+        "0/a/1": None,
+        "0/b/1": None,
+        "0/a/2": "row a/2",
+        "0/3": None,
+        "0/c/4": "row 4",
+        "0/5": "row 5",
+    }
+    assert "has 3 samples whose row in 0.parquet is not clear, left without its fields" in caplog.text
+
+
 def test_a_table_that_cannot_be_read_is_said_and_costs_only_its_fields(tmp_path, caplog):
     write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.txt", b"text")])
     (tmp_path / "0.parquet").write_bytes(b"cut")
@@ -174,6 +192,15 @@ def test_a_file_that_is_no_tar_is_said_and_the_others_are_read(tmp_path, caplog,
     write_tar(tmp_path / "1.tar", img2dataset_members(range(2)))
     assert len(read(tmp_path)) == 2
     assert "0.tar is " in caplog.text
+
+
+def test_an_empty_tar_is_said_and_a_first_one_does_not_hide_a_wrong_manifest(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [])
+    write_tar(tmp_path / "1.tar", img2dataset_members(range(2)))
+    assert len(read(tmp_path)) == 2
+    assert "0.tar holds no sample." in caplog.text
+    with pytest.raises(UserError, match=r"No sample of 1\.tar has a caption 'text'"):
+        read(tmp_path, captions="text")
 
 
 def test_a_tar_written_anew_since_it_was_indexed_is_noticed(tmp_path):
