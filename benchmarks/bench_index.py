@@ -115,7 +115,7 @@ def join(path: Path, table: Path) -> None:
     """Join captions to the index of a store, as `Store.create` does once the samples are written."""
     tables = CaptionTables((table,), "url", "Image Path", CAPTIONS)
     rows = Store.open(path).rows
-    join_captions(path / "index", -(-rows // FILE_ROWS), rows, tables, quiet=True)
+    join_captions(path / "index", -(-rows // FILE_ROWS), rows, ["raw"], tables, quiet=True)
 
 
 def write_recaptions(path: Path, rows: int) -> None:

@@ -13,7 +13,7 @@ from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample, Source, UnreadableImageError
 from sail_align.extract.sources.descriptions import Files, WebDatasetSource
-from sail_align.extract.sources.tables import read_batches
+from sail_align.extract.sources.tables import read_captions
 
 PROBED = 32
 """Samples, besides the first, whose image, mask and captions are looked at."""
@@ -134,7 +134,7 @@ def _contents(source: Source, samples: list[Sample], *, strict: bool) -> Iterato
     )
     if tables := source.recaptions:
         for table in tables.files:
-            next(read_batches(table, [tables.column, *tables.captions.values()]), None)
+            next(read_captions(table, tables), None)
         joinable = sum(bool(getattr(sample, tables.field)) for sample in samples)
         names = ", ".join(tables.captions)
         yield Finding(joinable > 0, f"{joinable} of these have a {tables.field}, by which captions join: {names}")

@@ -56,7 +56,8 @@ def write_index(
     if recaptions and record.digests:
         record.tables = stamps(recaptions.files)
         record.write(folder)  # from here on files may hold joined captions
-        record.digests = join_captions(folder, len(record.digests), sum(record.rows), recaptions, quiet=quiet)
+        files, rows = len(record.digests), sum(record.rows)
+        record.digests = join_captions(folder, files, rows, captions, recaptions, quiet=quiet)
         record.write(folder)
     return record
 

@@ -7,6 +7,7 @@ first that holds a caption counts; several samples with one URL all get it. Posi
 """
 
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +19,23 @@ from numpy.typing import NDArray
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import file_digest
-from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, caption_column, index_file, text_hashes, write_index_file
+from sail_align.extract.index import FIELDS, FILE_ROWS, caption_column, index_file, text_hashes, write_index_file
 from sail_align.extract.progress import progress
 from sail_align.extract.recaption_report import RecaptionReport
 from sail_align.extract.sources.base import CaptionTables
-from sail_align.extract.sources.tables import read_batches
+from sail_align.extract.sources.tables import read_captions
 
 SPILL_BYTES = 32 << 20
 """Captions in memory before they are spilled."""
 
 
-def join_captions(folder: Path, files: int, rows: int, tables: CaptionTables, *, quiet: bool) -> list[str]:
+def join_captions(
+    folder: Path, files: int, rows: int, own: Sequence[str], tables: CaptionTables, *, quiet: bool
+) -> list[str]:
     """Rewrite each file of an index with the tables' captions added, keep the report; return the files' SHA-256.
 
-    A join that was stopped is done again from the start; the samples' own columns are the same before and after.
+    `own` names the captions that the samples have already. A join that was stopped is done again from the start: the
+    samples' own columns are the same before and after, and others are not kept.
 
     Raises:
         UserError: No row of the tables belongs to any sample, or a caption is a list.
@@ -46,14 +50,13 @@ def join_captions(folder: Path, files: int, rows: int, tables: CaptionTables, *,
             f"None of {streamed.rows} caption rows has the {tables.field} of one of {rows} images in column "
             f"{tables.column!r} of {tables.files[0]}; correct 'recaptions' in the manifest."
         )
-    attached = _Attached.none(streamed.rows, tables)
+    attached = _Attached.none(streamed.rows, own, tables)
     digests = []
     with progress(rows, "attaching captions", quiet=quiet, delay=1) as bar:
         for number in range(files):
-            table = attached.to(index_file(folder, number), number * FILE_ROWS, _spilled(spill, number))
-            groups = (table.slice(start, GROUP_ROWS) for start in range(0, len(table), GROUP_ROWS))
-            digests.append(write_index_file(index_file(folder, number), groups))
-            bar.update(len(table))
+            file, start = index_file(folder, number), number * FILE_ROWS
+            digests.append(write_index_file(file, attached.to(file, start, _spilled(spill, number))))
+            bar.update(min(FILE_ROWS, rows - start))
     shutil.rmtree(spill)
     joined = int(attached.joined.sum())
     duplicates = streamed.duplicates + int(attached.matched.sum()) - joined
@@ -134,8 +137,8 @@ def _stream(samples: _Samples, tables: CaptionTables, spill: Path, quiet: bool) 
     counts, waiting = _Streamed(), list[pa.Table]()
     with progress(None, "caption rows", unit="rows", quiet=quiet, delay=1) as bar:
         for file in tables.files:
-            for batch in read_batches(file, [tables.column, *tables.captions.values()]):
-                table = _caption_rows(batch, tables, file)
+            for batch in read_captions(file, tables):
+                table = _caption_rows(batch, tables)
                 orders = pa.array(np.arange(counts.rows, counts.rows + len(table)))
                 counts.rows += len(table)
                 table = table.append_column("order", orders)
@@ -153,12 +156,10 @@ def _stream(samples: _Samples, tables: CaptionTables, spill: Path, quiet: bool) 
     return counts
 
 
-def _caption_rows(batch: pa.Table, tables: CaptionTables, file: Path) -> pa.Table:
+def _caption_rows(batch: pa.Table, tables: CaptionTables) -> pa.Table:
     """Return the column that joins as `name`, and the captions by their names, null where there is no word."""
     columns = {"name": batch[tables.column]}
     for name, column in tables.captions.items():
-        if not pa.types.is_string(batch[column].type):
-            raise UserError(f"Column {column!r} of {file} holds lists; recaptions have one caption a row and column.")
         blank = pc.equal(pc.utf8_trim_whitespace(batch[column]), "")
         columns[caption_column(name)] = pc.if_else(blank, None, batch[column])
     return pa.table(columns)
@@ -199,27 +200,46 @@ def _spilled(spill: Path, number: int) -> pa.Table | None:
 
 @dataclass
 class _Attached:
-    """Adds captions to index files, and counts: caption rows that belong to a sample, (rows,) each, and images."""
+    """Adds captions to index files, and counts: caption rows that belong to a sample, (rows,) each, and images.
+
+    `own` are the columns that an index has without them.
+    """
 
     tables: CaptionTables
+    own: list[str]
     matched: NDArray[np.bool_]
     joined: NDArray[np.bool_]
     captions: dict[str, int]
     found: int = 0
 
     @classmethod
-    def none(cls, rows: int, tables: CaptionTables) -> "_Attached":
-        return cls(tables, np.zeros(rows, bool), np.zeros(rows, bool), dict.fromkeys(tables.captions, 0))
+    def none(cls, rows: int, captions: Sequence[str], tables: CaptionTables) -> "_Attached":
+        own = [*FIELDS.names, *map(caption_column, captions)]
+        return cls(tables, own, np.zeros(rows, bool), np.zeros(rows, bool), dict.fromkeys(tables.captions, 0))
 
-    def to(self, file: Path, start: int, spilled: pa.Table | None) -> pa.Table:
-        """Return an index file's rows, from row `start` of the index on, with the captions that belong to them."""
-        joins = [caption_column(name) for name in self.tables.captions]
-        with pq.ParquetFile(file) as index:  # what an earlier try joined stays behind
-            base = index.read([name for name in index.schema_arrow.names if name not in joins])
-        source = np.full(len(base), -1)
+    def to(self, file: Path, start: int, spilled: pa.Table | None) -> Iterator[pa.Table]:
+        """Yield an index file's row groups, from row `start` of the index on, with the captions that belong to them."""
+        with pq.ParquetFile(file) as index:
+            source = self._match(index.read([self.tables.field])[self.tables.field], start, spilled)
+            done = 0
+            for group in range(index.num_row_groups):
+                rows = index.read_row_group(group, self.own)
+                of_group = source[done : done + len(rows)]
+                picked = pa.array(of_group, mask=of_group < 0)
+                for name in self.tables.captions:
+                    column = caption_column(name)
+                    captions = pa.nulls(len(rows), pa.string()) if spilled is None else spilled[column].take(picked)
+                    self.captions[name] += len(rows) - captions.null_count
+                    rows = rows.append_column(column, captions)
+                yield rows
+                done += len(rows)
+
+    def _match(self, names: pa.ChunkedArray, start: int, spilled: pa.Table | None) -> NDArray[np.int64]:
+        """Return for each sample of an index file, given its URL or key, the spilled row that is its own, else −1."""
+        source = np.full(len(names), -1)
         if spilled is not None:
             rows = spilled["row"].to_numpy() - start
-            same = pc.equal(base[self.tables.field].combine_chunks().take(rows), spilled["name"].combine_chunks())
+            same = pc.equal(names.combine_chunks().take(rows), spilled["name"].combine_chunks())
             exact = np.flatnonzero(same.to_numpy(zero_copy_only=False))
             targets, first = np.unique(rows[exact], return_index=True)
             source[targets] = exact[first]
@@ -227,9 +247,4 @@ class _Attached:
             self.matched[orders[exact]] = True
             self.joined[orders[exact[first]]] = True
             self.found += len(targets)
-        picked = pa.array(source, mask=source < 0)
-        for name, column in zip(self.tables.captions, joins, strict=True):
-            captions = pa.nulls(len(base), pa.string()) if spilled is None else spilled[column].take(picked)
-            self.captions[name] += len(base) - captions.null_count
-            base = base.append_column(column, captions)
-        return base
+        return source

@@ -33,11 +33,29 @@ def find_tables(root: Path, patterns: str | Sequence[str]) -> list[Path]:
 
 
 def caption_tables(description: Recaptions, data_root: Path) -> CaptionTables:
-    """Return the tables that a manifest's `recaptions` describe. Raises `UserError` if none is there."""
+    """Return the tables that a manifest's `recaptions` describe.
+
+    Raises:
+        UserError: None is there, or the first is not of the described form: an index must not be built before that is
+            known.
+    """
     files = tuple(find_tables(data_root / description.root, description.files))
     if description.url is not None:
-        return CaptionTables(files, "url", description.url, description.captions)
-    return CaptionTables(files, "key", str(description.key), description.captions)
+        tables = CaptionTables(files, "url", description.url, description.captions)
+    else:
+        tables = CaptionTables(files, "key", str(description.key), description.captions)
+    next(read_captions(files[0], tables), None)
+    return tables
+
+
+def read_captions(file: Path, tables: CaptionTables) -> Iterator[pa.Table]:
+    """Yield the rows of a caption table as `read_batches`. Raises `UserError` also where a column holds lists."""
+    columns = [tables.column, *tables.captions.values()]
+    for batch in read_batches(file, columns):
+        for name in columns:
+            if not pa.types.is_string(batch[name].type):
+                raise UserError(f"Column {name!r} of {file} holds lists; recaptions have one text a row and column.")
+        yield batch
 
 
 def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -104,7 +122,7 @@ def _jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:

@@ -31,8 +31,8 @@ class WebDatasetSource(Source):
     wrong with a tar is logged as a warning when it is read; its other samples are used.
 
     Raises:
-        UserError: There are no tars or class names where the manifest says, or the first tar with samples has nothing of
-            what the manifest says these hold.
+        UserError: There are no tars or class names where the manifest says, or the first tar with samples has nothing
+            of what the manifest says these hold.
     """
 
     def __init__(self, description: Description, data_root: Path):

@@ -73,6 +73,13 @@ def test_bytes_that_are_no_utf8_are_replaced_and_the_rest_is_kept(tmp_path, endi
     assert [row["caption"] for row in rows_of(path, ["image", "caption"])] == said
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, name):
+    row = '{"image": "a.jpg"}' if name == "a.jsonl" else "image\na.jpg"
+    (tmp_path / name).write_text(f"{row}\n", encoding="utf-8-sig")
+    assert [table["image"].to_pylist() for table in read_batches(tmp_path / name, ["image"])] == [["a.jpg"]]
+
+
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"c": "a \\ud83d b"}\n{"c": ["\\ud83d\\ude00", "\\ude00"]}\n')
     batch = [tables._well_formed(row["c"]) for row in tables._lines(tmp_path / "t.jsonl")]
