@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.extract.errors import UserError, run_command
+from sail_align.extract.files import as_path
 from sail_align.extract.memory import wait_without_spinning
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False)]
+StorePath = Annotated[
+    Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
+]
 DataRoot = Annotated[
     str | None,
     typer.Option(help="Where the manifest's files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
@@ -27,7 +30,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 def run(
     manifest: Annotated[str, typer.Argument(help="A packaged manifest's name, such as demo, or a .yaml file.")],
     out: Annotated[
-        Path | None, typer.Option(help="The store to make or go on with.  [default: features/<manifest name>.zarr]")
+        Path | None,
+        typer.Option(
+            help="The store to make or go on with, a path or a URL.  [default: features/<manifest name>.zarr]",
+            metavar="<path>",
+            parser=as_path,
+        ),
     ] = None,
     image_encoder: Annotated[str | None, typer.Option(help="[default: the manifest's, else dinov2-large]")] = None,
     image_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sail_align.extract.files import is_remote
 from sail_align.extract.progress import note, progress
 
 GIGABYTE = 1e9
@@ -64,8 +65,9 @@ class Summary:
             f"{self.unit}_hours": self.units * self.seconds / 3600,
             "hours_left": self.hours_left,
         }
-        with suppress(OSError), log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        written = log.read_text() if is_remote(log) and log.exists() else ""  # objects cannot be appended to
+        with suppress(OSError), log.open("w" if is_remote(log) else "a") as file:
+            file.write(written + json.dumps(line) + "\n")
 
 
 class Tally:

@@ -11,10 +11,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import MemoryStore
+from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.encoders.base import Identity
-from sail_align.extract.files import canonical_json, file_digest, remove_leftovers, write_atomically
+from sail_align.extract.files import canonical_json, file_digest, is_remote, remove_leftovers, write_atomically
 from sail_align.extract.leases import Lease
 from sail_align.extract.status import Status
 
@@ -27,8 +27,8 @@ class FeatureArray:
         self.identity = identity
         self._folder = store / path
         self._commits = store / "commits" / path
-        self._features = zarr.open_array(self._folder / "features", mode="r")
-        self._status = zarr.open_array(self._folder / "status", mode="r")
+        self._features = zarr.open_array(_for_zarr(self._folder / "features"), mode="r")
+        self._status = zarr.open_array(_for_zarr(self._folder / "status"), mode="r")
         self.rows, self.dim = self._features.shape
         self.shard_rows, _ = self._features.shards or self._features.chunks
         self.chunk_rows, _ = self._features.chunks
@@ -187,6 +187,14 @@ class FeatureArray:
 
     def _marker_path(self, shard: int) -> Path:
         return self._commits / f"{shard:05d}.json"
+
+
+def _for_zarr(folder: Path) -> Any:
+    """Return what zarr opens a local or remote folder by."""
+    if not is_remote(folder):
+        return folder
+    options = dict(getattr(folder, "storage_options", {}))
+    return FsspecStore.from_url(str(folder), storage_options=options, read_only=True)
 
 
 def _shard_bytes(array: "zarr.Array[Any]", rows: slice, values: NDArray[Any]) -> memoryview | None:

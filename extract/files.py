@@ -5,15 +5,49 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sail_align.extract.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def as_path(location: str | Path) -> Path:
+    """Return a place to keep a store: a local path, or for a URL such as `s3://bucket/x.zarr` what acts like one.
+
+    Raises:
+        UserError: It is a URL and universal_pathlib, or the file system behind it, is not installed.
+    """
+    if "://" not in str(location) or not isinstance(location, str):
+        return Path(location) if isinstance(location, str) else location
+    try:
+        from upath import UPath
+
+        remote: Any = UPath(location, use_listings_cache=False)  # others write there too
+        remote.fs  # noqa: B018 (loads what the protocol needs)
+    except (ImportError, ValueError) as problem:
+        raise UserError(
+            f"{location} cannot be used ({problem}); install 'sail-align[remote]' and what fsspec needs for it."
+        ) from problem
+    return cast(Path, remote)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path came from a URL."""
+    return not isinstance(path, Path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, if it is there."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        cast(Any, folder).rmdir(recursive=True)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -24,8 +58,12 @@ def canonical_json(value: Any) -> bytes:
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a whole file under a temporary name and rename it, so that no reader ever sees a part of it.
 
-    What a killed writer of the same file left behind is removed; one that is alive then tries again.
+    What a killed writer of the same file left behind is removed; one that is alive then tries again. On object storage
+    a file is put whole or not at all.
     """
+    if is_remote(path):
+        path.write_bytes(bytes(content))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     written = False
     while not written:
@@ -45,6 +83,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of writers of this file that were killed."""
+    if is_remote(path):
+        return
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sail_align.extract.files import write_atomically
+from sail_align.extract.files import is_remote, write_atomically
 from sail_align.extract.sources.base import Sample
 
 FILE_ROWS = 65_536
@@ -62,7 +62,8 @@ def read_index(folder: Path, start: int, stop: int, columns: Sequence[str] | Non
     for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):
         first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
         groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
-        with pq.ParquetFile(index_file(folder, number)) as file:
+        path = index_file(folder, number)
+        with pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
             table = file.read_row_groups(list(groups), columns=columns)
         tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
     return pa.concat_tables(tables)

@@ -1,6 +1,5 @@
 """Build the index of a store: part after part, file after file, taken up again where it was stopped."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.files import remove_tree
 from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, index_file, samples_table, text_hashes, write_index_file
 from sail_align.extract.index_record import IndexRecord, stamps
 from sail_align.extract.progress import progress
@@ -48,7 +48,7 @@ def write_index(
     if before and before.same_source(record) and not joined_before and _all_there(folder, before):
         record = before
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     if not record.complete:
         _write_files(folder, record, parts, captions, quiet)
@@ -112,4 +112,5 @@ def _require_unique_keys(folder: Path, files: int) -> None:
 
 def _keys(folder: Path, files: int) -> Iterator[list[str]]:
     for number in range(files):
-        yield pq.read_table(index_file(folder, number), columns=["key"])["key"].to_pylist()
+        with index_file(folder, number).open("rb") as file:
+            yield pq.read_table(file, columns=["key"])["key"].to_pylist()

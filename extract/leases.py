@@ -12,15 +12,16 @@ import errno
 import json
 import os
 import re
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
+
+from sail_align.extract.files import is_remote
+from sail_align.extract.owner import Owner, this_process
 
 TTL = 120.0
 """Seconds without a heartbeat after which a lease of another machine is dead; six heartbeats fall into them."""
@@ -33,51 +34,6 @@ _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 class LeaseLostError(Exception):
     """Another process has taken the lease over: this one was silent for too long."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process: `machine` is a host since it last started (and a container on it), `start` the pid's own start."""
-
-    machine: str
-    pid: int
-    start: str
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether this machine, and no other, can tell that the process has ended."""
-        if self.machine != _machine() or not self.start:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # another user's
-            return False
-        return _start_of(self.pid) != self.start
-
-
-@cache
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def this_process() -> Owner:
-    """Return this process as an owner."""
-    return Owner(_machine(), os.getpid(), _start_of(os.getpid()))
-
-
-def _start_of(pid: int) -> str:
-    """Return when a process of this machine started, in clock ticks since boot; "" if there is none or no /proc."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else fields[18]  # proc(5): a zombie is dead; field 22 is the start
 
 
 class Lease:
@@ -100,6 +56,8 @@ class Lease:
 
     def create(self) -> bool:
         """Make the file; return whether nobody else had."""
+        if is_remote(self.path):
+            return self._put()
         temporary = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
         while True:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +77,13 @@ class Lease:
                     temporary.unlink(missing_ok=True)
             return True
 
+    def _put(self) -> bool:
+        """Object storage knows no exclusive creation: of two that put at once the last one has the lease."""
+        if self.file.exists():
+            return False
+        self.file.write_bytes(self.content)
+        return _read(self.file) == self.content
+
     def _create_unlinked(self) -> bool:
         try:
             with self.file.open("xb") as file:
@@ -130,6 +95,9 @@ class Lease:
     def renew(self) -> None:
         """Let others see that the owner is alive; a lease that is lost, or a full disk, shows elsewhere."""
         with suppress(OSError):
+            if is_remote(self.path):
+                self.file.write_bytes(_read(self.file) + b".")
+                return
             file = os.open(self.file, os.O_WRONLY | os.O_APPEND)
             try:
                 os.write(file, b".")
@@ -209,8 +177,12 @@ class Leases:
 
     def names(self) -> set[str]:
         """Return the names of all leases that have a file, dead or alive."""
-        files = [Path(folder, file) for folder, _, files in os.walk(self.folder) for file in files]
-        return {file.relative_to(self.folder).as_posix().rsplit(".", 2)[0] for file in files if file.suffix == ".json"}
+        if is_remote(self.folder):
+            files = [file.as_posix() for file in self.folder.rglob("*.json")]
+        else:
+            files = [f"{folder}/{file}" for folder, _, files in os.walk(self.folder) for file in files]
+        start = len(self.folder.as_posix()) + 1
+        return {file[start:].rsplit(".", 2)[0] for file in files if file.endswith(".json")}
 
     def remove(self, name: str) -> None:
         """Remove a lease, whoever has it: only for what is done, so that its lease means nothing any more."""
@@ -220,6 +192,8 @@ class Leases:
 
     def tidy(self) -> None:
         """Remove what killed processes left beside their leases, and folders that are empty."""
+        if is_remote(self.folder):
+            return
         for folder, _, files in os.walk(self.folder, topdown=False):
             for leftover in (Path(folder, file) for file in files if file.endswith(".tmp")):
                 leftover.unlink(missing_ok=True)
@@ -233,7 +207,7 @@ class Leases:
             owner = Owner(record["machine"], record["pid"], record["start"])
         except (ValueError, KeyError, TypeError):
             owner = None  # cut short by a full disk or a crash
-        if owner is not None and owner.machine == _machine() and owner.start:
+        if owner is not None and owner.machine == this_process().machine and owner.start:
             return owner.is_gone
         before, since = self._seen.get(file, (None, 0.0))
         if content != before:
@@ -263,8 +237,8 @@ def _file(path: Path, generation: int) -> Path:
 def _generations(path: Path) -> list[int]:
     """Return the generations of a lease that have a file, in order."""
     try:
-        names = os.listdir(path.parent)
-    except FileNotFoundError:
+        names = [file.name for file in path.parent.iterdir()] if is_remote(path) else os.listdir(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     pattern = re.compile(re.escape(path.name) + r"\.([0-9]+)\.json")
     return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))

@@ -93,7 +93,8 @@ class _Samples:
     def of(cls, folder: Path, files: int, field: str) -> "_Samples":
         hashes, rows = [], []
         for number in range(files):
-            names = pq.read_table(index_file(folder, number), columns=[field])[field].to_pylist()
+            with index_file(folder, number).open("rb") as file:
+                names = pq.read_table(file, columns=[field])[field].to_pylist()
             named = np.fromiter(map(bool, names), bool, len(names))
             hashes.append(text_hashes(names)[named])
             rows.append(np.flatnonzero(named) + number * FILE_ROWS)
@@ -219,7 +220,7 @@ class _Attached:
 
     def to(self, file: Path, start: int, spilled: pa.Table | None) -> Iterator[pa.Table]:
         """Yield an index file's row groups, from row `start` of the index on, with the captions that belong to them."""
-        with pq.ParquetFile(file) as index:
+        with file.open("rb") as opened, pq.ParquetFile(opened) as index:
             source = self._match(index.read([self.tables.field])[self.tables.field], start, spilled)
             done = 0
             for group in range(index.num_row_groups):

@@ -28,7 +28,7 @@ import pyarrow as pa
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
-from sail_align.extract.files import canonical_json, file_digest, write_atomically
+from sail_align.extract.files import as_path, canonical_json, file_digest, write_atomically
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
 from sail_align.extract.leases import Leases
@@ -88,7 +88,7 @@ class Store:
             UserError: The folder holds something else, there is no sample, a key occurs twice, or a caption's name
                 cannot name a folder.
         """
-        path = Path(path)
+        path = as_path(path)
         occupied = path.exists() and not (
             path.is_dir() and all(UNFINISHED.fullmatch(file.name) for file in path.iterdir())
         )
@@ -140,7 +140,7 @@ class Store:
         Raises:
             UserError: The path is not a store, or one of a later format.
         """
-        path = Path(path)
+        path = as_path(path)
         try:
             attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
@@ -222,7 +222,8 @@ class Store:
     def committed_paths(self) -> set[str]:
         """Return the paths of all arrays that have a marker, whether they are there or not."""
         commits = self.path / "commits"
-        return {marker.parent.relative_to(commits).as_posix() for marker in commits.rglob("*.json")}
+        skipped = len(commits.as_posix()) + 1
+        return {marker.parent.as_posix()[skipped:] for marker in commits.rglob("*.json")}
 
     def damaged_index_files(self) -> list[str]:
         """Recompute the index files' hashes; return those that are not as they were written."""
@@ -233,7 +234,7 @@ class Store:
         ]
 
     def _nodes(self, modality: str) -> list[Path]:
-        return sorted(meta.parent for meta in (self.path / modality).glob("*/zarr.json"))
+        return sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)
 
     def _array(self, path: str, node: Path) -> FeatureArray:
         return FeatureArray(self.path, path, _read_identity(node))
@@ -251,8 +252,8 @@ class Store:
 
     def _add(self, modality: str, identity: Identity, caption: str) -> FeatureArray:
         node = self.path / modality / node_name(identity.spec.id)
-        folder = node / caption
-        path = folder.relative_to(self.path).as_posix()
+        folder = node / caption if caption else node
+        path = "/".join(filter(None, (modality, node.name, caption)))
         if not FeatureArray.exists(folder):
             with self.leases.hold(f"{modality}/{node.name}/{ARRAY}", waiting=lambda: None):
                 if not FeatureArray.exists(folder):

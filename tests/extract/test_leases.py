@@ -10,6 +10,7 @@ import pytest
 
 from sail_align.extract import leases as module
 from sail_align.extract.leases import Lease, LeaseLostError, Leases
+from sail_align.extract.owner import this_process
 
 FOREIGN = json.dumps({"machine": "another", "pid": 1, "start": "1", "token": "x"}).encode() + b"\n"
 
@@ -50,7 +51,7 @@ def test_the_lease_of_a_process_of_this_machine_that_ended_is_free_at_once(tmp_p
 
 
 def test_a_pid_that_now_is_another_process_owns_nothing(tmp_path):
-    record = {"machine": module.this_process().machine, "pid": os.getpid(), "start": "1", "token": "x"}
+    record = {"machine": this_process().machine, "pid": os.getpid(), "start": "1", "token": "x"}
     (tmp_path / "a.0.json").write_text(json.dumps(record) + "\n")
     assert Leases(tmp_path).take("a") is not None
 

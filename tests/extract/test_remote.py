@@ -1,0 +1,78 @@
+"""A store at a URL has the same bytes as a local one; what is written are whole objects only."""
+
+import pytest
+from fakes import FakeChoice
+
+from sail_align.extract.engine import run
+from sail_align.extract.errors import UserError
+from sail_align.extract.files import as_path
+from sail_align.extract.job import Job
+from sail_align.extract.leases import Leases
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.processes import LocalCrew
+from sail_align.extract.store import Store
+from sail_align.extract.verify import verify_store
+from sail_align.extract.worker import Share
+
+pytest.importorskip("upath")
+
+
+@pytest.fixture
+def url():
+    import fsspec
+
+    yield "memory://bucket/s.zarr"
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+
+
+def contents(path) -> dict[str, bytes]:
+    start = len(path.as_posix())
+    return {file.as_posix()[start:]: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def make(root, store):
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    job = Job(manifest, data_root, as_path(store), FakeChoice("image"), FakeChoice("text"), ("raw", "long"))
+    return run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+
+
+def test_a_store_at_a_url_is_made_read_and_gone_on_with(pictures, url):
+    make(pictures, str(pictures / "local.zarr"))
+    assert make(pictures, url).encoded == 1_800
+    assert contents(as_path(url)) == contents(pictures / "local.zarr")
+    local, remote = Store.open(pictures / "local.zarr"), Store.open(url)
+    assert remote.digest == local.digest
+    assert remote.image().read(250, 300)[0].tobytes() == local.image().read(250, 300)[0].tobytes()
+    assert remote.samples(10, 20) == local.samples(10, 20)
+    assert [finding.text for finding in verify_store(url) if finding.damage] == []
+    remote.image().discard(1)
+    remote.text("long").discard(0)
+    assert make(pictures, url).encoded == 512
+    assert contents(as_path(url)) == contents(pictures / "local.zarr")
+    assert len(as_path(f"{url}.log.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_index_begun_at_a_url_is_written_again(pictures, url):
+    as_path(f"{url}/index/part-00000.parquet").write_bytes(b"of something else")
+    make(pictures, url)
+    assert Store.open(url).rows == 600
+    assert not list(as_path(url).glob("leases/**/*.json"))
+
+
+def test_a_lease_at_a_url_has_one_owner(url):
+    leases = Leases(as_path(url) / "leases")
+    lease = leases.take("image/x/00001")
+    lease.confirm()
+    assert Leases(leases.folder).take("image/x/00001") is None
+    lease.renew()
+    lease.confirm()
+    assert leases.names() == {"image/x/00001"}
+    leases.release(lease)
+    assert leases.names() == set()
+
+
+def test_an_unknown_kind_of_url_is_said():
+    with pytest.raises(UserError, match=r"nosuch://bucket/s\.zarr cannot be used"):
+        as_path("nosuch://bucket/s.zarr")
