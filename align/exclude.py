@@ -33,7 +33,7 @@ class Exclusions:
         keys: set[str] = set()
         for path in paths:
             try:
-                lines = path.read_text(encoding="utf-8").split("\n")
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as problem:
                 raise UserError(f"{path} is no list of keys that can be read: {problem}.") from problem
             keys.update(key for line in lines if (key := line.split("\t")[0].rstrip("\r")))

@@ -87,8 +87,20 @@ def tally(folder: Path) -> Downloaded | None:
 
 def _tally(folder: Path) -> Downloaded:
     listed = pq.read_metadata(_list_beside(folder)).num_rows
-    reports = [json.loads(path.read_text()) for path in folder.glob("*_stats.json")]
-    return Downloaded(listed, sum(each["count"] for each in reports), sum(each["successes"] for each in reports))
+    reports = [_report(path) for path in folder.glob("*_stats.json")]
+    return Downloaded(listed, sum(tried for tried, _ in reports), sum(came for _, came in reports))
+
+
+def _report(path: Path) -> tuple[int, int]:
+    """Return how many URLs of a tar were tried, and how many images came."""
+    try:
+        report = json.loads(path.read_bytes())
+        return int(report["count"]), int(report["successes"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"{path} is no report of img2dataset's, unless it is being written; remove it, and the next `sail-extract "
+            "download` gets its tar anew."
+        ) from problem
 
 
 def _list_beside(folder: Path) -> Path:

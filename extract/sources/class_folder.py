@@ -20,7 +20,7 @@ class ClassFolderSource(Source):
 
     Raises:
         UserError: The folder or a listed class is missing, a published list of names is not there or of another length,
-            or there is no image.
+            or a folder that is to be a class holds no image.
     """
 
     def __init__(self, description: Description, data_root: Path):
@@ -63,12 +63,24 @@ class ClassFolderSource(Source):
 
     def _named(self, classes: dict[str, str] | str | None, there: list[str]) -> dict[str, str]:
         """Return the names of the folders, in label order."""
+        if not classes:
+            for folder in there:
+                self._require_image(folder)
+            return {folder: folder.replace("_", " ") for folder in there}
         if not isinstance(classes, str):
-            return classes or {folder: folder.replace("_", " ") for folder in there}
+            return classes
         names = class_names(classes)
         if len(names) != len(there):
             raise UserError(f"{self._root} has {len(there)} folders, but {classes} names {len(names)} classes.")
         return dict(zip(there, names, strict=True))
+
+    def _require_image(self, folder: str) -> None:
+        """Refuse a folder that is no class, such as one of features: it would change the labels of those after it."""
+        if next(self._images(0, folder), None) is None:
+            raise UserError(
+                f"Folder {self._root / folder} holds no image, so it is no class; move it, or list the classes in the "
+                "manifest."
+            )
 
     def _images(self, label: int, folder: str) -> Iterator[Sample]:
         endings = Image.registered_extensions()

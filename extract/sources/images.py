@@ -1,5 +1,6 @@
 """Bytes of a picture as upright RGB."""
 
+import errno
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,10 @@ PIXEL_LIMIT = 100_000_000
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """What is looked for in the bytes, whatever the file is called. Pillow knows more, and runs a program for one (EPS)."""
+
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What the system says of names under which there is no file, whatever tables may call an image."""
 
 
 def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.Image:
@@ -70,10 +75,14 @@ def _content(path: Path) -> bytes:
     """
     try:
         return path.read_bytes()
-    except FileNotFoundError as problem:
-        raise UnreadableImageError(Status.MISSING, f"{path}: no such file") from problem
     except IsADirectoryError as problem:
         raise UnreadableImageError(Status.UNDECODABLE, f"{path}: a folder") from problem
+    except OSError as problem:
+        if problem.errno not in _NOT_THERE:
+            raise
+        raise UnreadableImageError(Status.MISSING, f"{path}: {problem.strerror}") from problem
+    except ValueError as problem:  # a name with a null character
+        raise UnreadableImageError(Status.MISSING, f"{str(path)!r} can be no file: {problem}") from problem
 
 
 @cache

@@ -23,8 +23,8 @@ class MaskFolderSource(Source):
     The first mask is read at once: masks of another numbering are refused before anything is encoded.
 
     Raises:
-        UserError: A folder or the list is missing, a listed image or mask is not there, or the first mask is not of the
-            described form.
+        UserError: A folder or the list is missing, a listed image or mask is not there, no mask can hold a class's
+            label, or the first mask is not of the described form.
     """
 
     def __init__(self, description: Description, data_root: Path):
@@ -39,7 +39,13 @@ class MaskFolderSource(Source):
         self._index = np.full(256, NO_CLASS, dtype=np.int16)
         self._index[description.ignored] = IGNORED
         for index, label in enumerate(self._classes):
-            self._index[label - description.label_offset] = index
+            value = label - description.label_offset
+            if not 0 <= value <= 255 or value in description.ignored:
+                raise UserError(
+                    f"Class {self._classes[label]!r} has label {label}, so that masks hold {value}, which is ignored "
+                    "or no value from 0 to 255; correct 'classes', 'label_offset' or 'ignored'."
+                )
+            self._index[value] = index
         self.mask(self._samples[0].mask)
 
     @property
@@ -80,7 +86,7 @@ class MaskFolderSource(Source):
     def _samples(self) -> list[Sample]:
         images = {path.stem: path.name for path in self._images.iterdir() if not path.name.startswith(".")}
         masks = {path.stem for path in self._masks.glob("*.png")}
-        names = self._list.read_text(encoding="utf-8").split() if self._list else sorted(masks)
+        names = _lines(self._list) if self._list else sorted(masks)
         for name in names:
             if name not in images or name not in masks:
                 folder = self._masks if name in images else self._images
@@ -91,3 +97,7 @@ class MaskFolderSource(Source):
 
     def _read(self) -> Iterator[Sample]:
         return iter(self._samples)
+
+
+def _lines(path: Path) -> list[str]:
+    return [name for line in path.read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]

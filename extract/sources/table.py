@@ -82,7 +82,7 @@ class TableSource(Source):
         for image, url, *texts in self._rows(file, list(names.values())):
             if any(isinstance(text, list) for text in texts):
                 raise UserError(f"A caption of {image!r} is a list; write `captions: <column>` for such a column.")
-            yield self._sample(image, url, {name: text for name, text in zip(names, texts, strict=True) if text})
+            yield self._sample(image, url, {name: text for name, text in zip(names, texts, strict=True) if _says(text)})
 
     def _sample(self, image: str, url: str, captions: dict[str, str]) -> Sample:
         mask = str(Path(image).with_suffix(".png")) if self._masks else ""
@@ -97,7 +97,7 @@ class TableSource(Source):
         for file in self._files:
             for image, url, texts in self._rows(file, [self._about.captions]):
                 _, of_image = grouped.setdefault(image, (url, []))
-                of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if text]
+                of_image += [text for text in (texts if isinstance(texts, list) else [texts]) if _says(text)]
         return grouped
 
     def _rows(self, file: Path, columns: list[str]) -> Iterator[list[Any]]:
@@ -138,3 +138,8 @@ class TableSource(Source):
                 f"None of the first {len(probed)} images is under {self._images} "
                 f"(the first is {probed[0].image!r}); check 'images', 'image' and --data-root."
             )
+
+
+def _says(text: str | None) -> bool:
+    """Whether a caption holds more than blanks."""
+    return bool(text and text.strip())

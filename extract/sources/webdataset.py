@@ -151,7 +151,7 @@ class WebDatasetSource(Source):
         if ":" in classes and "://" not in classes:
             return tuple(class_names(classes))
         with self._files.open(classes) as file:
-            return tuple(line.strip() for line in file.read().decode("utf-8").splitlines() if line.strip())
+            return tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip())
 
     def _local_files(self, tar: str) -> tuple[Path, ...]:
         paths = [self._files.local(name) for name in (tar, table_beside(tar))]

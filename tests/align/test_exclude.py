@@ -30,6 +30,11 @@ def test_excluded_rows_are_neither_served_nor_held_out(make_store, tmp_path):
     assert not {3, 299, 300, 310} & set(served.tolist())
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    (tmp_path / "list.txt").write_text("key 7\t0.9\r\nkey 8\r\n", encoding="utf-8-sig")
+    assert Exclusions.read([tmp_path / "list.txt"]).keys.to_pylist() == ["key 7", "key 8"]
+
+
 def test_settings_keep_the_lists_digest_whatever_its_form(make_store, tmp_path):
     store = make_store("a")
     (tmp_path / "one.txt").write_text("key 3\tx\t0.99\nkey 4\n")

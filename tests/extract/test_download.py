@@ -17,6 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from sail_align.extract.download import tally
+from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.store import open_or_create
@@ -96,6 +98,16 @@ def test_img2dataset_is_called_with_a_list_of_urls_and_its_reports_are_added_up(
     rows = pq.read_table(listed).to_pylist()
     assert [row["url"] for row in rows] == urls[::-1]
     assert rows[-1]["caption"] == "raw_caption of 0,\nin two lines"
+
+
+def test_a_report_that_is_cut_is_named(web, typed, tmp_path, monkeypatch):
+    _, manifest, _ = web
+    pretend(tmp_path, monkeypatch)
+    typed("download", str(manifest), "--quiet")
+    report = next((tmp_path / "some").glob("*_stats.json"))
+    report.write_text(report.read_text()[:-5])
+    with pytest.raises(UserError, match=r"_stats\.json is no report of img2dataset's, unless it is being written"):
+        tally(tmp_path / "some")
 
 
 def test_the_list_of_urls_is_made_once(web, typed, tmp_path, monkeypatch):

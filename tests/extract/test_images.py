@@ -87,6 +87,15 @@ def test_a_shard_of_faults_counts_each_and_encodes_the_rest(tmp_path):
     assert np.isfinite(features).all(axis=1).tolist() == (status == Status.OK).tolist()
 
 
+@pytest.mark.parametrize("name", ["none.jpg", "good.jpg/other.jpg", "x" * 5_000, "null\0.jpg", "circle.jpg"])
+def test_a_name_under_which_no_file_can_be_costs_only_its_row(tmp_path, name):
+    (tmp_path / "good.jpg").write_bytes(JPEG)
+    (tmp_path / "circle.jpg").symlink_to("circle.jpg")
+    with pytest.raises(UnreadableImageError) as problem:
+        read_image(tmp_path / name)
+    assert problem.value.status is Status.MISSING
+
+
 def test_content_decides_and_not_the_name(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(photo(), "PNG"))
     assert difference(read_image(tmp_path / "a.jpg"), photo()) == 0

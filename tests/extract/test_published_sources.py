@@ -193,9 +193,40 @@ def test_masks_of_another_numbering_are_refused_by_the_first_file(tmp_path, valu
 
 def test_a_listed_picture_that_is_missing_is_named(tmp_path):
     masks(tmp_path, [[0, 1]])
-    (tmp_path / "val.txt").write_text("p0 p7")
+    (tmp_path / "val.txt").write_text("p0\np7\n")
     with pytest.raises(UserError, match="images has no picture 'p7'; the data set is not complete"):
         opened(tmp_path, kind="mask-folder", images="images", masks="masks", names="val.txt", classes={0: "a", 1: "b"})
+
+
+def test_a_listed_name_may_hold_spaces_and_the_list_a_byte_order_mark(tmp_path):
+    masks(tmp_path, [[0, 1]])
+    for folder, ending in (("images", "jpg"), ("masks", "png")):
+        (tmp_path / folder / f"p0.{ending}").rename(tmp_path / folder / f"my picture.{ending}")
+    (tmp_path / "val.txt").write_text("my picture\r\n\n", encoding="utf-8-sig")
+    fields = {"images": "images", "masks": "masks", "classes": {0: "a", 1: "b"}}
+    (sample,) = opened(tmp_path, kind="mask-folder", names="val.txt", **fields).samples()
+    assert sample.image == "my picture.jpg"
+
+
+@pytest.mark.parametrize("fields", [{"label_offset": 1}, {"label_offset": -1}, {"ignored": [0]}, {"ignored": [255]}])
+def test_a_class_that_no_mask_can_hold_is_refused(tmp_path, fields):
+    masks(tmp_path, [[0, 0]])
+    with pytest.raises(UserError, match=r"Class '(first|last)' has label (0|255), so that masks hold (-1|0|255|256)"):
+        opened(
+            tmp_path, kind="mask-folder", images="images", masks="masks", classes={0: "first", 255: "last"}, **fields
+        )
+
+
+def test_a_folder_without_images_is_no_class_unless_the_manifest_lists_it(tmp_path):
+    """A store beside the classes would come between their labels."""
+    for name in ("cat", "zebra"):
+        picture(tmp_path / name / "0.jpg")
+    assert opened(tmp_path, kind="class-folder").classes == ("cat", "zebra")
+    (tmp_path / "features").mkdir()
+    with pytest.raises(UserError, match="features holds no image, so it is no class"):
+        opened(tmp_path, kind="class-folder")
+    listed = opened(tmp_path, kind="class-folder", classes={"cat": "cat", "features": "trait", "zebra": "zebra"})
+    assert [sample.label for sample in listed.samples()] == [0, 2]
 
 
 def test_folders_take_published_names_in_sorted_order_or_are_refused(tmp_path):

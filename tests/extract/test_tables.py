@@ -137,6 +137,14 @@ def test_a_row_without_image_is_named(pictures):
         list(source(pictures, files="gap.csv", captions={"raw": "caption"}).samples())
 
 
+def test_a_caption_of_blanks_is_none(pictures):
+    (pictures / "b.csv").write_text('image,caption\n1.png,a\n2.png,"  "\n1.png," "\n1.png, b\n')
+    grouped = source(pictures, files="b.csv", captions="caption")
+    assert [dict(s.captions) for s in grouped.samples()] == [{"c0": "a", "c1": " b"}, {}]
+    named = source(pictures, files="b.csv", captions={"raw": "caption"})
+    assert [dict(s.captions) for s in named.samples()] == [{"raw": "a"}, {}, {}, {"raw": " b"}]
+
+
 def test_urls_come_from_their_column_whatever_the_form(pictures):
     (pictures / "u.csv").write_text("image,caption,link\n1.png,a,http://x/1\n2.png,b,\n1.png,c,http://x/other\n")
     named = source(pictures, files="u.csv", captions={"raw": "caption"}, url="link")
