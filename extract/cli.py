@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from shlex import quote
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def run(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Encode a data set's images and captions into a store; run it again to go on after a stop."""
+    """Encode a data set into a store of features. Run it again to go on after a stop."""
     from sail_align.extract.doctor import pairing_note
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
@@ -144,7 +145,7 @@ def run(
     if checked := pairing_note(store):
         typer.echo(checked)
     if worker == "1/1":
-        typer.echo(f"Next: sail-align fit --features {store.path}")
+        typer.echo(f"Next: sail-align fit --features {quote(str(store.path))}")
 
 
 @app.command()
@@ -154,7 +155,7 @@ def check(
     ] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Say whether a data set is here and whole, and how to get what is missing. Exits 1 if it is not ready."""
+    """Say what of a data set is missing, and how to get it. Exits 1 if it is not ready."""
     from sail_align.extract.check import is_here, look
     from sail_align.extract.manifest import find_manifest, packaged_manifests
 
@@ -189,14 +190,14 @@ def download(
     threads: Annotated[int, typer.Option(min=1, help="Downloads at a time, a process.")] = 64,
     quiet: Quiet = False,
 ) -> None:
-    """Download a training set's images with img2dataset; run it again to go on after a stop."""
+    """Download a training set's images with img2dataset. Run it again to go on after a stop."""
     from sail_align.extract.download import download_images
     from sail_align.extract.manifest import find_manifest
 
     about, root = find_manifest(manifest, data_root)
     processes = processes or os.cpu_count() or 1
     done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
-    typer.echo(f"{about.name}: {done}\nNext: sail-extract run {manifest}")
+    typer.echo(f"{about.name}: {done}\nNext: sail-extract run {quote(manifest)}")
 
 
 @app.command()
@@ -207,7 +208,7 @@ def status(
         Path | None, typer.Option(help="With --failed, write them as parquet: key, url, image, array, status.")
     ] = None,
 ) -> None:
-    """Say what a store holds: its arrays, how much of each is done, and rows by status."""
+    """Say what a store holds and how much of it is done."""
     from sail_align.extract.failed import describe_failed, write_failed
     from sail_align.extract.store import Store
 
@@ -233,7 +234,7 @@ def verify(
         bool, typer.Option(help="Take damaged shards' commits back, so that `run` redoes them.")
     ] = False,
 ) -> None:
-    """Recompute every hash, and the golden vectors of the encoders that can be loaded here. Exits 1 on damage."""
+    """Recompute every hash, and golden vectors where they can be. Exits 1 on damage."""
     from sail_align.extract.verify import verify_store
 
     problems = 0
@@ -247,7 +248,7 @@ def verify(
 
 @app.command()
 def doctor(store: StorePath) -> None:
-    """Check from the features that captions belong to their images, and say what is odd. Exits 1 if they do not."""
+    """Ask the features whether captions belong to their images. Exits 1 if they do not."""
     from sail_align.extract.doctor import Verdict, diagnose
     from sail_align.extract.store import Store
 
@@ -271,7 +272,7 @@ def overlap(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Find images of a training store that are near-duplicates of images of an evaluation store."""
+    """Find near-duplicates of evaluation images in a training store."""
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.overlap import THRESHOLD, find_overlap, write_exclusions
     from sail_align.extract.store import Store
@@ -290,7 +291,7 @@ def overlap(
     )
     if out:
         write_exclusions(out, found, rows)
-        typer.echo(f"wrote {out}\nNext: sail-align fit --features {train} --exclude {out}")
+        typer.echo(f"wrote {out}\nNext: sail-align fit --features {quote(str(train))} --exclude {quote(str(out))}")
 
 
 def _print_recaptions(store: "Store") -> None:

@@ -23,7 +23,7 @@ THRESHOLD = 0.85
 JPEG of quality 60, are above it; of 3 million pairs of other photos only one, of the same scene a moment later."""
 SHOWN = 20
 """Pairs that a reader sees."""
-TRAIN_ROWS = 8_192
+TRAIN_ROWS = 2_048
 EVAL_ROWS = 32_768
 
 
@@ -66,8 +66,9 @@ def find_overlap(
 ) -> Overlap:
     """Compare every image of a training store with every one of an evaluation store, by the cosine of their features.
 
-    The features are taken as they are: without their mean they separate worse (docs/store.md). Blocks of both are held
-    in memory, and the training store is read once for every 32,768 rows of the evaluation store.
+    The features are taken as they are: without their mean they separate worse (docs/store.md). A block of each store is
+    in memory with the cosines between them, half a gigabyte for 2,048 dimensions, and the training store is read once
+    for every 32,768 rows of the evaluation store.
 
     Raises:
         UserError: A store has no such image features or is not complete, they are of different encoders, or the two
