@@ -17,7 +17,7 @@ from sail_align.evaluate.encoders import Encoders, RunError
 from sail_align.extract import published
 from sail_align.extract.encoders.base import require_same
 from sail_align.extract.engine import extract
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import canonical_json
 from sail_align.extract.manifest import Manifest, Task
@@ -25,7 +25,7 @@ from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample
 from sail_align.extract.sources.descriptions import DemoSource
 from sail_align.extract.status import Status
-from sail_align.extract.store import Store, StoreExistsError
+from sail_align.extract.store import Store
 
 Embeddings = NDArray[np.float32]
 HEAD_BATCH = 4096

@@ -8,6 +8,10 @@ class UserError(Exception):
     """Something the user can mend. Its message is one sentence: what is wrong, which value, what to do."""
 
 
+class StoreExistsError(UserError):
+    """A store cannot be made where there is one."""
+
+
 class WorkersFailedError(Exception):
     """Work is left undone because workers failed. Its message is one sentence; what befell each was said before."""
 

@@ -13,9 +13,10 @@ from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import full_disk_is_said
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.pipeline import Advance, Rows, encode_images, encode_texts
+from sail_align.extract.reopening import open_made_from, open_or_create
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Source
-from sail_align.extract.store import Store, open_made_from, open_or_create
+from sail_align.extract.store import Store
 from sail_align.extract.worker import Share, Task
 
 Encoder = TypeVar("Encoder", covariant=True)

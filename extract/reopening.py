@@ -1,23 +1,61 @@
-"""Are a store's samples still those of its source? Only parts whose files changed are read again for it."""
+"""Open or make the store of a manifest: has the source the same samples still? Only changed parts are read for it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.files import file_digest
 from sail_align.extract.index import GROUP_ROWS
 from sail_align.extract.index_record import IndexRecord, Stamp, stamps
+from sail_align.extract.manifest import Manifest
 from sail_align.extract.progress import progress
 from sail_align.extract.recaption_report import RecaptionReport
 from sail_align.extract.sources.base import Part, Sample, Source
-
-if TYPE_CHECKING:
-    from sail_align.extract.store import Store
+from sail_align.extract.store import Store
 
 
-def require_samples(store: "Store", source: Source, *, quiet: bool) -> None:
+def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: bool = False) -> Store:
+    """Open the store of a manifest's samples, or make it.
+
+    Raises:
+        UserError: The path holds the store of another manifest or of other samples, or something else.
+    """
+    if not (path / "zarr.json").exists():
+        with suppress(StoreExistsError):  # another process was quicker
+            return Store.create(
+                path,
+                dataset=manifest.name,
+                manifest=manifest.rows,
+                parts=source.parts(),
+                captions=source.captions,
+                recaptions=source.recaptions,
+                quiet=quiet,
+            )
+    store = open_made_from(path, manifest)
+    require_samples(store, source, quiet=quiet)
+    return store
+
+
+def open_made_from(path: Path, manifest: Manifest) -> Store:
+    """Open the store of a manifest's samples; whether the source still has these is not asked.
+
+    Raises:
+        UserError: The path holds the store of another manifest, or something else.
+    """
+    store, made_from = Store.open(path), manifest.rows
+    if (recorded := store.attributes["manifest"]) != made_from:
+        field = next(name for name in (*made_from, *recorded) if made_from.get(name) != recorded.get(name))
+        raise UserError(
+            f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is "
+            f"{made_from.get(field)!r}; name another --out."
+        )
+    return store
+
+
+def require_samples(store: Store, source: Source, *, quiet: bool) -> None:
     """Compare the samples of each part whose files have other stamps than when they were read, and keep the new stamps.
 
     A part without files, such as the demo's, is trusted: the manifest says all about it. A store without a record of
@@ -51,7 +89,7 @@ def require_samples(store: "Store", source: Source, *, quiet: bool) -> None:
     now.write(folder)
 
 
-def _require_tables(store: "Store", source: Source, before: IndexRecord | None) -> list[Stamp]:
+def _require_tables(store: Store, source: Source, before: IndexRecord | None) -> list[Stamp]:
     """Return the stamps of the caption tables that were joined, which must be those that are there now."""
     if source.recaptions is None:
         return []
@@ -68,7 +106,7 @@ def _require_tables(store: "Store", source: Source, before: IndexRecord | None) 
     return now
 
 
-def _compare(store: "Store", source: Source, part: Part, start: int, expected: int | None, changed: list[Path]) -> int:
+def _compare(store: Store, source: Source, part: Part, start: int, expected: int | None, changed: list[Path]) -> int:
     """Return how many samples a part has; it must have the `expected` number if that is known."""
     stored, samples, row = _stored(store, source, start), part.read(), start
     stop = None if expected is None else start + expected
@@ -82,13 +120,13 @@ def _compare(store: "Store", source: Source, part: Part, start: int, expected: i
         row += 1
 
 
-def _stored(store: "Store", source: Source, start: int) -> Iterator[Sample]:
+def _stored(store: Store, source: Source, start: int) -> Iterator[Sample]:
     captions = [name for name in store.captions if name in source.captions]
     for first in range(start, store.rows, GROUP_ROWS):
         yield from store.samples(first, min(first + GROUP_ROWS, store.rows), captions)
 
 
-def _refuse(store: "Store", row: int, old: Sample | None, new: Sample | None, changed: list[Path]) -> NoReturn:
+def _refuse(store: Store, row: int, old: Sample | None, new: Sample | None, changed: list[Path]) -> NoReturn:
     there, here = ("no sample" if sample is None else f"sample {sample.key!r}" for sample in (old, new))
     where = " or ".join(map(str, changed)) or "the data set"
     raise UserError(

@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,16 +25,14 @@ from typing import Any
 import pyarrow as pa
 
 from sail_align.extract.encoders.base import Identity, require_same
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.features import FeatureArray
 from sail_align.extract.files import as_path, canonical_json, file_digest, write_atomically
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
 from sail_align.extract.leases import Leases
-from sail_align.extract.manifest import Manifest
 from sail_align.extract.progress import note
-from sail_align.extract.reopening import require_samples
-from sail_align.extract.sources.base import CaptionTables, Part, Sample, Source
+from sail_align.extract.sources.base import CaptionTables, Part, Sample
 
 FORMAT = 1
 SHARD_ROWS = 65_536
@@ -43,10 +40,6 @@ CHUNK_ROWS = 1_024
 LEASES, INDEX, ARRAY = "leases", "index", "array"
 UNFINISHED = re.compile(r"index|leases|\.zarr\.json\..*\.tmp")
 CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-
-
-class StoreExistsError(UserError):
-    """A store cannot be made where there is one."""
 
 
 class Store:
@@ -280,44 +273,6 @@ class Store:
             if what in (INDEX, ARRAY) or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)
         self.leases.tidy()
-
-
-def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: bool = False) -> Store:
-    """Open the store of a manifest's samples, or make it.
-
-    Raises:
-        UserError: The path holds the store of another manifest or of other samples, or something else.
-    """
-    if not (path / "zarr.json").exists():
-        with suppress(StoreExistsError):  # another process was quicker
-            return Store.create(
-                path,
-                dataset=manifest.name,
-                manifest=manifest.rows,
-                parts=source.parts(),
-                captions=source.captions,
-                recaptions=source.recaptions,
-                quiet=quiet,
-            )
-    store = open_made_from(path, manifest)
-    require_samples(store, source, quiet=quiet)
-    return store
-
-
-def open_made_from(path: Path, manifest: Manifest) -> Store:
-    """Open the store of a manifest's samples; whether the source still has these is not asked.
-
-    Raises:
-        UserError: The path holds the store of another manifest, or something else.
-    """
-    store, made_from = Store.open(path), manifest.rows
-    if (recorded := store.attributes["manifest"]) != made_from:
-        field = next(name for name in (*made_from, *recorded) if made_from.get(name) != recorded.get(name))
-        raise UserError(
-            f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is "
-            f"{made_from.get(field)!r}; name another --out."
-        )
-    return store
 
 
 def node_name(encoder_id: str) -> str:

@@ -15,9 +15,10 @@ from interrupted import Killed, contents, shrink
 from sail_align.extract import index, reopening
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
+from sail_align.extract.reopening import open_or_create
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.store import Store, open_or_create
+from sail_align.extract.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,9 +23,10 @@ from sail_align.extract.cli import app
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.recaption_report import RecaptionReport
+from sail_align.extract.reopening import open_or_create
 from sail_align.extract.sources import open_source, tables
 from sail_align.extract.sources.base import CaptionTables, Part, Sample
-from sail_align.extract.store import Store, open_or_create
+from sail_align.extract.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)
