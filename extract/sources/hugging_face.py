@@ -152,7 +152,7 @@ class HuggingFaceSource(Source):
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             return 1
         tables = self._rows.select_columns([column]).with_format("arrow").iter(READ_ROWS)
-        return max((pc.max(pc.list_value_length(table[column])).as_py() or 0 for table in tables), default=0)
+        return max((_most_texts(table[column].combine_chunks()) for table in tables), default=0)
 
 
 def _load(about: Description, folder: Path) -> Any:
@@ -182,6 +182,12 @@ def _library() -> Any:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _most_texts(lists: pa.ListArray) -> int:
+    """Return the most texts that one of some lists holds, not counting empty ones."""
+    says = pc.not_equal(pc.utf8_trim_whitespace(pc.list_flatten(lists)), "")
+    return int(np.bincount(pc.list_parent_indices(lists).filter(says)).max(initial=0))
 
 
 def _text(value: str | None) -> str:

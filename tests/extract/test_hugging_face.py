@@ -84,7 +84,7 @@ def test_an_image_that_cannot_be_used_says_why(saved, row, status):
 
 def test_a_column_of_lists_and_one_of_text_become_numbered_captions(saved):
     lists = source(saved, captions="sentences")
-    assert lists.captions == ("c0", "c1", "c2")
+    assert lists.captions == ("c0", "c1")
     found = [dict(s.captions) for s in lists.samples()]
     assert found[:2] == [{"c0": "0 a", "c1": "0 b"}, {"c0": "1 a"}]
     assert found[4] == {}
