@@ -103,7 +103,7 @@ class WebDatasetSource(Source):
         captions = self._about.captions
         if isinstance(captions, str):
             value = members.get(captions)
-            several = value if isinstance(value, list) else _text(value).splitlines()
+            several = value if isinstance(value, list) else _text(value).split("\n")
             texts = [text for text in map(_text, several) if text]
             named = {f"c{i}": text for i, text in enumerate(texts)}
         else:

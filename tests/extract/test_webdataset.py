@@ -272,11 +272,12 @@ def test_what_a_manifest_needs_can_be_looked_for_without_opening_anything():
 
 def test_retrieval_tars_hold_a_caption_a_line(tmp_path):
     write_tar(
-        tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.txt", b"a\nb\n\nc\n"), ("1.jpg", picture(1)), ("1.txt", b"d")]
+        tmp_path / "0.tar",
+        [("0.jpg", picture(0)), ("0.txt", b"a\r\nb\n\nc\n"), ("1.jpg", picture(1)), ("1.txt", "d\u2028e".encode())],
     )
     tars = source(tmp_path, captions="txt")
     assert tars.captions == ("c0", "c1", "c2")
-    assert [dict(s.captions) for s in tars.samples()] == [{"c0": "a", "c1": "b", "c2": "c"}, {"c0": "d"}]
+    assert [dict(s.captions) for s in tars.samples()] == [{"c0": "a", "c1": "b", "c2": "c"}, {"c0": "d\u2028e"}]
 
 
 def test_a_list_in_json_counts_as_several_captions(tmp_path):
