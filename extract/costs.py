@@ -42,13 +42,13 @@ class Summary:
     @property
     def rest(self) -> str:
         """How much is left, in words."""
-        return f"{self.left} rows are left" + (f", about {self.hours_left:.2g} hours" if self.hours_left else "")
+        return f"{self.left:,} rows are left" + (f", about {self.hours_left:.2g} hours" if self.hours_left else "")
 
     def __str__(self) -> str:
         if not self.encoded:
             return f"0 rows encoded in {self.seconds:.0f} s"
         return (
-            f"{self.encoded} rows encoded in {self.seconds:.0f} s, {self.encoded / self.seconds:.0f} a second, "
+            f"{self.encoded:,} rows encoded in {self.seconds:.0f} s, {self.encoded / self.seconds:,.0f} a second, "
             f"{self.units * self.seconds / 3600:.3g} {self.unit}-hours, {self.read / GIGABYTE:.3g} GB read, "
             f"{self.written / GIGABYTE:.3g} GB written"
         )

@@ -45,14 +45,14 @@ class RecaptionReport:
     def lines(self) -> Iterator[str]:
         """Yield the report for people."""
         captions = sum(self.captions.values())
-        nameless = f"; {self.nameless} have no {self.field}" if self.nameless else ""
+        nameless = f"; {self.nameless:,} have no {self.field}" if self.nameless else ""
         yield (
-            f"recaptions: {self.found} of {self.images} images ({self.found / self.images:.1%}) found captions by "
+            f"recaptions: {self.found:,} of {self.images:,} images ({self.found / self.images:.1%}) found captions by "
             f"{self.field}, {captions / max(self.found, 1):.2f} each{nameless}"
         )
-        yield f"  images by caption: {', '.join(f'{name} {count}' for name, count in self.captions.items())}"
-        yield f"  caption rows: {self.rows} read, {self.joined} joined, {self.rows - self.joined} dropped:"
+        yield f"  images by caption: {', '.join(f'{name} {count:,}' for name, count in self.captions.items())}"
+        yield f"  caption rows: {self.rows:,} read, {self.joined:,} joined, {self.rows - self.joined:,} dropped:"
         yield (
-            f"    {self.no_image} no such image, {self.duplicates} with the {self.field} of a row before, "
-            f"{self.empty} empty"
+            f"    {self.no_image:,} no such image, {self.duplicates:,} with the {self.field} of a row before, "
+            f"{self.empty:,} empty"
         )
