@@ -65,7 +65,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set into a store of features. Run it again to go on after a stop."""
-    from sail_align.extract.doctor import pairing_note
+    from sail_align.extract.doctor import Verdict, diagnose_complete
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
     from sail_align.extract.encoders.runtime import Runtime
@@ -134,10 +134,13 @@ def run(
     typer.echo(f"{store.path}: {summary}.")
     if retried:
         typer.echo(f"{store.path}: {retried}.")
-    if checked := pairing_note(store):
-        typer.echo(checked)
+    following = "sail-align fit --features"
+    if diagnosis := diagnose_complete(store):
+        broken = diagnosis.verdict is Verdict.BROKEN
+        typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.sentence}")
+        following = "sail-extract doctor" if broken else following
     if worker == "1/1":
-        typer.echo(f"Next: sail-align fit --features {quote(str(store.path))}")
+        typer.echo(f"Next: {following} {quote(str(store.path))}")
 
 
 def print_recaptions(store: "Store") -> None:

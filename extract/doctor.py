@@ -84,15 +84,10 @@ def diagnose(store: Store) -> Diagnosis:
     return diagnosis
 
 
-def pairing_note(store: Store) -> str | None:
-    """Return the verdict as a line for the end of a run; None while the store is not complete, or has one side only."""
+def diagnose_complete(store: Store) -> Diagnosis | None:
+    """Return the diagnosis of a store once it is complete and has images and captions, else None."""
     both = store.images() and any(store.texts(name) for name in store.captions)
-    if not both or not all(array.complete for array in store.arrays()):
-        return None
-    diagnosis = diagnose(store)
-    if diagnosis.verdict is Verdict.BROKEN:
-        return f"warning: pairing check: {diagnosis.sentence} See `sail-extract doctor {store.path}`."
-    return f"pairing check: {diagnosis.sentence}"
+    return diagnose(store) if both and all(array.complete for array in store.arrays()) else None
 
 
 def judge(pairing: Pairing | None, shard_N: Places) -> tuple[Verdict, str]:
