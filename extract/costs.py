@@ -118,7 +118,8 @@ class Tally:
             if worker not in self._waiting:
                 self._waiting.add(worker)
                 if len(self._waiting) == self._workers:
-                    note(f"Other runs on this store have what is left, {shards} shard{'s' * (shards > 1)}; waiting for it.")
+                    left = f"{shards} shard{'s' * (shards > 1)}"
+                    note(f"Other runs on this store have what is left, {left}; waiting for it.")
 
     def read(self, size: int) -> None:
         """Count bytes read."""

@@ -195,12 +195,17 @@ def photos(tmp_path_factory) -> Store:
         f"{{name: photos, purpose: train, title: t, licence: l, get: g, source: {{kind: table, captions: "
         f"{{raw: caption}}, files: captions.csv, images: {(PHOTOS / 'images').resolve()}}}}}"
     )
-    encoders = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6"]
-    command = ["run", str(folder / "photos.yaml"), "--out", str(folder / "s.zarr"), "--quiet", *encoders]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    assert "pairing check: good: the captions belong to their images." in done.output.splitlines()
+    *_, checked, following = extract(folder, folder / "s.zarr")
+    assert checked == "pairing check: good: the captions belong to their images."
+    assert following == f"Next: sail-align fit --features {folder}/s.zarr"
     return Store.open(folder / "s.zarr")
+
+
+def extract(folder: Path, out: Path) -> list[str]:
+    encoders = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6"]
+    done = CliRunner().invoke(app, ["run", f"{folder}/photos.yaml", "--out", str(out), "--quiet", *encoders])
+    assert done.exit_code == 0, done.output
+    return done.output.splitlines()
 
 
 @pytest.mark.slow
@@ -213,6 +218,9 @@ def test_real_photos_with_their_captions_broken(photos, tmp_path, said, broken):
     diagnosis = diagnose(store)
     assert diagnosis.verdict is Verdict.BROKEN
     assert said in diagnosis.sentence
+    *_, checked, following = extract(photos.path.parent, tmp_path / "s.zarr")
+    assert checked == f"warning: pairing check: {diagnosis.sentence}"
+    assert following == f"Next: sail-extract doctor {tmp_path}/s.zarr"
 
 
 @pytest.mark.slow
