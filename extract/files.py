@@ -15,6 +15,7 @@ from typing import Any, cast
 from sail_align.extract.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def as_path(location: str | Path) -> Path:
@@ -65,9 +66,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         path.write_bytes(bytes(content))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)  # once, or two slow writers would take each other's files away without end
     written = False
     while not written:
-        remove_leftovers(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("wb") as file:
@@ -79,6 +80,17 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
                 written = True
         finally:
             temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk before anything written later: after a power cut, no marker alone."""
+    with suppress(OSError):  # not every system knows this
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -100,10 +112,17 @@ def file_digest(path: Path) -> str | None:
 
 @contextmanager
 def full_disk_is_said(path: Path) -> Iterator[None]:
-    """Turn the error of a full disk, a used-up quota or a file over the size limit into a `UserError`."""
+    """Turn the error of a full disk, a used-up quota or a file over the size limit into a `UserError`.
+
+    So too that of a file in `path` that may not be written.
+    """
     try:
         yield
     except OSError as problem:
+        if problem.errno in _FORBIDDEN and Path(str(problem.filename)).is_relative_to(path):
+            raise UserError(
+                f"{problem.filename} cannot be written ({problem.strerror}); allow it, or name another --out."
+            ) from problem
         if problem.errno not in _FULL:
             raise
         raise UserError(

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -98,21 +99,15 @@ class _Processes:
     """Worker processes, each at the other end of a pipe."""
 
     def __init__(self, job: Job, share: Share, devices: Sequence[str], tally: Tally):
+        self.job, self.share, self.devices = job, share, devices
         self.tally = tally
         self.failed = self.finished = 0
         self.stopping = False
         self.workers: dict[Connection, tuple[int, SpawnProcess]] = {}
-        threads = max(cores() // len(devices), 1)
-        context = multiprocessing.get_context("spawn")
-        for number, device in enumerate(devices, start=1):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work_in_process, args=(job, share, device, threads, theirs))
-            process.start()
-            theirs.close()
-            self.workers[ours] = number, process
 
     def run(self) -> None:
         try:
+            self._start()
             while self.workers:
                 self._receive(timeout=None)
         finally:
@@ -121,6 +116,16 @@ class _Processes:
             raise WorkersFailedError(
                 f"All {self.failed} workers failed, as said above, and shards are left; run the same command again."
             )
+
+    def _start(self) -> None:
+        threads = max(cores() // len(self.devices), 1)
+        context = multiprocessing.get_context("spawn")
+        for number, device in enumerate(self.devices, start=1):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work_in_process, args=(self.job, self.share, device, threads, theirs))
+            self.workers[ours] = number, process  # before it starts: a signal meanwhile must find it, to stop it
+            process.start()
+            theirs.close()
 
     def _receive(self, timeout: float | None) -> None:
         """Wait for the workers' messages and pass them on to the tally; a pipe that ends is a worker that has."""
@@ -152,6 +157,7 @@ class _Processes:
 
     def _stop(self) -> None:
         self.stopping = True
+        self.workers = {pipe: worker for pipe, worker in self.workers.items() if worker[1].pid}  # those that started
         for _, process in self.workers.values():
             process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
@@ -184,6 +190,8 @@ def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Co
             do_share(job, share, device, threads, Messenger(parent.send))
         except UserError as mistake:
             parent.send((MISTAKE, (str(mistake),)))
+        except WorkersFailedError:  # said already
+            sys.exit(1)
 
 
 def _follow_parent() -> None:

@@ -4,22 +4,31 @@ Every way of running comes down to this loop: one process, several on one machin
 """
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 from sail_align.extract.costs import bytes_read
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.features import FeatureArray
 from sail_align.extract.leases import POLL, Lease, LeaseLostError
 from sail_align.extract.pipeline import Advance, Rows
+from sail_align.extract.progress import note
 from sail_align.extract.store import Store
 
 EncodeRows = Callable[[int, int, Advance], Rows]
 """Encodes rows start … stop − 1."""
 
 _LONGEST_PAUSE = 10 * POLL
+
+FAILURES = 3
+"""Shards that may fail before a worker gives up: more is not the shards' fault."""
+
+
+class ShardFailedError(WorkersFailedError):
+    """The rows of a shard cannot be encoded, for a reason that is in no row's status."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,11 @@ class Report(Protocol):
 
 
 def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | None = None) -> None:
-    """Return when every shard of the tasks (of this worker's share of them) is committed, by this worker or others."""
+    """Return when every shard of the tasks (of this worker's share of them) is committed, by this worker or others.
+
+    Raises:
+        ShardFailedError: All others are committed, or too many failed.
+    """
     share = share or Share()
     for task in tasks:
         for shard in task.array.markers:
@@ -99,12 +112,17 @@ class Loop:
         self.report = report
         self.thread = thread
         self.writing: Future[None] | None = None
+        self.failed: dict[tuple[str, int], ShardFailedError] = {}
 
     def run(self, shards: Sequence[tuple[Task, int]]) -> None:
-        """Return when all of these shards are committed."""
+        """Return when all of these shards are committed.
+
+        Raises:
+            ShardFailedError: All but those that failed are committed, or too many failed.
+        """
         pause = POLL
-        while left := [(task, shard) for task, shard in shards if not self.is_there(task.array, shard)]:
-            done = sum(self.do(task, shard) for task, shard in left)
+        while left := [each for each in shards if not self._is_over(*each)]:
+            done = sum(self._try(task, shard) for task, shard in left)
             self.finish_writing()
             if done:
                 pause = POLL
@@ -112,6 +130,24 @@ class Loop:
                 self.report.waiting(len(left))
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+        for failure in self.failed.values():
+            raise failure
+
+    def _is_over(self, task: Task, shard: int) -> bool:
+        return self.is_there(task.array, shard) or (task.array.path, shard) in self.failed
+
+    def _try(self, task: Task, shard: int) -> bool:
+        """Do one shard; one that fails is set aside, so that it does not keep the others from being done."""
+        try:
+            return self.do(task, shard)
+        except ShardFailedError as failure:
+            self.failed[task.array.path, shard] = failure
+            note(
+                "".join(traceback.format_exception(failure.__cause__)) + f"{failure} The other shards are gone on with."
+            )
+            if len(self.failed) == FAILURES:
+                raise
+            return True
 
     def is_there(self, array: FeatureArray, shard: int) -> bool:
         """Whether a shard is committed, and tell of it if another worker has done that."""
@@ -123,7 +159,12 @@ class Loop:
         return False
 
     def do(self, task: Task, shard: int) -> bool:
-        """Encode one shard and hand it over to be written; return False if another worker has it or has done it."""
+        """Encode one shard and hand it over to be written; return False if another worker has it or has done it.
+
+        Raises:
+            ShardFailedError: It cannot be encoded; its lease is given back.
+            UserError: What is wrong is no matter of this shard.
+        """
         array = task.array
         if task.encode is None or self.is_there(array, shard):
             return False
@@ -133,7 +174,15 @@ class Loop:
         if self.is_there(array, shard):  # committed between the look and the lease
             self.leases.release(lease)
             return False
-        rows = task.encode(*array.span(shard), self.report.encoded)
+        try:
+            rows = task.encode(*array.span(shard), self.report.encoded)
+        except (UserError, MemoryError):
+            raise
+        except Exception as problem:  # whatever a network or a source may raise
+            self.leases.release(lease)
+            raise ShardFailedError(
+                f"{array.path} shard {shard} failed ({type(problem).__name__}: {problem})."
+            ) from problem
         self.finish_writing()
         self.writing = self.thread.submit(self._write, array, shard, rows, lease)
         return True

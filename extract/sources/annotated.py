@@ -13,7 +13,7 @@ from PIL import Image
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import Part, Sample, Source
-from sail_align.extract.sources.images import read_image
+from sail_align.extract.sources.images import read_image_in
 
 
 class AnnotatedImages(Source):
@@ -63,7 +63,7 @@ class AnnotatedImages(Source):
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its path under the folder of images."""
-        return read_image(self._images / location, least=least)
+        return read_image_in(self._images, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: these sources have captions, not masks."""

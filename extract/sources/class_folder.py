@@ -12,7 +12,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.published import class_names
 from sail_align.extract.sources.base import Part, Sample, Source
 from sail_align.extract.sources.descriptions import ClassFolderSource as Description
-from sail_align.extract.sources.images import read_image
+from sail_align.extract.sources.images import read_image_in
 
 
 class ClassFolderSource(Source):
@@ -55,7 +55,7 @@ class ClassFolderSource(Source):
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by `<folder>/<file>`."""
-        return read_image(self._root / location, least=least)
+        return read_image_in(self._root, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Raise `UserError`: images by class have no masks."""

@@ -1,6 +1,7 @@
 """Bytes of a picture as upright RGB."""
 
 import errno
+import os
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -53,6 +54,32 @@ def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.I
     # Broken bytes make Pillow's decoders fail in whatever way; none of them may end a run of days.
     except Exception as problem:
         raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem}") from problem
+
+
+def read_image_in(folder: Path, location: str, *, least: int = 0) -> Image.Image:
+    """Open an image by its path under a folder; the rest as `read_image`.
+
+    Raises:
+        UnreadableImageError: As `read_image`.
+        UserError: The image is missing with all others: a disk that is gone must not be kept as missing images.
+    """
+    path = folder / location
+    try:
+        return read_image(path, least=least)
+    except UnreadableImageError as problem:
+        if problem.status is Status.MISSING and path.is_relative_to(folder) and _is_empty(folder):
+            raise UserError(
+                f"{folder} is not there any more, or empty; bring it back and run the same command again."
+            ) from problem
+        raise
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except FileNotFoundError:
+        return True
 
 
 def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:

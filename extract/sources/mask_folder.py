@@ -12,7 +12,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.published import label_names
 from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
 from sail_align.extract.sources.descriptions import MaskFolderSource as Description
-from sail_align.extract.sources.images import read_image, read_mask
+from sail_align.extract.sources.images import read_image_in, read_mask
 
 NO_CLASS = -1
 
@@ -64,7 +64,7 @@ class MaskFolderSource(Source):
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its name under the folder of images."""
-        return read_image(self._images / location, least=least)
+        return read_image_in(self._images, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a mask as class indices.

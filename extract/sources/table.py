@@ -14,7 +14,7 @@ from PIL import Image
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
 from sail_align.extract.sources.descriptions import TableSource as Description
-from sail_align.extract.sources.images import read_image, read_mask
+from sail_align.extract.sources.images import read_image_in, read_mask
 from sail_align.extract.sources.tables import find_tables, read_batches
 
 PROBED = 100
@@ -62,7 +62,7 @@ class TableSource(Source):
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its path under the image folder."""
-        return read_image(self._images / location, least=least)
+        return read_image_in(self._images, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a mask; pixel values that the manifest gives no class become `IGNORED`."""

@@ -1,6 +1,7 @@
 """A disk that fills up ends a run with one sentence; once there is room, the run goes on."""
 
 import errno
+import os
 import subprocess
 from pathlib import Path
 
@@ -88,3 +89,19 @@ def test_a_full_disk_at_any_file_leaves_nothing_half_written(pictures, monkeypat
         assert not (pictures / "s.zarr" / "leases").exists()
     assert ends >= 3
     assert contents(pictures / "s.zarr") == whole
+
+
+def test_a_writer_whose_file_was_taken_away_tries_again_and_takes_none(tmp_path, monkeypatch):
+    fsync, others = os.fsync, tmp_path / ".marker.other.tmp"
+
+    def slow(descriptor):
+        if not others.exists():  # another has come, taken this one's file away and begun its own
+            for file in tmp_path.glob("*.tmp"):
+                file.unlink()
+            others.write_text("half")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    write_atomically(tmp_path / "marker", b"whole")
+    assert (tmp_path / "marker").read_bytes() == b"whole"
+    assert others.exists()

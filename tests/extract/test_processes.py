@@ -1,0 +1,133 @@
+"""Workers on this machine: none is left behind, and one bad shard does not keep the others from being done."""
+
+import errno
+import os
+import signal
+from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
+
+import pytest
+from fakes import FakeChoice, FakeVision
+
+from sail_align.extract import store as store_module
+from sail_align.extract.costs import Tally
+from sail_align.extract.engine import run
+from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.job import Job
+from sail_align.extract.manifest import find_manifest
+from sail_align.extract.processes import LocalCrew
+from sail_align.extract.stop import StoppedError
+from sail_align.extract.store import Store
+from sail_align.extract.worker import Share
+
+
+@dataclass(frozen=True)
+class BadBatches:
+    """Loads an image encoder that fails at these batches of 32 pictures, counted from 0."""
+
+    batches: frozenset[int]
+    problem: Exception
+
+    def load(self, device):
+        encoder, count = FakeVision(), iter(range(10**6))
+        encode = encoder.encode
+
+        def fail_at_some(pixels):
+            if next(count) in self.batches:
+                raise self.problem
+            return encode(pixels)
+
+        encoder.encode = fail_at_some
+        return encoder
+
+    def may_be(self, spec):
+        return FakeChoice("image").may_be(spec)
+
+
+def make_job(root, image):
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    return Job(manifest, data_root, root / "s.zarr", image, None, ())
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 32)  # 19 shards, each a single batch
+
+
+def test_a_stop_between_two_starts_leaves_no_worker(pictures, monkeypatch):
+    job = make_job(pictures, FakeChoice("image"))
+    job.open_store(quiet=True)
+    started, start = [], SpawnProcess.start
+
+    def start_one(process):
+        if started:
+            raise StoppedError(signal.SIGTERM)
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_one)
+    with pytest.raises(StoppedError):
+        LocalCrew(["cpu"] * 3).work(job, Share(), Tally(600, "s", quiet=True))
+    assert started[0].exitcode == -signal.SIGTERM
+
+
+def test_a_shard_that_fails_is_left_and_the_others_are_done(pictures, small_shards, capsys):
+    job = make_job(pictures, BadBatches(frozenset({3}), RuntimeError("odd")))
+    with pytest.raises(WorkersFailedError, match=r"^image/fake-image shard 3 failed \(RuntimeError: odd\)\.$"):
+        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    array = Store.open(job.store).image()
+    assert set(array.shards) - set(array.markers) == {3}
+    assert not (job.store / "leases").exists()
+    assert "Traceback" in capsys.readouterr().err
+    assert run(make_job(pictures, FakeChoice("image")), LocalCrew(["cpu"]), Share(), quiet=True).encoded == 32
+
+
+@pytest.mark.parametrize(
+    ("problem", "tried"), [(RuntimeError("device lost"), 3), (UserError("No tar."), 1), (MemoryError(), 1)]
+)
+def test_what_is_no_fault_of_a_shard_ends_the_run(pictures, small_shards, problem, tried):
+    job = make_job(pictures, BadBatches(frozenset(range(5, 600)), problem))
+    with pytest.raises(type(problem) if tried == 1 else WorkersFailedError):
+        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    assert set(Store.open(job.store).image().markers) == set(range(5))
+    assert not (job.store / "leases").exists()
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_images_whose_disk_is_gone_are_not_kept_as_missing(pictures, small_shards, how):
+    images = pictures / "images"
+
+    class Unmounting(BadBatches):
+        def load(self, device):
+            encoder = FakeVision()
+            encode = encoder.encode
+
+            def encode_and_lose(pixels):
+                if images.exists():
+                    images.rename(pictures / "elsewhere")
+                    if how == "empty":
+                        images.mkdir()
+                return encode(pixels)
+
+            encoder.encode = encode_and_lose
+            return encoder
+
+    job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
+    with pytest.raises(UserError, match="images is not there any more, or empty"):
+        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    assert Store.open(job.store).image().counts.get("missing", 0) <= 1  # number 7
+
+
+def test_a_store_that_may_not_be_written_is_one_sentence(pictures, monkeypatch):
+    job = make_job(pictures, FakeChoice("image"))
+    job.open_store(quiet=True)
+    link = os.link
+
+    def refuse(source, target):
+        if "leases" in str(target):
+            raise OSError(errno.EROFS, "Read-only file system", str(target))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(UserError, match=r"leases/.* cannot be written \(Read-only file system\)"):
+        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
