@@ -76,3 +76,13 @@ def test_a_lease_at_a_url_has_one_owner(url):
 def test_an_unknown_kind_of_url_is_said():
     with pytest.raises(UserError, match=r"nosuch://bucket/s\.zarr cannot be used"):
         as_path("nosuch://bucket/s.zarr")
+
+
+def test_a_heartbeat_brings_no_lease_back(url):
+    leases = Leases(as_path(f"{url}/leases"))
+    lease = leases.take("x")
+    lease.renew()
+    assert lease.file.read_bytes() == lease.content + b"."
+    leases.release(lease)
+    lease.renew()
+    assert not lease.file.exists()
