@@ -6,6 +6,8 @@ import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GIGABYTE = 1 << 30
+_MOST_BEFORE = 32 << 20
+"""What older versions of glibc take at most; refused, the threshold would stay at 128 kB."""
 
 
 def keep_freed_memory() -> None:
@@ -17,7 +19,8 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _GIGABYTE)
-        libc.mallopt(_M_MMAP_THRESHOLD, _GIGABYTE)
+        if not libc.mallopt(_M_MMAP_THRESHOLD, _GIGABYTE):
+            libc.mallopt(_M_MMAP_THRESHOLD, _MOST_BEFORE)
 
 
 def wait_without_spinning() -> None:

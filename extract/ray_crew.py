@@ -120,6 +120,9 @@ class _Driver:
         try:
             while self.left is None or self.left or self.later or any(shard for _, shard in self.running.values()):
                 self._hand_out()
+                if not self.running:  # others have all that is left, and Ray does not wait for nothing
+                    time.sleep(POLL)
+                    continue
                 done, _ = ray.wait(list(self.running), timeout=POLL)
                 for task in done:
                     self._receive(task)

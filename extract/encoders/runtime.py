@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,9 @@ class Runtime:
 
 
 def batch_memory(*shape: int) -> Tensor:
-    """Return memory for a batch of bytes; where there is a GPU it is page-locked."""
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    """Return memory for a batch of bytes; it is page-locked where this process uses a GPU."""
+    cuda: Any = torch.cuda  # has no type hints there
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=cuda.is_initialized())
 
 
 def can_compile(device: str) -> bool:
