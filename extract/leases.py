@@ -187,8 +187,11 @@ class Leases:
         return {file[start:].rsplit(".", 2)[0] for file in files if file.endswith(".json")}
 
     def remove(self, name: str) -> None:
-        """Remove a lease, whoever has it: only for what is done, so that its lease means nothing any more."""
-        for generation in _generations(self.folder / name):
+        """Remove a lease of what is done, unless its owner is alive on this machine: it may be doing that again."""
+        generations = _generations(self.folder / name)
+        if generations and self._is_alive_here(_file(self.folder / name, generations[-1])):
+            return
+        for generation in generations:
             with suppress(OSError):
                 _file(self.folder / name, generation).unlink(missing_ok=True)
 
@@ -202,14 +205,14 @@ class Leases:
             with suppress(OSError):  # not empty, or gone already
                 os.rmdir(folder)
 
+    def _is_alive_here(self, file: Path) -> bool:
+        owner = _owner(_read(file))
+        return owner is not None and _is_here(owner) and not owner.is_gone
+
     def _is_dead(self, file: Path) -> bool:
         content = _read(file)
-        try:
-            record = json.loads(content.split(b"\n")[0])
-            owner = Owner(record["machine"], record["pid"], record["start"])
-        except (ValueError, KeyError, TypeError):
-            owner = None  # cut short by a full disk or a crash
-        if owner is not None and owner.machine == this_process().machine and owner.start:
+        owner = _owner(content)
+        if owner is not None and _is_here(owner):
             return owner.is_gone
         before, since = self._seen.get(file, (None, 0.0))
         if content != before:
@@ -248,6 +251,19 @@ def _generations(path: Path) -> list[int]:
 
 def _newest(path: Path) -> int | None:
     return max(_generations(path), default=None)
+
+
+def _owner(content: bytes) -> Owner | None:
+    """Return who made a lease of this content; None where it was cut short by a full disk or a crash."""
+    try:
+        record = json.loads(content.split(b"\n")[0])
+        return Owner(record["machine"], record["pid"], record["start"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_here(owner: Owner) -> bool:
+    return owner.machine == this_process().machine and bool(owner.start)
 
 
 def _read(file: Path) -> bytes:

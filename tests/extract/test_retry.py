@@ -128,6 +128,17 @@ def test_a_shard_that_another_has_is_left_and_two_at_once_agree(pictures, name):
     assert not (store.path / "leases").exists()
 
 
+def test_tidying_up_beside_a_retry_leaves_it_the_shard_that_it_writes(pictures):
+    store, _ = run(pictures)
+    retrying, done, dead = Store.open(store.path), "image/fake-image/00000", "image/fake-image/00001"
+    lease = retrying.leases.take(done)
+    other = retrying.leases.take(dead)
+    other.file.write_bytes(other.content.replace(b'"machine": "', b'"machine": "another '))
+    store.tidy()
+    lease.confirm()
+    assert store.leases.names() == {done}
+
+
 def test_a_job_without_failures_loads_no_encoder(pictures, monkeypatch):
     for number in (7, 11, 13):
         put(pictures, number)
