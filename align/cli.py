@@ -150,8 +150,8 @@ def fit(
         scores = train(plan, run, device=where, quiet=quiet)
     except KeyboardInterrupt:
         record = read_record(run)
-        place = f"step {record['step']:,}" if record else "the beginning"
-        typer.echo(f"stopped; the same command goes on with {run} from {place}", err=True)
+        place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"
+        typer.echo(f"stopped; the same command {place}", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"wrote {run} in {time.monotonic() - started:.0f} s")
     if scores:

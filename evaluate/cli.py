@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 TASKS = {
-    "classification": "Zero-shot classification: top-1, top-5, mean per class.",
-    "retrieval": "Retrieval between images and captions: recall@1, 5 and 10 both ways.",
-    "winoground": "Pairs of images and captions: text, image and group score.",
-    "segmentation": "Zero-shot segmentation by patches: mIoU and pixel accuracy.",
+    "classification": "Zero-shot classification. Top-1, top-5, mean per class.",
+    "retrieval": "Retrieval between images and captions. Recall@1, 5 and 10 both ways.",
+    "winoground": "Pairs of images and captions. Text, image and group score.",
+    "segmentation": "Zero-shot segmentation by patches. mIoU and pixel accuracy.",
 }
 
 RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]
@@ -47,7 +47,7 @@ def evaluate_all(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Score a run on every packaged evaluation set whose data are here, and on those that --manifest adds."""
+    """Score a run on all sets that are here. Those are the packaged ones with data, and what --manifest adds."""
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
 
@@ -62,7 +62,7 @@ def evaluate_all(
             here.append((about, root))
     if missing:
         typer.echo("not here (`sail-extract check NAME` says what it is and how to get it):")
-        typer.echo(fill(", ".join(missing), initial_indent="  ", subsequent_indent="  "))
+        typer.echo(fill(", ".join(missing), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
     sets = here + _required(manifest or [], data_root, kind=None)
     _evaluate(run, sets, features_dir, device, quiet, stop_at_fault=False)
 
@@ -94,7 +94,7 @@ for _kind, _summary in TASKS.items():
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs with scores.", show_default=False)],
 ) -> None:
-    """Write report.html again from what the last evaluation left in each run, and print its table."""
+    """Write the reports of runs again. They are made from what the last evaluation left, and their tables printed."""
     from sail_align.evaluate.report import write_report
     from sail_align.evaluate.scores import read_scores
     from sail_align.evaluate.table import score_table

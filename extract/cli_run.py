@@ -65,6 +65,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set into a store of features. Run it again to go on after a stop."""
+    from sail_align.extract.check import is_here
     from sail_align.extract.doctor import Verdict, diagnose_complete
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
@@ -72,7 +73,7 @@ def run(
     from sail_align.extract.engine import Crew, ray_crew
     from sail_align.extract.engine import run as run_job
     from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder, only_text_encoder
-    from sail_align.extract.manifest import find_manifest
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
     from sail_align.extract.processes import LocalCrew, choose_devices
     from sail_align.extract.retry import retry_failed
     from sail_align.extract.sources import open_source
@@ -93,6 +94,9 @@ def run(
         if not text_encoder and (recorded := only_text_encoder(Store.open(path))):
             text_name, text_pooling, precision = recorded
     else:
+        if manifest in packaged_manifests() and not is_here(about, root):
+            how = f"`sail-extract check {manifest}` says how to get them"
+            raise UserError(f"The data of {manifest!r} are not under {root}; {how}.")
         known = open_source(about, root).all_captions
         chosen = captions.split(",") if captions else list(about.encoders.captions or known)
     names = tuple(name.strip() for name in chosen)
@@ -139,8 +143,13 @@ def run(
         broken = diagnosis.verdict is Verdict.BROKEN
         typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.sentence}")
         following = "sail-extract doctor" if broken else following
-    if worker == "1/1":
-        typer.echo(f"Next: {following} {quote(str(store.path))}")
+    name = quote(str(store.path))
+    if failed := sum(array.failed for array in store.images().values()):
+        typer.echo(f"{failed:,} images could not be encoded; `sail-extract status --failed {name}` lists them.")
+    if not all(array.complete for array in store.arrays()):
+        typer.echo("The share of this worker is done; the rest of the store is left to others.")
+    elif worker == "1/1":
+        typer.echo(f"Next: {following} {name}")
 
 
 def print_recaptions(store: "Store") -> None:

@@ -42,7 +42,11 @@ class Summary:
     @property
     def rest(self) -> str:
         """How much is left, in words."""
-        return f"{self.left:,} rows are left" + (f", about {self.hours_left:.2g} hours" if self.hours_left else "")
+        if not self.hours_left:
+            return f"{self.left:,} rows are left"
+        minutes = round(60 * self.hours_left)
+        time = f"{self.hours_left:.1f} hours" if minutes >= 120 else f"{max(minutes, 1)} min"
+        return f"{self.left:,} rows are left, about {time}"
 
     def __str__(self) -> str:
         if not self.encoded:

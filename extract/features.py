@@ -86,6 +86,11 @@ class FeatureArray:
         return marker if valid else None
 
     @property
+    def unwritten(self) -> list[int]:
+        """The shards that have no marker, not even a damaged one."""
+        return [shard for shard in self.shards if shard not in self.markers and not self._marker_path(shard).exists()]
+
+    @property
     def complete(self) -> bool:
         """Whether every shard is committed."""
         return len(self.markers) == len(self.shards)
@@ -100,6 +105,13 @@ class FeatureArray:
             for label, count in self.markers.get(shard, {"counts": pending})["counts"].items():
                 counts[label] = counts.get(label, 0) + count
         return counts
+
+    @property
+    def failed(self) -> int:
+        """How many rows were tried and could not be encoded."""
+        return sum(
+            count for label, count in self.counts.items() if label not in (Status.OK.label, Status.PENDING.label)
+        )
 
     def span(self, shard: int) -> tuple[int, int]:
         """Return the first row of a shard and the row behind its last."""

@@ -35,9 +35,15 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Finding]:
     identities: dict[str, Identity] = {}
     for array in arrays:
         identities[array.identity.spec.fingerprint] = array.identity
+        if left := array.unwritten:
+            yield Finding(
+                f"{array.path}: {len(left):,} of {len(array.shards):,} shards are not written yet.", damage=False
+            )
         for shard in array.shards:
+            if shard in left:
+                continue
             if shard not in array.markers:
-                yield Finding(f"{array.path} shard {shard}: is not committed; run sail-extract run to do it.")
+                yield Finding(f"{array.path} shard {shard}: has a damaged commit; run sail-extract run to do it again.")
             elif changed := array.changed(shard):
                 advice = "its commit is taken back" if discard else "use --discard, then sail-extract run"
                 if discard:

@@ -52,7 +52,7 @@ class Share:
         number, _, count = text.partition("/")
         if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
             return cls(int(number), int(count))
-        raise UserError(f"--worker {text!r} is not of the form 3/16, from 1/16 to 16/16.")
+        raise UserError(f"--worker {text!r} is no share; the third of sixteen workers is 3/16, and the last 16/16.")
 
     def shards(self, array: FeatureArray) -> range:
         """Return the shards of an array that are this worker's."""

@@ -66,7 +66,7 @@ def read_tar(files: FileSet, tar: str, images: Collection[str], origins: Collect
                         unreadable += row is None
                         sample |= {f"json:{name}": (row or {}).get(name) for name in fields}
         except DamagedTarError as problem:
-            found.notes.append(f"{problem}; only the samples before that are used" if found.samples else str(problem))
+            found.notes.append(f"{problem}; the samples behind that are lost" if found.samples else str(problem))
     for key in twice:
         del found.samples[key]
     if twice:

@@ -46,7 +46,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
         patch.setattr("sail_align.align.trainer.train_step", interrupt)
         stopped = typed("--features", path, *QUICK)
     assert stopped.exit_code == 130
-    assert "stopped; the same command goes on with runs/photos-glu from the beginning" in stopped.output
+    assert "stopped; the same command begins runs/photos-glu again" in stopped.output
     assert (
         "going on with runs/photos-glu: glu heads from a closed-form start on 240 pairs"
         in typed("--features", path, *QUICK).output
