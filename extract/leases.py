@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from sail_align.extract.errors import UserError
 from sail_align.extract.files import is_remote
 from sail_align.extract.owner import Owner, this_process
 
@@ -130,7 +131,15 @@ class Leases:
         """Return the lease of this name, None if another process (or this one) has it and is alive.
 
         What the lease guards may have been done meanwhile: look again after taking it.
+
+        Raises:
+            UserError: The folder that holds the leases' own is gone. It must not be made anew: where a disk was, the
+                work would go to the disk below.
         """
+        if not is_remote(self.folder) and not self.folder.parent.is_dir():
+            raise UserError(
+                f"{self.folder.parent} is not there any more; bring it back and run the same command again."
+            )
         path = self.folder / name
         newest = _newest(path)
         if newest is not None and not self._is_dead(_file(path, newest)):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
@@ -131,3 +132,28 @@ def test_a_store_that_may_not_be_written_is_one_sentence(pictures, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(UserError, match=r"leases/.* cannot be written \(Read-only file system\)"):
         run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+
+
+def test_a_store_whose_disk_is_gone_is_not_begun_anew_below_it(pictures, small_shards):
+    class Unmounting(BadBatches):
+        def load(self, device):
+            encoder = FakeVision()
+            encode = encoder.encode
+
+            def encode_and_lose(pixels):
+                if len(list((job.store / "commits").rglob("*.json"))) >= 5:
+                    job.store.rename(pictures / "elsewhere")
+                return encode(pixels)
+
+            encoder.encode = encode_and_lose
+            return encoder
+
+    job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
+    with pytest.raises(UserError, match=r"s\.zarr is not there any more"):
+        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    assert not job.store.exists()
+    job = make_job(pictures, FakeChoice("image"))
+    (pictures / "elsewhere").rename(job.store)
+    shutil.rmtree(job.store / "leases")  # of a process that has ended, where it is not this one
+    run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    assert Store.open(job.store).image().complete
