@@ -136,8 +136,10 @@ class Store:
         path = as_path(path)
         try:
             attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not a feature store; make one with `sail-extract run`.") from problem
+        except OSError as problem:  # a disk that is gone, or not ours: the store may well be there
+            raise UserError(f"{path} cannot be read ({problem.strerror}); mend that and try again.") from problem
         if attributes.get("format") != FORMAT:
             raise UserError(
                 f"{path} has store format {attributes.get('format')!r}, this version reads {FORMAT}; update sail-align."

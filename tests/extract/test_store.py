@@ -1,5 +1,6 @@
 """The store keeps what was written, and shows nothing that was not committed."""
 
+import errno
 import json
 import shutil
 
@@ -200,6 +201,15 @@ def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists and is not a feature store"):
         Store.create(tmp_path, dataset="set", manifest={}, parts=[Part.of([Sample("a", "")])], captions=[])
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_a_store_that_cannot_be_read_is_not_called_none(store, monkeypatch):
+    def gone(_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(store.path), "read_bytes", gone)
+    with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
+        Store.open(store.path)
 
 
 def test_an_index_that_was_never_finished_is_written_again(tmp_path):
