@@ -25,6 +25,7 @@ class FeatureArray:
     def __init__(self, store: Path, path: str, identity: Identity):
         self.path = path
         self.identity = identity
+        self._store = store
         self._folder = store / path
         self._commits = store / "commits" / path
         self._features = zarr.open_array(_for_zarr(self._folder / "features"), mode="r")
@@ -175,9 +176,9 @@ class FeatureArray:
         confirm()
         self.discard(shard)
         for name, file in self._shard_files(shard).items():
-            _replace(file, contents[name])
+            _replace(file, contents[name], self._store)
         confirm()
-        write_atomically(self._marker_path(shard), canonical_json(marker))
+        write_atomically(self._marker_path(shard), canonical_json(marker), below=self._store)
         self.markers[shard] = marker
         return sum(len(content) for content in contents.values() if content)
 
@@ -224,9 +225,9 @@ def _digest(content: memoryview | None) -> str | None:
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 
-def _replace(file: Path, content: memoryview | None) -> None:
+def _replace(file: Path, content: memoryview | None, store: Path) -> None:
     if content is None:
         file.unlink(missing_ok=True)
         remove_leftovers(file)
     else:
-        write_atomically(file, content)
+        write_atomically(file, content, below=store)

@@ -56,16 +56,23 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, *, below: Path | None = None) -> None:
     """Write a whole file under a temporary name and rename it, so that no reader ever sees a part of it.
 
     What a killed writer of the same file left behind is removed; one that is alive then tries again. On object storage
     a file is put whole or not at all.
+
+    Raises:
+        FileNotFoundError: The folder `below`, under which alone folders may be made, is gone.
     """
     if is_remote(path):
         path.write_bytes(bytes(content))
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if below is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        for folder in reversed([each for each in path.parents if each != below and each.is_relative_to(below)]):
+            folder.mkdir(exist_ok=True)
     remove_leftovers(path)  # once, or two slow writers would take each other's files away without end
     written = False
     while not written:
@@ -114,7 +121,7 @@ def file_digest(path: Path) -> str | None:
 def full_disk_is_said(path: Path) -> Iterator[None]:
     """Turn the error of a full disk, a used-up quota or a file over the size limit into a `UserError`.
 
-    So too that of a file in `path` that may not be written.
+    So too that of a file in `path` that may not be written, and that of a `path` which is gone.
     """
     try:
         yield
@@ -123,6 +130,8 @@ def full_disk_is_said(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{problem.filename} cannot be written ({problem.strerror}); allow it, or name another --out."
             ) from problem
+        if isinstance(problem, FileNotFoundError) and not path.exists():
+            raise UserError(f"{path} is not there any more; bring it back and run the same command again.") from problem
         if problem.errno not in _FULL:
             raise
         raise UserError(

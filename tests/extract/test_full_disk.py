@@ -73,12 +73,12 @@ def test_a_full_disk_at_any_file_leaves_nothing_half_written(pictures, monkeypat
     whole = contents(pictures / "whole.zarr")
     left = 0
 
-    def full(path, content):
+    def full(path, content, **below):
         nonlocal left
         left -= 1
         if left < 0:
             raise OSError(number, "full")
-        write_atomically(path, content)
+        write_atomically(path, content, **below)
 
     for module in ("features", "store", "index", "index_record"):
         monkeypatch.setattr(f"sail_align.extract.{module}.write_atomically", full)

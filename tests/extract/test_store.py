@@ -203,6 +203,14 @@ def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
+def test_a_store_that_is_gone_is_not_made_anew_by_its_writer(store):
+    array = store.add_image(identity("image"))
+    store.path.rename(store.path.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError):
+        array.write(0, np.ones((256, 4), dtype=np.float16), np.zeros(256, dtype=np.uint8))
+    assert not store.path.exists()
+
+
 def test_a_store_that_cannot_be_read_is_not_called_none(store, monkeypatch):
     def gone(_path):
         raise OSError(errno.EIO, "Input/output error")
