@@ -146,10 +146,10 @@ def run(
     name = quote(str(store.path))
     if failed := sum(array.failed for array in store.images().values()):
         typer.echo(f"{failed:,} images could not be encoded; `sail-extract status --failed {name}` lists them.")
-    if not all(array.complete for array in store.arrays()):
-        typer.echo("The share of this worker is done; the rest of the store is left to others.")
-    elif worker == "1/1":
+    if worker == "1/1":
         typer.echo(f"Next: {following} {name}")
+    elif not all(array.complete for array in store.arrays()):
+        typer.echo("The share of this worker is done; the rest of the store is left to others.")
 
 
 def print_recaptions(store: "Store") -> None:
