@@ -1,166 +1,17 @@
 """sail-align: train the heads that bring frozen image and text features into one space."""
 
-import time
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options
+from sail_align.align.cli_fit import fit
 from sail_align.extract.errors import run_command
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-
-
-def _default(name: str) -> str:
-    """Return a setting's default in words, and the small preset's where it is another."""
-    values = {preset: chosen.get(name, getattr(FitSettings, name, None)) for preset, chosen in PRESETS.items()}
-    small = "" if values["small"] == values["paper"] else f"; small: {values['small']}"
-    return f"[default: {values['paper']}{small}]"
+app.command()(fit)
 
 
 @app.callback()
 def _commands() -> None:
     """Keeps `fit` a command by name: typer would make a program's only command the program itself."""
-
-
-@app.command()
-def fit(
-    features: Annotated[list[Path], typer.Option(metavar="STORE", help="A feature store; may be given several times.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", help="The run's folder; if it is taken, RUN-2, RUN-3 …  [default: runs/<store>-<head>]"
-        ),
-    ] = None,
-    captions: Annotated[
-        str | None, typer.Option(help="Captions to train on together, as in raw,long.  [default: all in the store]")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help=f"paper or small: the defaults below.  [default: small below {PAPER_ROWS:,} pairs, else paper]"
-        ),
-    ] = None,
-    head: Annotated[str, typer.Option(help="linear, mlp, glu; or cca, computed in closed form.")] = FitSettings.head,
-    expansion: Annotated[
-        int | None, typer.Option(help=f"Hidden units a feature dimension.  {_default('expansion')}")
-    ] = None,
-    dim: Annotated[
-        int | None,
-        typer.Option(help=f"Of the shared space.  [default: {FitSettings.dim}; from a closed form: {CLOSED_FORM_DIM}]"),
-    ] = None,
-    image_dropout: Annotated[
-        float | None, typer.Option(help=f"On the image head's inputs and hidden units.  {_default('image_dropout')}")
-    ] = None,
-    text_dropout: Annotated[
-        float | None, typer.Option(help=f"On the text head's inputs and hidden units.  {_default('text_dropout')}")
-    ] = None,
-    image_power: Annotated[
-        float | None,
-        typer.Option(help=f"Image features are raised to it, signs kept.  {_default('image_power')}"),
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(help=f"random, or closed-form: a linear path begins as the CCA.  {_default('start')}"),
-    ] = None,
-    ridge: Annotated[
-        float | None, typer.Option(help=f"Regularisation of the closed form.  {_default('ridge')}")
-    ] = None,
-    loss: Annotated[str | None, typer.Option(help=f"sigmoid or infonce.  {_default('loss')}")] = None,
-    divisor: Annotated[
-        str | None, typer.Option(help=f"Of the sigmoid loss: pairs (|B|²) or batch (|B|).  {_default('divisor')}")
-    ] = None,
-    optimizer: Annotated[str | None, typer.Option(help=f"lion or adamw.  {_default('optimizer')}")] = None,
-    lr: Annotated[float | None, typer.Option(help=f"Highest rate, of a cosine.  {_default('lr')}")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help=_default("weight_decay"))] = None,
-    warmup: Annotated[float | None, typer.Option(help=f"Fraction of the steps.  {_default('warmup')}")] = None,
-    batch_size: Annotated[int | None, typer.Option(help=_default("batch_size"))] = None,
-    epochs: Annotated[float | None, typer.Option(help=_default("epochs"))] = None,
-    steps: Annotated[int | None, typer.Option(help="In place of epochs.")] = None,
-    seed: Annotated[int | None, typer.Option(help=_default("seed"))] = None,
-    held_out: Annotated[
-        float | None,
-        typer.Option(
-            help=f"Fraction of the pairs to score on and not to train on; 100 to 5,000 of them.  {_default('held_out')}"
-        ),
-    ] = None,
-    image_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
-    text_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
-    exclude: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Keys not to train on, one a line, as from `sail-extract overlap`; may be given several times.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
-) -> None:
-    """Train the heads on stores; typed again after a stop, it goes on. Defaults are the paper's, or small data's."""
-    given = {
-        "preset": preset,
-        "head": head,
-        "expansion": expansion,
-        "dim": dim,
-        "image_dropout": image_dropout,
-        "text_dropout": text_dropout,
-        "image_power": image_power,
-        "start": start,
-        "ridge": ridge,
-        "loss": loss,
-        "divisor": divisor,
-        "optimizer": optimizer,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "steps": steps,
-        "seed": seed,
-        "held_out": held_out,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    check_options(options)  # before the seconds that torch takes to load
-
-    from sail_align.align.checkpoint import read_record
-    from sail_align.align.plan import make_plan
-    from sail_align.align.runs import claim_run, default_path
-    from sail_align.align.trainer import fit as train
-    from sail_align.extract.encoders.runtime import Runtime
-
-    where = Runtime.of(device, "float32").device
-    names = [name.strip() for name in captions.split(",")] if captions else None
-    plan, notes = make_plan(
-        features,
-        options,
-        captions=names,
-        image_encoder=image_encoder,
-        text_encoder=text_encoder,
-        exclude=exclude or (),
-    )
-    for note in notes:
-        typer.echo(f"note: {note}")
-    run, resumed, finished = claim_run(out or default_path(features, head), plan.record())
-    if finished:
-        typer.echo(f"note: {finished} is a finished run with the very same settings.")
-    typer.echo(f"{'going on with' if resumed else 'writing'} {run}: {plan.describe()}")
-    started = time.monotonic()
-    try:
-        scores = train(plan, run, device=where, quiet=quiet)
-    except KeyboardInterrupt:
-        record = read_record(run)
-        place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"
-        typer.echo(f"stopped; the same command {place}", err=True)
-        raise typer.Exit(130) from None
-    typer.echo(f"wrote {run} in {time.monotonic() - started:.0f} s")
-    if scores:
-        recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
-        typer.echo(
-            f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, "
-            f"R@1/5/10 text→image {recalls['t2i']}, image→text {recalls['i2t']}"
-        )
-    typer.echo(f"Next: sail-eval all --run {run}")
 
 
 def main() -> None:

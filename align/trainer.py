@@ -3,13 +3,9 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from lion_pytorch import Lion
-from torch import Tensor
-from torch.optim import AdamW, Optimizer
 
 from sail_align.align.checkpoint import read_record, restore, save_checkpoint
 from sail_align.align.closed_form import Moments, regularised_cca, start_from
@@ -21,6 +17,7 @@ from sail_align.align.model import AlignmentModel
 from sail_align.align.plan import Plan
 from sail_align.align.runs import MetricsLog
 from sail_align.align.settings import FitSettings
+from sail_align.align.step import batch_loss, embed, make_optimizer, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
 from sail_align.extract.progress import progress
@@ -76,7 +73,7 @@ def fit(
         for step, batch in zip(range(first, settings.steps), stream.batches(first), strict=False):
             torch.manual_seed(settings.seed + (step + 1 << 32))
             rate = learning_rate(settings, step)
-            loss = train_step(model, plan.loss, optimizer, batch, rate, device)
+            loss = train_step(model, plan.loss, optimizer, batch, rate, device).total.item()
             if not math.isfinite(loss):
                 raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
             t, b = model.log_scale.exp().item(), model.bias.item()
@@ -92,21 +89,6 @@ def fit(
     return scores
 
 
-def train_step(
-    model: AlignmentModel, loss_of: Loss, optimizer: Optimizer, batch: Batch, rate: float, device: torch.device
-) -> float:
-    """Take one step on a batch at a learning rate; return its loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    model.train()
-    loss = batch_loss(model, loss_of, *embed(model, batch, device))
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    model.clamp_scale()
-    return loss.item()
-
-
 @torch.no_grad()
 def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.device) -> dict[str, float]:
     """Score a model on pairs that it was not trained on: loss, and R@1/5/10 both ways in percent.
@@ -116,7 +98,7 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
     """
     model.eval()
     image_BE, text_CBE = embed(model, batch, device)
-    scores = {"loss": batch_loss(model, loss_of, image_BE, text_CBE).item()}
+    scores = {"loss": batch_loss(model, loss_of, image_BE, text_CBE).total.item()}
     captions, rows, _ = text_CBE.shape
     owner_M = np.tile(np.arange(rows), captions)
     image_ranks, text_ranks = ranks(image_BE.cpu().numpy(), text_CBE.flatten(0, 1).cpu().numpy(), owner_M)
@@ -131,29 +113,6 @@ def learning_rate(settings: FitSettings, step: int) -> float:
     if step < warm:
         return settings.lr * (step + 1) / warm
     return settings.lr * (1 + math.cos(math.pi * (step - warm) / (settings.steps - warm))) / 2
-
-
-def make_optimizer(model: AlignmentModel, settings: FitSettings) -> Optimizer:
-    """Return Lion or AdamW, with weight decay on the matrices alone: not on biases, norms, τ and b."""
-    parameters = list(model.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if settings.optimizer == "lion":
-        lion: Optimizer = Lion(groups, lr=settings.lr, betas=(0.9, 0.99))
-        return lion
-    return AdamW(groups, lr=settings.lr)
-
-
-def embed(model: AlignmentModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a batch's images (B, E) and texts (C, B, E) in the shared space."""
-    return model.encode_image(batch.images.to(device)), model.encode_text(batch.texts.to(device))
-
-
-def batch_loss(model: AlignmentModel, loss_of: Loss, image_BE: Tensor, text_CBE: Tensor) -> Tensor:
-    """Return the loss of embedded pairs at the model's t and b."""
-    return loss_of(image_BE, text_CBE, model.log_scale, model.bias)
 
 
 def _start_from_closed_form(

@@ -13,7 +13,7 @@ from sail_align.align.checkpoint import load_run, newest_run, read_record, resto
 from sail_align.align.model import Architecture
 from sail_align.align.runs import MetricsLog
 from sail_align.align.settings import FitSettings
-from sail_align.align.trainer import make_optimizer
+from sail_align.align.step import make_optimizer
 from sail_align.extract.errors import UserError
 
 ARCHITECTURE = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2, linear_path=True)

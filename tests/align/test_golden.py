@@ -52,7 +52,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 def loss_of(model, expected, *captions):
     text_CBE = torch.stack([model.encode_text(expected[name]) for name in captions])
-    return sigmoid_loss(model.encode_image(expected["image"]), text_CBE, model.log_scale, model.bias)
+    return sigmoid_loss(model.encode_image(expected["image"]), text_CBE, model.log_scale, model.bias).total
 
 
 def test_outputs(model, expected):

@@ -36,8 +36,8 @@ def by_double_loop(image_BE, text_CBE, log_scale, bias):
 @pytest.mark.parametrize("captions", [1, 2, 5])
 def test_sigmoid_loss_is_the_double_loop(captions):
     inputs = batch(captions)
-    assert sigmoid_loss(*inputs).item() == pytest.approx(by_double_loop(*inputs), rel=1e-5)
-    assert sigmoid_loss(*inputs, divisor="batch").item() == pytest.approx(7 * by_double_loop(*inputs), rel=1e-5)
+    assert sigmoid_loss(*inputs).total.item() == pytest.approx(by_double_loop(*inputs), rel=1e-5)
+    assert sigmoid_loss(*inputs, divisor="batch").total.item() == pytest.approx(7 * by_double_loop(*inputs), rel=1e-5)
 
 
 def test_infonce_is_the_mean_of_both_cross_entropies_summed_over_captions():
@@ -46,7 +46,7 @@ def test_infonce_is_the_mean_of_both_cross_entropies_summed_over_captions():
     for text_BE in text_CBE:
         p = np.exp(20 * (image_BE.double() @ text_BE.double().T).numpy())
         expected -= (np.log(np.diag(p) / p.sum(0)).mean() + np.log(np.diag(p) / p.sum(1)).mean()) / 2
-    assert infonce_loss(image_BE, text_CBE, log_scale, bias).item() == pytest.approx(expected, rel=1e-5)
+    assert infonce_loss(image_BE, text_CBE, log_scale, bias).total.item() == pytest.approx(expected, rel=1e-5)
 
 
 @LOSSES
@@ -54,22 +54,22 @@ def test_infonce_is_the_mean_of_both_cross_entropies_summed_over_captions():
 @given(order=st.permutations(range(7)), captions=st.integers(1, 3))
 def test_permuting_the_batch_leaves_the_loss(loss, order, captions):
     image_BE, text_CBE, log_scale, bias = batch(captions)
-    permuted = loss(image_BE[order], text_CBE[:, order], log_scale, bias)
-    torch.testing.assert_close(permuted, loss(image_BE, text_CBE, log_scale, bias), rtol=1e-5, atol=0)
+    permuted = loss(image_BE[order], text_CBE[:, order], log_scale, bias).total
+    torch.testing.assert_close(permuted, loss(image_BE, text_CBE, log_scale, bias).total, rtol=1e-5, atol=0)
 
 
 @LOSSES
 def test_the_same_captions_twice_give_exactly_twice_the_loss(loss):
     image_BE, text_CBE, log_scale, bias = batch(1)
-    once = loss(image_BE, text_CBE, log_scale, bias)
-    assert loss(image_BE, text_CBE.repeat(2, 1, 1), log_scale, bias) == 2 * once
+    once = loss(image_BE, text_CBE, log_scale, bias).total
+    assert loss(image_BE, text_CBE.repeat(2, 1, 1), log_scale, bias).total == 2 * once
 
 
 @pytest.mark.parametrize("bias", [-200.0, 200.0])
 def test_sigmoid_loss_and_gradients_are_finite_at_extreme_logits(bias):
     image_BE, text_CBE, log_scale, _ = batch(1)
     image_BE.requires_grad_()
-    loss = sigmoid_loss(image_BE, text_CBE, log_scale, torch.tensor(bias))
+    loss = sigmoid_loss(image_BE, text_CBE, log_scale, torch.tensor(bias)).total
     loss.backward()
     assert loss.item() == pytest.approx(by_double_loop(image_BE.detach(), text_CBE, log_scale, bias), rel=1e-5)
     assert image_BE.grad.isfinite().all()
@@ -85,7 +85,7 @@ def test_both_divisors_train_alike_under_lion():
             # A batch of a power of two: the divisors then differ by an exact factor in float32.
             image_BE, text_CBE, log_scale, bias = batch(size=8, seed=step)
             optimizer.zero_grad()
-            sigmoid_loss(F.normalize(layer(image_BE), dim=-1), text_CBE, log_scale, bias, divisor).backward()
+            sigmoid_loss(F.normalize(layer(image_BE), dim=-1), text_CBE, log_scale, bias, divisor).total.backward()
             optimizer.step()
         weights.append(layer.weight.detach().clone())
     assert torch.equal(*weights)

@@ -1,6 +1,7 @@
 """Training learns, and a run that was stopped ends as one that was not, bit by bit."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fakes import identity
 
 from sail_align.align import trainer
 from sail_align.align.checkpoint import load_run, read_record
+from sail_align.align.loss import LossValue
 from sail_align.align.plan import make_plan
 from sail_align.align.runs import claim_run
 from sail_align.align.settings import FitSettings
@@ -211,7 +213,7 @@ def test_too_few_pairs_to_hold_some_out_are_noted(make_store):
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run")
-    monkeypatch.setattr(trainer, "train_step", lambda *_: float("nan"))
+    monkeypatch.setattr(trainer, "train_step", lambda *_: LossValue(*torch.full((5,), math.nan)))
     with pytest.raises(UserError, match=r"The loss is nan after 1 steps; lower --lr \(now 0.003\)"):
         fit(plan, run, device=CPU, quiet=True)
 
