@@ -2,16 +2,13 @@
 
 import typer
 
+from sail_align.align.cli_exchange import import_released
 from sail_align.align.cli_fit import fit
 from sail_align.extract.errors import run_command
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command()(fit)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `fit` a command by name: typer would make a program's only command the program itself."""
+app.command("import-released")(import_released)
 
 
 def main() -> None:

@@ -109,6 +109,10 @@ def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str,
         )
         for modality, encoder in scores["encoders"].items()
     ]
+    checkpoint = ("checkpoint", scores["run"]["digest"][:12], scores["run"].get("unfinished", ""))
+    if imported := settings.get("imported"):
+        origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
+        return [*facts, ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", ""), origin, checkpoint]
     if settings["head"] == "cca":
         made = f"computed in closed form, ridge {settings['ridge']:g}"
     else:
@@ -126,7 +130,7 @@ def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str,
             f"captions {', '.join(settings['captions'])}; "
             + "; ".join(f"{path} {digest[:12]}" for path, digest in stores),
         ),
-        ("checkpoint", scores["run"]["digest"][:12], scores["run"].get("unfinished", "")),
+        checkpoint,
     ]
 
 

@@ -1,0 +1,195 @@
+"""Heads in the form that the paper's authors published become a run that computes what theirs compute."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from released_file import DIM, IMAGE_DIM, TEXT_DIM, released_tensors, save_encoders, save_released, their_forward
+from typer.testing import CliRunner
+
+from sail_align.align.checkpoint import load_run
+from sail_align.align.cli import app
+from sail_align.align.loss import sigmoid_loss
+from sail_align.align.released import OUR_NAMES, largest_value, read_released
+from sail_align.extract.errors import UserError
+
+GOLDEN = Path(__file__).parents[2] / "../shared/golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, text = save_encoders(tmp_path)
+
+    def run(file, *words, encoders=f"hf:{image},hf:{text}"):
+        poolings = ["--image-pooling", "cls+mean", "--text-pooling", "mean"]
+        arguments = ["import-released", str(file), "--encoders", encoders, *poolings, "--device", "cpu", *words]
+        return CliRunner().invoke(app, arguments)
+
+    return run
+
+
+@pytest.fixture
+def features():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "vision": torch.randn(9, IMAGE_DIM, generator=generator),
+        "text": torch.randn(9, TEXT_DIM, generator=generator),
+    }
+
+
+def close(ours, theirs):
+    return (ours - theirs.reshape(ours.shape)).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("expansion", [8, 3])
+def test_a_file_becomes_a_run_that_computes_what_their_program_does(typed, tmp_path, features, expansion):
+    tensors = released_tensors(expansion)
+    result = typed(save_released(tmp_path / "sail.pt", tensors))
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == "Next: sail-eval all --run runs/sail"
+    run = load_run("runs/sail")
+    assert run.model.image_head.out.in_features == expansion * IMAGE_DIM
+    ours = run.model.encode_image(features["vision"]), run.model.encode_text(features["text"])
+    for side, embedded in zip(("vision", "text"), ours, strict=True):
+        assert close(embedded, F.normalize(their_forward(tensors, side, features[side]), dim=-1))
+    assert run.model.log_scale.exp().item() == pytest.approx(35)
+    assert run.model.bias.item() == -9
+    assert run.finished
+    assert run.settings["imported"]["name"] == "synthetic"
+    assert len(run.settings["imported"]["sha256"]) == 64
+    assert (run.image.spec.dim, run.text.spec.dim, run.image.spec.pooling) == (IMAGE_DIM, TEXT_DIM, "cls+mean")
+
+
+def test_an_import_is_never_written_over(typed, tmp_path):
+    file = save_released(tmp_path / "sail.pt", released_tensors())
+    typed(file)
+    again = typed(file)
+    assert "note: runs/sail is the same import." in again.output
+    assert "wrote runs/sail-2" in again.output
+    assert load_run("runs/sail").digest == load_run("runs/sail-2").digest
+
+
+@needs_golden
+def test_the_golden_file(typed):
+    """Outputs and losses, to float32's rounding, of the file that their own program computed."""
+    assert typed(GOLDEN / "released_head.pt", "--out", "runs/golden").exit_code == 0
+    model = load_run("runs/golden").model
+    with np.load(GOLDEN / "released_expected.npz") as arrays:
+        expected = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    image_BE, texts = (
+        model.encode_image(expected["image"]),
+        [model.encode_text(expected[n]) for n in ("text", "extra_text")],
+    )
+    for ours, name in zip((image_BE, *texts), ("image_out", "text_out", "extra_text_out"), strict=True):
+        assert close(ours, F.normalize(expected[name], dim=-1))
+    one = sigmoid_loss(image_BE, texts[0][None], model.log_scale, model.bias).total
+    two = sigmoid_loss(image_BE, torch.stack(texts), model.log_scale, model.bias).total
+    assert close(one, expected["loss_one"])
+    assert close(two / 2, expected["loss_two"])  # theirs averages two captions
+
+
+@needs_golden
+def test_their_clamp_changes_nothing_on_the_golden_file():
+    """The hidden units that they clamp at ±1000 stay within the bound, and the bound far below."""
+    released = read_released(GOLDEN / "released_head.pt")
+    assert not released.needs_clamp
+    with np.load(GOLDEN / "released_expected.npz") as arrays:
+        for head, name in ((released.model.image_head, "image"), (released.model.text_head, "text")):
+            normed_BD = head.norm(torch.from_numpy(arrays[name]))
+            reached = head.value(normed_BD).abs().max().item()
+            assert reached <= largest_value(head) < 100
+            assert head.gate(normed_BD).abs().max() < 1000
+
+
+def test_weights_for_which_the_clamp_would_matter_are_said(typed, tmp_path, features):
+    tensors = released_tensors()
+    assert "clamps" not in typed(save_released(tmp_path / "a.pt", tensors)).output
+    tensors["text_mapping_network.f2.weight"] *= 2000
+    released = read_released(save_released(tmp_path / "b.pt", tensors))
+    head = released.model.text_head
+    assert head.value(head.norm(features["text"])).abs().max().item() <= largest_value(head)
+    assert "note: their program clamps hidden units at ±1,000" in typed(tmp_path / "b.pt").output
+
+
+def _without(tensors):
+    del tensors["text_mapping_network.f2.bias"]
+
+
+def _more(tensors):
+    tensors["vision_mapping_network.f3.weight"] = torch.zeros(2)
+
+
+def _wrong_shape(tensors):
+    tensors["text_mapping_network.g.weight"] = torch.zeros(DIM + 1, 8 * TEXT_DIM)
+
+
+def _other_expansion(tensors):
+    tensors.update({name: t for name, t in released_tensors(4).items() if name.startswith("text_")})
+
+
+def _no_multiple(tensors):
+    tensors["vision_mapping_network.f1.weight"] = torch.zeros(8 * IMAGE_DIM + 1, IMAGE_DIM)
+
+
+def _not_finite(tensors):
+    tensors["vision_layer_norm.bias"][3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_without, "has no tensor 'text_mapping_network.f2.bias'"),
+        (_more, "holds 'vision_mapping_network.f3.weight', which their heads do not have"),
+        (
+            _wrong_shape,
+            r"text_mapping_network.g.weight in .* has shape \(25, 256\); beside its other tensors \(24, 256\)",
+        ),
+        (_other_expansion, r"text_mapping_network.f1.weight in .* has shape \(128, 32\); .* \(256, 32\) is expected"),
+        (_no_multiple, "385 hidden units for 48 inputs"),
+        (_not_finite, "vision_layer_norm.bias in .* is no tensor of finite numbers"),
+    ],
+)
+def test_the_first_difference_is_named(tmp_path, damage, sentence):
+    tensors = released_tensors()
+    damage(tensors)
+    with pytest.raises(UserError, match=sentence):
+        read_released(save_released(tmp_path / "sail.pt", tensors))
+
+
+def test_what_is_no_such_file_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "text.pt").write_text("weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": Path("code")}, tmp_path / "pickled.pt")
+    (tmp_path / "short.pt").write_bytes(save_released(tmp_path / "whole.pt", released_tensors()).read_bytes()[:5000])
+    for name, sentence in {
+        "absent.pt": "cannot be read",
+        "text.pt": "no file of tensors",
+        "pickled.pt": "no file of tensors",
+        "short.pt": "no file of tensors",
+        "list.pt": "no 'state_dict'",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            read_released(tmp_path / name)
+
+
+def test_encoders_of_another_size_are_refused(typed, tmp_path):
+    file = save_released(tmp_path / "sail.pt", released_tensors())
+    result = typed(file, "--image-pooling", "cls")
+    assert isinstance(result.exception, UserError)
+    assert "takes 48 numbers, but encoder 'folder:dinov2-" in str(result.exception)
+    assert "with pooling 'cls' gives 24" in str(result.exception)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("encoders", ["dinov2-large", "a,b,c", "dinov2-large,"])
+def test_encoders_come_in_pairs(typed, tmp_path, encoders):
+    assert "is not an image and a text encoder" in str(typed(tmp_path / "x.pt", encoders=encoders).exception)
+
+
+def test_each_of_their_tensors_has_one_of_ours(tmp_path):
+    model = read_released(save_released(tmp_path / "sail.pt", released_tensors())).model
+    assert sorted(OUR_NAMES.values()) == sorted(model.state_dict())

@@ -1,0 +1,63 @@
+"""Pictures with captions and classes on disk, and a run of random heads on small encoders, for whole paths."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+SHADES = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 60),
+    "cat": (40, 60, 220),
+    "dog": (240, 230, 40),
+    "bench": (20, 20, 20),
+}
+
+
+def draw(seed: int, colour: tuple[int, int, int]) -> Image.Image:
+    """Return noise of a colour, 60 × 80: no two alike."""
+    noise = np.random.default_rng(seed).integers(-60, 60, (60, 80, 3))
+    return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+
+
+def write_captioned(folder: Path, rows: int = 12) -> Path:
+    """Write pictures with two captions each, and their manifest for retrieval; return the manifest's path."""
+    (folder / "images").mkdir(parents=True)
+    words = list(SHADES)
+    with (folder / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "short", "long"])
+        for row in range(rows):
+            word = words[row % len(words)]
+            draw(row, SHADES[word]).save(folder / "images" / f"{row:03d}.png")
+            other = words[row * row % len(words)]
+            table.writerow([f"{row:03d}.png", f"a {word} on the grass", f"the {word} and {other} with a dog"])
+    source = {"kind": "table", "files": "captions.csv", "images": "images", "captions": {"c0": "short", "c1": "long"}}
+    return _manifest(folder, source, {"kind": "retrieval"})
+
+
+def write_classes(folder: Path, each: int = 4) -> Path:
+    """Write a folder of pictures by class, and its manifest for classification; return the manifest's path."""
+    for label, (word, colour) in enumerate(SHADES.items()):
+        (folder / "val" / word).mkdir(parents=True)
+        for number in range(each):
+            draw(100 * label + number, colour).save(folder / "val" / word / f"{number}.png")
+    source = {"kind": "class-folder", "root": "val"}
+    return _manifest(folder, source, {"kind": "classification", "templates": ["a {}", "the {} on the bench"]})
+
+
+def _manifest(folder: Path, source: dict, task: dict) -> Path:
+    content = {
+        "name": folder.name,
+        "purpose": "evaluate",
+        "title": f"Noise of {folder.name}",
+        "licence": "none",
+        "get": "Draw it.",
+        "source": source,
+        "task": task,
+    }
+    path = folder / "manifest.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
