@@ -4,11 +4,13 @@ import typer
 
 from sail_align.align.cli_exchange import import_released
 from sail_align.align.cli_fit import fit
+from sail_align.align.cli_measure import measure
 from sail_align.extract.errors import run_command
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command()(fit)
 app.command("import-released")(import_released)
+app.command()(measure)
 
 
 def main() -> None:

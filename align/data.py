@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from sail_align.extract.encoders.base import require_same
@@ -129,13 +130,24 @@ def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: flo
     They are those whose keys hash lowest: the same whatever the seed, the order of the stores or the encoders. Their
     number is `fraction` of the usable rows, but at least 100 (or a fifth, if that is less) and at most 5,000.
     """
-    hashes = [_key_hashes(each.store) for each in pairs]
+    hashes = [key_hashes(each.store.index(["key"])["key"]) for each in pairs]
     of_usable = np.sort(np.concatenate([each[rows] for each, rows in zip(hashes, usable, strict=True)]))
-    count = round(fraction * len(of_usable))
-    count = min(max(count, min(MIN_HELD_OUT, len(of_usable) // 5)), MAX_HELD_OUT)
-    if fraction == 0 or count == 0:
+    count = held_out_count(len(of_usable), fraction)
+    if count == 0:
         return [np.zeros_like(rows) for rows in usable]
     return [rows & (each <= of_usable[count - 1]) for each, rows in zip(hashes, usable, strict=True)]
+
+
+def key_hashes(keys: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """Return a hash of each key, (N,): those of the lowest are held out."""
+    digests = b"".join(hashlib.blake2b(key.as_py().encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, dtype=np.dtype("<u8"))
+
+
+def held_out_count(usable: int, fraction: float) -> int:
+    """Return how many of so many usable rows are held out."""
+    count = min(max(round(fraction * usable), min(MIN_HELD_OUT, usable // 5)), MAX_HELD_OUT)
+    return count if fraction else 0
 
 
 def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
@@ -161,9 +173,3 @@ def _require_complete(pairs: Pairs) -> None:
             f"{path} is not complete: {missing} of {sum(len(array.shards) for array in pairs.arrays)} shards are not "
             f"written; finish it with `sail-extract run {dataset} --out {path}` and the options it was begun with."
         )
-
-
-def _key_hashes(store: Store) -> NDArray[np.uint64]:
-    keys = store.index(["key"])["key"]
-    digests = b"".join(hashlib.blake2b(key.as_py().encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype=np.dtype("<u8"))

@@ -1,4 +1,4 @@
-"""Recall on hand-made matrices: several right items, and ties that count against the query."""
+"""Metrics on hand-made matrices, and against second implementations that write the formulas out."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.align import metrics
-from sail_align.align.metrics import ranks, recall_at
+from sail_align.align.metrics import debiased_cka, mean_interval, mutual_knn, ranks, recall_at
 
 
 def from_scores(scores_NM, owner_M):
@@ -69,3 +69,83 @@ def test_blocks_do_not_change_ranks(monkeypatch):
     monkeypatch.setattr(metrics, "BLOCK", 7)
     for ours, expected in zip(ranks(*inputs), whole, strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+
+SQUARE = np.array([[10, 1], [10, 2], [1, 10], [2, 10]], dtype=np.float16)  # two pairs of near directions
+
+
+# fmt: off
+SWAPPED = SQUARE[[0, 2, 1, 3]]
+NEIGHBOURS = [
+    pytest.param(SQUARE, 1, [1, 1, 1, 1], id="the same"),
+    pytest.param(SQUARE * [3, 3], 1, [1, 1, 1, 1], id="lengths do not matter"),
+    pytest.param(SWAPPED, 1, [0, 0, 0, 0], id="partners swapped"),
+    pytest.param(SWAPPED, 2, [.5, .5, .5, 1], id="of two, one or both are the same"),
+    pytest.param(SWAPPED, 3, [1, 1, 1, 1], id="all the others are everybody's neighbours"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("y_ND", "k", "shared_N"), NEIGHBOURS)
+def test_mutual_neighbours_of_four_rows(y_ND, k, shared_N):
+    assert mutual_knn(SQUARE, y_ND, k).tolist() == shared_N
+
+
+def test_mutual_neighbours_are_those_of_sorting_and_by_chance_k_of_the_others(monkeypatch):
+    random = np.random.default_rng(0)
+    x_ND = random.normal(size=(60, 5))
+    y_ND = np.concatenate([x_ND[:, :3], random.normal(size=(60, 2))], axis=1)
+
+    def neighbours(view_ND, row, k):
+        cosine = [(view_ND[row] @ other) / np.linalg.norm(other) for other in view_ND]
+        return set(sorted(set(range(60)) - {row}, key=lambda other: -cosine[other])[:k])
+
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    for k in (1, 10):
+        expected = [len(neighbours(x_ND, row, k) & neighbours(y_ND, row, k)) / k for row in range(60)]
+        np.testing.assert_allclose(mutual_knn(x_ND, y_ND, k), expected)
+    unrelated = np.mean([mutual_knn(random.normal(size=(60, 5)), x_ND, 10).mean() for _ in range(50)])
+    assert unrelated == pytest.approx(10 / 59, abs=0.01)
+    with pytest.raises(ValueError, match="10 rows have no 10 nearest others"):
+        mutual_knn(x_ND[:10], y_ND[:10], 10)
+
+
+def dense_cka(x_ND, y_ND):
+    """Song et al. (2012), eq. 5, with the kernels written out."""
+    rows, ones = len(x_ND), np.ones(len(x_ND))
+
+    def hsic(k_NN, l_NN):
+        k_NN, l_NN = (each - np.diag(np.diag(each)) for each in (k_NN, l_NN))
+        mean = (ones @ k_NN @ ones) * (ones @ l_NN @ ones) / ((rows - 1) * (rows - 2))
+        return (np.trace(k_NN @ l_NN) + mean - 2 / (rows - 2) * (ones @ k_NN @ l_NN @ ones)) / (rows * (rows - 3))
+
+    k_NN, l_NN = x_ND @ x_ND.T, y_ND @ y_ND.T
+    return hsic(k_NN, l_NN) / np.sqrt(hsic(k_NN, k_NN) * hsic(l_NN, l_NN))
+
+
+def test_cka_is_the_dense_formula():
+    random = np.random.default_rng(1)
+    x_ND = random.normal(size=(40, 9)) + 3
+    y_ND = x_ND @ random.normal(size=(9, 6)) + random.normal(size=(40, 6))
+    assert debiased_cka(x_ND, y_ND) == pytest.approx(dense_cka(x_ND, y_ND), rel=1e-10)
+
+
+def test_cka_is_1_up_to_rotation_scale_and_shift_and_0_by_chance():
+    random = np.random.default_rng(2)
+    x_ND = random.normal(size=(30, 8))
+    rotation_DD, _ = np.linalg.qr(random.normal(size=(8, 8)))
+    assert debiased_cka(x_ND, 5 * x_ND @ rotation_DD + 1) == pytest.approx(1)
+    views = [(random.normal(size=(30, 100)), random.normal(size=(30, 100))) for _ in range(100)]
+    assert abs(np.mean([debiased_cka(*each) for each in views])) < 0.02  # the biased estimator has 0.77
+    assert np.isnan(debiased_cka(np.ones((5, 2)), x_ND[:5]))
+    with pytest.raises(ValueError, match="3 rows are too few"):
+        debiased_cka(x_ND[:3], x_ND[:3])
+
+
+def test_the_interval_of_a_mean_is_that_of_the_binomial():
+    hits_N = np.arange(400) < 100
+    low, high = mean_interval(hits_N)
+    error = np.sqrt(0.25 * 0.75 / 400)
+    assert low == pytest.approx(0.25 - 1.96 * error, abs=0.006)
+    assert high == pytest.approx(0.25 + 1.96 * error, abs=0.006)
+    assert mean_interval(np.ones(5)) == (1, 1)
