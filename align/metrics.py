@@ -94,7 +94,8 @@ def unit_rows(features_ND: Embeddings) -> NDArray[np.float32]:
     """Return rows of length 1, float32; a row of zeros stays one."""
     rows_ND = features_ND.astype(np.float32)
     length_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
-    return np.divide(rows_ND, length_N1, out=rows_ND, where=length_N1 > 0)
+    np.divide(rows_ND, length_N1, out=rows_ND, where=length_N1 > 0)
+    return rows_ND
 
 
 def recall_at(rank_Q: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
