@@ -2,7 +2,7 @@
 
 import typer
 
-from sail_align.align.cli_exchange import import_released
+from sail_align.align.cli_exchange import export, import_released
 from sail_align.align.cli_fit import fit
 from sail_align.align.cli_measure import measure
 from sail_align.extract.errors import run_command
@@ -11,6 +11,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich
 app.command()(fit)
 app.command("import-released")(import_released)
 app.command()(measure)
+app.command()(export)
 
 
 def main() -> None:

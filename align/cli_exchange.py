@@ -1,4 +1,4 @@
-"""sail-align import-released: what comes from elsewhere."""
+"""sail-align import-released and export: what comes from elsewhere, and what goes there."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from sail_align.extract.errors import UserError
+
+FORMS = ("hub-folder",)
 
 
 def import_released(
@@ -49,3 +51,41 @@ def import_released(
         f"{shape.expansion} × hidden; file {released.sha256[:12]}"
     )
     typer.echo(f"Next: sail-eval all --run {run}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run of sail-align.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="hub-folder", help="hub-folder: for the Hugging Face hub.")] = "hub-folder",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new folder.  [default: exports/<run's name>-<form>]")
+    ] = None,
+    licence: Annotated[
+        str, typer.Option(help="Of the heads, as the hub writes it: apache-2.0, cc-by-nc-4.0 …")
+    ] = "unknown",
+) -> None:
+    """Write a run's heads for use elsewhere: a folder for the hub with a model card."""
+    if to not in FORMS:
+        raise UserError(f"--to {to!r} is none of: {', '.join(FORMS)}.")
+
+    from sail_align.align.checkpoint import load_run
+    from sail_align.align.hub_folder import write_hub_folder
+    from sail_align.align.model_card import model_card, read_scores
+
+    loaded = load_run(run)
+    folder = out or Path("exports") / f"{run.resolve().name}-{to}"
+    scores, outdated = read_scores(loaded)
+    if outdated:
+        typer.echo(f"note: the scores in {run} are of other weights and are left out; run `sail-eval all --run {run}`.")
+    elif not scores:
+        typer.echo(f"note: {run} has no scores for its card; run `sail-eval all --run {run}` first to have some.")
+    if licence == "unknown":
+        typer.echo("note: the card says that the licence is unknown; say what it is with --licence.")
+    for side, identity in (("image", loaded.image), ("text", loaded.text)):
+        if identity.location:
+            typer.echo(
+                f"note: the {side} encoder is a folder of this machine and does not go along; who loads the export "
+                f"says where theirs lies: load(…, {side}_folder=…)."
+            )
+    write_hub_folder(loaded, folder, model_card(loaded, scores, licence))
+    typer.echo(f"wrote {folder}: heads, config and a model card with {len(scores)} scored sets")
+    typer.echo(f"Next: hf upload <owner>/{run.resolve().name} {folder}")

@@ -1,11 +1,18 @@
 """Pictures with captions and classes on disk, and a run of random heads on small encoders, for whole paths."""
 
 import csv
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
+
+from sail_align.align.checkpoint import save_checkpoint
+from sail_align.align.model import Architecture
+from sail_align.align.runs import claim_run
+from sail_align.align.settings import FitSettings
 
 SHADES = {
     "red": (220, 30, 30),
@@ -61,3 +68,23 @@ def _manifest(folder: Path, source: dict, task: dict) -> Path:
     path = folder / "manifest.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def save_run(folder: Path, image, text, *, seed: int = 0, **shape) -> Path:
+    """Save a finished run of random heads, of biases and norms that matter, on these encoders; return its folder."""
+    architecture = Architecture(
+        **{"head": "glu", "dim": 16, "expansion": 2, **shape}, image_dim=image.spec.dim, text_dim=text.spec.dim
+    )
+    torch.manual_seed(seed)
+    model = architecture.build()
+    with torch.no_grad():
+        for head in (model.image_head, model.text_head):
+            for parameter in head.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+    chosen = FitSettings(head=architecture.head, dim=architecture.dim, expansion=architecture.expansion, steps=9)
+    data = {"captions": ["raw"], "stores": ["/somewhere/photos.zarr"], "store_digests": ["c" * 64]}
+    settings = {**asdict(chosen), **data, "training_rows": 1234, "held_out_rows": 56}
+    run = claim_run(folder, settings).path
+    about = {"architecture": asdict(architecture), "image": image.to_json(), "text": text.to_json()}
+    save_checkpoint(run, model, {**about, "settings": settings}, step=9, optimizer=None)
+    return run

@@ -111,6 +111,12 @@ class TextEncoder(Protocol):
         done. What is computed for a text depends on the others by no more than rounding.
         """
 
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Return the tokens of texts in a tensor, (B, T) int64, in a form that only `encode_tokens` need understand."""
+
+    def encode_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """Return what `encode` does for the texts of these tokens."""
+
 
 class EncoderChangedError(UserError):
     """An encoder is not the one that a store or a run was made with."""

@@ -92,13 +92,24 @@ def _from_package(origin: Package) -> Checkpoint:
 
 
 def _from_hub(origin: Hub, with_code: bool) -> Checkpoint:
-    patterns = [*_FILES, "*.py"] if with_code else _FILES
-    where = f"{origin.repository!r} at revision {origin.revision or 'main'!r}"
+    path = download(origin.repository, origin.revision, [*_FILES, "*.py"] if with_code else _FILES)
+    return Checkpoint(
+        path, {"loader": "hub", "repository": origin.repository, "revision": path.name}, _weights_digest(path)
+    )
+
+
+def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch the files of a repository's top folder, or those of them that the local cache lacks.
+
+    Returns the folder `…/snapshots/<commit>`.
+
+    Raises:
+        UserError: The repository or revision cannot be had.
+    """
+    where = f"{repository!r} at revision {revision or 'main'!r}"
     try:
         # Sub-folders hold other formats of the same weights.
-        folder = snapshot_download(
-            origin.repository, revision=origin.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except GatedRepoError as problem:
         raise UserError(
             f"Repository {where} is gated; accept its terms on the hub, then log in with `hf auth login`."
@@ -109,10 +120,6 @@ def _from_hub(origin: Hub, with_code: bool) -> Checkpoint:
         raise UserError(
             f"Repository {where} cannot be had and is not in the local cache; check the revision and the connection."
         ) from problem
-    path = Path(folder)  # …/snapshots/<commit>
-    return Checkpoint(
-        path, {"loader": "hub", "repository": origin.repository, "revision": path.name}, _weights_digest(path)
-    )
 
 
 def _weights_digest(path: Path) -> str:

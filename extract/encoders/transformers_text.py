@@ -1,6 +1,6 @@
 """Text encoders of transformers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,9 @@ BLOCK = 4_096
 CPU_TOKENS, GPU_TOKENS = 2_048, 262_144
 """Tokens at once on a CPU, whose caches more of them leave (MiniLM is 12 % slower with 8,192); and at most on a GPU."""
 
+
+NO_TOKEN = -1
+"""Fills a tensor of tokens: no vocabulary has it, where a padding token can be a word of the text too."""
 
 Tokens = dict[str, list[list[int]]]
 """What a tokenizer makes of texts: `input_ids` and what else the model takes, a list of numbers a text."""
@@ -77,9 +80,27 @@ class FrozenTextEncoder:
 
         Texts of like length are encoded together, as many as fill the budget. `advance` is told how many more are done.
         """
+        return self._encode_all(self._tokenized(texts), advance)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Return the tokens of texts in one tensor, (B, token limit) int64; behind a text's end it is `NO_TOKEN`."""
+        tokens_BT = torch.full((len(texts), self._token_limit), NO_TOKEN)
+        for block, tokens in self._tokenized(texts):
+            for row, ids in zip(block, tokens["input_ids"], strict=True):
+                tokens_BT[row, : len(ids)] = torch.tensor(ids)
+        return tokens_BT
+
+    def encode_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """Return the features of texts as `tokenize` gives them, (B, D) float32 on the CPU: those of `encode`."""
+        ids = [row_T[row_T != NO_TOKEN].tolist() for row_T in tokens_BT.cpu()]
+        return self._encode_all([(list(range(len(ids))), {"input_ids": ids})])
+
+    def _encode_all(
+        self, blocks: Iterable[tuple[list[int], Tokens]], advance: Callable[[int], object] = lambda done: None
+    ) -> Tensor:
         rows: list[int] = []
         features: list[Tensor] = []
-        for block, tokens in self._tokenized(texts):
+        for block, tokens in blocks:
             for batch in pack([len(ids) for ids in tokens["input_ids"]], self.token_budget):
                 rows += [block[i] for i in batch]
                 features.append(self._encode({name: [values[i] for i in batch] for name, values in tokens.items()}))

@@ -74,6 +74,11 @@ def read_image_in(folder: Path, location: str, *, least: int = 0) -> Image.Image
         raise
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened picture as `read_image` would: turned as its EXIF data say, in RGB, transparent parts white."""
+    return _rgb(_upright(image.copy()))
+
+
 def _is_empty(folder: Path) -> bool:
     try:
         with os.scandir(folder) as entries:

@@ -14,6 +14,7 @@ from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.catalogue import Folder, TransformersText
 from sail_align.extract.encoders.load import load_recorded, load_text_encoder
 from sail_align.extract.encoders.runtime import can_compile
+from sail_align.extract.encoders.transformers_text import NO_TOKEN
 from sail_align.extract.errors import UserError
 
 TINY = {
@@ -184,3 +185,15 @@ def test_without_a_compiler_compiling_is_known_not_to_work(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     assert not can_compile("cpu")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_tokens_in_a_tensor_give_what_their_texts_give(saved, pooling):
+    """Also where the padding token is a word of the text: what stands behind a text's end is no token."""
+    _, _, folder = saved
+    encoder = load_text_encoder(f"hf:{folder}", pooling=pooling)
+    texts = [LONG, SHORT, "the [PAD] dog [PAD]", "a"]
+    tokens_BT = encoder.tokenize(texts)
+    assert (tokens_BT.dtype, tokens_BT.shape) == (torch.int64, (4, 64))
+    assert tokens_BT[2, :7].tolist() == [2, 7, 0, 8, 0, 3, NO_TOKEN]
+    torch.testing.assert_close(encoder.encode_tokens(tokens_BT), encoder.encode(texts), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,201 @@
+"""A run goes out as a folder for the hub, and one call makes of it a model that embeds pictures and strings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from released_file import save_encoders
+from safetensors.torch import load_file, save_file
+from small_world import SHADES, draw, save_run, write_captioned
+from typer.testing import CliRunner
+
+from sail_align.align import pretrained
+from sail_align.align.checkpoint import load_run
+from sail_align.align.cli import app
+from sail_align.evaluate.cli import app as evaluation
+from sail_align.extract.encoders.base import EncoderChangedError
+from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.errors import UserError
+
+TEXTS = ["a red cat", "the dog sleeps on the green bench", "a"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    image, text = save_encoders(tmp_path_factory.mktemp("encoders"))
+    return load_image_encoder(f"hf:{image}", pooling="cls+mean"), load_text_encoder(f"hf:{text}", pooling="mean")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, encoders):
+    monkeypatch.chdir(tmp_path)
+    return save_run(Path("runs/photos-glu"), *(encoder.identity for encoder in encoders))
+
+
+@pytest.fixture
+def pictures():
+    return [draw(seed, colour) for seed, colour in enumerate(SHADES.values())]
+
+
+@pytest.fixture
+def folders(encoders):
+    return {f"{side}_folder": each.identity.location for side, each in zip(("image", "text"), encoders, strict=True)}
+
+
+def export(run, *words):
+    return CliRunner().invoke(app, ["export", str(run), *words])
+
+
+def embeddings(model, pictures):
+    return torch.cat([model.encode_image(pictures), model.encode_text(TEXTS)])
+
+
+def test_an_exported_folder_computes_what_the_run_does(run, encoders, pictures, folders):
+    result = export(run, "--out", "hub")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == "Next: hf upload <owner>/photos-glu hub"
+    assert sorted(path.name for path in Path("hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    heads, (image, text) = load_run(run).model, encoders
+    pixels_BHWC = torch.stack([image.preprocess(picture) for picture in pictures])
+    with torch.no_grad():
+        expected = torch.cat(
+            [heads.encode_image(image.encode(pixels_BHWC).half()), heads.encode_text(text.encode(TEXTS).half())]
+        )
+    for model in (pretrained.load(run, device="cpu"), pretrained.load("hub", device="cpu", **folders)):
+        torch.testing.assert_close(embeddings(model, pictures), expected, rtol=1e-4, atol=1e-4)
+        assert model.run.digest == load_run(run).digest
+        assert model.logit_scale.item() == pytest.approx(20)
+        assert model.logit_bias.item() == -10
+
+
+def test_tensors_and_what_they_were_made_of_give_the_same(run, pictures):
+    model = pretrained.load(run, device="cpu")
+    pixels_BHWC = torch.stack([model.preprocess(picture) for picture in pictures])
+    assert torch.equal(model.encode_image(pixels_BHWC), model.encode_image(pictures))
+    assert torch.equal(model.encode_text(model.tokenizer(TEXTS)), model.encode_text(TEXTS))
+    assert torch.equal(model.encode_image(pictures[0]), model.encode_image(pictures[:1]))
+    assert model.encode_text("a cat").shape == (1, 16)
+
+
+def test_autocast_around_it_changes_nothing(run, pictures):
+    model = pretrained.load(run, device="cpu")
+    plain = embeddings(model, pictures)
+    with torch.autocast("cpu"):
+        assert torch.equal(embeddings(model, pictures), plain)
+
+
+def test_many_pictures_are_encoded_in_batches(run, pictures, monkeypatch):
+    model = pretrained.load(run, device="cpu")
+    expected = model.encode_image(pictures)
+    monkeypatch.setitem(model._image.__dict__, "batch_size", 2)
+    torch.testing.assert_close(model.encode_image(pictures), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_this_machine_goes_along(run, encoders, tmp_path):
+    output = export(run, "--out", "hub").output
+    assert "note: the text encoder is a folder of this machine" in output
+    for file in ("config.json", "README.md"):
+        content = (tmp_path / "hub" / file).read_text()
+        assert "/somewhere" not in content
+        assert not any(encoder.identity.location in content for encoder in encoders)
+    with pytest.raises(UserError, match="is of a local folder; say where it lies with image_folder"):
+        pretrained.load("hub")
+
+
+def test_the_card_has_scores_and_where_they_come_from(run, tmp_path):
+    assert "note: runs/photos-glu has no scores" in export(run, "--out", "unscored").output
+    manifest = write_captioned(tmp_path / "holiday")
+    words = ["retrieval", str(manifest), "--run", str(run), "--device", "cpu", "--quiet"]
+    assert CliRunner().invoke(evaluation, words).exit_code == 0
+    assert "with 1 scored sets" in export(run, "--out", "hub", "--licence", "apache-2.0").output
+    card = ModelCard.load("hub/README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "sail-align"
+    metrics = json.loads((run / "scores.json").read_bytes())["records"][0]["metrics"]
+    assert [result.metric_value for result in card.data.eval_results] == [round(m["value"], 4) for m in metrics]
+    assert {result.dataset_name for result in card.data.eval_results} == {"Noise of holiday"}
+    loaded = load_run(run)
+    for fact in (loaded.digest, loaded.image.spec.fingerprint, loaded.text.spec.fingerprint, "c" * 64, "photos.zarr"):
+        assert fact in card.text
+    assert f"| Noise of holiday | {metrics[0]['label']} | {metrics[0]['value']:.1f} |" in card.text
+
+
+def test_scores_of_other_weights_do_not_go_along(run, encoders, tmp_path):
+    write = {"schema": 1, "run": {"digest": "f" * 64}, "encoders": {}, "records": [{"metrics": []}]}
+    (run / "scores.json").write_text(json.dumps(write))
+    assert "are of other weights and are left out" in export(run, "--out", "hub").output
+    assert ModelCard.load("hub/README.md").data.eval_results is None
+
+
+def test_what_was_changed_on_the_way_is_refused(run, folders):
+    export(run, "--out", "hub")
+    weights = load_file("hub/model.safetensors")
+    weights["bias"] += 1
+    save_file(weights, "hub/model.safetensors")
+    with pytest.raises(UserError, match=r"hub/model\.safetensors is not what the export wrote"):
+        pretrained.load("hub", **folders)
+    export(run, "--out", "hub2")
+    config = Path("hub2/config.json")
+    config.write_text(config.read_text().replace('"pooling": "cls+mean"', '"pooling": "cls"'))
+    with pytest.raises(UserError, match=r"hub2/config\.json is not what the export wrote"):
+        pretrained.load("hub2", **folders)
+
+
+def test_another_encoder_is_refused(run, folders, tmp_path):
+    export(run, "--out", "hub")
+    other, _ = save_encoders(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["layernorm.bias"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EncoderChangedError):
+        pretrained.load("hub", **{**folders, "image_folder": other})
+
+
+def test_a_repository_of_the_hub_is_read_like_a_folder(run, folders, pictures, monkeypatch):
+    export(run, "--out", "hub")
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns, ignore_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return "hub"
+
+    monkeypatch.setattr("sail_align.extract.encoders.checkpoint.snapshot_download", snapshot_download)
+    model = pretrained.load("someone/photos-glu", revision="0" * 40, device="cpu", **folders)
+    assert asked == [("someone/photos-glu", "0" * 40, ["config.json", "model.safetensors", "README.md"])]
+    assert torch.equal(embeddings(model, pictures), embeddings(pretrained.load(run, device="cpu"), pictures))
+
+
+def test_encoders_that_packages_ship_need_no_more_than_the_folder(tmp_path):
+    image, text = load_image_encoder("efficientnet-lite0"), load_text_encoder("minilm-l6")
+    run = save_run(tmp_path / "packaged", image.identity, text.identity, expansion=1)
+    export(run, "--out", str(tmp_path / "hub"))
+    model = pretrained.load(tmp_path / "hub", device="cpu")
+    assert model.encode_image(draw(0, (200, 30, 30))).norm().item() == pytest.approx(1, abs=1e-5)
+    alone = pretrained.load(run, device="cpu")
+    torch.testing.assert_close(model.encode_text(TEXTS), alone.encode_text(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "sentence"),
+    [
+        ("absent", {}, "is neither a folder nor a repository"),
+        ("./a/b", {}, "is neither a folder nor a repository"),
+        (".", {}, "has no config.json"),
+        ("other", {}, "is not of `sail-align export`"),
+        ("runs/photos-glu", {"revision": "main"}, "has no revision 'main'"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_a_sentence(run, reference, options, sentence):
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=sentence):
+        pretrained.load(reference, **options)
+
+
+def test_nothing_is_written_over(run):
+    assert export(run).exit_code == 0
+    assert Path("exports/photos-glu-hub-folder/config.json").is_file()
+    assert "exports/photos-glu-hub-folder is there already" in str(export(run).exception)
+    assert "none of: hub-folder" in str(export(run, "--to", "zip").exception)
