@@ -3,12 +3,18 @@
 Every head is power → LayerNorm → body (→ plus a linear path), and its output is not yet normalised.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sail_align.align.functions import affine_linear, gated_linear
+
 HeadKind = Literal["linear", "mlp", "glu"]
+OfInput = Callable[[nn.Linear], Tensor]
+"""Applies a layer to the input of a head's body: the normalised features."""
 
 
 class Head(nn.Module):
@@ -29,15 +35,30 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear_path: nn.Linear | None = None
 
-    def body(self, normed_BD: Tensor) -> Tensor:
-        """Map normalised features (…, input_dim) to (…, output_dim)."""
+    def body(self, of_input: OfInput) -> Tensor:
+        """Map the normalised features, to which `of_input` applies a layer, to (…, output_dim)."""
         raise NotImplementedError
+
+    @property
+    def kept_units(self) -> int:
+        """Number of activations of one row that its backward pass needs."""
+        return 2 * self.norm.normalized_shape[0] + 3 * self.out.out_features
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Map features (…, input_dim) float32 to (…, output_dim), not yet L2-normalised."""
-        normed_BD = self.dropout(self.norm(signed_power(features_BD, self.power)))
-        out_BE = self.body(normed_BD)
-        return out_BE if self.linear_path is None else out_BE + self.linear_path(normed_BD)
+        *leading, input_dim = features_BD.shape
+        features_BD = signed_power(features_BD.reshape(-1, input_dim), self.power)
+        of_input: OfInput
+        if self.training and not self.dropout.p and not features_BD.requires_grad:
+            white_BD = F.layer_norm(features_BD, self.norm.normalized_shape, eps=self.norm.eps)
+            of_input = partial(_affine_linear, white_BD, self.norm)
+        else:
+            normed_BD = self.dropout(self.norm(features_BD))
+            of_input = partial(_linear_of, normed_BD)
+        out_BE = self.body(of_input)
+        if self.linear_path is not None:
+            out_BE = out_BE + of_input(self.linear_path)
+        return out_BE.reshape(*leading, -1)
 
     def add_linear_path(self) -> nn.Linear:
         """Add a linear map beside the body, whose own output starts at zero; return the map.
@@ -57,9 +78,8 @@ class LinearHead(Head):
         super().__init__(input_dim, dropout)
         self.out = _linear(input_dim, output_dim)
 
-    def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
-        out_BE: Tensor = self.out(normed_BD)
-        return out_BE
+    def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
+        return of_input(self.out)
 
 
 class MLPHead(Head):
@@ -70,8 +90,12 @@ class MLPHead(Head):
         self.hidden = _linear(input_dim, expansion * input_dim)
         self.out = _linear(expansion * input_dim, output_dim)
 
-    def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
-        out_BE: Tensor = self.out(self.dropout(F.relu6(self.hidden(normed_BD))))
+    @property
+    def kept_units(self) -> int:  # noqa: D102
+        return super().kept_units + 2 * self.hidden.out_features
+
+    def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
+        out_BE: Tensor = self.out(self.dropout(F.relu6(of_input(self.hidden))))
         return out_BE
 
 
@@ -88,8 +112,15 @@ class GLUHead(Head):
         self.value = _linear(input_dim, expansion * input_dim)
         self.out = _linear(expansion * input_dim, output_dim)
 
-    def body(self, normed_BD: Tensor) -> Tensor:  # noqa: D102
-        out_BE: Tensor = self.out(self.dropout(F.relu6(self.gate(normed_BD)) * self.value(normed_BD)))
+    @property
+    def kept_units(self) -> int:  # noqa: D102
+        return super().kept_units + 2 * self.gate.out_features
+
+    def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
+        gate_BH, value_BH = of_input(self.gate), self.dropout(of_input(self.value))
+        if self.training:
+            return gated_linear(gate_BH, value_BH, self.out.weight, self.out.bias)
+        out_BE: Tensor = self.out(F.relu6(gate_BH) * value_BH)
         return out_BE
 
 
@@ -108,6 +139,15 @@ def make_head(kind: HeadKind, input_dim: int, output_dim: int, *, expansion: int
         return LinearHead(input_dim, output_dim, dropout)
     hidden_heads: dict[str, type[MLPHead | GLUHead]] = {"mlp": MLPHead, "glu": GLUHead}
     return hidden_heads[kind](input_dim, output_dim, dropout, expansion)
+
+
+def _affine_linear(white_BD: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
+    return affine_linear(white_BD, norm.weight, norm.bias, layer.weight, layer.bias)
+
+
+def _linear_of(normed_BD: Tensor, layer: nn.Linear) -> Tensor:
+    out_BH: Tensor = layer(normed_BD)
+    return out_BH
 
 
 def _linear(input_dim: int, output_dim: int) -> nn.Linear:

@@ -17,7 +17,7 @@ from sail_align.align.model import AlignmentModel
 from sail_align.align.plan import Plan
 from sail_align.align.runs import MetricsLog
 from sail_align.align.settings import FitSettings
-from sail_align.align.step import batch_loss, embed, make_optimizer, train_step
+from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
 from sail_align.extract.progress import progress
@@ -44,6 +44,7 @@ def fit(
     torch.manual_seed(settings.seed)
     model = plan.architecture.build(scale=settings.scale, bias=settings.bias).to(device)
     optimizer = make_optimizer(model, settings)
+    stepper = Stepper(model, plan.loss, optimizer, device)
     stream = Stream(plan.pairs, plan.training, batch_size=settings.batch_size, seed=settings.seed)
     held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
     about = plan.checkpoint_record()
@@ -73,7 +74,7 @@ def fit(
         for step, batch in zip(range(first, settings.steps), stream.batches(first), strict=False):
             torch.manual_seed(settings.seed + (step + 1 << 32))
             rate = learning_rate(settings, step)
-            loss = train_step(model, plan.loss, optimizer, batch, rate, device).total.item()
+            loss = train_step(stepper, batch, rate).total.item()
             if not math.isfinite(loss):
                 raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
             t, b = model.log_scale.exp().item(), model.bias.item()

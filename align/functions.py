@@ -1,0 +1,65 @@
+"""Two linear maps of the heads, with backward passes that keep little and skip what nobody needs.
+
+Each gives what autograd gives for the formula in its docstring; tests hold them to that in float64.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+
+def affine_linear(x_BD: Tensor, gain_D: Tensor, offset_D: Tensor, weight_HD: Tensor, bias_H: Tensor) -> Tensor:
+    """Return `W (gain ⊙ x + offset) + bias`, (B, H), for an x that needs no gradient.
+
+    The gradients of gain and offset, LayerNorm's, commonly come from that of the normalised features: a matrix product
+    as large as the one of the weight's gradient. Both follow from the latter without a further product:
+    with G = δᵀx (H, D), the weight's gradient is G ⊙ gain + (Σδ) offsetᵀ and the gain's is the column sum of W ⊙ G.
+    """
+    out_BH: Tensor = _AffineLinear.apply(x_BD, gain_D, offset_D, weight_HD, bias_H)
+    return out_BH
+
+
+def gated_linear(gate_BH: Tensor, value_BH: Tensor, weight_EH: Tensor, bias_E: Tensor) -> Tensor:
+    """Return `W (relu6(gate) ⊙ value) + bias`, (B, E); of the hidden units only gate and value are kept."""
+    out_BE: Tensor = _GatedLinear.apply(gate_BH, value_BH, weight_EH, bias_E)
+    return out_BE
+
+
+class _AffineLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor, gain_D: Tensor, offset_D: Tensor, weight_HD: Tensor, bias_H: Tensor) -> Tensor:
+        out_BH = F.linear(torch.addcmul(offset_D, x_BD, gain_D), weight_HD, bias_H)
+        # Under autocast the product is in half precision, and so will be that of the weight's gradient.
+        ctx.save_for_backward(x_BD.to(out_BH.dtype), gain_D, offset_D, weight_HD)
+        return out_BH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BH,) = grads
+        x_BD, gain_D, offset_D, weight_HD = ctx.saved_tensors
+        bias_H = grad_BH.sum(dim=0, dtype=weight_HD.dtype)
+        product_HD = (grad_BH.T @ x_BD).to(weight_HD.dtype)
+        gain = (weight_HD * product_HD).sum(dim=0)
+        weight_grad_HD = product_HD.mul_(gain_D).addr_(bias_H, offset_D)
+        return None, gain, bias_H @ weight_HD, weight_grad_HD, bias_H
+
+
+class _GatedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_BH: Tensor, value_BH: Tensor, weight_EH: Tensor, bias_E: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_BH, value_BH, weight_EH)
+        return F.linear(F.relu6(gate_BH).mul_(value_BH), weight_EH, bias_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (grad_BE,) = grads
+        gate_BH, value_BH, weight_EH = ctx.saved_tensors
+        opened_BH = F.relu6(gate_BH)
+        weight_grad_EH = (grad_BE.T @ (opened_BH * value_BH)).to(weight_EH.dtype)
+        inner_BH = grad_BE @ weight_EH.to(grad_BE.dtype)
+        value_grad_BH = opened_BH.mul_(inner_BH)
+        gate_grad_BH = torch.ops.aten.hardtanh_backward(inner_BH.mul_(value_BH), gate_BH, 0, 6)
+        return gate_grad_BH, value_grad_BH, weight_grad_EH, grad_BE.sum(dim=0, dtype=weight_EH.dtype)

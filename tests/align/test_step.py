@@ -1,0 +1,113 @@
+"""A step by micro-batches is the step on the whole batch, and keeping less changes no bit of it."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from sail_align.align import device
+from sail_align.align.loss import infonce_loss, sigmoid_loss
+from sail_align.align.model import Architecture
+from sail_align.align.settings import FitSettings
+from sail_align.align.step import Stepper, embed, make_optimizer, train_step
+from sail_align.align.stream import Batch
+
+CPU = torch.device("cpu")
+ROWS, CAPTIONS = 23, 2
+EVERYTHING, NOTHING = 1 << 40, 0
+
+
+def batch(rows=ROWS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = (torch.randn(*shape, generator=generator) for shape in ((rows, 12), (CAPTIONS, rows, 8)))
+    return Batch(images.half(), texts.half())
+
+
+def stepper(micro_batch, keep_bytes, *, head="glu", loss=sigmoid_loss, optimizer="lion", **changes):
+    torch.manual_seed(0)
+    model = Architecture(head, 12, 8, 6, expansion=2, **changes).build(scale=5.0, bias=-1.0)
+    made = make_optimizer(model, FitSettings(steps=3, lr=1e-2, optimizer=optimizer))
+    return Stepper(model, loss, made, CPU, micro_batch, keep_bytes)
+
+
+def after_steps(used, steps=3):
+    """Return every step's loss and last gradients and weights."""
+    totals = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        totals.append(train_step(used, batch(seed=step), 1e-2).total)
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in used.model.named_parameters()}
+    return {**used.model.state_dict(), **gradients, "totals": torch.stack(totals)}
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "glu"])
+@pytest.mark.parametrize("micro_batch", [1, 5, ROWS, 1000])
+@pytest.mark.parametrize("keep_bytes", [NOTHING, EVERYTHING])
+@pytest.mark.parametrize("loss", [sigmoid_loss, partial(sigmoid_loss, divisor="batch"), infonce_loss])
+def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_bytes, loss):
+    used = stepper(micro_batch, keep_bytes, head=head, loss=loss)
+    plain = stepper(1, NOTHING, head=head, loss=loss).model
+    expected = loss(*embed(plain, batch(), CPU), plain.log_scale, plain.bias)
+    expected.total.backward()
+    value = train_step(used, batch(), 1e-9)
+    torch.testing.assert_close(tuple(value), tuple(each.detach() for each in expected))
+    for (name, ours), theirs in zip(used.model.named_parameters(), plain.parameters(), strict=True):
+        whole = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
+        torch.testing.assert_close(ours.grad, whole, msg=name, rtol=1e-4, atol=1e-5 * float(whole.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("head", ["mlp", "glu"])
+@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+def test_what_is_kept_changes_no_bit(head, dropout, optimizer):
+    changes = {"head": head, "optimizer": optimizer, "image_dropout": dropout, "text_dropout": dropout}
+    whole = after_steps(stepper(5, EVERYTHING, **changes))
+    one_kept = 5 * stepper(5, 0, **changes).model.image_head.kept_units * 4
+    for keep_bytes in (NOTHING, one_kept, 3 * one_kept):
+        for name, value in after_steps(stepper(5, keep_bytes, **changes)).items():
+            assert torch.equal(value, whole[name]), (name, keep_bytes)
+
+
+def test_dropout_differs_between_micro_batches_and_steps():
+    used = stepper(5, NOTHING, image_dropout=0.5, text_dropout=0.5)
+    rows = batch(5)
+    same = Batch(rows.images.repeat(2, 1), rows.texts.repeat(1, 2, 1))
+    seen = []
+    encode = used.model.encode_image
+    used.model.encode_image = lambda features: seen.append(encode(features)) or seen[-1]
+    for _ in range(2):
+        train_step(used, same, 1e-9)
+    first, second, again, *_ = seen
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, seen[4])
+
+
+def test_the_free_memory_decides_what_is_kept(monkeypatch):
+    used = stepper(5, None)
+    calls = []
+    encode = used.model.encode_text
+    used.model.encode_text = lambda features: calls.append(len(features)) or encode(features)
+    for free, passes in ((EVERYTHING, 1), (NOTHING, 2)):
+        monkeypatch.setattr("sail_align.align.step.free_bytes", lambda _, free=free: free)
+        calls.clear()
+        train_step(used, batch(), 1e-9)
+        assert sum(calls) == passes * CAPTIONS * ROWS
+        assert max(calls) == 5
+
+
+def test_free_memory_is_the_machines_or_the_containers(tmp_path, monkeypatch):
+    meminfo, group = tmp_path / "meminfo", tmp_path / "cgroup"
+    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\nHugePages_Total:  0\n")
+    group.mkdir()
+    monkeypatch.setattr(device, "MEMINFO", meminfo)
+    monkeypatch.setattr(device, "CGROUP", group)
+    assert device.free_bytes(CPU) == 4000 * 1024
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("2000\n")
+    (group / "memory.stat").write_text("anon 1500\ninactive_file 400\n")
+    assert device.free_bytes(CPU) == 4000 * 1024
+    (group / "memory.max").write_text("3000\n")
+    assert device.free_bytes(CPU) == 3000 - 2000 + 400
+    meminfo.unlink()
+    assert device.free_bytes(CPU) > 1 << 28
