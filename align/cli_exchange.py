@@ -1,13 +1,16 @@
 """sail-align import-released and export: what comes from elsewhere, and what goes there."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sail_align.extract.errors import UserError
 
-FORMS = ("hub-folder",)
+if TYPE_CHECKING:
+    from sail_align.align.checkpoint import Run
+
+FORMS = ("hub-folder", "onnx")
 
 
 def import_released(
@@ -55,37 +58,60 @@ def import_released(
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run of sail-align.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="hub-folder", help="hub-folder: for the Hugging Face hub.")] = "hub-folder",
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(FORMS), help="For the Hugging Face hub, or the heads alone for programs without PyTorch."
+        ),
+    ] = "hub-folder",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new folder.  [default: exports/<run's name>-<form>]")
     ] = None,
     licence: Annotated[
-        str, typer.Option(help="Of the heads, as the hub writes it: apache-2.0, cc-by-nc-4.0 …")
-    ] = "unknown",
+        str | None,
+        typer.Option(help="Of the heads, for the card, as the hub writes it: apache-2.0 …  [default: unknown]"),
+    ] = None,
 ) -> None:
-    """Write a run's heads for use elsewhere: a folder for the hub with a model card."""
+    """Write a run's heads for use elsewhere: a folder for the hub with a model card, or ONNX graphs."""
     if to not in FORMS:
         raise UserError(f"--to {to!r} is none of: {', '.join(FORMS)}.")
 
+    if to == "onnx" and licence:
+        raise UserError("--licence is for the card of a hub-folder; leave it out with --to onnx.")
+
     from sail_align.align.checkpoint import load_run
+
+    if to == "onnx":
+        from sail_align.align.onnx_heads import require_onnx, write_onnx
+
+        require_onnx()
+        loaded = load_run(run)
+        folder = out or Path("exports") / f"{run.resolve().name}-onnx"
+        farthest = write_onnx(loaded, folder)
+        typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {farthest:.1g} of PyTorch's embeddings")
+        return
+    loaded = load_run(run)
+    _write_hub_folder(loaded, out or Path("exports") / f"{run.resolve().name}-hub-folder", licence or "unknown")
+
+
+def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
     from sail_align.align.hub_folder import write_hub_folder
     from sail_align.align.model_card import model_card, read_scores
 
-    loaded = load_run(run)
-    folder = out or Path("exports") / f"{run.resolve().name}-{to}"
-    scores, outdated = read_scores(loaded)
+    scores, outdated = read_scores(run)
+    how = f"run `sail-eval all --run {run.path}`"
     if outdated:
-        typer.echo(f"note: the scores in {run} are of other weights and are left out; run `sail-eval all --run {run}`.")
+        typer.echo(f"note: the scores in {run.path} are of other weights and are left out; {how}.")
     elif not scores:
-        typer.echo(f"note: {run} has no scores for its card; run `sail-eval all --run {run}` first to have some.")
+        typer.echo(f"note: {run.path} has no scores for its card; {how} first to have some.")
     if licence == "unknown":
         typer.echo("note: the card says that the licence is unknown; say what it is with --licence.")
-    for side, identity in (("image", loaded.image), ("text", loaded.text)):
+    for side, identity in (("image", run.image), ("text", run.text)):
         if identity.location:
             typer.echo(
                 f"note: the {side} encoder is a folder of this machine and does not go along; who loads the export "
                 f"says where theirs lies: load(…, {side}_folder=…)."
             )
-    write_hub_folder(loaded, folder, model_card(loaded, scores, licence))
+    write_hub_folder(run, folder, model_card(run, scores, licence))
     typer.echo(f"wrote {folder}: heads, config and a model card with {len(scores)} scored sets")
-    typer.echo(f"Next: hf upload <owner>/{run.resolve().name} {folder}")
+    typer.echo(f"Next: hf upload <owner>/{run.path.resolve().name} {folder}")

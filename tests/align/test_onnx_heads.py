@@ -1,0 +1,98 @@
+"""Heads as ONNX graphs compute, in ONNX Runtime, what PyTorch computes."""
+
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import torch
+from small_world import save_run
+from typer.testing import CliRunner
+
+from sail_align.align import onnx_heads
+from sail_align.align.checkpoint import load_run
+from sail_align.align.cli import app
+from sail_align.extract.errors import UserError
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+
+IMAGE_DIM, TEXT_DIM = 12, 7
+SHAPES = {
+    "linear": {"head": "linear"},
+    "mlp": {"head": "mlp", "image_dropout": 0.5},
+    "glu": {"head": "glu", "expansion": 3},
+    "glu with a linear path and roots": {"head": "glu", "linear_path": True, "image_power": 0.5, "text_dropout": 0.3},
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def make(**shape) -> Path:
+        identities = (fakes.identity("image", dim=IMAGE_DIM), fakes.identity("text", dim=TEXT_DIM))
+        return save_run(Path("runs/photos"), *identities, **shape)
+
+    return make
+
+
+def export(run, *words):
+    return CliRunner().invoke(app, ["export", str(run), "--to", "onnx", *words])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_head_computes_the_same(run, shape):
+    path = run(**shape)
+    result = export(path, "--out", "onnx")
+    assert result.exit_code == 0, result.output
+    assert "wrote onnx: image_head.onnx and text_head.onnx, within" in result.output
+    model = load_run(path).model
+    rng = np.random.default_rng(3)
+    for side, dim, encode in (("image", IMAGE_DIM, model.encode_image), ("text", TEXT_DIM, model.encode_text)):
+        session = onnxruntime.InferenceSession(f"onnx/{side}_head.onnx")
+        for batch in (1, 2, 50):
+            features_BD = rng.normal(size=(batch, dim)).astype(np.float32)
+            (found_BE,) = session.run(None, {"features": features_BD})
+            with torch.no_grad():
+                expected_BE = encode(torch.from_numpy(features_BD)).numpy()
+            np.testing.assert_allclose(found_BE, expected_BE, atol=1e-6)
+
+
+def test_a_graph_says_what_it_is_and_nothing_of_this_machine(run):
+    path = run()
+    export(path)
+    graph = onnx.load("exports/photos-onnx/image_head.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    about = {entry.key: entry.value for entry in graph.metadata_props}
+    loaded = load_run(path)
+    assert about["run_digest"] == loaded.digest
+    assert about["encoder_fingerprint"] == loaded.image.spec.fingerprint
+    assert float(about["logit_scale"]) == pytest.approx(20)
+    assert str(Path(onnx_heads.__file__).parent).encode() not in graph.SerializeToString()
+    assert b".py" not in graph.SerializeToString()
+
+
+def test_a_graph_that_computes_something_else_is_not_written(run, monkeypatch):
+    path = run()
+    monkeypatch.setattr(onnx_heads, "_difference", lambda *_: 1e-3)
+    assert "differ from PyTorch's by 0.001" in str(export(path).exception)
+    assert not Path("exports").exists()
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_library_is_said_in_a_sentence(run, monkeypatch, library):
+    path = run()
+
+    def import_module(name):
+        if name == library:
+            raise ImportError(name)
+
+    monkeypatch.setattr(onnx_heads.importlib, "import_module", import_module)
+    problem = export(path).exception
+    assert isinstance(problem, UserError)
+    assert str(problem) == f"--to onnx needs {library}, which is missing: pip install 'sail-align[onnx]'."
+
+
+def test_a_graph_has_no_card_to_hold_a_licence(run):
+    assert "--licence is for the card" in str(export(run(), "--licence", "mit").exception)
