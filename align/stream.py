@@ -1,7 +1,12 @@
-"""Shuffled batches out of one or several stores, without ever holding more of them than a buffer."""
+"""Shuffled batches out of one or several stores: gathered by a thread into a few reused buffers, ahead of their use."""
 
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import count
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +14,16 @@ import torch
 from torch import Tensor
 
 from sail_align.align.data import Half, Pairs, Rows
+from sail_align.align.order import Numbers, Order, StreamState
 
 BUFFER_ROWS = 131_072
-"""About 1 GB for an image and two captions of 2,048 + 2 × 1,024 dimensions."""
+"""Rows that are mixed: about 1 GB of page cache for an image and two captions of 2,048 + 2 × 1,024 dimensions."""
+
+PREFETCH = 2
+"""Batches that are asked for ahead; there is one buffer more."""
+
+GATHER_THREADS = 2
+BLOCK_ROWS = 8_192
 
 
 class Batch(NamedTuple):
@@ -22,13 +34,13 @@ class Batch(NamedTuple):
 
 
 class Stream:
-    """An endless sequence of batches. Batch i is a function of (stores, rows, seed, batch size, i) and nothing else.
+    """An endless sequence of batches; `Order` says which rows make which.
 
-    An epoch's order: the chunks of all stores are permuted and put together into buffers of about `buffer_rows` rows,
-    and the rows of each buffer are permuted. So every row is served once an epoch, and a store is read in whole chunks.
-    What an epoch leaves after its last full batch is dropped; the next epoch leaves other rows.
+    A batch is a set of rows: they lie in it as they lie on the disk. Batches are of `batch_size` rows over all ranks;
+    rank r has the r-th part of each, so that the parts of all ranks, one behind the other, are one process's batch.
 
-    The state of a stream is the number of batches served, the `start` that makes another one go on from there.
+    Raw local shards are mapped: their rows are copied once, into the batch, and what is read with them is kept by the
+    page cache alone. Of other stores the chunks of the buffer that is being served are kept decoded.
     """
 
     def __init__(
@@ -38,88 +50,155 @@ class Stream:
         *,
         batch_size: int,
         seed: int,
+        rank: int = 0,
+        world: int = 1,
         buffer_rows: int = BUFFER_ROWS,
+        pin: bool = False,
     ):
-        """Serve the chosen rows of each store.
+        """Serve the chosen rows of each store; `pin` makes the batches page-locked, for copies to a GPU.
 
         Raises:
             ValueError: There are fewer rows than one batch holds.
         """
-        self._sources = list(zip(pairs, rows, strict=True))
-        self._chunks = [(source, start, stop) for source, each in enumerate(pairs) for start, stop in each.chunks()]
-        self._counts = np.array([rows[source][start:stop].sum() for source, start, stop in self._chunks])
-        self._batch_size = batch_size
-        self._seed = seed
-        chunk_rows = max(each.store.chunk_rows for each in pairs)
-        self._buffer_chunks = max(1, buffer_rows // chunk_rows)
-        self._buffer: tuple[list[int], Half, Half] | None = None
-        self.rows = int(self._counts.sum())
-        self.batches_per_epoch = self.rows // batch_size
-        if self.batches_per_epoch == 0:
-            raise ValueError(f"{self.rows} rows do not fill a batch of {batch_size}")
+        self._pairs = pairs
+        chunks = [(source, number) for source, each in enumerate(pairs) for number in range(len(each.chunks()))]
+        spans = [span for each in pairs for span in each.chunks()]
+        counts = [np.count_nonzero(rows[source][slice(*span)]) for (source, _), span in zip(chunks, spans, strict=True)]
+        used = [number for number, count in enumerate(counts) if count]
+        self._chunks = [chunks[number] for number in used]
+        self._served = [rows[chunks[number][0]][slice(*spans[number])] for number in used]
+        self._order = Order(
+            np.array([counts[number] for number in used], np.int64),
+            batch_size=batch_size,
+            seed=seed,
+            buffer_rows=buffer_rows,
+        )
+        self._part = slice(*part_span(batch_size, rank, world))
+        self._pin = pin
+        self._expected: set[int] = set()
+        self._decoded: dict[tuple[int, int], Half] = {}
+        self._producer = ThreadPoolExecutor(1, "stream")
+        self._gatherers = ThreadPoolExecutor(GATHER_THREADS, "gather")
+        self.rows = self._order.rows
+        self.batches_per_epoch = self._order.batches_per_epoch
+        self.bytes_read = 0
+        self.wait_seconds = 0.0
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield batches from number `start` on, for ever."""
-        epoch, batch = divmod(start, self.batches_per_epoch)
-        for later in count(epoch):
-            yield from self._epoch(later, batch)
-            batch = 0
+    def state_after(self, batches: int) -> StreamState:
+        """Return the state behind so many batches from the start."""
+        return StreamState(*divmod(batches, self.batches_per_epoch))
+
+    def batches(self, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
+        """Yield this rank's part of the batches from a state on, for ever, each with the state behind it.
+
+        A batch is valid until the next but one is asked for. `bytes_read` counts what was served, `wait_seconds` how
+        long it was waited for.
+        """
+        state = state or StreamState.start()
+        buffers = [self._allocate() for _ in range(PREFETCH + 1)]
+        pending: deque[tuple[Future[None], Batch, StreamState]] = deque()
+        while True:
+            while len(pending) < PREFETCH:
+                batch = buffers[0]
+                future = self._producer.submit(self._fill, batch, state)
+                state = self._order.following(state)
+                pending.append((future, batch, state))
+                buffers = [*buffers[1:], batch]
+            future, batch, behind = pending.popleft()
+            begun = time.perf_counter()
+            future.result()
+            self.wait_seconds += time.perf_counter() - begun
+            self.bytes_read += sum(part.numel() * part.element_size() for part in batch)
+            yield batch, behind
 
     def blocks(self) -> Iterator[Batch]:
         """Yield every row once, in the order of the stores: for sums over all of them."""
-        for start in range(0, len(self._chunks), self._buffer_chunks):
-            images, texts = self._load(range(start, min(start + self._buffer_chunks, len(self._chunks))))
-            yield Batch(torch.from_numpy(images), torch.from_numpy(texts))
+        for start in range(0, self.rows, BLOCK_ROWS):
+            numbers = np.arange(start, min(start + BLOCK_ROWS, self.rows))
+            block = self._allocate(len(numbers))
+            self._gather(block, numbers)
+            self._decoded.clear()
+            yield block
 
-    def _epoch(self, epoch: int, first: int) -> Iterator[Batch]:
-        """Yield an epoch's batches from its number `first` on."""
-        skip = first * self._batch_size
-        parts: list[Batch] = []
-        missing = self._batch_size
-        for number, chunks in enumerate(self._buffers(epoch), start=1):
-            rows = int(self._counts[chunks].sum())
-            if skip >= rows:
-                skip -= rows
-                continue
-            images, texts = self._load(sorted(chunks))
-            order = self._random(epoch, number).permutation(rows)[skip:]
-            skip = 0
-            while len(order):
-                taken, order = order[:missing], order[missing:]
-                missing -= len(taken)
-                parts.append(Batch(torch.from_numpy(images[taken]), torch.from_numpy(texts[:, taken])))
-                if missing == 0:
-                    yield Batch(
-                        torch.cat([part.images for part in parts]), torch.cat([part.texts for part in parts], 1)
-                    )
-                    parts, missing = [], self._batch_size
+    def close(self) -> None:
+        """End the threads; a batch that is being filled is waited for."""
+        self._producer.shutdown(cancel_futures=True)
+        self._gatherers.shutdown()
 
-    def _buffers(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the chunks of each buffer of an epoch."""
-        order = self._random(epoch, 0).permutation(len(self._chunks)).tolist()
-        for start in range(0, len(order), self._buffer_chunks):
-            yield order[start : start + self._buffer_chunks]
+    def __enter__(self) -> "Stream":
+        return self
 
-    def _load(self, chunks: Sequence[int]) -> tuple[Half, Half]:
-        """Return the chunks' served rows, images (n, D) and texts (C, n, D); the last buffer is not read again."""
-        if self._buffer is None or self._buffer[0] != list(chunks):
-            self._buffer = None
-            self._buffer = (list(chunks), *self._read(chunks))
-        return self._buffer[1:]
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _read(self, chunks: Sequence[int]) -> tuple[Half, Half]:
-        first, _ = self._sources[0]
-        rows = int(self._counts[list(chunks)].sum())
-        images = np.empty((rows, first.image.dim), dtype=np.float16)
-        texts = np.empty((len(first.texts), rows, first.texts[0].dim), dtype=np.float16)
-        at = 0
-        for chunk in chunks:
-            source, start, stop = self._chunks[chunk]
-            pairs, served = self._sources[source]
-            behind = at + int(self._counts[chunk])
-            images[at:behind], texts[:, at:behind] = pairs.read(start, stop, served)
-            at = behind
-        return images, texts
+    def _allocate(self, rows: int | None = None) -> Batch:
+        first = self._pairs[0]
+        rows = self._part.stop - self._part.start if rows is None else rows
+        empty = partial(torch.empty, dtype=torch.float16, pin_memory=self._pin)
+        return Batch(empty(rows, first.image.dim), empty(len(first.texts), rows, first.texts[0].dim))
 
-    def _random(self, *position: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, *position])
+    def _fill(self, batch: Batch, state: StreamState) -> None:
+        """Gather this rank's part of a batch, and have the disk go on with what comes behind it."""
+        chunks = self._chunks_of(state)
+        later, share = self._order.in_next_buffer(state)
+        ahead = self._chunks_of(later)
+        self._expect({*chunks, *self._chunks_of(self._order.following(state)), *ahead[: round(share * len(ahead))]})
+        buffered = self._order.buffered(state)
+        self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
+        self._gather(batch, self._numbers(state))
+
+    def _numbers(self, state: StreamState) -> Numbers:
+        return self._order.batch(state)[self._part]
+
+    def _chunks_of(self, state: StreamState) -> list[int]:
+        chunks: list[int] = np.unique(self._order.chunks(self._numbers(state))).tolist()
+        return chunks
+
+    def _expect(self, chunks: set[int]) -> None:
+        """Have the system read those of the chunks that it was not told of the last time."""
+        new = sorted(chunks - self._expected)
+        self._expected = chunks
+        for source, pairs in enumerate(self._pairs if new else ()):
+            numbers = [self._chunks[chunk][1] for chunk in new if self._chunks[chunk][0] == source]
+            for array in pairs.arrays:
+                array.expect(numbers)
+
+    def _gather(self, batch: Batch, numbers: Numbers) -> None:
+        """Copy the rows of these numbers, which rise, into a batch."""
+        chunk_of = self._order.chunks(numbers)
+        edges = np.flatnonzero(np.diff(chunk_of, prepend=-1, append=-1)).tolist()
+        pieces = list(pairwise(edges))
+        outs = [batch.images.numpy(), *batch.texts.numpy()]
+
+        def copy(pieces: list[tuple[int, int]]) -> None:
+            for start, stop in pieces:
+                chunk = int(chunk_of[start])
+                rows = np.flatnonzero(self._served[chunk])[numbers[start:stop] - self._order.starts[chunk]]
+                for array, out in enumerate(outs):
+                    # mode "clip" writes straight into `out`; the numbers are in range.
+                    np.take(self._chunk(chunk, array), rows, axis=0, out=out[start:stop], mode="clip")
+
+        step = -(-len(pieces) // (4 * GATHER_THREADS))
+        groups = [pieces[at : at + step] for at in range(0, len(pieces), step)]
+        for _ in self._gatherers.map(copy, groups):
+            pass
+
+    def _chunk(self, chunk: int, number: int) -> Half:
+        """Return the rows of a chunk of array `number` (the images, then the captions): mapped, or decoded and kept."""
+        source, place = self._chunks[chunk]
+        array = self._pairs[source].arrays[number]
+        if array.mapped:
+            return array.chunk(place)
+        key = (chunk, number)
+        if key not in self._decoded:
+            self._decoded[key] = array.chunk(place)
+        return self._decoded[key]
+
+
+def part_span(batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    """Return the first row of a rank's part of a batch, and the row behind its last: parts differ by at most one."""
+    size, larger = divmod(batch_size, world)
+    first = rank * size + min(rank, larger)
+    return first, first + size + (rank < larger)

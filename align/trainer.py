@@ -45,7 +45,13 @@ def fit(
     model = plan.architecture.build(scale=settings.scale, bias=settings.bias).to(device)
     optimizer = make_optimizer(model, settings)
     stepper = Stepper(model, plan.loss, optimizer, device)
-    stream = Stream(plan.pairs, plan.training, batch_size=settings.batch_size, seed=settings.seed)
+    stream = Stream(
+        plan.pairs,
+        plan.training,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        pin=device.type == "cuda",
+    )
     held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
     about = plan.checkpoint_record()
     scores: dict[str, float] = {}
@@ -62,7 +68,7 @@ def fit(
     last_saved = time.monotonic()
     interval = math.ceil(settings.steps / SCORES)
     bar = progress(settings.steps, "fit", unit="steps", done=first, quiet=quiet or settings.steps == 0)
-    with MetricsLog(run, done) as log, bar:
+    with MetricsLog(run, done) as log, bar, stream:
 
         def score_held_out(step: int) -> None:
             if len(held_out.images):
@@ -71,7 +77,8 @@ def fit(
 
         if done is None:
             score_held_out(0)
-        for step, batch in zip(range(first, settings.steps), stream.batches(first), strict=False):
+        batches = stream.batches(stream.state_after(first))
+        for step, (batch, _) in zip(range(first, settings.steps), batches, strict=False):
             torch.manual_seed(settings.seed + (step + 1 << 32))
             rate = learning_rate(settings, step)
             loss = train_step(stepper, batch, rate).total.item()

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from zarr.storage import FsspecStore, MemoryStore
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.files import canonical_json, file_digest, is_remote, remove_leftovers, write_atomically
 from sail_align.extract.leases import Lease
+from sail_align.extract.mapped import MappedChunks, can_map
 from sail_align.extract.status import Status
 
 
@@ -34,6 +34,10 @@ class FeatureArray:
         self.shard_rows, _ = self._features.shards or self._features.chunks
         self.chunk_rows, _ = self._features.chunks
         self.shards = range(-(-self.rows // self.shard_rows))
+        self._mapped: dict[str, MappedChunks] = {}
+        for name, array in (("features", self._features), ("status", self._status)):
+            if not is_remote(store) and can_map(array):
+                self._mapped[name] = MappedChunks(array, partial(self._shard_file, name))
 
     @staticmethod
     def create(folder: Path, rows: int, dim: int, shard_rows: int, chunk_rows: int) -> None:
@@ -121,25 +125,45 @@ class FeatureArray:
     def read(self, start: int = 0, stop: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
         """Return features (n, dim) and status (n,) of rows start … stop − 1; NaN and pending where not committed."""
         stop = self.rows if stop is None else stop
-        features = np.asarray(self._features[start:stop])
-        for rows in self._uncommitted(start, stop):
-            features[rows] = np.nan
-        return features, self.read_status(start, stop)
+        return self._read("features", self._features, start, stop), self.read_status(start, stop)
 
     def read_status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """Return the status (n,) of rows start … stop − 1, without reading their features."""
-        stop = self.rows if stop is None else stop
-        status = np.asarray(self._status[start:stop])
-        for rows in self._uncommitted(start, stop):
-            status[rows] = Status.PENDING
-        return status
+        return self._read("status", self._status, start, self.rows if stop is None else stop)
 
-    def _uncommitted(self, start: int, stop: int) -> Iterator[slice]:
-        """Yield the stretches of rows start … stop − 1, counted from start, whose shards have no valid marker."""
+    def _read(self, name: str, array: "zarr.Array[Any]", start: int, stop: int) -> NDArray[Any]:
+        """Return rows start … stop − 1 of an array, the fill value where not committed."""
+        rows = np.full((stop - start, *array.shape[1:]), array.fill_value, array.dtype)
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
-            if shard not in self.markers:
-                first, last = self.span(shard)
-                yield slice(max(first - start, 0), last - start)
+            first, last = max(start, shard * self.shard_rows), min(stop, (shard + 1) * self.shard_rows)
+            if shard in self.markers and first < last:
+                read = self._mapped[name].rows if name in self._mapped else lambda *span: array[slice(*span)]
+                rows[first - start : last - start] = read(first, last)
+        return rows
+
+    @property
+    def mapped(self) -> bool:
+        """Whether features are read by mapping their files: raw shards of a local store."""
+        return "features" in self._mapped
+
+    def chunk(self, number: int) -> NDArray[np.float16]:
+        """Return the features (n, dim) of chunk `number`, NaN where not committed: read-only, and a view if `mapped`.
+
+        Raises:
+            UserError: The shard's file is damaged.
+        """
+        start, stop = number * self.chunk_rows, min((number + 1) * self.chunk_rows, self.rows)
+        if start // self.shard_rows not in self.markers:
+            return np.broadcast_to(np.float16(np.nan), (stop - start, self.dim))
+        if self.mapped:
+            return self._mapped["features"][number]
+        return np.asarray(self._features[start:stop])
+
+    def expect(self, chunks: list[int]) -> None:
+        """Have the system read these chunks, in rising order, while something else is done; nothing if not `mapped`."""
+        if self.mapped:
+            per_shard = self.shard_rows // self.chunk_rows
+            self._mapped["features"].expect([chunk for chunk in chunks if chunk // per_shard in self.markers])
 
     def refresh(self, shard: int) -> bool:
         """Look again for a shard's marker, which another process may have written; return whether it is there."""
@@ -186,6 +210,8 @@ class FeatureArray:
         """Take a shard's marker away, so that the next extraction writes the shard again."""
         self._marker_path(shard).unlink(missing_ok=True)
         self.markers.pop(shard, None)
+        for chunks in self._mapped.values():
+            chunks.forget(shard)
 
     def changed(self, shard: int) -> str | None:
         """Recompute a committed shard's hashes; return what differs from its marker: features or status."""
@@ -196,7 +222,10 @@ class FeatureArray:
         return {name: file_digest(file) for name, file in self._shard_files(shard).items()}
 
     def _shard_files(self, shard: int) -> dict[str, Path]:
-        return {"features": self._folder / f"features/c/{shard}/0", "status": self._folder / f"status/c/{shard}"}
+        return {name: self._shard_file(name, shard) for name in ("features", "status")}
+
+    def _shard_file(self, name: str, shard: int) -> Path:
+        return self._folder / name / (f"c/{shard}/0" if name == "features" else f"c/{shard}")
 
     def _marker_path(self, shard: int) -> Path:
         return self._commits / f"{shard:05d}.json"

@@ -1,16 +1,23 @@
 """Every usable row once an epoch, in an order that is a function of seed and batch number alone."""
 
 import itertools
+import json
+import shutil
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sail_align.align.data import open_pairs, split_held_out
-from sail_align.align.stream import Stream
+from sail_align.align.order import StreamState
+from sail_align.align.stream import PREFETCH, Batch, Stream
+from sail_align.extract.errors import UserError
+from sail_align.extract.features import FeatureArray
 
 
 @pytest.fixture
@@ -18,16 +25,21 @@ def make_numbered(make_store):
     return partial(make_store, numbered=True)
 
 
-def stream_of(paths, batch_size=10, seed=0, buffer_rows=64, rows=None):
+def stream_of(paths, batch_size=10, seed=0, buffer_rows=64, rows=None, **ranks):
     pairs = open_pairs(paths)
-    return Stream(
-        pairs, rows or [each.usable() for each in pairs], batch_size=batch_size, seed=seed, buffer_rows=buffer_rows
-    )
+    rows = rows or [each.usable() for each in pairs]
+    return Stream(pairs, rows, batch_size=batch_size, seed=seed, buffer_rows=buffer_rows, **ranks)
+
+
+def served(stream, state, count):
+    """Return copies of `count` batches from a state on, for a stream writes over its own, and end the stream."""
+    with stream:
+        batches = itertools.islice(stream.batches(state), count)
+        return [Batch(batch.images.clone(), batch.texts.clone()) for batch, _ in batches]
 
 
 def epoch(stream, number=0):
-    start = number * stream.batches_per_epoch
-    return list(itertools.islice(stream.batches(start), stream.batches_per_epoch))
+    return served(stream, StreamState(number, 0), stream.batches_per_epoch)
 
 
 def numbers(batches):
@@ -56,22 +68,10 @@ def test_a_row_that_lacks_its_image_or_a_caption_is_never_served(make_numbered):
 
 
 def test_the_rest_of_an_epoch_is_dropped_and_differs_between_epochs(make_numbered):
-    stream = stream_of([make_numbered(rows=105)])
-    served = [set(numbers(epoch(stream, number))) for number in range(2)]
+    path = make_numbered(rows=105)
+    served = [set(numbers(epoch(stream_of([path]), number))) for number in range(2)]
     assert [len(rows) for rows in served] == [100, 100]
     assert served[0] != served[1]
-
-
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(start=st.integers(0, 30), batch_size=st.integers(2, 70), buffer_rows=st.sampled_from([16, 50, 400]))
-def test_a_stream_started_at_any_batch_goes_on_as_one_that_was_not_stopped(
-    pair_of_stores, start, batch_size, buffer_rows
-):
-    whole, resumed = (stream_of(pair_of_stores, batch_size, 1, buffer_rows) for _ in range(2))
-    expected = itertools.islice(whole.batches(), start, start + 5)
-    for ours, theirs in zip(itertools.islice(resumed.batches(start), 5), expected, strict=True):
-        assert torch.equal(ours.images, theirs.images)
-        assert torch.equal(ours.texts, theirs.texts)
 
 
 @pytest.fixture
@@ -88,31 +88,110 @@ def test_two_stores_are_mixed(pair_of_stores):
         assert 0 < from_second < 22
 
 
-def test_seeds_and_epochs_give_other_orders(make_numbered):
+def test_seeds_and_epochs_give_other_batches_and_the_same_give_the_same(make_numbered):
     path = make_numbered(rows=100)
     orders = [numbers(epoch(stream_of([path], seed=seed), number)) for seed in (0, 1) for number in (0, 1)]
     assert len(set(map(tuple, orders))) == 4
     assert numbers(epoch(stream_of([path]))) == orders[0]
 
 
-def test_no_more_than_the_buffer_is_read_ahead(make_numbered, monkeypatch):
-    stream = stream_of([make_numbered(rows=320)], batch_size=10, buffer_rows=64)
-    read = []
-    original = Stream._read
-    monkeypatch.setattr(Stream, "_read", lambda self, chunks: read.append(len(chunks)) or original(self, chunks))
-    for _ in itertools.islice(stream.batches(), 7):
-        pass
-    assert read == [4, 4]
+def test_the_rows_of_a_batch_are_in_the_order_of_the_disk(pair_of_stores):
+    for batch in epoch(stream_of(pair_of_stores, batch_size=40)):
+        assert numbers([batch]) == sorted(numbers([batch]))
 
 
-def test_a_store_that_fits_the_buffer_is_read_once(make_numbered, monkeypatch):
-    stream = stream_of([make_numbered(rows=100)], buffer_rows=1_000)
-    read = []
-    original = Stream._read
-    monkeypatch.setattr(Stream, "_read", lambda self, chunks: read.append(len(chunks)) or original(self, chunks))
-    for _ in itertools.islice(stream.batches(), 35):
-        pass
-    assert len(read) == 1
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    density=st.sampled_from([0.02, 0.5, 1.0]),
+    buffer_rows=st.sampled_from([1, 40, 999]),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_whatever_rows_are_chosen_come_once_an_epoch(pair_of_stores, density, buffer_rows, part, seed):
+    random = np.random.default_rng(seed)
+    rows = [random.random(size) < density for size in (150, 70)]
+    rows[1][random.integers(70)] = True
+    wanted = {*np.flatnonzero(rows[0]), *(1000 + np.flatnonzero(rows[1]))}
+    batch_size = max(1, round(part * len(wanted)))
+    got = numbers(epoch(stream_of(pair_of_stores, batch_size, seed, buffer_rows, rows), number=1))
+    assert len(got) == len(wanted) // batch_size * batch_size
+    assert len(set(got)) == len(got)
+    assert set(got) <= wanted
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.integers(0, 30), batch_size=st.integers(4, 70), buffer_rows=st.sampled_from([16, 50, 400]))
+def test_a_stream_goes_on_from_any_state_with_any_number_of_ranks(pair_of_stores, start, batch_size, buffer_rows):
+    stream = partial(stream_of, pair_of_stores, batch_size, 1, buffer_rows)
+    with stream() as whole:
+        states = [StreamState.start(), *(state for _, state in itertools.islice(whole.batches(), start + 4))]
+        assert states == [whole.state_after(number) for number in range(start + 5)]
+    expected = served(stream(), None, start + 4)[start:]
+    state = StreamState(*json.loads(json.dumps(states[start])))
+    for world in (1, 2, 3):
+        parts = [served(stream(rank=rank, world=world), state, 4) for rank in range(world)]
+        for *of_ranks, batch in zip(*parts, expected, strict=True):
+            assert torch.equal(torch.cat([part.images for part in of_ranks]), batch.images)
+            assert torch.equal(torch.cat([part.texts for part in of_ranks], dim=1), batch.texts)
+            sizes = [len(part.images) for part in of_ranks]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_batch_is_valid_until_the_next_but_one_is_asked_for(make_numbered):
+    path = make_numbered(rows=100)
+    expected = epoch(stream_of([path]))
+    with stream_of([path]) as stream:
+        batches = stream.batches()
+        held = [next(batches)[0], next(batches)[0]]
+        for before, latest in pairwise(expected):
+            assert torch.equal(held[0].images, before.images)
+            assert torch.equal(held[1].images, latest.images)
+            held = [held[1], next(batches)[0]]
+        assert len({batch.images.data_ptr() for batch, _ in itertools.islice(stream.batches(), 9)}) == PREFETCH + 1
+
+
+def test_what_is_read_and_waited_for_is_counted(make_numbered):
+    stream = stream_of([make_numbered(rows=100)])
+    epoch(stream)
+    assert stream.bytes_read == 100 * (12 + 8) * 2
+    assert stream.wait_seconds > 0
+
+
+def compress(path):
+    """Replace a store's features by the same in compressed shards."""
+    for features in [array.parent for array in path.glob("*/**/features/zarr.json")]:
+        values = zarr.open_array(features, mode="r")
+        kept = values[:], values.shards, values.chunks
+        shutil.rmtree(features)
+        zarr.create_array(features, data=kept[0], shards=kept[1], chunks=kept[2], fill_value=np.nan)
+
+
+def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pair_of_stores, monkeypatch):
+    mapped = epoch(stream_of(pair_of_stores), 2)
+    for path in pair_of_stores:
+        compress(path)
+    stream = stream_of(pair_of_stores)
+    read, most = [], 0
+    original = FeatureArray.chunk
+    monkeypatch.setattr(FeatureArray, "chunk", lambda self, number: read.append(number) or original(self, number))
+    with stream:
+        for (batch, _), expected in zip(stream.batches(StreamState(2, 0)), mapped, strict=False):
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.texts, expected.texts)
+            most = max(most, len(stream._decoded))
+    chunks = sum(len(each.chunks()) for each in open_pairs(pair_of_stores))
+    assert len(read) <= 2 * (chunks + 9)  # images and a caption, and the first buffer of the next epoch
+    assert most <= 2 * 2 * (64 // 8 + 1)
+
+
+def test_a_damaged_shard_ends_the_stream_with_a_sentence(make_store):
+    path = make_store()
+    (shard,) = path.glob("image/*/features/c/1/0")
+    content = bytearray(shard.read_bytes())
+    content[-10] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="1/0 is damaged: the index at its end does not match its checksum"):
+        epoch(stream_of([path]))
 
 
 def test_blocks_are_every_row_once_in_order(pair_of_stores):
