@@ -1,15 +1,23 @@
 """The contrastive losses: sigmoid (eq. 1 and 2 of the paper) and InfoNCE, for one or several captions an image.
 
-Row i of the images belongs with row i of every caption set; all other rows of the batch are negatives.
+Row i of the images belongs with row i of every caption set; all other rows of the batch are negatives. Value and
+gradients are computed together, in closed form and block by block: see `PairBlocks` for memory and precision.
+
+Shapes: M texts are a batch, |B| = M; N images are the same batch, or the part of it that one process has; C caption
+sets; E dimensions. A block has R images and K texts.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sail_align.align.blocks import PairBlocks
+
 Divisor = Literal["pairs", "batch"]
+LogSumExp = Callable[[Tensor], Tensor]
 
 
 class LossValue(NamedTuple):
@@ -17,6 +25,8 @@ class LossValue(NamedTuple):
 
     `total` alone carries gradients. The logits are means over the positive and over the negative pairs. A mass is the
     sum of |∂loss/∂logit| over the positive or the negative pairs: what pulls together against what pushes apart.
+
+    Of a part of a batch all five are shares: over the parts they add up to the batch's.
     """
 
     total: Tensor
@@ -29,54 +39,146 @@ class LossValue(NamedTuple):
 class Loss(Protocol):
     """A contrastive loss: see `sigmoid_loss` for the arguments."""
 
-    def __call__(self, image_BE: Tensor, text_CBE: Tensor, log_scale: Tensor, bias: Tensor, /) -> LossValue:
-        """Return the loss of a batch."""
+    def __call__(
+        self,
+        image_NE: Tensor,
+        text_CME: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        /,
+        *,
+        weights: Sequence[float] | None = None,
+        first: int = 0,
+    ) -> LossValue:
+        """Return the loss of a batch, or a part's share of it."""
 
 
 def sigmoid_loss(
-    image_BE: Tensor, text_CBE: Tensor, log_scale: Tensor, bias: Tensor, /, divisor: Divisor = "pairs"
+    image_NE: Tensor,
+    text_CME: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    /,
+    divisor: Divisor = "pairs",
+    weights: Sequence[float] | None = None,
+    first: int = 0,
 ) -> LossValue:
-    """`−1/|B|² · Σ_c Σ_ij log σ(z_ij (t x_i·y_j^c + b))`, with z_ij = +1 for i = j and −1 else, and t = exp(τ).
+    """`−1/|B|² · Σ_c w_c Σ_ij log σ(z_ij (t x_i·y_j^c + b))`, with z_ij = +1 for i = j and −1 else, and t = exp(τ).
 
     One caption set is the paper's eq. 1; several are summed, eq. 2 (the authors' program averages them). The paper
     prints `−t x·y + b` in the exponent; that b would push every positive by +10 at its start of −10. Their program, and
     SigLIP's, have b inside the logit as here.
 
     Args:
-        image_BE: (B, E) float32, L2-normalised.
-        text_CBE: (C, B, E) float32, L2-normalised: C captions of each image.
+        image_NE: (N, E), L2-normalised: a batch, or a part of it.
+        text_CME: (C, M, E), L2-normalised: C captions of each image of the whole batch.
         log_scale: τ, scalar.
         bias: b, scalar.
         divisor: "pairs" divides by |B|², the paper's; "batch" by |B|, SigLIP's.
+        weights: w, one for each caption set; by default all 1.
+        first: Which text belongs with the first image; the others follow in order.
+
+    Raises:
+        ValueError: An image has no text, or a caption set no weight.
     """
-    batch = len(image_BE)
-    logits_CBB = log_scale.exp() * image_BE @ text_CBE.mT + bias
-    sign_BB = 2 * torch.eye(batch, device=image_BE.device) - 1
-    scale = 1 / (batch**2 if divisor == "pairs" else batch)
-    total = -F.logsigmoid(sign_BB * logits_CBB).sum(dim=(1, 2)).sum() * scale
-    return LossValue(total, *_health(logits_CBB.detach(), (sign_BB * logits_CBB.detach()).neg().sigmoid() * scale))
+    blocks = PairBlocks(image_NE, text_CME, log_scale, bias, first=first, weights=weights)
+    with blocks.without_graph():
+        t, b = blocks.scale, bias.to(blocks.exact)
+        logit_CN = t * blocks.positives() + b
+        pull_CN = logit_CN.neg().sigmoid()
+        loss, pull = blocks.weighted(-F.logsigmoid(logit_CN)), blocks.weighted(pull_CN)
+        push = torch.zeros_like(pull)
+        for block in blocks:
+            loss_R, push_R = _repel(block.pairs, t, b)
+            loss += block.weight * loss_R.double().sum()
+            push += block.weight * push_R.double().sum()
+            blocks.push(block)
+        blocks.pull(pull_CN)
+        scale = 1 / (blocks.batch**2 if divisor == "pairs" else blocks.batch)
+        return _value(blocks, logit_CN, b, scale, loss, pull, push)
 
 
-def infonce_loss(image_BE: Tensor, text_CBE: Tensor, log_scale: Tensor, bias: Tensor, /) -> LossValue:
+def infonce_loss(
+    image_NE: Tensor,
+    text_CME: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    /,
+    weights: Sequence[float] | None = None,
+    first: int = 0,
+    across: LogSumExp | None = None,
+) -> LossValue:
     """CLIP's loss: the mean of the cross-entropies image → text and text → image, summed over the caption sets.
 
     Each caption set makes a softmax of its own, so that captions of one image are not each other's negatives. A bias
-    would cancel in the softmax: b is not used. Shapes as in `sigmoid_loss`.
+    would cancel in the softmax: b is not used, and its gradient is 0. The similarities are computed twice, first for
+    the normalisers and then for the gradients. Arguments as in `sigmoid_loss`, and:
+
+    Args:
+        across: For a part of a batch, as a text is normalised over all images: a function that returns the log-sum-exp
+            over the parts of each element of a tensor (2, C, M).
     """
-    logits_CBB = log_scale.exp() * image_BE @ text_CBE.mT
-    to_image_CBB, to_text_CBB = logits_CBB.log_softmax(dim=1), logits_CBB.log_softmax(dim=2)
-    log_p_CBB = (to_image_CBB + to_text_CBB) / 2
-    total = -log_p_CBB.diagonal(dim1=1, dim2=2).mean(dim=1).sum()
-    right_BB = torch.eye(len(image_BE), device=image_BE.device)
-    p_CBB = (to_image_CBB.detach().exp() + to_text_CBB.detach().exp()) / 2
-    gradient_CBB = (p_CBB - right_BB) / len(image_BE)
-    return LossValue(total, *_health(logits_CBB.detach(), gradient_CBB.abs()))
+    own = slice(first, first + len(image_NE))
+    blocks = PairBlocks(image_NE, text_CME, log_scale, bias, first=first, weights=weights)
+    with blocks.without_graph():
+        t = blocks.scale
+        logit_CN = t * blocks.positives()
+        # Log-sum-exps of the negatives of each image and of each text.
+        image_CN, text_CM = torch.full_like(logit_CN, -torch.inf), logit_CN.new_full(text_CME.shape[:2], -torch.inf)
+        for block in blocks:
+            of_block = _log_sum_exps(block.pairs, t)
+            for so_far, more in zip(block.of(image_CN, text_CM), of_block, strict=True):
+                torch.logaddexp(so_far, more, out=so_far)
+        positive_CM = torch.full_like(text_CM, -torch.inf)
+        positive_CM[:, own] = logit_CN
+        if across:
+            text_CM, positive_CM = across(torch.stack((text_CM, positive_CM)))
+        # In these terms −log p = softplus and 1 − p = σ, which stay exact where p is nearly 1.
+        rival_2CN = torch.stack((image_CN, text_CM[:, own])) - logit_CN
+        loss, pull_CN = blocks.weighted(F.softplus(rival_2CN).mean(0)), rival_2CN.sigmoid().mean(0)
+        if blocks.learning:
+            image_CN, text_CM = image_CN.logaddexp(logit_CN), text_CM.logaddexp(positive_CM)
+            for block in blocks:
+                _softmax(block.pairs, t, *block.of(image_CN, text_CM))
+                blocks.push(block)
+        blocks.pull(pull_CN)
+        # Probabilities add up to 1: the negatives push as strongly as the positives pull.
+        mass = blocks.weighted(pull_CN)
+        return _value(blocks, logit_CN, torch.zeros_like(t), 1 / blocks.batch, loss, mass, mass)
 
 
-def _health(logits_CBB: Tensor, mass_CBB: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the means of the positive and of the negative logits, and the sums of either's masses."""
-    captions, batch, _ = logits_CBB.shape
-    logits, masses = (each.diagonal(dim1=1, dim2=2).sum() for each in (logits_CBB, mass_CBB))
-    pairs = captions * batch
-    negative_logit = (logits_CBB.sum() - logits) / (pairs * (batch - 1))
-    return logits / pairs, negative_logit, masses, mass_CBB.sum() - masses
+def _value(
+    blocks: PairBlocks, logit_CN: Tensor, b: Tensor, scale: float, loss: Tensor, pull: Tensor, push: Tensor
+) -> LossValue:
+    """Return a loss from the sums over its pairs, which are still to be scaled, with its gradients."""
+    captions, images = logit_CN.shape
+    positives = logit_CN.double().sum()
+    negatives = blocks.scale * blocks.sum() + b * (captions * images * blocks.batch) - positives
+    pairs = captions * blocks.batch
+    positive_logit, negative_logit = positives / pairs, negatives / (pairs * (blocks.batch - 1))
+    total, *health = (
+        value.to(blocks.exact) for value in (scale * loss, positive_logit, negative_logit, scale * pull, scale * push)
+    )
+    return LossValue(blocks.differentiable(total, scale, push - pull), *health)
+
+
+def _repel(pairs_RK: Tensor, t: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn similarities of negatives into σ(logit); return the sums over texts of −log σ(−logit) and of σ(logit)."""
+    logit_RK = t * pairs_RK.to(t.dtype) + b
+    decay_RK = logit_RK.abs().neg().exp()
+    loss_RK = logit_RK.relu() + decay_RK.log1p()
+    push_RK = torch.where(logit_RK > 0, 1, decay_RK) / (1 + decay_RK)
+    pairs_RK.copy_(push_RK)
+    return loss_RK.sum(1), push_RK.sum(1)
+
+
+def _log_sum_exps(pairs_RK: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exps of the logits of each image (R,) and of each text (K,)."""
+    logit_RK = t * pairs_RK.to(t.dtype)
+    return logit_RK.logsumexp(1), logit_RK.logsumexp(0)
+
+
+def _softmax(pairs_RK: Tensor, t: Tensor, image_R: Tensor, text_K: Tensor) -> None:
+    """Turn similarities into the mean of the probabilities of a text for an image and of an image for a text."""
+    logit_RK = t * pairs_RK.to(t.dtype)
+    pairs_RK.copy_(((logit_RK - image_R[:, None]).exp() + (logit_RK - text_K).exp()) / 2)

@@ -1,0 +1,205 @@
+"""The products of a contrastive loss, block by block: similarities of images and texts, and gradients from them.
+
+A loss of N images and M texts looks at N × M similarities a caption set. Only one block of them is in memory at a time:
+the loss turns it into its gradient where it lies, that is multiplied into the gradients of the embeddings, and the next
+block takes its place.
+
+Row i of the images belongs with row `first + i` of the texts. These positive pairs are left out of the blocks and are
+computed row by row in float32: there are few of them, they matter most, and half precision would round them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = {"cpu": 2_048}
+"""Most rows and columns of a block, by device: products of less than 1,024 are slow, and 2,048 still fit a cache."""
+BLOCK_ELSEWHERE = 8_192
+
+
+class Block(NamedTuple):
+    """R images (R, E) and K texts (K, E) of a caption set, and their similarities (R, K), which the loss overwrites."""
+
+    pairs: Tensor
+    images: Tensor
+    texts: Tensor
+    caption: int
+    weight: float
+    rows: slice
+    columns: slice
+
+    def of(self, image_CN: Tensor, text_CM: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the views (R,) and (K,) of what belongs to this block's images and texts."""
+        return image_CN[self.caption, self.rows], text_CM[self.caption, self.columns]
+
+
+class PairBlocks:
+    """The embeddings of images and texts, the blocks of their similarities, and the gradients that add up from them.
+
+    Products are taken in autocast's type where it is on, else in the embeddings' own type. All else is float32, the
+    gradients too; for float64 embeddings it is float64. Without a gradient to take, those products are not computed.
+
+    Args:
+        image_NE: (N, E) of any float type.
+        text_CME: (C, M, E) of the same type.
+        log_scale: τ, scalar: the factor of all similarities is t = exp(τ).
+        bias: b, scalar.
+        first: Which text belongs with the first image.
+        weights: One for each caption set, which multiplies its gradients; by default 1.
+
+    Raises:
+        ValueError: An image has no text, or a caption set no weight.
+    """
+
+    def __init__(
+        self,
+        image_NE: Tensor,
+        text_CME: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        *,
+        first: int,
+        weights: Sequence[float] | None,
+    ):
+        images, (captions, texts, _), device = len(image_NE), text_CME.shape, image_NE.device.type
+        if not 0 <= first <= texts - images:
+            raise ValueError(f"{images} images from row {first} on do not all have one of {texts} texts.")
+        self._weights = [1.0] * captions if weights is None else list(weights)
+        if len(self._weights) != captions:
+            raise ValueError(f"{captions} caption sets have {len(self._weights)} weights.")
+        self._inputs = (image_NE, text_CME, log_scale, bias)
+        self._image_NE, self._text_CME = image_NE.detach(), text_CME.detach()
+        self._own = slice(first, first + images)
+        self.batch = texts
+        self.exact = torch.promote_types(image_NE.dtype, torch.float32)
+        autocast = torch.is_autocast_enabled(device) and self.exact == torch.float32
+        self._product = torch.get_autocast_dtype(device) if autocast else image_NE.dtype
+        self.scale = log_scale.detach().to(self.exact).exp()
+        most = BLOCK.get(device, BLOCK_ELSEWHERE)
+        self._rows, self._columns = _slices(images, most), _slices(texts, most)
+        self.learning = torch.is_grad_enabled() and any(each.requires_grad for each in self._inputs)
+        if self.learning:
+            self._image_gradient_NE = torch.zeros_like(self._image_NE, dtype=self.exact)
+            self._text_gradient_CME = torch.zeros_like(self._text_CME, dtype=self.exact)
+
+    @contextmanager
+    def without_graph(self) -> Iterator[None]:
+        """Compute as it stands here: no graph, and no other type by autocast."""
+        with torch.no_grad(), torch.autocast(self._image_NE.device.type, enabled=False):
+            yield
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the blocks one after the other, each in the memory of the one before."""
+        memory = self._image_NE.new_empty(_longest(self._rows) * _longest(self._columns), dtype=self._product)
+        image_NE = self._image_NE.to(self._product)
+        for caption, (exact_text_ME, weight) in enumerate(zip(self._text_CME, self._weights, strict=True)):
+            text_ME = exact_text_ME.to(self._product)
+            for rows, columns in product(self._rows, self._columns):
+                image_RE, text_KE = image_NE[rows], text_ME[columns]
+                pairs_RK = memory[: len(image_RE) * len(text_KE)].view(len(image_RE), len(text_KE))
+                torch.mm(image_RE, text_KE.mT, out=pairs_RK)
+                # A pair at minus infinity adds nothing. Where a block has no positive pairs this diagonal is empty.
+                pairs_RK.diagonal(self._own.start + rows.start - columns.start).fill_(-torch.inf)
+                yield Block(pairs_RK, image_RE, text_KE, caption, weight, rows, columns)
+
+    def positives(self) -> Tensor:
+        """Return the similarities (C, N) of the pairs that belong together."""
+        return torch.stack([self._dots(self._image_NE, text_ME[self._own]) for text_ME in self._text_CME])
+
+    def sum(self) -> Tensor:
+        """Return the sum of all C × N × M similarities, positives too: the product of the sums of the embeddings."""
+        image_E = self._image_NE.sum(0, dtype=self.exact)
+        text_E = self._text_CME.sum(1, dtype=self.exact).sum(0)
+        return (image_E.double() * text_E.double()).sum()
+
+    def weighted(self, values_CN: Tensor) -> Tensor:
+        """Return the sum of the positive pairs' values, each times its caption set's weight, in float64."""
+        sums = [weight * values_N.double().sum() for values_N, weight in zip(values_CN, self._weights, strict=True)]
+        return torch.stack(sums).sum()
+
+    def push(self, block: Block) -> None:
+        """Add the gradients of a block whose pairs have become ∂loss/∂logit."""
+        if self.learning:
+            gradient_KE = self._text_gradient_CME[block.caption, block.columns]
+            _add_product(self._image_gradient_NE[block.rows], block.pairs, block.texts, block.weight)
+            _add_product(gradient_KE, block.pairs.mT, block.images, block.weight)
+
+    def pull(self, pull_CN: Tensor) -> None:
+        """Add the gradients of the positive pairs, given −∂loss/∂logit of each."""
+        if self.learning:
+            for caption, (pull_N, weight) in enumerate(zip(pull_CN, self._weights, strict=True)):
+                text_NE, gradient_NE = (each[caption, self._own] for each in (self._text_CME, self._text_gradient_CME))
+                self._image_gradient_NE.addcmul_(pull_N[:, None], text_NE, value=-weight)
+                gradient_NE.addcmul_(pull_N[:, None], self._image_NE, value=-weight)
+
+    def differentiable(self, total: Tensor, factor: float, logit_sum: Tensor) -> Tensor:
+        """Return the loss with the gradients that were added up, times a factor.
+
+        Args:
+            total: The loss.
+            factor: What ∂loss/∂logit lacked.
+            logit_sum: The sum of ∂loss/∂logit over all pairs, which is the bias's gradient.
+        """
+        if not self.learning:
+            return total
+        # Σ similarity · ∂loss/∂logit: what all images move along themselves. No pass over the pairs is needed.
+        along = self._dots(self._image_NE, self._image_gradient_NE).double().sum()
+        gradients = [self._image_gradient_NE, self._text_gradient_CME, along, logit_sum / self.scale]
+        with torch.enable_grad():
+            result: Tensor = _WithGradients.apply(total, factor * self.scale, gradients, *self._inputs)
+        return result
+
+    def _dots(self, one_NE: Tensor, other_NE: Tensor) -> Tensor:
+        """Return the products (N,) of corresponding rows."""
+        return torch.cat([(one_NE[rows].to(self.exact) * other_NE[rows]).sum(1) for rows in self._rows])
+
+
+class _WithGradients(torch.autograd.Function):
+    """Hands a loss through that was computed without a graph; backward gives the gradients that came with it.
+
+    They can be taken once, as they are then scaled where they lie. There are no second derivatives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, factor: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.factor, ctx.gradients, ctx.kinds = factor, gradients, [(each.dtype, each.shape) for each in inputs]
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, []
+        if not gradients:
+            raise RuntimeError("The gradients of this loss have been taken already; compute the loss again.")
+        # Only here do 1/|B|² and a loss scaler's factor come in, in float32: half precision has no such small numbers.
+        factor = ctx.factor * upstream
+        scaled = [
+            gradient.mul_(factor).to(dtype).reshape(shape)
+            for gradient, (dtype, shape) in zip(gradients, ctx.kinds, strict=True)
+        ]
+        return None, None, None, *scaled
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, weight: float) -> None:
+    """Add `weight * left @ right` to a matrix, which may be of a wider type."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right, alpha=weight)
+    else:
+        into.add_(left @ right, alpha=weight)
+
+
+def _slices(length: int, most: int) -> list[slice]:
+    """Return as few slices of `length` elements as hold at most so many each, nearly equal in size."""
+    count = -(-length // most)
+    ends = [length * part // count for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def _longest(slices: Sequence[slice]) -> int:
+    longest: int = max(each.stop - each.start for each in slices)
+    return longest
