@@ -151,4 +151,10 @@ def fit(
             f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, "
             f"R@1/5/10 text→image {recalls['t2i']}, image→text {recalls['i2t']}"
         )
-    typer.echo(f"Next: sail-eval all --run {run}")
+    if any(pairs.store.dataset == "demo" for pairs in plan.pairs):
+        typer.echo(f"Next: sail-eval all --run {run}")
+    else:
+        typer.echo(
+            f"Next: sail-eval retrieval TEST.yaml --run {run}     (pictures of yours: docs/data.md says how)\n"
+            f"  or: sail-eval all --run {run}     (the published sets that are here)"
+        )

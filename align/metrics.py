@@ -3,27 +3,59 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Embeddings = NDArray[np.floating]
 Ranks = NDArray[np.int64]
 Places = NDArray[np.int64]
 
+TILE = 4_096
+"""Images and texts scored at a time: the matrix of all scores need not fit in memory."""
 BLOCK = 1_024
-"""Queries scored at a time: the matrix of all scores need not fit in memory."""
+"""Rows whose nearest others are looked for at a time."""
+TIE = 1e-6
+"""Scores closer than this are equal. Dot products of unit vectors in float32 are off by some 1e-7, and by how much
+depends on where in the matrix they stand: two images that are the same to the bit need not get the same score."""
 
 
-def ranks(images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer]) -> tuple[Ranks, Ranks]:
+def ranks(
+    images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer], device: str | torch.device = "cpu"
+) -> tuple[Ranks, Ranks]:
     """Rank both ways; text j is right for image `owner_M[j]`, an image may own several texts.
 
     A query's rank is the number of wrong items that score at least as high as its best right one: 0 is the first place,
-    a tie counts against the query, and so does a score that is not a number.
+    a tie (`TIE`) counts against the query, and so does a score that is not a number. Each score is computed once, for
+    both ways, in tiles of bounded size.
 
     Returns:
         Ranks of each image's best text (N,) and of each text's image (M,). An image that owns no text ranks last, M.
     """
-    image_N = np.arange(len(images_NE))
-    return _ranks(images_NE, texts_ME, image_N, owner_M), _ranks(texts_ME, images_NE, owner_M, image_N)
+    order_M = np.argsort(owner_M, kind="stable")  # right pairs then lie along the diagonal, few tiles have any
+    sorted_ME, sorted_M = texts_ME[order_M], owner_M[order_M]
+    right_M = _right_scores(images_NE, sorted_ME, sorted_M)
+    best_N = np.full(len(images_NE), -np.inf)
+    with np.errstate(invalid="ignore"):  # a NaN stays one
+        np.maximum.at(best_N, sorted_M, right_M)
+    image_ranks_N, text_ranks_M = np.zeros(len(images_NE), dtype=np.int64), np.zeros(len(sorted_M), dtype=np.int64)
+    for i in range(0, len(images_NE), TILE):
+        images = slice(i, i + TILE)
+        images_IE = torch.from_numpy(images_NE[images]).to(device)
+        least_I1 = torch.from_numpy(best_N[images] - TIE).to(images_IE)[:, None]
+        for t in range(0, len(sorted_M), TILE):
+            texts = slice(t, t + TILE)
+            scores_IT = images_IE @ torch.from_numpy(sorted_ME[texts]).to(device).T
+            least_T = torch.from_numpy(right_M[texts] - TIE).to(images_IE)
+            first, last = np.searchsorted(sorted_M[texts], [i, i + TILE])
+            scores_IT[sorted_M[texts][first:last] - i, np.arange(first, last)] = -torch.inf
+            image_ranks_N[images] += scores_IT.shape[1] - (scores_IT < least_I1).sum(1).cpu().numpy()
+            text_ranks_M[texts] += scores_IT.shape[0] - (scores_IT < least_T).sum(0).cpu().numpy()
+    own_N = np.bincount(sorted_M, minlength=len(images_NE))
+    image_ranks_N[np.isnan(best_N)] -= own_N[np.isnan(best_N)]  # nothing is below a NaN, not even a right item
+    text_ranks_M[np.isnan(right_M)] -= 1
+    unsorted_M = np.empty_like(text_ranks_M)
+    unsorted_M[order_M] = text_ranks_M
+    return image_ranks_N, unsorted_M
 
 
 def nearest(features_ND: Embeddings, k: int) -> Places:
@@ -103,16 +135,10 @@ def recall_at(rank_Q: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]
     return {k: 100 * float(np.mean(rank_Q < k)) for k in ks}
 
 
-def _ranks(
-    queries_QE: Embeddings, items_IE: Embeddings, group_Q: NDArray[np.integer], group_I: NDArray[np.integer]
-) -> Ranks:
-    """Rank items for each query; an item is right if its group is the query's."""
-    ranks_Q = np.empty(len(queries_QE), dtype=np.int64)
-    for start in range(0, len(queries_QE), BLOCK):
-        block = slice(start, start + BLOCK)
-        scores_BI = queries_QE[block] @ items_IE.T
-        right_BI = group_Q[block, None] == group_I
-        best_B = np.max(scores_BI, axis=1, where=right_BI, initial=-np.inf)
-        # "Not below" rather than "at least": it also counts a NaN on either side.
-        ranks_Q[block] = np.sum(~(scores_BI < best_B[:, None]) & ~right_BI, axis=1)
-    return ranks_Q
+def _right_scores(images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return each text's score with its own image, (M,)."""
+    right_M = np.empty(len(texts_ME))
+    for start in range(0, len(texts_ME), TILE):
+        texts = slice(start, start + TILE)
+        right_M[texts] = np.einsum("te,te->t", images_NE[owner_M[texts]], texts_ME[texts], dtype=np.float64)
+    return right_M

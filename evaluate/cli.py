@@ -6,7 +6,6 @@ with pictures to RUN/report.html.
 
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,16 +14,21 @@ from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.memory import wait_without_spinning
 
 if TYPE_CHECKING:
+    from sail_align.align.checkpoint import Run
     from sail_align.extract.manifest import Manifest
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 TASKS = {
     "classification": "Zero-shot classification. Top-1, top-5, mean per class.",
-    "retrieval": "Retrieval between images and captions. Recall@1, 5 and 10 both ways.",
+    "retrieval": "Retrieval between images and captions. Recall@1, 5 and 10 and ranks, both ways.",
     "winoground": "Pairs of images and captions. Text, image and group score.",
+    "mmvp": "Pairs of images that look alike to CLIP. Share of pairs told apart.",
     "segmentation": "Zero-shot segmentation by patches. mIoU and pixel accuracy.",
 }
+
+VARIANTS = {"classification": ("openai-80", "openai-7", "class-name")}
+"""The protocols that `--protocol` knows, by task kind; what they are stands with the tasks."""
 
 RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]
 DataRoot = Annotated[
@@ -48,23 +52,38 @@ def evaluate_all(
     quiet: Quiet = False,
 ) -> None:
     """Score a run on all sets that are here. Those are the packaged ones with data, and what --manifest adds."""
+    from sail_align.align.checkpoint import load_run, newest_run
+    from sail_align.evaluate.provenance import saw_the_demo
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
+    from sail_align.extract.sources.descriptions import DemoSource
 
-    here, missing = [], []
+    scored = load_run(run or newest_run())
+    own = _required(manifest or [], data_root, kind=None)
+    sets, missing, drawings = [], [], []
     for name in packaged_manifests():
         about, root = find_manifest(name, data_root)
-        if about.task and not is_here(about, root):
+        if about.task is None:
+            continue
+        if not is_here(about, root):
             missing.append(name)
-        elif about.task and about.task.kind not in TASKS:
-            typer.echo(f"not scored: {about.name}; there is no task of kind {about.task.kind!r} yet.")
-        elif about.task:
-            here.append((about, root))
+        elif isinstance(about.source, DemoSource) and not saw_the_demo(scored):
+            drawings.append(name)
+        else:
+            sets.append((about, root))
     if missing:
-        typer.echo("not here (`sail-extract check NAME` says what it is and how to get it):")
-        typer.echo(fill(", ".join(missing), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
-    sets = here + _required(manifest or [], data_root, kind=None)
-    _evaluate(run, sets, features_dir, device, quiet, stop_at_fault=False)
+        typer.echo("not here; each command says what it is and how to get it:")
+        for name in missing:
+            typer.echo(f"  sail-extract check {name}")
+    if drawings:
+        typer.echo(
+            f"left out: {', '.join(drawings)}. They are drawings, and this run was trained on other data; to score one "
+            "all the same, name it, as in: sail-eval retrieval demo-retrieval"
+        )
+    if not sets + own:
+        typer.echo("nothing to score: get one of these, or describe pictures of yours (docs/data.md) for --manifest.")
+        return
+    _evaluate(scored, not run, sets + own, features_dir, device, quiet, stop_at_fault=False)
 
 
 def _register(kind: str, summary: str) -> Callable[..., None]:
@@ -80,8 +99,21 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
         features_dir: FeaturesDir = Path("features"),
         device: Device = "auto",
         quiet: Quiet = False,
+        protocol: Annotated[
+            str | None,
+            typer.Option(
+                help=f"Another than the manifest's: {', '.join(VARIANTS.get(kind, ()))}.", hidden=kind not in VARIANTS
+            ),
+        ] = None,
     ) -> None:
-        _evaluate(run, _required(manifests, data_root, kind), features_dir, device, quiet, stop_at_fault=True)
+        from sail_align.align.checkpoint import load_run, newest_run
+
+        sets = _required(manifests, data_root, kind)
+        if protocol:
+            from sail_align.evaluate.tasks import PROTOCOLS
+
+            sets = [(PROTOCOLS[about.task.kind].variant(about, protocol), root) for about, root in sets if about.task]
+        _evaluate(load_run(run or newest_run()), not run, sets, features_dir, device, quiet, stop_at_fault=True)
 
     return evaluate_kind
 
@@ -104,8 +136,27 @@ def report(
         typer.echo(f"wrote {write_report(run)}")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_A RUN_B…", help="Runs with scores.", show_default=False)],
+) -> None:
+    """Compare runs with the first, item by item, where set and protocol are the same.
+
+    Differences come with a 95 % paired bootstrap interval: both runs on the same draws of images or pairs. p is twice
+    the smaller share of draws on either side of no difference.
+    """
+    from sail_align.evaluate.compare import compare_runs
+    from sail_align.evaluate.table import difference_table
+
+    if len(runs) < 2:
+        raise UserError(f"One run cannot be compared; name another beside {runs[0]}.")
+    for comparison in compare_runs(runs):
+        typer.echo(f"first: {runs[0]}, second: {comparison.run}\n{difference_table(comparison)}")
+
+
 def _evaluate(
-    run_path: Path | None,
+    run: "Run",
+    newest: bool,
     sets: list[tuple["Manifest", Path]],
     features_dir: Path,
     device: str,
@@ -114,17 +165,13 @@ def _evaluate(
     stop_at_fault: bool,
 ) -> None:
     """Score the sets, print the table, write the report, also of those before a fault; exit 1 if a set failed."""
-    from sail_align.align.checkpoint import load_run, newest_run
     from sail_align.evaluate.evaluator import evaluate_sets
     from sail_align.evaluate.report import write_report
     from sail_align.evaluate.scores import Record, failed, scores_path, unfinished
     from sail_align.evaluate.table import score_table
 
-    if not sets:
-        raise UserError("No evaluation set's data are here; name one of your own with --manifest.")
-    run = load_run(run_path or newest_run())
-    facts = ["" if run_path else " (the newest run)", f", {unfinished(run)}" if unfinished(run) else ""]
-    typer.echo(f"scoring {run.path}{''.join(facts)}")
+    facts = [" (the newest run)" if newest else "", f", {unfinished(run)}" if unfinished(run) else ""]
+    typer.echo(f"scoring {run.path}{''.join(facts)} on {', '.join(about.name for about, _ in sets)}")
     scored = evaluate_sets(run, sets, features=features_dir, device=device, quiet=quiet, stop_at_fault=stop_at_fault)
     records: list[Record] = []
     try:
@@ -146,8 +193,6 @@ def _required(references: list[str], data_root: str | None, kind: str | None) ->
     for reference, (about, root) in zip(references, found, strict=True):
         if about.task is None:
             raise UserError(f"Manifest {about.name!r} is for training; give one with purpose 'evaluate'.")
-        if about.task.kind not in TASKS:
-            raise UserError(f"Manifest {about.name!r} is for {about.task.kind}, which has no task yet.")
         if kind not in (None, about.task.kind):
             raise UserError(f"Manifest {about.name!r} is for {about.task.kind}; use `sail-eval {about.task.kind}`.")
         if not is_here(about, root):

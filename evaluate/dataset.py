@@ -1,9 +1,11 @@
 """An evaluation set as a run sees it: encoded once into a store of its own, embedded by the run's heads."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +17,10 @@ from torch import Tensor
 
 from sail_align.evaluate.encoders import Encoders, RunError
 from sail_align.extract import published
-from sail_align.extract.encoders.base import require_same
+from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.engine import extract
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.features import FeatureArray
-from sail_align.extract.files import canonical_json
 from sail_align.extract.manifest import Manifest, Task
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample
@@ -29,13 +30,25 @@ from sail_align.extract.store import Store
 
 Embeddings = NDArray[np.float32]
 HEAD_BATCH = 4096
+TEXT = "text"
+"""The one caption of a store of texts."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embedded captions, (M, E), the row of the sample that each belongs to, (M,), and what each says."""
+
+    embeddings: Embeddings
+    rows: NDArray[np.intp]
+    said: list[str]
 
 
 class EvaluationSet:
     """One evaluation set and one run.
 
-    A store's name depends on the folder of the data, or on the prompts: others are encoded beside. Images that change
-    in place, under the same names, are not noticed: their features stay until the store's folder is removed.
+    Images and texts are encoded into stores of their own, whose names depend on the encoder and on the folder of the
+    images, or on the texts: others are encoded beside, and all runs with the same encoder share them. Images that
+    change in place, under the same names, are not noticed: their features stay until the store's folder is removed.
 
     Args:
         manifest: Its purpose is to evaluate.
@@ -54,6 +67,7 @@ class EvaluationSet:
         self.run = encoders.run
         self.source = open_source(manifest, data_root)
         self.stores: dict[str, Store] = {}
+        self.encoding_seconds = 0.0
         self._folder = folder
         self._root = None if isinstance(manifest.source, DemoSource) else (data_root / manifest.source.root).resolve()
         self.quiet = quiet
@@ -81,6 +95,27 @@ class EvaluationSet:
             raise UserError(f"{self.manifest.name} has no samples; correct its files or its split.")
         return samples
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the set lists, in order: classes, keys, captions, labels and masks. Not of pixels."""
+        listed = [[each.key, dict(each.captions), each.label, each.mask] for each in self.samples]
+        return digest_of([self.source.classes, listed])
+
+    def image_features(self) -> NDArray[np.float16]:
+        """Return the encoder's features of all images, (N, D). Raises `UserError` where an image cannot be read."""
+        told_apart = digest_of(str(self._root))[:8] if self._root else ""
+        name = "-".join(filter(None, [self.manifest.name, told_apart]))
+        bare = [replace(sample, captions={}) for sample in self.samples]
+        store = self._encoded("images", name, self.manifest.name, self.manifest.rows, bare, self.run.image)
+        return self._readable(store, store.image())
+
+    def text_features(self, what: str, texts: dict[str, str], name: str) -> NDArray[np.float16]:
+        """Return the encoder's features of texts by key, (M, D); `what` they are, and the `name` of their store."""
+        listed = [Sample(key=key, image="", captions={TEXT: text}) for key, text in texts.items()]
+        digest = digest_of(list(texts.items()))[:8]
+        store = self._encoded(what, f"{name}-{digest}", name, {"texts": digest}, listed, self.run.text)
+        return self._readable(store, store.text(TEXT))
+
     def images(self) -> Embeddings:
         """Return the embeddings of all images, (N, E), rows of unit length.
 
@@ -88,16 +123,22 @@ class EvaluationSet:
             UserError: An image cannot be read.
             RunError: The run's head gives no finite numbers.
         """
-        store = self._set_store
-        features, _ = self._readable(store, store.image(), "image", allowed={Status.OK})
-        return self._embed(self.run.model.encode_image, features)
+        return self._embed(self.run.model.encode_image, self.image_features())
 
-    def texts(self, caption: str) -> tuple[Embeddings, NDArray[np.intp]]:
-        """Return the embeddings of one caption, (M, E), and the row of each, (M,): a sample may lack the caption."""
-        store = self._set_store
-        features, status = self._readable(store, store.text(caption), caption, allowed={Status.OK, Status.MISSING})
-        rows = np.flatnonzero(status == Status.OK)
-        return self._embed(self.run.model.encode_text, features[rows]), rows
+    def texts(self) -> Texts:
+        """Return the task's captions, all first ones, then all second ones …; a sample may lack some."""
+        said = [
+            (row, name, sample.captions[name])
+            for name in self.captions
+            for row, sample in enumerate(self.samples)
+            if name in sample.captions
+        ]
+        if not said:
+            return Texts(np.empty((0, 0), dtype=np.float32), np.empty(0, dtype=np.intp), [])
+        keyed = {f"{self.samples[row].key} {name}": self.task.prompt.replace("{}", text) for row, name, text in said}
+        features = self.text_features("captions", keyed, f"{self.manifest.name}-captions")
+        rows_M = np.array([row for row, _, _ in said], dtype=np.intp)
+        return Texts(self._embed(self.run.model.encode_text, features), rows_M, [text for _, _, text in said])
 
     def class_embeddings(self) -> Embeddings:
         """Return one embedding a class, (C, E): the mean over the templates' unit embeddings, of unit length."""
@@ -105,78 +146,54 @@ class EvaluationSet:
         templates = published.templates(named) if isinstance(named, str) else named
         if not classes:
             raise UserError(f"{self.manifest.name} names no classes; its source needs 'classes'.")
-        as_published = isinstance(getattr(self.manifest.source, "classes", None), str)  # two of ImageNet's occur twice
         twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
-        if twice and not as_published:
+        if twice and not isinstance(getattr(self.manifest.source, "classes", None), str):  # ImageNet's list has two
             raise UserError(f"{self.manifest.name} has two classes named {twice[0]!r}; give each its own name.")
-        prompts = [
-            Sample(key=f"{label}/{number}", image="", captions={"prompt": template.replace("{}", name)})
+        prompts = {
+            f"{label}/{number}": template.replace("{}", name)
             for label, name in enumerate(classes)
             for number, template in enumerate(templates)
-        ]
-        told_apart = _short_digest([self.manifest.rows, [sample.captions["prompt"] for sample in prompts]])
-        store = self._encoded("prompts", f"prompts-{told_apart}", prompts, ["prompt"], images=False)
-        features, _ = self._readable(store, store.text("prompt"), "prompt", allowed={Status.OK})
+        }
+        features = self.text_features("prompts", prompts, "prompts")
         means_CE = self._embed(self.run.model.encode_text, features).reshape(len(classes), len(templates), -1).mean(1)
         return cast(Embeddings, means_CE / np.linalg.norm(means_CE, axis=1, keepdims=True))
 
-    @cached_property
-    def _set_store(self) -> Store:
-        told_apart = _short_digest(str(self._root)) if self._root else ""
-        return self._encoded("set", told_apart, self.samples, self.captions, images=True)
-
     def _encoded(
-        self, name: str, told_apart: str, samples: list[Sample], captions: Sequence[str], *, images: bool
+        self, what: str, name: str, dataset: str, rows: dict[str, Any], samples: list[Sample], identity: Identity
     ) -> Store:
-        """Return the complete store of these samples, encoding what is not there yet."""
-        image, text = (self.run.image if images else None), (self.run.text if captions else None)
-        prints = [identity.spec.fingerprint[:8] for identity in (image, text) if identity]
-        path = self._folder / f"{'-'.join(filter(None, [self.manifest.name, told_apart, *prints]))}.zarr"
+        """Return the complete store of these samples' images or texts, encoding what is not there yet."""
+        path = self._folder / f"{name}-{identity.spec.fingerprint[:8]}.zarr"
+        of_images = identity.spec.modality == "image"
+        captions = [] if of_images else [TEXT]
         if not (path / "zarr.json").exists():
             with suppress(StoreExistsError):  # another process was quicker
-                Store.create(
-                    path,
-                    dataset=self.manifest.name,
-                    manifest=self.manifest.rows,
-                    parts=[Part.of(samples)],
-                    captions=captions,
-                )
+                Store.create(path, dataset=dataset, manifest=rows, parts=[Part.of(samples)], captions=captions)
         store = Store.open(path)
-        self._require_reusable(store, samples)
-        arrays = store.arrays()
-        if len(arrays) < images + len(captions) or not all(array.complete for array in arrays):
-            extract(
-                store,
-                self.source,
-                image=self.encoders.image if image else None,
-                text=self.encoders.text if text else None,
-                captions=captions,
-                quiet=self.quiet,
-            )
-        self.stores[name] = store
-        return store
-
-    def _require_reusable(self, store: Store, samples: list[Sample]) -> None:
-        """Refuse a store of other samples or of other encoders than this run's."""
-        if store.attributes["manifest"] != self.manifest.rows or store.samples(0, store.rows) != samples:
+        if store.attributes["manifest"] != rows or store.samples(0, store.rows) != samples:
             raise UserError(f"{store.path} holds other samples than {self.manifest.name} has now; remove that folder.")
         for array in store.arrays():
-            expected = self.run.image if array.identity.spec.modality == "image" else self.run.text
-            require_same(expected, array.identity, where=str(store.path))
+            require_same(identity, array.identity, where=str(store.path))
+        if not store.arrays() or not all(array.complete for array in store.arrays()):
+            started = time.monotonic()
+            image = self.encoders.image if of_images else None
+            text = None if of_images else self.encoders.text
+            extract(store, self.source, image=image, text=text, captions=captions, quiet=self.quiet)
+            self.encoding_seconds += time.monotonic() - started
+        self.stores[what] = store
+        return store
 
-    def _readable(
-        self, store: Store, array: FeatureArray, what: str, allowed: set[Status]
-    ) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-        """Return features and statuses, or refuse: a score over part of a set is the score of another set."""
+    def _readable(self, store: Store, array: FeatureArray) -> NDArray[np.float16]:
+        """Return features, or refuse: a score over part of a set is the score of another set."""
         features, status = array.read()
-        bad = np.flatnonzero(~np.isin(status, list(allowed)))
+        bad = np.flatnonzero(status != Status.OK)
         if len(bad) == 0:
-            return features, status
+            return features
         key = store.index(["key"])["key"][int(bad[0])].as_py()
         for shard in {int(row) // array.shard_rows for row in bad}:
             array.discard(shard)  # so that the next call reads them again
+        what = "image" if array.identity.spec.modality == "image" else "text"
         raise UserError(
-            f"{len(bad)} of {array.rows} rows of {self.manifest.name} have no usable {what}; the first is {key!r} "
+            f"{len(bad)} of {array.rows} {what}s of {self.manifest.name} cannot be used; the first is {key!r} "
             f"({Status(int(status[bad[0]])).label}); mend the data and run again."
         )
 
@@ -190,5 +207,6 @@ class EvaluationSet:
         return embeddings
 
 
-def _short_digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()[:8]
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON-able value; names of files need not be valid Unicode."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from sail_align.align.checkpoint import Run
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.encoders import Encoders, RunError
+from sail_align.evaluate.outcomes import save_outcomes
 from sail_align.evaluate.scores import Record, error_record, examples_path, merge_scores, score_record
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
@@ -53,8 +54,9 @@ def evaluate_sets(
                 raise UserError(" ".join(str(problem).split())) from problem
             record = error_record(manifest, problem)
         else:
-            record = score_record(data, protocol.id, result, time.monotonic() - started)
+            record = score_record(data, protocol.id(data), result, time.monotonic() - started)
             examples = [example.to_json() for example in result.examples]
-            write_atomically(examples_path(run.path, manifest.name), json.dumps(examples).encode())
+            write_atomically(examples_path(run.path, record), json.dumps(examples).encode())
+            save_outcomes(run.path, record, result.outcomes)
         merge_scores(run, [record])
         yield record

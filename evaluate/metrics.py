@@ -1,24 +1,29 @@
 """Metrics that need labels, masks or pairs: numpy in, numbers out. Recall is in `sail_align.align.metrics`.
 
 A tie is never a success: a model that gives everything the same score, or NaN, scores nothing. Values are fractions.
+A statistic takes how often each item was drawn, (N,), and returns a number, NaN if the draw has none: with every item
+once it is the score, with a resample's counts its bootstrap value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sail_align.align.metrics import TIE
 from sail_align.extract.sources.base import IGNORED
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Numbers = NDArray[np.number]
+Statistic = Callable[[NDArray[np.float64]], float]
+RESAMPLES = 1_000
 
 
 def top_k_hits(scores_NC: Floats, labels_N: Ints, k: int) -> NDArray[np.bool_]:
-    """Return for each row whether its label is among the k best classes, (N,)."""
+    """Return for each row whether its label is among the k best classes, (N,); scores closer than `TIE` are equal."""
     own_N1 = np.take_along_axis(scores_NC, labels_N[:, None], axis=1)
-    others_not_worse_N = np.sum(~(scores_NC < own_N1), axis=1) - 1
+    others_not_worse_N = np.sum(~(scores_NC < own_N1 - TIE), axis=1) - 1
     hits_N: NDArray[np.bool_] = others_not_worse_N < k
     return hits_N
 
@@ -90,30 +95,64 @@ def chance_recall(items: int, positives: Ints, k: int) -> float:
     return float(1 - np.average(misses, weights=counts))
 
 
-def bootstrap_interval(
-    statistic: Callable[[NDArray[np.float64]], float], items: int, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of a statistic over items.
+def chance_median_rank(items: int, positives: Ints) -> float:
+    """Return the median over such queries of the best right item's rank, from 1, in a random ranking of `items`."""
+    values, counts = np.unique(positives, return_counts=True)
+    steps_I = np.arange(items)
+    kept_VI = np.maximum(items - values[:, None] - steps_I, 0) / (items - steps_I)
+    found_I = 1 - np.average(np.cumprod(kept_VI, axis=1), axis=0, weights=counts)
+    return float(np.argmax(found_I >= 0.5) + 1)
+
+
+def chance_mean_rank(items: int, positives: Ints) -> float:
+    """Return the expected rank, from 1, of the best right item in a random ranking: (items + 1) / (p + 1)."""
+    return float(np.mean((items + 1) / (positives + 1)))
+
+
+def weighted_median(values_N: Numbers, weights_N: Floats, order_N: Ints | None = None) -> float:
+    """Return the median of values that occur as often as their weights say, NaN if all are zero.
 
     Args:
-        statistic: Takes how often each item was drawn, (items,), and returns a number; NaN if the draw has none.
-        items: Number of independent items: images, or pairs.
-        resamples: Samples of `items` items drawn with replacement.
-        seed: Seed of the draws; the same seed gives the same interval.
+        values_N: The values.
+        weights_N: Whole numbers ≥ 0.
+        order_N: What sorts the values, where it is known already.
+    """
+    order_N = np.argsort(values_N) if order_N is None else order_N
+    upto_N = np.cumsum(weights_N[order_N])
+    if not len(upto_N) or not upto_N[-1]:
+        return float("nan")
+    middle = (upto_N[-1] + 1) / 2  # between two of them where their number is even
+    places = np.searchsorted(upto_N, [np.floor(middle), np.ceil(middle)])
+    return float(values_N[order_N[places]].mean())
+
+
+def draws(items: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each item occurs, (items,), in samples of `items` items drawn with replacement.
+
+    The same seed gives the same draws, so that two models are compared on the same ones.
     """
     generator = np.random.default_rng(seed)
-    draws = (generator.integers(items, size=items) for _ in range(resamples))
-    values = [statistic(np.bincount(draw, minlength=items).astype(np.float64)) for draw in draws]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    for _ in range(resamples):
+        yield np.bincount(generator.integers(items, size=items), minlength=items).astype(np.float64)
+
+
+def bootstrap(
+    statistics: Sequence[Statistic], items: int, *, resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return each statistic of each draw, (resamples, statistics)."""
+    values = [[of(drawn_N) for of in statistics] for drawn_N in draws(items, resamples=resamples, seed=seed)]
+    return np.array(values).reshape(resamples, len(statistics))
+
+
+def interval(values_R: Floats) -> tuple[float, float]:
+    """Return the 95 % percentile interval of bootstrap values; draws without a value do not count."""
+    if np.isnan(values_R).all():
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
     return float(low), float(high)
 
 
-def mean_interval(values_N: Floats | NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the bootstrap interval of a mean over items."""
-    return bootstrap_interval(lambda drawn_N: weighted_mean(values_N, drawn_N), len(values_N))
-
-
-def weighted_mean(values_N: Floats | NDArray[np.bool_], weights_N: Floats) -> float:
+def weighted_mean(values_N: Numbers | NDArray[np.bool_], weights_N: Floats) -> float:
     """Return a weighted mean, NaN if all weights are zero."""
     total = weights_N.sum()
     return float(weights_N @ values_N / total) if total else float("nan")

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sail_align.evaluate.charts import Series, line_chart, score_bar
-from sail_align.evaluate.scores import examples_path, read_scores
+from sail_align.evaluate.scores import Record, examples_path, read_scores
 from sail_align.evaluate.table import interval, number
 from sail_align.extract.files import write_atomically
 
@@ -25,6 +25,10 @@ TASKS = {
         "Pairs of images and captions",
         "Text is right if each image prefers its own caption, image if each caption prefers its own image. A model "
         "that knows the words but not their order prefers one caption for both images, and so falls below chance.",
+    ),
+    "mmvp": (
+        "Pairs of images that look alike to CLIP",
+        "A pair is right if each of its two statements has the higher cosine with its own image.",
     ),
     "segmentation": (
         "Zero-shot segmentation",
@@ -58,7 +62,8 @@ def write_report(run: Path) -> Path:
         summary=summary(scores, settings),
         settings=_flat(settings),
         curves=training_curves(run),
-        examples={record["dataset"]: _examples(run, record["dataset"]) for record in scores["records"]},
+        examples={_told_apart(record): _examples(run, record) for record in scores["records"]},
+        told_apart=_told_apart,
         tasks=TASKS,
         score_bar=score_bar,
     )
@@ -134,8 +139,13 @@ def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str,
     ]
 
 
-def _examples(run: Path, dataset: str) -> list[dict[str, Any]]:
-    path = examples_path(run, dataset)
+def _told_apart(record: Record) -> str:
+    """Return what no other record of the page has: one set may be scored by several protocols."""
+    return f"{record['dataset']} {record['task']} {record.get('protocol')}"
+
+
+def _examples(run: Path, record: Record) -> list[dict[str, Any]]:
+    path = examples_path(run, record)
     examples: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.is_file() else []
     return examples
 

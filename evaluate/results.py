@@ -1,7 +1,8 @@
-"""What a task returns: numbers with chance and interval, and examples to look at."""
+"""What a task returns: outcomes by item, the numbers they make with chance and interval, and examples to look at."""
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -9,27 +10,53 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.evaluate.metrics import Statistic, bootstrap, interval
+
+Outcomes = Mapping[str, NDArray[Any]]
+"""What came out by item, by name: hits, ranks …; saved beside the scores, so that two runs can be compared."""
+Unit = Literal["%", "rank"]
 Mark = Literal["right", "wrong", ""]
 PICTURE_SIDE = 256
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How one number of a task comes from its outcomes; `of` and `chance` are fractions where the unit is per cent."""
+
+    name: str
+    label: str
+    chance: float
+    of: Statistic
+    unit: Unit = "%"
+
+    @property
+    def scale(self) -> float:
+        """What values are multiplied by to be shown."""
+        return 100.0 if self.unit == "%" else 1.0
+
+
+@dataclass(frozen=True)
 class Metric:
-    """One number in per cent, beside what guessing would give and its 95 % interval over items."""
+    """One number, in per cent or a rank from 1, beside what guessing would give and its 95 % interval over items."""
 
     name: str
     label: str
     value: float
     chance: float
     interval: tuple[float, float]
+    unit: Unit = "%"
 
-    @classmethod
-    def of_fractions(
-        cls, name: str, label: str, value: float, chance: float, interval: tuple[float, float]
-    ) -> "Metric":
-        """Return the metric of numbers between 0 and 1."""
-        low, high = interval
-        return cls(name, label, 100 * value, 100 * chance, (100 * low, 100 * high))
+
+def summarise(measures: Sequence[Measure], items: int) -> tuple[Metric, ...]:
+    """Return the metrics of all items, with intervals over the same bootstrap draws of them."""
+    values_RM = bootstrap([measure.of for measure in measures], items)
+    once_N = np.ones(items)
+    metrics = []
+    for column, measure in enumerate(measures):
+        low, high = interval(values_RM[:, column] * measure.scale)
+        value, chance = measure.of(once_N) * measure.scale, measure.chance * measure.scale
+        metrics.append(Metric(measure.name, measure.label, value, chance, (low, high), measure.unit))
+    return tuple(metrics)
 
 
 @dataclass(frozen=True)
@@ -89,11 +116,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Result:
-    """What one protocol measured on one data set. `items` is what the intervals resample: images, or pairs."""
+    """What one protocol measured on one data set.
+
+    `items` is what the intervals resample: images, or pairs.
+    """
 
     items: int
     metrics: tuple[Metric, ...]
     examples: tuple[Example, ...]
+    outcomes: Outcomes
     details: dict[str, Any] = field(default_factory=dict)
 
 

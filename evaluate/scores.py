@@ -1,8 +1,10 @@
 """`scores.json` of a run: numbers with protocol, chance, interval, and where they come from."""
 
+import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,36 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
 
-SCHEMA = 1
-LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr")
+SCHEMA = 2
+LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr", "open-clip-torch", "clip-benchmark")
 
 Record = dict[str, Any]
 
 
 def score_record(data: EvaluationSet, protocol: str, result: Result, seconds: float) -> Record:
-    """Return one set's scores as a record of `scores.json`."""
+    """Return one set's scores as a record of `scores.json`: what was measured, how, on what, with what.
+
+    Args:
+        data: The set; its stores and the time it took to fill them are part of the record.
+        protocol: The protocol's id.
+        result: What was measured.
+        seconds: How long it took, encoding included.
+    """
     stores = data.stores.items()
+    encoders = {"image": data.run.image, "text": data.run.text}
     return {
         **_about(data.manifest),
         "protocol": protocol,
         "items": result.items,
+        "data": {"digest": data.digest, "rows": len(data.samples), "expected_rows": data.manifest.expected_rows},
         "metrics": [asdict(metric) for metric in result.metrics],
         "details": result.details,
+        "run": data.run.digest,
+        "encoders": {side: identity.spec.fingerprint for side, identity in encoders.items()},
         "stores": {name: {"path": str(store.path), "digest": store.digest} for name, store in stores},
-        "versions": {name: version(name) for name in LIBRARIES},
-        "seconds": round(seconds, 1),
+        "versions": _versions(),
+        "seconds": round(seconds, 2),
+        "encoding_seconds": round(data.encoding_seconds, 2),
     }
 
 
@@ -46,10 +60,10 @@ def failed(records: list[Record]) -> bool:
 
 
 def merge_scores(run: Run, records: list[Record]) -> None:
-    """Put records into the run's `scores.json`, in the place of older ones of the same set.
+    """Put records into the run's `scores.json`, in the place of older ones of the same set and protocol.
 
-    An error takes no score's place. Scores of another checkpoint, of other encoders or of another schema are dropped;
-    the run's folder may have another name by now.
+    An error takes no score's place, and gives way to any. Scores of another checkpoint, of other encoders or of another
+    schema are dropped; the run's folder may have another name by now.
     """
     head = {
         "schema": SCHEMA,
@@ -62,11 +76,10 @@ def merge_scores(run: Run, records: list[Record]) -> None:
     }
     path = scores_path(run.path)
     older = json.loads(path.read_bytes()) if path.exists() else {}
-    merged = {record["dataset"]: record for record in older["records"]} if _of_same_weights(older, head) else {}
+    kept: list[Record] = older["records"] if _of_same_weights(older, head) else []
     for record in records:
-        if "error" not in record or "error" in merged.get(record["dataset"], record):
-            merged[record["dataset"]] = record
-    content = {**head, "records": list(merged.values())}
+        kept = _merged(kept, record)
+    content = {**head, "records": kept}
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
@@ -95,9 +108,39 @@ def scores_path(run: Path) -> Path:
     return run / "scores.json"
 
 
-def examples_path(run: Path, dataset: str) -> Path:
-    """Return where the examples of one set are, for the report."""
-    return run / "examples" / f"{dataset}.json"
+def examples_path(run: Path, record: Record) -> Path:
+    """Return where the examples of one set under one protocol are, for the report."""
+    return run / "examples" / f"{_file_name(record)}.json"
+
+
+def outcomes_path(run: Path, record: Record) -> Path:
+    """Return where the outcomes by item of one set under one protocol are, for comparisons."""
+    return run / "outcomes" / f"{_file_name(record)}.safetensors"
+
+
+def _file_name(record: Record) -> str:
+    told_apart = hashlib.sha256(record.get("protocol", "").encode()).hexdigest()[:8]
+    return f"{record['dataset']}-{record['task']}-{told_apart}"
+
+
+def _merged(records: list[Record], new: Record) -> list[Record]:
+    """Return records with a new one in its place."""
+    same_set = [each for each in records if (each["dataset"], each["task"]) == (new["dataset"], new["task"])]
+    if "error" in new and any("error" not in each for each in same_set):
+        return records
+    replaced = [each for each in same_set if "error" in each or each["protocol"] == new.get("protocol")]
+    place = records.index(replaced[0]) if replaced else len(records)
+    kept = [each for each in records if each not in replaced]
+    return [*kept[:place], new, *kept[place:]]
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the libraries that are installed; those of the extra `eval` may not be."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _of_same_weights(older: dict[str, Any], head: dict[str, Any]) -> bool:

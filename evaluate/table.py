@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.scores import Record
 
 HEADER = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
-TO_THE_RIGHT = {"n", "score", "chance", "95% interval"}
+DIFFERENCE_HEADER = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
+TO_THE_LEFT = {"data set", "task", "metric"}
 
 
 def number(percent: float) -> str:
@@ -34,6 +36,20 @@ def score_table(records: Iterable[Record]) -> str:
     return _aligned(HEADER, rows)
 
 
+def difference_table(comparison: Comparison) -> str:
+    """Return a comparison: one line a metric, and a sentence for each set that cannot be compared."""
+    rows: list[tuple[str, ...]] = []
+    said = ""
+    for each in comparison.differences:
+        values = (number(each.first), number(each.second), f"{each.second - each.first:+.1f}")
+        lower_is_better = " (less is better)" if each.unit == "rank" else ""
+        name = each.dataset if each.protocol != said else ""
+        low, high = each.interval
+        rows.append((name, each.label + lower_is_better, *values, f"{low:+.1f} – {high:+.1f}", f"{each.p:.3f}"))
+        said = each.protocol
+    return "\n".join([_aligned(DIFFERENCE_HEADER, rows), *comparison.refusals])
+
+
 def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return rows under a header; a row shorter than the header is a sentence and does not widen its last column."""
     full = [header, *(row for row in rows if len(row) == len(header))]
@@ -42,7 +58,7 @@ def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
     def line(row: tuple[str, ...]) -> str:
         cells = (
-            cell.rjust(width) if name in TO_THE_RIGHT else cell.ljust(width)
+            cell.ljust(width) if name in TO_THE_LEFT else cell.rjust(width)
             for cell, width, name in zip(row, widths, header, strict=False)
         )
         return "  ".join(cells).rstrip()

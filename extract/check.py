@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import Part, Sample, Source, UnreadableImageError
-from sail_align.extract.sources.descriptions import Files, WebDatasetSource
+from sail_align.extract.sources.demo_drawing import PACKAGES
+from sail_align.extract.sources.descriptions import DemoSource, Files, WebDatasetSource
 from sail_align.extract.sources.tables import read_captions
 
 PROBED = 32
@@ -39,7 +41,9 @@ def look(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
 
 
 def is_here(manifest: Manifest, data_root: Path) -> bool:
-    """Whether all files that a manifest's source needs are there; nothing is opened. The demo needs none."""
+    """Whether all files that a manifest's source needs are there; nothing is opened. The demo needs packages."""
+    if isinstance(manifest.source, DemoSource):
+        return all(find_spec(package) for package in PACKAGES)
     return all(_needed(manifest, data_root).values())
 
 

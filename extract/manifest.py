@@ -22,12 +22,14 @@ class Task(Strict):
     """What an evaluation set measures.
 
     `templates` hold one `{}` for the class name, or name a published list (`open_clip:imagenet-80`); `captions` default
-    to all.
+    to all, and each goes into `prompt`. `split` says which part of a data set the files are where the source does not.
     """
 
     kind: TaskKind
     templates: Annotated[list[Template], Field(min_length=1)] | NonEmpty = Field(default=["a photo of a {}."])
     captions: list[str] | None = None
+    prompt: Template = "{}"
+    split: NonEmpty | None = None
 
 
 class Encoders(Strict):

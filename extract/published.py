@@ -13,6 +13,8 @@ from typing import Any
 
 from sail_align.extract.errors import UserError
 
+LIBRARIES = ("open_clip:", "clip_benchmark:")
+"""How a reference begins that names a library's list."""
 _CLASSES = "sail_align.data_manifests"
 _OPEN_CLIP = {
     "imagenet": "IMAGENET_CLASSNAMES",

@@ -1,25 +1,13 @@
-"""One file a protocol."""
+"""One file a task."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.results import Result
-from sail_align.evaluate.tasks import classification, retrieval, segmentation, winoground
+from sail_align.evaluate.tasks import classification, mmvp, retrieval, segmentation, winoground
+from sail_align.evaluate.tasks.base import Protocol
 from sail_align.extract.manifest import TaskKind
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a task kind is measured. `id` changes whenever its numbers can."""
-
-    id: str
-    evaluate: Callable[[EvaluationSet], Result]
-
-
 PROTOCOLS: dict[TaskKind, Protocol] = {
-    "classification": Protocol(classification.PROTOCOL, classification.evaluate),
-    "retrieval": Protocol(retrieval.PROTOCOL, retrieval.evaluate),
-    "winoground": Protocol(winoground.PROTOCOL, winoground.evaluate),
-    "segmentation": Protocol(segmentation.PROTOCOL, segmentation.evaluate),
+    "classification": classification.PROTOCOL,
+    "retrieval": retrieval.PROTOCOL,
+    "winoground": winoground.PROTOCOL,
+    "mmvp": mmvp.PROTOCOL,
+    "segmentation": segmentation.PROTOCOL,
 }

@@ -5,14 +5,22 @@ prediction by cosine. A tie counts as wrong, where an argmax would credit the cl
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import bootstrap_interval, mean_interval, mean_per_class, top_k_hits
-from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, mark, pick_examples
+from sail_align.evaluate.metrics import mean_per_class, top_k_hits, weighted_mean
+from sail_align.evaluate.results import (
+    Example,
+    Measure,
+    Note,
+    Outcomes,
+    Picture,
+    Result,
+    mark,
+    pick_examples,
+    summarise,
+)
+from sail_align.evaluate.tasks.base import Protocol, classes_part, templates_part
 from sail_align.extract.errors import UserError
-
-PROTOCOL = "classification/prompt-ensemble@1"
 
 
 def evaluate(data: EvaluationSet) -> Result:
@@ -20,25 +28,30 @@ def evaluate(data: EvaluationSet) -> Result:
     labels_N = np.array([sample.label for sample in data.samples])
     if (labels_N < 0).any():
         raise UserError(f"{data.manifest.name} has rows without a label; give its source classes, as in class-folder.")
+    classes = data.source.classes
     scores_NC = data.images() @ data.class_embeddings().T
-    metrics, hits_N = score(scores_NC, labels_N)
-    examples = tuple(_example(data, scores_NC, row) for row in pick_examples(hits_N, each=4))
-    return Result(len(labels_N), metrics, examples)
+    outcomes = {
+        "top1": top_k_hits(scores_NC, labels_N, 1),
+        "top5": top_k_hits(scores_NC, labels_N, 5),
+        "label": labels_N,
+        "classes": np.array([len(classes)]),
+    }
+    examples = tuple(_example(data, scores_NC, row) for row in pick_examples(outcomes["top1"], each=4))
+    details = {"classes": len(classes), "distinct_class_names": len(set(classes))}
+    return Result(len(labels_N), summarise(measures(outcomes), len(labels_N)), examples, outcomes, details)
 
 
-def score(scores_NC: Embeddings, labels_N: NDArray[np.integer]) -> tuple[tuple[Metric, ...], NDArray[np.bool_]]:
-    """Return the metrics, and which rows the best class got right."""
-    classes = scores_NC.shape[1]
-    top1_N, top5_N = top_k_hits(scores_NC, labels_N, 1), top_k_hits(scores_NC, labels_N, 5)
-    per_class = bootstrap_interval(lambda drawn_N: mean_per_class(top1_N, labels_N, drawn_N), len(labels_N))
-    metrics = (
-        Metric.of_fractions("top1", "top-1", float(top1_N.mean()), 1 / classes, mean_interval(top1_N)),
-        Metric.of_fractions("top5", "top-5", float(top5_N.mean()), min(5 / classes, 1.0), mean_interval(top5_N)),
-        Metric.of_fractions(
-            "mean_per_class", "mean per class", mean_per_class(top1_N, labels_N), 1 / classes, per_class
+def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
+    """Return what is measured, of hits `top1` and `top5` (N,), each row's `label`, and the number of `classes`."""
+    top1_N, top5_N, labels_N = (outcomes[name] for name in ("top1", "top5", "label"))
+    (classes,) = outcomes["classes"].tolist()
+    return (
+        Measure("top1", "top-1", 1 / classes, lambda drawn_N: weighted_mean(top1_N, drawn_N)),
+        Measure("top5", "top-5", min(5 / classes, 1.0), lambda drawn_N: weighted_mean(top5_N, drawn_N)),
+        Measure(
+            "mean_per_class", "mean per class", 1 / classes, lambda drawn_N: mean_per_class(top1_N, labels_N, drawn_N)
         ),
     )
-    return metrics, top1_N
 
 
 def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
@@ -51,3 +64,16 @@ def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
     name = classes[sample.label]
     picture = Picture(data.source.image(sample.image), alt=name, notes=guesses)
     return Example(name, best[0] == sample.label, (picture,))
+
+
+PROTOCOL = Protocol(
+    name="classification/prompt-ensemble@1",
+    parts=lambda data: (classes_part(data), templates_part(data)),
+    evaluate=evaluate,
+    measures=measures,
+    variants={
+        "openai-80": {"templates": "open_clip:imagenet-80"},
+        "openai-7": {"templates": "open_clip:imagenet-7"},
+        "class-name": {"templates": ["{}"]},
+    },
+)

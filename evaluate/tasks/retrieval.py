@@ -1,66 +1,99 @@
-"""Retrieval both ways: recall@k over the whole set, hit if any right item is among the k best.
+"""Retrieval both ways: recall@k and ranks over the whole set; the best-ranked right item counts.
 
-As in the COCO and Flickr30k tables: no prompt, every caption of an image is right for it, each caption asks once. Which
-images and captions make up the set is the manifest's business (Karpathy's 5k test is one set, val2017 another).
+As in the COCO and Flickr30k tables: every caption of an image is right for it, each caption asks once, as published:
+no prompt, no lower case. A wrong item with the same score is ahead of the right one. Which images and captions make up
+the set is the manifest's business (Karpathy's 5k test is one set, val2017 another).
 """
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.align.metrics import ranks
+from sail_align.align.metrics import Ranks, ranks
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import bootstrap_interval, chance_recall, weighted_mean
-from sail_align.evaluate.results import Example, Metric, Note, Picture, Result, pick_examples
+from sail_align.evaluate.metrics import (
+    chance_mean_rank,
+    chance_median_rank,
+    chance_recall,
+    weighted_mean,
+    weighted_median,
+)
+from sail_align.evaluate.results import Example, Measure, Note, Outcomes, Picture, Result, pick_examples, summarise
+from sail_align.evaluate.tasks.base import Protocol, captions_part
 from sail_align.extract.errors import UserError
 
-PROTOCOL = "retrieval/any-positive@1"
 KS = (1, 5, 10)
 SHOWN = 5
 
-Ranks = NDArray[np.integer]
+Drawn = NDArray[np.float64]
 
 
 def evaluate(data: EvaluationSet) -> Result:
-    """Score recall@1, 5 and 10, text to image and image to text."""
-    images_NE = data.images()
-    parts = [data.texts(name) for name in data.captions]
-    if not any(len(rows_K) for _, rows_K in parts):
+    """Score recall and ranks, text to image and image to text."""
+    images_NE, texts = data.images(), data.texts()
+    if not len(texts.rows):
         raise UserError(f"{data.manifest.name} has no caption to retrieve by; give its source 'captions'.")
-    texts_ME = np.concatenate([embeddings_KE for embeddings_KE, _ in parts])
-    owner_M = np.concatenate([rows_K for _, rows_K in parts])
-    names_M = [name for name, (_, rows_K) in zip(data.captions, parts, strict=True) for _ in rows_K]
-    image_ranks_N, text_ranks_M = ranks(images_NE, texts_ME, owner_M)
-    examples = []
-    for text in pick_examples(text_ranks_M == 0, each=4):
-        query = data.samples[owner_M[text]].captions[names_M[text]]
-        examples.append(_example(data, query, images_NE @ texts_ME[text], int(owner_M[text])))
-    metrics = score(image_ranks_N, text_ranks_M, owner_M)
-    return Result(len(images_NE), metrics, tuple(examples), {"captions": len(texts_ME)})
+    image_ranks_N, text_ranks_M = ranks(images_NE, texts.embeddings, texts.rows, data.encoders.device)
+    outcomes = {"image_rank": image_ranks_N, "text_rank": text_ranks_M, "owner": texts.rows}
+    examples = tuple(
+        _example(data, texts.said[text], images_NE @ texts.embeddings[text], int(texts.rows[text]))
+        for text in pick_examples(text_ranks_M == 0, each=4)
+    )
+    metrics = summarise(measures(outcomes), len(images_NE))
+    return Result(len(images_NE), metrics, examples, outcomes, {"captions": len(texts.rows)})
 
 
-def score(image_ranks_N: Ranks, text_ranks_M: Ranks, owner_M: Ranks) -> tuple[Metric, ...]:
-    """Return recall of each caption's image and of each image's best-ranked caption; 0 is the first rank.
+def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
+    """Return what is measured, of ranks from 0 and the image that owns each caption, `owner` (M,).
 
-    An image without a caption is there to be found, but does not ask. Intervals resample images, each with all its
-    captions: the captions of one image are no independent items.
+    `image_rank` (N,) is that of each image's best caption, `text_rank` (M,) that of each caption's image. An image
+    without a caption is there to be found, but does not ask. Intervals resample images, each with all its captions: the
+    captions of one image are no independent items.
     """
+    image_ranks_N, text_ranks_M, owner_M = (outcomes[name] for name in ("image_rank", "text_rank", "owner"))
     images, captions = len(image_ranks_N), len(owner_M)
     captions_N = np.bincount(owner_M, minlength=images)
     asks_N = captions_N > 0
+    one_M = np.ones(captions, dtype=np.int64)
+    return (
+        *_one_way("t2i", "text→image", text_ranks_M, lambda drawn_N: drawn_N[owner_M], images, one_M),
+        *_one_way("i2t", "image→text", image_ranks_N, lambda drawn_N: drawn_N * asks_N, captions, captions_N[asks_N]),
+    )
 
-    def text_to_image(k: int) -> Metric:
-        hits_M = text_ranks_M < k
-        chance = chance_recall(images, np.ones(captions, dtype=np.int64), k)
-        interval = bootstrap_interval(lambda drawn_N: weighted_mean(hits_M, drawn_N[owner_M]), images)
-        return Metric.of_fractions(f"t2i_r{k}", f"text→image R@{k}", float(hits_M.mean()), chance, interval)
 
-    def image_to_text(k: int) -> Metric:
-        hits_N = image_ranks_N < k
-        chance = chance_recall(captions, captions_N[asks_N], k)
-        interval = bootstrap_interval(lambda drawn_N: weighted_mean(hits_N, drawn_N * asks_N), images)
-        return Metric.of_fractions(f"i2t_r{k}", f"image→text R@{k}", float(hits_N[asks_N].mean()), chance, interval)
+def _one_way(
+    way: str,
+    label: str,
+    ranks_Q: Ranks,
+    asked: Callable[[Drawn], Drawn],
+    items: int,
+    positives: NDArray[np.integer],
+) -> Iterator[Measure]:
+    """Yield recall and ranks of queries; `asked` says how often each asks, of how often each image was drawn."""
 
-    return (*map(text_to_image, KS), *map(image_to_text, KS))
+    def recall(k: int) -> Measure:
+        hits_Q = (ranks_Q < k).astype(np.float64)
+        chance = chance_recall(items, positives, k)
+        return Measure(f"{way}_r{k}", f"{label} R@{k}", chance, lambda drawn_N: weighted_mean(hits_Q, asked(drawn_N)))
+
+    order_Q = np.argsort(ranks_Q)
+    from_1_Q = ranks_Q + 1.0
+    yield from map(recall, KS)
+    yield Measure(
+        f"{way}_median_rank",
+        f"{label} median rank",
+        chance_median_rank(items, positives),
+        lambda drawn_N: weighted_median(from_1_Q, asked(drawn_N), order_Q),
+        "rank",
+    )
+    yield Measure(
+        f"{way}_mean_rank",
+        f"{label} mean rank",
+        chance_mean_rank(items, positives),
+        lambda drawn_N: weighted_mean(from_1_Q, asked(drawn_N)),
+        "rank",
+    )
 
 
 def _example(data: EvaluationSet, query: str, scores_N: Embeddings, owner: int) -> Example:
@@ -77,3 +110,8 @@ def _example(data: EvaluationSet, query: str, scores_N: Embeddings, owner: int) 
     place = order.index(owner) + 1
     missed = (Note(f"The right image is number {place} of {len(order)}."),) if place > SHOWN else ()
     return Example(query, place == 1, pictures, missed)
+
+
+PROTOCOL = Protocol(
+    name="retrieval/any-positive@1", parts=lambda data: (captions_part(data),), evaluate=evaluate, measures=measures
+)

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.metrics import bootstrap_interval, chance_mean_iou, confusion_matrix, iou_per_class, mean_iou
+from sail_align.evaluate.metrics import chance_mean_iou, confusion_matrix, iou_per_class, mean_iou
 from sail_align.evaluate.overlay import class_colours, overlay
-from sail_align.evaluate.results import Example, Metric, Note, Picture, Result
+from sail_align.evaluate.results import Example, Measure, Note, Outcomes, Picture, Result, summarise
+from sail_align.evaluate.tasks.base import Protocol, classes_part, templates_part
 from sail_align.extract.encoders.preprocessing import to_pixels
 from sail_align.extract.errors import UserError
 from sail_align.extract.progress import progress
 from sail_align.extract.sources.base import IGNORED, Sample
 
-PROTOCOL = "segmentation/patch-cosine@1"
 SCALE = 2
 """Short side of the input, in sizes of the encoder's own input: 2 × 224 are the paper's 448."""
 
@@ -43,13 +43,14 @@ def evaluate(data: EvaluationSet) -> Result:
     iou_C = iou_per_class(hits_NC.sum(0), truth_NC.sum(0), predicted_NC.sum(0))
     names = data.source.classes
     per_class = {names[label]: 100 * float(iou_C[label]) for label in np.flatnonzero(truth_NC.sum(0))}
-    return Result(len(data.samples), score(hits_NC, truth_NC, predicted_NC), examples, {"iou": per_class})
+    outcomes = {"hits": hits_NC, "truth": truth_NC, "predicted": predicted_NC}
+    metrics = summarise(measures(outcomes), len(samples))
+    return Result(len(samples), metrics, examples, outcomes, {"iou": per_class})
 
 
-def score(
-    hits_NC: NDArray[np.int64], truth_NC: NDArray[np.int64], predicted_NC: NDArray[np.int64]
-) -> tuple[Metric, ...]:
-    """Return the metrics of pixels right, true and predicted by image and class."""
+def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
+    """Return what is measured, of pixels `hits`, `truth` and `predicted` by image and class, (N, C)."""
+    hits_NC, truth_NC, predicted_NC = (outcomes[name].astype(np.float64) for name in ("hits", "truth", "predicted"))
 
     def miou(drawn_N: NDArray[np.float64]) -> float:
         return mean_iou(drawn_N @ hits_NC, drawn_N @ truth_NC, drawn_N @ predicted_NC)
@@ -58,23 +59,9 @@ def score(
         pixels = (drawn_N @ truth_NC).sum()
         return float((drawn_N @ hits_NC).sum() / pixels) if pixels else float("nan")
 
-    images, classes = hits_NC.shape
-    each_once_N = np.ones(images)
     return (
-        Metric.of_fractions(
-            "miou",
-            "mIoU",
-            miou(each_once_N),
-            chance_mean_iou(truth_NC.sum(axis=0)),
-            bootstrap_interval(miou, images),
-        ),
-        Metric.of_fractions(
-            "pixel_accuracy",
-            "pixel accuracy",
-            accuracy(each_once_N),
-            1 / classes,
-            bootstrap_interval(accuracy, images),
-        ),
+        Measure("miou", "mIoU", chance_mean_iou(outcomes["truth"].sum(axis=0)), miou),
+        Measure("pixel_accuracy", "pixel accuracy", 1 / truth_NC.shape[1], accuracy),
     )
 
 
@@ -146,3 +133,11 @@ def _example(data: EvaluationSet, sample: Sample, classes_CE: torch.Tensor, shor
         everywhere = overlay(image, predicted, colours)
         pictures.append(Picture(everywhere, alt=f"{guesses}, and those around", caption="prediction everywhere"))
     return Example(f"pixel accuracy {100 * hits_C.sum() / max(truth_C.sum(), 1):.1f}", None, tuple(pictures), legend)
+
+
+PROTOCOL = Protocol(
+    name="segmentation/patch-cosine@1",
+    parts=lambda data: (classes_part(data), templates_part(data)),
+    evaluate=evaluate,
+    measures=measures,
+)

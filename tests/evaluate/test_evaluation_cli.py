@@ -17,7 +17,7 @@ from sail_align.align.model import Architecture
 from sail_align.evaluate import cli
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import TaskKind
+from sail_align.extract.manifest import TaskKind, packaged_manifests
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ def squares(world):
 
 
 def test_there_is_one_command_for_each_task_kind():
-    assert set(cli.TASKS) == set(PROTOCOLS) == set(get_args(TaskKind)) - {"mmvp"}
+    assert set(cli.TASKS) == set(PROTOCOLS) == set(get_args(TaskKind))
+    known = {kind: tuple(protocol.variants) for kind, protocol in PROTOCOLS.items() if protocol.variants}
+    assert known == cli.VARIANTS
 
 
 def test_help_answers_within_a_second_without_torch():
@@ -72,8 +74,12 @@ def test_scores_say_where_they_come_from(sail_eval, squares, run):
     record = scores["records"][0]
     assert scores["run"] == {"name": "colours-linear", "digest": run.digest, "unfinished": ""}
     assert scores["encoders"]["image"]["fingerprint"] == run.image.spec.fingerprint
-    assert record["protocol"] == "classification/prompt-ensemble@1"
-    assert set(record["stores"]) == {"set", "prompts"}
+    assert record["protocol"].startswith("classification/prompt-ensemble@1/squares/classes=source:2:")
+    assert record["protocol"].endswith("/templates=a-photo-of-a-{}.")
+    assert record["run"] == run.digest
+    assert record["data"]["rows"] == record["items"] == 2
+    assert len(record["data"]["digest"]) == 64
+    assert set(record["stores"]) == {"images", "prompts"}
     assert all(len(store["digest"]) == 64 for store in record["stores"].values())
     assert record["metrics"][0] == {
         "name": "top1",
@@ -81,6 +87,7 @@ def test_scores_say_where_they_come_from(sail_eval, squares, run):
         "value": 100.0,
         "chance": 50.0,
         "interval": [100.0, 100.0],
+        "unit": "%",
     }
 
 
@@ -109,7 +116,7 @@ def test_a_corrupt_set_is_an_error_of_its_own(sail_eval, squares, world, run, tm
     code, out, _ = sail_eval("all", "--manifest", broken, "--manifest", squares, "--quiet")
     assert code == 1
     row = next(line for line in out.splitlines() if line.startswith("broken"))
-    assert "ERROR: 1 of 2 rows of broken have no usable image; the first is 'red/0.png' (undecodable)" in row
+    assert "ERROR: 1 of 2 images of broken cannot be used; the first is 'red/0.png' (undecodable)" in row
     assert any(line.split()[:4] == ["squares", "classification", "2", "top-1"] for line in out.splitlines())
     assert "not scored" in (run.path / "report.html").read_text()
 
@@ -119,7 +126,7 @@ def test_one_tasks_command_ends_at_a_mistake_with_what_was_scored_before_it(sail
     (tmp_path / "broken" / "red" / "0.png").write_bytes(b"no picture")
     code, out, err = sail_eval("classification", squares, broken, "--quiet")
     assert code == 2
-    assert err.startswith("error: 1 of 2 rows of broken have no usable image")
+    assert err.startswith("error: 1 of 2 images of broken cannot be used")
     assert err.count("\n") == 1
     assert "top-1" in out
     assert [record["dataset"] for record in json.loads((run.path / "scores.json").read_bytes())["records"]] == [
@@ -175,7 +182,11 @@ def test_report_is_written_again_from_the_runs_folder(sail_eval, squares, run):
     [
         (["retrieval", "SQUARES"], "Manifest 'squares' is for classification; use `sail-eval classification`."),
         (["retrieval", "no-such"], "No manifest 'no-such'"),
-        (["all"], "No evaluation set's data are here; name one of your own with --manifest."),
+        (
+            ["classification", "SQUARES", "--protocol", "openai-8"],
+            "has no protocol 'openai-8' to be scored by",
+        ),
+        (["compare", "RUN"], "One run cannot be compared; name another beside"),
         (
             ["classification", "SQUARES", "--data-root", "nowhere"],
             "'squares' are not under nowhere; `sail-extract check /",
@@ -202,19 +213,52 @@ def test_a_training_manifest_is_no_evaluation_set(sail_eval, squares):
     assert "is for training; give one with purpose 'evaluate'" in err
 
 
-def test_packaged_sets_that_cannot_be_scored_are_named_with_how_to_get_them(sail_eval, squares, monkeypatch, tmp_path):
-    far, strange = tmp_path / "far.yaml", tmp_path / "strange.yaml"
+@pytest.fixture
+def packaged(squares, monkeypatch, tmp_path):
+    """Packaged manifests: one whose data are not here, and one of the demo's."""
+    far, drawn = tmp_path / "far.yaml", tmp_path / "demo-pairs.yaml"
     far.write_text(squares.read_text().replace("name: squares", "name: far").replace("source:", "source:\n  root: far"))
-    strange.write_text(squares.read_text().replace("kind: classification", "kind: mmvp"))
-    packaged = {"far": far, "strange": strange}
-    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", lambda: packaged)
-    code, out, _ = sail_eval("all", "--manifest", squares, "--data-root", squares.parent, "--quiet")
+    drawn.write_bytes(packaged_manifests()["demo-pairs"].read_bytes())
+    found = {"far": far, "demo-pairs": drawn}
+    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", lambda: found)
+
+
+def test_all_with_nothing_here_says_how_to_get_each_set(sail_eval, packaged, run, monkeypatch):
+    monkeypatch.setattr("sail_align.extract.check.find_spec", lambda name: None)
+    code, out, _ = sail_eval("all", "--quiet")
     assert code == 0
-    assert out.splitlines()[:3] == [
-        "not scored: squares; there is no task of kind 'mmvp' yet.",
-        "not here (`sail-extract check NAME` says what it is and how to get it):",
-        "  far",
+    assert out.splitlines() == [
+        "not here; each command says what it is and how to get it:",
+        "  sail-extract check far",
+        "  sail-extract check demo-pairs",
+        "nothing to score: get one of these, or describe pictures of yours (docs/data.md) for --manifest.",
     ]
+    assert not (run.path / "scores.json").exists()
+
+
+def test_the_demos_sets_are_for_runs_that_saw_the_demo(sail_eval, squares, packaged, run):
+    code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
+    assert code == 0
+    assert "left out: demo-pairs. They are drawings, and this run was trained on other data" in out
+    assert "on squares\n" in out
+    run.settings["stores"] = ["elsewhere/demo.zarr"]
+    _, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
+    assert "left out" not in out
+    assert "on demo-pairs, squares\n" in out
+
+
+def test_a_named_protocol_stands_beside_the_manifests_own(sail_eval, squares, run):
+    sail_eval("classification", squares, "--quiet")
+    code, _, _ = sail_eval("classification", squares, "--protocol", "class-name", "--quiet")
+    assert code == 0
+    records = json.loads((run.path / "scores.json").read_bytes())["records"]
+    assert [record["protocol"].rpartition("/")[2] for record in records] == [
+        "templates=a-photo-of-a-{}.",
+        "templates={}",
+    ]
+    sail_eval("classification", squares, "--quiet")
+    assert len(json.loads((run.path / "scores.json").read_bytes())["records"]) == 2
+    assert (run.path / "report.html").read_text().count("n = 2") == 2
 
 
 def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypatch, capsys, tmp_path):
@@ -234,6 +278,6 @@ def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypat
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    assert "scoring runs/colours-glu (the newest run), unfinished: step 1 of 9\n" in capsys.readouterr().out
+    assert "scoring runs/colours-glu (the newest run), unfinished: step 1 of 9 on squares\n" in capsys.readouterr().out
     assert "unfinished: step 1 of 9" in (saved / "report.html").read_text()
     assert json.loads((saved / "scores.json").read_bytes())["run"]["digest"] == load_run(saved).digest

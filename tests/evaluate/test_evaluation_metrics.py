@@ -9,16 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sail_align.evaluate.metrics import (
-    bootstrap_interval,
+    bootstrap,
     chance_mean_iou,
+    chance_mean_rank,
+    chance_median_rank,
     chance_recall,
     confusion_matrix,
+    interval,
     iou_per_class,
-    mean_interval,
     mean_iou,
     mean_per_class,
     pair_hits,
     top_k_hits,
+    weighted_mean,
+    weighted_median,
 )
 from sail_align.extract.sources.base import IGNORED
 
@@ -134,14 +138,47 @@ def test_chance_recall_with_one_positive_is_k_of_n():
 
 def test_bootstrap_interval_is_seeded_and_close_to_the_normal_one():
     hits = np.arange(400) % 4 == 0
-    low, high = mean_interval(hits)
+    mean = [lambda drawn: weighted_mean(hits, drawn)]
+    low, high = interval(bootstrap(mean, 400)[:, 0])
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
-    assert (low, high) == mean_interval(hits)
+    assert (low, high) == interval(bootstrap(mean, 400)[:, 0])
     assert low == pytest.approx(0.25 - half, abs=0.01)
     assert high == pytest.approx(0.25 + half, abs=0.01)
 
 
 def test_bootstrap_draws_items_with_replacement():
     totals = []
-    bootstrap_interval(lambda drawn: totals.append(drawn.sum()) or 0.0, 30, resamples=20)
+    bootstrap([lambda drawn: totals.append(drawn.sum()) or 0.0], 30, resamples=20)
     assert totals == [30.0] * 20
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 2**32 - 1))
+def test_weighted_median_equals_that_of_repeated_values(values, seed):
+    weights = np.random.default_rng(seed).integers(0, 4, len(values))
+    repeated = np.repeat(values, weights)
+    expected = np.median(repeated) if len(repeated) else math.nan
+    assert weighted_median(np.array(values), weights.astype(float)) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(("items", "positives"), [(7, [1, 1]), (40, [5, 5, 6]), (9, [9, 1])])
+def test_chance_ranks_are_those_of_random_rankings(items, positives):
+    """All placements of the right items are equally likely; their best place, counted out."""
+    best = []
+    for p in positives:
+        counts = [math.comb(items - place - 1, p - 1) for place in range(items)]  # the other p − 1 lie behind
+        best.append([count / math.comb(items, p) for count in counts])
+    odds = np.mean(best, axis=0)
+    assert chance_mean_rank(items, np.array(positives)) == pytest.approx(odds @ np.arange(1, items + 1))
+    assert chance_median_rank(items, np.array(positives)) == np.argmax(np.cumsum(odds) >= 0.5 - 1e-12) + 1
+
+
+def test_top_k_and_mean_per_class_equal_scikit_learns():
+    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+    generator = np.random.default_rng(2)
+    scores, labels = generator.normal(size=(300, 11)), generator.integers(0, 11, 300)
+    for k in (1, 5):
+        expected = top_k_accuracy_score(labels, scores, k=k, labels=range(11))
+        assert top_k_hits(scores, labels, k).mean() == pytest.approx(expected)
+    expected = balanced_accuracy_score(labels, scores.argmax(axis=1))
+    assert mean_per_class(top_k_hits(scores, labels, 1), labels) == pytest.approx(expected)

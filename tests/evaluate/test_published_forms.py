@@ -63,10 +63,39 @@ def test_winograds_examples(world):
         said = colours if example == 0 else colours[::-1]  # the second example's captions are swapped
         fields = {f"caption_{side}": said[side] for side in (0, 1)}
         fields |= {f"image_{side}": f"ex_{example}_img_{side}" for side in (0, 1)}
-        lines.append(json.dumps({"id": example, "collapsed_tag": "Both", **fields}))
+        lines.append(json.dumps({"id": example, "collapsed_tag": ["Object", "Both"][example], **fields}))
     (folder / "examples.jsonl").write_text("\n".join(lines))
-    _, values = scores(world, "winoground", {"kind": "winoground"}, {"kind": "winoground"})
+    result, values = scores(world, "winoground", {"kind": "winoground"}, {"kind": "winoground"})
     assert values == {"text": 50, "image": 50, "group": 50}
+    by_tag = result.details["by_tag"]
+    assert {tag: (each["items"], each["group"][0]) for tag, each in by_tag.items()} == {
+        "Object": (1, 100),
+        "Both": (1, 0),
+    }
+
+
+def test_mmvps_pairs_count_only_whole(world):
+    """Category by category, with the statements in the manifest's prompt."""
+    folder = world.folder / "mmvp"
+    pairs = [("Colour", "red", "green", "red", "green"), ("Colour", "blue", "red", "blue", "blue")]
+    pairs += [("Count", "green", "blue", "blue", "green")]
+    rows = ["Question ID,Type,Statement"]
+    for number, (category, *colours, first, second) in enumerate(pairs):
+        for side, (colour, statement) in enumerate(zip(colours, (first, second), strict=True)):
+            path = folder / "MLLM_VLM Images" / category / f"{2 * number + side + 1}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            square(colour).save(path, quality=100)
+            rows.append(f"{2 * number + side + 1},{category},{statement}")
+    (folder / "Questions.csv").write_text("\n".join(rows))
+    result, values = scores(world, "mmvp", {"kind": "mmvp"}, {"kind": "mmvp", "prompt": "a photo of {}"})
+    assert result.items == 3
+    assert values == {"pairs": pytest.approx(100 / 3)}
+    by_category = result.details["by_category"]
+    assert {name: (each["items"], each["pairs"][0]) for name, each in by_category.items()} == {
+        "Colour": (2, 50.0),
+        "Count": (1, 0.0),
+    }
+    assert result.metrics[0].chance == 25
 
 
 def test_palette_masks_of_voc(world):

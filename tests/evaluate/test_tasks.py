@@ -1,13 +1,15 @@
 """Each protocol on squares whose right answers are known, with the real store and engine."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sail_align.evaluate.results import summarise
 from sail_align.evaluate.tasks import PROTOCOLS
-from sail_align.evaluate.tasks.retrieval import score
+from sail_align.evaluate.tasks.retrieval import measures
 from sail_align.extract.errors import UserError
 
 
@@ -16,7 +18,7 @@ def evaluate(data):
 
 
 def values(result):
-    return {metric.name: metric.value / 100 for metric in result.metrics}
+    return {metric.name: metric.value / (100 if metric.unit == "%" else 1) for metric in result.metrics}
 
 
 def chances(result):
@@ -69,7 +71,9 @@ def test_recall_of_captions_and_its_interval_against_a_loop():
     generator = np.random.default_rng(3)
     owner = generator.integers(0, 40, 150)
     text_ranks, image_ranks = generator.integers(0, 20, 150), generator.integers(0, 20, 40)
-    metric = next(metric for metric in score(image_ranks, text_ranks, owner) if metric.name == "t2i_r5")
+    outcomes = {"image_rank": image_ranks, "text_rank": text_ranks, "owner": owner}
+    metrics = {metric.name: metric for metric in summarise(measures(outcomes), 40)}
+    metric = metrics["t2i_r5"]
     assert metric.value == pytest.approx(100 * sum(rank < 5 for rank in text_ranks) / 150)
     draws = np.random.default_rng(0)
     recalls = []
@@ -77,6 +81,10 @@ def test_recall_of_captions_and_its_interval_against_a_loop():
         ranks = [rank for image in draws.integers(40, size=40) for rank in text_ranks[owner == image]]
         recalls.append(sum(rank < 5 for rank in ranks) / len(ranks))
     assert metric.interval == pytest.approx(tuple(100 * np.percentile(recalls, [2.5, 97.5])))
+    assert metrics["t2i_median_rank"].value == np.median(text_ranks) + 1
+    assert metrics["t2i_mean_rank"].value == pytest.approx(np.mean(text_ranks) + 1)
+    asking = [image_ranks[image] for image in range(40) if image in owner]
+    assert metrics["i2t_median_rank"].value == np.median(asking) + 1
 
 
 def test_winoground_reads_rows_in_pairs(world):
@@ -135,11 +143,29 @@ def test_a_second_evaluation_loads_no_encoder(world, loaded):
     assert loaded == []
 
 
+def test_another_head_reuses_features_and_another_pooling_does_not(world, run, loaded):
+    manifest = world.squares("caps", [("red", "red"), ("green", "green")], {"kind": "retrieval"})
+    evaluate(world.open(manifest))
+    loaded.clear()
+    second = replace(run, digest="e" * 64, model=type(run.model)())
+    evaluate(world.open(manifest, second))
+    assert loaded == []
+    pooled = replace(run, image=replace(run.image, spec=replace(run.image.spec, pooling="cls")))
+    with suppress(UserError):  # the stand-in encoder is not the one that was asked for
+        evaluate(world.open(manifest, pooled))
+    assert loaded == ["image"]
+    pooled = replace(run, text=replace(run.text, spec=replace(run.text.spec, pooling="cls")))
+    loaded.clear()
+    with suppress(UserError):
+        evaluate(world.open(manifest, pooled))
+    assert loaded == ["text"]
+
+
 def test_encoding_that_was_stopped_is_finished(world, loaded):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     data = world.open(manifest)
     evaluate(data)
-    data.stores["set"].image().discard(0)
+    data.stores["images"].image().discard(0)
     loaded.clear()
     evaluate(world.open(manifest))
     assert loaded == ["image"]
@@ -162,7 +188,7 @@ def test_another_template_is_encoded_beside_the_first(world):
     second = world.open(manifest)
     evaluate(second)
     assert first.stores["prompts"].path != second.stores["prompts"].path
-    assert first.stores["set"].path == second.stores["set"].path
+    assert first.stores["images"].path == second.stores["images"].path
 
 
 def test_the_same_names_in_another_folder_are_other_images(world, tmp_path):
@@ -187,7 +213,7 @@ def test_a_store_of_another_encoder_is_refused(world, run, tmp_path):
     data = world.open(manifest)
     evaluate(data)
     other = replace(run, image=replace(run.image, spec=replace(run.image.spec, weights="1")))
-    path = data.stores["set"].path
+    path = data.stores["images"].path
     fingerprint, another = (each.image.spec.fingerprint[:8] for each in (run, other))
     path.rename(path.with_name(path.name.replace(fingerprint, another)))
     with pytest.raises(UserError, match="weights is '0', but here it is '1'"):
@@ -199,7 +225,7 @@ def test_an_unreadable_image_is_named_and_read_again_once_mended(world, tmp_path
     picture = tmp_path / "colours" / "red" / "0.png"
     good = picture.read_bytes()
     picture.write_bytes(good[:40])
-    with pytest.raises(UserError, match=r"1 of 2 rows of colours have no usable image; the first is 'red/0.png'"):
+    with pytest.raises(UserError, match=r"1 of 2 images of colours cannot be used; the first is 'red/0.png'"):
         evaluate(world.open(manifest))
     picture.write_bytes(good)
     assert values(evaluate(world.open(manifest)))["top1"] == 1.0
@@ -220,7 +246,8 @@ def test_a_caption_that_the_set_lacks_is_named(world):
 
 def test_an_image_without_a_caption_is_found_but_does_not_ask():
     """Ranks as `align.metrics.ranks` gives them: the image that owns no text ranks last."""
-    metrics = {metric.name: metric for metric in score(np.array([0, 0, 2]), np.array([0, 1]), np.array([0, 1]))}
+    outcomes = {"image_rank": np.array([0, 0, 2]), "text_rank": np.array([0, 1]), "owner": np.array([0, 1])}
+    metrics = {metric.name: metric for metric in summarise(measures(outcomes), 3)}
     assert metrics["i2t_r1"].value == 100.0
     assert metrics["t2i_r1"].value == 50.0
     assert metrics["t2i_r1"].chance == pytest.approx(100 / 3)

@@ -1,0 +1,113 @@
+"""Runs beside each other: the same items drawn for both, and never another protocol's."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sail_align.evaluate.compare import compare_runs, paired_difference
+from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.metrics import weighted_mean
+from sail_align.evaluate.results import Measure
+from sail_align.evaluate.table import difference_table
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import find_manifest
+
+
+def share(hits):
+    return [Measure("hits", "hits", 0.5, lambda drawn: weighted_mean(hits, drawn))]
+
+
+def test_paired_interval_equals_a_loop_over_the_same_draws():
+    generator = np.random.default_rng(0)
+    first, second = generator.random(60) < 0.5, generator.random(60) < 0.7
+    [(bounds, p)] = paired_difference(share(first), share(second), 60)
+    draws, differences = np.random.default_rng(0), []
+    for _ in range(1000):
+        rows = draws.integers(60, size=60)
+        differences.append(100 * (second[rows].mean() - first[rows].mean()))
+    assert bounds == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
+    below, above = (sum(side) for side in zip(*((d <= 1e-9, d >= -1e-9) for d in differences), strict=True))
+    assert p == pytest.approx(2 * (min(below, above) + 1) / 1001, abs=0.01)
+
+
+def test_a_run_does_not_differ_from_itself():
+    hits = np.arange(40) % 3 == 0
+    assert paired_difference(share(hits), share(hits), 40) == [((0.0, 0.0), 1.0)]
+
+
+def test_pairs_tell_what_two_intervals_cannot():
+    """Two models of 60 and 62 right of 100, whose intervals overlap; on no item is the second behind the first."""
+    [((low, _), p)] = paired_difference(share(np.arange(100) < 50), share(np.arange(100) < 58), 100)
+    assert low > 0
+    assert p < 0.01
+
+
+@pytest.fixture
+def two_runs(world, run):
+    """A run scored on squares and captions, and another that prefers other colours."""
+    other_path = run.path.with_name("colours-other")
+    shutil.copytree(run.path, other_path)
+    model = type(run.model)()
+    model.encode_image = lambda features: run.model.encode_image(features.flip(-1))
+    other = replace(run, path=other_path, model=model, digest="e" * 64)
+    squares = world.class_folders(
+        "squares", [("red", "red"), ("green", "green"), ("blue", "blue")], {"kind": "classification"}
+    )
+    caps = world.squares("caps", [("red", "red"), ("green", "green"), ("blue", "blue")], {"kind": "retrieval"})
+
+    def score(which, *manifests):
+        sets = [find_manifest(str(path)) for path in manifests]
+        for record in evaluate_sets(which, sets, features=world.folder / "features", quiet=True):
+            assert "error" not in record
+
+    score(run, squares, caps)
+    score(other, squares, caps)
+    return run, other, squares, score
+
+
+def test_differences_of_all_sets_that_both_runs_scored(two_runs):
+    run, other, _, _ = two_runs
+    (comparison,) = compare_runs([run.path, other.path])
+    found = {(each.dataset, each.label): each for each in comparison.differences}
+    assert found["squares", "top-1"].first == 100
+    assert found["squares", "top-1"].second == pytest.approx(100 / 3)
+    assert found["caps", "text→image median rank"].unit == "rank"
+    assert comparison.refusals == []
+    table = difference_table(comparison)
+    assert table.splitlines()[0].split()[:4] == ["data", "set", "metric", "first"]
+    assert "-66.7" in table
+    assert "(less is better)" in table
+
+
+def test_another_protocol_is_not_compared(two_runs):
+    run, other, squares, score = two_runs
+    (other.path / "scores.json").unlink()
+    squares.write_text(squares.read_text().replace("kind: classification", "kind: classification\n  templates: ['{}']"))
+    score(other, squares)
+    with pytest.raises(UserError, match=r"squares \(classification\) was scored by two protocols, .*photo.* and .*{}"):
+        list(compare_runs([run.path, other.path]))
+
+
+def test_other_data_are_not_compared(two_runs):
+    run, other, _, _ = two_runs
+    path = other.path / "scores.json"
+    scores = json.loads(path.read_bytes())
+    scores["records"][0]["data"]["digest"] = "f" * 64
+    path.write_text(json.dumps(scores))
+    (comparison,) = compare_runs([run.path, other.path])
+    assert {each.dataset for each in comparison.differences} == {"caps"}
+    assert "squares (classification) were other data" in difference_table(comparison)
+
+
+def test_outcomes_that_are_not_the_scores_are_refused(two_runs):
+    run, other, _, _ = two_runs
+    for file in (other.path / "outcomes").iterdir():
+        shutil.copy(run.path / "outcomes" / file.name, file)
+    with pytest.raises(UserError, match="is of another evaluation than the scores; score squares again"):
+        list(compare_runs([run.path, other.path]))
+    shutil.rmtree(other.path / "outcomes")
+    with pytest.raises(UserError, match="is not there, which a comparison needs"):
+        list(compare_runs([run.path, other.path]))
