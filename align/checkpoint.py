@@ -1,16 +1,20 @@
-"""What a run saves: tensors in safetensors, all else in JSON, in a folder that is replaced whole.
+"""What a run saves: tensors in safetensors, all else in JSON.
 
-RUN/settings.json                      what decides the weights; written when the run begins
-RUN/metrics.jsonl                      one JSON object a line
-RUN/checkpoint/model.safetensors       weights, τ and b
-RUN/checkpoint/model.json              settings, architecture, encoders, step, and the digest of it all
-RUN/checkpoint/optimizer.safetensors   the optimiser's state; not there once the run is finished
+RUN/settings.json                     what decides the weights; written when the run begins
+RUN/metrics.jsonl                     one JSON object a line
+RUN/checkpoints/step-00001200/        what training goes on from; of a finished run, what it ends with
+    model.safetensors                 weights, τ and b
+    optimizer.safetensors             the optimiser's state; not there once the run is finished
+    model.json                        settings, architecture, encoders, step, the stream's state, held-out scores, and
+                                      the digest of it all; written last: a folder without it does not exist
+RUN/checkpoints/best-00001100/        the weights that scored best, where those are not the last; no optimiser's state
+
+The rate and the random numbers of a step are functions of the settings and of its number: nothing of them is saved.
 """
 
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +30,14 @@ from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import canonical_json, write_atomically
 
-FORMAT = 1
+FORMAT = 2
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's model as last saved, in evaluation mode, and the encoders whose features it takes.
+    """A run's model as saved, in evaluation mode, and the encoders whose features it takes.
 
     `settings` is everything that decided the weights, the stores' digests included. `digest` is over weights, settings
     and encoders: what score files record. `step` is how many steps were done, `finished` whether those are all.
@@ -54,41 +60,47 @@ def save_checkpoint(
     *,
     step: int,
     optimizer: Optimizer | None,
+    scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Replace a run's checkpoint, so that a process killed at any point leaves the old one or the new one.
+    """Save what training goes on from, or the model of a finished run; a process killed at any point loses nothing.
 
     Args:
         run: The run's folder.
         model: What to save.
-        about: `architecture`, `image` and `text` (encoders' identities) and `settings`, as JSON-able data.
+        about: `architecture`, `image` and `text` (encoders' identities) and `settings`, as JSON-able data; `stream`,
+            the state of the stream, where training goes on.
         step: Steps done.
         optimizer: Its state goes along; None says that the run is finished.
+        scores: What the model scored on held-out pairs, if it was scored at this step.
     """
-    written, current, replaced = (run / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
-    shutil.rmtree(written, ignore_errors=True)
-    weights = save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
-    record = {"format": FORMAT, **about, "step": step, "finished": optimizer is None}
-    record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    state = None if optimizer is None else _optimizer_state(model, optimizer)
+    record = {**about, "step": step, "finished": optimizer is None, "scores": dict(scores or {})}
+    write_checkpoint(checkpoint_folder(run, step), model.state_dict(), record, state)
+
+
+def write_checkpoint(folder: Path, weights: Tensors, record: Mapping[str, Any], optimizer: Tensors | None) -> None:
+    """Write a checkpoint's folder, in the place of one that is there."""
+    discard(folder)
+    content = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
+    record = {"format": FORMAT, **record, "weights_sha256": hashlib.sha256(content).hexdigest()}
     record["digest"] = _digest(record)
-    write_atomically(written / "model.safetensors", weights)
+    write_atomically(folder / "model.safetensors", content)
     if optimizer is not None:
-        write_atomically(written / "optimizer.safetensors", save(_optimizer_state(model, optimizer)))
-    write_atomically(written / "model.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-    if current.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        current.rename(replaced)
-    written.rename(current)
-    shutil.rmtree(replaced, ignore_errors=True)
+        write_atomically(folder / "optimizer.safetensors", save(dict(optimizer)))
+    write_atomically(folder / "model.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
 def load_run(path: str | Path) -> Run:
-    """Load the model that a run saved last, on the CPU.
+    """Load the model that a run saved last, or that of one of its checkpoints, on the CPU.
+
+    Args:
+        path: The run's folder, or that of the checkpoint; `Run.path` is the run's in both cases.
 
     Raises:
-        UserError: The path is not a run, has no checkpoint yet, or its checkpoint is damaged or of a later format.
+        UserError: The path is neither, the run has no checkpoint yet, or it is damaged or of another format.
     """
     path = Path(path)
-    if not is_run(path):
+    if not is_run(path) and not _is_whole(path):
         raise UserError(f"{path} is not a run; make one with `sail-align fit`.")
     record = read_record(path)
     if record is None:
@@ -97,7 +109,7 @@ def load_run(path: str | Path) -> Run:
     restore(path, model)
     image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
     about = {name: record[name] for name in ("settings", "digest", "step", "finished")}
-    return Run(path, model.eval(), image, text, **about)
+    return Run(path.parents[1] if _is_whole(path) else path, model.eval(), image, text, **about)
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -106,10 +118,10 @@ def newest_run(root: str | Path = "runs") -> Path:
     Raises:
         UserError: There is none with a checkpoint.
     """
-    saved = {run: folder for run in Path(root).glob("*") if is_run(run) and (folder := _checkpoint(run))}
+    saved = {run: folder for run in Path(root).glob("*") if is_run(run) and (folder := last_checkpoint(run))}
     if not saved:
         raise UserError(f"There is no run under {root}; make one with `sail-align fit`.")
-    return max(saved, key=lambda run: (_saved_at(saved[run]), run.name))
+    return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
 
 
 def is_run(path: Path) -> bool:
@@ -117,13 +129,33 @@ def is_run(path: Path) -> bool:
     return (path / "settings.json").is_file()
 
 
-def read_record(run: Path) -> dict[str, Any] | None:
-    """Return a run's model.json, None if it has no checkpoint yet.
+def checkpoint_folder(run: Path, step: int, kind: str = "step") -> Path:
+    """Return where a run's checkpoint of a step is; `kind` is "step" or "best"."""
+    return run / "checkpoints" / f"{kind}-{step:08d}"
+
+
+def checkpoint_folders(run: Path, kind: str = "step") -> list[Path]:
+    """Return the folders of a run's whole checkpoints, by step."""
+    return sorted((path for path in (run / "checkpoints").glob(f"{kind}-*") if _is_whole(path)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the number of steps that a checkpoint's folder is named after."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """Return the folder that a run goes on from or, once it is finished, ends with; None if there is none yet."""
+    return next(reversed(checkpoint_folders(run)), None)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the model.json of a checkpoint's folder, or of a run's last one; None if it has none yet.
 
     Raises:
-        UserError: It is of a later format, or not what the run wrote.
+        UserError: It is of another format, or not what the run wrote.
     """
-    if (folder := _checkpoint(run)) is None:
+    if (folder := _folder(path)) is None:
         return None
     record = read_json(folder / "model.json")
     if record.get("format") != FORMAT:
@@ -154,16 +186,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def restore(run: Path, model: AlignmentModel, optimizer: Optimizer | None = None) -> None:
-    """Load the weights that a run saved last into a model, and the optimiser's state into an optimiser.
+def restore(path: Path, model: AlignmentModel, optimizer: Optimizer | None = None) -> None:
+    """Load the weights of a checkpoint's folder, or of a run's last one, and the optimiser's state into an optimiser.
 
     Raises:
         UserError: The file is not what was written, or its tensors are not the model's; the sentence names the first
             that differs.
     """
-    folder, record = _checkpoint(run), read_record(run)
+    folder, record = _folder(path), read_record(path)
     if folder is None or record is None:
-        raise UserError(f"{run} has no checkpoint.")
+        raise UserError(f"{path} has no checkpoint.")
     weights = read_file(folder / "model.safetensors")
     if hashlib.sha256(weights).hexdigest() != record["weights_sha256"]:
         raise _damaged(folder / "model.safetensors")
@@ -184,6 +216,12 @@ def restore(run: Path, model: AlignmentModel, optimizer: Optimizer | None = None
             optimizer.state[where][slot] = tensor if slot == "step" else tensor.to(where.device)
 
 
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, what makes it one first."""
+    (folder / "model.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's settings less where its stores lie: their digests say which they are, wherever they are moved."""
     return {name: value for name, value in settings.items() if name != "stores"}
@@ -200,17 +238,12 @@ def _damaged(file: Path) -> UserError:
     return UserError(f"{file} is not what the run wrote; train again or restore the file.")
 
 
-def _checkpoint(run: Path) -> Path | None:
-    """Return the folder of the whole checkpoint; between two renames of `save_checkpoint` it is the old one."""
-    folders = (run / "checkpoint", run / ".checkpoint.old")
-    return next((folder for folder in folders if (folder / "model.json").is_file()), None)
+def _is_whole(folder: Path) -> bool:
+    return (folder / "model.json").is_file()
 
 
-def _saved_at(folder: Path) -> int:
-    try:
-        return (folder / "model.json").stat().st_mtime_ns
-    except FileNotFoundError:  # the run is saving at this moment: no other is newer
-        return time.time_ns()
+def _folder(path: Path) -> Path | None:
+    return path if _is_whole(path) else last_checkpoint(path)
 
 
 def _optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -221,7 +254,7 @@ def _optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, T
     }
 
 
-def _require_same_tensors(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
+def _require_same_tensors(saved: Tensors, expected: Tensors, folder: Path) -> None:
     for name in (*expected, *saved):
         shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, expected)]
         if shapes[0] != shapes[1]:

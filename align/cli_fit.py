@@ -1,5 +1,6 @@
 """sail-align fit: its options, and what it prints."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,9 @@ def fit(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
+    keep: Annotated[
+        int, typer.Option(min=1, help="Checkpoints to go on from that are kept, besides the best one.")
+    ] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Train the heads on stores; typed again after a stop, it goes on. Defaults are the paper's, or small data's."""
@@ -117,8 +121,12 @@ def fit(
     from sail_align.align.checkpoint import read_record
     from sail_align.align.plan import make_plan
     from sail_align.align.runs import claim_run, default_path
+    from sail_align.align.saver import best_of
     from sail_align.align.trainer import fit as train
     from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.files import full_disk_is_said
+    from sail_align.extract.progress import note
+    from sail_align.extract.stop import StoppedError, stopping_on
 
     where = Runtime.of(device, "float32").device
     names = [name.strip() for name in captions.split(",")] if captions else None
@@ -130,27 +138,31 @@ def fit(
         text_encoder=text_encoder,
         exclude=exclude or (),
     )
-    for note in notes:
-        typer.echo(f"note: {note}")
+    for sentence in notes:
+        typer.echo(f"note: {sentence}")
     run, resumed, finished = claim_run(out or default_path(features, head), plan.record())
     if finished:
         typer.echo(f"note: {finished} is a finished run with the very same settings.")
     typer.echo(f"{'going on with' if resumed else 'writing'} {run}: {plan.describe()}")
     started = time.monotonic()
     try:
-        scores = train(plan, run, device=where, quiet=quiet)
-    except KeyboardInterrupt:
+        with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):
+            scores = train(plan, run, device=where, quiet=quiet, keep=keep)
+    except StoppedError as stopped:
         record = read_record(run)
         place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"
-        typer.echo(f"stopped; the same command {place}", err=True)
-        raise typer.Exit(130) from None
+        note(f"Stopped by {stopped.name}; the same command {place}.")
+        raise
     typer.echo(f"wrote {run} in {time.monotonic() - started:.0f} s")
     if scores:
         recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
         typer.echo(
             f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, "
-            f"R@1/5/10 text→image {recalls['t2i']}, image→text {recalls['i2t']}"
+            f"R@1/5/10 text→image {recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {scores['chance']:.2g}"
         )
+        best = best_of(run)
+        if best is not None and best.step < plan.settings.steps:
+            typer.echo(f"best: mean R@1 {best.r1:.1f} after step {best.step:,}, kept in {best.folder}")
     if any(pairs.store.dataset == "demo" for pairs in plan.pairs):
         typer.echo(f"Next: sail-eval all --run {run}")
     else:

@@ -135,6 +135,23 @@ def recall_at(rank_Q: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]
     return {k: 100 * float(np.mean(rank_Q < k)) for k in ks}
 
 
+def effective_rank(embeddings_NE: Embeddings) -> float:
+    """Return how many directions embeddings use: exp of the entropy of their singular values, normalised to sum to 1.
+
+    1 where all rows are multiples of one, the rank where all singular values are equal. As in Roy and Vetterli, *The
+    effective rank* (EUSIPCO 2007); the mean is not taken off, so that rows which all say nearly the same have a rank
+    near 1. From the eigenvalues of the smaller Gram matrix in float64, which see no singular value below some 1e-8 of
+    the largest. 0 where all rows are zero, or one holds a value that is no number.
+    """
+    wide_NE = embeddings_NE.astype(np.float64)
+    gram = wide_NE.T @ wide_NE if len(wide_NE) >= wide_NE.shape[1] else wide_NE @ wide_NE.T
+    if not np.isfinite(gram).all() or not gram.any():
+        return 0.0
+    singular = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0))
+    shares = singular[singular > 0] / singular.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def _right_scores(images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer]) -> NDArray[np.float64]:
     """Return each text's score with its own image, (M,)."""
     right_M = np.empty(len(texts_ME))

@@ -1,7 +1,9 @@
 """Where a run is written, and its log of metrics."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -9,6 +11,8 @@ from typing import Any, NamedTuple
 from sail_align.align.checkpoint import decisive, is_run, read_file, read_json, read_record
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
+from sail_align.extract.leases import POLL, TTL, Leases
+from sail_align.extract.progress import note
 
 
 class Claim(NamedTuple):
@@ -68,22 +72,49 @@ def _is_free(path: Path) -> bool:
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
+@contextmanager
+def hold_run(run: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Be the only process that writes a run. One that died, also on another machine, holds it no longer.
+
+    Raises:
+        UserError: Another process trains it, or began it with other settings just now.
+    """
+    leases = Leases(run / "lease")
+    lease, since = leases.take("fit"), time.monotonic()
+    if lease is None and not leases.is_held_here("fit"):
+        note(f"{run} may be trained on another machine; looking for a sign of life for {TTL:.0f} s.")
+    while lease is None:
+        if leases.is_held_here("fit") or time.monotonic() - since > TTL + 2 * POLL:
+            raise UserError(f"{run} is being trained by another process; let it end, or name another --out.")
+        time.sleep(POLL)
+        lease = leases.take("fit")
+    try:
+        if decisive(read_json(run / "settings.json")) != decisive(settings):
+            raise UserError(f"{run} was begun with other settings just now; run the same command again.")
+        yield
+    finally:
+        leases.release_all()
+
+
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line with its `kind` and `step`. Opened at a step, it drops what came later.
 
     It holds no times and no paths: a run that was stopped and resumed writes the same bytes as one that was not.
+    `kept` are the entries that were there.
     """
 
     def __init__(self, run: Path, step: int | None):
         """Open the log of a run that goes on behind `step`, or of one that begins (None)."""
         path = run / "metrics.jsonl"
-        kept = []
+        self.kept: list[dict[str, Any]] = []
+        lines = []
         if step is not None:
             for line in read_file(path).decode().splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
                     break
-                kept.append(line)
-        write_atomically(path, "".join(kept).encode())
+                lines.append(line)
+                self.kept.append(entry)
+        write_atomically(path, "".join(lines).encode())
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, **values: float) -> None:

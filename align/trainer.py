@@ -1,118 +1,138 @@
 """The training loop: it can be stopped at any moment and goes on to the same weights."""
 
 import math
-import time
+import signal
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sail_align.align.checkpoint import read_record, restore, save_checkpoint
+from sail_align.align.checkpoint import read_record, restore
 from sail_align.align.closed_form import Moments, regularised_cca, start_from
 from sail_align.align.data import read_rows
 from sail_align.align.heads import signed_power
-from sail_align.align.loss import Loss
-from sail_align.align.metrics import ranks, recall_at
+from sail_align.align.loss import Loss, LossValue
+from sail_align.align.metrics import effective_rank, ranks, recall_at
 from sail_align.align.model import AlignmentModel
+from sail_align.align.order import StreamState
 from sail_align.align.plan import Plan
-from sail_align.align.runs import MetricsLog
+from sail_align.align.runs import MetricsLog, hold_run
+from sail_align.align.saver import KEEP, SAVE_SECONDS, Saver
 from sail_align.align.settings import FitSettings
 from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
 from sail_align.extract.progress import progress
+from sail_align.extract.stop import noticing
 
 SCORES = 20
 """How often a run is scored."""
 
-SAVE_SECONDS = 60.0
-"""A run is saved after the step at which so much time has passed: saving large heads takes longer than small steps."""
-
 
 def fit(
-    plan: Plan, run: Path, *, device: torch.device, quiet: bool = False, save_seconds: float = SAVE_SECONDS
+    plan: Plan,
+    run: Path,
+    *,
+    device: torch.device,
+    quiet: bool = False,
+    keep: int = KEEP,
+    save_seconds: float = SAVE_SECONDS,
 ) -> dict[str, float]:
     """Train a plan's model, or compute it, into a run's folder; return the last held-out scores.
 
     What the run has saved is gone on from. Every step draws from a seed of its own and every batch is known by its
-    number, so that on a CPU the weights and the log are bitwise those of a run that was never stopped.
+    number, so that on a CPU the weights and the log are bitwise those of a run that was never stopped. SIGTERM and
+    Ctrl-C let the step end and save it.
 
     Raises:
-        UserError: The loss is no longer finite, or the run's checkpoint is damaged.
+        UserError: The loss is no longer finite, the run's checkpoint is damaged, or another process trains the run.
+        StoppedError: A signal asked for it.
     """
     settings = plan.settings
-    torch.manual_seed(settings.seed)
-    model = plan.architecture.build(scale=settings.scale, bias=settings.bias).to(device)
-    optimizer = make_optimizer(model, settings)
-    stepper = Stepper(model, plan.loss, optimizer, device)
-    stream = Stream(
-        plan.pairs,
-        plan.training,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        pin=device.type == "cuda",
-    )
-    held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
-    about = plan.checkpoint_record()
-    scores: dict[str, float] = {}
+    with hold_run(run, plan.record()), _stream(plan, device) as stream:
+        saved = read_record(run)
+        if saved is not None and saved["finished"]:
+            return dict(saved["scores"])
+        torch.manual_seed(settings.seed)
+        model = plan.architecture.build(scale=settings.scale, bias=settings.bias).to(device)
+        optimizer = make_optimizer(model, settings)
+        stepper = Stepper(model, plan.loss, optimizer, device)
+        held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
+        saver = Saver(run, plan.checkpoint_record(), keep=keep, seconds=save_seconds)
+        scores: dict[str, float] = {}
 
-    saved = read_record(run)
-    done: int | None = None
-    if saved is not None:
-        done = saved["step"]
-        restore(run, model, optimizer)
-    elif settings.closed_form:
-        _start_from_closed_form(model, plan, stream, device, quiet)
+        done, state = None, StreamState.start()
+        if saved is not None:
+            done, state = saved["step"], StreamState(*saved["stream"])
+            restore(run, model, optimizer)
+        elif settings.closed_form:
+            _start_from_closed_form(model, plan, stream, device, quiet)
 
-    first = done or 0
-    last_saved = time.monotonic()
-    interval = math.ceil(settings.steps / SCORES)
-    bar = progress(settings.steps, "fit", unit="steps", done=first, quiet=quiet or settings.steps == 0)
-    with MetricsLog(run, done) as log, bar, stream:
+        first = done or 0
+        interval = math.ceil(settings.steps / SCORES)
+        bar = progress(settings.steps, "fit", unit="steps", done=first, quiet=quiet or settings.steps == 0)
+        with MetricsLog(run, done) as log, bar, noticing(signal.SIGTERM, signal.SIGINT) as stopped:
 
-        def score_held_out(step: int) -> None:
-            if len(held_out.images):
-                scores.update(score(model, plan.loss, held_out, device))
-                log.write("heldout", step, **scores)
+            def score_held_out(step: int) -> None:
+                if len(held_out.images):
+                    scores.update(score(model, plan.loss, held_out, device))
+                    log.write("heldout", step, **scores)
+                    saver.scored(model, step, scores)
 
-        if done is None:
-            score_held_out(0)
-        batches = stream.batches(stream.state_after(first))
-        for step, (batch, _) in zip(range(first, settings.steps), batches, strict=False):
-            torch.manual_seed(settings.seed + (step + 1 << 32))
-            rate = learning_rate(settings, step)
-            loss = train_step(stepper, batch, rate).total.item()
-            if not math.isfinite(loss):
-                raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
-            t, b = model.log_scale.exp().item(), model.bias.item()
-            log.write("train", step + 1, loss=loss, lr=rate, t=t, b=b)
-            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-            bar.update()
-            if (step + 1) % interval == 0 or step + 1 == settings.steps:
-                score_held_out(step + 1)
-            if time.monotonic() - last_saved >= save_seconds and step + 1 < settings.steps:
-                save_checkpoint(run, model, about, step=step + 1, optimizer=optimizer)
-                last_saved = time.monotonic()
-    save_checkpoint(run, model, about, step=settings.steps, optimizer=None)
+            if done is None:
+                score_held_out(0)
+            batches = stream.batches(state)
+            for step, (batch, state) in zip(range(first, settings.steps), batches, strict=False):
+                torch.manual_seed(settings.seed + (step + 1 << 32))
+                rate = learning_rate(settings, step)
+                health = health_of(model, train_step(stepper, batch, rate))
+                if not math.isfinite(loss := health["loss"]):
+                    raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
+                log.write("train", step + 1, lr=rate, **health)
+                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+                bar.update()
+                if (step + 1) % interval == 0 or step + 1 == settings.steps:
+                    score_held_out(step + 1)
+                if step + 1 < settings.steps and (saver.is_due or stopped()):
+                    saver.save(model, step + 1, state, optimizer)
+                    if (stop := stopped()) is not None:
+                        raise stop
+            saver.save(model, settings.steps, state, None)
     return scores
+
+
+def _stream(plan: Plan, device: torch.device) -> Stream:
+    size, seed = plan.settings.batch_size, plan.settings.seed
+    return Stream(plan.pairs, plan.training, batch_size=size, seed=seed, pin=device.type == "cuda")
+
+
+def health_of(model: AlignmentModel, loss: LossValue) -> dict[str, float]:
+    """Return what a step's log line says: loss, t, b, mean logits and gradient masses, in one transfer from a GPU."""
+    values = {"t": model.log_scale.exp(), "b": model.bias, **loss._asdict()}
+    numbers = torch.stack([value.detach() for value in values.values()]).tolist()
+    named = dict(zip(values, numbers, strict=True))
+    return {"loss": named.pop("total"), **named}
 
 
 @torch.no_grad()
 def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.device) -> dict[str, float]:
-    """Score a model on pairs that it was not trained on: loss, and R@1/5/10 both ways in percent.
+    """Score a model on pairs that it was not trained on.
 
-    The loss is over all of them as one batch. It is not comparable to that of a training batch of another size: the
-    share of positives differs.
+    `loss` is over all of them as one batch: not comparable to that of a training batch of another size, in which the
+    share of positives differs. `t2i_r1` … `i2t_r10` are R@1/5/10 both ways in percent, `r1` is the mean of both R@1
+    and `chance` what guessing would give for it. `image_rank` and `text_rank` are effective ranks.
     """
     model.eval()
     image_BE, text_CBE = embed(model, batch, device)
     scores = {"loss": batch_loss(model, loss_of, image_BE, text_CBE).total.item()}
     captions, rows, _ = text_CBE.shape
     owner_M = np.tile(np.arange(rows), captions)
-    image_ranks, text_ranks = ranks(image_BE.cpu().numpy(), text_CBE.flatten(0, 1).cpu().numpy(), owner_M)
+    images, texts = image_BE.cpu().numpy(), text_CBE.flatten(0, 1).cpu().numpy()
+    image_ranks, text_ranks = ranks(images, texts, owner_M)
     for way, ranks_Q in (("t2i", text_ranks), ("i2t", image_ranks)):
         scores |= {f"{way}_r{k}": recall for k, recall in recall_at(ranks_Q).items()}
-    return scores
+    scores |= {"r1": (scores["t2i_r1"] + scores["i2t_r1"]) / 2, "chance": 100 / rows}
+    return scores | {"image_rank": effective_rank(images), "text_rank": effective_rank(texts)}
 
 
 def learning_rate(settings: FitSettings, step: int) -> float:

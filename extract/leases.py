@@ -197,12 +197,17 @@ class Leases:
 
     def remove(self, name: str) -> None:
         """Remove a lease of what is done, unless its owner is alive on this machine: it may be doing that again."""
-        generations = _generations(self.folder / name)
-        if generations and self._is_alive_here(_file(self.folder / name, generations[-1])):
+        if self.is_held_here(name):
             return
-        for generation in generations:
+        for generation in _generations(self.folder / name):
             with suppress(OSError):
                 _file(self.folder / name, generation).unlink(missing_ok=True)
+
+    def is_held_here(self, name: str) -> bool:
+        """Whether a live process of this machine has the lease of this name."""
+        newest = _newest(self.folder / name)
+        owner = None if newest is None else _owner(_read(_file(self.folder / name, newest)))
+        return owner is not None and _is_here(owner) and not owner.is_gone
 
     def tidy(self) -> None:
         """Remove what killed processes left beside their leases, and folders that are empty."""
@@ -213,10 +218,6 @@ class Leases:
                 leftover.unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or gone already
                 os.rmdir(folder)
-
-    def _is_alive_here(self, file: Path) -> bool:
-        owner = _owner(_read(file))
-        return owner is not None and _is_here(owner) and not owner.is_gone
 
     def _is_dead(self, file: Path) -> bool:
         content = _read(file)

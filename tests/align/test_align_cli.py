@@ -1,10 +1,8 @@
 """The command as typed: names of runs, going on, and mistakes as one sentence with exit code 2."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,10 @@ from fakes import identity
 from typer.testing import CliRunner
 
 from sail_align.align import trainer
-from sail_align.align.checkpoint import newest_run, read_record
+from sail_align.align.checkpoint import newest_run
 from sail_align.align.cli import app
 from sail_align.extract.errors import UserError
+from sail_align.extract.stop import StoppedError
 
 QUICK = ["--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
 
@@ -47,7 +46,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
         patch.setattr("sail_align.align.trainer.train_step", interrupt)
         stopped = typed("--features", path, *QUICK)
     assert stopped.exit_code == 130
-    assert "stopped; the same command begins runs/photos-glu again" in stopped.output
+    assert "the same command begins runs/photos-glu again" in stopped.output
     assert (
         "going on with runs/photos-glu: glu heads from a closed-form start on 240 pairs"
         in typed("--features", path, *QUICK).output
@@ -68,7 +67,7 @@ def test_a_stopped_run_says_from_which_step_it_goes_on(make_store, monkeypatch):
 
 
 def interrupt(*_):
-    raise KeyboardInterrupt
+    raise StoppedError(signal.SIGINT)
 
 
 def test_what_was_chosen_and_what_was_found_is_said(make_store):
@@ -143,27 +142,3 @@ def test_a_mistake_exits_2_with_one_line():
     done = subprocess.run(command("--features", "no.zarr"), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: no.zarr is not a feature store; make one with `sail-extract run`.\n"
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_gone_on_with_to_the_same_bytes(make_store, tmp_path):
-    store = make_store("photos", rows=400)
-    words = ["--features", store, "--steps", "400", "--dim", "8", "--device", "cpu", "--quiet", "--batch-size", "64"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(*words, "--out", "whole"), env=environment, check=True, capture_output=True)
-    saving_always = "import sail_align.align.trainer as t; t.fit.__kwdefaults__['save_seconds'] = 0; "
-    begun = subprocess.Popen(
-        [*command()[:2], saving_always + command()[2], "fit", *map(str, words), "--out", "killed"], env=environment
-    )
-    while not (tmp_path / "killed/checkpoint/model.json").exists():
-        assert begun.poll() is None
-        time.sleep(0.01)
-    begun.send_signal(signal.SIGKILL)
-    begun.wait()
-    assert not read_record(tmp_path / "killed")["finished"]
-    done = subprocess.run(
-        command(*words, "--out", "killed"), env=environment, check=True, capture_output=True, text=True
-    )
-    assert "going on with killed" in done.stdout
-    for name in ("metrics.jsonl", "checkpoint/model.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

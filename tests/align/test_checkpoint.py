@@ -2,16 +2,28 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from fakes import identity
+from interrupted import Killed
 from safetensors.torch import load_file, save_file
 
-from sail_align.align import checkpoint
-from sail_align.align.checkpoint import load_run, newest_run, read_record, restore, save_checkpoint
+from sail_align.align.checkpoint import (
+    checkpoint_folder,
+    load_run,
+    newest_run,
+    read_record,
+    restore,
+    save_checkpoint,
+    write_checkpoint,
+)
 from sail_align.align.model import Architecture
+from sail_align.align.order import StreamState
 from sail_align.align.runs import MetricsLog
+from sail_align.align.saver import Saver, best_of
 from sail_align.align.settings import FitSettings
 from sail_align.align.step import make_optimizer
 from sail_align.extract.errors import UserError
@@ -85,38 +97,106 @@ def test_an_optimisers_state_is_restored_bitwise(run, kind):
         assert torch.equal(restored.state_dict()[name], tensor), name
 
 
-def test_no_optimiser_state_is_left_in_a_finished_run(run):
+def kept(run):
+    return {folder.name: sorted(path.name for path in folder.iterdir()) for folder in (run / "checkpoints").iterdir()}
+
+
+MODEL, WHOLE = ["model.json", "model.safetensors"], ["model.json", "model.safetensors", "optimizer.safetensors"]
+
+
+def test_the_last_few_checkpoints_and_the_best_are_kept_and_a_finished_run_needs_no_optimiser(run):
     ours = model()
-    save_checkpoint(run, ours, ABOUT, step=1, optimizer=make_optimizer(ours, FitSettings(steps=1)))
+    optimizer = make_optimizer(ours, FitSettings(steps=1))
+    saver = Saver(run, ABOUT, keep=2)
+    for step, r1 in enumerate([3.0, 9.0, 4.0, 9.0, 5.0], start=1):
+        saver.scored(ours, step, {"r1": r1})
+        saver.save(ours, step, StreamState.start(), optimizer)
+    assert kept(run) == {"best-00000002": MODEL, "step-00000004": WHOLE, "step-00000005": WHOLE}
     assert not read_record(run)["finished"]
-    save_checkpoint(run, ours, ABOUT, step=2, optimizer=None)
+    saver.save(ours, 6, StreamState.start(), None)
+    assert kept(run) == {"best-00000002": MODEL, "step-00000005": MODEL, "step-00000006": MODEL}
     assert read_record(run)["finished"]
-    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["model.json", "model.safetensors"]
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "settings.json"]
+    assert best_of(run) == (run / "checkpoints" / "best-00000002", 2, 9.0)
 
 
-@pytest.mark.parametrize("renames_done", [0, 1, 2])
-def test_a_save_killed_at_any_rename_leaves_a_whole_checkpoint(run, monkeypatch, renames_done):
-    save_checkpoint(run, model(0), ABOUT, step=1, optimizer=None)
-    original, calls = checkpoint.Path.rename, []
+def test_where_the_best_is_the_last_it_is_there_once(run):
+    ours = model()
+    saver = Saver(run, ABOUT)
+    for step, r1 in ((1, 3.0), (2, 5.0)):
+        saver.scored(ours, step, {"r1": r1})
+        saver.save(ours, step, StreamState.start(), make_optimizer(ours, FitSettings(steps=1)) if step < 2 else None)
+    assert kept(run) == {"step-00000001": MODEL, "step-00000002": MODEL}
+    assert best_of(run) == (run / "checkpoints" / "step-00000002", 2, 5.0)
 
-    def rename(path, target):
-        calls.append(path)
-        if len(calls) > renames_done:
-            raise KeyboardInterrupt
-        return original(path, target)
 
-    monkeypatch.setattr(checkpoint.Path, "rename", rename)
-    if renames_done < 2:
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(run, model(1), ABOUT, step=2, optimizer=None)
-    else:
-        save_checkpoint(run, model(1), ABOUT, step=2, optimizer=None)
-    monkeypatch.undo()
-    assert read_record(run)["step"] == (2 if renames_done == 2 else 1)
-    load_run(run)
-    save_checkpoint(run, model(2), ABOUT, step=3, optimizer=None)
-    assert read_record(run)["step"] == 3
+def test_weights_that_scored_best_between_two_saves_are_kept_and_are_not_gone_on_from(run):
+    saver = Saver(run, ABOUT)
+    best = model(1)
+    saver.scored(best, 3, {"r1": 7.0})
+    last = model(2)
+    saver.scored(last, 4, {"r1": 6.0})
+    saver.save(last, 5, StreamState.start(), make_optimizer(last, FitSettings(steps=1)))
+    assert kept(run) == {"best-00000003": MODEL, "step-00000005": WHOLE}
+    assert read_record(run)["step"] == 5
+    loaded = load_run(run / "checkpoints" / "best-00000003")
+    assert (loaded.path, loaded.step) == (run, 3)
+    assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], best.state_dict()["image_head.out.weight"])
+
+
+def test_what_lies_behind_the_step_that_a_run_goes_on_from_is_removed(run):
+    ours = model()
+    save_checkpoint(run, ours, ABOUT, step=4, optimizer=make_optimizer(ours, FitSettings(steps=1)))
+    record = {**ABOUT, "step": 6, "finished": False, "scores": {"r1": 50.0}}
+    write_checkpoint(checkpoint_folder(run, 6, "best"), ours.state_dict(), record, None)
+    (run / "checkpoints" / "step-00000005").mkdir()  # killed before its model.json
+    assert read_record(run)["step"] == 4
+    assert Saver(run, ABOUT).best.step == -1
+    assert kept(run) == {"step-00000004": WHOLE}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_killed_at_any_write_or_removal_leaves_a_whole_checkpoint(run, monkeypatch, keep):
+    ours = model()
+    optimizer = make_optimizer(ours, FitSettings(steps=1))
+    Saver(run, ABOUT, keep=keep).save(ours, 1, StreamState.start(), optimizer)
+    reached = {1}
+    for left in range(100):
+        last = read_record(run)["step"]
+        saver = Saver(run, ABOUT, keep=keep)
+        saver.scored(ours, last + 1, {"r1": float(last + 1)})
+        with monkeypatch.context() as patch:
+            die_at(patch, left)
+            try:
+                saver.save(ours, last + 2, StreamState.start(), optimizer)
+            except Killed:
+                pass
+            else:
+                break
+        load_run(run)
+        restore(run, model(1), make_optimizer(ours, FitSettings(steps=1)))
+        assert read_record(run)["step"] in (last, last + 2)
+        reached.add(read_record(run)["step"])
+    assert left > 8
+    assert len(reached) > 2
+
+
+def die_at(patch, left):
+    """Raise `Killed` at the n-th opening for writing, renaming or removal of a file."""
+
+    def dying(owner, name):
+        original = getattr(owner, name)
+
+        def method(*args, **kwargs):
+            nonlocal left
+            left -= name != "open" or "wb" in args
+            if left < 0:
+                raise Killed
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, method)
+
+    for owner, name in ((Path, "open"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree")):
+        dying(owner, name)
 
 
 def refused(path):
@@ -129,27 +209,29 @@ def test_other_weights_are_refused_by_the_first_tensor_that_differs(run):
     other = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2).build()
     save_checkpoint(run, other, ABOUT, step=1, optimizer=None)
     assert refused(run) == (
-        "RUN/checkpoint does not fit this model: image_head.linear_path.weight is absent in the file and of shape "
-        "(3, 6) in the model."
+        "RUN/checkpoints/step-00000001 does not fit this model: image_head.linear_path.weight is absent in the file "
+        "and of shape (3, 6) in the model."
     )
 
 
 def test_a_changed_weights_file_is_refused(run):
     save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
-    weights = run / "checkpoint" / "model.safetensors"
+    weights = run / "checkpoints" / "step-00000001" / "model.safetensors"
     tensors = load_file(weights)
     tensors["bias"] += 1
     save_file(tensors, weights)
-    assert refused(run).startswith("RUN/checkpoint/model.safetensors is not what the run wrote")
+    assert refused(run).startswith("RUN/checkpoints/step-00000001/model.safetensors is not what the run wrote")
 
 
 def test_a_changed_record_is_refused(run):
     save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
-    record = run / "checkpoint" / "model.json"
+    record = run / "checkpoints" / "step-00000001" / "model.json"
     whole = record.read_text()
     for changed in (whole.replace('"step": 1', '"step": 2'), whole[:100], "[]"):
         record.write_text(changed)
-        assert refused(run) == ("RUN/checkpoint/model.json is not what the run wrote; train again or restore the file.")
+        assert refused(run) == (
+            "RUN/checkpoints/step-00000001/model.json is not what the run wrote; train again or restore the file."
+        )
         assert newest_run(run.parent) == run
 
 
@@ -158,7 +240,7 @@ def test_a_missing_or_cut_file_is_refused(run, name):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
     save_checkpoint(run, ours, ABOUT, step=1, optimizer=optimizer)
-    file = run / "checkpoint" / name
+    file = run / "checkpoints" / "step-00000001" / name
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{name} is not what the run wrote"):
         restore(run, ours, optimizer)
@@ -179,9 +261,9 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(run, tmp_path):
 
 def test_a_later_format_is_refused(run):
     save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
-    record = run / "checkpoint" / "model.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "format": 2}))
-    assert refused(run) == "RUN/checkpoint has format 2, this version reads 1; update sail-align."
+    record = run / "checkpoints" / "step-00000001" / "model.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format": 3}))
+    assert refused(run) == "RUN/checkpoints/step-00000001 has format 3, this version reads 2; update sail-align."
 
 
 def test_the_newest_run_is_the_one_saved_last(tmp_path, run):
@@ -192,6 +274,6 @@ def test_the_newest_run_is_the_one_saved_last(tmp_path, run):
         path.mkdir(exist_ok=True)
         (path / "settings.json").write_text("{}")
         save_checkpoint(path, model(), ABOUT, step=1, optimizer=None)
-        os.utime(path / "checkpoint" / "model.json", ns=(0, -age))
+        os.utime(path / "checkpoints" / "step-00000001" / "model.json", ns=(0, -age))
     (run.with_name("no-run")).mkdir()
     assert newest_run(tmp_path / "runs").name == "b"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.align import metrics
-from sail_align.align.metrics import debiased_cka, mean_interval, mutual_knn, ranks, recall_at
+from sail_align.align.metrics import debiased_cka, effective_rank, mean_interval, mutual_knn, ranks, recall_at
 
 
 def from_scores(scores_NM, owner_M):
@@ -160,3 +160,18 @@ def test_the_interval_of_a_mean_is_that_of_the_binomial():
     assert low == pytest.approx(0.25 - 1.96 * error, abs=0.006)
     assert high == pytest.approx(0.25 + 1.96 * error, abs=0.006)
     assert mean_interval(np.ones(5)) == (1, 1)
+
+
+def test_the_effective_rank_of_hand_made_embeddings():
+    assert effective_rank(np.tile([3.0, 4.0], (5, 1))) == pytest.approx(1)
+    assert effective_rank(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]]) == pytest.approx(4)
+    # Singular values 3 and 1: entropy of (3/4, 1/4).
+    expected = np.exp(0.75 * np.log(4 / 3) + 0.25 * np.log(4))
+    assert effective_rank(np.diag([3.0, 1.0])) == pytest.approx(expected)
+    wide = np.random.default_rng(0).normal(size=(20, 50))
+    singular = np.linalg.svd(wide, compute_uv=False)
+    shares = singular / singular.sum()
+    assert effective_rank(wide.astype(np.float32)) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert effective_rank(wide.T) == pytest.approx(effective_rank(wide))
+    assert effective_rank(np.zeros((3, 2))) == 0
+    assert effective_rank(np.array([[1.0, np.nan]])) == 0

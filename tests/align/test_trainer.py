@@ -10,10 +10,11 @@ import torch
 from fakes import identity
 
 from sail_align.align import trainer
-from sail_align.align.checkpoint import load_run, read_record
+from sail_align.align.checkpoint import last_checkpoint, load_run, read_record
 from sail_align.align.loss import LossValue
 from sail_align.align.plan import make_plan
 from sail_align.align.runs import claim_run
+from sail_align.align.saver import best_of
 from sail_align.align.settings import FitSettings
 from sail_align.align.trainer import fit, learning_rate
 from sail_align.extract.errors import UserError
@@ -120,8 +121,9 @@ def stop_after(monkeypatch, step):
 
 
 def content(run):
-    files = ("metrics.jsonl", "settings.json", "checkpoint/model.json", "checkpoint/model.safetensors")
-    return {name: (run / name).read_bytes() for name in files}
+    folders = [last_checkpoint(run), best_of(run).folder]
+    files = [run / "metrics.jsonl", run / "settings.json", *(path for folder in folders for path in folder.iterdir())]
+    return {file.relative_to(run): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])

@@ -272,7 +272,7 @@ def test_the_run_saved_last_is_found_loaded_and_scored(squares, world, monkeypat
     for folder in (older, saved):
         save_checkpoint(folder, model, about, step=1, optimizer=optimizer)
         (folder / "settings.json").write_text(json.dumps(settings))
-    os.utime(older / "checkpoint" / "model.json", (0, 0))
+    os.utime(older / "checkpoints" / "step-00000001" / "model.json", (0, 0))
     monkeypatch.setattr(sys, "argv", ["sail-eval", "classification", str(squares), "--quiet"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,114 @@
+"""Fits in processes of their own that are killed, stopped, and started twice: prints as JSON what was seen.
+
+Usage: stopped_fits.py SCENARIO STORE, in an empty folder. Attempts are forks of one process that has loaded torch.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import interrupted
+import torch._dynamo  # noqa: F401 (the first step loads it: seconds, once for all attempts)
+
+from sail_align.align import trainer
+from sail_align.align.checkpoint import last_checkpoint, read_record, step_of
+from sail_align.align.cli import main
+from sail_align.align.saver import best_of
+
+OPTIONS = {"dim": 8, "expansion": 2, "image-dropout": 0.2, "batch-size": 32, "lr": 3e-3, "start": "random"}
+WORDS = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))] + ["--device", "cpu", "--quiet"]
+
+
+def begin(store: str, out: str, steps: int, *, die_at_write: int | None = None) -> int:
+    """Start a fit that saves after every step, its output in <out>.txt; return its pid."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        if die_at_write is not None:
+            interrupted.die_at_write(die_at_write)
+        trainer.fit.__kwdefaults__["save_seconds"] = 0
+        sys.argv = ["sail-align", "fit", "--features", store, "--out", out, "--steps", str(steps), *WORDS]
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def contents(run: Path) -> dict[str, str]:
+    folders = [last_checkpoint(run), best_of(run).folder]
+    files = [run / "metrics.jsonl", *(file for folder in folders for file in sorted(folder.iterdir()))]
+    return {str(file.relative_to(run)): file.read_bytes().hex() for file in files}
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    while not (folder := last_checkpoint(run)) or step_of(folder) < step:
+        time.sleep(0.002)
+
+
+def kills(store: str) -> dict:
+    """Killed at random moments, and at random points of saving, until it is done."""
+    started = time.monotonic()
+    assert end_of(begin(store, "whole", 40)) == 0
+    seconds = time.monotonic() - started
+    choose = random.Random(0)
+    seen = {"at a write": 0, "at a moment": 0, "saved at a kill": []}
+    for attempt in count():
+        die_at = choose.randrange(40) if attempt % 2 else None
+        pid = begin(store, "killed", 40, die_at_write=die_at)
+        if die_at is None:
+            time.sleep(choose.uniform(0, seconds / 4))
+            os.kill(pid, signal.SIGKILL)
+        if end_of(pid) == 0:
+            break
+        seen["at a moment" if die_at is None else "at a write"] += 1
+        seen["saved at a kill"].append((read_record(Path("killed")) or {"step": 0})["step"])
+    return {**seen, "seconds": seconds, "identical": contents(Path("killed")) == contents(Path("whole"))}
+
+
+def signals(store: str) -> dict:
+    """SIGTERM, Ctrl-C, then on to the end."""
+    assert end_of(begin(store, "whole", 40)) == 0
+    seen = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = read_record(Path("stopped"))
+        pid = begin(store, "stopped", 40)
+        wait_for_step(Path("stopped"), (before["step"] if before else 0) + 3)
+        os.kill(pid, number)
+        end = end_of(pid)
+        said = Path("stopped.txt").read_text().splitlines()[-1]
+        lines = [json.loads(line) for line in Path("stopped/metrics.jsonl").read_text().splitlines()]
+        step = read_record(Path("stopped"))["step"]
+        seen[number.name] = {"end": end, "said": said, "step": step, "logged": lines[-1]["step"]}
+    seen["end"] = end_of(begin(store, "stopped", 40))
+    return {**seen, "identical": contents(Path("stopped")) == contents(Path("whole"))}
+
+
+def two_at_once(store: str) -> dict:
+    """The same command while it runs."""
+    pid = begin(store, "run", 2_000)
+    wait_for_step(Path("run"), 2)
+    os.rename("run.txt", "first.txt")
+    second = end_of(begin(store, "run", 2_000))
+    os.kill(pid, signal.SIGTERM)
+    said = Path("run.txt").read_text().splitlines()[-1]
+    return {"first": end_of(pid), "second": second, "said": said, "left": [path.name for path in Path().glob("run*")]}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"kills": kills, "signals": signals, "two_at_once": two_at_once}[sys.argv[1]](sys.argv[2])))
