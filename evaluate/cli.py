@@ -27,7 +27,10 @@ TASKS = {
     "segmentation": "Zero-shot segmentation by patches. mIoU and pixel accuracy.",
 }
 
-VARIANTS = {"classification": ("openai-80", "openai-7", "class-name")}
+VARIANTS = {
+    "classification": ("openai-80", "openai-7", "class-name"),
+    "segmentation": ("whole-image", "maskclip", "authors-normalisation"),
+}
 """The protocols that `--protocol` knows, by task kind; what they are stands with the tasks."""
 
 RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]

@@ -22,14 +22,14 @@ PALETTE = (
 REST = (120, 120, 120)
 
 
-def class_colours(truth_C: NDArray[np.int64], predicted_C: NDArray[np.int64]) -> Colours:
+def class_colours(truth_C: NDArray[np.number], predicted_C: NDArray[np.number]) -> Colours:
     """Return colours for the classes of one image: the true ones by size, then the largest that are only predicted."""
     order = np.lexsort((-predicted_C, -truth_C))
     there = [int(label) for label in order if truth_C[label] or predicted_C[label]]
     return dict(zip(there, PALETTE, strict=False))
 
 
-def overlay(image: Image.Image, labels: NDArray[np.int64], colours: Colours, strength: float = 0.65) -> Image.Image:
+def overlay(image: Image.Image, labels: NDArray[np.integer], colours: Colours, strength: float = 0.65) -> Image.Image:
     """Return the image in grey with each pixel tinted by its class; ignored pixels stay grey, other classes darken."""
     grey = image.convert("L").resize((labels.shape[1], labels.shape[0])).convert("RGB")
     tint = np.full((*labels.shape, 3), REST, dtype=np.float64)

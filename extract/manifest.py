@@ -18,11 +18,17 @@ Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 TaskKind = Literal["classification", "retrieval", "winoground", "mmvp", "segmentation"]
 
 
+Variant = Literal["authors-normalisation", "maskclip", "whole-image"]
+"""Departures from the paper's protocol of segmentation; each gives the numbers another protocol id."""
+
+
 class Task(Strict):
     """What an evaluation set measures.
 
     `templates` hold one `{}` for the class name, or name a published list (`open_clip:imagenet-80`); `captions` default
     to all, and each goes into `prompt`. `split` says which part of a data set the files are where the source does not.
+    For segmentation, `variants` depart from the paper's protocol, and pixels to which no class has a probability of
+    `background` take the class of that name.
     """
 
     kind: TaskKind
@@ -30,6 +36,14 @@ class Task(Strict):
     captions: list[str] | None = None
     prompt: Template = "{}"
     split: NonEmpty | None = None
+    variants: list[Variant] = Field(default=[])
+    background: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_go_with_kind(self) -> "Task":
+        if self.kind != "segmentation" and (self.variants or self.background is not None):
+            raise ValueError("'variants' and 'background' belong to tasks of kind 'segmentation'")
+        return self
 
 
 class Encoders(Strict):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sail_align.extract.encoders.catalogue import Normalisation
 from sail_align.extract.errors import UserError
 
 GOLDEN_COSINE = 0.999
@@ -87,10 +88,21 @@ class VisionEncoder(Protocol):
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Normalise uint8 RGB pixels on the device; return pooled features, (B, D) float32 on the CPU."""
 
-    def encode_dense(self, pixels_BHWC: Tensor) -> Tensor:
+    def encode_dense(
+        self, pixels_BHWC: Tensor, *, normalisation: Normalisation | None = None, last_attention: bool = True
+    ) -> Tensor:
         """Return one feature a patch of uint8 RGB pixels, (B, h, w, D) float32 on the CPU, in the space of `encode`.
 
-        H and W need not be `size`; they are multiples of `stride`.
+        H and W need not be `size`. Where they are no multiple of `stride`, the network sees the pixels in a frame of
+        their mean colour, evenly up to the next multiple (`preprocessing.margins`).
+
+        Args:
+            pixels_BHWC: The pixels.
+            normalisation: In place of the encoder's own.
+            last_attention: False lets patches skip the last attention (see `value_path`).
+
+        Raises:
+            UserError: The encoder has no path around the last attention.
         """
 
     @property

@@ -33,6 +33,14 @@ class ImagePreprocessing:
 
 
 @dataclass(frozen=True)
+class Normalisation:
+    """Mean and deviation of RGB in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Package:
     """Weights that a Python package ships: `path` inside its import package `module`."""
 

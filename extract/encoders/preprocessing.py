@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -31,6 +32,12 @@ def resize_and_crop(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
     return image.resize((how.crop, how.crop), filter_, box=box)
 
 
+def margins(side: int, multiple: int) -> tuple[int, int]:
+    """Return how many pixels to add before and after `side` so that it becomes a multiple; an odd one goes after."""
+    missing = -side % multiple
+    return missing // 2, missing - missing // 2
+
+
 def normalize(pixels_BHWC: Tensor, how: ImagePreprocessing) -> Tensor:
     """Normalise uint8 pixels of any size on their device: (B, 3, H, W) float32, channels last in memory."""
     batch, height, width, channels = pixels_BHWC.shape
@@ -38,3 +45,9 @@ def normalize(pixels_BHWC: Tensor, how: ImagePreprocessing) -> Tensor:
     mean, std = (torch.tensor(values, device=pixels_BHWC.device).repeat(width) for values in (how.mean, how.std))
     rows = pixels_BHWC.reshape(batch, height, width * channels).float().div_(255).sub_(mean).div_(std)
     return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def frame(pixels_BCHW: Tensor, multiple: int) -> Tensor:
+    """Put normalised pixels into an even frame of zeros, up to the next multiple of both sides."""
+    down, across = (margins(side, multiple) for side in pixels_BCHW.shape[-2:])
+    return F.pad(pixels_BCHW, (*across, *down)) if any((*across, *down)) else pixels_BCHW

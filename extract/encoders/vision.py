@@ -1,6 +1,6 @@
 """The image encoder: a backbone of whatever kind with its preprocessing, pooling and precision."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from sail_align.extract.encoders import preprocessing
 from sail_align.extract.encoders.base import EncoderSpec, Identity
-from sail_align.extract.encoders.catalogue import ImagePreprocessing
+from sail_align.extract.encoders.catalogue import ImagePreprocessing, Normalisation
 from sail_align.extract.encoders.checkpoint import Checkpoint
 from sail_align.extract.encoders.golden import golden_image, golden_vector, versions
 from sail_align.extract.encoders.pooling import pool_image, pool_patches, require_image_pooling
 from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.value_path import NoValuePathError, values_of_patches
+from sail_align.extract.errors import UserError
 
 FAST_JPEG = 2
 """A JPEG decoded at reduced scale keeps this many times the pixels that it is resized to."""
@@ -96,21 +98,37 @@ class FrozenVisionEncoder:
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Return pooled features of uint8 RGB pixels, (B, D) float32 on the CPU."""
-        return pool_image(*self._forward(pixels_BHWC), self._pooling).float().cpu()
+        pixels_BCHW = preprocessing.normalize(self._runtime.upload(pixels_BHWC), self._how)
+        return pool_image(*self._forward(pixels_BCHW), self._pooling).float().cpu()
 
-    def encode_dense(self, pixels_BHWC: Tensor) -> Tensor:
+    def encode_dense(
+        self, pixels_BHWC: Tensor, *, normalisation: Normalisation | None = None, last_attention: bool = True
+    ) -> Tensor:
         """Return one feature a patch of uint8 RGB pixels, (B, h, w, D) float32 on the CPU.
 
-        Raises:
-            ValueError: H or W is no multiple of `stride`.
+        Pixels that are no multiple of `stride` get an even frame of zeros, once they are normalised. See the protocol.
         """
-        _, height, width, _ = pixels_BHWC.shape
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"{height} × {width} pixels are no multiple of the stride {self.stride}")
-        return pool_patches(*self._forward(pixels_BHWC), self._pooling).float().cpu()
+        how = self._how if normalisation is None else replace(self._how, **asdict(normalisation))
+        pixels_BCHW = preprocessing.normalize(self._runtime.upload(pixels_BHWC), how)
+        framed_BCHW = preprocessing.frame(pixels_BCHW, self.stride)
+        if last_attention:
+            cls_BD, patches_BhwD = self._forward(framed_BCHW)
+        else:
+            cls_BD, patches_BhwD = self._forward_to_values(framed_BCHW)
+        return pool_patches(cls_BD, patches_BhwD, self._pooling).float().cpu()
 
     @torch.no_grad()
-    def _forward(self, pixels_BHWC: Tensor) -> tuple[Tensor | None, Tensor]:
-        pixels_BCHW = preprocessing.normalize(self._runtime.upload(pixels_BHWC), self._how)
+    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.dtype))
         return cls_BD, patches_BhwD
+
+    def _forward_to_values(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
+        height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
+        try:
+            with values_of_patches(self._backbone, height * width):
+                return self._forward(pixels_BCHW)
+        except NoValuePathError as problem:
+            raise UserError(
+                f"Encoder {self.identity.spec.id!r} has no last attention that its patches could skip, as MaskCLIP's "
+                "do; evaluate it without that variant."
+            ) from problem

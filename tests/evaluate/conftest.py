@@ -19,6 +19,7 @@ from sail_align.align.settings import FitSettings
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.encoders import Encoders
 from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.encoders.preprocessing import frame
 from sail_align.extract.manifest import find_manifest
 
 COLOURS = {
@@ -48,20 +49,20 @@ class ColourVision:
     def encode(self, pixels_BHWC):
         return (pixels_BHWC / 127.5 - 1).mean(dim=(1, 2))
 
-    def encode_dense(self, pixels_BHWC):
-        pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1
+    def encode_dense(self, pixels_BHWC, *, normalisation=None, last_attention=True):
+        pixels_BCHW = frame(pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1, self.stride)
         return F.avg_pool2d(pixels_BCHW, self.stride).permute(0, 2, 3, 1)
 
 
 class ColourText:
-    """A text's feature is the mean of the colours that it names."""
+    """A text's feature is the mean of the colours that it names, black if none."""
 
     identity = identity("text")
 
     def encode(self, texts, advance=lambda done: None):
         advance(len(texts))
         named = [[COLOURS[word] for word in text.replace(".", "").split() if word in COLOURS] for text in texts]
-        return torch.stack([torch.tensor(rgb).float().mean(dim=0) / 127.5 - 1 for rgb in named])
+        return torch.stack([torch.tensor(rgb or [(0, 0, 0)]).float().mean(dim=0) / 127.5 - 1 for rgb in named])
 
 
 class PlainHeads(torch.nn.Module):

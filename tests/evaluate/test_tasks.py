@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sail_align.evaluate.results import summarise
-from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.tasks import PROTOCOLS, segmentation
 from sail_align.evaluate.tasks.retrieval import measures
 from sail_align.extract.errors import UserError
 
@@ -111,6 +111,94 @@ def test_segmentation_of_two_halves_is_exact_but_for_the_border_between_patches(
     assert values(result)["miou"] == 1.0
     assert chances(result) == pytest.approx({"pixel_accuracy": 1 / 6, "miou": 0.25 / (6 * 0.25 + 0.75)})
     assert set(result.details["iou"]) == {"red", "green", "blue", "yellow"}
+
+
+def test_a_pixel_without_a_probable_class_is_background(world, tmp_path):
+    """A grey half is as far from one colour as from another."""
+    task = {"kind": "segmentation", "background": 0.5}
+    manifest = world.halves("seg", [("red", "green")], task)
+    manifest.write_text(manifest.read_text().replace("5: cyan", "5: cyan\n    6: background"))
+    for folder, colour in (("images", (128, 128, 128)), ("masks", 6)):
+        path = tmp_path / "seg" / folder / "000.png"
+        picture = Image.open(path)
+        picture.paste(colour, (16, 0, 32, 32))
+        picture.save(path)
+    result = evaluate(world.open(manifest))
+    assert "/background=0.5/" in PROTOCOLS["segmentation"].id(world.open(manifest))
+    assert set(result.details["iou"]) == {"red", "background"}
+    assert values(result)["pixel_accuracy"] > 0.9  # but for the border between the halves
+    manifest.write_text(manifest.read_text().replace("6: background", "6: cyan blue"))
+    with pytest.raises(UserError, match="seg has a background threshold, but no class 'background'"):
+        evaluate(world.open(manifest))
+
+
+@pytest.mark.parametrize("size", [(60, 30), (30, 60)])
+def test_a_picture_in_one_piece_and_in_windows_of_one_colour_a_patch_agree(world, size, tmp_path):
+    """Patches of this encoder see nothing but themselves, so that windows only average what is equal."""
+    for name, variants in (("448-by-224", []), ("none", ["whole-image"])):
+        manifest = world.halves(name, [("red", "green")], {"kind": "segmentation", "variants": variants})
+        for folder in ("images", "masks"):
+            path = tmp_path / name / folder / "000.png"
+            Image.open(path).resize(size, Image.Resampling.NEAREST).save(path)
+        data = world.open(manifest)
+        assert f"/windows={name}/" in PROTOCOLS["segmentation"].id(data)
+        assert values(evaluate(data)) == {"miou": 1.0, "pixel_accuracy": 1.0}
+
+
+def test_variants_reach_the_encoder_and_the_protocol_id(world, monkeypatch):
+    task = {"kind": "segmentation", "variants": ["maskclip", "authors-normalisation"]}
+    data = world.open(world.halves("seg", [("red", "green")], task))
+    encoder, seen = data.encoders.image, []
+
+    def encode_dense(pixels_BHWC, **options):
+        seen.append(options)
+        return type(encoder).encode_dense(encoder, pixels_BHWC)
+
+    monkeypatch.setattr(encoder, "encode_dense", encode_dense)
+    evaluate(data)
+    assert "/last-attention=none/normalisation=authors/" in PROTOCOLS["segmentation"].id(data)
+    assert [options["last_attention"] for options in seen] == [False]
+    assert [255 * mean for mean in seen[0]["normalisation"].mean] == pytest.approx([122.771, 116.746, 104.094])
+    assert [255 * std for std in seen[0]["normalisation"].std] == pytest.approx([68.501, 66.632, 70.323])
+
+
+def test_examples_are_segmented_once_and_go_from_the_best_to_the_worst(world, monkeypatch):
+    calls = []
+    label = segmentation._Segmenter.label
+    monkeypatch.setattr(
+        segmentation._Segmenter, "label", lambda self, *given: calls.append(given[0].key) or label(self, *given)
+    )
+    pairs = [("red", "green")] * 3 + [("blue", "pink")] * 4
+    manifest = world.halves("seg", pairs, {"kind": "segmentation"})
+    path = world.folder / "seg" / "images" / "001.png"
+    Image.new("RGB", (32, 32), (255, 0, 0)).save(path)  # half of it is called red where the mask says green
+    result = evaluate(world.open(manifest))
+    assert len(calls) == len(pairs)
+    assert [example.title for example in result.examples] == ["pixel accuracy 100.0"] * 4 + ["pixel accuracy 50.0"]
+
+
+def test_the_confusion_of_all_images_gives_the_scores(world):
+    """mIoU, accuracy and their intervals once more, by a loop over classes and draws."""
+    generator = np.random.default_rng(0)
+    truth, predicted = generator.integers(0, 4, (2, 30, 50))
+    confusion_NCC = np.zeros((30, 5, 5))  # the fifth class is neither true nor predicted
+    for image in range(30):
+        for true, guess in zip(truth[image], predicted[image], strict=True):
+            confusion_NCC[image, true, guess] += 1
+    counts = [np.diagonal(confusion_NCC, axis1=1, axis2=2), confusion_NCC.sum(2), confusion_NCC.sum(1)]
+    outcomes = dict(zip(("hits", "truth", "predicted"), counts, strict=True))
+    metrics = summarise(segmentation.measures(outcomes), 30)
+
+    def miou(rows):
+        total = confusion_NCC[rows].sum(0)
+        ious = [total[c, c] / (total[c].sum() + total[:, c].sum() - total[c, c]) for c in range(4)]
+        return 100 * sum(ious) / 4
+
+    assert metrics[0].value == pytest.approx(miou(np.arange(30)))
+    draws = np.random.default_rng(0)
+    mious = [miou(draws.integers(30, size=30)) for _ in range(1000)]
+    assert metrics[0].interval == pytest.approx(tuple(np.percentile(mious, [2.5, 97.5])))
+    assert metrics[1].value == pytest.approx(100 * (truth == predicted).mean())
 
 
 def test_segmentation_names_a_mask_that_cannot_be_read(world, tmp_path):

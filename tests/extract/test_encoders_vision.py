@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import normalised, random_pixels, save_image_processor, save_randomised
@@ -26,8 +27,9 @@ from transformers import (
 from sail_align.extract.encoders import checkpoint as checkpoints
 from sail_align.extract.encoders import load
 from sail_align.extract.encoders.base import Identity
-from sail_align.extract.encoders.catalogue import IMAGENET_MEAN, IMAGENET_STD
+from sail_align.extract.encoders.catalogue import IMAGENET_MEAN, IMAGENET_STD, Normalisation
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded
+from sail_align.extract.encoders.value_path import NoValuePathError, values_of_patches
 from sail_align.extract.errors import UserError
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -109,10 +111,68 @@ def test_what_is_cut_from_the_middle_is_what_the_processors_cut(saved):
     assert encoder.size == 56
 
 
-def test_a_size_that_is_no_multiple_of_the_stride_is_refused(saved):
-    encoder = load_image_encoder(f"hf:{saved[2]}", pooling="cls")
-    with pytest.raises(ValueError, match="60 × 56"):
-        encoder.encode_dense(random_pixels(1, 60, 56))
+def test_pixels_that_are_no_multiple_of_the_stride_get_a_frame_of_zeros(saved):
+    kind, model, folder = saved
+    encoder = load_image_encoder(f"hf:{folder}", pooling="mean")
+    pixels = random_pixels(1, 59, 56)
+    framed = F.pad(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD), (0, 0, 5, 6))
+    options = {"interpolate_pos_encoding": True} if kind == "vit" else {}
+    with torch.inference_mode():
+        tokens = model(framed, **options).last_hidden_state[:, 1 + REGISTERS[kind] :]
+    torch.testing.assert_close(encoder.encode_dense(pixels).flatten(1, 2), tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_another_normalisation_is_what_the_network_sees(saved):
+    _, _, folder = saved
+    encoder = load_image_encoder(f"hf:{folder}", pooling="mean")
+    pixels, other = random_pixels(1, 56, 56), Normalisation(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    save_image_processor(folder, image_mean=other.mean, image_std=other.std)
+    trained_so = load_image_encoder(f"hf:{folder}", pooling="mean")
+    assert torch.equal(encoder.encode_dense(pixels, normalisation=other), trained_so.encode_dense(pixels))
+    assert not torch.equal(encoder.encode_dense(pixels), trained_so.encode_dense(pixels))
+
+
+def test_without_the_last_attention_patches_change_and_the_class_token_does_not(saved):
+    encoder = load_image_encoder(f"hf:{saved[2]}", pooling="cls+mean")
+    pixels = random_pixels(2, 56, 70, seed=4)
+    plain, values = encoder.encode_dense(pixels), encoder.encode_dense(pixels, last_attention=False)
+    torch.testing.assert_close(plain[..., :32], values[..., :32])
+    assert (plain[..., 32:] - values[..., 32:]).abs().mean() > 0.01
+    assert torch.equal(encoder.encode_dense(pixels), plain)  # nothing stays behind in the network
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2-reg"])
+def test_without_the_last_attention_a_patch_is_its_own_value(kind, tmp_path):
+    """MaskCLIP's last block, computed from the hidden state before it."""
+    model = save_randomised(MODELS[kind](), tmp_path)
+    save_image_processor(tmp_path)
+    pixels = random_pixels(2, 56, 70, seed=5)
+    block = model.encoder.layer[-1]
+    with torch.inference_mode():
+        before = []
+        block.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+        model(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD))
+        x_BTD = before[0][:, 1 + REGISTERS[kind] :]
+        x_BTD = x_BTD + block.layer_scale1(block.attention.o_proj(block.attention.v_proj(block.norm1(x_BTD))))
+        x_BTD = model.layernorm(x_BTD + block.layer_scale2(block.mlp(block.norm2(x_BTD))))
+    dense = load_image_encoder(f"hf:{tmp_path}", pooling="mean").encode_dense(pixels, last_attention=False)
+    torch.testing.assert_close(dense.flatten(1, 2), x_BTD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_attention_has_no_path_around_it(tmp_path):
+    config = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=64)
+    save_randomised(ConvNextModel(config), tmp_path)
+    save_image_processor(tmp_path, crop_size={"height": 64, "width": 64})
+    encoder = load_image_encoder(f"hf:{tmp_path}")
+    with pytest.raises(UserError, match="has no last attention that its patches could skip"):
+        encoder.encode_dense(random_pixels(1, 64, 64), last_attention=False)
+
+
+def test_windowed_attention_has_no_path_around_it(tmp_path):
+    """Swin's last block sees its windows apart: what comes out of it is no row of patches."""
+    backbone = timm.create_model("swin_tiny_patch4_window7_224", img_size=448, embed_dim=24, depths=(1, 1, 1, 2)).eval()
+    with pytest.raises(NoValuePathError), values_of_patches(backbone, 14 * 14):
+        backbone.forward_features(torch.zeros(1, 3, 448, 448))
 
 
 def test_a_feature_map_is_its_own_dense_feature(tmp_path):
