@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sail_align.evaluate.cli_clip_benchmark import ANY_OPTION, clip_benchmark
 from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.memory import wait_without_spinning
 
@@ -123,6 +124,9 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
 
 for _kind, _summary in TASKS.items():
     _register(_kind, _summary)
+
+
+app.command("clip-benchmark", context_settings=ANY_OPTION)(clip_benchmark)
 
 
 @app.command()

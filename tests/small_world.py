@@ -29,6 +29,13 @@ def draw(seed: int, colour: tuple[int, int, int]) -> Image.Image:
     return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
 
 
+def captions_of(row: int) -> tuple[str, str]:
+    """Return two captions that no other row has: in a tie, programs differ."""
+    words, places = list(SHADES), ("on", "under", "with", "and")
+    first, second = words[row % 5], words[row // 5 % 5]
+    return f"a {first} {places[row // 25]} the {second}", f"the {first} sleeps {places[row // 25]} a {second} and a dog"
+
+
 def write_captioned(folder: Path, rows: int = 12) -> Path:
     """Write pictures with two captions each, and their manifest for retrieval; return the manifest's path."""
     (folder / "images").mkdir(parents=True)
@@ -37,19 +44,17 @@ def write_captioned(folder: Path, rows: int = 12) -> Path:
         table = csv.writer(file)
         table.writerow(["image", "short", "long"])
         for row in range(rows):
-            word = words[row % len(words)]
-            draw(row, SHADES[word]).save(folder / "images" / f"{row:03d}.png")
-            other = words[row * row % len(words)]
-            table.writerow([f"{row:03d}.png", f"a {word} on the grass", f"the {word} and {other} with a dog"])
+            draw(row, SHADES[words[row % len(words)]]).save(folder / "images" / f"{row:03d}.png")
+            table.writerow([f"{row:03d}.png", *captions_of(row)])
     source = {"kind": "table", "files": "captions.csv", "images": "images", "captions": {"c0": "short", "c1": "long"}}
     return _manifest(folder, source, {"kind": "retrieval"})
 
 
-def write_classes(folder: Path, each: int = 4) -> Path:
-    """Write a folder of pictures by class, and its manifest for classification; return the manifest's path."""
+def write_classes(folder: Path) -> Path:
+    """Write three to seven pictures a class, and their manifest for classification; return the manifest's path."""
     for label, (word, colour) in enumerate(SHADES.items()):
         (folder / "val" / word).mkdir(parents=True)
-        for number in range(each):
+        for number in range(3 + label):
             draw(100 * label + number, colour).save(folder / "val" / word / f"{number}.png")
     source = {"kind": "class-folder", "root": "val"}
     return _manifest(folder, source, {"kind": "classification", "templates": ["a {}", "the {} on the bench"]})
