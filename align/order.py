@@ -67,9 +67,11 @@ class Order:
             return self.following(state), 1.0
         return first, (served - begin) / (int(ends[buffer]) - begin)
 
-    def chunks(self, numbers: Numbers) -> Numbers:
-        """Return which chunk each of the rows belongs to."""
-        return np.searchsorted(self.starts, numbers, side="right") - 1
+    def pieces(self, numbers: Numbers) -> list[tuple[int, int, int]]:
+        """Return the chunks that rows, in rising order, belong to, each with its first row and its last + 1."""
+        edges = np.searchsorted(numbers, self.starts)
+        chunks = np.flatnonzero(np.diff(edges))
+        return list(zip(chunks.tolist(), edges[chunks].tolist(), edges[chunks + 1].tolist(), strict=True))
 
     def random(self, *position: int) -> np.random.Generator:
         """Return the random numbers of a place in the order: they depend on it and on the seed alone."""

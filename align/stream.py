@@ -4,8 +4,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
 
@@ -116,7 +114,8 @@ class Stream:
         for start in range(0, self.rows, BLOCK_ROWS):
             numbers = np.arange(start, min(start + BLOCK_ROWS, self.rows))
             block = self._allocate(len(numbers))
-            self._gather(block, numbers)
+            for copy in self._gather(block, numbers):
+                copy.result()
             self._decoded.clear()
             yield block
 
@@ -136,54 +135,53 @@ class Stream:
     def _allocate(self, rows: int | None = None) -> Batch:
         first = self._pairs[0]
         rows = self._part.stop - self._part.start if rows is None else rows
-        empty = partial(torch.empty, dtype=torch.float16, pin_memory=self._pin)
-        return Batch(empty(rows, first.image.dim), empty(len(first.texts), rows, first.texts[0].dim))
+        shapes = (rows, first.image.dim), (len(first.texts), rows, first.texts[0].dim)
+        return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
 
     def _fill(self, batch: Batch, state: StreamState) -> None:
         """Gather this rank's part of a batch, and have the disk go on with what comes behind it."""
         chunks = self._chunks_of(state)
-        later, share = self._order.in_next_buffer(state)
-        ahead = self._chunks_of(later)
-        self._expect({*chunks, *self._chunks_of(self._order.following(state)), *ahead[: round(share * len(ahead))]})
+        self._expect(chunks)  # of the first batch: the others' were asked for before
         buffered = self._order.buffered(state)
         self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
-        self._gather(batch, self._numbers(state))
+        copies = self._gather(batch, self._numbers(state))
+        later, share = self._order.in_next_buffer(state)
+        in_next_buffer = self._chunks_of(later)
+        ahead = [*self._chunks_of(self._order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
+        self._expect(ahead)
+        self._expected = {*chunks, *ahead}
+        for copy in copies:
+            copy.result()
 
     def _numbers(self, state: StreamState) -> Numbers:
         return self._order.batch(state)[self._part]
 
     def _chunks_of(self, state: StreamState) -> list[int]:
-        chunks: list[int] = np.unique(self._order.chunks(self._numbers(state))).tolist()
-        return chunks
+        return [chunk for chunk, _, _ in self._order.pieces(self._numbers(state))]
 
-    def _expect(self, chunks: set[int]) -> None:
-        """Have the system read those of the chunks that it was not told of the last time."""
-        new = sorted(chunks - self._expected)
-        self._expected = chunks
+    def _expect(self, chunks: Sequence[int]) -> None:
+        """Have the system read those of the chunks that it was not told of lately."""
+        new = sorted(set(chunks) - self._expected)
+        self._expected.update(new)
         for source, pairs in enumerate(self._pairs if new else ()):
             numbers = [self._chunks[chunk][1] for chunk in new if self._chunks[chunk][0] == source]
             for array in pairs.arrays:
                 array.expect(numbers)
 
-    def _gather(self, batch: Batch, numbers: Numbers) -> None:
-        """Copy the rows of these numbers, which rise, into a batch."""
-        chunk_of = self._order.chunks(numbers)
-        edges = np.flatnonzero(np.diff(chunk_of, prepend=-1, append=-1)).tolist()
-        pieces = list(pairwise(edges))
+    def _gather(self, batch: Batch, numbers: Numbers) -> list[Future[None]]:
+        """Begin to copy the rows of these numbers, which rise, into a batch."""
+        pieces = self._order.pieces(numbers)
         outs = [batch.images.numpy(), *batch.texts.numpy()]
 
-        def copy(pieces: list[tuple[int, int]]) -> None:
-            for start, stop in pieces:
-                chunk = int(chunk_of[start])
+        def copy(pieces: list[tuple[int, int, int]]) -> None:
+            for chunk, start, stop in pieces:
                 rows = np.flatnonzero(self._served[chunk])[numbers[start:stop] - self._order.starts[chunk]]
                 for array, out in enumerate(outs):
-                    # mode "clip" writes straight into `out`; the numbers are in range.
+                    # mode "clip" writes straight into `out`; the rows are in range.
                     np.take(self._chunk(chunk, array), rows, axis=0, out=out[start:stop], mode="clip")
 
         step = -(-len(pieces) // (4 * GATHER_THREADS))
-        groups = [pieces[at : at + step] for at in range(0, len(pieces), step)]
-        for _ in self._gatherers.map(copy, groups):
-            pass
+        return [self._gatherers.submit(copy, pieces[at : at + step]) for at in range(0, len(pieces), step)]
 
     def _chunk(self, chunk: int, number: int) -> Half:
         """Return the rows of a chunk of array `number` (the images, then the captions): mapped, or decoded and kept."""

@@ -1,0 +1,229 @@
+"""How fast the stream of a fit reads a store, against what the machine can do; fresh processes, by turns, medians.
+
+Example:
+    python benchmarks/stream.py --rows 200000
+
+A synthetic store of 2,048 + 2 × 1,024 dimensions is made in a temporary folder, with the same features in plain files
+for comparison. Measured are
+
+- warm, all files in the page cache: the stream against `np.memmap` of the plain files read in blocks in random order,
+  with as many threads, and against zarr-python reading the store's chunks in random order;
+- cold, the page cache dropped by fadvise: the stream against `readinto` of the store's files one after the other;
+- the time from a stream's construction to its first batch, and the private memory while it is read.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.sources.base import Part, Sample
+from sail_align.extract.store import Store
+
+DIMS = {"image": 2_048, "raw": 1_024, "long": 1_024}
+ROW_BYTES = 2 * sum(DIMS.values())
+EPOCHS = 10
+BLOCK = 1_024
+
+
+def main() -> None:
+    """Print the ratios, the goals, and whether they are met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--batch-size", type=int, default=36_864)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="Where to make the store, and keep it; a temporary folder else.")
+    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        epochs = 1 if given.measure.endswith("cold") else EPOCHS
+        print(json.dumps(MEASURES[given.measure](given.folder, given.batch_size, epochs)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        if not (folder / "plain").exists():
+            make(folder, given.rows)
+        report(folder, given.batch_size, given.rounds)
+
+
+def report(folder: Path, batch_size: int, rounds: int) -> None:
+    """Run every measure in processes of its own, by turns, and print what came out."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURES}
+    for _ in range(rounds):
+        for name in MEASURES:
+            (drop if name.endswith("cold") else warm)(folder)
+            command = [sys.executable, __file__, "--measure", name, "--folder", folder, "--batch-size", batch_size]
+            output = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+            found[name].append(json.loads(output))
+    middle = {name: {key: median(each[key] for each in all_) for key in all_[0]} for name, all_ in found.items()}
+    batch = batch_size * ROW_BYTES / 1e9
+    print(f"a batch of {batch_size:,} pairs is {batch:.2f} GB")
+    for name, values in middle.items():
+        print(f"{name:12s} {values['rate']:.2f} GB/s")
+    warm_, cold = middle["stream"], middle["stream cold"]
+    bound = 3 * batch + 0.1
+    lines = [
+        ("warm: stream / memmap in blocks", warm_["rate"] / middle["memmap"]["rate"], ">=", 0.9),
+        ("warm: stream / zarr-python", warm_["rate"] / middle["zarr"]["rate"], ">=", 4),
+        ("cold: stream / readinto", cold["rate"] / middle["files cold"]["rate"], ">=", 1),
+        ("warm: seconds to the first batch", warm_["first"], "<=", 1),
+        ("cold: seconds to the first batch", cold["first"], "<=", 1),
+        (f"private memory in GB, (prefetch + 1) batches + 0.1 = {bound:.2f}", warm_["private"], "<=", bound),
+    ]
+    for what, value, sign, goal in lines:
+        met = value >= goal if sign == ">=" else value <= goal
+        print(f"{what}: {value:.2f} (goal {sign} {goal:.3g}: {'met' if met else 'missed'})")
+
+
+def stream(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
+    """Read epochs through the stream."""
+    from sail_align.align.data import open_pairs
+    from sail_align.align.stream import Stream
+
+    pairs = open_pairs([folder / "store.zarr"], ["raw", "long"])
+    rows = [each.usable() for each in pairs]
+    private = most = rss_anon()
+    begun = time.perf_counter()
+    with Stream(pairs, rows, batch_size=batch_size, seed=0) as source:
+        batches = source.batches()
+        next(batches)
+        first = time.perf_counter() - begun
+        count = epochs * source.batches_per_epoch
+        for _ in range(count - 1):
+            next(batches)
+            most = max(most, rss_anon())
+        seconds = time.perf_counter() - begun
+    return {"rate": count * batch_size * ROW_BYTES / seconds / 1e9, "first": first, "private": (most - private) / 1e9}
+
+
+def memmap(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
+    """Copy blocks of the plain files in random order into batches, with the stream's number of threads."""
+    from sail_align.align.stream import GATHER_THREADS
+
+    arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
+    return {"rate": in_blocks(arrays, batch_size, epochs, GATHER_THREADS)}
+
+
+def with_zarr(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
+    """Read the store's chunks in random order through zarr-python, with the stream's number of threads."""
+    import zarr
+
+    from sail_align.align.stream import GATHER_THREADS
+
+    store = folder / "store.zarr"
+    folders = [next(store.glob("image/*")), *(next(store.glob(f"text/*/{name}")) for name in ("raw", "long"))]
+    arrays = [zarr.open_array(each / "features", mode="r") for each in folders]
+    return {"rate": in_blocks(arrays, batch_size, epochs, GATHER_THREADS)}
+
+
+def in_blocks(arrays: list[Any], batch_size: int, epochs: int, threads: int) -> float:
+    """Return GB/s at which epochs of the arrays are copied, in blocks in random order, into a batch that is reused."""
+    rows = arrays[0].shape[0]
+    batch = [np.empty((batch_size, array.shape[1]), np.float16) for array in arrays]
+    per_batch = batch_size // BLOCK
+
+    def copy(place: int, block: int) -> None:
+        for array, out in zip(arrays, batch, strict=True):
+            out[place * BLOCK : (place + 1) * BLOCK] = array[block * BLOCK : (block + 1) * BLOCK]
+
+    begun = time.perf_counter()
+    copied = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for epoch in range(epochs):
+            order = np.random.default_rng(epoch).permutation(rows // BLOCK).tolist()
+            for start in range(0, len(order) - per_batch + 1, per_batch):
+                for _ in pool.map(copy, range(per_batch), order[start : start + per_batch]):
+                    copied += BLOCK * ROW_BYTES
+    return copied / (time.perf_counter() - begun) / 1e9
+
+
+def files_cold(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
+    """Read the store's feature files one after the other into one buffer."""
+    buffer = bytearray(8 << 20)
+    begun = time.perf_counter()
+    size = 0
+    for path in store_files(folder):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                size += count
+    return {"rate": size / (time.perf_counter() - begun) / 1e9}
+
+
+MEASURES: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
+    "stream": stream,
+    "memmap": memmap,
+    "zarr": with_zarr,
+    "stream cold": stream,
+    "files cold": files_cold,
+}
+
+
+def make(folder: Path, rows: int) -> None:
+    """Make the store, and the same features as plain files."""
+    (folder / "plain").mkdir(parents=True)
+    samples = [Sample(f"{row:09d}", f"{row}.jpg", {"raw": "…", "long": "…"}) for row in range(rows)]
+    store = Store.create(
+        folder / "store.zarr",
+        dataset="synthetic",
+        manifest={},
+        parts=[Part.of(samples)],
+        captions=["raw", "long"],
+        shard_rows=65_536,
+        chunk_rows=1_024,
+        quiet=True,
+    )
+    random = np.random.default_rng(0)
+    for name, dim in DIMS.items():
+        modality: Literal["image", "text"] = "image" if name == "image" else "text"
+        spec = EncoderSpec(f"noise-{modality}", modality, {}, "", {}, "none", "float32", dim)
+        identity = Identity(spec, [1.0], {})
+        array = store.add_image(identity) if name == "image" else store.add_text(identity, name)
+        plain = np.lib.format.open_memmap(folder / "plain" / f"{name}.npy", "w+", np.float16, (rows, dim))
+        for shard in array.shards:
+            start, stop = array.span(shard)
+            features = random.standard_normal((stop - start, dim), np.float32).astype(np.float16)
+            array.write(shard, features, np.zeros(stop - start, np.uint8))
+            plain[start:stop] = features
+        plain.flush()
+
+
+def store_files(folder: Path) -> Iterator[Path]:
+    """Yield the files that hold a store's features."""
+    yield from sorted((folder / "store.zarr").glob("**/features/c/*/0"))
+
+
+def warm(folder: Path) -> None:
+    """Bring all files into the page cache."""
+    for path in (*store_files(folder), *(folder / "plain").iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
+
+
+def drop(folder: Path) -> None:
+    """Take the store's files out of the page cache."""
+    for path in store_files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rss_anon() -> int:
+    """Return this process's private memory in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()
