@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from sail_align.align.device import free_bytes
+from sail_align.align.distributed import ALONE, World
 from sail_align.align.heads import Head
 from sail_align.align.loss import Loss, LossValue
 from sail_align.align.model import AlignmentModel
@@ -40,33 +41,49 @@ class Stepper:
     device: torch.device
     micro_batch: int = MICRO_BATCH
     keep_bytes: int | None = None
+    world: World = ALONE
 
 
 def train_step(stepper: Stepper, batch: Batch, rate: float) -> LossValue:
     """Take one step on a batch at a learning rate; return its loss, without gradients.
 
-    Dropout draws from torch's global random state as it is when the step begins.
+    Of several processes each has its part of the batch. All exchange their texts, so that every image meets every text
+    of the whole batch, and add up their gradients. Dropout draws from torch's global random state as it is at the
+    beginning.
     """
-    model, optimizer = stepper.model, stepper.optimizer
+    model, optimizer, world = stepper.model, stepper.optimizer, stepper.world
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
     model.train()
     images = _Side(model.encode_image, model.image_head, batch.images, stepper)
     texts = _Side(model.encode_text, model.text_head, batch.texts.flatten(0, 1), stepper)
-    left = free_bytes(stepper.device) // 2 if stepper.keep_bytes is None else stepper.keep_bytes
-    image_BE, left = images.embed(left)
-    text_NE, _ = texts.embed(left)
-    text_CBE = text_NE.view(*batch.texts.shape[:2], -1)
-    loss = batch_loss(model, stepper.loss_of, image_BE.requires_grad_(), text_CBE.requires_grad_())
-    model.log_scale.grad, model.bias.grad, image_grad_BE, text_grad_CBE = torch.autograd.grad(
-        loss.total, (model.log_scale, model.bias, image_BE, text_CBE), materialize_grads=True
-    )
-    images.backward(image_grad_BE)
-    texts.backward(text_grad_CBE.flatten(0, 1))
+    left = stepper.keep_bytes
+    if left is None:
+        left = free_bytes(stepper.device) // (2 * world.size_here)
+    image_NE, left = images.embed(left)
+    text_CNE, _ = texts.embed(left)
+    spans = world.spans(len(image_NE))
+    text_CME = world.gather(text_CNE.view(len(batch.texts), len(image_NE), -1), spans)
+    values, image_gradient_NE, text_gradient_CME = _loss_gradients(stepper, image_NE, text_CME, spans[world.rank].start)
+    del image_NE, text_CNE, text_CME
+    # The texts first: when the larger gradients of the images' head come, their activations are gone.
+    texts.backward(world.scatter_sum(text_gradient_CME, spans).flatten(0, 1))
+    images.backward(image_gradient_NE)
+    world.sum(values, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
     optimizer.step()
     model.clamp_scale()
-    return LossValue(*(value.detach() for value in loss))
+    return LossValue(*values)
+
+
+def _loss_gradients(stepper: Stepper, image_NE: Tensor, text_CME: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values of `LossValue` (5,) and the gradients of both embeddings; set those of τ and b."""
+    model, embedded = stepper.model, (image_NE.requires_grad_(), text_CME.requires_grad_())
+    loss = stepper.loss_of(*embedded, model.log_scale, model.bias, first=first)
+    model.log_scale.grad, model.bias.grad, image_gradient_NE, text_gradient_CME = torch.autograd.grad(
+        loss.total, (model.log_scale, model.bias, *embedded), materialize_grads=True
+    )
+    return torch.stack([value.detach() for value in loss]), image_gradient_NE, text_gradient_CME
 
 
 class _Side:
@@ -79,7 +96,8 @@ class _Side:
         ]
         self._bytes = min(stepper.micro_batch, len(features_ND)) * head.kept_units * 4
         self._dim = head.out.out_features
-        self._seed = int(torch.randint(1 << 62, ()))
+        # Other masks in every process.
+        self._seed = int(torch.randint(1 << 62, ())) + (stepper.world.rank << 40)
         self._kept: dict[int, Tensor] = {}
 
     def embed(self, keep_bytes: int) -> tuple[Tensor, int]:

@@ -1,0 +1,160 @@
+"""Several processes take the steps of one, and end together."""
+
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from sail_align.align.distributed import World, joined
+from sail_align.align.loss import infonce_loss, sigmoid_loss
+from sail_align.align.model import Architecture
+from sail_align.align.settings import FitSettings
+from sail_align.align.step import Stepper, make_optimizer, train_step
+from sail_align.align.stream import Batch
+from sail_align.extract.errors import UserError, WorkersFailedError
+
+CPU = torch.device("cpu")
+ROWS = 23
+LOSSES = {"sigmoid": sigmoid_loss, "weighted": partial(sigmoid_loss, weights=(1.0, 0.5)), "infonce": infonce_loss}
+
+
+def environment(rank, size, port):
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def in_processes(size, work, folder):
+    """Run `work(world)` in processes that are joined; return what each returned."""
+    context = mp.get_context("spawn")
+    port = free_port()
+    processes = [context.Process(target=_one, args=(work, folder, rank, size, port)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def _one(work, folder, rank, size, port):
+    os.environ.update(environment(rank, size, port))
+    torch.set_num_threads(1)
+    with joined("auto") as (world, device):
+        assert device == "cpu"
+        torch.save(work(world), folder / f"{rank}.pt")
+
+
+def one_step(world):
+    """Take a step with each loss; return its values and all gradients."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(*shape, generator=generator).half() for shape in ((ROWS, 12), (2, ROWS, 8)))
+    # As numpy.array_split: the first parts have a row more.
+    cuts = [0, *(sum(len(part) for part in images.tensor_split(world.size)[: r + 1]) for r in range(world.size))]
+    own = slice(cuts[world.rank], cuts[world.rank + 1])
+    found = {}
+    for name, loss in LOSSES.items():
+        if name == "infonce":
+            loss = partial(loss, across=world.log_sum_exp)
+        torch.manual_seed(0)
+        model = Architecture("glu", 12, 8, 6, expansion=2).build(scale=5.0, bias=-1.0)
+        optimizer = make_optimizer(model, FitSettings(steps=1))
+        stepper = Stepper(model, loss, optimizer, CPU, micro_batch=5, world=world)
+        value = train_step(stepper, Batch(images[own], texts[:, own]), 1e-3)
+        found |= {f"{name} {field}": number for field, number in value._asdict().items()}
+        found |= {f"{name} ∂{key}": parameter.grad for key, parameter in model.named_parameters()}
+        found |= {f"{name} {key}": tensor.clone() for key, tensor in model.state_dict().items()}
+    return found
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_gradients_and_values_are_those_of_one_process(tmp_path, size):
+    expected = one_step(World())
+    for rank, found in enumerate(in_processes(size, one_step, tmp_path)):
+        for name, value in expected.items():
+            if "∂" in name or name.split()[1] in ("total", "positive_logit", "negative_mass"):
+                bound = 1e-5 * float(value.abs().max()) + 1e-8
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=bound, msg=f"{rank} {name}")
+
+
+def messages(world):
+    """Use every way to tell the others something."""
+
+    def mistaken():
+        raise UserError(f"made by {world.rank}")
+
+    def caught(work):
+        try:
+            work()
+        except UserError as mistake:
+            return str(mistake)
+
+    own = torch.full((2,), float(world.rank))
+    spread, total = own.clone(), own.clone()
+    world.spread(spread)
+    world.sum(total)
+    values = torch.tensor([float(world.rank), -torch.inf, 500.0])
+    return {
+        "agree": world.agree(lambda: world.rank * 10),
+        "decide": world.decide(lambda: f"rank {world.rank}"),
+        "mistake of one": caught(lambda: world.agree(lambda: mistaken() if world.rank == 1 else None)),
+        "mistake of rank 0": caught(lambda: world.decide(mistaken)),
+        "any": (world.any(world.rank == 1), world.any(False)),
+        "spans": [(rows.start, rows.stop) for rows in world.spans(2 + world.rank)],
+        "spread": spread.tolist(),
+        "sum": total.tolist(),
+        "log-sum-exp": world.log_sum_exp(values),
+    }
+
+
+def test_the_processes_tell_each_other_what_they_must(tmp_path):
+    for rank, found in enumerate(in_processes(2, messages, tmp_path)):
+        assert found["agree"] == 10 * rank
+        assert found["decide"] == "rank 0"
+        assert found["mistake of one"] == "made by 1"
+        assert found["mistake of rank 0"] == "made by 0"
+        assert found["any"] == (True, False)
+        assert found["spans"] == [(0, 2), (2, 5)]
+        assert (found["spread"], found["sum"]) == ([0, 0], [1, 1])
+        expected = torch.logsumexp(torch.tensor([[0.0, -torch.inf, 500.0], [1.0, -torch.inf, 500.0]]), 0)
+        torch.testing.assert_close(found["log-sum-exp"], expected)
+
+
+def test_one_process_is_a_world_of_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cuda:3") as (world, device):
+        assert (world, device) == (World(), "cuda:3")
+    values = torch.arange(6.0).reshape(1, 3, 2)
+    spans = world.spans(3)
+    assert torch.equal(world.scatter_sum(world.gather(values, spans), spans), values)
+    assert world.decide(lambda: 5) == world.agree(lambda: 5) == 5
+    assert torch.equal(world.log_sum_exp(values), values)
+
+
+def leave(world):
+    if world.rank == 1:
+        os._exit(9)
+    try:
+        world.sum(torch.zeros(1))
+    except WorkersFailedError as lost:
+        return str(lost)
+
+
+def test_who_is_left_behind_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError):  # of the one that left
+        in_processes(2, leave, tmp_path)
+    assert torch.load(tmp_path / "0.pt").startswith("Process 0 of 2 lost touch with another (")
