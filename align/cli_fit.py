@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sail_align.align.captions import parse_captions
 from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options
 
 
@@ -26,7 +27,12 @@ def fit(
         ),
     ] = None,
     captions: Annotated[
-        str | None, typer.Option(help="Captions to train on together, as in raw,long.  [default: all in the store]")
+        str | None,
+        typer.Option(help="Captions to train on together, with weights if need be: raw,long:0.5.  [default: all]"),
+    ] = None,
+    positives: Annotated[
+        int | None,
+        typer.Option(help="Captions of each image that are drawn for a step, by weight.  [default: all of them]"),
     ] = None,
     preset: Annotated[
         str | None,
@@ -103,6 +109,7 @@ def fit(
         "image_power": image_power,
         "start": start,
         "ridge": ridge,
+        "positives": positives,
         "loss": loss,
         "divisor": divisor,
         "optimizer": optimizer,
@@ -116,7 +123,9 @@ def fit(
         "held_out": held_out,
     }
     options = {name: value for name, value in given.items() if value is not None}
+    chosen = captions.split(",") if captions else []
     check_options(options)  # before the seconds that torch takes to load
+    parse_captions(chosen)
 
     from sail_align.align.checkpoint import read_record
     from sail_align.align.plan import make_plan
@@ -129,11 +138,10 @@ def fit(
     from sail_align.extract.stop import StoppedError, stopping_on
 
     where = Runtime.of(device, "float32").device
-    names = [name.strip() for name in captions.split(",")] if captions else None
     plan, notes = make_plan(
         features,
         options,
-        captions=names,
+        captions=chosen,
         image_encoder=image_encoder,
         text_encoder=text_encoder,
         exclude=exclude or (),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sail_align.extract.encoders.base import require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
+from sail_align.extract.index import FILE_ROWS
 from sail_align.extract.status import Status
 from sail_align.extract.store import Store
 
@@ -45,13 +46,6 @@ class Pairs:
             usable &= array.read_status() == Status.OK
         return usable
 
-    def read(self, start: int, stop: int, rows: Rows) -> tuple[Half, Half]:
-        """Return images (n, D_I) and texts (C, n, D_T) of those of the rows start … stop − 1 that are in `rows`."""
-        chosen = rows[start:stop]
-        image_ND = self.image.read(start, stop)[0][chosen]
-        text_CND = np.stack([array.read(start, stop)[0][chosen] for array in self.texts])
-        return image_ND, text_CND
-
     def chunks(self) -> list[tuple[int, int]]:
         """Return the spans that are read at once: the inner chunks of the arrays."""
         size = self.store.chunk_rows
@@ -74,11 +68,9 @@ def open_pairs(
         text_encoder: The same for texts.
 
     Raises:
-        UserError: A path is no store, an array is not there or not complete, two stores' encoders differ, or a caption
-            or a store is given twice.
+        UserError: A path is no store, an array is not there or not complete, two stores' encoders differ, or a
+            store is given twice.
     """
-    if captions and len(set(captions)) < len(captions):
-        raise UserError(f"A caption is given twice in {','.join(captions)}; name each one once.")
     opened: list[Pairs] = []
     first_with: dict[str, Path] = {}
     for path in paths:
@@ -130,7 +122,7 @@ def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: flo
     They are those whose keys hash lowest: the same whatever the seed, the order of the stores or the encoders. Their
     number is `fraction` of the usable rows, but at least 100 (or a fifth, if that is less) and at most 5,000.
     """
-    hashes = [key_hashes(each.store.index(["key"])["key"]) for each in pairs]
+    hashes = [_hashes_of(each.store) for each in pairs]
     of_usable = np.sort(np.concatenate([each[rows] for each, rows in zip(hashes, usable, strict=True)]))
     count = held_out_count(len(of_usable), fraction)
     if count == 0:
@@ -140,7 +132,7 @@ def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: flo
 
 def key_hashes(keys: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Return a hash of each key, (N,): those of the lowest are held out."""
-    digests = b"".join(hashlib.blake2b(key.as_py().encode(), digest_size=8).digest() for key in keys)
+    digests = b"".join([hashlib.blake2b(key, digest_size=8).digest() for key in keys.cast(pa.binary()).to_pylist()])
     return np.frombuffer(digests, dtype=np.dtype("<u8"))
 
 
@@ -152,13 +144,25 @@ def held_out_count(usable: int, fraction: float) -> int:
 
 def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
     """Return the images (n, D_I) and texts (C, n, D_T) of the chosen rows of all stores."""
-    first = pairs[0]
-    blocks = [first.read(0, 0, rows[0])]  # gives the shapes where no row is chosen
+    first, count = pairs[0], sum(int(chosen.sum()) for chosen in rows)
+    image_ND = np.empty((count, first.image.dim), np.float16)
+    text_CND = np.empty((len(first.texts), count, first.texts[0].dim), np.float16)
+    at = 0
     for each, chosen in zip(pairs, rows, strict=True):
-        spans = (span for span in each.chunks() if chosen[slice(*span)].any())
-        blocks += [each.read(start, stop, chosen) for start, stop in spans]
-    images, texts = zip(*blocks, strict=True)
-    return np.concatenate(images), np.concatenate(texts, axis=1)
+        for number, span in enumerate(each.chunks()):
+            places = np.flatnonzero(chosen[slice(*span)])
+            if len(places):
+                for out_ND, array in zip((image_ND, *text_CND), each.arrays, strict=True):
+                    out_ND[at : at + len(places)] = array.chunk(number)[places]
+                at += len(places)
+    return image_ND, text_CND
+
+
+def _hashes_of(store: Store) -> NDArray[np.uint64]:
+    """Return the hash of each key of a store, read a file of the index at a time."""
+    starts = range(0, store.rows, FILE_ROWS)
+    tables = (store.index(["key"], start, min(start + FILE_ROWS, store.rows)) for start in starts)
+    return np.concatenate([key_hashes(table["key"]) for table in tables])
 
 
 def _count_ok(array: FeatureArray) -> int:

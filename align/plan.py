@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sail_align.align.captions import CaptionPolicy, parse_captions
 from sail_align.align.data import Pairs, Rows, open_pairs, require_half, split_held_out
 from sail_align.align.exclude import Exclusions
 from sail_align.align.loss import Loss, infonce_loss, sigmoid_loss
@@ -25,6 +26,7 @@ class Plan:
     held_out: Sequence[Rows]
     settings: FitSettings
     exclusions: Exclusions
+    policy: CaptionPolicy
 
     @property
     def training_rows(self) -> int:
@@ -55,9 +57,10 @@ class Plan:
     @property
     def loss(self) -> Loss:
         """The loss by its settings."""
+        weights = self.policy.loss_weights
         if self.settings.loss == "infonce":
-            return infonce_loss
-        return partial(sigmoid_loss, divisor=self.settings.divisor)
+            return partial(infonce_loss, weights=weights)
+        return partial(sigmoid_loss, divisor=self.settings.divisor, weights=weights)
 
     def describe(self) -> str:
         """Say in a line what will be computed."""
@@ -79,6 +82,7 @@ class Plan:
         return {
             **asdict(self.settings),
             "captions": list(self.pairs[0].captions),
+            "caption_weights": list(self.policy.weights),
             "image_encoder": self.pairs[0].image.identity.spec.fingerprint,
             "text_encoder": self.pairs[0].texts[0].identity.spec.fingerprint,
             "stores": [str(each.store.path) for each in self.pairs],
@@ -112,7 +116,7 @@ def make_plan(
     Args:
         stores: At least one.
         options: Settings that the user gave, as in `check_options`.
-        captions: Caption names, by default all that the first store has features of.
+        captions: Names as in `parse_captions`, by default all that the first store has features of.
         image_encoder: Which encoder's images, where a store holds several.
         text_encoder: The same for texts.
         exclude: Lists of keys whose rows are left out, as `Exclusions.read` takes them.
@@ -122,9 +126,11 @@ def make_plan(
     """
     check_options(options)
     exclusions = Exclusions.read(exclude)
-    pairs = open_pairs(stores, captions, image_encoder=image_encoder, text_encoder=text_encoder)
+    names, weights = parse_captions(captions or ())
+    pairs = open_pairs(stores, names, image_encoder=image_encoder, text_encoder=text_encoder)
     usable = [each.usable() for each in pairs]
-    if not captions:
+    policy = _policy(pairs[0].captions, weights, options)
+    if not names:
         require_half(pairs, usable)
     unusable = sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable)
     excluded = [exclusions.rows(each.store) for each in pairs]
@@ -147,4 +153,17 @@ def make_plan(
         notes.insert(0, f"{unusable:,} rows lack an image or a caption and are left out.")
     if settings.held_out > 0 and not any(rows.any() for rows in held_out):
         notes.append(f"{count} pairs are too few to hold some out: the run is not scored.")
-    return Plan(pairs, training, held_out, settings, exclusions), notes
+    return Plan(pairs, training, held_out, settings, exclusions, policy), notes
+
+
+def _policy(captions: Sequence[str], weights: tuple[float, ...], options: Mapping[str, Any]) -> CaptionPolicy:
+    """Return what becomes of these captions; the weights are none where the captions were not named."""
+    positives = options.get("positives") or len(captions)
+    if positives > len(captions):
+        raise UserError(
+            f"--positives {positives} is more than the {len(captions)} captions {', '.join(captions)}; give at most as "
+            "many."
+        )
+    if len(set(weights)) > 1 and options.get("head") == "cca":
+        raise UserError("Weights of captions have no effect with --head cca, which takes all alike; leave them out.")
+    return CaptionPolicy(weights or (1.0,) * len(captions), positives)

@@ -13,9 +13,9 @@ class FitSettings:
 
     `head` "cca" is a linear head that is computed and not trained: its `steps` are 0. `expansion` and the dropouts
     are the heads', `dim` is the dimension of the shared space. Image features are raised to `image_power`, their signs
-    kept. `ridge` belongs to a closed form, `divisor` to the sigmoid loss. `scale` and `bias` are what t and b start
-    from. `warmup` is a fraction of the steps, `held_out` the fraction of the rows that is kept out of training and
-    scored.
+    kept. `ridge` belongs to a closed form, `divisor` to the sigmoid loss. `positives` captions of each image are drawn
+    for a step, None takes all. `scale` and `bias` are what t and b start from. `warmup` is a fraction of the steps,
+    `held_out` the fraction of the rows that is kept out of training and scored.
     """
 
     head: Literal["linear", "mlp", "glu", "cca"] = "glu"
@@ -26,6 +26,7 @@ class FitSettings:
     image_power: float = 1.0
     start: Literal["random", "closed-form"] = "random"
     ridge: float = 2.0
+    positives: int | None = None
     loss: Literal["sigmoid", "infonce"] = "sigmoid"
     divisor: Literal["pairs", "batch"] = "pairs"
     scale: float = 20.0
@@ -82,6 +83,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "image_dropout": (0, 0.95),
     "text_dropout": (0, 0.95),
     "image_power": (0.1, 1),
+    "positives": (1, 1_000),
     "ridge": (1e-6, 1e6),
     "lr": (1e-9, 1),
     "weight_decay": (0, 10),

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sail_align.align.captions import CaptionPolicy
 from sail_align.align.data import Half, Pairs, Rows
 from sail_align.align.order import Numbers, Order, StreamState
 
@@ -50,10 +52,13 @@ class Stream:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        policy: CaptionPolicy | None = None,
         buffer_rows: int = BUFFER_ROWS,
         pin: bool = False,
     ):
-        """Serve the chosen rows of each store; `pin` makes the batches page-locked, for copies to a GPU.
+        """Serve the chosen rows of each store, with all captions or those of a policy.
+
+        `pin` makes the batches page-locked, for copies to a GPU.
 
         Raises:
             ValueError: There are fewer rows than one batch holds.
@@ -72,6 +77,7 @@ class Stream:
             buffer_rows=buffer_rows,
         )
         self._part = slice(*part_span(batch_size, rank, world))
+        self._policy = policy or CaptionPolicy.all_alike(len(pairs[0].texts))
         self._pin = pin
         self._expected: set[int] = set()
         self._decoded: dict[tuple[int, int], Half] = {}
@@ -93,7 +99,8 @@ class Stream:
         long it was waited for.
         """
         state = state or StreamState.start()
-        buffers = [self._allocate() for _ in range(PREFETCH + 1)]
+        rows = self._part.stop - self._part.start
+        buffers = [self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)]
         pending: deque[tuple[Future[None], Batch, StreamState]] = deque()
         while True:
             while len(pending) < PREFETCH:
@@ -110,10 +117,10 @@ class Stream:
             yield batch, behind
 
     def blocks(self) -> Iterator[Batch]:
-        """Yield every row once, in the order of the stores: for sums over all of them."""
+        """Yield every row once with all captions, in the order of the stores: for sums over all of them."""
         for start in range(0, self.rows, BLOCK_ROWS):
             numbers = np.arange(start, min(start + BLOCK_ROWS, self.rows))
-            block = self._allocate(len(numbers))
+            block = self._allocate(len(numbers), len(self._policy.weights))
             for copy in self._gather(block, numbers):
                 copy.result()
             self._decoded.clear()
@@ -132,10 +139,9 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _allocate(self, rows: int | None = None) -> Batch:
+    def _allocate(self, rows: int, captions: int) -> Batch:
         first = self._pairs[0]
-        rows = self._part.stop - self._part.start if rows is None else rows
-        shapes = (rows, first.image.dim), (len(first.texts), rows, first.texts[0].dim)
+        shapes = (rows, first.image.dim), (captions, rows, first.texts[0].dim)
         return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
 
     def _fill(self, batch: Batch, state: StreamState) -> None:
@@ -144,7 +150,7 @@ class Stream:
         self._expect(chunks)  # of the first batch: the others' were asked for before
         buffered = self._order.buffered(state)
         self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
-        copies = self._gather(batch, self._numbers(state))
+        copies = self._gather(batch, self._numbers(state), self._draw(state))
         later, share = self._order.in_next_buffer(state)
         in_next_buffer = self._chunks_of(later)
         ahead = [*self._chunks_of(self._order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
@@ -152,6 +158,13 @@ class Stream:
         self._expected = {*chunks, *ahead}
         for copy in copies:
             copy.result()
+
+    def _draw(self, state: StreamState) -> Numbers | None:
+        """Return the captions of this rank's rows of a batch, (positives, rows); None where all are served."""
+        if not self._policy.drawn:
+            return None
+        random = self._order.random(state.epoch, state.batch, 1)  # the order's own have two places
+        return self._policy.draw(self._order.batch_size, random)[:, self._part]
 
     def _numbers(self, state: StreamState) -> Numbers:
         return self._order.batch(state)[self._part]
@@ -168,17 +181,24 @@ class Stream:
             for array in pairs.arrays:
                 array.expect(numbers)
 
-    def _gather(self, batch: Batch, numbers: Numbers) -> list[Future[None]]:
-        """Begin to copy the rows of these numbers, which rise, into a batch."""
+    def _gather(self, batch: Batch, numbers: Numbers, drawn: Numbers | None = None) -> list[Future[None]]:
+        """Begin to copy the rows of these numbers, which rise, with all captions or those drawn (K, N), to a batch."""
         pieces = self._order.pieces(numbers)
-        outs = [batch.images.numpy(), *batch.texts.numpy()]
+        images, texts = batch.images.numpy(), batch.texts.numpy()
 
         def copy(pieces: list[tuple[int, int, int]]) -> None:
             for chunk, start, stop in pieces:
                 rows = np.flatnonzero(self._served[chunk])[numbers[start:stop] - self._order.starts[chunk]]
-                for array, out in enumerate(outs):
-                    # mode "clip" writes straight into `out`; the rows are in range.
-                    np.take(self._chunk(chunk, array), rows, axis=0, out=out[start:stop], mode="clip")
+                # mode "clip" writes straight into `out`; the rows are in range.
+                take = partial(np.take, indices=rows, axis=0, mode="clip")
+                take(self._chunk(chunk, 0), out=images[start:stop])
+                for slot, out in enumerate(texts[:, start:stop]):
+                    if drawn is None:
+                        take(self._chunk(chunk, slot + 1), out=out)
+                    else:
+                        for caption in np.unique(drawn[slot, start:stop]):
+                            places = np.flatnonzero(drawn[slot, start:stop] == caption)
+                            out[places] = self._chunk(chunk, int(caption) + 1)[rows[places]]
 
         step = -(-len(pieces) // (4 * GATHER_THREADS))
         return [self._gatherers.submit(copy, pieces[at : at + step]) for at in range(0, len(pieces), step)]

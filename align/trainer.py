@@ -103,7 +103,8 @@ def fit(
 
 def _stream(plan: Plan, device: torch.device) -> Stream:
     size, seed = plan.settings.batch_size, plan.settings.seed
-    return Stream(plan.pairs, plan.training, batch_size=size, seed=seed, pin=device.type == "cuda")
+    pin = device.type == "cuda"
+    return Stream(plan.pairs, plan.training, batch_size=size, seed=seed, policy=plan.policy, pin=pin)
 
 
 def health_of(model: AlignmentModel, loss: LossValue) -> dict[str, float]:

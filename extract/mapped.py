@@ -7,6 +7,7 @@ then their CRC32C. Source: the zarr v3 specification of `sharding_indexed`.
 
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class MappedChunks:
 
     def expect(self, numbers: list[int]) -> None:
         """Have the system read these chunks from the disk, without waiting for it. They are in rising order."""
+        if sys.platform != "linux":  # others read ahead by their own rules
+            return
         shard, file = -1, -1
         for number in numbers:
             if number // self._per_shard != shard:
@@ -79,7 +82,7 @@ class MappedChunks:
                 if file >= 0:
                     os.close(file)
                 file = os.open(mapped.path, os.O_RDONLY) if mapped else -1
-            if mapped and (start := mapped.offsets[number % self._per_shard]) != ABSENT:
+            if mapped and (start := mapped.offsets[number % self._per_shard]) != ABSENT and not _cached(file, start):
                 for at in range(start, start + self._bytes, READ_AHEAD):
                     os.posix_fadvise(file, at, min(READ_AHEAD, start + self._bytes - at), os.POSIX_FADV_WILLNEED)
         if file >= 0:
@@ -135,6 +138,14 @@ def can_map(array: "zarr.Array[Any]") -> bool:
         and array.dtype == array.dtype.newbyteorder("<")
         and codec.chunk_shape[1:] == array.shape[1:]
     )
+
+
+def _cached(file: int, at: int) -> bool:
+    """Whether the byte at a place is in memory: what lies behind it was read with it, and rarely left it before it."""
+    try:
+        return os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to be waited for, or the file system cannot tell
+        return False
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -112,7 +112,7 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
 def test_what_is_given_twice_is_refused(make_store):
     two = make_store("two", captions={"raw": (), "long": ()})
     assert mistake("--features", two, "--captions", "raw, long,raw") == (
-        "A caption is given twice in raw,long,raw; name each one once."
+        "A caption is given twice in raw, long,raw; name each one once."
     )
     assert mistake("--features", two, "--features", two) == (f"{two} holds the same as {two}; give each store once.")
 

@@ -1,0 +1,117 @@
+"""Captions have weights, and some or all of them are an image's positives in a step."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from sail_align.align.captions import CaptionPolicy, parse_captions
+from sail_align.align.data import open_pairs
+from sail_align.align.loss import sigmoid_loss
+from sail_align.align.order import StreamState
+from sail_align.align.plan import make_plan
+from sail_align.align.stream import Stream
+from sail_align.extract.errors import UserError
+
+
+def test_names_may_carry_weights():
+    assert parse_captions(["raw", " long:0.5"]) == (["raw", "long"], (1.0, 0.5))
+    assert parse_captions([]) == ([], ())
+
+
+@pytest.mark.parametrize("given", ["a:", "a:half", "a:0", "a:-1", "a:nan", "a:inf", ":1", "", "a:1:2"])
+def test_what_is_no_caption_with_a_weight_is_refused(given):
+    with pytest.raises(UserError, match=r"is no caption with a weight; give a name, or one as in long:0\.5"):
+        parse_captions(["raw", given])
+
+
+def test_a_caption_is_named_once():
+    with pytest.raises(UserError, match="A caption is given twice in raw,long:2,raw:3; name each one once"):
+        parse_captions(["raw", "long:2", "raw:3"])
+
+
+def test_captions_are_drawn_without_repetition_with_odds_by_weight():
+    weights = np.array([3.0, 1.0, 2.0])
+    drawn = CaptionPolicy(tuple(weights), 2).draw(60_000, np.random.default_rng(0))
+    assert drawn.shape == (2, 60_000)
+    assert (drawn[0] != drawn[1]).all()
+    odds = weights / weights.sum()
+    for first in range(3):
+        share = (drawn[0] == first).mean()
+        assert share == pytest.approx(odds[first], abs=0.01)
+        left = odds * (np.arange(3) != first)
+        then = [(drawn[1][drawn[0] == first] == second).mean() for second in range(3)]
+        assert then == pytest.approx(left / left.sum(), abs=0.015)
+
+
+def stream_of(path, policy, **ranks):
+    pairs = open_pairs([path])
+    return Stream(pairs, [each.usable() for each in pairs], batch_size=60, seed=1, policy=policy, **ranks)
+
+
+def served(stream, state, count):
+    with stream:
+        return [(b.images.clone(), b.texts.clone()) for b, _ in itertools.islice(stream.batches(state), count)]
+
+
+@pytest.fixture
+def three(make_store):
+    """Feature 0 of every caption is the row's number, feature 1 tells the captions apart."""
+    return make_store(rows=240, captions={"raw": (), "short": (), "long": ()}, numbered=True, shard_rows=128)
+
+
+def test_drawn_captions_are_those_of_their_image_mixed_and_drawn_anew_each_epoch(three):
+    array = np.stack([text.read()[0] for text in open_pairs([three])[0].texts])
+    policy = CaptionPolicy((1.0, 1.0, 4.0), 2)
+    kinds = {}
+    for epoch in (0, 1):
+        for images, texts in served(stream_of(three, policy), StreamState(epoch, 0), 4):
+            assert texts.shape == (2, 60, 8)
+            for row, of_row in zip(images[:, 0].long().tolist(), texts.movedim(1, 0), strict=True):
+                which = [int(np.flatnonzero((array[:, row] == text.numpy()).all(1))[0]) for text in of_row]
+                assert len(set(which)) == 2
+                kinds[epoch, row] = which
+    first = [kinds[0, row][0] for row in range(240)]
+    assert set(first) == {0, 1, 2}
+    assert first.count(2) > 120
+    assert any(kinds[0, row] != kinds[1, row] for row in range(240))
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_batch_alone(three):
+    policy = CaptionPolicy((1.0, 1.0, 4.0), 1)
+    whole = served(stream_of(three, policy), None, 6)
+    ranks = [served(stream_of(three, policy, rank=rank, world=2), StreamState(0, 3), 3) for rank in (0, 1)]
+    for first, second, (images, texts) in zip(*ranks, whole[3:], strict=True):
+        assert torch.equal(torch.cat([first[0], second[0]]), images)
+        assert torch.equal(torch.cat([first[1], second[1]], dim=1), texts)
+
+
+def test_weights_of_all_captions_multiply_their_losses(three):
+    images, texts = torch.randn(5, 4), torch.randn(2, 5, 4)
+    at = torch.tensor(1.0), torch.tensor(-1.0)
+    plan, _ = make_plan([three], {}, captions=["long:0.25", "raw"])
+    assert plan.record()["caption_weights"] == [0.25, 1.0]
+    alone = [sigmoid_loss(images, text[None], *at).total for text in texts]
+    assert plan.loss(images, texts, *at).total.item() == pytest.approx((0.25 * alone[0] + alone[1]).item())
+    for captions, options in ((["long:0.25", "raw"], {"positives": 1}), (["long", "raw"], {})):
+        plan, _ = make_plan([three], options, captions=captions)
+        assert plan.loss(images, texts, *at).total.item() == pytest.approx(sum(alone).item())
+
+
+@pytest.mark.parametrize(
+    ("captions", "options", "sentence"),
+    [
+        (
+            ["raw", "long"],
+            {"positives": 3},
+            "--positives 3 is more than the 2 captions raw, long; give at",
+        ),
+        (["raw", "long:2"], {"head": "cca"}, "Weights of captions have no effect with --head cca"),
+        (None, {"head": "cca", "positives": 1}, "--positives has no effect with --head cca"),
+        (None, {"positives": 0}, "--positives 0 is out of range"),
+    ],
+)
+def test_a_policy_that_cannot_be_followed_is_refused(three, captions, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_plan([three], options, captions=captions)
