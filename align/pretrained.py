@@ -118,7 +118,7 @@ class PretrainedModel(nn.Module):
 
 
 def _encoder(recorded: Identity, folder: str | Path | None, device: str, argument: str) -> VisionEncoder | TextEncoder:
-    of_folder = recorded.spec.source["loader"] == "folder"
+    of_folder = "config" in recorded.spec.source
     if folder is not None and not of_folder:
         raise UserError(f"Encoder {recorded.spec.id!r} is of no local folder; leave {argument} out.")
     if folder is not None:

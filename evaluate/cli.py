@@ -35,6 +35,14 @@ VARIANTS = {
 """The protocols that `--protocol` knows, by task kind; what they are stands with the tasks."""
 
 RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="open_clip:NAME@WEIGHTS",
+        help="In place of a run: a model of OpenCLIP, SigLIP's among them, to compare with.",
+    ),
+]
 DataRoot = Annotated[
     str | None,
     typer.Option(help="Where the manifests' files are.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
@@ -47,6 +55,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 @app.command("all")
 def evaluate_all(
     run: RunPath = None,
+    model: ModelName = None,
     manifest: Annotated[
         list[str] | None, typer.Option(help="An evaluation set of your own, a .yaml file; repeatable.")
     ] = None,
@@ -56,13 +65,12 @@ def evaluate_all(
     quiet: Quiet = False,
 ) -> None:
     """Score a run on all sets that are here. Those are the packaged ones with data, and what --manifest adds."""
-    from sail_align.align.checkpoint import load_run, newest_run
     from sail_align.evaluate.provenance import saw_the_demo
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
     from sail_align.extract.sources.descriptions import DemoSource
 
-    scored = load_run(run or newest_run())
+    scored = _chosen(run, model, device)
     own = _required(manifest or [], data_root, kind=None)
     sets, missing, drawings = [], [], []
     for name in packaged_manifests():
@@ -87,7 +95,7 @@ def evaluate_all(
     if not sets + own:
         typer.echo("nothing to score: get one of these, or describe pictures of yours (docs/data.md) for --manifest.")
         return
-    _evaluate(scored, not run, sets + own, features_dir, device, quiet, stop_at_fault=False)
+    _evaluate(scored, not (run or model), sets + own, features_dir, device, quiet, stop_at_fault=False)
 
 
 def _register(kind: str, summary: str) -> Callable[..., None]:
@@ -99,6 +107,7 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
             list[str], typer.Argument(metavar="MANIFEST", help="Packaged names or .yaml files.", show_default=False)
         ],
         run: RunPath = None,
+        model: ModelName = None,
         data_root: DataRoot = None,
         features_dir: FeaturesDir = Path("features"),
         device: Device = "auto",
@@ -110,14 +119,13 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
             ),
         ] = None,
     ) -> None:
-        from sail_align.align.checkpoint import load_run, newest_run
-
         sets = _required(manifests, data_root, kind)
         if protocol:
             from sail_align.evaluate.tasks import PROTOCOLS
 
             sets = [(PROTOCOLS[about.task.kind].variant(about, protocol), root) for about, root in sets if about.task]
-        _evaluate(load_run(run or newest_run()), not run, sets, features_dir, device, quiet, stop_at_fault=True)
+        chosen = _chosen(run, model, device)
+        _evaluate(chosen, not (run or model), sets, features_dir, device, quiet, stop_at_fault=True)
 
     return evaluate_kind
 
@@ -159,6 +167,19 @@ def compare(
         raise UserError(f"One run cannot be compared; name another beside {runs[0]}.")
     for comparison in compare_runs(runs):
         typer.echo(f"first: {runs[0]}, second: {comparison.run}\n{difference_table(comparison)}")
+
+
+def _chosen(run: Path | None, model: str | None, device: str) -> "Run":
+    """Return the run, or the model in its place, that is to be scored; by default the newest run."""
+    if run and model:
+        raise UserError(f"--run {run} and --model {model} are two things to score; leave one out.")
+    if model:
+        from sail_align.evaluate.comparison import comparison
+
+        return comparison(model, device=device)
+    from sail_align.align.checkpoint import load_run, newest_run
+
+    return load_run(run or newest_run())
 
 
 def _evaluate(

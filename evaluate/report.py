@@ -118,6 +118,8 @@ def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str,
     if imported := settings.get("imported"):
         origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
         return [*facts, ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", ""), origin, checkpoint]
+    if model := settings.get("model"):
+        return [*facts, ("model", model, "embeds pictures and texts by itself"), checkpoint]
     if settings["head"] == "cca":
         made = f"computed in closed form, ridge {settings['ridge']:g}"
     else:

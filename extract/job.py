@@ -54,7 +54,7 @@ class NamedEncoder:
     def _fits(self, spec: EncoderSpec, entry: VisionEntry | TextEntry) -> bool:
         revision = getattr(entry.origin, "revision", None)
         return (
-            spec.id == self.name.partition("@")[0]
+            spec.id in (self.name, self.name.partition("@")[0])
             and spec.precision == self.precision
             and (self.pooling or entry.pooling) in (None, spec.pooling)
             and revision in (None, spec.source.get("revision"))

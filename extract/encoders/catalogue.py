@@ -1,7 +1,7 @@
 """The encoders the field uses, as data: what a name means, and how its output is pooled.
 
 A name is one of `VISION` or `TEXT`, or a reference to anything else: `hf:<repository or local folder>[@<revision>]`
-(transformers) or `timm:<model>`.
+(transformers), `timm:<model>`, or a tower of `open_clip:<model>@<weights>` or `open_clip:<local folder>`.
 """
 
 import difflib
@@ -65,6 +65,14 @@ class Folder:
 
 
 @dataclass(frozen=True)
+class OpenClip:
+    """A model of OpenCLIP by its name there, and the tag of its weights."""
+
+    model: str
+    weights: str
+
+
+@dataclass(frozen=True)
 class TransformersVision:
     """A transformers vision model. Without `preprocessing` its own `preprocessor_config.json` says it."""
 
@@ -102,8 +110,24 @@ class TransformersText:
     token_limit: int = 512
 
 
-VisionEntry = TransformersVision | TimmVision | PackagedEfficientNet
-TextEntry = TransformersText
+@dataclass(frozen=True)
+class OpenClipVision:
+    """The image tower of an OpenCLIP model."""
+
+    origin: OpenClip | Folder
+    pooling: Pooling = "cls"
+
+
+@dataclass(frozen=True)
+class OpenClipText:
+    """The text tower of an OpenCLIP model."""
+
+    origin: OpenClip | Folder
+    pooling: Pooling = "last"
+
+
+VisionEntry = TransformersVision | TimmVision | PackagedEfficientNet | OpenClipVision
+TextEntry = TransformersText | OpenClipText
 
 # The paper's 224 pixels; the short side is kept whole, since captions tell of borders too.
 _DINOV2 = ImagePreprocessing(crop=224, resize=224)
@@ -185,6 +209,8 @@ def find_vision(name: str) -> VisionEntry:
         return TimmVision(name.removeprefix("timm:"))
     if name.startswith("hf:"):
         return TransformersVision(_hugging_face(name))
+    if name.startswith("open_clip:"):
+        return OpenClipVision(_open_clip(name))
     if name not in VISION:
         raise UserError(_unknown(name, "image", VISION, "hf:<repository or folder> or timm:<model>"))
     return VISION[name]
@@ -198,6 +224,8 @@ def find_text(name: str) -> TextEntry:
     """
     if name.startswith("hf:"):
         return TransformersText(_hugging_face(name))
+    if name.startswith("open_clip:"):
+        return OpenClipText(_open_clip(name))
     if name not in TEXT:
         raise UserError(_unknown(name, "text", TEXT, "hf:<repository or folder>"))
     return TEXT[name]
@@ -214,6 +242,20 @@ def _hugging_face(name: str) -> Hub | Folder:
             f"Encoder {name!r} is neither a folder that exists nor a repository; write hf:<owner>/<name>[@<revision>]."
         )
     return Hub(repository, revision or None)
+
+
+def _open_clip(name: str) -> OpenClip | Folder:
+    """Read `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
+    reference = name.removeprefix("open_clip:")
+    if (folder := Path(reference).expanduser()).is_dir():
+        return Folder(folder)
+    model, _, weights = reference.partition("@")
+    if not model or not weights:
+        raise UserError(
+            f"{name!r} is neither a folder that exists nor a model with weights; write open_clip:<model>@<weights>, as "
+            "in open_clip:ViT-L-14@laion2b_s32b_b82k."
+        )
+    return OpenClip(model, weights)
 
 
 def _unknown(name: str, modality: str, known: Iterable[str], otherwise: str) -> str:

@@ -8,6 +8,8 @@ from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncode
 from sail_align.extract.encoders.catalogue import (
     Folder,
     Hub,
+    OpenClipText,
+    OpenClipVision,
     Package,
     PackagedEfficientNet,
     TextEntry,
@@ -19,6 +21,8 @@ from sail_align.extract.encoders.catalogue import (
 )
 from sail_align.extract.encoders.checkpoint import Checkpoint, fetch
 from sail_align.extract.encoders.efficientnet import packaged_efficientnet
+from sail_align.extract.encoders.open_clip_model import load_open_clip
+from sail_align.extract.encoders.open_clip_towers import OpenClipTextEncoder, OpenClipVisionEncoder
 from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
 from sail_align.extract.encoders.pretrained import load_pretrained
 from sail_align.extract.encoders.runtime import Runtime
@@ -26,6 +30,7 @@ from sail_align.extract.encoders.timm_vision import timm_backbone, timm_origin, 
 from sail_align.extract.encoders.transformers_text import FrozenTextEncoder, TextSettings
 from sail_align.extract.encoders.transformers_vision import TransformersBackbone, published_preprocessing
 from sail_align.extract.encoders.vision import Backbone, FrozenVisionEncoder
+from sail_align.extract.errors import UserError
 
 
 def load_image_encoder(
@@ -41,7 +46,8 @@ def load_image_encoder(
     """Load an image encoder.
 
     Args:
-        name: One of `catalogue.VISION`, `hf:<repository or folder>[@<revision>]` or `timm:<model>`.
+        name: One of `catalogue.VISION`, `hf:<repository or folder>[@<revision>]`, `timm:<model>` or
+            `open_clip:<model>@<weights>`.
         pooling: `cls`, `mean` or `cls+mean`. Default: the catalogue's; a network without class token has only `mean`.
         device: Where it runs; `auto` takes a GPU if there is one.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
@@ -85,7 +91,8 @@ def load_recorded(
         UserError: It cannot be had.
     """
     spec = identity.spec
-    name = f"hf:{identity.location}" if identity.location else spec.id
+    kind = "open_clip" if spec.source["loader"] == "open_clip" else "hf"
+    name = f"{kind}:{identity.location}" if identity.location else spec.id
     runtime = Runtime.of(device, spec.precision)
     same: dict[str, Any] = {}
     if spec.source["loader"] == "hub":
@@ -105,6 +112,12 @@ def _image_encoder(
 ) -> FrozenVisionEncoder:
     backbone: Backbone
     match entry:
+        case OpenClipVision():
+            _require_own_pooling(name, pooling, entry.pooling)
+            model, _, checkpoint = load_open_clip(entry.origin)
+            return OpenClipVisionEncoder(
+                _open_clip_id(name, checkpoint), checkpoint, model, runtime, fast_jpeg=fast_jpeg
+            )
         case TransformersVision():
             checkpoint = fetch(entry.origin, with_code=trust_remote_code)
             how = entry.preprocessing or published_preprocessing(checkpoint.read_json("preprocessor_config.json"))
@@ -124,7 +137,11 @@ def _image_encoder(
 
 def _text_encoder(
     name: str, entry: TextEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool
-) -> FrozenTextEncoder:
+) -> FrozenTextEncoder | OpenClipTextEncoder:
+    if isinstance(entry, OpenClipText):
+        _require_own_pooling(name, pooling, entry.pooling)
+        towers, tokenizer, checkpoint = load_open_clip(entry.origin)
+        return OpenClipTextEncoder(_open_clip_id(name, checkpoint), checkpoint, towers, tokenizer, runtime)
     settings = TextSettings(require_text_pooling(pooling or entry.pooling, name), entry.prefix, entry.token_limit)
     checkpoint = fetch(entry.origin, with_code=trust_remote_code)
     model = load_pretrained(checkpoint, allow_code=_allow_code(entry.origin, trust_remote_code))
@@ -134,6 +151,15 @@ def _text_encoder(
 def _allow_code(origin: Package | Hub | Folder, trusted: bool) -> bool:
     """Remote code is run only where the user trusts it, and only at a commit: a branch can change under that trust."""
     return trusted and isinstance(origin, Hub) and re.fullmatch(r"[0-9a-f]{40}", origin.revision or "") is not None
+
+
+def _require_own_pooling(name: str, pooling: str | None, own: str) -> None:
+    if pooling not in (None, own):
+        raise UserError(f"{name} pools as it was trained to, which is called {own!r} here, not {pooling!r}.")
+
+
+def _open_clip_id(name: str, checkpoint: Checkpoint) -> str:
+    return f"open_clip:folder-{checkpoint.digest[:8]}" if checkpoint.location else name
 
 
 def _id(name: str, checkpoint: Checkpoint) -> str:

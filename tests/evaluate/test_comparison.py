@@ -1,0 +1,111 @@
+"""Models of OpenCLIP are rows beside ours: the same tasks, the same stores, the numbers that the model itself gives."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small_world import SHADES, write_captioned, write_classes
+from typer.testing import CliRunner
+
+open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+
+from tiny_open_clip import save_open_clip  # noqa: E402
+
+from sail_align.align.checkpoint import newest_run  # noqa: E402
+from sail_align.align.metrics import ranks  # noqa: E402
+from sail_align.evaluate.cli import app  # noqa: E402
+from sail_align.evaluate.scores import read_scores  # noqa: E402
+from sail_align.extract.errors import UserError  # noqa: E402
+
+RUN = Path("runs/open_clip-tiny")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return save_open_clip(tmp_path / "tiny")
+
+
+def scored(*words):
+    return CliRunner().invoke(app, [*words, "--model", "open_clip:tiny", "--device", "cpu", "--quiet"])
+
+
+def metrics():
+    return {metric["name"]: metric["value"] for record in read_scores(RUN)["records"] for metric in record["metrics"]}
+
+
+def embed(model, pictures, texts):
+    """Return what the model itself makes of pictures and texts, of unit length."""
+    transform = open_clip.create_model_and_transforms("local-dir:tiny")[2]
+    pixels_BCHW = torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+    tokens_BT = open_clip.get_tokenizer("local-dir:tiny")(texts, context_length=16)
+    with torch.no_grad():
+        return F.normalize(model.encode_image(pixels_BCHW), dim=-1), F.normalize(model.encode_text(tokens_BT), dim=-1)
+
+
+def test_classification_is_the_models_own(model, tmp_path):
+    manifest = write_classes(tmp_path / "shades")
+    result = scored("classification", str(manifest))
+    assert result.exit_code == 0, (result.output, result.exception)
+    names = sorted(SHADES)
+    pictures = [path for name in names for path in sorted((tmp_path / "shades" / "val" / name).iterdir())]
+    labels_N = torch.tensor([names.index(path.parent.name) for path in pictures])
+    templates = ("a {}", "the {} on the bench")
+    images_NE, texts_PE = embed(model, pictures, [each.format(name) for name in names for each in templates])
+    classes_CE = F.normalize(texts_PE.reshape(len(names), 2, -1).mean(1), dim=-1)
+    right_N = (images_NE @ classes_CE.T).argmax(1) == labels_N
+    assert metrics()["top1"] == pytest.approx(100 * right_N.float().mean().item())
+
+
+def test_all_tasks_share_the_stores_and_the_report_names_the_model(model, tmp_path):
+    photos, shades = write_captioned(tmp_path / "photos"), write_classes(tmp_path / "shades")
+    first = scored("all", "--manifest", str(photos), "--manifest", str(shades))
+    assert first.exit_code == 0, (first.output, first.exception)
+    assert len(read_scores(RUN)["records"]) == 2
+    report = (RUN / "report.html").read_text()
+    assert "open_clip:tiny" in report
+    assert "embeds pictures and texts by itself" in report
+    images_NE, texts_ME = embed(
+        model, sorted((tmp_path / "photos" / "images").iterdir()), [t for c in ("short", "long") for t in captions(c)]
+    )
+    _, text_ranks_M = ranks(images_NE.numpy(), texts_ME.numpy(), np.tile(np.arange(12), 2))
+    assert metrics()["t2i_r1"] == pytest.approx(100 * (text_ranks_M == 0).mean())
+
+
+def captions(column):
+    with Path("photos/captions.csv").open() as file:
+        return [row[column] for row in csv.DictReader(file)]
+
+
+def test_a_second_time_no_tower_is_loaded(model, tmp_path, monkeypatch):
+    manifest = write_captioned(tmp_path / "photos")
+    assert scored("retrieval", str(manifest)).exit_code == 0
+    before = metrics()
+
+    def load(*_, **__):
+        raise AssertionError("a tower was loaded")
+
+    for name in ("comparison.load_image_encoder", "comparison.load_text_encoder", "encoders.load_recorded"):
+        monkeypatch.setattr(f"sail_align.evaluate.{name}", load)
+    assert scored("retrieval", str(manifest)).exit_code == 0
+    assert metrics() == before
+
+
+def test_it_is_no_run_to_go_on_with(model, tmp_path):
+    scored("retrieval", str(write_captioned(tmp_path / "photos")))
+    assert json.loads((RUN / "settings.json").read_bytes()) == {"model": "open_clip:tiny"}
+    with pytest.raises(UserError, match="There is no run"):
+        newest_run()
+
+
+def test_a_mistake_is_one_sentence(model, tmp_path):
+    manifest = str(write_captioned(tmp_path / "photos"))
+    both = CliRunner().invoke(app, ["retrieval", manifest, "--run", "runs/x", "--model", "open_clip:tiny"])
+    assert str(both.exception) == "--run runs/x and --model open_clip:tiny are two things to score; leave one out."
+    other = CliRunner().invoke(app, ["retrieval", manifest, "--model", "clip"])
+    assert "is none of OpenCLIP's; write open_clip:<model>@<weights>" in str(other.exception)
