@@ -65,10 +65,35 @@ def label_names(name: str) -> dict[int, str]:
     """
     folder = resources.files(_CLASSES) / "classes"
     if not (path := folder / f"{name}.tsv").is_file():
-        known = ", ".join(sorted(entry.name.removesuffix(".tsv") for entry in folder.iterdir()))
-        raise UserError(f"No table of labels {name!r}; give a mapping or one of: {known}.")
+        stems = sorted(entry.name[:-4] for entry in folder.iterdir() if entry.name.endswith(".tsv"))
+        raise UserError(f"No table of labels {name!r}; give a mapping or one of: {', '.join(stems)}.")
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t")
     return {int(row["label"]): row["name"] for row in rows}
+
+
+def names_of_folders(reference: str, folders: Sequence[str]) -> dict[str, str]:
+    """Return the class names of folders, in label order, from a published list.
+
+    Folders may be WordNet ids, of ImageNet's 1,000 or any of them (ImageNet-A and -R have 200), or the numbers of the
+    classes (ImageNet-V2, whose 10 is sorted before 2); else there must be one a name, in the names' order when sorted.
+
+    Raises:
+        UserError: There is no such list, or the folders are of another number.
+    """
+    names = class_names(reference)
+    ids = wordnet_ids() if reference == "open_clip:imagenet" else []
+    for known in (ids, [str(number) for number in range(len(names))]):
+        if folders and set(folders) <= set(known):
+            return {folder: names[label] for label, folder in enumerate(known) if folder in set(folders)}
+    if len(names) != len(folders):
+        hint = " They are neither all numbers nor all WordNet ids of ImageNet's." if ids else ""
+        raise UserError(f"There are {len(folders)} folders, but {reference} names {len(names)} classes.{hint}")
+    return dict(zip(sorted(folders), names, strict=True))
+
+
+def wordnet_ids() -> list[str]:
+    """Return the WordNet ids of ImageNet-1k's classes in label order, which is their own."""
+    return (resources.files(_CLASSES) / "classes" / "imagenet-wordnet-ids.txt").read_text(encoding="utf-8").split()
 
 
 def _open_clip(name: str) -> Sequence[Any]:

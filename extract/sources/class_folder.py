@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.published import class_names
+from sail_align.extract.published import names_of_folders
 from sail_align.extract.sources.base import Part, Sample, Source
 from sail_align.extract.sources.descriptions import ClassFolderSource as Description
 from sail_align.extract.sources.images import read_image_in
@@ -69,10 +69,10 @@ class ClassFolderSource(Source):
             return {folder: folder.replace("_", " ") for folder in there}
         if not isinstance(classes, str):
             return classes
-        names = class_names(classes)
-        if len(names) != len(there):
-            raise UserError(f"{self._root} has {len(there)} folders, but {classes} names {len(names)} classes.")
-        return dict(zip(there, names, strict=True))
+        try:
+            return names_of_folders(classes, there)
+        except UserError as problem:
+            raise UserError(f"{self._root}: {problem}") from problem
 
     def _require_image(self, folder: str) -> None:
         """Refuse a folder that is no class, such as one of features: it would change the labels of those after it."""

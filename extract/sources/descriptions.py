@@ -86,8 +86,8 @@ class Recaptions(Files):
 class ClassFolderSource(Files):
     """A folder with one sub-folder of images a class.
 
-    `classes` renames folders, in label order, or names a published list of class names (`open_clip:imagenet`) in the
-    order of the sorted folders.
+    `classes` renames folders, in label order, or names a published list of class names (`open_clip:imagenet`): for
+    folders named by ImageNet's WordNet ids or any of them, by numbers, or for as many others in sorted order.
     """
 
     kind: Literal["class-folder"]

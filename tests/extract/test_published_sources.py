@@ -10,7 +10,7 @@ from PIL import Image
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.published import class_names, label_names, templates
+from sail_align.extract.published import class_names, label_names, templates, wordnet_ids
 from sail_align.extract.sources import open_source
 from sail_align.extract.sources.base import IGNORED, Source
 
@@ -237,8 +237,32 @@ def test_folders_take_published_names_in_sorted_order_or_are_refused(tmp_path):
     (sample,) = source.samples()
     assert source.classes[sample.label] == "great white shark"
     (tmp_path / "val" / "another").mkdir()
-    with pytest.raises(UserError, match="has 1001 folders, but open_clip:imagenet names 1000 classes"):
+    with pytest.raises(UserError, match="There are 1001 folders, but open_clip:imagenet names 1000 classes"):
         opened(tmp_path, kind="class-folder", root="val", classes="open_clip:imagenet")
+
+
+def test_the_wordnet_ids_are_those_of_imagenets_labels():
+    from timm.data import ImageNetInfo
+
+    assert wordnet_ids() == ImageNetInfo("imagenet-1k").label_names()
+
+
+def test_folders_of_some_wordnet_ids_keep_their_names(tmp_path):
+    """ImageNet-A and -R have 200 of the 1,000 classes: labels count those, names stay the same."""
+    for folder in ("n02119022", "n01498041", "n12267677"):
+        picture(tmp_path / folder / "x.JPEG")
+    source = opened(tmp_path, kind="class-folder", classes="open_clip:imagenet")
+    assert source.classes == ("stingray", "red fox", "acorn")
+    assert [(sample.key, sample.label) for sample in source.samples()][1] == ("n02119022/x.JPEG", 1)
+
+
+def test_numbered_folders_are_labels_whatever_their_order(tmp_path):
+    """ImageNet-V2's folders are 0 … 999: sorted as text, 10 would come before 2."""
+    for folder in ("10", "2", "0", "999"):
+        picture(tmp_path / folder / "x.jpeg")
+    source = opened(tmp_path, kind="class-folder", classes="open_clip:imagenet")
+    assert source.classes == ("tench", "great white shark", "brambling", "toilet paper")
+    assert [sample.key for sample in source.samples()] == ["0/x.jpeg", "2/x.jpeg", "10/x.jpeg", "999/x.jpeg"]
 
 
 def test_published_templates_have_one_gap_each():
