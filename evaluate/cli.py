@@ -23,6 +23,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich
 TASKS = {
     "classification": "Zero-shot classification. Top-1, top-5, mean per class.",
     "retrieval": "Retrieval between images and captions. Recall@1, 5 and 10 and ranks, both ways.",
+    "representation": "Mutual k-NN and CKA of a retrieval set, before and behind the heads.",
     "winoground": "Pairs of images and captions. Text, image and group score.",
     "mmvp": "Pairs of images that look alike to CLIP. Share of pairs told apart.",
     "segmentation": "Zero-shot segmentation by patches. mIoU and pixel accuracy.",
@@ -95,7 +96,8 @@ def evaluate_all(
     if not sets + own:
         typer.echo("nothing to score: get one of these, or describe pictures of yours (docs/data.md) for --manifest.")
         return
-    _evaluate(scored, not (run or model), sets + own, features_dir, device, quiet, stop_at_fault=False)
+    picked = _with_representation(sets + own)
+    _evaluate(scored, not (run or model), picked, features_dir, device, quiet, stop_at_fault=False)
 
 
 def _register(kind: str, summary: str) -> Callable[..., None]:
@@ -199,7 +201,7 @@ def _evaluate(
     from sail_align.evaluate.table import score_table
 
     facts = [" (the newest run)" if newest else "", f", {unfinished(run)}" if unfinished(run) else ""]
-    typer.echo(f"scoring {run.path}{''.join(facts)} on {', '.join(about.name for about, _ in sets)}")
+    typer.echo(f"scoring {run.path}{''.join(facts)} on {', '.join(dict.fromkeys(about.name for about, _ in sets))}")
     scored = evaluate_sets(run, sets, features=features_dir, device=device, quiet=quiet, stop_at_fault=stop_at_fault)
     records: list[Record] = []
     try:
@@ -212,12 +214,23 @@ def _evaluate(
         raise typer.Exit(1)
 
 
+def _with_representation(sets: list[tuple["Manifest", Path]]) -> list[tuple["Manifest", Path]]:
+    """Return the sets, and each of retrieval a second time as one of representation."""
+    retrieval = [(about, root) for about, root in sets if about.task and about.task.kind == "retrieval"]
+    return sets + [(about.scored_as("representation"), root) for about, root in retrieval]
+
+
 def _required(references: list[str], data_root: str | None, kind: str | None) -> list[tuple["Manifest", Path]]:
     """Return the manifests that were asked for, each with its data root; refuse those that cannot be scored."""
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest
 
     found = [find_manifest(reference, data_root) for reference in references]
+    if kind == "representation":
+        found = [
+            (about.scored_as(kind) if about.task and about.task.kind == "retrieval" else about, root)
+            for about, root in found
+        ]
     for reference, (about, root) in zip(references, found, strict=True):
         if about.task is None:
             raise UserError(f"Manifest {about.name!r} is for training; give one with purpose 'evaluate'.")

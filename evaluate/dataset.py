@@ -36,8 +36,9 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class Texts:
-    """Embedded captions, (M, E), the row of the sample that each belongs to, (M,), and what each says."""
+    """Captions: features of the encoder, (M, D), embeddings, (M, E), the row of each, (M,), and what each says."""
 
+    features: NDArray[np.float16]
     embeddings: Embeddings
     rows: NDArray[np.intp]
     said: list[str]
@@ -134,11 +135,13 @@ class EvaluationSet:
             if name in sample.captions
         ]
         if not said:
-            return Texts(np.empty((0, 0), dtype=np.float32), np.empty(0, dtype=np.intp), [])
+            none = np.empty((0, 0), dtype=np.float32)
+            return Texts(none.astype(np.float16), none, np.empty(0, dtype=np.intp), [])
         keyed = {f"{self.samples[row].key} {name}": self.task.prompt.replace("{}", text) for row, name, text in said}
         features = self.text_features("captions", keyed, f"{self.manifest.name}-captions")
         rows_M = np.array([row for row, _, _ in said], dtype=np.intp)
-        return Texts(self._embed(self.run.model.encode_text, features), rows_M, [text for _, _, text in said])
+        embeddings_ME = self._embed(self.run.model.encode_text, features)
+        return Texts(features, embeddings_ME, rows_M, [text for _, _, text in said])
 
     def class_embeddings(self) -> Embeddings:
         """Return one embedding a class, (C, E): the mean over the templates' unit embeddings, of unit length."""

@@ -21,6 +21,10 @@ TASKS = {
         "Retrieval, text to image",
         "The five images closest to a caption, best first, with their cosine; the caption's own image is framed.",
     ),
+    "representation": (
+        "Images and captions as spaces",
+        "How much of an image's neighbourhood its caption has too, before and behind the heads.",
+    ),
     "winoground": (
         "Pairs of images and captions",
         "Text is right if each image prefers its own caption, image if each caption prefers its own image. A model "

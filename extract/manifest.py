@@ -15,7 +15,7 @@ Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
 
 
-TaskKind = Literal["classification", "retrieval", "winoground", "mmvp", "segmentation"]
+TaskKind = Literal["classification", "retrieval", "representation", "winoground", "mmvp", "segmentation"]
 
 
 Variant = Literal["authors-normalisation", "maskclip", "whole-image"]
@@ -94,6 +94,10 @@ class Manifest(Strict):
         if self.purpose == "evaluate" and self.recaptions:
             raise ValueError("'recaptions' belongs to manifests whose purpose is 'train'")
         return self
+
+    def scored_as(self, kind: TaskKind) -> "Manifest":
+        """Return an evaluation set under another kind of task."""
+        return self.model_copy(update={"task": self.task and self.task.model_copy(update={"kind": kind})})
 
     @property
     def rows(self) -> dict[str, Any]:

@@ -136,11 +136,32 @@ def test_clip_benchmarks_tars_with_openais_templates(world):
     assert (result.items, values["top1"], values["mean_per_class"]) == (4, 100, 100)
 
 
+def test_imagenets_folders_and_its_relatives(world, monkeypatch):
+    """WordNet ids, some of them as in ImageNet-A and -R, and numbers as in ImageNet-V2, which sort in another order."""
+    names = ["grey"] * 1000
+    names[0], names[2], names[10] = "red", "green", "blue"  # tench, great white shark, brambling
+    monkeypatch.setattr("sail_align.extract.published.class_names", lambda _: names)
+    source = {"kind": "class-folder", "classes": "open_clip:imagenet"}
+    task = {"kind": "classification", "templates": "open_clip:imagenet-80"}
+    for name, folders in (("imagenet-a", ["n01440764", "n01484850", "n01530575"]), ("imagenet-v2", ["0", "2", "10"])):
+        for folder, colour in zip(folders, COLOURS, strict=True):
+            (world.folder / name / folder).mkdir(parents=True)
+            square(colour).save(world.folder / name / folder / "x.JPEG", quality=100)
+        data = world.open(world.manifest(name, source, task))
+        result = PROTOCOLS["classification"].evaluate(data)
+        assert [metric.value for metric in result.metrics] == [100, 100, 100]
+        assert result.metrics[0].chance == pytest.approx(100 / 3)  # chosen among the classes that the set has
+        assert PROTOCOLS["classification"].id(data) == (
+            f"classification/prompt-ensemble@1/{name}/classes=open_clip:imagenet:3/templates=open_clip:imagenet-80"
+        )
+
+
 def test_published_names_may_hold_one_name_twice(world, monkeypatch):
-    monkeypatch.setattr("sail_align.extract.sources.class_folder.class_names", lambda _: ["red", "red", "green"])
+    monkeypatch.setattr("sail_align.extract.published.class_names", lambda _: ["red", "red", "green"])
     for folder, colour in (("n01", "red"), ("n02", "red"), ("n03", "green")):
         (world.folder / "val" / folder).mkdir(parents=True)
         square(colour).save(world.folder / "val" / folder / "x.JPEG")
     source = {"kind": "class-folder", "classes": "open_clip:imagenet"}
-    _, values = scores(world, "val", source, {"kind": "classification"})
+    result, values = scores(world, "val", source, {"kind": "classification"})
+    assert result.details == {"classes": 3, "distinct_class_names": 2}
     assert values["top1"] == pytest.approx(100 / 3)  # the two that no name tells apart count as wrong
