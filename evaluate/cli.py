@@ -228,7 +228,7 @@ def _required(references: list[str], data_root: str | None, kind: str | None) ->
     found = [find_manifest(reference, data_root) for reference in references]
     if kind == "representation":
         found = [
-            (about.scored_as(kind) if about.task and about.task.kind == "retrieval" else about, root)
+            (about.scored_as("representation") if about.task and about.task.kind == "retrieval" else about, root)
             for about, root in found
         ]
     for reference, (about, root) in zip(references, found, strict=True):

@@ -79,14 +79,12 @@ def _hsic_without(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> tuple
     k_l_N = x_ND @ (x_ND.T @ l_sum_N) + k_sum_N * l_sum_N  # K times L's row sums
     l_k_N = y_ND @ (y_ND.T @ k_sum_N) + k_sum_N * l_sum_N
 
-    def hsic(left: int, trace: Numbers, k_sum: Numbers, l_sum: Numbers, product: Numbers) -> Numbers:
-        return trace + k_sum * l_sum / ((left - 1) * (left - 2)) - 2 * product / (left - 2)
-
     trace, k_sum, l_sum, product = kl_N.sum(), k_sum_N.sum(), l_sum_N.sum(), k_sum_N @ l_sum_N
-    whole = hsic(rows, trace, k_sum, l_sum, product)
+    whole = trace + k_sum * l_sum / ((rows - 1) * (rows - 2)) - 2 * product / (rows - 2)
+    sums_without_N = (k_sum - 2 * k_sum_N) * (l_sum - 2 * l_sum_N)
     product_without_N = product - k_sum_N * l_sum_N - k_l_N - l_k_N + kl_N
-    without_N = hsic(rows - 1, trace - 2 * kl_N, k_sum - 2 * k_sum_N, l_sum - 2 * l_sum_N, product_without_N)
-    return float(whole), without_N
+    without_N = trace - 2 * kl_N + sums_without_N / ((rows - 2) * (rows - 3)) - 2 * product_without_N / (rows - 3)
+    return float(whole), np.asarray(without_N, dtype=np.float64)
 
 
 def confusion_matrix(truth: NDArray[np.uint8], predicted: Ints, classes: int) -> NDArray[np.int64]:

@@ -37,7 +37,7 @@ def score_record(data: EvaluationSet, protocol: str, result: Result, seconds: fl
         **_about(data.manifest),
         "protocol": protocol,
         "items": result.items,
-        "data": {"digest": data.digest, "rows": len(data.samples), "expected_rows": data.manifest.expected_rows},
+        "data": _data(data),
         "metrics": [asdict(metric) for metric in result.metrics],
         "details": result.details,
         "run": data.run.digest,
@@ -132,6 +132,18 @@ def _merged(records: list[Record], new: Record) -> list[Record]:
     place = records.index(replaced[0]) if replaced else len(records)
     kept = [each for each in records if each not in replaced]
     return [*kept[:place], new, *kept[place:]]
+
+
+def _data(data: EvaluationSet) -> dict[str, Any]:
+    """Return what a set has, and what its manifest expects of it."""
+    samples, about = data.samples, data.manifest
+    return {
+        "digest": data.digest,
+        "rows": len(samples),
+        "expected_rows": about.expected_rows,
+        "captions": sum(len(sample.captions) for sample in samples),
+        "expected_captions": about.expected_captions,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,11 @@ def interval(bounds: Sequence[float]) -> str:
 
 
 def score_table(records: Iterable[Record]) -> str:
-    """Return the table: one line a metric, the set's name on its first; the sentence of a set that failed instead."""
+    """Return the table: one line a metric, the set's name on its first; the sentence of a set that failed instead.
+
+    A note below it names each set that is not of the size that its manifest expects.
+    """
+    records = list(records)
     rows: list[tuple[str, ...]] = []
     for record in records:
         if "error" in record:
@@ -33,7 +37,18 @@ def score_table(records: Iterable[Record]) -> str:
             score, chance = number(metric["value"]), number(metric["chance"])
             rows.append((*first, metric["label"], score, chance, interval(metric["interval"])))
             first = ("", "", "")
-    return _aligned(HEADER, rows)
+    return "\n".join([_aligned(HEADER, rows), *filter(None, map(_unexpected, records))])
+
+
+def _unexpected(record: Record) -> str:
+    """Return a sentence on a set with other counts than expected, whose scores are not those of the published set."""
+    data = record.get("data", {})
+    found = [
+        f"{data[what]:,} {what}, not {data[f'expected_{what}']:,}"
+        for what in ("rows", "captions")
+        if data.get(f"expected_{what}") not in (None, data.get(what))
+    ]
+    return f"note: {record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
 
 
 def difference_table(comparison: Comparison) -> str:

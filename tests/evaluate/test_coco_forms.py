@@ -9,6 +9,7 @@ import torch
 
 from sail_align.evaluate.compare import compare_runs
 from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.table import score_table
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
@@ -77,6 +78,7 @@ def test_the_two_sets_have_their_own_counts_protocols_and_digests(records):
     assert karpathy["protocol"] == "retrieval/any-positive@1/coco-karpathy/split=test/captions=all"
     assert own["protocol"] == "retrieval/any-positive@1/coco-val2017/split=val2017/captions=first-5"
     assert (karpathy["items"], karpathy["details"]["captions"], karpathy["data"]["expected_rows"]) == (60, 300, 5000)
+    assert "note: coco-karpathy has 60 rows, not 5,000 and 300 captions, not 25,010" in score_table([karpathy])
     assert (own["items"], own["details"]["captions"]) == (80, 400)
     assert karpathy["data"]["digest"] != own["data"]["digest"]
     chance = {metric["name"]: metric["chance"] for metric in karpathy["metrics"]}

@@ -1,0 +1,120 @@
+"""What a second checkpoint's score costs, and how retrieval grows with the set; fresh processes for what is compared.
+
+Example:
+    python benchmarks/evaluate.py --manifest coco-val2017 --image-encoder dinov2-large --text-encoder gte-large
+
+Two runs of untrained heads on the same encoders are scored by `sail-eval`, one after the other, with one folder of
+features: the first encodes, the second finds everything there. Then captions are ranked for images of random
+embeddings, in float32, against the bare matrix product of the same sizes.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sail_align.align.checkpoint import save_checkpoint
+from sail_align.align.metrics import TILE, ranks
+from sail_align.align.model import Architecture
+from sail_align.align.settings import FitSettings
+from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.manifest import find_manifest
+
+SAIL_EVAL = Path(sys.executable).parent / "sail-eval"
+WIDTH = 1_024
+SIZES = ((5_000, 25_000), (10_000, 10_000), (40_000, 40_000))
+
+
+def main() -> None:
+    """Print seconds and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", action="append", help="Evaluation sets; default: two of the demo's.")
+    parser.add_argument("--data-root", help="Where the sets' files are.")
+    parser.add_argument("--image-encoder", default="efficientnet-lite0")
+    parser.add_argument("--text-encoder", default="minilm-l6")
+    parser.add_argument("--rank", type=int, nargs=2, metavar=("IMAGES", "CAPTIONS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank:
+        print(json.dumps(rank(*given.rank)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        manifests = given.manifest or ["demo-retrieval", "demo-objects"]
+        checkpoints(Path(folder), manifests, given.data_root, given.image_encoder, given.text_encoder)
+    print("| images × captions | ranks both ways | matrix product alone | ratio | peak memory |\n|---|---|---|---|---|")
+    for images, captions in SIZES:
+        ours, bare, peak = measured(images, captions)
+        print(f"| {images:,} × {captions:,} | {ours:.1f} s | {bare:.1f} s | {ours / bare:.2f} | {peak:.2f} GB |")
+
+
+def checkpoints(folder: Path, manifests: list[str], data_root: str | None, image: str, text: str) -> None:
+    """Score two runs on the sets, and print what each took."""
+    encoders = load_image_encoder(image).identity, load_text_encoder(text).identity
+    runs = [untrained_run(folder / f"run-{seed}", *encoders, seed=seed) for seed in (1, 2)]
+    where = ["--data-root", data_root] if data_root else []
+    print("| set | rows | first checkpoint | of that encoding | second checkpoint | ratio |\n|---|---|---|---|---|---|")
+    for manifest in manifests:
+        about, _ = find_manifest(manifest, data_root)
+        records, walls = [], []
+        for run in runs:
+            command = [SAIL_EVAL, about.task.kind, manifest, "--run", run, "--features-dir", folder, "--quiet", *where]
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            walls.append(time.perf_counter() - started)
+            records.append(json.loads((run / "scores.json").read_bytes())["records"][-1])
+        first, second = records
+        print(
+            f"| {about.name} | {first['items']:,} | {walls[0]:.1f} s ({first['seconds']:.1f} s without starting) | "
+            f"{first['encoding_seconds']:.1f} s | {walls[1]:.1f} s ({second['seconds']:.1f} s) | "
+            f"1 / {walls[0] / walls[1]:.1f} (1 / {first['seconds'] / second['seconds']:.1f}) |"
+        )
+
+
+def untrained_run(folder: Path, image: Identity, text: Identity, seed: int) -> Path:
+    """Save a run whose heads are as they begin."""
+    torch.manual_seed(seed)
+    shape = Architecture("glu", image.spec.dim, text.spec.dim, WIDTH)
+    settings = {**asdict(FitSettings(head="glu", dim=WIDTH, steps=1)), "training_rows": 0, "held_out_rows": 0}
+    settings |= {"captions": [], "stores": [], "store_digests": []}
+    about = {"architecture": asdict(shape), "image": image.to_json(), "text": text.to_json(), "settings": settings}
+    save_checkpoint(folder, shape.build(), about, step=1, optimizer=None)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return folder
+
+
+def measured(images: int, captions: int) -> tuple[float, float, float]:
+    """Return seconds of ranks and of the bare product, and the peak memory in GB, of a process of its own."""
+    command = [sys.executable, __file__, "--rank", str(images), str(captions)]
+    ours, bare, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return ours, bare, peak
+
+
+def rank(images: int, captions: int) -> tuple[float, float, float]:
+    """Rank unit vectors, the captions near their images; then multiply the same tiles and do nothing with them."""
+    generator = np.random.default_rng(0)
+    owner = np.sort(generator.integers(0, images, captions))
+    image_NE = generator.standard_normal((images, WIDTH), dtype=np.float32)
+    text_ME = generator.standard_normal((captions, WIDTH), dtype=np.float32)
+    text_ME += image_NE[owner] / 3
+    for each in (image_NE, text_ME):
+        each /= np.linalg.norm(each, axis=1, keepdims=True)
+    started = time.perf_counter()
+    ranks(image_NE, text_ME, owner)
+    ours = time.perf_counter() - started
+    started = time.perf_counter()
+    for first in range(0, images, TILE):
+        for second in range(0, captions, TILE):
+            torch.from_numpy(image_NE[first : first + TILE]) @ torch.from_numpy(text_ME[second : second + TILE]).T
+    return ours, time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    main()
