@@ -32,8 +32,8 @@ def ranks(
         Ranks of each image's best text (N,) and of each text's image (M,). An image that owns no text ranks last, M.
     """
     order_M = np.argsort(owner_M, kind="stable")  # right pairs then lie along the diagonal, few tiles have any
-    sorted_ME, sorted_M = texts_ME[order_M], owner_M[order_M]
-    right_M = _right_scores(images_NE, sorted_ME, sorted_M)
+    sorted_M = owner_M[order_M]
+    right_M = _right_scores(images_NE, texts_ME, owner_M)[order_M]
     best_N = np.full(len(images_NE), -np.inf)
     with np.errstate(invalid="ignore"):  # a NaN stays one
         np.maximum.at(best_N, sorted_M, right_M)
@@ -44,7 +44,7 @@ def ranks(
         least_I1 = torch.from_numpy(best_N[images] - TIE).to(images_IE)[:, None]
         for t in range(0, len(sorted_M), TILE):
             texts = slice(t, t + TILE)
-            scores_IT = images_IE @ torch.from_numpy(sorted_ME[texts]).to(device).T
+            scores_IT = images_IE @ torch.from_numpy(texts_ME[order_M[texts]]).to(device).T
             least_T = torch.from_numpy(right_M[texts] - TIE).to(images_IE)
             first, last = np.searchsorted(sorted_M[texts], [i, i + TILE])
             scores_IT[sorted_M[texts][first:last] - i, np.arange(first, last)] = -torch.inf
