@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sail_align.align.captions import parse_captions
-from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options
+from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options, number_or_auto
 
 
 def _default(name: str) -> str:
@@ -69,6 +69,18 @@ def fit(
     divisor: Annotated[
         str | None, typer.Option(help=f"Of the sigmoid loss: pairs (|B|²) or batch (|B|).  {_default('divisor')}")
     ] = None,
+    temperature: Annotated[
+        str | None,
+        typer.Option(metavar="T|auto", help=f"What t starts from; auto: 2 ln |B|.  {_default('temperature')}"),
+    ] = None,
+    bias: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B|auto",
+            help="What b starts from; auto: where positives and negatives balance, as --temperature auto has it.  "
+            f"{_default('bias')}",
+        ),
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help=f"lion or adamw.  {_default('optimizer')}")] = None,
     lr: Annotated[float | None, typer.Option(help=f"Highest rate, of a cosine.  {_default('lr')}")] = None,
     weight_decay: Annotated[float | None, typer.Option(help=_default("weight_decay"))] = None,
@@ -112,6 +124,8 @@ def fit(
         "positives": positives,
         "loss": loss,
         "divisor": divisor,
+        "temperature": number_or_auto("temperature", temperature),
+        "bias": number_or_auto("bias", bias),
         "optimizer": optimizer,
         "lr": lr,
         "weight_decay": weight_decay,

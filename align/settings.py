@@ -1,5 +1,6 @@
 """The settings of a fit: the paper's by default, others by a preset's name, chosen and checked before any computing."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -14,7 +15,8 @@ class FitSettings:
     `head` "cca" is a linear head that is computed and not trained: its `steps` are 0. `expansion` and the dropouts
     are the heads', `dim` is the dimension of the shared space. Image features are raised to `image_power`, their signs
     kept. `ridge` belongs to a closed form, `divisor` to the sigmoid loss. `positives` captions of each image are drawn
-    for a step, None takes all. `scale` and `bias` are what t and b start from. `warmup` is a fraction of the steps,
+    for a step, None takes all. `temperature` and `bias` are what t and b start from; "auto" is a t by the batch size,
+    and the b at which the masses of positives and negatives are in balance. `warmup` is a fraction of the steps,
     `held_out` the fraction of the rows that is kept out of training and scored.
     """
 
@@ -29,8 +31,8 @@ class FitSettings:
     positives: int | None = None
     loss: Literal["sigmoid", "infonce"] = "sigmoid"
     divisor: Literal["pairs", "batch"] = "pairs"
-    scale: float = 20.0
-    bias: float = -10.0
+    temperature: float | Literal["auto"] = 20.0
+    bias: float | Literal["auto"] = -10.0
     optimizer: Literal["lion", "adamw"] = "lion"
     lr: float = 1e-5
     weight_decay: float = 1e-7
@@ -58,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expansion": 1,
         "image_dropout": 0.3,
         "text_dropout": 0.1,
-        "scale": 15.0,
+        "temperature": 15.0,
         "bias": -8.0,
         "batch_size": 512,
         "epochs": 25,
@@ -85,6 +87,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "image_power": (0.1, 1),
     "positives": (1, 1_000),
     "ridge": (1e-6, 1e6),
+    "temperature": (1, 100),
+    "bias": (-100, 100),
     "lr": (1e-9, 1),
     "weight_decay": (0, 10),
     "warmup": (0, 1),
@@ -107,8 +111,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"{_flag(name)} {value!r} is none of: {', '.join(CHOICES[name])}.")
-        if name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:
-            low, high = LIMITS[name]
+        low, high = LIMITS.get(name, (-math.inf, math.inf))
+        if name in LIMITS and value != "auto" and not low <= value <= high:
             raise UserError(f"{_flag(name)} {value:g} is out of range; give a number from {low:g} to {high:g}.")
     head, loss = options.get("head"), options.get("loss")
     trained = {field.name for field in fields(FitSettings)} | {"epochs", "preset"}
@@ -119,12 +123,26 @@ def check_options(options: Mapping[str, Any]) -> None:
             "--head cca, which is computed and not trained",
         ),
         (head == "linear", {"expansion"}, "--head linear, which has no hidden units"),
-        (loss == "infonce", {"divisor"}, "--loss infonce"),
+        (loss == "infonce", {"divisor", "bias"}, "--loss infonce"),
         ("steps" in options, {"epochs"}, "--steps"),
     ]
     for applies, names, beside in idle:
         if applies and (useless := names.intersection(options)):
             raise UserError(f"{_flag(min(useless))} has no effect with {beside}; leave one of them out.")
+
+
+def number_or_auto(name: str, text: str | None) -> float | Literal["auto"] | None:
+    """Return what was typed for an option that takes a number or auto; None stays None.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{_flag(name)} {text!r} is neither a number nor auto.") from None
 
 
 def choose_settings(
@@ -145,7 +163,11 @@ def choose_settings(
     if "preset" not in options and chosen.get("head") != "cca":
         other = "small" if preset == "paper" else "paper"
         notes.append(f"{rows:,} pairs: the settings are those of preset {preset!r} (--preset {other} for the others).")
+    if chosen.get("temperature") == "auto":
+        chosen["bias"] = options.get("bias", "auto")
     settings = FitSettings(**{"steps": 0, **chosen})
+    if settings.loss == "infonce" and settings.bias == "auto":
+        raise UserError("--temperature auto balances the sigmoid loss; give a number with --loss infonce.")
     if "ridge" in options and not settings.closed_form:
         raise UserError("--ridge has no effect with --start random; leave one of them out.")
     if settings.closed_form:

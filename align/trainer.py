@@ -8,9 +8,7 @@ import numpy as np
 import torch
 
 from sail_align.align.checkpoint import read_record, restore
-from sail_align.align.closed_form import Moments, regularised_cca, start_from
 from sail_align.align.data import read_rows
-from sail_align.align.heads import signed_power
 from sail_align.align.loss import Loss, LossValue
 from sail_align.align.metrics import effective_rank, ranks, recall_at
 from sail_align.align.model import AlignmentModel
@@ -19,6 +17,7 @@ from sail_align.align.plan import Plan
 from sail_align.align.runs import MetricsLog, hold_run
 from sail_align.align.saver import KEEP, SAVE_SECONDS, Saver
 from sail_align.align.settings import FitSettings
+from sail_align.align.start import build_model
 from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
@@ -53,8 +52,7 @@ def fit(
         saved = read_record(run)
         if saved is not None and saved["finished"]:
             return dict(saved["scores"])
-        torch.manual_seed(settings.seed)
-        model = plan.architecture.build(scale=settings.scale, bias=settings.bias).to(device)
+        model = build_model(plan, stream, device, fresh=saved is None, quiet=quiet)
         optimizer = make_optimizer(model, settings)
         stepper = Stepper(model, plan.loss, optimizer, device)
         held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
@@ -65,8 +63,6 @@ def fit(
         if saved is not None:
             done, state = saved["step"], StreamState(*saved["stream"])
             restore(run, model, optimizer)
-        elif settings.closed_form:
-            _start_from_closed_form(model, plan, stream, device, quiet)
 
         first = done or 0
         interval = math.ceil(settings.steps / SCORES)
@@ -142,17 +138,3 @@ def learning_rate(settings: FitSettings, step: int) -> float:
     if step < warm:
         return settings.lr * (step + 1) / warm
     return settings.lr * (1 + math.cos(math.pi * (step - warm) / (settings.steps - warm))) / 2
-
-
-def _start_from_closed_form(
-    model: AlignmentModel, plan: Plan, stream: Stream, device: torch.device, quiet: bool
-) -> None:
-    moments = Moments(plan.architecture.image_dim, plan.architecture.text_dim, device)
-    with progress(stream.rows, "closed form", unit="pairs", quiet=quiet) as bar:
-        for block in stream.blocks():
-            images = signed_power(block.images.to(device).float(), plan.settings.image_power)
-            moments.add(images, block.texts.to(device))
-            bar.update(len(block.images))
-    found = regularised_cca(moments, plan.settings.dim, plan.settings.ridge)
-    start_from(model.image_head, found.image)
-    start_from(model.text_head, found.text)

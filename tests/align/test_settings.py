@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sail_align.align.settings import PRESETS, FitSettings, check_options, choose_settings
+from sail_align.align.settings import PRESETS, FitSettings, check_options, choose_settings, number_or_auto
 from sail_align.extract.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_the_defaults_are_the_papers():
         start="random",
         loss="sigmoid",
         divisor="pairs",
-        scale=20.0,
+        temperature=20.0,
         bias=-10.0,
         optimizer="lion",
         lr=1e-5,
@@ -71,6 +71,16 @@ def test_a_closed_form_has_256_dimensions_or_as_many_as_there_are():
     assert choose(head="cca")[0].steps == 0
 
 
+def test_an_automatic_temperature_brings_an_automatic_bias_unless_one_is_given():
+    assert choose(temperature="auto")[0].bias == "auto"
+    assert choose(temperature="auto", preset="small")[0].bias == "auto"
+    assert choose(temperature="auto", bias=-3.0)[0].bias == -3.0
+    assert choose(bias="auto")[0].temperature == 20.0
+    assert [number_or_auto("bias", text) for text in (None, "auto", "-3")] == [None, "auto", -3.0]
+    with pytest.raises(UserError, match="--bias 'low' is neither a number nor auto"):
+        number_or_auto("bias", "low")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -89,6 +99,13 @@ def test_a_closed_form_has_256_dimensions_or_as_many_as_there_are():
             "--expansion has no effect with --head linear, which has no hidden units;",
         ),
         ({"image_power": 0.0}, "--image-power 0 is out of range; give a number from 0.1 to 1."),
+        ({"temperature": 0.5}, "--temperature 0.5 is out of range; give a number from 1 to 100."),
+        ({"loss": "infonce", "bias": 0.0}, "--bias has no effect with --loss infonce; leave one of them out."),
+        (
+            {"loss": "infonce", "temperature": "auto"},
+            "--temperature auto balances the sigmoid loss; give a number with",
+        ),
+        ({"head": "cca", "bias": "auto"}, "--bias has no effect with --head cca, which is computed"),
         ({"ridge": 3.0}, "--ridge has no effect with --start random; leave one of them out."),
         (
             {"loss": "infonce", "divisor": "batch"},

@@ -1,0 +1,41 @@
+"""A temperature and a bias by the batch: the first step's positives and negatives weigh the same."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sail_align.align import start
+from sail_align.align.plan import make_plan
+from sail_align.align.runs import claim_run
+from sail_align.align.trainer import fit
+
+
+def first_step(make_store, tmp_path, **changes):
+    options = {"preset": "small", "head": "glu", "dim": 8, "start": "random", "lr": 1e-4, "steps": 1, **changes}
+    plan, _ = make_plan([make_store(rows=700, captions={"raw": (), "long": ()})], options)
+    run = claim_run(tmp_path / "run", plan.record()).path
+    fit(plan, run, device=torch.device("cpu"), quiet=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(line for line in lines if line["kind"] == "train")
+
+
+@pytest.mark.parametrize("changes", [{}, {"start": "closed-form"}, {"temperature": 40.0}, {"divisor": "batch"}])
+@pytest.mark.parametrize("sample", [1_024, 150])
+def test_the_first_steps_masses_are_in_balance(make_store, tmp_path, monkeypatch, changes, sample):
+    monkeypatch.setattr(start, "SAMPLE_ROWS", sample)
+    step = first_step(make_store, tmp_path, **{"temperature": "auto", "bias": "auto", "batch_size": 500, **changes})
+    assert 0.6 < step["negative_mass"] / step["positive_mass"] < 1.6
+    if "temperature" not in changes:
+        assert step["t"] == pytest.approx(2 * math.log(500), rel=0.01)  # one step behind the start
+
+
+def test_numbers_of_another_batch_are_out_of_balance(make_store, tmp_path):
+    step = first_step(make_store, tmp_path, batch_size=500, temperature=20.0, bias=-10.0)
+    assert not 0.1 < step["negative_mass"] / step["positive_mass"] < 10
+
+
+def test_the_papers_numbers_are_what_its_batch_gives():
+    settings = start.FitSettings(steps=1, temperature="auto", bias="auto")
+    assert start._temperature(settings) == pytest.approx(21.03, abs=0.01)
