@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sail_align.evaluate.charts import Series, line_chart, score_bar
+from sail_align.align.charts import Series, line_chart, score_bar
 from sail_align.evaluate.scores import Record, examples_path, read_scores
 from sail_align.evaluate.table import interval, number
 from sail_align.extract.files import write_atomically

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sail_align.evaluate.charts import Series, line_chart, log_ticks, ticks
+from sail_align.align.charts import Series, line_chart, log_ticks, ticks
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report import write_report
 from sail_align.extract.manifest import find_manifest

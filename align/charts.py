@@ -1,4 +1,7 @@
-"""Line charts and score bars as inline SVG; colours come from the page's CSS, so that both themes can be read."""
+"""Line charts, dot charts and score bars as inline SVG; colours come from the page's CSS, for both themes.
+
+`standalone` makes one a file by itself.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +12,24 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
 POINTS = 400
+ROW, NAMES = 26, 190
+"""Of a dot chart: the height of a row, and the width of its names."""
+COLOURS = ("#1f5fd0", "#c25a00", "#1a7f46", "#8a3ab9", "#5f6670", "#b3261e")
+"""Of `line-1`, `line-2` … where a chart stands alone."""
 
 
 @dataclass(frozen=True)
 class Series:
     """A named line; `style` is a CSS class: `line-1`, `line-2` …"""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Named values, one a row, each with what it is off by either way."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -58,6 +74,57 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, *, may_be_l
         f"{escape(y_label)}{scale}</text></svg>"
     )
     return Markup("".join(parts))
+
+
+def dot_chart(rows: Sequence[str], series: Sequence[Dots], x_label: str) -> Markup:
+    """Draw a row for each name, with a dot and a whisker of each series."""
+    bottom = TOP + ROW * len(rows)
+    axis = _Axis(ticks(0, max(value + off for each in series for value, off in each.points)), NAMES, WIDTH - RIGHT)
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img" aria-label="{escape(x_label)}">']
+    for value in axis.ticks:
+        x = axis(value)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{value:g}</text>')
+    for number, name in enumerate(rows):
+        y = TOP + ROW * (number + 0.5)
+        parts.append(f'<text x="{NAMES - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        for place, each in enumerate(series):
+            value, off = each.points[number]
+            at = y + 6 * (place - (len(series) - 1) / 2)
+            low, high = axis(max(value - off, 0)), axis(value + off)
+            parts.append(
+                f'<polyline class="line {each.style}" points="{low:.1f},{at:.1f} {high:.1f},{at:.1f}"/>'
+                f'<circle class="dot {each.style}" cx="{axis(value):.1f}" cy="{at:.1f}" r="3"/>'
+            )
+    parts.append(
+        f'<text class="label" x="{(NAMES + WIDTH - RIGHT) / 2}" y="{bottom + 40}" text-anchor="middle">'
+        f"{escape(x_label)}</text></svg>"
+    )
+    return Markup("".join(parts))
+
+
+def standalone(chart: Markup, names: Sequence[str]) -> str:
+    """Return a chart as a file of its own: on white, with the names of `line-1`, `line-2` … above it."""
+    height = float(chart.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
+    rules = [
+        f"polyline.line-{number} {{ stroke: {colour}; }} circle.line-{number} {{ fill: {colour}; }}"
+        for number, colour in enumerate(COLOURS[: len(names)], start=1)
+    ]
+    key, x = [], float(LEFT)
+    for number, name in enumerate(names, start=1):
+        key.append(f'<circle class="line-{number}" cx="{x:.1f}" cy="14" r="4"/>')
+        key.append(f'<text x="{x + 9:.1f}" y="18">{escape(name)}</text>')
+        x += 30 + 6.5 * len(name)
+    style = (
+        "text { font: 12px sans-serif; fill: #5f6670; } .label { fill: #1c1f23; font-size: 13px; } "
+        f".grid {{ stroke: #e6e8eb; }} .line {{ fill: none; stroke-width: 2; }} {' '.join(rules)}"
+    )
+    inner = chart.replace("<svg ", f'<svg x="0" y="24" width="{WIDTH}" height="{height:g}" ', 1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + 24:g}" width="{WIDTH}" '
+        f'height="{height + 24:g}"><style>{style}</style><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(key)}{inner}</svg>\n"
+    )
 
 
 def score_bar(percent: float, chance: float, interval: Sequence[float]) -> Markup:
