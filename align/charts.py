@@ -105,7 +105,8 @@ def dot_chart(rows: Sequence[str], series: Sequence[Dots], x_label: str) -> Mark
 
 def standalone(chart: Markup, names: Sequence[str]) -> str:
     """Return a chart as a file of its own: on white, with the names of `line-1`, `line-2` … above it."""
-    height = float(chart.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
+    drawn = str(chart)  # the methods of Markup escape what they are given
+    height = float(drawn.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
     rules = [
         f"polyline.line-{number} {{ stroke: {colour}; }} circle.line-{number} {{ fill: {colour}; }}"
         for number, colour in enumerate(COLOURS[: len(names)], start=1)
@@ -119,7 +120,7 @@ def standalone(chart: Markup, names: Sequence[str]) -> str:
         "text { font: 12px sans-serif; fill: #5f6670; } .label { fill: #1c1f23; font-size: 13px; } "
         f".grid {{ stroke: #e6e8eb; }} .line {{ fill: none; stroke-width: 2; }} {' '.join(rules)}"
     )
-    inner = chart.replace("<svg ", f'<svg x="0" y="24" width="{WIDTH}" height="{height:g}" ', 1)
+    inner = drawn.replace("<svg ", f'<svg x="0" y="24" width="{WIDTH}" height="{height:g}" ', 1)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + 24:g}" width="{WIDTH}" '
         f'height="{height + 24:g}"><style>{style}</style><rect width="100%" height="100%" fill="white"/>'

@@ -2,7 +2,7 @@
 
 import typer
 
-from sail_align.align.cli_compare import ladder
+from sail_align.align.cli_compare import ladder, probe
 from sail_align.align.cli_exchange import export, import_released
 from sail_align.align.cli_fit import fit
 from sail_align.align.cli_measure import measure
@@ -13,6 +13,7 @@ app.command()(fit)
 app.command("import-released")(import_released)
 app.command()(measure)
 app.command()(export)
+app.command()(probe)
 app.command()(ladder)
 
 

@@ -53,7 +53,7 @@ def ladder(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Train the paper's ablation on stores: heads, losses, captions. Ends in a table and a plot; goes on after a stop."""
+    """Train the paper's ablation on stores: heads, losses, captions; a table and a plot. Goes on after a stop."""
     given = _given(
         lr=lr,
         weight_decay=weight_decay,
@@ -100,6 +100,51 @@ def ladder(
     for name, content in contents.items():
         write_atomically(folder / name, content.encode())
     typer.echo(f"wrote {', '.join(str(folder / name) for name in contents)}")
+
+
+def probe(
+    features: Features,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For runs and results.  [default: runs/<store>-probe]")
+    ] = None,
+    image_encoder: Annotated[
+        list[str] | None, typer.Option(help="May be given several times.  [default: all in the store]")
+    ] = None,
+    text_encoder: Annotated[
+        list[str] | None, typer.Option(help="May be given several times.  [default: all in the store]")
+    ] = None,
+    captions: Annotated[str | None, typer.Option(help="As in raw,long, each by itself.  [default: all]")] = None,
+    seeds: Seeds = 1,
+    lr: Rate = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    dim: Dim = None,
+    held_out: HeldOut = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train linear heads for every image encoder, text encoder and caption; rank them. Goes on after a stop."""
+    given = _given(lr=lr, batch_size=batch_size, epochs=epochs, steps=steps, dim=dim, held_out=held_out)
+
+    from sail_align.align import probe as probing
+    from sail_align.align.runs import default_path
+    from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.files import write_atomically
+
+    folder = out or default_path(features, "probe")
+    names = [name.strip() for name in captions.split(",")] if captions else []
+    asked = probing.combinations(features, image_encoder or [], text_encoder or [], names)
+    where = Runtime.of(device, "float32").device
+    with _stoppable(folder):
+        probed = probing.probe(asked, folder / "runs", given, seeds=seeds, device=where, say=typer.echo, quiet=quiet)
+    typer.echo(
+        f"\n{probing.table(probed)}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both ways; "
+        "the interval is over the pairs: encoders whose intervals overlap widely are not told apart."
+    )
+    content = json.dumps(probing.record(probed, given), indent=1, ensure_ascii=False)
+    write_atomically(folder / "probe.json", content.encode())
+    typer.echo(f"wrote {folder / 'probe.json'}")
 
 
 def _given(**options: Any) -> dict[str, Any]:

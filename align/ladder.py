@@ -97,8 +97,8 @@ class Ladder:
         """Say in a paragraph what the table's numbers are."""
         seeds = f"mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else "one seed"
         return (
-            f"R@1 in % on {self.pairs:,} pairs that no rung trained on (chance {self.chance:.2f}), by the caption that is "
-            f"looked up or looked for; {seeds}. The last column is the paper's, text → image / image → text."
+            f"R@1 in % on {self.pairs:,} pairs that no rung trained on (chance {self.chance:.2f}), by the caption that "
+            f"is looked up or looked for; {seeds}. The last column is the paper's, text → image / image → text."
         )
 
     def chart(self) -> Markup:

@@ -1,4 +1,4 @@
-"""Fits that are compared with each other: the same recipe but for what is compared, scored on the same held-out rows."""
+"""Fits that are compared with each other: one recipe but for what is compared, scored on the same held-out rows."""
 
 import hashlib
 import re
@@ -98,7 +98,7 @@ def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:
     """
     masks = [np.logical_and.reduce(rows) for rows in zip(*(each.plan.held_out for each in trials), strict=True)]
     if not any(rows.any() for rows in masks):
-        raise UserError("No pairs are held out by all of these fits: the stores have too few; there is nothing to score.")
+        raise UserError("No pairs are held out by all of these fits, so there is nothing to score; raise --held-out.")
     return masks
 
 

@@ -1,0 +1,154 @@
+"""When does sigmoid training collapse? Batch size × starting temperature, on real features, three seeds a cell.
+
+Two grids, both from a random start with Lion and an equal number of steps:
+
+- `batch`: batches of several sizes at b = −10, the paper's start;
+- `reach`: one batch size B, with b raised by ln(B'/B), so that negatives pull as hard at the start as those of a batch
+  B' at b = −10 would: B' · e^−10 = B · e^b. So batches that no small data set fills are looked at as well.
+
+Steps are equal and not epochs: an epoch of the largest batch is one step, and what is asked is what a batch's gradient
+does, not how many of them there are. Finished fits are reused; a stopped run of this script is gone on with by typing
+it again. Writes stability.md, stability.json, batch.svg and reach.svg.
+
+    python benchmarks/stability.py --features features/flickr8k-train.zarr --score features/flickr8k-test.zarr \
+        --captions c0 --out runs/stability
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sail_align.align.charts import Series, line_chart, standalone
+from sail_align.align.data import open_pairs
+from sail_align.align.plan import make_plan
+from sail_align.align.table import markdown_table
+from sail_align.align.trials import finished_run, read_scored, retrieve, spread
+
+BATCHES = (128, 512, 1_900)
+REACH_BATCH = 512
+REACHES = (8_192, 36_864, 131_072, 524_288)
+TEMPERATURES: tuple[float | str, ...] = (5.0, 10.0, 20.0, 40.0)
+BIAS = -10.0
+
+
+class Cell(NamedTuple):
+    """One start: of a batch size that is used, and the one that it stands for."""
+
+    batch: int
+    stands_for: int
+    temperature: float | str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a fit that make this start."""
+        if self.temperature == "auto":
+            return {"batch_size": self.batch, "temperature": "auto"}
+        bias = BIAS + math.log(self.stands_for / self.batch)
+        return {"batch_size": self.batch, "scale": self.temperature, "bias": bias}
+
+
+GRIDS = {
+    "batch": [Cell(batch, batch, t) for batch in BATCHES for t in TEMPERATURES],
+    "reach": [Cell(REACH_BATCH, reach, t) for reach in REACHES for t in TEMPERATURES if t != "auto"],
+}
+
+
+def main() -> None:
+    """Fit what is not there yet, and write tables and plots."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--features", type=Path, required=True, help="store to train on")
+    options.add_argument("--score", type=Path, required=True, help="store with the same captions to retrieve from")
+    options.add_argument("--captions", required=True, help="caption to train on and to score by")
+    options.add_argument("--out", type=Path, default=Path("runs/stability"))
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--head", default="linear")
+    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--dim", type=int, default=256)
+    asked = options.parse_args()
+    recipe = {"preset": "paper", "head": asked.head, "steps": asked.steps, "lr": asked.lr, "dim": asked.dim}
+    scored = open_pairs([asked.score], [asked.captions])
+    features = read_scored(scored, [each.usable() for each in scored])
+    chance = 100 / len(features[0])
+    results: dict[str, list[tuple[Cell, list[dict[str, float]]]]] = {name: [] for name in GRIDS}
+    for name, cells in GRIDS.items():
+        for cell in cells:
+            seeds = []
+            for seed in range(asked.seeds):
+                plan, _ = make_plan(
+                    [asked.features], {**recipe, **cell.options, "seed": seed}, captions=[asked.captions]
+                )
+                run, _ = finished_run(plan, asked.out / "runs", name, device=torch.device("cpu"), quiet=True)
+                found = retrieve(run, *features, torch.device("cpu"))
+                seeds.append({"r1": (found.t2i_r1 + found.i2t_r1) / 2, **course(run.path)})
+            results[name].append((cell, seeds))
+            print(f"{name} {cell}: R@1 {spread([each['r1'] for each in seeds])}", flush=True)
+    text = "\n\n".join(table(name, found) for name, found in results.items())
+    (asked.out / "stability.md").write_text(f"{text}\n\nMean R@1 of both ways in %, chance {chance:.1f}.\n")
+    record = {
+        "recipe": recipe,
+        "chance": chance,
+        **{name: [{**cell._asdict(), "seeds": seeds} for cell, seeds in found] for name, found in results.items()},
+    }
+    (asked.out / "stability.json").write_text(json.dumps(record, indent=1))
+    for name, found in results.items():
+        (asked.out / f"{name}.svg").write_text(chart(found))
+    print(f"{text}\nwrote stability.md, stability.json and {', '.join(f'{name}.svg' for name in GRIDS)} in {asked.out}")
+
+
+def course(run: Path) -> dict[str, float]:
+    """Return what a run's log says: gradient mass of positives over that of negatives at both ends, t, b and ranks."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if entry["kind"] == "train"]
+    last = [entry for entry in entries if entry["kind"] == "heldout"][-1]
+    return {
+        "mass_start": steps[0]["positive_mass"] / steps[0]["negative_mass"],
+        "mass_end": steps[-1]["positive_mass"] / steps[-1]["negative_mass"],
+        "t": steps[-1]["t"],
+        "b": steps[-1]["b"],
+        "image_rank": last["image_rank"],
+        "text_rank": last["text_rank"],
+    }
+
+
+def table(name: str, found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:
+    """Return a grid as Markdown, a line a cell, means over the seeds."""
+    size = "batch" if name == "batch" else "stands for a batch of"
+    header = (size, "t", "b", "R@1", "mass +/− at the start", "at the end", "rank, images", "rank, texts")
+    rows = []
+    for cell, seeds in found:
+        mean = {key: statistics.mean(each[key] for each in seeds) for key in seeds[0]}
+        rows.append(
+            (
+                f"{cell.stands_for:,}",
+                f"{cell.temperature}" if cell.temperature == "auto" else f"{cell.temperature:g}",
+                f"{mean['b']:.1f}",
+                spread([each["r1"] for each in seeds]),
+                f"{mean['mass_start']:.3g}",
+                f"{mean['mass_end']:.3g}",
+                f"{mean['image_rank']:.0f}",
+                f"{mean['text_rank']:.0f}",
+            )
+        )
+    return markdown_table(header, rows, words=0)
+
+
+def chart(found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:
+    """Return R@1 over t, a line a batch."""
+    lines: dict[int, list[tuple[float, float]]] = {}
+    for cell, seeds in found:
+        if cell.temperature != "auto":
+            point = float(cell.temperature), statistics.mean(each["r1"] for each in seeds)
+            lines.setdefault(cell.stands_for, []).append(point)
+    series = [Series(f"{size}", points, f"line-{number}") for number, (size, points) in enumerate(lines.items(), 1)]
+    return standalone(line_chart(series, "t at the start", "R@1 (%)"), [f"B = {size:,}" for size in lines])
+
+
+if __name__ == "__main__":
+    main()

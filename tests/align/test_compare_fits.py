@@ -1,0 +1,199 @@
+"""sail-align ladder and probe: what they train, that a stop loses nothing, and what they say and write."""
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from fakes import identity
+from typer.testing import CliRunner
+
+from sail_align.align import trials
+from sail_align.align.charts import Dots, dot_chart, standalone
+from sail_align.align.checkpoint import load_run
+from sail_align.align.cli import app
+from sail_align.align.ladder import LADDER
+from sail_align.align.plan import make_plan
+from sail_align.align.settings import check_options
+from sail_align.align.table import markdown_table
+from sail_align.align.trials import Trial, base_recipe, held_out_by_all
+from sail_align.extract.errors import UserError
+from sail_align.extract.store import Store
+
+QUICK = ["--quiet", "--steps", "3", "--dim", "8", "--device", "cpu", "--lr", "1e-3", "--batch-size", "64"]
+
+
+def typed(*words):
+    return CliRunner().invoke(app, [*map(str, words)])
+
+
+def test_the_rungs_are_the_papers_and_differ_by_one_step_each():
+    assert [rung.paper for rung in LADDER] == [
+        (11.1, 13.5), (8.0, 10.7), (11.5, 17.4), (16.1, 22.5), (25.4, 36.0), (26.2, 36.7), (31.4, 44.2), (32.9, 45.4),
+    ]  # fmt: skip
+    for rung in LADDER:
+        check_options(rung.options)
+    for before, after in pairwise(LADDER[1:]):
+        both = {**before.options, **after.options}
+        changed = {key for key in both if before.options.get(key) != after.options.get(key)}
+        step = changed - {"divisor"} or changed or {"captions"}
+        assert len(step) == 1, after.name
+        assert (before.captions == after.captions) == (step != {"captions"})
+
+
+def test_every_rung_is_trained_with_every_seed_and_scored_on_pairs_that_none_has_seen(make_store, tmp_path):
+    path = make_store("photos", captions={"raw": [], "long": range(40)})
+    out = tmp_path / "ladder"
+    done = typed("ladder", "--features", path, "--out", out, "--seeds", 2, *QUICK)
+    assert done.exit_code == 0, done.output
+    record = json.loads((out / "ladder.json").read_text())
+    assert [rung["name"] for rung in record["rungs"]] == [rung.name for rung in LADDER]
+    assert all(len(rung["scores"][caption]["t2i_r1"]) == 2 for rung in record["rungs"] for caption in ("raw", "long"))
+    assert record["store_digests"] == [Store.open(path).digest]
+    settings = [json.loads(file.read_text()) for file in sorted((out / "runs").glob("*/settings.json"))]
+    assert len(settings) == 16
+    assert {each["seed"] for each in settings} == {0, 1}
+    assert {(each["head"], each["expansion"]) for each in settings} >= {("mlp", 4), ("glu", 4), ("glu", 8)}
+    assert {tuple(each["captions"]) for each in settings} == {("raw",), ("long",), ("raw", "long")}
+    # 300 rows have a raw caption, 260 a long one too; what both kinds of fits keep out is scored.
+    plans = [make_plan([path], {}, captions=names)[0] for names in (["raw"], ["raw", "long"])]
+    both = np.logical_and(*(plan.held_out[0] for plan in plans))
+    assert record["pairs"] == both.sum() < plans[0].held_out_rows
+    table = (out / "ladder.md").read_text()
+    assert table in done.output
+    assert re.search(r"\| linear, InfoNCE +\| +[\d.]+ ± [\d.]+ \|", table)
+    assert f"on {record['pairs']} pairs that no rung trained on (chance {100 / record['pairs']:.2f})" in table
+    drawn = ElementTree.parse(out / "ladder.svg")
+    names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert [name for name in names if name in {rung.name for rung in LADDER}] == [rung.name for rung in LADDER]
+
+
+def test_a_stopped_ladder_goes_on_and_trains_nothing_twice(make_store, tmp_path, monkeypatch):
+    path = make_store("photos")
+    words = ["ladder", "--features", path, "--out", tmp_path / "ladder", "--seeds", 1, *QUICK]
+    fit, calls = trials.fit, []
+
+    def interrupted(plan, run, **options):
+        calls.append(plan.settings)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return fit(plan, run, **options)
+
+    monkeypatch.setattr(trials, "fit", interrupted)
+    assert typed(*words).exit_code != 0
+    done = typed(*words)
+    assert done.exit_code == 0, done.output
+    assert calls[3] == calls[4]  # the fourth began again, the first three were there
+    assert len(calls) == 4 + 3
+    assert [line.endswith("(was there)") for line in done.output.splitlines() if re.match(r"\d/6", line)] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
+    scores = (tmp_path / "ladder/ladder.json").read_bytes()
+    assert typed(*words).exit_code == 0
+    assert (tmp_path / "ladder/ladder.json").read_bytes() == scores
+    assert len(calls) == 7
+    typed(*words, "--weight-decay", "1e-3")
+    assert len(calls) == 13  # another recipe: other runs
+
+
+def test_where_there_are_no_long_captions_their_rungs_are_left_out_and_said(make_store, tmp_path):
+    path = make_store("photos", captions={"c0": [], "c1": []})
+    words = ["ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK]
+    missing = typed(*words)
+    assert isinstance(missing.exception, UserError)
+    assert str(missing.exception) == f"{path} has no features of caption 'raw'; it has c0, c1."
+    without = typed(*words, "--raw", "c0")
+    assert f"note: {path} has no long captions: the rungs with them are left out" in without.output
+    assert "multi-positive" not in without.output
+    assert "8/8 + multi-positive, seed 0" in typed(*words, "--raw", "c0", "--long", "c1").output
+
+
+def test_mistakes_are_found_before_the_first_fit(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("fitted"))
+    path = make_store("photos")
+    words = ["--features", path, "--out", tmp_path / "l"]
+    assert "--lr 7 is out of range" in str(typed("ladder", *words, "--lr", 7).exception)
+    assert "--held-out 0 leaves nothing" in str(typed("probe", *words, "--held-out", 0).exception)
+    assert "--epochs has no effect with --steps" in str(typed("ladder", *words, "--steps", 5, "--epochs", 2).exception)
+    assert "has no such image features" in str(typed("probe", *words, "--captions", "long").exception)
+    assert "is not a feature store" in str(typed("probe", "--features", "no.zarr").exception)
+
+
+def test_the_recipe_is_the_papers_except_where_pairs_are_few(make_store, monkeypatch):
+    path = make_store("photos")
+    assert base_recipe([path], {"steps": 9})["lr"] == trials.SMALL["lr"]
+    assert "epochs" not in base_recipe([path], {"steps": 9})
+    monkeypatch.setattr(trials, "PAPER_ROWS", 300)
+    assert base_recipe([path], {"lr": 1e-4}) == {"preset": "paper", "held_out": 0.2, "lr": 1e-4}
+
+
+def test_nothing_to_score_is_a_sentence(make_store):
+    plan, _ = make_plan([make_store("photos")], {})
+    nothing = replace(plan, held_out=[np.zeros_like(plan.held_out[0])])
+    with pytest.raises(UserError, match="nothing to score; raise --held-out"):
+        held_out_by_all([Trial("one", plan), Trial("other", nothing)])
+
+
+def second_image_encoder(path, noise):
+    """Add an encoder that sees the same with much noise."""
+    store = Store.open(path)
+    same = identity("image", dim=12)
+    array = store.add_image(replace(same, spec=replace(same.spec, id="noisy")))
+    features, status = store.image("fake-image").read()
+    features = features + (noise * np.random.default_rng(5).normal(size=features.shape)).astype(np.float16)
+    for shard in array.shards:
+        span = slice(*array.span(shard))
+        array.write(shard, features[span], status[span])
+
+
+def test_the_probe_ranks_encoders_by_what_linear_heads_make_of_them(make_store, tmp_path):
+    path = make_store("photos", rows=500, captions={"raw": [], "long": []})
+    second_image_encoder(path, noise=8)
+    words = ["probe", "--features", path, "--out", tmp_path / "probe", "--quiet", "--dim", 64, "--device", "cpu"]
+    words += ["--steps", 200, "--lr", "1e-2", "--batch-size", 128]
+    done = typed(*words)
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "probe/probe.json").read_text())
+    ranking = content["ranking"]
+    assert [each["image"] for each in ranking] == ["fake-image", "fake-image", "noisy", "noisy"]
+    assert {each["caption"] for each in ranking} == {"raw", "long"}
+    assert ranking[0]["interval"][0] > ranking[-1]["interval"][1]
+    assert ranking[0]["r1"] > 10 * ranking[0]["chance"]
+    assert (ranking[0]["pairs"], ranking[0]["chance"]) == (100, 1.0)
+    (settings,) = {(s["head"], s["weight_decay"], s["warmup"], s["loss"]) for s in map(json.loads, (
+        file.read_text() for file in (tmp_path / "probe/runs").glob("*/settings.json")))}  # fmt: skip
+    assert settings == ("linear", 1e-7, 0.1, "sigmoid")
+    only = typed(*words, "--image-encoder", "noisy", "--captions", "raw")
+    assert "(was there)" in only.output
+    assert "1/1 photos noisy fake-text raw, seed 0" in only.output
+
+
+def test_what_a_run_retrieves_is_what_its_fit_scored(make_store, tmp_path):
+    path = make_store("photos")
+    assert typed("ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK).exit_code == 0
+    record = json.loads((tmp_path / "l/ladder.json").read_text())
+    for rung in record["rungs"]:
+        (run,) = [run for run in (tmp_path / "l/runs").iterdir() if load_run(run).digest == rung["runs"][0]]
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert rung["scores"]["raw"] == {"t2i_r1": [last["t2i_r1"]], "i2t_r1": [last["i2t_r1"]]}
+
+
+def test_a_table_is_padded_markdown():
+    assert markdown_table(("name", "n"), [("a", "1"), ("long one", "1,000")]) == (
+        "| name     |     n |\n| -------- | ----: |\n| a        |     1 |\n| long one | 1,000 |"
+    )
+
+
+def test_a_dot_chart_stands_alone_with_its_key_and_a_dot_where_the_value_is():
+    chart = dot_chart(["one", "<two>"], [Dots("a", [(0, 0), (10, 1)], "line-1")], "R@1")
+    drawn = ElementTree.fromstring(standalone(chart, ["a & b"]))
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a & b", "one", "<two>", "R@1", "0", "10"} <= set(texts)
+    dots = [
+        float(dot.get("cx")) for dot in drawn.iter("{http://www.w3.org/2000/svg}circle") if "dot" in dot.get("class")
+    ]
+    places = {text.text: float(text.get("x")) for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert dots == pytest.approx([places["0"], places["10"]])
