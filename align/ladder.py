@@ -162,10 +162,15 @@ def climb(
     """
     recipe = base_recipe(stores, given)
     trials, rungs = [], [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
-    encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
     for rung in rungs:
         captions = [kinds[kind] for kind in rung.captions]
-        plan, notes = make_plan(stores, {**recipe, **rung.options}, captions=captions, **encoders)
+        plan, notes = make_plan(
+            stores,
+            {**recipe, **rung.options},
+            captions=captions,
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
+        )
         trials.append(Trial(rung.name, plan))
         for note in notes if rung is rungs[0] else ():
             say(f"note: {note}")

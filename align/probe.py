@@ -120,8 +120,13 @@ def probe(
     trials: dict[Combination, Trial] = {}
     for each in asked:
         options = {**base_recipe([each.store], given), **RECIPE}
-        encoders = {"image_encoder": each.image, "text_encoder": each.text}
-        plan, notes = make_plan([each.store], {**options, **given}, captions=[each.caption], **encoders)
+        plan, notes = make_plan(
+            [each.store],
+            {**options, **given},
+            captions=[each.caption],
+            image_encoder=each.image,
+            text_encoder=each.text,
+        )
         for note in notes if not trials else ():
             say(f"note: {note}")
         trials[each] = Trial(each.name, plan)

@@ -114,7 +114,8 @@ def retrieve(run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> R
     model = run.model.to(device)
 
     def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
-        blocks = torch.from_numpy(features_ND).split(BLOCK)
+        starts = range(0, len(features_ND), BLOCK)
+        blocks = (torch.from_numpy(features_ND[start : start + BLOCK]) for start in starts)
         return np.concatenate([encode(block.to(device)).cpu().numpy() for block in blocks])
 
     image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)

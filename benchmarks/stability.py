@@ -33,7 +33,7 @@ from sail_align.align.trials import finished_run, read_scored, retrieve, spread
 BATCHES = (128, 512, 1_900)
 REACH_BATCH = 512
 REACHES = (8_192, 36_864, 131_072, 524_288)
-TEMPERATURES: tuple[float | str, ...] = (5.0, 10.0, 20.0, 40.0)
+TEMPERATURES: tuple[float | str, ...] = (5.0, 10.0, 20.0, 40.0, "auto")
 BIAS = -10.0
 
 
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
         if self.temperature == "auto":
             return {"batch_size": self.batch, "temperature": "auto"}
         bias = BIAS + math.log(self.stands_for / self.batch)
-        return {"batch_size": self.batch, "scale": self.temperature, "bias": bias}
+        return {"batch_size": self.batch, "temperature": self.temperature, "bias": bias}
 
 
 GRIDS = {
