@@ -3,12 +3,16 @@
 import signal
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from sail_align.align.captions import parse_captions
 from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options, number_or_auto
+from sail_align.align.trackers import parse_trackers
+
+if TYPE_CHECKING:
+    from sail_align.align.journal import OnCollapse
 
 
 def _default(name: str) -> str:
@@ -108,6 +112,12 @@ def fit(
     keep: Annotated[
         int, typer.Option(min=1, help="Checkpoints to go on from that are kept, besides the best one.")
     ] = 2,
+    on_collapse: Annotated[
+        str, typer.Option(help="stop or warn, when the log shows that training has collapsed.")
+    ] = "stop",
+    track: Annotated[
+        str | None, typer.Option(help="tensorboard, wandb or both, besides metrics.jsonl: 'sail-align[tracking]'.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Train the heads on stores; typed again after a stop, it goes on. Defaults are the paper's, or small data's."""
@@ -140,6 +150,8 @@ def fit(
     chosen = captions.split(",") if captions else []
     check_options(options)  # before the seconds that torch takes to load
     parse_captions(chosen)
+    check_options({"on_collapse": on_collapse})
+    trackers = parse_trackers(track)
 
     from sail_align.align.checkpoint import read_record
     from sail_align.align.plan import make_plan
@@ -169,7 +181,15 @@ def fit(
     started = time.monotonic()
     try:
         with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):
-            scores = train(plan, run, device=where, quiet=quiet, keep=keep)
+            scores = train(
+                plan,
+                run,
+                device=where,
+                quiet=quiet,
+                keep=keep,
+                on_collapse=cast("OnCollapse", on_collapse),
+                track=trackers,
+            )
     except StoppedError as stopped:
         record = read_record(run)
         place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"

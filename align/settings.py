@@ -78,6 +78,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("sigmoid", "infonce"),
     "divisor": ("pairs", "batch"),
     "optimizer": ("lion", "adamw"),
+    "on_collapse": ("stop", "warn"),
 }
 LIMITS: dict[str, tuple[float, float]] = {
     "expansion": (1, 64),
@@ -137,10 +138,8 @@ def number_or_auto(name: str, text: str | None) -> float | Literal["auto"] | Non
     Raises:
         UserError: It is neither.
     """
-    if text is None or text == "auto":
-        return text
     try:
-        return float(text)
+        return None if text is None else "auto" if text == "auto" else float(text)
     except ValueError:
         raise UserError(f"{_flag(name)} {text!r} is neither a number nor auto.") from None
 

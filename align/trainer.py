@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,19 @@ import torch
 
 from sail_align.align.checkpoint import read_record, restore
 from sail_align.align.data import read_rows
+from sail_align.align.journal import Journal, OnCollapse
 from sail_align.align.loss import Loss, LossValue
 from sail_align.align.metrics import effective_rank, ranks, recall_at
 from sail_align.align.model import AlignmentModel
 from sail_align.align.order import StreamState
 from sail_align.align.plan import Plan
-from sail_align.align.runs import MetricsLog, hold_run
-from sail_align.align.saver import KEEP, SAVE_SECONDS, Saver
+from sail_align.align.runs import hold_run
+from sail_align.align.saver import KEEP, SAVE_SECONDS
 from sail_align.align.settings import FitSettings
 from sail_align.align.start import build_model
 from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
-from sail_align.extract.progress import progress
 from sail_align.extract.stop import noticing
 
 SCORES = 20
@@ -36,6 +37,8 @@ def fit(
     quiet: bool = False,
     keep: int = KEEP,
     save_seconds: float = SAVE_SECONDS,
+    on_collapse: OnCollapse = "stop",
+    track: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train a plan's model, or compute it, into a run's folder; return the last held-out scores.
 
@@ -44,7 +47,8 @@ def fit(
     Ctrl-C let the step end and save it.
 
     Raises:
-        UserError: The loss is no longer finite, the run's checkpoint is damaged, or another process trains the run.
+        UserError: The loss is no longer finite, training has collapsed, the run's checkpoint is damaged, or another
+            process trains the run.
         StoppedError: A signal asked for it.
     """
     settings = plan.settings
@@ -56,7 +60,6 @@ def fit(
         optimizer = make_optimizer(model, settings)
         stepper = Stepper(model, plan.loss, optimizer, device)
         held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
-        saver = Saver(run, plan.checkpoint_record(), keep=keep, seconds=save_seconds)
         scores: dict[str, float] = {}
 
         done, state = None, StreamState.start()
@@ -64,36 +67,46 @@ def fit(
             done, state = saved["step"], StreamState(*saved["stream"])
             restore(run, model, optimizer)
 
-        first = done or 0
         interval = math.ceil(settings.steps / SCORES)
-        bar = progress(settings.steps, "fit", unit="steps", done=first, quiet=quiet or settings.steps == 0)
-        with MetricsLog(run, done) as log, bar, noticing(signal.SIGTERM, signal.SIGINT) as stopped:
+        journal = Journal(
+            plan,
+            run,
+            stream,
+            device,
+            done=done,
+            keep=keep,
+            save_seconds=save_seconds,
+            on_collapse=on_collapse,
+            track=track,
+            quiet=quiet,
+        )
+        with journal, noticing(signal.SIGTERM, signal.SIGINT) as stopped:
 
             def score_held_out(step: int) -> None:
                 if len(held_out.images):
                     scores.update(score(model, plan.loss, held_out, device))
-                    log.write("heldout", step, **scores)
-                    saver.scored(model, step, scores)
+                    journal.scored(step, model, scores)
 
             if done is None:
                 score_held_out(0)
             batches = stream.batches(state)
-            for step, (batch, state) in zip(range(first, settings.steps), batches, strict=False):
+            for step, (batch, state) in zip(range(done or 0, settings.steps), batches, strict=False):
                 torch.manual_seed(settings.seed + (step + 1 << 32))
                 rate = learning_rate(settings, step)
                 health = health_of(model, train_step(stepper, batch, rate))
-                if not math.isfinite(loss := health["loss"]):
-                    raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
-                log.write("train", step + 1, lr=rate, **health)
-                bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-                bar.update()
+                journal.trained(step + 1, {"lr": rate, **health})
                 if (step + 1) % interval == 0 or step + 1 == settings.steps:
                     score_held_out(step + 1)
-                if step + 1 < settings.steps and (saver.is_due or stopped()):
-                    saver.save(model, step + 1, state, optimizer)
+                if step + 1 < settings.steps and (journal.save_is_due or journal.collapse or stopped()):
+                    journal.save(model, step + 1, state, optimizer)
+                    if journal.collapse:
+                        break
                     if (stop := stopped()) is not None:
                         raise stop
-            saver.save(model, settings.steps, state, None)
+            else:
+                journal.save(model, settings.steps, state, None)
+            if journal.collapse:
+                raise UserError(journal.collapse)
     return scores
 
 

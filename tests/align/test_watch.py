@@ -1,0 +1,93 @@
+"""A collapse is seen from the log alone, and runs that learn are left alone."""
+
+import pytest
+import torch
+
+from sail_align.align.plan import make_plan
+from sail_align.align.runs import claim_run
+from sail_align.align.trainer import fit
+from sail_align.align.watch import Watch
+from sail_align.extract.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def seen(*lines):
+    """What a watch says of (kind, values) lines, one a step, until it says something."""
+    watch = Watch(lr=0.01)
+    for step, (kind, values) in enumerate(lines, start=1):
+        if sentence := watch.see(kind, step, values):
+            return sentence
+    return None
+
+
+def train(gap, negative_mass=1.0, t=10.0):
+    return "train", {
+        "loss": 0.1,
+        "t": t,
+        "b": -5.0,
+        "positive_logit": -5 + t * gap,
+        "negative_logit": -5.0,
+        "positive_mass": 1.0,
+        "negative_mass": negative_mass,
+    }
+
+
+def heldout(r1, image_rank=100.0, text_rank=200.0, chance=0.1):
+    return "heldout", {"r1": r1, "chance": chance, "image_rank": image_rank, "text_rank": text_rank}
+
+
+LOWER = "lower --lr (now 0.01), warm up longer (--warmup), or go on with --on-collapse warn."
+
+
+def test_recall_that_is_gone_twice_in_a_row_is_a_collapse():
+    assert seen(heldout(0.1), heldout(30.0), heldout(0.2), heldout(25.0), heldout(0.3)) is None
+    assert seen(heldout(0.1), heldout(30.0), heldout(0.2), heldout(0.3)) == (
+        "Training has collapsed at step 4: held-out R@1 is 0.3 (chance 0.1), after 30.0 before; " + LOWER
+    )
+    assert seen(*(heldout(r1) for r1 in (0.1, 30.0, 8.0, 4.0, 4.0))) is None  # overfitted, but not gone
+
+
+def test_a_rank_that_is_lost_is_a_collapse_where_nothing_is_found_any_more():
+    fallen = [heldout(0.2, image_rank=rank) for rank in (100.0, 15.0, 9.0)]
+    assert "the image embeddings have an effective rank of 9.0, after 100.0 before, and held-out R@1 is 0.2" in seen(
+        *fallen
+    )
+    assert "the text embeddings" in seen(heldout(0.1), *[heldout(0.1, text_rank=3.0)] * 2)
+    assert seen(heldout(0.1), *[heldout(20.0, image_rank=9.0)] * 5) is None
+    assert seen(heldout(0.1), *[heldout(0.1, image_rank=45.0)] * 5) is None  # slow, but not lost
+
+
+def test_negatives_that_drown_positives_are_a_collapse_where_nothing_is_learned():
+    drowned = [train(0.0, negative_mass=300.0, t=1.0), heldout(0.1)] * 2
+    assert "negatives outweigh positives 300 times in the gradient, and held-out R@1 is 0.1" in seen(*drowned)
+    assert "; start with --temperature auto (t is now 1 and b -5), or go on" in seen(*drowned)
+    assert seen(*[train(0.3, negative_mass=300.0), heldout(5.0)] * 5) is None
+    assert seen(*[train(0.0, negative_mass=5.0), heldout(0.1)] * 5) is None
+
+
+def test_pairs_that_are_no_more_alike_than_others_are_a_collapse_after_some_steps():
+    assert seen(*[train(0.4)] * 5, *[train(0.01)] * 19, train(0.3), *[train(0.01)] * 19) is None
+    assert seen(*[train(0.4)] * 5, *[train(0.01)] * 20) == (
+        "Training has collapsed at step 25: pairs that belong together are 0.01 more alike (cosine) than others, after "
+        "0.4 before; " + LOWER
+    )
+    assert seen(*[train(0.001)] * 100) is None  # a start
+
+
+def test_a_collapsed_run_stops_saved_and_goes_on_when_only_warned(make_store, tmp_path, capsys):
+    options = {"preset": "small", "start": "random", "dim": 8, "batch_size": 100, "steps": 60, "lr": 0.5}
+    plan, _ = make_plan([make_store(rows=700)], options)
+    run, whole = (claim_run(tmp_path / name, plan.record()).path for name in ("run", "whole"))
+    with pytest.raises(UserError, match="Training has collapsed at step") as first:
+        fit(plan, run, device=CPU, quiet=True)
+    log = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError) as second:
+        fit(plan, run, device=CPU, quiet=True)
+    assert str(second.value) == str(first.value)
+    assert (run / "metrics.jsonl").read_bytes() == log
+    for each in (run, whole):
+        fit(plan, each, device=CPU, quiet=True, on_collapse="warn")
+        assert capsys.readouterr().err.count("warning: Training has collapsed") == 1
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert len((run / "metrics.jsonl").read_bytes()) > len(log)
