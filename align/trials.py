@@ -86,7 +86,7 @@ def finished_run(plan: Plan, folder: Path, name: str, *, device: torch.device, q
     path = folder / f"{words}-seed{plan.settings.seed}-{digest}"
     there = is_run(path) and (record := read_record(path)) is not None and bool(record["finished"])
     if not there:
-        fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet)
+        fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, on_collapse="warn")
     return load_run(path), there
 
 
