@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 BLOCK = {"cpu": 2_048}
 """Most rows and columns of a block, by device: products of less than 1,024 are slow, and 2,048 still fit a cache."""
 BLOCK_ELSEWHERE = 8_192
+MANY_PAIRS = 1 << 24
+"""From 4,096 images and texts on, seconds of compiling are soon won back; a smaller batch takes a fraction of one."""
 
 
 class Block(NamedTuple):
@@ -76,6 +78,7 @@ class PairBlocks:
         self._image_NE, self._text_CME = image_NE.detach(), text_CME.detach()
         self._own = slice(first, first + images)
         self.batch = texts
+        self.many = images * texts >= MANY_PAIRS
         self.exact = torch.promote_types(image_NE.dtype, torch.float32)
         autocast = torch.is_autocast_enabled(device) and self.exact == torch.float32
         self._product = torch.get_autocast_dtype(device) if autocast else image_NE.dtype

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sail_align.align.blocks import PairBlocks
+from sail_align.align.compiled import Compiled
 
 Divisor = Literal["pairs", "batch"]
 LogSumExp = Callable[[Tensor], Tensor]
@@ -82,6 +83,7 @@ def sigmoid_loss(
         ValueError: An image has no text, or a caption set no weight.
     """
     blocks = PairBlocks(image_NE, text_CME, log_scale, bias, first=first, weights=weights)
+    repel = _repel.quick if blocks.many else _repel
     with blocks.without_graph():
         t, b = blocks.scale, bias.to(blocks.exact)
         logit_CN = t * blocks.positives() + b
@@ -89,7 +91,7 @@ def sigmoid_loss(
         loss, pull = blocks.weighted(-F.logsigmoid(logit_CN)), blocks.weighted(pull_CN)
         push = torch.zeros_like(pull)
         for block in blocks:
-            loss_R, push_R = _repel(block.pairs, t, b)
+            loss_R, push_R = repel(block.pairs, t, b)
             loss += block.weight * loss_R.double().sum()
             push += block.weight * push_R.double().sum()
             blocks.push(block)
@@ -120,13 +122,15 @@ def infonce_loss(
     """
     own = slice(first, first + len(image_NE))
     blocks = PairBlocks(image_NE, text_CME, log_scale, bias, first=first, weights=weights)
+    log_sum_exps = _log_sum_exps.quick if blocks.many else _log_sum_exps
+    softmax = _softmax.quick if blocks.many else _softmax
     with blocks.without_graph():
         t = blocks.scale
         logit_CN = t * blocks.positives()
         # Log-sum-exps of the negatives of each image and of each text.
         image_CN, text_CM = torch.full_like(logit_CN, -torch.inf), logit_CN.new_full(text_CME.shape[:2], -torch.inf)
         for block in blocks:
-            of_block = _log_sum_exps(block.pairs, t)
+            of_block = log_sum_exps(block.pairs, t)
             for so_far, more in zip(block.of(image_CN, text_CM), of_block, strict=True):
                 torch.logaddexp(so_far, more, out=so_far)
         positive_CM = torch.full_like(text_CM, -torch.inf)
@@ -139,7 +143,7 @@ def infonce_loss(
         if blocks.learning:
             image_CN, text_CM = image_CN.logaddexp(logit_CN), text_CM.logaddexp(positive_CM)
             for block in blocks:
-                _softmax(block.pairs, t, *block.of(image_CN, text_CM))
+                softmax(block.pairs, t, *block.of(image_CN, text_CM))
                 blocks.push(block)
         blocks.pull(pull_CN)
         # Probabilities add up to 1: the negatives push as strongly as the positives pull.
@@ -162,22 +166,34 @@ def _value(
     return LossValue(blocks.differentiable(total, scale, push - pull), *health)
 
 
+def compile_failure() -> str | None:
+    """Return why the functions below are not compiled, if that was tried in this process and failed."""
+    return _repel.failure or _log_sum_exps.failure or _softmax.failure
+
+
+@Compiled
 def _repel(pairs_RK: Tensor, t: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Turn similarities of negatives into σ(logit); return the sums over texts of −log σ(−logit) and of σ(logit)."""
     logit_RK = t * pairs_RK.to(t.dtype) + b
     decay_RK = logit_RK.abs().neg().exp()
-    loss_RK = logit_RK.relu() + decay_RK.log1p()
-    push_RK = torch.where(logit_RK > 0, 1, decay_RK) / (1 + decay_RK)
+    sum_RK = 1 + decay_RK
+    inverse_RK = 1 / sum_RK
+    push_RK = torch.where(logit_RK > 0, inverse_RK, decay_RK * inverse_RK)
+    # log1p(decay) from the logarithm of the rounded sum and what the rounding lost: as exact as torch's own log1p,
+    # which is not vectorised on a CPU and would take as long as a product.
+    log1p_RK = sum_RK.log() + (decay_RK - (sum_RK - 1)) * inverse_RK
     pairs_RK.copy_(push_RK)
-    return loss_RK.sum(1), push_RK.sum(1)
+    return (logit_RK.relu() + log1p_RK).sum(1), push_RK.sum(1)
 
 
+@Compiled
 def _log_sum_exps(pairs_RK: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exps of the logits of each image (R,) and of each text (K,)."""
     logit_RK = t * pairs_RK.to(t.dtype)
     return logit_RK.logsumexp(1), logit_RK.logsumexp(0)
 
 
+@Compiled
 def _softmax(pairs_RK: Tensor, t: Tensor, image_R: Tensor, text_K: Tensor) -> None:
     """Turn similarities into the mean of the probabilities of a text for an image and of an image for a text."""
     logit_RK = t * pairs_RK.to(t.dtype)

@@ -179,3 +179,28 @@ def test_what_does_not_fit_is_refused(loss, dense):
         loss(*inputs, first=1)
     with pytest.raises(ValueError, match="2 caption sets have 1 weights"):
         loss(*inputs, weights=[1.0])
+
+
+def test_half_precision_keeps_gradients_that_dividing_first_would_lose(monkeypatch):
+    monkeypatch.setitem(blocks.BLOCK, "cpu", 2_048)
+    # A part of the paper's batch, the start of training, and a loss scaler's usual factor.
+    batch_size, images, loss_scale = 36_864, 32, 2.0**16
+    image_BE, text_CBE, log_scale, bias = batch(captions=1, size=batch_size, dim=64, dtype=torch.float16)
+    inputs = [image_BE[:images].detach().requires_grad_(), text_CBE, log_scale, bias]
+    (loss_scale * sigmoid_loss(*inputs).total).backward()
+    x_NE, y_CME, tau, b = as_float64(inputs)
+    _, expected, _ = dense_sigmoid(x_NE, y_CME, tau, b)
+
+    logit_NM = np.exp(tau) * x_NE @ y_CME[0].T + b
+    positive_NM = np.eye(images, batch_size)
+    g_NM = (1 / (1 + np.exp(-logit_NM)) - positive_NM) * (loss_scale / batch_size**2)
+    divided_first_NM = torch.from_numpy(g_NM).half().double().numpy()
+    theirs_NE, theirs_bias = np.exp(tau) * divided_first_NM @ y_CME[0], divided_first_NM.sum()
+
+    def error(found, right):
+        return np.linalg.norm(found / loss_scale - right) / np.linalg.norm(right)
+
+    assert error(inputs[0].grad.double().numpy(), expected[0]) < 0.002
+    assert error(inputs[3].grad.item(), expected[3]) < 1e-4
+    assert error(theirs_NE, expected[0]) > 0.01
+    assert error(theirs_bias, expected[3]) > 0.03
