@@ -37,7 +37,8 @@ def write_csv(path: Path, rows: list[tuple[str, ...]]) -> None:
 def recalls(folder: Path) -> dict[str, float]:
     (run,) = (folder / "runs").iterdir()
     (record,) = json.loads((run / "scores.json").read_bytes())["records"]
-    return {metric["name"]: metric["value"] / metric["chance"] for metric in record["metrics"]}
+    recalls = [metric for metric in record["metrics"] if "rank" not in metric["name"]]
+    return {metric["name"]: metric["value"] / metric["chance"] for metric in recalls}
 
 
 def run_all(folder: Path, captions: object, root: str) -> dict[str, float]:
