@@ -15,16 +15,18 @@ from sail_align.extract.sources.descriptions import MaskFolderSource as Descript
 from sail_align.extract.sources.images import read_image_in, read_mask
 
 NO_CLASS = -1
+LOOKED_AT = 16
+"""Masks that are read when the source is opened. One may by chance hold only values that both numberings have."""
 
 
 class MaskFolderSource(Source):
     """Images with masks, in the order of the list of names, or sorted. Keys and locations are file names.
 
-    The first mask is read at once: masks of another numbering are refused before anything is encoded.
+    Some masks are read at once: those of another numbering are refused before anything is encoded.
 
     Raises:
         UserError: A folder or the list is missing, a listed image or mask is not there, no mask can hold a class's
-            label, or the first mask is not of the described form.
+            label, or a mask that was read is not of the described form.
     """
 
     def __init__(self, description: Description, data_root: Path):
@@ -46,7 +48,9 @@ class MaskFolderSource(Source):
                     "or no value from 0 to 255; correct 'classes', 'label_offset' or 'ignored'."
                 )
             self._index[value] = index
-        self.mask(self._samples[0].mask)
+        self._offset = description.label_offset
+        for place in sorted(set(np.linspace(0, len(self._samples) - 1, LOOKED_AT).astype(int).tolist())):
+            self.mask(self._samples[place].mask)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -78,9 +82,18 @@ class MaskFolderSource(Source):
             value = int(values[found == NO_CLASS][0])
             raise UserError(
                 f"Mask {self._masks / location} holds {value}, which is neither a class nor ignored; these masks are "
-                "numbered in another way than the manifest's 'classes', 'label_offset' and 'ignored' say."
+                "numbered in another way than the manifest's 'classes', 'label_offset' and 'ignored' say"
+                f"{self._another_numbering(values)}."
             )
         return found.astype(np.uint8)
+
+    def _another_numbering(self, values: NDArray[np.uint8]) -> str:
+        """Say whether a mask that was refused is one of labels as they stand, or of labels less one."""
+        for offset, unlabelled in ((0, 0), (1, 255)):
+            known = {*(label - offset for label in self._classes), unlabelled}
+            if offset != self._offset and {*np.unique(values).tolist()} <= known:
+                return f" (label_offset: {offset} with ignored: [{unlabelled}] would fit this one)"
+        return ""
 
     @cached_property
     def _samples(self) -> list[Sample]:

@@ -5,6 +5,7 @@ colour that it names, and a run's heads change nothing but the length.
 import csv
 import json
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,17 @@ class ColourVision:
 
 
 class ColourText:
-    """A text's feature is the mean of the colours that it names, black if none."""
+    """A text's feature is the mean of the colours that it names, or a colour of its own if it names none."""
 
     identity = identity("text")
 
     def encode(self, texts, advance=lambda done: None):
         advance(len(texts))
         named = [[COLOURS[word] for word in text.replace(".", "").split() if word in COLOURS] for text in texts]
-        return torch.stack([torch.tensor(rgb or [(0, 0, 0)]).float().mean(dim=0) / 127.5 - 1 for rgb in named])
+        rgb = [
+            colours or [tuple(sha256(text.encode()).digest()[:3])] for text, colours in zip(texts, named, strict=True)
+        ]
+        return torch.stack([torch.tensor(colours).float().mean(dim=0) / 127.5 - 1 for colours in rgb])
 
 
 class PlainHeads(torch.nn.Module):

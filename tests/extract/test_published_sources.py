@@ -191,6 +191,18 @@ def test_masks_of_another_numbering_are_refused_by_the_first_file(tmp_path, valu
         opened(tmp_path, kind="mask-folder", ignored=[255], **fields)
 
 
+def test_masks_of_labels_as_they_stand_are_told_from_those_of_labels_less_one(tmp_path):
+    """The first masks could be either; 44 is a bottle as it stands, and of no class (45) if it is the label less one."""
+    masks(tmp_path, [[0, 1, 2], [0, 2, 0], [0, 44, 3]])
+    fields = {"images": "images", "masks": "masks", "classes": "coco-stuff-171"}
+    with pytest.raises(
+        UserError, match=r"p2.png holds 44.* \(label_offset: 0 with ignored: \[0\] would fit this one\)"
+    ):
+        opened(tmp_path, kind="mask-folder", label_offset=1, ignored=[255], **fields)
+    source = opened(tmp_path, kind="mask-folder", ignored=[0], **fields)
+    np.testing.assert_array_equal(source.mask("p0.png")[0], [IGNORED, 0, 1])
+
+
 def test_a_listed_picture_that_is_missing_is_named(tmp_path):
     masks(tmp_path, [[0, 1]])
     (tmp_path / "val.txt").write_text("p0\np7\n")
@@ -294,7 +306,7 @@ def test_a_library_that_is_missing_is_said_with_the_command_that_installs_it(mon
 
 
 def test_an_unknown_table_of_labels_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'ade20k'.*ade20k-150, coco-stuff-171, voc-20, voc-20-authors"):
+    with pytest.raises(UserError, match=r"'ade20k'.*ade20k-150, coco-stuff-171, voc-20, voc-20-authors, voc-21"):
         label_names("ade20k")
 
 
