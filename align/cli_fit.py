@@ -10,6 +10,7 @@ import typer
 from sail_align.align.captions import parse_captions
 from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options, number_or_auto
 from sail_align.align.trackers import parse_trackers
+from sail_align.extract.errors import UserError
 
 if TYPE_CHECKING:
     from sail_align.align.journal import OnCollapse
@@ -153,7 +154,8 @@ def fit(
     check_options({"on_collapse": on_collapse})
     trackers = parse_trackers(track)
 
-    from sail_align.align.checkpoint import read_record
+    from sail_align.align.checkpoint import decisive, read_record
+    from sail_align.align.distributed import joined
     from sail_align.align.plan import make_plan
     from sail_align.align.runs import claim_run, default_path
     from sail_align.align.saver import best_of
@@ -163,52 +165,68 @@ def fit(
     from sail_align.extract.progress import note
     from sail_align.extract.stop import StoppedError, stopping_on
 
-    where = Runtime.of(device, "float32").device
-    plan, notes = make_plan(
-        features,
-        options,
-        captions=chosen,
-        image_encoder=image_encoder,
-        text_encoder=text_encoder,
-        exclude=exclude or (),
-    )
-    for sentence in notes:
-        typer.echo(f"note: {sentence}")
-    run, resumed, finished = claim_run(out or default_path(features, head), plan.record())
-    if finished:
-        typer.echo(f"note: {finished} is a finished run with the very same settings.")
-    typer.echo(f"{'going on with' if resumed else 'writing'} {run}: {plan.describe()}")
-    started = time.monotonic()
-    try:
-        with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):
-            scores = train(
-                plan,
-                run,
-                device=where,
-                quiet=quiet,
-                keep=keep,
-                on_collapse=cast("OnCollapse", on_collapse),
-                track=trackers,
+    with joined(device) as (world, own_device):
+        say = typer.echo if world.leads else _silently
+        where = world.agree(lambda: Runtime.of(own_device, "float32").device)
+        plan, notes = world.agree(
+            lambda: make_plan(
+                features,
+                options,
+                captions=chosen,
+                image_encoder=image_encoder,
+                text_encoder=text_encoder,
+                exclude=exclude or (),
             )
-    except StoppedError as stopped:
-        record = read_record(run)
-        place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"
-        note(f"Stopped by {stopped.name}; the same command {place}.")
-        raise
-    typer.echo(f"wrote {run} in {time.monotonic() - started:.0f} s")
-    if scores:
-        recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
-        typer.echo(
-            f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, "
-            f"R@1/5/10 text→image {recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {scores['chance']:.2g}"
         )
-        best = best_of(run)
-        if best is not None and best.step < plan.settings.steps:
-            typer.echo(f"best: mean R@1 {best.r1:.1f} after step {best.step:,}, kept in {best.folder}")
-    if any(pairs.store.dataset == "demo" for pairs in plan.pairs):
-        typer.echo(f"Next: sail-eval all --run {run}")
-    else:
-        typer.echo(
-            f"Next: sail-eval retrieval TEST.yaml --run {run}     (pictures of yours: docs/data.md says how)\n"
-            f"  or: sail-eval all --run {run}     (the published sets that are here)"
-        )
+        if not world.same(decisive(plan.record())):
+            raise UserError("The processes see different stores or options; give all machines the same.")
+        if 0 < plan.settings.batch_size < world.size and plan.settings.steps:
+            raise UserError(f"A batch of {plan.settings.batch_size} does not go round {world.size} processes.")
+        for sentence in notes:
+            say(f"note: {sentence}")
+        run, resumed, finished = world.decide(lambda: claim_run(out or default_path(features, head), plan.record()))
+        if finished:
+            say(f"note: {finished} is a finished run with the very same settings.")
+        say(f"{'going on with' if resumed else 'writing'} {run}: {plan.describe()}{world.describe()}")
+        started = time.monotonic()
+        try:
+            with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):
+                scores = train(
+                    plan,
+                    run,
+                    device=where,
+                    world=world,
+                    quiet=quiet or not world.leads,
+                    keep=keep,
+                    on_collapse=cast("OnCollapse", on_collapse),
+                    track=trackers,
+                )
+        except StoppedError as stopped:
+            if not world.leads:
+                raise
+            record = read_record(run)
+            place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"
+            note(f"Stopped by {stopped.name}; the same command {place}.")
+            raise
+        say(f"wrote {run} in {time.monotonic() - started:.0f} s")
+        if scores:
+            recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
+            say(
+                f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, "
+                f"R@1/5/10 text→image {recalls['t2i']}, image→text {recalls['i2t']}; "
+                f"chance of R@1 {scores['chance']:.2g}"
+            )
+            best = best_of(run)
+            if best is not None and best.step < plan.settings.steps:
+                say(f"best: mean R@1 {best.r1:.1f} after step {best.step:,}, kept in {best.folder}")
+        if any(pairs.store.dataset == "demo" for pairs in plan.pairs):
+            say(f"Next: sail-eval all --run {run}")
+        else:
+            say(
+                f"Next: sail-eval retrieval TEST.yaml --run {run}     (pictures of yours: docs/data.md says how)\n"
+                f"  or: sail-eval all --run {run}     (the published sets that are here)"
+            )
+
+
+def _silently(_: str) -> None:
+    """Say nothing: another process speaks."""

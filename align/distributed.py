@@ -43,6 +43,10 @@ class World:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
+    def describe(self) -> str:
+        """Say how many processes there are, if there are several."""
+        return f"; {self.size} processes" if self.size > 1 else ""
+
     def agree(self, work: Callable[[], T]) -> T:
         """Do in every process what may be a user's mistake; return this one's result if none made one.
 
@@ -75,6 +79,10 @@ class World:
             with _reaching_all():
                 dist.all_gather_object(values, value)
         return values
+
+    def same(self, value: object) -> bool:
+        """Return whether all processes have the same value."""
+        return all(each == value for each in self.collect(value))
 
     def any(self, value: bool) -> bool:
         """Return whether a value is true in any process."""

@@ -1,6 +1,5 @@
 """All that a training run writes and says: its log, checkpoints and progress, and whether it has collapsed."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,15 +73,9 @@ class Journal:
             self._open = opened.pop_all()
 
     def trained(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a step.
-
-        Raises:
-            UserError: The loss is no longer finite.
-        """
-        if not math.isfinite(loss := values["loss"]):
-            raise UserError(f"The loss is {loss} after {step} steps; lower --lr (now {self._settings.lr:g}).")
+        """Log a step."""
         self._write("train", step, values)
-        words = (f"loss {loss:.4g}", self._r1, self._pace.stepped())
+        words = (f"loss {values['loss']:.4g}", self._r1, self._pace.stepped())
         self._bar.set_postfix_str(", ".join(word for word in words if word), refresh=False)
         self._bar.update()
 

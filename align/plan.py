@@ -9,7 +9,7 @@ from typing import Any
 from sail_align.align.captions import CaptionPolicy, parse_captions
 from sail_align.align.data import Pairs, Rows, open_pairs, require_half, split_held_out
 from sail_align.align.exclude import Exclusions
-from sail_align.align.loss import Loss, infonce_loss, sigmoid_loss
+from sail_align.align.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
 from sail_align.align.settings import FitSettings, check_options, choose_settings
 from sail_align.extract.errors import UserError
@@ -61,6 +61,12 @@ class Plan:
         if self.settings.loss == "infonce":
             return partial(infonce_loss, weights=weights)
         return partial(sigmoid_loss, divisor=self.settings.divisor, weights=weights)
+
+    def loss_of_parts(self, across: LogSumExp) -> Loss:
+        """The loss where a batch lies in several processes; `across` is `infonce_loss`'s."""
+        if self.settings.loss == "infonce":
+            return partial(infonce_loss, weights=self.policy.loss_weights, across=across)
+        return self.loss
 
     def describe(self) -> str:
         """Say in a line what will be computed."""

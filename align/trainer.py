@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from sail_align.align.checkpoint import read_record, restore
 from sail_align.align.data import read_rows
+from sail_align.align.distributed import ALONE, World
 from sail_align.align.journal import Journal, OnCollapse
 from sail_align.align.loss import Loss, LossValue
 from sail_align.align.metrics import effective_rank, ranks, recall_at
@@ -23,7 +25,7 @@ from sail_align.align.start import build_model
 from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
-from sail_align.extract.stop import noticing
+from sail_align.extract.stop import StoppedError, noticing
 
 SCORES = 20
 """How often a run is scored."""
@@ -34,6 +36,7 @@ def fit(
     run: Path,
     *,
     device: torch.device,
+    world: World = ALONE,
     quiet: bool = False,
     keep: int = KEEP,
     save_seconds: float = SAVE_SECONDS,
@@ -44,49 +47,63 @@ def fit(
 
     What the run has saved is gone on from. Every step draws from a seed of its own and every batch is known by its
     number, so that on a CPU the weights and the log are bitwise those of a run that was never stopped. SIGTERM and
-    Ctrl-C let the step end and save it.
+    Ctrl-C let the step end and save it. Of several processes, all of which call this, only the one that leads writes
+    and scores.
 
     Raises:
         UserError: The loss is no longer finite, training has collapsed, the run's checkpoint is damaged, or another
-            process trains the run.
+            command trains the run.
         StoppedError: A signal asked for it.
+        WorkersFailedError: Another process of the run ended.
     """
     settings = plan.settings
-    with hold_run(run, plan.record()), _stream(plan, device) as stream:
-        saved = read_record(run)
+    with ExitStack() as held, _stream(plan, device, world) as stream:
+        world.decide(lambda: held.enter_context(hold_run(run, plan.record())))
+        saved = world.agree(lambda: read_record(run))
+        if not world.same(saved and saved["digest"]):
+            raise UserError(f"The processes see different checkpoints of {run}; use a folder that all machines share.")
         if saved is not None and saved["finished"]:
             return dict(saved["scores"])
-        model = build_model(plan, stream, device, fresh=saved is None, quiet=quiet)
+        fresh = saved is None and world.leads
+        model = world.agree(lambda: build_model(plan, stream, device, fresh=fresh, quiet=quiet))
         optimizer = make_optimizer(model, settings)
-        stepper = Stepper(model, plan.loss, optimizer, device)
+        stepper = Stepper(model, plan.loss_of_parts(world.log_sum_exp), optimizer, device, world=world)
         held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
         scores: dict[str, float] = {}
 
         done, state = None, StreamState.start()
         if saved is not None:
             done, state = saved["step"], StreamState(*saved["stream"])
-            restore(run, model, optimizer)
+            world.agree(lambda: restore(run, model, optimizer))
+        world.spread(*(parameter.data for parameter in model.parameters()))
 
-        interval = math.ceil(settings.steps / SCORES)
-        journal = Journal(
-            plan,
-            run,
-            stream,
-            device,
-            done=done,
-            keep=keep,
-            save_seconds=save_seconds,
-            on_collapse=on_collapse,
-            track=track,
-            quiet=quiet,
-        )
-        with journal, noticing(signal.SIGTERM, signal.SIGINT) as stopped:
+        def open_journal() -> Journal | None:
+            if not world.leads:
+                return None
+            opened = Journal(
+                plan,
+                run,
+                stream,
+                device,
+                done=done,
+                keep=keep,
+                save_seconds=save_seconds,
+                on_collapse=on_collapse,
+                track=track,
+                quiet=quiet,
+            )
+            return held.enter_context(opened)
 
-            def score_held_out(step: int) -> None:
-                if len(held_out.images):
-                    scores.update(score(model, plan.loss, held_out, device))
+        def score_held_out(step: int) -> None:
+            if len(held_out.images):
+                scores.update(world.decide(lambda: score(model, plan.loss, held_out, device)))
+                if journal:
                     journal.scored(step, model, scores)
 
+        interval = math.ceil(settings.steps / SCORES)
+        journal = world.agree(open_journal)
+        collapse: str | None = None
+        with noticing(signal.SIGTERM, signal.SIGINT) as stopped:
             if done is None:
                 score_held_out(0)
             batches = stream.batches(state)
@@ -94,26 +111,40 @@ def fit(
                 torch.manual_seed(settings.seed + (step + 1 << 32))
                 rate = learning_rate(settings, step)
                 health = health_of(model, train_step(stepper, batch, rate))
-                journal.trained(step + 1, {"lr": rate, **health})
+                if not math.isfinite(loss := health["loss"]):
+                    raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
+                if journal:
+                    journal.trained(step + 1, {"lr": rate, **health})
                 if (step + 1) % interval == 0 or step + 1 == settings.steps:
                     score_held_out(step + 1)
-                if step + 1 < settings.steps and (journal.save_is_due or journal.collapse or stopped()):
+                told = world.collect((journal.collapse if journal else None, stopped() is not None))
+                collapse, stop = told[0][0], any(asked for _, asked in told)
+                if step + 1 == settings.steps:
+                    break
+                if journal and (journal.save_is_due or collapse or stop):
                     journal.save(model, step + 1, state, optimizer)
-                    if journal.collapse:
-                        break
-                    if (stop := stopped()) is not None:
-                        raise stop
-            else:
+                if collapse:
+                    raise UserError(collapse)
+                if stop:
+                    raise stopped() or StoppedError(signal.SIGTERM)
+            if journal:
                 journal.save(model, settings.steps, state, None)
-            if journal.collapse:
-                raise UserError(journal.collapse)
+            if collapse:
+                raise UserError(collapse)
     return scores
 
 
-def _stream(plan: Plan, device: torch.device) -> Stream:
-    size, seed = plan.settings.batch_size, plan.settings.seed
-    pin = device.type == "cuda"
-    return Stream(plan.pairs, plan.training, batch_size=size, seed=seed, policy=plan.policy, pin=pin)
+def _stream(plan: Plan, device: torch.device, world: World) -> Stream:
+    return Stream(
+        plan.pairs,
+        plan.training,
+        batch_size=plan.settings.batch_size,
+        seed=plan.settings.seed,
+        policy=plan.policy,
+        rank=world.rank,
+        world=world.size,
+        pin=device.type == "cuda",
+    )
 
 
 def health_of(model: AlignmentModel, loss: LossValue) -> dict[str, float]:

@@ -1,7 +1,11 @@
 """Several processes take the steps of one, and end together."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
+import time
 from functools import partial
 
 import pytest
@@ -158,3 +162,65 @@ def test_who_is_left_behind_says_so(tmp_path):
     with pytest.raises(FileNotFoundError):  # of the one that left
         in_processes(2, leave, tmp_path)
     assert torch.load(tmp_path / "0.pt").startswith("Process 0 of 2 lost touch with another (")
+
+
+def typed(rank, size, port, *words):
+    """Start `sail-align fit` as torchrun starts it."""
+    command = [sys.executable, "-c", "from sail_align.align.cli import main; main()", "fit", *map(str, words)]
+    surroundings = {**os.environ, **environment(rank, size, port)} if size > 1 else os.environ
+    return subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+FIT = ("--quiet", "--device", "cpu", "--dim", 8, "--batch-size", 51, "--lr", 1e-3, "--optimizer", "adamw")
+FIT = (*FIT, "--image-dropout", 0, "--text-dropout", 0, "--loss", "infonce")
+
+
+def test_a_fit_of_two_processes_is_the_fit_of_one(make_store, tmp_path):
+    store, ends = make_store(captions={"raw": (), "long": ()}), {}
+    for size in (1, 2):
+        port, run = free_port(), tmp_path / f"run of {size}"
+        processes = [typed(r, size, port, "--features", store, "--out", run, *FIT, "--steps", 6) for r in range(size)]
+        spoken = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0] * size, spoken
+        assert f"wrote {run}" in spoken[0][0]
+        assert all(output == ("", "") for output in spoken[1:])
+        ends[size] = metrics(run)
+    for one, two in zip(ends[1], ends[2], strict=True):
+        assert two.pop("kind") == one.pop("kind")
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+def test_a_lost_process_ends_the_job_and_one_process_goes_on(make_store, tmp_path):
+    store, run, port = make_store(), tmp_path / "run", free_port()
+    words = ("--features", store, "--out", run, *FIT, "--steps", 3_000)
+    processes = [typed(rank, 2, port, *words) for rank in range(2)]
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 20:
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in processes] == [None, None], processes[0].communicate()
+        time.sleep(0.05)
+    processes[1].kill()
+    _, said = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    assert said.startswith("error: Process 0 of 2 lost touch with another (")
+    assert len(said.splitlines()) == 1
+    processes[1].communicate()
+    alone = typed(0, 1, port, *words)
+    try:
+        assert any(line.startswith(f"going on with {run}") for line in (alone.stdout.readline() for _ in range(2)))
+    finally:
+        alone.terminate()
+        alone.communicate()
+
+
+def test_a_mistake_is_told_once(make_store, tmp_path):
+    port, store = free_port(), make_store()
+    processes = [typed(rank, 2, port, "--features", store, "--out", store, *FIT, "--steps", 1) for rank in range(2)]
+    spoken = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert spoken[0][1] == f"error: {store} exists and is not a run; name another --out.\n"
+    assert spoken[1] == ("", "")

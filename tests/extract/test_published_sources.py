@@ -192,7 +192,7 @@ def test_masks_of_another_numbering_are_refused_by_the_first_file(tmp_path, valu
 
 
 def test_masks_of_labels_as_they_stand_are_told_from_those_of_labels_less_one(tmp_path):
-    """The first masks could be either; 44 is a bottle as it stands, and of no class (45) if it is the label less one."""
+    """The first masks could be either; 44 is a bottle as it stands, and of no class (45) if it is that less one."""
     masks(tmp_path, [[0, 1, 2], [0, 2, 0], [0, 44, 3]])
     fields = {"images": "images", "masks": "masks", "classes": "coco-stuff-171"}
     with pytest.raises(
