@@ -123,6 +123,7 @@ class Leases:
         self.folder = folder
         self.ttl = ttl
         self._held: set[Lease] = set()
+        self._closed = False
         self._lock = threading.Lock()
         self._seen: dict[Path, tuple[bytes, float]] = {}
         self._heart: threading.Thread | None = None
@@ -153,7 +154,7 @@ class Leases:
             return None
         # An observer that slept after its look may come when the takeover it lost is long over.
         stale = newest is not None and not _file(path, newest).exists()
-        if stale or _newest(path) != lease.generation:
+        if stale or self._closed or _newest(path) != lease.generation:
             self.release(lease)
             return None
         self._beat()
@@ -170,6 +171,11 @@ class Leases:
         for lease in list(self._held):
             self.release(lease)
         self.tidy()
+
+    def close(self) -> None:
+        """Give back whatever this process holds, and take nothing more: another thread may be about to."""
+        self._closed = True
+        self.release_all()
 
     @contextmanager
     def hold(self, name: str, waiting: Callable[[], object]) -> Iterator[Lease]:

@@ -60,8 +60,8 @@ class ShardActor:
 
     @ray.method(concurrency_group="stop")
     def give_up(self) -> None:
-        """Give back the lease of the shard in flight; what is still written of it is not committed."""
-        self.store.leases.release_all()
+        """Give back the lease of the shard in flight, and take no other; what is still written is not committed."""
+        self.store.leases.close()
 
     def _told(self) -> list[Message]:
         told = self.messages.copy()
