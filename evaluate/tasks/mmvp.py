@@ -8,19 +8,9 @@ import numpy as np
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import pair_hits, weighted_mean
-from sail_align.evaluate.results import (
-    Example,
-    Measure,
-    Note,
-    Outcomes,
-    Picture,
-    Result,
-    mark,
-    pick_examples,
-    summarise,
-)
+from sail_align.evaluate.results import Example, Measure, Outcomes, Result, pick_examples, summarise
 from sail_align.evaluate.tasks.base import Protocol, captions_part
-from sail_align.evaluate.tasks.pairs import by_label, pair_scores
+from sail_align.evaluate.tasks.pairs import by_label, pair_pictures, pair_scores
 
 CHANCE = 1 / 4
 """Two choices between two images."""
@@ -42,19 +32,11 @@ def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
 
 
 def _example(data: EvaluationSet, scores_CI: Embeddings, pair: int) -> Example:
-    samples = data.samples[2 * pair : 2 * pair + 2]
-    statements = [sample.captions[data.captions[0]] for sample in samples]
-    chosen = np.argmax(scores_CI, axis=1).tolist()
-    pictures = []
-    for image, sample in enumerate(samples):
-        notes = tuple(
-            Note(text, f"{scores_CI[row, image]:.3f}", mark(chosen[row] == image, row == image))
-            for row, text in enumerate(statements)
-        )
-        pictures.append(Picture(data.source.image(sample.image), alt=statements[image], notes=notes))
+    chosen_CI = np.arange(2) == np.argmax(scores_CI, axis=1)[:, None]  # each statement chooses an image
+    sample = data.samples[2 * pair]
+    title = data.source.classes[sample.label] if sample.label >= 0 else sample.key
     right = bool(pair_hits(scores_CI[None])[1][0])
-    title = data.source.classes[samples[0].label] if samples[0].label >= 0 else samples[0].key
-    return Example(title, right, tuple(pictures))
+    return Example(title, right, pair_pictures(data, scores_CI, pair, chosen_CI))
 
 
 PROTOCOL = Protocol(

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.results import Measure, Outcomes, summarise
+from sail_align.evaluate.results import Measure, Note, Outcomes, Picture, mark, summarise
 from sail_align.extract.errors import UserError
 
 
@@ -40,3 +41,22 @@ def by_label(
             metrics = summarise(measures(part), items)
             found[name] = {"items": items, **{each.name: [each.value, *each.interval] for each in metrics}}
     return found
+
+
+def pair_pictures(
+    data: EvaluationSet, scores_CI: Embeddings, pair: int, chosen_CI: NDArray[np.bool_]
+) -> tuple[Picture, ...]:
+    """Return both images of a pair, each with both captions, their scores, and marks of those that were chosen."""
+    samples = data.samples[2 * pair : 2 * pair + 2]
+    captions = [sample.captions[data.captions[0]] for sample in samples]
+    return tuple(
+        Picture(
+            data.source.image(sample.image),
+            alt=captions[image],
+            notes=tuple(
+                Note(text, f"{scores_CI[row, image]:.3f}", mark(bool(chosen_CI[row, image]), row == image))
+                for row, text in enumerate(captions)
+            ),
+        )
+        for image, sample in enumerate(samples)
+    )

@@ -8,19 +8,9 @@ import numpy as np
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import pair_hits, weighted_mean
-from sail_align.evaluate.results import (
-    Example,
-    Measure,
-    Note,
-    Outcomes,
-    Picture,
-    Result,
-    mark,
-    pick_examples,
-    summarise,
-)
+from sail_align.evaluate.results import Example, Measure, Outcomes, Result, pick_examples, summarise
 from sail_align.evaluate.tasks.base import Protocol, captions_part
-from sail_align.evaluate.tasks.pairs import by_label, pair_scores
+from sail_align.evaluate.tasks.pairs import by_label, pair_pictures, pair_scores
 
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 """Of four scores in random order: two comparisons right, and both of one diagonal above both of the other."""
@@ -46,18 +36,10 @@ def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
 
 
 def _example(data: EvaluationSet, scores_CI: Embeddings, pair: int) -> Example:
-    samples = data.samples[2 * pair : 2 * pair + 2]
-    captions = [sample.captions[data.captions[0]] for sample in samples]
-    pictures = []
-    for image, sample in enumerate(samples):
-        chosen = int(np.argmax(scores_CI[:, image]))
-        notes = tuple(
-            Note(text, f"{scores_CI[caption, image]:.3f}", mark(caption == chosen, caption == image))
-            for caption, text in enumerate(captions)
-        )
-        pictures.append(Picture(data.source.image(sample.image), alt=captions[image], notes=notes))
+    chosen_CI = np.arange(2)[:, None] == np.argmax(scores_CI, axis=0)  # each image chooses a caption
     verdicts = ["right" if hit[0] else "wrong" for hit in pair_hits(scores_CI[None])]
-    return Example(f"text {verdicts[0]}, image {verdicts[1]}", None, tuple(pictures))
+    title = f"text {verdicts[0]}, image {verdicts[1]}"
+    return Example(title, None, pair_pictures(data, scores_CI, pair, chosen_CI))
 
 
 PROTOCOL = Protocol(
