@@ -53,14 +53,15 @@ class World:
         Raises:
             UserError: In all processes, the mistake of the first that made one.
         """
-        result, mistake = None, None
+        results: list[T] = []
+        mistake = None
         try:
-            result = work()
+            results.append(work())
         except UserError as problem:
             mistake = str(problem)
         if sentence := next((each for each in self.collect(mistake) if each is not None), None):
             raise UserError(sentence)
-        return result  # type: ignore[return-value]
+        return results[0]
 
     def decide(self, work: Callable[[], T]) -> T:
         """Do something in rank 0 alone; return its result in all processes. It must be picklable.
@@ -192,6 +193,6 @@ def _reaching_all() -> Iterator[None]:
     except RuntimeError as problem:
         raise WorkersFailedError(
             f"Process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} lost touch with another "
-            f"({str(problem).splitlines()[0][-120:]}); the same command goes on from the last checkpoint, with any "
-            "number of processes."
+            f"({str(problem).splitlines()[0]:.100}); the same command goes on from the last checkpoint, or from the "
+            "start where there is none, with any number of processes."
         ) from problem
