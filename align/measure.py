@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from sail_align.align.closed_form import LinearMap, Moments, regularised_cca
 from sail_align.align.data import Half, held_out_count, key_hashes
-from sail_align.align.metrics import debiased_cka, mean_interval, mutual_knn, ranks, unit_rows
+from sail_align.align.metrics import debiased_cka, mutual_knn, ranks, unit_rows
+from sail_align.align.resampling import mean_interval
 from sail_align.align.settings import CLOSED_FORM_DIM
 from sail_align.align.table import markdown_table
 from sail_align.extract.errors import UserError

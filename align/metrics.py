@@ -111,17 +111,6 @@ def _hsic(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> float:
     return float(trace + x_N.sum() * y_N.sum() / ((rows - 1) * (rows - 2)) - 2 * (x_N @ y_N) / (rows - 2))
 
 
-def mean_interval(
-    values_N: NDArray[np.floating] | NDArray[np.bool_], *, resamples: int = 1_000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of a mean over independent items."""
-    generator = np.random.default_rng(seed)
-    rows = len(values_N)
-    means = [float(np.mean(values_N[generator.integers(rows, size=rows)])) for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def unit_rows(features_ND: Embeddings) -> NDArray[np.float32]:
     """Return rows of length 1, float32; a row of zeros stays one."""
     rows_ND = features_ND.astype(np.float32)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from sail_align.align.data import Pairs
-from sail_align.align.metrics import mean_interval
 from sail_align.align.plan import make_plan
+from sail_align.align.resampling import mean_interval
 from sail_align.align.table import markdown_table
 from sail_align.align.trials import (
     FORMAT,

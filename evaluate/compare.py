@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.evaluate.metrics import bootstrap, interval
+from sail_align.align.resampling import bootstrap, interval
 from sail_align.evaluate.outcomes import load_outcomes
 from sail_align.evaluate.results import Measure, Unit
 from sail_align.evaluate.scores import Record, read_scores

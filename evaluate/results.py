@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sail_align.evaluate.metrics import Statistic, bootstrap, interval
+from sail_align.align.resampling import Statistic, bootstrap, interval
 
 Outcomes = Mapping[str, NDArray[Any]]
 """What came out by item, by name: hits, ranks …; saved beside the scores, so that two runs can be compared."""

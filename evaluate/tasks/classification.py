@@ -6,8 +6,9 @@ prediction by cosine. A tie counts as wrong, where an argmax would credit the cl
 
 import numpy as np
 
+from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import mean_per_class, top_k_hits, weighted_mean
+from sail_align.evaluate.metrics import mean_per_class, top_k_hits
 from sail_align.evaluate.results import (
     Example,
     Measure,

@@ -9,8 +9,9 @@ images spread evenly over it. It takes no test of its own: any retrieval set wil
 import numpy as np
 
 from sail_align.align.metrics import mutual_knn, unit_rows
+from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.metrics import cka_by_row, weighted_mean
+from sail_align.evaluate.metrics import cka_by_row
 from sail_align.evaluate.results import Measure, Outcomes, Result, summarise
 from sail_align.evaluate.tasks.base import Protocol, captions_part
 from sail_align.extract.errors import UserError

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.align import metrics
-from sail_align.align.metrics import debiased_cka, effective_rank, mean_interval, mutual_knn, ranks, recall_at
+from sail_align.align.metrics import debiased_cka, effective_rank, mutual_knn, ranks, recall_at
+from sail_align.align.resampling import mean_interval
 
 
 def from_scores(scores_NM, owner_M):

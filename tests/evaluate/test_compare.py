@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.compare import compare_runs, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
-from sail_align.evaluate.metrics import weighted_mean
 from sail_align.evaluate.results import Measure
 from sail_align.evaluate.table import difference_table
 from sail_align.extract.errors import UserError

@@ -9,21 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sail_align.align.metrics import debiased_cka
+from sail_align.align.resampling import bootstrap, interval, weighted_mean
 from sail_align.evaluate.metrics import (
-    bootstrap,
     chance_mean_iou,
     chance_mean_rank,
     chance_median_rank,
     chance_recall,
     cka_by_row,
     confusion_matrix,
-    interval,
     iou_per_class,
     mean_iou,
     mean_per_class,
     pair_hits,
     top_k_hits,
-    weighted_mean,
     weighted_median,
 )
 from sail_align.extract.sources.base import IGNORED
