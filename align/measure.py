@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sail_align.align.closed_form import LinearMap, Moments, regularised_cca
 from sail_align.align.data import Half, held_out_count, key_hashes
-from sail_align.align.metrics import debiased_cka, mutual_knn, ranks, unit_rows
+from sail_align.align.metrics import cka_by_row, mutual_knn, ranks, unit_rows
 from sail_align.align.resampling import mean_interval
 from sail_align.align.settings import CLOSED_FORM_DIM
 from sail_align.align.table import markdown_table
@@ -115,7 +115,7 @@ def _measure(
         "rows": rows,
         "mutual_knn": float(overlap_N.mean()),
         "mutual_knn_chance": neighbours / (rows - 1),
-        "cka": debiased_cka(unit_rows(image_ND), unit_rows(text_ND)),
+        "cka": float(cka_by_row(unit_rows(image_ND), unit_rows(text_ND)).mean()),
         "held_out": count,
         "chance": 100 / count,
     }

@@ -85,30 +85,46 @@ def mutual_knn(x_ND: Embeddings, y_ND: Embeddings, k: int = 10) -> NDArray[np.fl
     return np.asarray(shared_Nkk.sum(axis=(1, 2)) / k)
 
 
-def debiased_cka(x_ND: Embeddings, y_ND: Embeddings) -> float:
-    """Return the linear CKA of two views of the same rows: 1 for the same up to rotation and scale, 0 for unrelated.
+def cka_by_row(x_ND: Embeddings, y_ND: Embeddings) -> NDArray[np.float64]:
+    """Return each row's part in the debiased linear CKA of two views of the same rows, (N,), whose mean is that CKA.
 
-    Kornblith et al. (2019), with the unbiased estimator of HSIC of Song et al. (2012), so that 0 is expected of
-    unrelated views whatever the dimensions; the biased one gives high values where there are few rows. For linear
-    kernels it needs the covariances alone: O(N D²) time, O(D²) memory. NaN if the rows of a view do not differ.
+    It is 1 for the same up to rotation and scale, 0 for unrelated views and for one whose rows do not differ. Kornblith
+    et al. (2019), with the unbiased estimator of HSIC of Song et al. (2012), so that 0 is expected of unrelated views
+    whatever the dimensions; the biased one gives high values where there are few rows. Linear kernels need the
+    covariances alone: O(N D²) time.
+
+    The parts are jackknife values: with θ₋ᵢ the CKA without row i, θ + (N − 1) (mean of θ₋ − θ₋ᵢ). The bootstrap of
+    their mean is that of the CKA to first order, which drawing rows twice would not give: a row is too like itself.
 
     Raises:
-        ValueError: There are fewer than four rows.
+        ValueError: There are fewer than five rows.
     """
-    if len(x_ND) < 4:
-        raise ValueError(f"{len(x_ND)} rows are too few for the unbiased estimator; it takes 4")
-    x, y = (view - view.mean(axis=0) for view in (x_ND.astype(np.float64), y_ND.astype(np.float64)))
-    norm = _hsic(x, x) * _hsic(y, y)
-    return float(_hsic(x, y) / np.sqrt(norm)) if norm > 0 else float("nan")
+    if len(x_ND) < 5:
+        raise ValueError(f"{len(x_ND)} rows are too few for the unbiased estimator without one of them; it takes 5")
+    x, y = (view.astype(np.float64) - view.mean(axis=0, dtype=np.float64) for view in (x_ND, y_ND))
+    norm = np.maximum(_hsic(x, x) * _hsic(y, y), 0)
+    cka, *cka_without_N = np.divide(_hsic(x, y), np.sqrt(norm), out=np.zeros_like(norm), where=norm > 0)
+    return cka + (len(x) - 1) * (np.mean(cka_without_N) - np.asarray(cka_without_N))
 
 
-def _hsic(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> float:
-    """Return N (N − 3) times HSIC₁ (Song et al., eq. 5) of centred rows with linear kernels, diagonals left out."""
+def _hsic(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return HSIC₁ (Song et al., eq. 5) of centred rows with linear kernels, then that without each row, (1 + N,).
+
+    All up to a factor that depends on the number of rows only. K and L are the kernels less their diagonals; rows of K
+    sum up to minus its diagonal, since the views are centred.
+    """
     rows = len(x_ND)
-    x_N, y_N = (x_ND**2).sum(axis=1), (y_ND**2).sum(axis=1)  # the diagonals of the kernels
-    trace = ((x_ND.T @ y_ND) ** 2).sum() - x_N @ y_N
-    # Centred rows: a row of the kernel sums up to 0, without its diagonal to minus that.
-    return float(trace + x_N.sum() * y_N.sum() / ((rows - 1) * (rows - 2)) - 2 * (x_N @ y_N) / (rows - 2))
+    k_sum_N, l_sum_N = -(x_ND**2).sum(axis=1), -(y_ND**2).sum(axis=1)
+    kl_N = ((x_ND @ (x_ND.T @ y_ND)) * y_ND).sum(axis=1) - k_sum_N * l_sum_N  # sums of Kᵢⱼ Lᵢⱼ over j
+    k_l_N = x_ND @ (x_ND.T @ l_sum_N) + k_sum_N * l_sum_N  # K times L's row sums
+    l_k_N = y_ND @ (y_ND.T @ k_sum_N) + k_sum_N * l_sum_N
+
+    trace, k_sum, l_sum, product = kl_N.sum(), k_sum_N.sum(), l_sum_N.sum(), k_sum_N @ l_sum_N
+    whole = trace + k_sum * l_sum / ((rows - 1) * (rows - 2)) - 2 * product / (rows - 2)
+    sums_without_N = (k_sum - 2 * k_sum_N) * (l_sum - 2 * l_sum_N)
+    product_without_N = product - k_sum_N * l_sum_N - k_l_N - l_k_N + kl_N
+    without_N = trace - 2 * kl_N + sums_without_N / ((rows - 2) * (rows - 3)) - 2 * product_without_N / (rows - 3)
+    return np.append(whole, without_N)
 
 
 def unit_rows(features_ND: Embeddings) -> NDArray[np.float32]:

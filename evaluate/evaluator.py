@@ -11,9 +11,11 @@ from sail_align.evaluate.encoders import Encoders, RunError
 from sail_align.evaluate.outcomes import save_outcomes
 from sail_align.evaluate.scores import Record, error_record, examples_path, merge_scores, score_record
 from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.tasks.base import TooSmallError
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.progress import note
 from sail_align.extract.sources.base import UnreadableImageError
 
 
@@ -27,6 +29,8 @@ def evaluate_sets(
     stop_at_fault: bool = False,
 ) -> Iterator[Record]:
     """Score each manifest under its data root; yield its record after writing it into the run.
+
+    A set that is too small for its task is left out with a word on it, and is no fault.
 
     Args:
         run: The run; its `scores.json` and `examples/` are updated after each set.
@@ -52,6 +56,9 @@ def evaluate_sets(
         except (UserError, UnreadableImageError, OSError) as problem:
             if stop_at_fault:
                 raise UserError(" ".join(str(problem).split())) from problem
+            if isinstance(problem, TooSmallError):
+                note(f"left out: {problem}")
+                continue
             record = error_record(manifest, problem)
         else:
             record = score_record(data, protocol.id(data), result, time.monotonic() - started)

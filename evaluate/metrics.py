@@ -43,45 +43,6 @@ def pair_hits(scores_KCI: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_],
     return text_K, image_K, text_K & image_K
 
 
-def cka_by_row(x_ND: Floats, y_ND: Floats) -> NDArray[np.float64]:
-    """Return each row's part in the debiased linear CKA of two views, (N,), whose mean is that CKA.
-
-    Jackknife: with θ₋ᵢ the CKA without row i, it is θ + (N − 1) (mean of θ₋ − θ₋ᵢ). The bootstrap of their mean is then
-    that of the CKA to first order, which drawing rows twice would not give: a row is too like itself.
-
-    Raises:
-        ValueError: There are fewer than five rows.
-    """
-    if len(x_ND) < 5:
-        raise ValueError(f"{len(x_ND)} rows are too few; it takes 5")
-    x, y = (view.astype(np.float64) - view.mean(axis=0, dtype=np.float64) for view in (x_ND, y_ND))
-    whole, without_N = zip(*(_hsic_without(*views) for views in ((x, y), (x, x), (y, y))), strict=True)
-    cka = whole[0] / np.sqrt(whole[1] * whole[2])
-    cka_without_N = without_N[0] / np.sqrt(without_N[1] * without_N[2])
-    by_row_N: NDArray[np.float64] = cka + (len(x) - 1) * (cka_without_N.mean() - cka_without_N)
-    return by_row_N
-
-
-def _hsic_without(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Return HSIC₁ (Song et al. 2012, eq. 5) of centred rows with linear kernels, and that without each row, (N,).
-
-    Both up to a factor that depends on the number of rows only. K and L are the kernels less their diagonals; rows of K
-    sum up to minus its diagonal, since the views are centred.
-    """
-    rows = len(x_ND)
-    k_sum_N, l_sum_N = -(x_ND**2).sum(axis=1), -(y_ND**2).sum(axis=1)
-    kl_N = ((x_ND @ (x_ND.T @ y_ND)) * y_ND).sum(axis=1) - k_sum_N * l_sum_N  # sums of Kᵢⱼ Lᵢⱼ over j
-    k_l_N = x_ND @ (x_ND.T @ l_sum_N) + k_sum_N * l_sum_N  # K times L's row sums
-    l_k_N = y_ND @ (y_ND.T @ k_sum_N) + k_sum_N * l_sum_N
-
-    trace, k_sum, l_sum, product = kl_N.sum(), k_sum_N.sum(), l_sum_N.sum(), k_sum_N @ l_sum_N
-    whole = trace + k_sum * l_sum / ((rows - 1) * (rows - 2)) - 2 * product / (rows - 2)
-    sums_without_N = (k_sum - 2 * k_sum_N) * (l_sum - 2 * l_sum_N)
-    product_without_N = product - k_sum_N * l_sum_N - k_l_N - l_k_N + kl_N
-    without_N = trace - 2 * kl_N + sums_without_N / ((rows - 2) * (rows - 3)) - 2 * product_without_N / (rows - 3)
-    return float(whole), np.asarray(without_N, dtype=np.float64)
-
-
 def confusion_matrix(truth: NDArray[np.uint8], predicted: Ints, classes: int) -> NDArray[np.int64]:
     """Count pixels by true class (row) and predicted class (column), (C, C); `IGNORED` ones are left out.
 

@@ -12,6 +12,10 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
 
 
+class TooSmallError(UserError):
+    """A healthy set of which a task cannot be asked."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How a kind of task is measured.
@@ -33,7 +37,7 @@ class Protocol:
     def id(self, data: EvaluationSet) -> str:
         """Return what says exactly how a set is scored: two scores are comparable if theirs are the same.
 
-        `classification/prompt-ensemble@1/imagenet1k/split=val/classes=open_clip:imagenet:1000/…`.
+        `classification/prompt-ensemble@2/imagenet1k/split=val/classes=open_clip:imagenet:1000/…`.
         """
         return "/".join([self.name, data.manifest.name, *self._split(data.manifest), *self.parts(data)])
 

@@ -1,11 +1,13 @@
 """Zero-shot classification: the class whose prompts are closest to the image.
 
 Radford et al. 2021 (CLIP), section 3.1: per class, the prompts' unit embeddings are averaged and normalised again;
-prediction by cosine. A tie counts as wrong, where an argmax would credit the class that comes first.
+prediction by cosine. A tie counts as wrong, except among classes of one name (two of ImageNet's published names occur
+twice): as with the argmax behind published numbers, the first of them has all their images.
 """
 
 import numpy as np
 
+from sail_align.align.metrics import TIE
 from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 from sail_align.evaluate.metrics import mean_per_class, top_k_hits
@@ -31,6 +33,7 @@ def evaluate(data: EvaluationSet) -> Result:
         raise UserError(f"{data.manifest.name} has rows without a label; give its source classes, as in class-folder.")
     classes = data.source.classes
     scores_NC = data.images() @ data.class_embeddings().T
+    scores_NC[:, [classes.index(name) < label for label, name in enumerate(classes)]] -= 2 * TIE
     outcomes = {
         "top1": top_k_hits(scores_NC, labels_N, 1),
         "top5": top_k_hits(scores_NC, labels_N, 5),
@@ -68,7 +71,7 @@ def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
 
 
 PROTOCOL = Protocol(
-    name="classification/prompt-ensemble@1",
+    name="classification/prompt-ensemble@2",
     parts=lambda data: (classes_part(data), templates_part(data)),
     evaluate=evaluate,
     measures=measures,

@@ -8,13 +8,11 @@ images spread evenly over it. It takes no test of its own: any retrieval set wil
 
 import numpy as np
 
-from sail_align.align.metrics import mutual_knn, unit_rows
+from sail_align.align.metrics import cka_by_row, mutual_knn, unit_rows
 from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.metrics import cka_by_row
 from sail_align.evaluate.results import Measure, Outcomes, Result, summarise
-from sail_align.evaluate.tasks.base import Protocol, captions_part
-from sail_align.extract.errors import UserError
+from sail_align.evaluate.tasks.base import Protocol, TooSmallError, captions_part
 
 K = 10
 ROWS = 5_000
@@ -32,7 +30,9 @@ def evaluate(data: EvaluationSet) -> Result:
     texts = data.texts()
     with_caption_N, first_N = np.unique(texts.rows, return_index=True)
     if len(with_caption_N) < LEAST:
-        raise UserError(f"{data.manifest.name} has {len(with_caption_N)} images with a caption; it takes {LEAST}.")
+        raise TooSmallError(
+            f"{data.manifest.name} has {len(with_caption_N)} images with a caption; representation takes {LEAST}."
+        )
     k = min(K, (len(with_caption_N) - 1) // 2)
     chosen = np.linspace(0, len(with_caption_N) - 1, min(ROWS, len(with_caption_N))).astype(int)
     images, captions = with_caption_N[chosen], first_N[chosen]

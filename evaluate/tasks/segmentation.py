@@ -113,6 +113,11 @@ class _Segmenter:
         """Return the class of each pixel of a picture, `shape` (H, W)."""
         encoder, variants = self._data.encoders.image, self._data.task.variants
         image = self._data.source.image(sample.image)
+        if abs(image.width * shape[0] - image.height * shape[1]) > sum(image.size):  # more than sides that were rounded
+            raise UserError(
+                f"Mask {sample.mask!r} of {self._data.manifest.name} has {shape[1]} × {shape[0]} pixels, its picture "
+                f"{image.width} × {image.height} once it is turned as its EXIF data say; mend the one that is wrong."
+            )
         width, height = scaled_size(*image.size)
         pixels_HWC = to_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
         if "whole-image" in variants:

@@ -74,7 +74,7 @@ def test_scores_say_where_they_come_from(sail_eval, squares, run):
     record = scores["records"][0]
     assert scores["run"] == {"name": "colours-linear", "digest": run.digest, "unfinished": ""}
     assert scores["encoders"]["image"]["fingerprint"] == run.image.spec.fingerprint
-    assert record["protocol"].startswith("classification/prompt-ensemble@1/squares/classes=source:2:")
+    assert record["protocol"].startswith("classification/prompt-ensemble@2/squares/classes=source:2:")
     assert record["protocol"].endswith("/templates=a-photo-of-a-{}.")
     assert record["run"] == run.digest
     assert record["data"]["rows"] == record["items"] == 2
@@ -119,6 +119,19 @@ def test_a_corrupt_set_is_an_error_of_its_own(sail_eval, squares, world, run, tm
     assert "ERROR: 1 of 2 images of broken cannot be used; the first is 'red/0.png' (undecodable)" in row
     assert any(line.split()[:4] == ["squares", "classification", "2", "top-1"] for line in out.splitlines())
     assert "not scored" in (run.path / "report.html").read_text()
+
+
+def test_a_set_too_small_for_the_representation_is_no_fault(sail_eval, world, run):
+    few = world.squares("few", [("red", "red"), ("green", "green")], {"kind": "retrieval"})
+    code, out, err = sail_eval("all", "--manifest", few, "--quiet")
+    assert code == 0
+    assert "left out: few has 2 images with a caption; representation takes 5." in err
+    assert "ERROR" not in out
+    assert [record["task"] for record in json.loads((run.path / "scores.json").read_bytes())["records"]] == [
+        "retrieval"
+    ]
+    code, _, err = sail_eval("representation", few, "--quiet")
+    assert (code, err) == (2, "error: few has 2 images with a caption; representation takes 5.\n")
 
 
 def test_one_tasks_command_ends_at_a_mistake_with_what_was_scored_before_it(sail_eval, squares, world, run, tmp_path):

@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sail_align.align.metrics import debiased_cka
 from sail_align.align.resampling import bootstrap, interval, weighted_mean
 from sail_align.evaluate.metrics import (
     chance_mean_iou,
     chance_mean_rank,
     chance_median_rank,
     chance_recall,
-    cka_by_row,
     confusion_matrix,
     iou_per_class,
     mean_iou,
@@ -182,32 +180,3 @@ def test_top_k_and_mean_per_class_equal_scikit_learns():
         assert top_k_hits(scores, labels, k).mean() == pytest.approx(expected)
     expected = balanced_accuracy_score(labels, scores.argmax(axis=1))
     assert mean_per_class(top_k_hits(scores, labels, 1), labels) == pytest.approx(expected)
-
-
-def test_cka_by_row_equals_leaving_out_one_row_after_the_other():
-    generator = np.random.default_rng(4)
-    x = generator.normal(size=(30, 6))
-    y = x[:, :4] @ generator.normal(size=(4, 4)) + generator.normal(size=(30, 4)) + 3.0
-    whole = debiased_cka(x, y)
-    without = np.array([debiased_cka(np.delete(x, row, axis=0), np.delete(y, row, axis=0)) for row in range(30)])
-    found = cka_by_row(x, y)
-    np.testing.assert_allclose(found, whole + 29 * (without.mean() - without), rtol=1e-9)
-    assert found.mean() == pytest.approx(whole)
-
-
-def test_the_interval_of_cka_holds_the_value_of_the_population():
-    """Of 40 samples of 60 rows, about 38 intervals hold what 20,000 rows have."""
-    generator = np.random.default_rng(5)
-    mixing = generator.normal(size=(5, 5))
-
-    def views(rows):
-        x = generator.normal(size=(rows, 5))
-        return x, x @ mixing + 2 * generator.normal(size=(rows, 5))
-
-    truth = debiased_cka(*views(20_000))
-    held = 0
-    for _ in range(40):
-        by_row = cka_by_row(*views(60))
-        low, high = interval(bootstrap([lambda drawn, by_row=by_row: weighted_mean(by_row, drawn)], 60)[:, 0])
-        held += low <= truth <= high
-    assert held >= 33

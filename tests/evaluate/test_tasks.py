@@ -208,6 +208,19 @@ def test_segmentation_names_a_mask_that_cannot_be_read(world, tmp_path):
         evaluate(world.open(manifest))
 
 
+def test_a_mask_that_does_not_lie_on_its_photo_is_refused(world, tmp_path):
+    """Such as that of a photo whose EXIF data turn it."""
+    manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "seg" / "images" / "000.png", exif=turned)
+    Image.new("L", (32, 16)).save(tmp_path / "seg" / "masks" / "000.png")
+    with pytest.raises(UserError, match=r"Mask '000.png' of seg has 32 × 16 pixels, its picture 16 × 32"):
+        evaluate(world.open(manifest))
+    Image.new("L", (8, 16)).save(tmp_path / "seg" / "masks" / "000.png")  # half the size is no fault
+    assert values(evaluate(world.open(manifest)))["miou"] == 1.0
+
+
 def test_segmentation_without_a_pixel_to_count_is_refused(world, tmp_path):
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     Image.new("L", (32, 32), 255).save(tmp_path / "seg" / "masks" / "000.png")
