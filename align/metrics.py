@@ -103,8 +103,8 @@ def cka_by_row(x_ND: Embeddings, y_ND: Embeddings) -> NDArray[np.float64]:
         raise ValueError(f"{len(x_ND)} rows are too few for the unbiased estimator without one of them; it takes 5")
     x, y = (view.astype(np.float64) - view.mean(axis=0, dtype=np.float64) for view in (x_ND, y_ND))
     norm = np.maximum(_hsic(x, x) * _hsic(y, y), 0)
-    cka, *cka_without_N = np.divide(_hsic(x, y), np.sqrt(norm), out=np.zeros_like(norm), where=norm > 0)
-    return cka + (len(x) - 1) * (np.mean(cka_without_N) - np.asarray(cka_without_N))
+    cka, *without = np.divide(_hsic(x, y), np.sqrt(norm), out=np.zeros_like(norm), where=norm > 0).tolist()
+    return np.asarray(cka + (len(x) - 1) * (np.mean(without) - np.array(without)))
 
 
 def _hsic(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> NDArray[np.float64]:

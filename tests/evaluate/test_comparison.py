@@ -42,7 +42,9 @@ def metrics():
 def embed(model, pictures, texts):
     """Return what the model itself makes of pictures and texts, of unit length."""
     transform = open_clip.create_model_and_transforms("local-dir:tiny")[2]
-    pixels_BCHW = torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+    pixels_BCHW = torch.stack(
+        [transform(Image.open(path).convert("RGB")) for path in pictures] or [torch.zeros(3, 32, 32)]
+    )
     tokens_BT = open_clip.get_tokenizer("local-dir:tiny")(texts, context_length=16)
     with torch.no_grad():
         return F.normalize(model.encode_image(pixels_BCHW), dim=-1), F.normalize(model.encode_text(tokens_BT), dim=-1)
@@ -76,6 +78,62 @@ def test_all_tasks_share_the_stores_and_the_report_names_the_model(model, tmp_pa
     )
     _, text_ranks_M = ranks(images_NE.numpy(), texts_ME.numpy(), np.tile(np.arange(12), 2))
     assert metrics()["t2i_r1"] == pytest.approx(100 * (text_ranks_M == 0).mean())
+
+
+@pytest.mark.parametrize("protocol", [None, "maskclip"])
+def test_segmentation_by_the_models_own_patches(model, tmp_path, protocol):
+    """A square photo is one window: the forward pass, the cosines and the pixels written out."""
+    manifest = write_halves(tmp_path / "halves")
+    result = scored("segmentation", str(manifest), *(["--protocol", protocol] if protocol else []))
+    assert result.exit_code == 0, (result.output, result.exception)
+    (record,) = read_scores(RUN)["records"]
+    assert ("/last-attention=none/" in record["protocol"]) == (protocol == "maskclip")
+
+    photo = Image.open(tmp_path / "halves" / "images" / "0.png").resize((448, 448), Image.Resampling.BILINEAR)
+    normalise = open_clip.create_model_and_transforms("local-dir:tiny")[2].transforms[-2:]
+    pixels_CHW = normalise[1](normalise[0](photo))
+    visual = model.visual
+    block = visual.transformer.resblocks[-1]
+    with torch.no_grad():
+        grid_1Dhw = visual.positional_embedding[1:].T.reshape(1, -1, 4, 4)
+        grid_TD = F.interpolate(grid_1Dhw, (56, 56), mode="bicubic", antialias=True).flatten(2)[0].T
+        x_TD = torch.cat([visual.class_embedding[None], visual.conv1(pixels_CHW[None]).flatten(2)[0].T])
+        x_TD = x_TD + torch.cat([visual.positional_embedding[:1], grid_TD])
+        x_BTD = visual.transformer.resblocks[0](visual.ln_pre(x_TD)[None])
+        if protocol == "maskclip":
+            value = F.linear(block.ln_1(x_BTD), block.attn.in_proj_weight[64:], block.attn.in_proj_bias[64:])
+            x_BTD = x_BTD + block.attn.out_proj(value)
+            x_BTD = x_BTD + block.mlp(block.ln_2(x_BTD))
+        else:
+            x_BTD = block(x_BTD)
+        patches_TE = F.normalize(visual.ln_post(x_BTD[0, 1:]) @ visual.proj, dim=-1)
+    _, classes_CE = embed(model, [], ["a photo of a red.", "a photo of a cat."])
+    scores_1Chw = (classes_CE @ patches_TE.T).reshape(1, 2, 56, 56)
+    for size in (448, 64):
+        scores_1Chw = F.interpolate(scores_1Chw, (size, size), mode="bilinear")
+    right = scores_1Chw[0].argmax(0).numpy() == np.array(Image.open(tmp_path / "halves" / "masks" / "0.png"))
+    assert metrics()["pixel_accuracy"] == pytest.approx(100 * right.mean(), abs=0.1)
+    assert 1 < metrics()["pixel_accuracy"] < 99
+
+
+def write_halves(folder):
+    """Write one square photo of noise, and a mask of its halves; return the manifest."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC).save(folder / "images" / "0.png")
+    Image.fromarray(np.repeat([[0] * 32 + [1] * 32], 64, axis=0).astype(np.uint8)).save(folder / "masks" / "0.png")
+    path = folder / "halves.yaml"
+    path.write_text("""
+name: halves
+purpose: evaluate
+title: noise
+licence: none
+get: draw it
+source: {kind: mask-folder, images: images, masks: masks, classes: {0: red, 1: cat}}
+task: {kind: segmentation}
+""")
+    return path
 
 
 def captions(column):

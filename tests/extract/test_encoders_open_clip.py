@@ -90,6 +90,37 @@ def test_patches_go_the_way_of_the_class_token(tmp_path):
     torch.testing.assert_close(patches_BhwE.flatten(1, 2), expected_BTE[:, 1:], rtol=1e-4, atol=1e-4)
 
 
+def test_without_the_last_attention_a_patch_is_its_own_value(tmp_path):
+    """MaskCLIP's last block, written out on the tokens before it; the class token goes its way."""
+    model = save_open_clip(tmp_path / "model")
+    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    pixels_BHWC = random_pixels(2, 32, 32)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder._how.mean, encoder._how.std))
+    block, before = model.visual.transformer.resblocks[-1], []
+    block.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    with torch.no_grad():
+        model.visual((pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std)
+        x_BTD, value = before[0][:, 1:], slice(2 * 32, None)
+        values_BTD = block.ln_1(x_BTD) @ block.attn.in_proj_weight[value].T + block.attn.in_proj_bias[value]
+        x_BTD = x_BTD + values_BTD @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+        expected_BTE = model.visual.ln_post(x_BTD + block.mlp(block.ln_2(x_BTD))) @ model.visual.proj
+    plain = encoder.encode(pixels_BHWC), encoder.encode_dense(pixels_BHWC)
+    patches_BhwE = encoder.encode_dense(pixels_BHWC, last_attention=False)
+    torch.testing.assert_close(patches_BhwE.flatten(1, 2), expected_BTE, rtol=1e-4, atol=1e-4)
+    assert (patches_BhwE - plain[1]).abs().mean() > 0.01
+    assert torch.equal(encoder.encode(pixels_BHWC), plain[0])
+    assert torch.equal(encoder.encode_dense(pixels_BHWC), plain[1])  # nothing stays behind in the network
+
+
+def test_an_attention_with_norms_of_its_own_has_no_such_path(tmp_path):
+    config = {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], "qk_norm": True}}
+    save_open_clip(tmp_path / "model", config)
+    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    assert encoder.encode_dense(random_pixels(1, 32, 32)).shape == (1, 4, 4, 24)
+    with pytest.raises(UserError, match="has no last attention that its patches could skip"):
+        encoder.encode_dense(random_pixels(1, 32, 32), last_attention=False)
+
+
 def test_other_sizes_have_their_positions_interpolated(tmp_path):
     save_open_clip(tmp_path / "model")
     encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
@@ -105,8 +136,10 @@ def test_other_sizes_have_their_positions_interpolated(tmp_path):
 
 def test_a_tower_whose_patches_have_no_embedding_says_so(tmp_path):
     save_open_clip(tmp_path / "model", SIGLIP, SIGLIP_PREPROCESSING)
-    with pytest.raises(UserError, match="gives a single one no embedding"):
-        load_image_encoder(f"open_clip:{tmp_path / 'model'}").encode_dense(random_pixels(1, 160, 160))
+    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    for last_attention in (True, False):
+        with pytest.raises(UserError, match="gives a single one no embedding"):
+            encoder.encode_dense(random_pixels(1, 160, 160), last_attention=last_attention)
 
 
 @pytest.mark.parametrize(
