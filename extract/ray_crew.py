@@ -5,9 +5,11 @@ shard and does it under a lease, as every worker does: a driver, or a node, that
 """
 
 import logging
+import os
 import signal
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +24,7 @@ from sail_align.extract.leases import POLL
 from sail_align.extract.messages import deliver
 from sail_align.extract.progress import note
 from sail_align.extract.ray_actor import Shard, ShardActor
+from sail_align.extract.stop import StoppedError, noticing
 from sail_align.extract.store import Store
 from sail_align.extract.worker import Share
 
@@ -78,17 +81,21 @@ class RayCrew:
         Raises:
             UserError: There is no cluster at the address, or from a worker.
             WorkersFailedError: A shard failed several times, or actors did.
+            StoppedError: SIGTERM or Ctrl-C came. It is not raised inside Ray, whose calls make another error of it.
         """
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            _untyped.init(
-                address=self.address, include_dashboard=False, logging_level=logging.WARNING, ignore_reinit_error=True
-            )
-        except (ConnectionError, ValueError) as problem:
-            raise UserError(f"No Ray cluster answers at {self.address!r}; correct --ray-address.") from problem
-        signal.signal(signal.SIGTERM, before)  # Ray has put its own
-        here = replace(job, store=job.store.absolute(), data_root=job.data_root.absolute())
-        _Driver(self, here, share, tally).run()
+        # Not None: that would join whatever other cluster began last on this machine.
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        with noticing(signal.SIGTERM, signal.SIGINT) as stopped:
+            ours = signal.getsignal(signal.SIGTERM)
+            try:
+                _untyped.init(
+                    address=address, include_dashboard=False, logging_level=logging.WARNING, ignore_reinit_error=True
+                )
+            except (ConnectionError, ValueError) as problem:
+                raise UserError(f"No Ray cluster answers at {address!r}; correct --ray-address.") from problem
+            signal.signal(signal.SIGTERM, ours)  # Ray has put its own
+            here = replace(job, store=job.store.absolute(), data_root=job.data_root.absolute())
+            _Driver(self, here, share, tally).run(stopped)
         Store.open(job.store).tidy()
 
 
@@ -114,11 +121,13 @@ class _Driver:
         self.later: deque[tuple[float, Shard]] = deque()
         self.failures: Counter[Shard | None] = Counter()
 
-    def run(self) -> None:
+    def run(self, stopped: Callable[[], StoppedError | None]) -> None:
         for _ in range(self.size):
             self._hire()
         try:
             while self.left is None or self.left or self.later or any(shard for _, shard in self.running.values()):
+                if stop := stopped():
+                    raise stop
                 self._hand_out()
                 if not self.running:  # others have all that is left, and Ray does not wait for nothing
                     time.sleep(POLL)

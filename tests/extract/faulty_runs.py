@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -48,7 +49,6 @@ def start(
     devices: int = 1,
     share: str = "1/1",
     errors: str = "errors.txt",
-    on_ray: bool = False,
     modality: str = "image",
 ) -> int:
     """Begin an extraction in a process of its own and return its pid."""
@@ -57,9 +57,8 @@ def start(
     os.dup2(os.open(root / errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
     def command() -> None:
-        crew = ray_crew(None, "2", "cpu") if on_ray else LocalCrew(["cpu"] * devices)
         job = replace(make_job(name, seconds), image=FakeChoice(modality, log, seconds))
-        run(job, crew, Share.parse(share), quiet=True)
+        run(job, LocalCrew(["cpu"] * devices), Share.parse(share), quiet=True)
 
     try:
         run_command(command)
@@ -80,7 +79,13 @@ def is_over(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], pid: int) -> None:
+    """Wait until something holds or a process is over; of one that hangs, show where."""
+    deadline = time.monotonic() + 120
     while not condition() and not is_over(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGABRT)
+            end_of(pid)
+            raise TimeoutError((root / "errors.txt").read_text())
         time.sleep(0.001)
 
 
@@ -223,9 +228,11 @@ def mistakes() -> dict[str, object]:
 
 
 def ray_stop() -> dict[str, object]:
-    """SIGTERM to the driver of a Ray cluster of this machine."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-    pid = start("ray.zarr", seconds=0.2, on_ray=True)
+    """SIGTERM to the driver of a Ray cluster of this machine: a new process, as Ray's own starts hang in a fork."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONFAULTHANDLER": "1"}
+    command = [sys.executable, __file__, str(root), ray_driver.__name__]
+    with (root / "errors.txt").open("w") as errors:
+        pid = subprocess.Popen(command, stderr=errors, env=environment).pid
     wait_for(partial(have_begun, 5), pid)
     told = time.monotonic()
     os.kill(pid, signal.SIGTERM)
@@ -237,6 +244,10 @@ def ray_stop() -> dict[str, object]:
     }
 
 
+def ray_driver() -> None:
+    run_command(lambda: run(make_job("ray.zarr", 0.2), ray_crew(None, "2", "cpu"), Share(), quiet=True))
+
+
 def children_of(pid: int) -> list[int]:
     """Return the pids of the workers; multiprocessing's resource tracker, where there is one, is not one of them."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -245,6 +256,6 @@ def children_of(pid: int) -> list[int]:
 
 if __name__ == "__main__":
     store_module._shard_rows = lambda rows: SHARD_ROWS
-    scenarios = [kills, two_at_once, signals, workers, mistakes, ray_stop]
+    scenarios = [kills, two_at_once, signals, workers, mistakes, ray_stop, ray_driver]
     scenario = next(each for each in scenarios if each.__name__ == sys.argv[2])
     print(json.dumps(scenario()))

@@ -87,3 +87,18 @@ def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
     job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
     with pytest.raises(UserError, match=r"^There is no encoder of nothing\.$"):
         run(job, RayCrew(cluster.address, "1", "cpu"), Share(), quiet=True)
+
+
+def test_no_cluster_is_joined_that_was_not_asked_for(pictures, monkeypatch):
+    from sail_align.extract.ray_crew import RayCrew
+
+    def init(address: str, **_options) -> None:
+        raise ConnectionError(address)
+
+    monkeypatch.setattr(ray, "init", init)
+    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
+    job = Job(manifest, root, pictures / "s.zarr", FakeChoice("image"), None, ())
+    for asked, environment, joined in [(None, "", "local"), (None, "b:2", "b:2"), ("c:3", "b:2", "c:3")]:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+        with pytest.raises(UserError, match=f"'{joined}'; correct --ray-address"):
+            run(job, RayCrew(asked, "1", "cpu"), Share(), quiet=True)
