@@ -33,11 +33,17 @@ def fit(
     ] = None,
     captions: Annotated[
         str | None,
-        typer.Option(help="Captions to train on together, with weights if need be: raw,long:0.5.  [default: all]"),
+        typer.Option(
+            help="Captions to train on together, with weights if need be: raw,long:0.5.  [default: those that all "
+            "stores have; with --positives, that any has]"
+        ),
     ] = None,
     positives: Annotated[
         int | None,
-        typer.Option(help="Captions of each image that are drawn for a step, by weight.  [default: all of them]"),
+        typer.Option(
+            help="Captions of each image that are drawn for a step from those of its store, by weight.  [default: all "
+            "of them]"
+        ),
     ] = None,
     preset: Annotated[
         str | None,

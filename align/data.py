@@ -1,14 +1,16 @@
 """What a run is trained on: the image and text arrays of one or several stores, and which of their rows."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sail_align.align.captions import choose_captions
 from sail_align.extract.encoders.base import require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.features import FeatureArray
@@ -27,7 +29,10 @@ MAX_HELD_OUT = 5_000
 
 @dataclass(frozen=True)
 class Pairs:
-    """The arrays of one store that training reads: row i of `image` belongs with row i of each of `texts`."""
+    """The arrays of one store that training reads: row i of `image` belongs with row i of each of `texts`.
+
+    `captions` are the names of `texts`; other stores may have other ones.
+    """
 
     store: Store
     captions: tuple[str, ...]
@@ -38,6 +43,11 @@ class Pairs:
     def arrays(self) -> tuple[FeatureArray, ...]:
         """All arrays, the image's first."""
         return self.image, *self.texts
+
+    def only(self, captions: Sequence[str]) -> "Pairs":
+        """Return the same with some of the captions."""
+        texts = dict(zip(self.captions, self.texts, strict=True))
+        return replace(self, captions=tuple(captions), texts=tuple(texts[name] for name in captions))
 
     def usable(self) -> Rows:
         """Return the rows whose image and captions are all there: the others are never served."""
@@ -56,6 +66,7 @@ def open_pairs(
     paths: Sequence[Path],
     captions: Sequence[str] | None = None,
     *,
+    positives: int | None = None,
     image_encoder: str | None = None,
     text_encoder: str | None = None,
 ) -> list[Pairs]:
@@ -63,7 +74,9 @@ def open_pairs(
 
     Args:
         paths: At least one store.
-        captions: Caption names that every store must have; by default those that the first store has features of.
+        captions: Names of captions. By default those that all stores have features of, or if `positives` is given,
+            those that any has.
+        positives: How many each image needs, so that a store may lack some of the captions; by default all.
         image_encoder: Which encoder's images, where a store holds several.
         text_encoder: The same for texts.
 
@@ -71,20 +84,13 @@ def open_pairs(
         UserError: A path is no store, an array is not there or not complete, two stores' encoders differ, or a
             store is given twice.
     """
+    stores = [Store.open(path) for path in paths]
+    of_each = choose_captions(paths, [stored_captions(store) for store in stores], captions, positives)
     opened: list[Pairs] = []
     first_with: dict[str, Path] = {}
-    for path in paths:
-        store = Store.open(path)
-        if not captions:
-            captions = [name for name in store.captions if store.texts(name)]
-        if not captions:
-            raise UserError(f"{path} has no text features; make some with `sail-extract run`.")
-        for name in captions:
-            if not store.texts(name):
-                there = ", ".join(other for other in store.captions if store.texts(other)) or "none"
-                raise UserError(f"{path} has no features of caption {name!r}; it has {there}.")
-        texts = tuple(store.text(name, text_encoder) for name in captions)
-        pairs = Pairs(store, tuple(captions), store.image(image_encoder), texts)
+    for path, store, names in zip(paths, stores, of_each, strict=True):
+        texts = tuple(store.text(name, text_encoder) for name in names)
+        pairs = Pairs(store, tuple(names), store.image(image_encoder), texts)
         _require_complete(pairs)
         if (digest := store.digest) in first_with:
             raise UserError(f"{path} holds the same as {first_with[digest]}; give each store once.")
@@ -97,21 +103,27 @@ def open_pairs(
     return opened
 
 
+def stored_captions(store: Store) -> list[str]:
+    """Return the captions that a store has features of."""
+    return [name for name in store.captions if store.texts(name)]
+
+
 def require_half(pairs: Sequence[Pairs], usable: Sequence[Rows]) -> None:
     """Refuse several captions that few rows have together: training would lose most of the images unasked.
 
     Raises:
         UserError: Fewer than half of the rows that have an image are usable.
     """
-    captions = pairs[0].captions
     count = sum(int(rows.sum()) for rows in usable)
     with_image = sum(_count_ok(each.image) for each in pairs)
-    if len(captions) == 1 or 2 * count >= with_image:
+    if all(len(each.captions) == 1 for each in pairs) or 2 * count >= with_image:
         return
-    rows_of = {name: sum(_count_ok(each.texts[number]) for each in pairs) for number, name in enumerate(captions)}
-    rarest = min(captions, key=lambda name: rows_of[name])
+    rows_of: Counter[str] = Counter()
+    for each in pairs:
+        rows_of.update({name: _count_ok(array) for name, array in zip(each.captions, each.texts, strict=True)})
+    rarest = min(rows_of, key=lambda name: rows_of[name])
     raise UserError(
-        f"Only {count:,} of {with_image:,} rows with an image have all of the captions {', '.join(captions)}, and the "
+        f"Only {count:,} of {with_image:,} rows with an image have all of the captions {', '.join(rows_of)}, and the "
         f"rarest, {rarest}, is in {rows_of[rarest]:,} rows; choose with --captions which to train on."
     )
 

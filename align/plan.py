@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sail_align.align.captions import CaptionPolicy, parse_captions
-from sail_align.align.data import Pairs, Rows, open_pairs, require_half, split_held_out
+from sail_align.align.captions import CaptionPolicy, parse_captions, shared_captions
+from sail_align.align.data import Pairs, Rows, open_pairs, require_half, split_held_out, stored_captions
 from sail_align.align.exclude import Exclusions
 from sail_align.align.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
@@ -37,6 +38,12 @@ class Plan:
     def held_out_rows(self) -> int:
         """Number of pairs to score on."""
         return sum(int(rows.sum()) for rows in self.held_out)
+
+    @property
+    def scored(self) -> list[Pairs]:
+        """The data with the captions to score with: those that all stores have, or where none is, each one's first."""
+        shared = shared_captions([each.captions for each in self.pairs])
+        return [each.only(shared or each.captions[:1]) for each in self.pairs]
 
     @property
     def architecture(self) -> Architecture:
@@ -71,7 +78,8 @@ class Plan:
     def describe(self) -> str:
         """Say in a line what will be computed."""
         chosen = self.settings
-        data = f"{self.training_rows:,} pairs, captions {', '.join(self.pairs[0].captions)}"
+        drawn = f"{self.policy.positives} of " if self.policy.drawn else ""
+        data = f"{self.training_rows:,} pairs, {drawn}captions {', '.join(self.policy.weights)}"
         if chosen.head == "cca":
             return f"CCA of {data}, {chosen.dim} dimensions"
         begin = "" if chosen.start == "random" else f" from a {chosen.start} start"
@@ -87,8 +95,8 @@ class Plan:
         """
         return {
             **asdict(self.settings),
-            "captions": list(self.pairs[0].captions),
-            "caption_weights": list(self.policy.weights),
+            "captions": list(self.policy.weights),
+            "caption_weights": list(self.policy.weights.values()),
             "image_encoder": self.pairs[0].image.identity.spec.fingerprint,
             "text_encoder": self.pairs[0].texts[0].identity.spec.fingerprint,
             "stores": [str(each.store.path) for each in self.pairs],
@@ -122,7 +130,7 @@ def make_plan(
     Args:
         stores: At least one.
         options: Settings that the user gave, as in `check_options`.
-        captions: Names as in `parse_captions`, by default all that the first store has features of.
+        captions: Names as in `parse_captions`; by default those that `open_pairs` takes.
         image_encoder: Which encoder's images, where a store holds several.
         text_encoder: The same for texts.
         exclude: Lists of keys whose rows are left out, as `Exclusions.read` takes them.
@@ -133,9 +141,10 @@ def make_plan(
     check_options(options)
     exclusions = Exclusions.read(exclude)
     names, weights = parse_captions(captions or ())
-    pairs = open_pairs(stores, names, image_encoder=image_encoder, text_encoder=text_encoder)
+    positives = options.get("positives")
+    pairs = open_pairs(stores, names, positives=positives, image_encoder=image_encoder, text_encoder=text_encoder)
     usable = [each.usable() for each in pairs]
-    policy = _policy(pairs[0].captions, weights, options)
+    policy = _policy(pairs, dict(zip(names, weights, strict=True)), options)
     if not names:
         require_half(pairs, usable)
     unusable = sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable)
@@ -147,11 +156,12 @@ def make_plan(
     if count < MIN_ROWS:
         raise UserError(
             f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, that is rows with an "
-            f"image and the captions {', '.join(pairs[0].captions)}{' that no list excludes' if exclude else ''}; "
+            f"image and the captions {', '.join(policy.weights)}{' that no list excludes' if exclude else ''}; "
             "see `sail-extract status`."
         )
     dims = {"image_dim": pairs[0].image.dim, "text_dim": pairs[0].texts[0].dim}
     settings, notes = choose_settings(options, rows=count, **dims)
+    notes[:0] = _on_captions(pairs, policy, named=bool(names))
     if exclude:
         fewer = sum(int(left_out.sum()) for left_out in excluded)
         notes.insert(0, f"{fewer:,} rows are excluded by a list of {len(exclusions.keys):,} keys.")
@@ -162,14 +172,30 @@ def make_plan(
     return Plan(pairs, training, held_out, settings, exclusions, policy), notes
 
 
-def _policy(captions: Sequence[str], weights: tuple[float, ...], options: Mapping[str, Any]) -> CaptionPolicy:
-    """Return what becomes of these captions; the weights are none where the captions were not named."""
-    positives = options.get("positives") or len(captions)
-    if positives > len(captions):
+def _policy(pairs: Sequence[Pairs], weights: Mapping[str, float], options: Mapping[str, Any]) -> CaptionPolicy:
+    """Return what becomes of the stores' captions; there are no weights where the captions were not named."""
+    alike = CaptionPolicy.all_alike(chain.from_iterable(each.captions for each in pairs))
+    positives = options.get("positives") or alike.positives
+    fewest = min(pairs, key=lambda each: len(each.captions))
+    if positives > (most := len(fewest.captions)):
         raise UserError(
-            f"--positives {positives} is more than the {len(captions)} captions {', '.join(captions)}; give at most as "
-            "many."
+            f"--positives {positives} is more than the captions of {fewest.store.path}: {', '.join(fewest.captions)}; "
+            f"give at most {most}."
         )
-    if len(set(weights)) > 1 and options.get("head") == "cca":
+    if len(set(weights.values())) > 1 and options.get("head") == "cca":
         raise UserError("Weights of captions have no effect with --head cca, which takes all alike; leave them out.")
-    return CaptionPolicy(weights or (1.0,) * len(captions), positives)
+    return CaptionPolicy(weights or alike.weights, positives)
+
+
+def _on_captions(pairs: Sequence[Pairs], policy: CaptionPolicy, *, named: bool) -> list[str]:
+    """Return sentences about captions that only some of the stores have."""
+    notes = []
+    for each in pairs:
+        unused = [name for name in stored_captions(each.store) if name not in policy.weights]
+        if unused and not named:
+            left = f"{each.store.path} has {', '.join(unused)} too, which not all stores have and which is left out"
+            notes.append(f"{left}; --positives 1 draws from what each has.")
+        if lacking := [name for name in policy.weights if name not in each.captions]:
+            drawn = ", ".join(each.captions)
+            notes.append(f"{each.store.path} has no {', '.join(lacking)}: captions of its rows are drawn from {drawn}.")
+    return notes

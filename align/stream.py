@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ class Stream:
     ):
         """Serve the chosen rows of each store, with all captions or those of a policy.
 
-        `pin` makes the batches page-locked, for copies to a GPU.
+        Only where captions are drawn may the stores have different ones. `pin` makes the batches page-locked, for
+        copies to a GPU.
 
         Raises:
             ValueError: There are fewer rows than one batch holds.
@@ -76,8 +78,10 @@ class Stream:
             seed=seed,
             buffer_rows=buffer_rows,
         )
+        of_store = np.searchsorted([source for source, _ in self._chunks], range(len(pairs) + 1))
+        self._starts = self._order.starts[of_store]  # number of each store's first row, and behind the last
         self._part = slice(*part_span(batch_size, rank, world))
-        self._policy = policy or CaptionPolicy.all_alike(len(pairs[0].texts))
+        self._policy = policy or CaptionPolicy.all_alike(pairs[0].captions)
         self._pin = pin
         self._expected: set[int] = set()
         self._decoded: dict[tuple[int, int], Half] = {}
@@ -117,14 +121,15 @@ class Stream:
             yield batch, behind
 
     def blocks(self) -> Iterator[Batch]:
-        """Yield every row once with all captions, in the order of the stores: for sums over all of them."""
-        for start in range(0, self.rows, BLOCK_ROWS):
-            numbers = np.arange(start, min(start + BLOCK_ROWS, self.rows))
-            block = self._allocate(len(numbers), len(self._policy.weights))
-            for copy in self._gather(block, numbers):
-                copy.result()
-            self._decoded.clear()
-            yield block
+        """Yield every row once with all captions of its store, store by store: for sums over all of them."""
+        for pairs, (first, stop) in zip(self._pairs, pairwise(self._starts.tolist()), strict=True):
+            for start in range(first, stop, BLOCK_ROWS):
+                numbers = np.arange(start, min(start + BLOCK_ROWS, stop))
+                block = self._allocate(len(numbers), len(pairs.texts))
+                for copy in self._gather(block, numbers):
+                    copy.result()
+                self._decoded.clear()
+                yield block
 
     def close(self) -> None:
         """End the threads; a batch that is being filled is waited for."""
@@ -160,11 +165,18 @@ class Stream:
             copy.result()
 
     def _draw(self, state: StreamState) -> Numbers | None:
-        """Return the captions of this rank's rows of a batch, (positives, rows); None where all are served."""
+        """Return the captions of this rank's rows of a batch, (positives, rows); None where all are served.
+
+        Number k is caption k of the row's store.
+        """
         if not self._policy.drawn:
             return None
         random = self._order.random(state.epoch, state.batch, 1)  # the order's own have two places
-        return self._policy.draw(self._order.batch_size, random)[:, self._part]
+        counts = np.diff(np.searchsorted(self._order.batch(state), self._starts)).tolist()
+        drawn = [
+            self._policy.draw(pairs.captions, rows, random) for pairs, rows in zip(self._pairs, counts, strict=True)
+        ]
+        return np.concatenate(drawn, axis=1)[:, self._part]
 
     def _numbers(self, state: StreamState) -> Numbers:
         return self._order.batch(state)[self._part]

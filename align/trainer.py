@@ -68,7 +68,7 @@ def fit(
         model = world.agree(lambda: build_model(plan, stream, device, fresh=fresh, quiet=quiet))
         optimizer = make_optimizer(model, settings)
         stepper = Stepper(model, plan.loss_of_parts(world.log_sum_exp), optimizer, device, world=world)
-        held_out = Batch(*map(torch.from_numpy, read_rows(plan.pairs, plan.held_out)))
+        held_out = Batch(*map(torch.from_numpy, read_rows(plan.scored, plan.held_out)))
         scores: dict[str, float] = {}
 
         done, state = None, StreamState.start()

@@ -104,7 +104,7 @@ def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:
 
 def read_scored(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
     """Return the images (N, D_I), and the texts (N, D_T) of the first caption, of the rows to score on."""
-    images, texts = read_rows([replace(each, captions=each.captions[:1], texts=each.texts[:1]) for each in pairs], rows)
+    images, texts = read_rows([each.only(each.captions[:1]) for each in pairs], rows)
     return images, texts[0]
 
 

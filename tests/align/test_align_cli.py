@@ -93,7 +93,10 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
     assert mistake("--features", good, "--captions", "raw,long") == (
         f"{good} has no features of caption 'long'; it has raw."
     )
-    assert mistake("--features", two, "--features", good).startswith(f"{good} has no features of caption 'long'")
+    assert mistake("--features", two, "--features", good, "--captions", "raw,long") == (
+        f"{good} has no features of caption 'long'; it has raw; give --captions raw, which all stores have, or "
+        "--positives 1 to draw from what each store has."
+    )
     unfinished = make_store("unfinished", commit=False)
     assert mistake("--features", unfinished) == (
         f"{unfinished} is not complete: 2 of 10 shards are not written; finish it with `sail-extract run unfinished "

@@ -33,7 +33,8 @@ def test_a_caption_is_named_once():
 
 def test_captions_are_drawn_without_repetition_with_odds_by_weight():
     weights = np.array([3.0, 1.0, 2.0])
-    drawn = CaptionPolicy(tuple(weights), 2).draw(60_000, np.random.default_rng(0))
+    policy = CaptionPolicy(dict(zip("abc", weights, strict=True)), 2)
+    drawn = policy.draw("abc", 60_000, np.random.default_rng(0))
     assert drawn.shape == (2, 60_000)
     assert (drawn[0] != drawn[1]).all()
     odds = weights / weights.sum()
@@ -63,7 +64,7 @@ def three(make_store):
 
 def test_drawn_captions_are_those_of_their_image_mixed_and_drawn_anew_each_epoch(three):
     array = np.stack([text.read()[0] for text in open_pairs([three])[0].texts])
-    policy = CaptionPolicy((1.0, 1.0, 4.0), 2)
+    policy = CaptionPolicy({"raw": 1.0, "short": 1.0, "long": 4.0}, 2)
     kinds = {}
     for epoch in (0, 1):
         for images, texts in served(stream_of(three, policy), StreamState(epoch, 0), 4):
@@ -79,7 +80,7 @@ def test_drawn_captions_are_those_of_their_image_mixed_and_drawn_anew_each_epoch
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_batch_alone(three):
-    policy = CaptionPolicy((1.0, 1.0, 4.0), 1)
+    policy = CaptionPolicy({"raw": 1.0, "short": 1.0, "long": 4.0}, 1)
     whole = served(stream_of(three, policy), None, 6)
     ranks = [served(stream_of(three, policy, rank=rank, world=2), StreamState(0, 3), 3) for rank in (0, 1)]
     for first, second, (images, texts) in zip(*ranks, whole[3:], strict=True):
@@ -105,7 +106,7 @@ def test_weights_of_all_captions_multiply_their_losses(three):
         (
             ["raw", "long"],
             {"positives": 3},
-            "--positives 3 is more than the 2 captions raw, long; give at",
+            r"--positives 3 is more than the captions of .*photos.zarr: raw, long; give at most 2",
         ),
         (["raw", "long:2"], {"head": "cca"}, "Weights of captions have no effect with --head cca"),
         (None, {"head": "cca", "positives": 1}, "--positives has no effect with --head cca"),

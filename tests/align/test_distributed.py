@@ -180,10 +180,14 @@ FIT = (*FIT, "--image-dropout", 0, "--text-dropout", 0, "--loss", "infonce")
 
 
 def test_a_fit_of_two_processes_is_the_fit_of_one(make_store, tmp_path):
-    store, ends = make_store(captions={"raw": (), "long": ()}), {}
+    many = make_store("many", rows=200, captions={"raw": (), "short": (), "long": ()})
+    few = make_store("few", rows=100, captions={"long": (), "raw": ()}, first=500)
+    stores = ("--features", many, "--features", few)
+    ends = {}
     for size in (1, 2):
         port, run = free_port(), tmp_path / f"run of {size}"
-        processes = [typed(r, size, port, "--features", store, "--out", run, *FIT, "--steps", 6) for r in range(size)]
+        words = (*stores, "--out", run, "--positives", 2, *FIT, "--steps", 6)
+        processes = [typed(rank, size, port, *words) for rank in range(size)]
         spoken = [process.communicate() for process in processes]
         assert [process.returncode for process in processes] == [0] * size, spoken
         assert f"wrote {run}" in spoken[0][0]
