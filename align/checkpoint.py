@@ -14,23 +14,25 @@ The rate and the random numbers of a step are functions of the settings and of i
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sail_align.align.model import AlignmentModel, Architecture
+from sail_align.align.records import damaged, read_file, read_json, record_digest
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import canonical_json, write_atomically
+from sail_align.extract.files import write_atomically
 
 FORMAT = 2
+_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 Tensors = Mapping[str, Tensor]
 
@@ -40,7 +42,8 @@ class Run:
     """A run's model as saved, in evaluation mode, and the encoders whose features it takes.
 
     `settings` is everything that decided the weights, the stores' digests included. `digest` is over weights, settings
-    and encoders: what score files record. `step` is how many steps were done, `finished` whether those are all.
+    and encoders: what score files record. `step` is how many steps were done, `finished` whether those are all, and
+    `architecture` what decides the model's shape.
     """
 
     path: Path
@@ -51,6 +54,15 @@ class Run:
     digest: str
     step: int = 0
     finished: bool = True
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder, and what its model.json says."""
+
+    folder: Path
+    record: dict[str, Any]
 
 
 def save_checkpoint(
@@ -83,10 +95,12 @@ def write_checkpoint(folder: Path, weights: Tensors, record: Mapping[str, Any], 
     discard(folder)
     content = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
     record = {"format": FORMAT, **record, "weights_sha256": hashlib.sha256(content).hexdigest()}
-    record["digest"] = _digest(record)
     write_atomically(folder / "model.safetensors", content)
     if optimizer is not None:
-        write_atomically(folder / "optimizer.safetensors", save(dict(optimizer)))
+        state = save(dict(optimizer))
+        record["optimizer_sha256"] = hashlib.sha256(state).hexdigest()
+        write_atomically(folder / "optimizer.safetensors", state)
+    record["digest"] = record_digest(record)
     write_atomically(folder / "model.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
@@ -100,16 +114,17 @@ def load_run(path: str | Path) -> Run:
         UserError: The path is neither, the run has no checkpoint yet, or it is damaged or of another format.
     """
     path = Path(path)
-    if not is_run(path) and not _is_whole(path):
+    if not is_run(path) and not is_whole(path):
         raise UserError(f"{path} is not a run; make one with `sail-align fit`.")
-    record = read_record(path)
-    if record is None:
+    checkpoint = read_checkpoint(path)
+    if checkpoint is None:
         raise UserError(f"{path} has no checkpoint yet; let its `sail-align fit` go on.")
+    record = checkpoint.record
     model = Architecture(**record["architecture"]).build()
-    restore(path, model)
+    restore(checkpoint, model)
     image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
-    about = {name: record[name] for name in ("settings", "digest", "step", "finished")}
-    return Run(path.parents[1] if _is_whole(path) else path, model.eval(), image, text, **about)
+    about = {name: record[name] for name in ("settings", "digest", "step", "finished", "architecture")}
+    return Run(path.parents[1] if is_whole(path) else path, model.eval(), image, text, **about)
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -136,7 +151,17 @@ def checkpoint_folder(run: Path, step: int, kind: str = "step") -> Path:
 
 def checkpoint_folders(run: Path, kind: str = "step") -> list[Path]:
     """Return the folders of a run's whole checkpoints, by step."""
-    return sorted((path for path in (run / "checkpoints").glob(f"{kind}-*") if _is_whole(path)), key=step_of)
+    return sorted((path for path in begun_folders(run, kind) if is_whole(path)), key=step_of)
+
+
+def begun_folders(run: Path, kind: str = "*") -> list[Path]:
+    """Return the folders of a run's checkpoints, whole or not. What else lies there, such as a copy, is none."""
+    return [path for path in (run / "checkpoints").glob(f"{kind}-*") if _NAME.fullmatch(path.name)]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, written to its end."""
+    return (folder / "model.json").is_file()
 
 
 def step_of(folder: Path) -> int:
@@ -149,71 +174,58 @@ def last_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoint_folders(run)), None)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the model.json of a checkpoint's folder, or of a run's last one; None if it has none yet.
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """Read the model.json of a checkpoint's folder, or of a run's last one; None if it has none yet.
 
     Raises:
         UserError: It is of another format, or not what the run wrote.
     """
-    if (folder := _folder(path)) is None:
+    folder = path if is_whole(path) else last_checkpoint(path)
+    if folder is None:
         return None
-    record = read_json(folder / "model.json")
-    if record.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; update sail-align."
-        )
-    if record.get("digest") != _digest(record):
-        raise _damaged(folder / "model.json")
-    return record
+    record = read_json(folder / "model.json", remedy(folder))
+    if record.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{folder} has format {record['format']!r}, this version reads {FORMAT}; update sail-align.")
+    if record.get("digest") != record_digest(record):
+        raise damaged(folder / "model.json", remedy(folder))
+    return Checkpoint(folder, record)
 
 
-def read_file(path: Path) -> bytes:
-    """Return the bytes of a run's file. Raises `UserError` if it is not there or cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as problem:
-        raise UserError(f"{path} cannot be read ({problem.strerror}); train again or restore the file.") from problem
+def remedy(folder: Path) -> str:
+    """Say what to do about a damaged checkpoint."""
+    return f"restore it, or remove {folder}: the run's command then goes on from what was saved before"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what a run's JSON file holds. Raises `UserError` if it is not whole."""
-    try:
-        record = json.loads(read_file(path))
-    except ValueError as problem:
-        raise _damaged(path) from problem
-    if not isinstance(record, dict):
-        raise _damaged(path)
-    return record
-
-
-def restore(path: Path, model: AlignmentModel, optimizer: Optimizer | None = None) -> None:
-    """Load the weights of a checkpoint's folder, or of a run's last one, and the optimiser's state into an optimiser.
+def restore(checkpoint: Checkpoint, model: AlignmentModel, optimizer: Optimizer | None = None) -> None:
+    """Load a checkpoint's weights into a model, and the optimiser's state into an optimiser.
 
     Raises:
-        UserError: The file is not what was written, or its tensors are not the model's; the sentence names the first
+        UserError: A file is not what was written, or its tensors are not the model's; the sentence names the first
             that differs.
     """
-    folder, record = _folder(path), read_record(path)
-    if folder is None or record is None:
-        raise UserError(f"{path} has no checkpoint.")
-    weights = read_file(folder / "model.safetensors")
-    if hashlib.sha256(weights).hexdigest() != record["weights_sha256"]:
-        raise _damaged(folder / "model.safetensors")
-    saved = load(weights)
-    _require_same_tensors(saved, model.state_dict(), folder)
-    model.load_state_dict(saved)
+    load_weights(model, checkpoint.folder, _read_tensors(checkpoint, "model", "weights_sha256"))
     if optimizer is not None:
-        file = folder / "optimizer.safetensors"
-        try:
-            state = load(read_file(file))
-        except SafetensorError as problem:
-            raise _damaged(file) from problem
         parameters = dict(model.named_parameters())
-        for name, tensor in state.items():
+        for name, tensor in load(_read_tensors(checkpoint, "optimizer", "optimizer_sha256")).items():
             parameter, slot = name.rsplit("/", 1)
             where = parameters[parameter]
             # torch's optimisers keep their step counter on the CPU.
             optimizer.state[where][slot] = tensor if slot == "step" else tensor.to(where.device)
+
+
+def load_weights(model: AlignmentModel, folder: Path, content: bytes) -> None:
+    """Load the content of a folder's safetensors file into a model.
+
+    Raises:
+        UserError: Its tensors are not the model's; the sentence names the first that differs.
+    """
+    saved, expected = load(content), model.state_dict()
+    for name in (*expected, *saved):
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, expected)]
+        if shapes[0] != shapes[1]:
+            there, here = (f"of shape {shape}" if shape is not None else "absent" for shape in shapes)
+            raise UserError(f"{folder} does not fit this model: {name} is {there} in the file and {here} in the model.")
+    model.load_state_dict(saved)
 
 
 def discard(folder: Path) -> None:
@@ -222,28 +234,12 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's settings less where its stores lie: their digests say which they are, wherever they are moved."""
-    return {name: value for name, value in settings.items() if name != "stores"}
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 over all of a record that decides the weights."""
-    covered = {name: value for name, value in record.items() if name != "digest"}
-    covered["settings"] = decisive(record.get("settings", {}))
-    return hashlib.sha256(canonical_json(covered)).hexdigest()
-
-
-def _damaged(file: Path) -> UserError:
-    return UserError(f"{file} is not what the run wrote; train again or restore the file.")
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / "model.json").is_file()
-
-
-def _folder(path: Path) -> Path | None:
-    return path if _is_whole(path) else last_checkpoint(path)
+def _read_tensors(checkpoint: Checkpoint, name: str, digest: str) -> bytes:
+    file = checkpoint.folder / f"{name}.safetensors"
+    content = read_file(file, remedy(checkpoint.folder))
+    if hashlib.sha256(content).hexdigest() != checkpoint.record.get(digest):
+        raise damaged(file, remedy(checkpoint.folder))
+    return content
 
 
 def _optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -252,11 +248,3 @@ def _optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, T
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _require_same_tensors(saved: Tensors, expected: Tensors, folder: Path) -> None:
-    for name in (*expected, *saved):
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, expected)]
-        if shapes[0] != shapes[1]:
-            there, here = (f"of shape {shape}" if shape is not None else "absent" for shape in shapes)
-            raise UserError(f"{folder} does not fit this model: {name} is {there} in the file and {here} in the model.")

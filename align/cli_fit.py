@@ -160,9 +160,10 @@ def fit(
     check_options({"on_collapse": on_collapse})
     trackers = parse_trackers(track)
 
-    from sail_align.align.checkpoint import decisive, read_record
+    from sail_align.align.checkpoint import read_checkpoint
     from sail_align.align.distributed import joined
     from sail_align.align.plan import make_plan
+    from sail_align.align.records import decisive
     from sail_align.align.runs import claim_run, default_path
     from sail_align.align.saver import best_of
     from sail_align.align.trainer import fit as train
@@ -210,8 +211,8 @@ def fit(
         except StoppedError as stopped:
             if not world.leads:
                 raise
-            record = read_record(run)
-            place = f"goes on with {run} from step {record['step']:,}" if record else f"begins {run} again"
+            saved = read_checkpoint(run)
+            place = f"goes on with {run} from step {saved.record['step']:,}" if saved else f"begins {run} again"
             note(f"Stopped by {stopped.name}; the same command {place}.")
             raise
         say(f"wrote {run} in {time.monotonic() - started:.0f} s")

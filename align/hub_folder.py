@@ -10,18 +10,19 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import save
 
-from sail_align.align.checkpoint import Run, read_file, read_json, read_record
+from sail_align.align.checkpoint import Run, load_weights
 from sail_align.align.model import Architecture
+from sail_align.align.records import damaged, decisive, read_file, read_json, record_digest
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import canonical_json, write_atomically
+from sail_align.extract.files import write_atomically
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+REMEDY = "export or download it again"
 
 
 def write_hub_folder(run: Run, folder: Path, card: str) -> None:
@@ -36,18 +37,18 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
     record = {
         "format": FORMAT,
         "library_name": "sail-align",
-        "architecture": architecture_of(run),
+        "architecture": run.architecture,
         **{
             side: {**identity.to_json(), "location": ""}
             for side, identity in (("image", run.image), ("text", run.text))
         },
-        "settings": {name: value for name, value in run.settings.items() if name != "stores"},
+        "settings": decisive(run.settings),
         "step": run.step,
         "finished": run.finished,
         "run_digest": run.digest,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    record["digest"] = _digest(record)
+    record["digest"] = record_digest(record)
     config = json.dumps(record, indent=1, ensure_ascii=False).encode()
     write_folder(folder, {WEIGHTS: weights, CONFIG: config, CARD: card.encode()})
 
@@ -62,35 +63,26 @@ def read_hub_folder(folder: Path) -> Run:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a folder of `sail-align export`.")
-    record = read_json(folder / CONFIG)
+    record = read_json(folder / CONFIG, REMEDY)
     if record.get("library_name") != "sail-align":
         raise UserError(f"{folder / CONFIG} is not of `sail-align export`; give a folder that it wrote.")
     if record.get("format") != FORMAT:
         raise UserError(
             f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; update sail-align."
         )
-    weights = read_file(folder / WEIGHTS)
+    weights = read_file(folder / WEIGHTS, REMEDY)
     for file, sound in (
-        (CONFIG, record.get("digest") == _digest(record)),
+        (CONFIG, record.get("digest") == record_digest(record)),
         (WEIGHTS, record.get("weights_sha256") == hashlib.sha256(weights).hexdigest()),
     ):
         if not sound:
-            raise UserError(f"{folder / file} is not what the export wrote; export or download it again.")
+            raise damaged(folder / file, REMEDY)
     model = Architecture(**record["architecture"]).build()
-    model.load_state_dict(load(weights))
+    load_weights(model, folder, weights)
     image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
     return Run(
         folder, model.eval(), image, text, record["settings"], record["run_digest"], record["step"], record["finished"]
     )
-
-
-def architecture_of(run: Run) -> dict[str, Any]:
-    """Return what decides the shape of a run's model, as JSON-able data."""
-    record = read_record(run.path)
-    if record is None:
-        raise UserError(f"{run.path} has no checkpoint.")
-    architecture: dict[str, Any] = record["architecture"]
-    return architecture
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -109,9 +101,3 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         written.replace(folder)
     except OSError as problem:
         raise UserError(f"{folder} cannot be written ({problem.strerror}); name another --out.") from problem
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(
-        canonical_json({name: value for name, value in record.items() if name != "digest"})
-    ).hexdigest()

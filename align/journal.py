@@ -92,6 +92,7 @@ class Journal:
 
     def save(self, model: AlignmentModel, step: int, stream: StreamState, optimizer: Optimizer | None) -> None:
         """Save a step's state, or with no optimiser that of a finished run."""
+        self._log.sync()
         self._saver.save(model, step, stream, optimizer)
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:

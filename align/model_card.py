@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sail_align.align.checkpoint import Run, read_json
+from sail_align.align.checkpoint import Run
+from sail_align.align.records import damaged, read_json
 from sail_align.extract.encoders.base import Identity
 
 _TASK = "zero-shot-image-classification"
@@ -16,14 +17,21 @@ Record = dict[str, Any]
 
 
 def read_scores(run: Run) -> tuple[list[Record], bool]:
-    """Return the scores that `sail-eval` left in a run, and whether there are some of other weights, left out."""
-    path = run.path / "scores.json"
+    """Return the scores that `sail-eval` left in a run, and whether there are some of other weights, left out.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path, remedy = run.path / "scores.json", "remove it and score the run again with `sail-eval`"
     if not path.is_file():
         return [], False
-    scores = read_json(path)
-    if scores["run"]["digest"] != run.digest:
-        return [], True
-    return [record for record in scores["records"] if "metrics" in record], False
+    scores = read_json(path, remedy)
+    try:
+        outdated = scores["run"]["digest"] != run.digest
+        records = [record for record in scores["records"] if "metrics" in record]
+    except (KeyError, TypeError) as problem:
+        raise damaged(path, remedy) from problem
+    return ([], True) if outdated else (records, False)
 
 
 def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:

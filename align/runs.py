@@ -1,6 +1,7 @@
 """Where a run is written, and its log of metrics."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from sail_align.align.checkpoint import decisive, is_run, read_file, read_json, read_record
+from sail_align.align.checkpoint import is_run, read_checkpoint
+from sail_align.align.records import BEGIN_AGAIN, damaged, decisive, read_file, read_json
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.leases import POLL, TTL, Leases
@@ -57,10 +59,10 @@ def _claim(path: Path, settings: dict[str, Any]) -> Claim:
         following = path.with_name(f"{path.name}-{number}")
     finished = None
     for run in reversed(runs):
-        if decisive(read_json(run / "settings.json")) != decisive(settings):
+        if decisive(read_json(run / "settings.json", BEGIN_AGAIN)) != decisive(settings):
             continue
-        record = read_record(run)
-        if record is None or not record["finished"]:
+        saved = read_checkpoint(run)
+        if saved is None or not saved.record["finished"]:
             return Claim(run, resumed=True)
         finished = finished or run
     content = json.dumps(settings, indent=1, ensure_ascii=False).encode()
@@ -89,7 +91,7 @@ def hold_run(run: Path, settings: dict[str, Any]) -> Iterator[None]:
         time.sleep(POLL)
         lease = leases.take("fit")
     try:
-        if decisive(read_json(run / "settings.json")) != decisive(settings):
+        if decisive(read_json(run / "settings.json", BEGIN_AGAIN)) != decisive(settings):
             raise UserError(f"{run} was begun with other settings just now; run the same command again.")
         yield
     finally:
@@ -104,16 +106,25 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, step: int | None):
-        """Open the log of a run that goes on behind `step`, or of one that begins (None)."""
+        """Open the log of a run that goes on behind `step`, or of one that begins (None).
+
+        Raises:
+            UserError: The log does not reach that step, or is damaged before it.
+        """
         path = run / "metrics.jsonl"
         self.kept: list[dict[str, Any]] = []
         lines = []
         if step is not None:
-            for line in read_file(path).decode().splitlines(keepends=True):
-                if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
-                    break
-                lines.append(line)
-                self.kept.append(entry)
+            try:
+                for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
+                    if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
+                        break
+                    lines.append(line)
+                    self.kept.append(entry)
+            except (ValueError, KeyError, TypeError) as problem:
+                raise damaged(path, BEGIN_AGAIN) from problem
+            if sum(entry["kind"] == "train" for entry in self.kept) != step:
+                raise damaged(path, BEGIN_AGAIN)
         write_atomically(path, "".join(lines).encode())
         self._file = path.open("a")
 
@@ -121,6 +132,10 @@ class MetricsLog:
         """Write one line; it is in the file when this returns."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Have the lines on the disk before a checkpoint that counts on them: a power cut would lose them alone."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsLog":
         return self

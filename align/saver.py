@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sail_align.align.checkpoint import (
+    begun_folders,
     checkpoint_folder,
     checkpoint_folders,
     discard,
+    is_whole,
     last_checkpoint,
-    read_json,
+    read_checkpoint,
     save_checkpoint,
     step_of,
     write_checkpoint,
@@ -52,8 +54,8 @@ class Saver:
         self._waiting: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._scored: tuple[int, Mapping[str, float]] = (-1, {})
         last = last_checkpoint(run)
-        for folder in (run / "checkpoints").glob("*-*"):
-            if last is None or step_of(folder) > step_of(last) or not (folder / "model.json").is_file():
+        for folder in begun_folders(run):
+            if last is None or step_of(folder) > step_of(last) or not is_whole(folder):
                 discard(folder)
         self.best = best_of(run) or Best(run, -1, -math.inf)
 
@@ -93,7 +95,7 @@ def best_of(run: Path) -> Best | None:
     """Return the best of a run's checkpoints, the first of several equals; None where none was scored."""
     scored = []
     for folder in (*checkpoint_folders(run, "best"), *checkpoint_folders(run)):
-        record = read_json(folder / "model.json")
-        if "r1" in (scores := record.get("scores", {})):
-            scored.append(Best(folder, record["step"], scores["r1"]))
+        saved = read_checkpoint(folder)
+        if saved is not None and "r1" in (scores := saved.record.get("scores", {})):
+            scored.append(Best(folder, step_of(folder), scores["r1"]))
     return max(scored, key=lambda each: (each.r1, -each.step), default=None)

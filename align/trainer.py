@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sail_align.align.checkpoint import read_record, restore
+from sail_align.align.checkpoint import read_checkpoint, restore
 from sail_align.align.data import read_rows
 from sail_align.align.distributed import ALONE, World
 from sail_align.align.journal import Journal, OnCollapse
@@ -18,6 +18,7 @@ from sail_align.align.metrics import effective_rank, ranks, recall_at
 from sail_align.align.model import AlignmentModel
 from sail_align.align.order import StreamState
 from sail_align.align.plan import Plan
+from sail_align.align.records import decisive
 from sail_align.align.runs import hold_run
 from sail_align.align.saver import KEEP, SAVE_SECONDS
 from sail_align.align.settings import FitSettings
@@ -59,11 +60,15 @@ def fit(
     settings = plan.settings
     with ExitStack() as held, _stream(plan, device, world) as stream:
         world.decide(lambda: held.enter_context(hold_run(run, plan.record())))
-        saved = world.agree(lambda: read_record(run))
-        if not world.same(saved and saved["digest"]):
+        saved = world.agree(lambda: read_checkpoint(run))
+        if not world.same(saved and saved.record["digest"]):
             raise UserError(f"The processes see different checkpoints of {run}; use a folder that all machines share.")
-        if saved is not None and saved["finished"]:
-            return dict(saved["scores"])
+        if saved is not None and decisive(saved.record["settings"]) != decisive(plan.record()):
+            raise UserError(
+                f"{saved.folder} was saved with other settings than {run / 'settings.json'} says; name another --out."
+            )
+        if saved is not None and saved.record["finished"]:
+            return dict(saved.record["scores"])
         fresh = saved is None and world.leads
         model = world.agree(lambda: build_model(plan, stream, device, fresh=fresh, quiet=quiet))
         optimizer = make_optimizer(model, settings)
@@ -73,8 +78,8 @@ def fit(
 
         done, state = None, StreamState.start()
         if saved is not None:
-            done, state = saved["step"], StreamState(*saved["stream"])
-            world.agree(lambda: restore(run, model, optimizer))
+            checkpoint, done, state = saved, saved.record["step"], StreamState(*saved.record["stream"])
+            world.agree(lambda: restore(checkpoint, model, optimizer))
         world.spread(*(parameter.data for parameter in model.parameters()))
 
         def open_journal() -> Journal | None:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sail_align.align.checkpoint import Run, decisive, is_run, load_run, read_record
+from sail_align.align.checkpoint import Run, is_run, load_run, read_checkpoint
 from sail_align.align.data import Half, Pairs, Rows, read_rows
 from sail_align.align.metrics import ranks
 from sail_align.align.plan import Plan
+from sail_align.align.records import decisive
 from sail_align.align.runs import claim_run
 from sail_align.align.settings import PAPER_ROWS
 from sail_align.align.trainer import fit
@@ -84,7 +85,7 @@ def finished_run(plan: Plan, folder: Path, name: str, *, device: torch.device, q
     digest = hashlib.sha256(canonical_json(decisive(plan.record()))).hexdigest()[:8]
     words = re.sub(r"\W+", "-", name.replace("×", "x")).strip("-")
     path = folder / f"{words}-seed{plan.settings.seed}-{digest}"
-    there = is_run(path) and (record := read_record(path)) is not None and bool(record["finished"])
+    there = is_run(path) and (saved := read_checkpoint(path)) is not None and bool(saved.record["finished"])
     if not there:
         fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, on_collapse="warn")
     return load_run(path), there

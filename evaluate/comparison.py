@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sail_align.align.checkpoint import Run, read_json
+from sail_align.align.checkpoint import Run
 from sail_align.align.heads import Head
 from sail_align.align.model import AlignmentModel
+from sail_align.align.records import read_json
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.errors import UserError
@@ -51,7 +52,7 @@ def comparison(reference: str, *, device: str = "cpu", root: Path = Path("runs")
         }
         write_atomically(folder / "encoders.json", json.dumps(towers, indent=1).encode())
         write_atomically(folder / "settings.json", json.dumps({"model": reference}, indent=1).encode())
-    settings, towers = read_json(folder / "settings.json"), read_json(folder / "encoders.json")
+    settings, towers = (read_json(folder / f"{name}.json", f"remove {folder}") for name in ("settings", "encoders"))
     if settings.get("model") != reference:
         raise UserError(f"{folder} is there already, for {settings.get('model')!r}; rename that folder.")
     image, text = (Identity.from_json(towers[side]) for side in ("image", "text"))

@@ -16,7 +16,7 @@ import interrupted
 import torch._dynamo  # noqa: F401 (the first step loads it: seconds, once for all attempts)
 
 from sail_align.align import trainer
-from sail_align.align.checkpoint import last_checkpoint, read_record, step_of
+from sail_align.align.checkpoint import last_checkpoint, read_checkpoint, step_of
 from sail_align.align.cli import main
 from sail_align.align.saver import best_of
 
@@ -56,6 +56,11 @@ def contents(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): file.read_bytes().hex() for file in files}
 
 
+def saved_step(run: Path) -> int:
+    saved = read_checkpoint(run)
+    return saved.record["step"] if saved else 0
+
+
 def wait_for_step(run: Path, step: int) -> None:
     while not (folder := last_checkpoint(run)) or step_of(folder) < step:
         time.sleep(0.002)
@@ -77,7 +82,7 @@ def kills(store: str) -> dict:
         if end_of(pid) == 0:
             break
         seen["at a moment" if die_at is None else "at a write"] += 1
-        seen["saved at a kill"].append((read_record(Path("killed")) or {"step": 0})["step"])
+        seen["saved at a kill"].append(saved_step(Path("killed")))
     return {**seen, "seconds": seconds, "identical": contents(Path("killed")) == contents(Path("whole"))}
 
 
@@ -86,14 +91,14 @@ def signals(store: str) -> dict:
     assert end_of(begin(store, "whole", 40)) == 0
     seen = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        before = read_record(Path("stopped"))
+        before = saved_step(Path("stopped"))
         pid = begin(store, "stopped", 40)
-        wait_for_step(Path("stopped"), (before["step"] if before else 0) + 3)
+        wait_for_step(Path("stopped"), before + 3)
         os.kill(pid, number)
         end = end_of(pid)
         said = Path("stopped.txt").read_text().splitlines()[-1]
         lines = [json.loads(line) for line in Path("stopped/metrics.jsonl").read_text().splitlines()]
-        step = read_record(Path("stopped"))["step"]
+        step = saved_step(Path("stopped"))
         seen[number.name] = {"end": end, "said": said, "step": step, "logged": lines[-1]["step"]}
     seen["end"] = end_of(begin(store, "stopped", 40))
     return {**seen, "identical": contents(Path("stopped")) == contents(Path("whole"))}

@@ -15,7 +15,7 @@ from sail_align.align.checkpoint import (
     checkpoint_folder,
     load_run,
     newest_run,
-    read_record,
+    read_checkpoint,
     restore,
     save_checkpoint,
     write_checkpoint,
@@ -89,7 +89,7 @@ def test_an_optimisers_state_is_restored_bitwise(run, kind):
     save_checkpoint(run, ours, ABOUT, step=1, optimizer=optimizer)
     restored = model(seed=1)
     other = make_optimizer(restored, FitSettings(optimizer=kind, steps=1, lr=1e-2))
-    restore(run, restored, other)
+    restore(read_checkpoint(run), restored, other)
     for each in ((ours, optimizer), (restored, other)):
         torch.manual_seed(5)
         step(*each)
@@ -112,10 +112,10 @@ def test_the_last_few_checkpoints_and_the_best_are_kept_and_a_finished_run_needs
         saver.scored(ours, step, {"r1": r1})
         saver.save(ours, step, StreamState.start(), optimizer)
     assert kept(run) == {"best-00000002": MODEL, "step-00000004": WHOLE, "step-00000005": WHOLE}
-    assert not read_record(run)["finished"]
+    assert not read_checkpoint(run).record["finished"]
     saver.save(ours, 6, StreamState.start(), None)
     assert kept(run) == {"best-00000002": MODEL, "step-00000005": MODEL, "step-00000006": MODEL}
-    assert read_record(run)["finished"]
+    assert read_checkpoint(run).record["finished"]
     assert best_of(run) == (run / "checkpoints" / "best-00000002", 2, 9.0)
 
 
@@ -137,7 +137,7 @@ def test_weights_that_scored_best_between_two_saves_are_kept_and_are_not_gone_on
     saver.scored(last, 4, {"r1": 6.0})
     saver.save(last, 5, StreamState.start(), make_optimizer(last, FitSettings(steps=1)))
     assert kept(run) == {"best-00000003": MODEL, "step-00000005": WHOLE}
-    assert read_record(run)["step"] == 5
+    assert read_checkpoint(run).record["step"] == 5
     loaded = load_run(run / "checkpoints" / "best-00000003")
     assert (loaded.path, loaded.step) == (run, 3)
     assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], best.state_dict()["image_head.out.weight"])
@@ -149,7 +149,7 @@ def test_what_lies_behind_the_step_that_a_run_goes_on_from_is_removed(run):
     record = {**ABOUT, "step": 6, "finished": False, "scores": {"r1": 50.0}}
     write_checkpoint(checkpoint_folder(run, 6, "best"), ours.state_dict(), record, None)
     (run / "checkpoints" / "step-00000005").mkdir()  # killed before its model.json
-    assert read_record(run)["step"] == 4
+    assert read_checkpoint(run).record["step"] == 4
     assert Saver(run, ABOUT).best.step == -1
     assert kept(run) == {"step-00000004": WHOLE}
 
@@ -161,7 +161,7 @@ def test_a_save_killed_at_any_write_or_removal_leaves_a_whole_checkpoint(run, mo
     Saver(run, ABOUT, keep=keep).save(ours, 1, StreamState.start(), optimizer)
     reached = {1}
     for left in range(100):
-        last = read_record(run)["step"]
+        last = read_checkpoint(run).record["step"]
         saver = Saver(run, ABOUT, keep=keep)
         saver.scored(ours, last + 1, {"r1": float(last + 1)})
         with monkeypatch.context() as patch:
@@ -173,9 +173,9 @@ def test_a_save_killed_at_any_write_or_removal_leaves_a_whole_checkpoint(run, mo
             else:
                 break
         load_run(run)
-        restore(run, model(1), make_optimizer(ours, FitSettings(steps=1)))
-        assert read_record(run)["step"] in (last, last + 2)
-        reached.add(read_record(run)["step"])
+        restore(read_checkpoint(run), model(1), make_optimizer(ours, FitSettings(steps=1)))
+        assert read_checkpoint(run).record["step"] in (last, last + 2)
+        reached.add(read_checkpoint(run).record["step"])
     assert left > 8
     assert len(reached) > 2
 
@@ -220,33 +220,91 @@ def test_a_changed_weights_file_is_refused(run):
     tensors = load_file(weights)
     tensors["bias"] += 1
     save_file(tensors, weights)
-    assert refused(run).startswith("RUN/checkpoints/step-00000001/model.safetensors is not what the run wrote")
+    assert refused(run).startswith("RUN/checkpoints/step-00000001/model.safetensors is not what was written")
 
 
 def test_a_changed_record_is_refused(run):
     save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
     record = run / "checkpoints" / "step-00000001" / "model.json"
     whole = record.read_text()
-    for changed in (whole.replace('"step": 1', '"step": 2'), whole[:100], "[]"):
-        record.write_text(changed)
+    for changed in (whole.replace('"step": 1', '"step": 2'), whole[:100], "[]", "{}", '{"settings": null}', "\udcff"):
+        record.write_text(changed, errors="surrogateescape")
         assert refused(run) == (
-            "RUN/checkpoints/step-00000001/model.json is not what the run wrote; train again or restore the file."
+            "RUN/checkpoints/step-00000001/model.json is not what was written; restore it, or remove "
+            "RUN/checkpoints/step-00000001: the run's command then goes on from what was saved before."
         )
         assert newest_run(run.parent) == run
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_missing_or_cut_file_is_refused(run, name):
+def test_a_missing_or_changed_file_is_refused(run, name):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
+    ours.image_head(torch.randn(5, 6)).sum().backward()
+    optimizer.step()
     save_checkpoint(run, ours, ABOUT, step=1, optimizer=optimizer)
-    file = run / "checkpoints" / "step-00000001" / name
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{name} is not what the run wrote"):
-        restore(run, ours, optimizer)
+    saved = read_checkpoint(run)
+    file = saved.folder / name
+    content = file.read_bytes()
+    for changed in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=f"{name} is not what was written; restore it, or remove {saved.folder}:"):
+            restore(saved, ours, optimizer)
     file.unlink()
-    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file or directory\); train again"):
-        restore(run, ours, optimizer)
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file or directory\); restore it, or remove"):
+        restore(saved, ours, optimizer)
+
+
+def test_a_run_that_is_saved_while_it_is_loaded_gives_one_checkpoint(run, monkeypatch):
+    save_checkpoint(run, model(1), ABOUT, step=1, optimizer=None)
+    build, later = Architecture.build, model(2)
+
+    def saved_meanwhile(architecture):
+        save_checkpoint(run, later, ABOUT, step=2, optimizer=None)
+        return build(architecture)
+
+    monkeypatch.setattr(Architecture, "build", saved_meanwhile)
+    loaded = load_run(run)
+    monkeypatch.undo()
+    assert loaded.step == 1
+    assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], model(1).image_head.out.weight)
+
+
+def test_a_copy_of_a_checkpoint_is_none_and_stays(run):
+    save_checkpoint(run, model(), ABOUT, step=4, optimizer=None)
+    for name in ("step-00000004-copy", "step-00000005.bak", "best-of-all"):
+        shutil.copytree(checkpoint_folder(run, 4), run / "checkpoints" / name)
+    assert load_run(run).step == 4
+    Saver(run, ABOUT)
+    assert len(kept(run)) == 4
+
+
+def log_of(run, *steps):
+    with MetricsLog(run, None) as log:
+        for step in steps:
+            log.write("train", step, loss=1.0)
+
+
+def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(run):
+    log_of(run, 1, 2, 3, 4)
+    with MetricsLog(run, 3) as log:
+        assert [entry["step"] for entry in log.kept] == [1, 2, 3]
+        log.write("train", 4, loss=2.0)
+    assert [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "1 2", "1 2 5", b"\xff\xfe", '[1]\n{"step": 2}\n', '{"step": null}\n'])
+def test_a_log_that_lacks_what_was_trained_is_refused_and_left_as_it_is(run, content):
+    if isinstance(content, str) and content[:1] in ("", "1"):
+        log_of(run, *map(int, content.split()))
+    else:
+        (run / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl is not what was written; restore it, or begin again with anoth"
+    ):
+        MetricsLog(run, 3)
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_missing_log_is_refused(run):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from sail_align.align import pretrained
 from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
+from sail_align.align.records import record_digest
 from sail_align.evaluate.cli import app as evaluation
 from sail_align.extract.encoders.base import EncoderChangedError
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
@@ -127,6 +128,9 @@ def test_scores_of_other_weights_do_not_go_along(run, encoders, tmp_path):
     (run / "scores.json").write_text(json.dumps(write))
     assert "are of other weights and are left out" in export(run, "--out", "hub").output
     assert ModelCard.load("hub/README.md").data.eval_results is None
+    for damaged in ("[]", "{}", '{"run": 1}', "{"):
+        (run / "scores.json").write_text(damaged)
+        assert "scores.json is not what was written; remove it and score" in str(export(run, "--out", "x").exception)
 
 
 def test_what_was_changed_on_the_way_is_refused(run, folders):
@@ -134,13 +138,19 @@ def test_what_was_changed_on_the_way_is_refused(run, folders):
     weights = load_file("hub/model.safetensors")
     weights["bias"] += 1
     save_file(weights, "hub/model.safetensors")
-    with pytest.raises(UserError, match=r"hub/model\.safetensors is not what the export wrote"):
+    with pytest.raises(UserError, match=r"hub/model\.safetensors is not what was written"):
         pretrained.load("hub", **folders)
     export(run, "--out", "hub2")
     config = Path("hub2/config.json")
     config.write_text(config.read_text().replace('"pooling": "cls+mean"', '"pooling": "cls"'))
-    with pytest.raises(UserError, match=r"hub2/config\.json is not what the export wrote"):
+    with pytest.raises(UserError, match=r"hub2/config\.json is not what was written; export or download it again"):
         pretrained.load("hub2", **folders)
+    export(run, "--out", "hub3")
+    record = json.loads(Path("hub3/config.json").read_text())
+    record["architecture"]["head"] = "linear"
+    Path("hub3/config.json").write_text(json.dumps({**record, "digest": record_digest(record)}))
+    with pytest.raises(UserError, match=r"hub3 does not fit this model: image_head\.out\.weight is of shape"):
+        pretrained.load("hub3", **folders)
 
 
 def test_another_encoder_is_refused(run, folders, tmp_path):

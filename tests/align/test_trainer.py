@@ -10,7 +10,7 @@ import torch
 from fakes import identity
 
 from sail_align.align import trainer
-from sail_align.align.checkpoint import last_checkpoint, load_run, read_record
+from sail_align.align.checkpoint import last_checkpoint, load_run, read_checkpoint
 from sail_align.align.loss import LossValue
 from sail_align.align.plan import make_plan
 from sail_align.align.runs import claim_run
@@ -73,7 +73,7 @@ def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, cha
     assert after["loss"] < before["loss"]
     if changes.get("start") != "closed-form":
         assert before["t2i_r10"] < 3 * chance
-    assert read_record(run)["finished"]
+    assert read_checkpoint(run).record["finished"]
     assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
 
 
@@ -158,6 +158,19 @@ def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_sto
     assert claim_run(run, plan.record()) == (tmp_path / "run-3", False, run)
 
 
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(make_store, tmp_path, monkeypatch):
+    store = make_store()
+    plan, run = begin([store], tmp_path / "run", steps=4, seed=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedError):
+            fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    plan, other = begin([store], tmp_path / "other", steps=4, seed=2)
+    (other / "settings.json").rename(run / "settings.json")  # as two first commands at the same moment could leave it
+    with pytest.raises(UserError, match=r"step-00000002 was saved with other settings than .*settings.json says"):
+        fit(plan, run, device=CPU, quiet=True)
+
+
 def test_other_encoders_begin_another_run(make_store, tmp_path):
     path = make_store()
     store = Store.open(path)
@@ -189,7 +202,7 @@ def test_a_run_is_saved_between_two_scorings(make_store, tmp_path, monkeypatch):
     stop_after(monkeypatch, 5)  # it is scored at every third step
     with pytest.raises(StoppedError):
         fit(plan, run, device=CPU, quiet=True, save_seconds=0)
-    assert read_record(run)["step"] == 5
+    assert read_checkpoint(run).record["step"] == 5
 
 
 def test_captions_that_few_rows_have_are_not_taken_unasked(make_store):

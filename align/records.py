@@ -1,0 +1,52 @@
+"""Files of a run or an export, read so that damage is one sentence, and the digests that tell it.
+
+A `remedy` says what to do about damage, as the end of that sentence.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.files import canonical_json
+
+BEGIN_AGAIN = "restore it, or begin again with another --out"
+
+
+def read_file(path: Path, remedy: str) -> bytes:
+    """Return the bytes of a file. Raises `UserError` if it is not there or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read ({problem.strerror}); {remedy}.") from problem
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return what a JSON file holds. Raises `UserError` if it is not whole."""
+    try:
+        record = json.loads(read_file(path, remedy))
+    except ValueError as problem:
+        raise damaged(path, remedy) from problem
+    if not isinstance(record, dict):
+        raise damaged(path, remedy)
+    return record
+
+
+def damaged(path: Path, remedy: str) -> UserError:
+    """Return what to raise of a file that is not as it was written."""
+    return UserError(f"{path} is not what was written; {remedy}.")
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings less where its stores lie: their digests say which they are, wherever they are moved."""
+    return {name: value for name, value in settings.items() if name != "stores"}
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over all of a record that decides the weights."""
+    covered = {name: value for name, value in record.items() if name != "digest"}
+    if isinstance(settings := record.get("settings"), dict):
+        covered["settings"] = decisive(settings)
+    return hashlib.sha256(canonical_json(covered)).hexdigest()
