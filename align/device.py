@@ -1,12 +1,43 @@
 """What training asks of the device that it runs on."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from sail_align.align.order import StreamState
+from sail_align.align.stream import Batch
+
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+
+
+def batches_on(
+    device: torch.device, batches: Iterator[tuple[Batch, StreamState]]
+) -> Iterator[tuple[Batch, StreamState]]:
+    """Yield batches on a device: to a GPU each is copied, from page-locked memory, while the one before is worked on.
+
+    On a CPU they are passed on as they are.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
+        batch, behind = next(batches)
+        with torch.cuda.stream(copying):
+            return Batch(*(part.to(device, non_blocking=True) for part in batch)), behind, copying.record_event()
+
+    coming = begin_copy()
+    while True:
+        batch, behind, copied = coming
+        copied.synchronize()  # before the next but one is asked for, which may reuse the memory that is copied from
+        for part in batch:
+            part.record_stream(torch.cuda.current_stream(device))
+        coming = begin_copy()
+        yield batch, behind
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from sail_align.align.checkpoint import read_checkpoint, restore
 from sail_align.align.data import read_rows
+from sail_align.align.device import batches_on
 from sail_align.align.distributed import ALONE, World
 from sail_align.align.journal import Journal, OnCollapse
 from sail_align.align.loss import Loss, LossValue
@@ -111,7 +112,7 @@ def fit(
         with noticing(signal.SIGTERM, signal.SIGINT) as stopped:
             if done is None:
                 score_held_out(0)
-            batches = stream.batches(state)
+            batches = batches_on(device, stream.batches(state))
             for step, (batch, state) in zip(range(done or 0, settings.steps), batches, strict=False):
                 torch.manual_seed(settings.seed + (step + 1 << 32))
                 rate = learning_rate(settings, step)

@@ -1,0 +1,63 @@
+"""Batches on their way to a device; a GPU's copies are played by fakes that say what happens when."""
+
+from contextlib import nullcontext
+from itertools import islice
+
+import torch
+
+from sail_align.align.device import batches_on
+from sail_align.align.order import StreamState
+from sail_align.align.stream import Batch
+
+
+def test_on_a_cpu_batches_are_passed_on():
+    served = [(Batch(torch.zeros(2, 3), torch.ones(1, 2, 3)), StreamState(0, number)) for number in range(3)]
+    passed_on = list(batches_on(torch.device("cpu"), iter(served)))
+    assert all(one is other for one, other in zip(passed_on, served, strict=True))
+
+
+def test_a_gpu_s_copy_has_ended_before_the_next_but_one_batch_is_asked_for(monkeypatch):
+    told: list[str] = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def to(self, device, *, non_blocking):
+            assert (device.type, non_blocking) == ("cuda", True)
+            told.append(f"copy {self.name}")
+            return self
+
+        def record_stream(self, stream):
+            assert stream == "main"
+
+    class Copying:
+        def __init__(self, device):
+            self.number = 0
+
+        def record_event(self):
+            self.number += 1
+            return Event(self.number)
+
+    class Event:
+        def __init__(self, number):
+            self.number = number
+
+        def synchronize(self):
+            told.append(f"copied {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Copying)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "main")
+
+    def stream():
+        for number in range(1, 9):
+            told.append(f"ask {number}")
+            yield Batch(Part(f"x{number}"), Part(f"y{number}")), StreamState(0, number)
+
+    for batch, state in islice(batches_on(torch.device("cuda"), stream()), 2):
+        told.append(f"work on {batch.images.name} {state.batch}")
+    first = ["ask 1", "copy x1", "copy y1"]
+    second = ["copied 1", "ask 2", "copy x2", "copy y2", "work on x1 1"]
+    third = ["copied 2", "ask 3", "copy x3", "copy y3", "work on x2 2"]
+    assert told == first + second + third
