@@ -1,4 +1,4 @@
-"""Line charts, dot charts and score bars as inline SVG; colours come from the page's CSS, for both themes.
+"""Line charts and dot charts as inline SVG; colours come from the page's CSS, for both themes.
 
 `standalone` makes one a file by itself.
 """
@@ -125,17 +125,6 @@ def standalone(chart: Markup, names: Sequence[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + 24:g}" width="{WIDTH}" '
         f'height="{height + 24:g}"><style>{style}</style><rect width="100%" height="100%" fill="white"/>'
         f"{''.join(key)}{inner}</svg>\n"
-    )
-
-
-def score_bar(percent: float, chance: float, interval: Sequence[float]) -> Markup:
-    """Draw a score between 0 and 100: a dot with its interval, and a tick at chance."""
-    low, high = interval
-    return Markup(
-        '<svg class="bar" viewBox="-4 0 208 16" aria-hidden="true"><line class="track" x1="0" x2="200" y1="8" y2="8"/>'
-        f'<line class="whisker" x1="{2 * low:.1f}" x2="{2 * high:.1f}" y1="8" y2="8"/>'
-        f'<line class="chance" x1="{2 * chance:.1f}" x2="{2 * chance:.1f}" y1="2" y2="14"/>'
-        f'<circle class="score" cx="{2 * percent:.1f}" cy="8" r="3"/></svg>'
     )
 
 

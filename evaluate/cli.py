@@ -142,15 +142,39 @@ app.command("clip-benchmark", context_settings=ANY_OPTION)(clip_benchmark)
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs with scores.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write all runs into one file, by its ending: .html, .md, .tex, .csv.  [default: RUN/report.html]"
+        ),
+    ] = None,
 ) -> None:
-    """Write the reports of runs again. They are made from what the last evaluation left, and their tables printed."""
-    from sail_align.evaluate.report import write_report
-    from sail_align.evaluate.scores import read_scores
-    from sail_align.evaluate.table import score_table
+    """Show runs side by side, and what the paper reports of the same protocols, from what evaluation left.
 
-    for run in runs:
-        typer.echo(f"{run}\n{score_table(read_scores(run)['records'])}")
-        typer.echo(f"wrote {write_report(run)}")
+    A table's columns are of one protocol and one set of data each; what differs gets a column of its own.
+    """
+    from sail_align.evaluate.formats import text
+    from sail_align.evaluate.overview import overview, read_runs
+    from sail_align.evaluate.report import side_by_side, write_report
+    from sail_align.evaluate.table import score_table
+    from sail_align.extract.files import write_atomically
+
+    scored = read_runs(runs)
+    if out:
+        content = side_by_side(scored, out.suffix)
+        try:
+            write_atomically(out, content.encode())
+        except OSError as problem:
+            raise UserError(f"{out} cannot be written ({problem.strerror}); name another --out.") from problem
+        typer.echo(f"wrote {out}")
+        return
+    shown = overview(scored)
+    if len(scored) == 1:
+        typer.echo(score_table(scored[0].scores["records"]))
+    if len(scored) > 1 or shown.with_reported:
+        typer.echo(text(shown))
+    for run in scored:
+        typer.echo(f"wrote {write_report(run.path)}")
 
 
 @app.command()

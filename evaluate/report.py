@@ -1,15 +1,22 @@
-"""`report.html` of a run: one self-contained page from what the run's folder holds."""
+"""The report of runs: one self-contained page from what their folders hold."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sail_align.align.charts import Series, line_chart, score_bar
-from sail_align.evaluate.scores import Record, examples_path, read_scores
+from sail_align.evaluate.about_run import flat, summary, training_curves
+from sail_align.evaluate.bars import score_bar
+from sail_align.evaluate.formats import HOW_TO_READ, REPORTED, cells, comma_separated, latex, markdown
+from sail_align.evaluate.overview import Key, Overview, ScoredRun, key_of, overview, read_runs
+from sail_align.evaluate.scores import Record, examples_path
 from sail_align.evaluate.table import interval, number
+from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 
 TASKS = {
@@ -39,16 +46,60 @@ TASKS = {
         "Each pixel takes the class whose prompts are closest to its patch; pixels without a true class do not count.",
     ),
 }
-"""Title of a task's examples, and how to read them."""
+"""Title of a task's section, and how to read its examples."""
+COLOURS = 6
+"""So many runs have colours of their own."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One headline metric: every model's score as name, text and bar."""
+
+    label: str
+    chance: str
+    models: Sequence[tuple[str, str, Markup]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """The headline metrics of one protocol on one data set; `mark` is that of the note that says which."""
+
+    dataset: str
+    mark: str
+    measures: Sequence[Bars]
 
 
 def write_report(run: Path) -> Path:
-    """Write the report of a run that has been scored; return its path.
+    """Write the report of a run that has been scored into it; return its path.
 
     Raises:
         UserError: The run has no scores.
     """
-    scores = read_scores(run)
+    path = run / "report.html"
+    write_atomically(path, page(read_runs([run])).encode())
+    return path
+
+
+def side_by_side(runs: Sequence[ScoredRun], suffix: str) -> str:
+    """Return runs in the format of a file's ending.
+
+    Raises:
+        UserError: There is no such format.
+    """
+    match suffix:
+        case ".html":
+            return page(runs)
+        case ".md":
+            return markdown(overview(runs))
+        case ".tex":
+            return latex(overview(runs))
+        case ".csv":
+            return comma_separated(runs)
+    raise UserError(f"No report has the ending {suffix!r}; name a file that ends in .html, .md, .tex or .csv.")
+
+
+def page(runs: Sequence[ScoredRun]) -> str:
+    """Return the page of one run, or of several side by side."""
     pages = Environment(
         loader=PackageLoader("sail_align.evaluate", "."),
         autoescape=True,
@@ -57,113 +108,102 @@ def write_report(run: Path) -> Path:
         lstrip_blocks=True,
     )
     pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
-    settings = json.loads((run / "settings.json").read_bytes())
-    page = pages.get_template("report.html.j2").render(
-        name=run.resolve().name,
-        scores=scores,
-        scored=[record for record in scores["records"] if "error" not in record],
-        errors=[record for record in scores["records"] if "error" in record],
-        summary=summary(scores, settings),
-        settings=_flat(settings),
-        curves=training_curves(run),
-        examples={_told_apart(record): _examples(run, record) for record in scores["records"]},
-        told_apart=_told_apart,
-        tasks=TASKS,
+    shown = overview(runs)
+    settings = [json.loads((run.path / "settings.json").read_bytes()) for run in runs]
+    return pages.get_template("report.html.j2").render(
+        title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
+        runs=[
+            {
+                "name": run.name,
+                "style": _style(place),
+                "summary": summary(run.scores, own),
+                "settings": flat(own),
+                "curves": training_curves(run.path),
+                "records": run.records,
+            }
+            for place, (run, own) in enumerate(zip(runs, settings, strict=True))
+        ],
+        shown=shown,
+        cells=cells,
+        cards=_cards(shown),
+        scores=_scores(runs),
+        sections=_sections(runs),
+        reported=REPORTED,
+        how_to_read=HOW_TO_READ,
         score_bar=score_bar,
     )
-    path = run / "report.html"
-    write_atomically(path, page.encode())
-    return path
 
 
-def training_curves(run: Path) -> list[tuple[str, list[Series], Markup]]:
-    """Return title, legend and chart of the loss and of the held-out recall, those that have two points or more."""
-    path = run / "metrics.jsonl"
-    lines_and_rest = path.read_text().split("\n") if path.is_file() else [""]
-    entries = [json.loads(line) for line in lines_and_rest[:-1]]  # a killed run may leave part of a line
-
-    def series(name: str, kind: str, field: str, style: str) -> Series:
-        rows = (entry for entry in entries if entry["kind"] == kind and field in entry)
-        return Series(name, [(row["step"], row[field]) for row in rows], style)
-
-    wanted = (
-        (
-            "Loss",
-            "loss",
-            True,
-            [series("training", "train", "loss", "line-1"), series("held out", "heldout", "loss", "line-2")],
-        ),
-        (
-            "Held-out R@1",
-            "R@1 (%)",
-            False,
-            [series("text→image", "heldout", "t2i_r1", "line-1"), series("image→text", "heldout", "i2t_r1", "line-2")],
-        ),
-    )
-    curves = []
-    for title, label, may_be_log, lines in wanted:
-        drawn = [line for line in lines if len(line.points) > 1]
-        if drawn:
-            curves.append((title, drawn, line_chart(drawn, "step", label, may_be_log=may_be_log)))
-    return curves
+def _cards(shown: Overview) -> list[Card]:
+    cards = []
+    for panel in shown.panels:
+        *models, chances = panel.rows  # runs come first, in their order
+        texts = [cells(row) for row in panel.rows]
+        styles = [_style(place) if row.kind == "run" else row.kind for place, row in enumerate(models)]
+        bars = []
+        for place, column in enumerate(panel.columns):
+            chance, _ = chances.cells[place]
+            drawn = [
+                (row.name, text[place], score_bar(value, chance, bounds, style))
+                for row, text, style in zip(models, texts, styles, strict=False)
+                for value, bounds in (row.cells[place],)
+                if value is not None
+            ]
+            bars.append((column, Bars(column.label, texts[-1][place], drawn)))
+        for mark, group in groupby(bars, key=lambda each: each[0].mark):
+            (column, first), *others = group
+            cards.append(Card(column.dataset, mark, [first, *(each for _, each in others)]))
+    return cards
 
 
-def summary(scores: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return what the run is, as (term, value, detail)."""
-    facts = [
-        (
-            f"{modality} encoder",
-            encoder["id"],
-            f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}",
-        )
-        for modality, encoder in scores["encoders"].items()
-    ]
-    checkpoint = ("checkpoint", scores["run"]["digest"][:12], scores["run"].get("unfinished", ""))
-    if imported := settings.get("imported"):
-        origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
-        return [*facts, ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", ""), origin, checkpoint]
-    if model := settings.get("model"):
-        return [*facts, ("model", model, "embeds pictures and texts by itself"), checkpoint]
-    if settings["head"] == "cca":
-        made = f"computed in closed form, ridge {settings['ridge']:g}"
-    else:
-        made = (
-            f"{settings['loss']} loss, {settings['optimizer']} at {settings['lr']:g}, "
-            f"{settings['steps']:,} steps of {settings['batch_size']:,}, {settings['start']} start"
-        )
-    stores = zip(settings["stores"], settings["store_digests"], strict=True)
+def _style(place: int) -> str:
+    """Return the CSS class of a run's colour."""
+    return f"line-{place % COLOURS + 1}"
+
+
+def _scores(runs: Sequence[ScoredRun]) -> list[tuple[Record, list[tuple[dict[str, Any], list[dict[str, Any] | None]]]]]:
+    """Return for each protocol and set a record, and of each of its metrics that of every run."""
+    records: dict[Key, Record] = {}
+    scored: dict[tuple[Key, str, str], dict[str, Any]] = {}
+    for run in runs:
+        for record in run.records:
+            records.setdefault(key_of(record), record)
+            scored |= {(key_of(record), metric["name"], run.name): metric for metric in record["metrics"]}
     return [
-        *facts,
-        ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", made),
         (
-            "trained on",
-            f"{settings['training_rows']:,} pairs, {settings['held_out_rows']:,} held out",
-            f"captions {', '.join(settings['captions'])}; "
-            + "; ".join(f"{path} {digest[:12]}" for path, digest in stores),
-        ),
-        checkpoint,
+            record,
+            [(metric, [scored.get((key, metric["name"], run.name)) for run in runs]) for metric in record["metrics"]],
+        )
+        for key, record in records.items()
     ]
 
 
-def _told_apart(record: Record) -> str:
-    """Return what no other record of the page has: one set may be scored by several protocols."""
-    return f"{record['dataset']} {record['task']} {record.get('protocol')}"
+def _sections(runs: Sequence[ScoredRun]) -> list[dict[str, Any]]:
+    """Return for each task what there is to look at: of each record of each run, examples and details."""
+    sections = []
+    for task, (title, how_to_read) in TASKS.items():
+        parts = [
+            {
+                "run": run.name,
+                "record": record,
+                "groups": _groups(run.path, record),
+                "kinds": record["details"].get("by_tag") or record["details"].get("by_category") or {},
+            }
+            for run in runs
+            for record in run.records
+            if record["task"] == task
+        ]
+        if parts := [part for part in parts if part["groups"] or part["kinds"]]:
+            sections.append({"task": task, "title": title, "how_to_read": how_to_read, "parts": parts})
+    return sections
 
 
-def _examples(run: Path, record: Record) -> list[dict[str, Any]]:
+def _groups(run: Path, record: Record) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return a record's examples under headings: what was right, what was wrong, and what is neither."""
     path = examples_path(run, record)
     examples: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.is_file() else []
-    return examples
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested settings as dotted names and values in words."""
-    rows: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            rows.append((prefix + name, ", ".join(map(str, value)) or "–"))
-        else:
-            rows.append((prefix + name, "–" if value is None else str(value)))
-    return rows
+    headings = {True: "Right", False: "Wrong", None: ""}
+    grouped = [
+        (heading, [example for example in examples if example["right"] is right]) for right, heading in headings.items()
+    ]
+    return [(heading, found) for heading, found in grouped if found]

@@ -59,6 +59,17 @@ def failed(records: list[Record]) -> bool:
     return any("error" in record for record in records)
 
 
+def unexpected(record: Record) -> str:
+    """Return a sentence on a set with other counts than expected: its scores are not the published set's. Else ""."""
+    data = record.get("data", {})
+    found = [
+        f"{data[what]:,} {what}, not {data[f'expected_{what}']:,}"
+        for what in ("rows", "captions")
+        if data.get(f"expected_{what}") not in (None, data.get(what))
+    ]
+    return f"{record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
+
+
 def merge_scores(run: Run, records: list[Record]) -> None:
     """Put records into the run's `scores.json`, in the place of older ones of the same set and protocol.
 

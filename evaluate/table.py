@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 from sail_align.evaluate.compare import Comparison
-from sail_align.evaluate.scores import Record
+from sail_align.evaluate.scores import Record, unexpected
 
 HEADER = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
 DIFFERENCE_HEADER = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
-TO_THE_LEFT = {"data set", "task", "metric"}
+TO_THE_LEFT = {"task", "metric"}
 
 
 def number(percent: float) -> str:
@@ -15,10 +15,9 @@ def number(percent: float) -> str:
     return f"{percent:.2f}" if 0 < percent < 0.995 else f"{percent:.1f}"
 
 
-def interval(bounds: Sequence[float]) -> str:
-    """Return an interval."""
-    low, high = bounds
-    return f"{low:.1f} – {high:.1f}"
+def interval(bounds: Sequence[float] | None) -> str:
+    """Return an interval, a dash where there is none."""
+    return f"{bounds[0]:.1f} – {bounds[1]:.1f}" if bounds else "–"
 
 
 def score_table(records: Iterable[Record]) -> str:
@@ -35,20 +34,9 @@ def score_table(records: Iterable[Record]) -> str:
         first = (record["dataset"], record["task"], str(record["items"]))
         for metric in record["metrics"]:
             score, chance = number(metric["value"]), number(metric["chance"])
-            rows.append((*first, metric["label"], score, chance, interval(metric["interval"])))
+            rows.append((*first, metric["label"], score, chance, interval(metric.get("interval"))))
             first = ("", "", "")
-    return "\n".join([_aligned(HEADER, rows), *filter(None, map(_unexpected, records))])
-
-
-def _unexpected(record: Record) -> str:
-    """Return a sentence on a set with other counts than expected, whose scores are not those of the published set."""
-    data = record.get("data", {})
-    found = [
-        f"{data[what]:,} {what}, not {data[f'expected_{what}']:,}"
-        for what in ("rows", "captions")
-        if data.get(f"expected_{what}") not in (None, data.get(what))
-    ]
-    return f"note: {record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
+    return "\n".join([aligned(HEADER, rows), *(f"note: {said}" for said in map(unexpected, records) if said)])
 
 
 def difference_table(comparison: Comparison) -> str:
@@ -62,20 +50,28 @@ def difference_table(comparison: Comparison) -> str:
         low, high = each.interval
         rows.append((name, each.label + lower_is_better, *values, f"{low:+.1f} – {high:+.1f}", f"{each.p:.3f}"))
         said = each.protocol
-    return "\n".join([_aligned(DIFFERENCE_HEADER, rows), *comparison.refusals])
+    return "\n".join([aligned(DIFFERENCE_HEADER, rows), *comparison.refusals])
 
 
-def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return rows under a header; a row shorter than the header is a sentence and does not widen its last column."""
-    full = [header, *(row for row in rows if len(row) == len(header))]
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows under a header, whose cells may have several lines.
+
+    Columns of words go to the left, as does the first. A row shorter than the header is a sentence and does not widen
+    its last column.
+    """
+    headings = [cell.split("\n") for cell in header]
+    height = max(map(len, headings))
+    above = list(zip(*([""] * (height - len(lines)) + lines for lines in headings), strict=True))
+    full = [*above, *(row for row in rows if len(row) == len(header))]
     short = [row[:-1] for row in rows if len(row) < len(header)]
     widths = [max(len(row[column]) for row in [*full, *short] if column < len(row)) for column in range(len(header))]
+    to_the_left = [column == 0 or name in TO_THE_LEFT for column, name in enumerate(header)]
 
-    def line(row: tuple[str, ...]) -> str:
+    def line(row: Sequence[str]) -> str:
         cells = (
-            cell.ljust(width) if name in TO_THE_LEFT else cell.rjust(width)
-            for cell, width, name in zip(row, widths, header, strict=False)
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, to_the_left, strict=False)
         )
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
+    return "\n".join([*map(line, above), "  ".join("─" * width for width in widths), *map(line, rows)])

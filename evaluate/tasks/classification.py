@@ -5,7 +5,10 @@ prediction by cosine. A tie counts as wrong, except among classes of one name (t
 twice): as with the argmax behind published numbers, the first of them has all their images.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from sail_align.align.metrics import TIE
 from sail_align.align.resampling import weighted_mean
@@ -25,6 +28,9 @@ from sail_align.evaluate.results import (
 from sail_align.evaluate.tasks.base import Protocol, classes_part, templates_part
 from sail_align.extract.errors import UserError
 
+CONFUSIONS = 10
+"""A record names so many pairs of classes that were mistaken most often."""
+
 
 def evaluate(data: EvaluationSet) -> Result:
     """Score top-1, top-5 and mean-per-class accuracy."""
@@ -41,7 +47,11 @@ def evaluate(data: EvaluationSet) -> Result:
         "classes": np.array([len(classes)]),
     }
     examples = tuple(_example(data, scores_NC, row) for row in pick_examples(outcomes["top1"], each=4))
-    details = {"classes": len(classes), "distinct_class_names": len(set(classes))}
+    details = {
+        "classes": len(classes),
+        "distinct_class_names": len(set(classes)),
+        "confusions": _confusions(classes, labels_N, scores_NC.argmax(axis=1)),
+    }
     return Result(len(labels_N), summarise(measures(outcomes), len(labels_N)), examples, outcomes, details)
 
 
@@ -56,6 +66,25 @@ def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
             "mean_per_class", "mean per class", 1 / classes, lambda drawn_N: mean_per_class(top1_N, labels_N, drawn_N)
         ),
     )
+
+
+def _confusions(
+    classes: Sequence[str], labels_N: NDArray[np.intp], best_N: NDArray[np.intp]
+) -> list[dict[str, str | int]]:
+    """Return the pairs of a class and another that most of its images were taken for, how many, and of how many."""
+    images_C = np.bincount(labels_N, minlength=len(classes))
+    wrong_2W = np.stack([labels_N, best_N])[:, labels_N != best_N]
+    pairs_2P, counts_P = np.unique(wrong_2W, axis=1, return_counts=True)
+    most = np.argsort(-counts_P, kind="stable")[:CONFUSIONS]
+    return [
+        {
+            "truth": classes[label],
+            "taken_for": classes[best],
+            "count": int(count),
+            "of": int(images_C[label]),
+        }
+        for (label, best), count in zip(pairs_2P.T[most].tolist(), counts_P[most], strict=True)
+    ]
 
 
 def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:

@@ -38,9 +38,9 @@ def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
 
 def _example(data: EvaluationSet, scores_CI: Embeddings, pair: int) -> Example:
     chosen_CI = np.arange(2)[:, None] == np.argmax(scores_CI, axis=0)  # each image chooses a caption
-    verdicts = ["right" if hit[0] else "wrong" for hit in pair_hits(scores_CI[None])]
-    title = f"text {verdicts[0]}, image {verdicts[1]}"
-    return Example(title, None, pair_pictures(data, scores_CI, pair, chosen_CI))
+    text, image, group = (bool(hit[0]) for hit in pair_hits(scores_CI[None]))
+    title = f"text {'right' if text else 'wrong'}, image {'right' if image else 'wrong'}"
+    return Example(title, group, pair_pictures(data, scores_CI, pair, chosen_CI))
 
 
 PROTOCOL = Protocol(

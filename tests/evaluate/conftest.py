@@ -19,6 +19,7 @@ from sail_align.align.checkpoint import Run
 from sail_align.align.settings import FitSettings
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.encoders import Encoders
+from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.extract.encoders.base import EncoderSpec, Identity
 from sail_align.extract.encoders.preprocessing import frame
 from sail_align.extract.manifest import find_manifest
@@ -100,6 +101,26 @@ def run(tmp_path):
     settings |= {"training_rows": 1234, "held_out_rows": 56}
     (folder / "settings.json").write_text(json.dumps(settings))
     return Run(folder, PlainHeads(), ColourVision.identity, ColourText.identity, settings, "d" * 64)
+
+
+@pytest.fixture
+def scored(world, run):
+    """Score the run on a set of each kind that has something to look at, and give it curves; return its folder."""
+    folders = [("red", "red"), ("green", "green"), ("blue", "red")]
+    captions = [("red", "red <b>&"), ("green", "green"), ("blue", "blue")]
+    manifests = [
+        world.class_folders("squares", folders, {"kind": "classification"}),
+        world.squares("caps", captions, {"kind": "retrieval"}),
+        world.squares("pairs", [("red", "red"), ("green", "green")], {"kind": "winoground"}),
+        world.halves("halves", [("red", "green")], {"kind": "segmentation"}),
+    ]
+    steps = [{"kind": "train", "step": step, "loss": 5 / (1 + step)} for step in range(10)]
+    heldout = [{"kind": "heldout", "step": step, "loss": 1.0, "t2i_r1": 9.0 * step, "i2t_r1": 8.0} for step in (0, 9)]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps + heldout))
+    sets = [find_manifest(str(path)) for path in manifests]
+    for record in evaluate_sets(run, sets, features=world.folder / "features", quiet=True):
+        assert "error" not in record
+    return run.path
 
 
 @pytest.fixture

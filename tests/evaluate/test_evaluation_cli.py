@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -190,6 +191,28 @@ def test_report_is_written_again_from_the_runs_folder(sail_eval, squares, run):
     assert (run.path / "report.html").read_bytes() == first
 
 
+@pytest.mark.parametrize(("ending", "begins"), [("html", "<!doctype"), ("md", "| "), ("tex", "% "), ("csv", "model,")])
+def test_runs_are_written_side_by_side_as_the_ending_says(sail_eval, squares, run, tmp_path, ending, begins):
+    sail_eval("all", "--manifest", squares, "--quiet")
+    shutil.copytree(run.path, tmp_path / "other")
+    code, out, _ = sail_eval("report", run.path, tmp_path / "other", "--out", tmp_path / "new" / f"table.{ending}")
+    assert (code, out) == (0, f"wrote {tmp_path / 'new' / f'table.{ending}'}\n")
+    written = (tmp_path / "new" / f"table.{ending}").read_text()
+    assert written.startswith(begins)
+    assert "colours-linear" in written
+    assert "other" in written
+
+
+def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path):
+    sail_eval("all", "--manifest", squares, "--quiet")
+    shutil.copytree(run.path, tmp_path / "other")
+    code, out, _ = sail_eval("report", run.path, tmp_path / "other")
+    assert code == 0
+    assert [line.split() for line in out.splitlines()[:2]] == [["squares"], ["model", "top-1", "(a)"]]
+    assert out.count("100.0 ± 0.0") == 2
+    assert f"wrote {tmp_path / 'other' / 'report.html'}" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -205,11 +228,19 @@ def test_report_is_written_again_from_the_runs_folder(sail_eval, squares, run):
             "'squares' are not under nowhere; `sail-extract check /",
         ),
         (["report", "RUN"], "has no scores.json; run `sail-eval all --run"),
+        (
+            ["report", "SCORED", "--out", "table.docx"],
+            "No report has the ending '.docx'; name a file that ends in .html,",
+        ),
+        (["report", "SCORED", "--out", "/dev/null/table.md"], "/dev/null/table.md cannot be written ("),
         (["all", "--manifest", "SQUARES", "--device", "cuda:9"], "Device 'cuda:9' is not available here"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(sail_eval, squares, run, arguments, sentence):
     named = {"SQUARES": squares, "RUN": run.path}
+    if "SCORED" in arguments:
+        sail_eval("all", "--manifest", squares, "--quiet")
+        named["SCORED"] = run.path
     code, _, err = sail_eval(*(named.get(argument, argument) for argument in arguments))
     assert code == 2
     assert err.startswith("error: ")

@@ -5,15 +5,15 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from sail_align.align.charts import Series, line_chart, log_ticks, ticks
-from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report import write_report
-from sail_align.extract.manifest import find_manifest
 
 
 class Page(HTMLParser):
@@ -44,33 +44,21 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(world, run):
-    manifests = [
-        world.class_folders("squares", [("red", "red"), ("green", "green")], {"kind": "classification"}),
-        world.squares("caps", [("red", "red <b>&"), ("green", "green"), ("blue", "blue")], {"kind": "retrieval"}),
-        world.squares("pairs", [("red", "red"), ("green", "green")], {"kind": "winoground"}),
-        world.halves("halves", [("red", "green")], {"kind": "segmentation"}),
-    ]
-    steps = [{"kind": "train", "step": step, "loss": 5 / (1 + step)} for step in range(10)]
-    heldout = [{"kind": "heldout", "step": step, "loss": 1.0, "t2i_r1": 9.0 * step, "i2t_r1": 8.0} for step in (0, 9)]
-    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps + heldout))
-    sets = [find_manifest(str(path)) for path in manifests]
-    for record in evaluate_sets(run, sets, features=world.folder / "features", quiet=True):
-        assert "error" not in record
-    return Page(write_report(run.path).read_text())
+def page(scored):
+    return Page(write_report(scored).read_text())
 
 
 def test_nothing_is_loaded_from_elsewhere(page):
     for tag, attributes in page.tags:
         for name in ("src", "href", "data", "srcset"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes[name][:80])
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes[name][:80])
     assert not page.all("script")
     assert not page.all("link")
 
 
 def test_every_picture_is_whole_and_has_an_alternative_text(page):
     pictures = page.all("img")
-    assert len(pictures) == 2 + 3 * 3 + 2 + 4
+    assert len(pictures) == 3 + 3 * 3 + 2 + 4
     for picture in pictures:
         assert picture["alt"]
         image = Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2])))
@@ -83,7 +71,7 @@ def test_the_table_has_chance_and_interval_of_every_metric(page, run):
         assert f"n = {record['items']}" in text
         for metric in record["metrics"]:
             low, high = metric["interval"]
-            assert re.search(rf"{re.escape(metric['label'])} {metric['value']:.1f} .* {low:.1f} – {high:.1f}", text)
+            assert re.search(rf"{re.escape(metric['label'])} \S+ {metric['value']:.1f} {low:.1f} – {high:.1f}", text)
 
 
 def test_the_head_of_the_page_says_what_was_trained_on_what(page):
@@ -96,6 +84,61 @@ def test_the_head_of_the_page_says_what_was_trained_on_what(page):
         "colours.zarr cccc",
     ):
         assert fact in text
+
+
+def test_headings_are_in_order_and_tables_name_their_cells(page):
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
+    assert len(page.all("caption")) == len(page.all("table")) > 3
+    assert all("scope" in attributes for attributes in page.all("th"))
+    assert dict(page.tags)["html"]["lang"] == "en"
+
+
+def test_a_keyboard_reaches_the_scores_and_all_that_scrolls(page):
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert links[0] == "#main"
+    assert {link.removeprefix("#") for link in links} <= ids
+    for attributes in page.all("div"):
+        if "scroll" in attributes.get("class", "").split() and "role" in attributes:
+            assert attributes["tabindex"] == "0"
+            assert attributes["aria-label"]
+
+
+def test_confusions_are_counted(page):
+    assert "blue red 1 of 1" in " ".join(" ".join(page.text).split())
+
+
+COLOURS = re.compile(r"--([\w-]+): (#[0-9a-f]{6});")
+
+
+def contrast(first, second):
+    """WCAG 2.2, relative luminance and contrast ratio."""
+
+    def luminance(colour):
+        channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    brighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_marks_can_be_told_from_what_is_behind_them(scheme):
+    """4.5 for text, 3 for what is drawn: the levels of WCAG's AA."""
+    sheet = (resources.files("sail_align.evaluate") / "report.css").read_text()
+    light, dark = sheet.split("@media (prefers-color-scheme: dark)", 1)
+    colours = dict(COLOURS.findall(light if scheme == "light" else dark.split("}", 1)[0]))
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert set(colours) == set(dict(COLOURS.findall(light)))
+    for behind in ("page", "card"):
+        for text in ("ink", "soft", "right", "wrong"):
+            assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+        for drawn in ("chance", "focus", "reported", *(f"line-{number}" for number in range(1, 7))):
+            assert contrast(colours[drawn], colours[behind]) >= 3, (drawn, behind)
 
 
 def test_curves_are_drawn_from_the_metrics_file(page):

@@ -1,0 +1,166 @@
+"""An overview of runs as plain text, Markdown and LaTeX, and every number of theirs as CSV."""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from sail_align.align.table import markdown_table
+from sail_align.evaluate.overview import Overview, Panel, Row, ScoredRun, key_of
+from sail_align.evaluate.reported import reported
+from sail_align.evaluate.scores import Record, unexpected
+from sail_align.evaluate.table import aligned, number
+
+REPORTED = "reported by the paper, not measured here"
+HOW_TO_READ = "Per cent; ± is half of the 95 % bootstrap interval."
+FIELDS = (
+    "model", "origin", "data set", "task", "protocol", "metric", "score", "low", "high", "chance", "unit", "n",
+    "data digest", "run digest", "image encoder", "text encoder", "error",
+)  # fmt: skip
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "→": r"$\to$", "–": "--", "…": r"\ldots{}",
+    "×": r"$\times$", "±": r"$\pm$", "−": "$-$", "\n": " ",
+}  # fmt: skip
+
+
+def text(shown: Overview) -> str:
+    """Return the tables as aligned columns, and the notes below."""
+    tables = [
+        aligned(
+            ("model", *(f"{column.dataset}\n{column.label} ({column.mark})" for column in panel.columns)),
+            [(_name(row), *cells(row)) for row in panel.rows],
+        )
+        for panel in shown.panels
+    ]
+    return "\n\n".join([*tables, "\n".join(_below(shown))])
+
+
+def markdown(shown: Overview) -> str:
+    """Return the tables as pipe tables, and the notes below."""
+    tables = [
+        markdown_table(
+            ["model", *(_plain(f"{column.dataset}<br>{column.label} ({column.mark})") for column in panel.columns)],
+            [[_plain(_name(row)), *cells(row)] for row in panel.rows],
+        )
+        for panel in shown.panels
+    ]
+    return "\n\n".join([*tables, *(f"- {_plain(line)}" for line in _below(shown))]).replace("\n\n- ", "\n- ") + "\n"
+
+
+def latex(shown: Overview) -> str:
+    """Return the tables for `booktabs`, each with its notes, and all text escaped."""
+    notes = [rf"$^{{{mark}}}$~{{\ttfamily {_breakable(said)}}}" for mark, said in shown.notes]
+    notes += [_tex(line) for line in (HOW_TO_READ, *shown.faults)]
+    below = "\n".join(rf"{{\footnotesize\raggedright {note}\par}}" for note in notes)
+    return (
+        "\n\n".join(
+            ["% Written by sail-eval report. Needs \\usepackage{booktabs}.", *map(_tabular, shown.panels), below]
+        )
+        + "\n"
+    )
+
+
+def comma_separated(runs: Sequence[ScoredRun]) -> str:
+    """Return every metric of every record of the runs, one a line, and what papers report of the same protocols."""
+    rows = [row for run in runs for record in run.scores["records"] for row in _lines(run, record)]
+    records = {key_of(record): record for run in runs for record in run.records if not unexpected(record)}
+    for model in reported():
+        for (protocol, metric), value in model.scores.items():
+            if record := next((each for each in records.values() if each["protocol"] == protocol), None):
+                origin = {"model": model.name, "origin": f"reported: {model.source}"}
+                rows.append({**origin, **_about(record), "metric": metric, "score": value, "unit": "%"})
+    written = io.StringIO()
+    table = csv.DictWriter(written, FIELDS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return written.getvalue()
+
+
+def cells(row: Row) -> list[str]:
+    """Return a row's scores as text: reported ones with the digits that were published."""
+
+    def cell(value: float | None, bounds: Sequence[float] | None) -> str:
+        if value is None:
+            return "–"
+        if row.kind == "reported":
+            return f"{value:.1f}" if round(value, 1) == value else f"{value:g}"
+        return number(value) + (f" ± {(bounds[1] - bounds[0]) / 2:.1f}" if bounds else "")
+
+    return [cell(*each) for each in row.cells]
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} *" if row.kind == "reported" else row.name
+
+
+def _below(shown: Overview) -> list[str]:
+    lines = [f"({mark}) {said}" for mark, said in shown.notes]
+    return [*lines, HOW_TO_READ, *([f"* {REPORTED}."] if shown.with_reported else []), *shown.faults]
+
+
+def _plain(words: str) -> str:
+    """Return words as Markdown that shows them as they are; `<br>` is kept."""
+    return re.sub(r"<(?!br>)|[\\`*_|\[\]]", lambda found: "\\" + found[0], " ".join(words.split()))
+
+
+def _tex(words: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in words)
+
+
+def _breakable(words: str) -> str:
+    return _tex(words).replace("/", r"/\allowbreak{}")
+
+
+def _tabular(panel: Panel) -> str:
+    groups, rules, first = [], [], 2
+    for mark, columns in groupby(panel.columns, key=lambda column: column.mark):
+        group = list(columns)
+        groups.append(rf"\multicolumn{{{len(group)}}}{{c}}{{{_tex(group[0].dataset)}$^{{{mark}}}$}}")
+        rules.append(rf"\cmidrule(lr){{{first}-{first + len(group) - 1}}}")
+        first += len(group)
+    lines = [
+        rf"\begin{{tabular}}{{l{'r' * len(panel.columns)}}}",
+        r"\toprule",
+        f" & {' & '.join(groups)} \\\\",
+        " ".join(rules),
+        " & ".join(["model", *(_tex(column.label) for column in panel.columns)]) + r" \\",
+    ]
+    for kind, rows in groupby(panel.rows, key=lambda row: row.kind):
+        lines.append(r"\midrule")
+        if kind == "reported":
+            lines.append(rf"\multicolumn{{{len(panel.columns) + 1}}}{{l}}{{\emph{{{REPORTED}}}}} \\")
+        lines += [" & ".join(map(_tex, [row.name, *cells(row)])) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _about(record: Record) -> dict[str, object]:
+    data = record.get("data", {})
+    return {
+        "data set": record["dataset"],
+        "task": record["task"],
+        "protocol": record.get("protocol", ""),
+        "n": record.get("items", ""),
+        "data digest": data.get("digest", ""),
+    }
+
+
+def _lines(run: ScoredRun, record: Record) -> list[dict[str, object]]:
+    about = {"model": run.name, "origin": "measured", **_about(record)}
+    if "error" in record:
+        return [{**about, "error": record["error"]}]
+    encoders = record["encoders"]
+    about |= {"run digest": record["run"], "image encoder": encoders["image"], "text encoder": encoders["text"]}
+    lines = []
+    for metric in record["metrics"]:
+        low, high = metric.get("interval") or ("", "")
+        scored = {
+            "metric": metric["name"],
+            "score": metric["value"],
+            "chance": metric["chance"],
+            "unit": metric["unit"],
+        }
+        lines.append({**about, **scored, "low": low, "high": high})
+    return lines

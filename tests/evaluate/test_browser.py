@@ -1,0 +1,111 @@
+"""The report in a browser: nothing fails to load, nothing is complained of, and what should be there is there."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from itertools import chain
+
+import pytest
+
+from sail_align.evaluate.overview import read_runs
+from sail_align.evaluate.report import page, write_report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} is on PATH")
+
+POLICY = "default-src 'none';"
+PROBE = """<script>
+const problems = [];
+const said = what => problems.push(what);
+addEventListener("error", event => said(event.message || `cannot load ${event.target.src || event.target.href}`), true);
+addEventListener("securitypolicyviolation", event => said(`may not load ${event.blockedURI}`));
+addEventListener("load", () => {
+  const found = {
+    problems,
+    pictures: [...document.images].map(each => each.naturalWidth),
+    tables: [...document.querySelectorAll("table")].map(each => [each.caption.innerText, each.rows.length]),
+    charts: [...document.querySelectorAll("svg")].map(each => each.getBoundingClientRect().height),
+    width: [document.documentElement.scrollWidth, innerWidth],
+    background: getComputedStyle(document.body).backgroundColor,
+  };
+  const written = document.createElement("pre");
+  written.id = "found";
+  written.textContent = JSON.stringify(found);
+  document.body.append(written);
+});
+</script>"""
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Open a page of a width, return what a probe in it found, and all that the console says."""
+
+    def open_page(html, width=1280, *options):
+        assert html.count("<head>") == 1
+        probed = html.replace("<head>", f"<head>{PROBE}").replace(POLICY, f"{POLICY} script-src 'unsafe-inline';")
+        (tmp_path / "page.html").write_text(probed)
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        command += ["--virtual-time-budget=5000", "--enable-logging=stderr", f"--window-size={width},900", *options]
+        command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        found = json.loads(unescape(re.search('<pre id="found">(.*?)</pre>', ended.stdout, re.DOTALL)[1]))
+        return found, [line for line in ended.stderr.splitlines() if ":CONSOLE" in line]
+
+    return open_page
+
+
+@pytest.fixture
+def two(scored):
+    """The page of a run and another with the same scores, next to a set of the first's that failed."""
+    other = scored.with_name("other & co")
+    shutil.copytree(scored, other)
+    scores = json.loads((scored / "scores.json").read_bytes())
+    scores["records"].append({"dataset": "broken", "title": "B", "task": "mmvp", "error": "<b>no such file</b>"})
+    (scored / "scores.json").write_text(json.dumps(scores))
+    return page(read_runs([scored, other]))
+
+
+def test_the_page_opens_without_a_complaint_and_shows_its_pictures_and_tables(scored, opened):
+    found, console = opened(write_report(scored).read_text())
+    assert (found["problems"], console) == ([], [])
+    assert len(found["pictures"]) == 3 + 3 * 3 + 2 + 4
+    assert all(width > 0 for width in found["pictures"])
+    rows = dict(found["tables"])
+    assert rows["Every metric, per cent or ranks from 1, with its 95 % interval over images or pairs"] == 1 + 4 + 18
+    assert rows["Most frequent confusions"] == 2
+    assert found["charts"]
+
+
+def test_two_runs_stand_side_by_side(two, opened):
+    found, console = opened(two)
+    assert (found["problems"], console) == ([], [])
+    assert len(found["pictures"]) == 2 * (3 + 3 * 3 + 2 + 4)
+    assert all(width > 0 for width in found["pictures"])
+    assert "Models side by side. Per cent; ± is half of the 95 % bootstrap interval." in dict(found["tables"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_window_scrolls_only_down_in_either_scheme(two, opened, scheme):
+    found, _ = opened(two, 500, f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}")
+    wide, shown = found["width"]
+    assert wide <= shown <= 500
+    channels = [int(value) for value in re.findall(r"\d+", found["background"])]
+    assert (sum(channels) > 3 * 128) == (scheme == "light")
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ('<img src="https://example.org/a.png" alt="a">', "may not load https://example.org/a.png"),
+        ('<img src="data:image/png;base64,AAAA" alt="a">', "cannot load data:image/png;base64,AAAA"),
+        ("<script>nothing.here</script>", "Uncaught ReferenceError: nothing is not defined"),
+        ("<script>console.error('mind this')</script>", "mind this"),
+    ],
+)
+def test_a_faulty_page_would_be_found(opened, fault, complaint):
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY} img-src data:">'
+    found, console = opened(f"<html><head>{policy}</head>{fault}</html>")
+    assert any(complaint in said for said in chain(found["problems"], console))

@@ -1,0 +1,216 @@
+"""Runs side by side in every format, beside what the paper reports; the records are made by hand."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from sail_align.evaluate.formats import comma_separated, latex, markdown, text
+from sail_align.evaluate.overview import WIDTH, overview, read_runs
+from sail_align.evaluate.reported import reported
+from sail_align.evaluate.scores import SCHEMA
+from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.extract import published
+from sail_align.extract.manifest import find_manifest
+
+WINOGROUND = "winoground/strict@1/winoground/captions=all"
+NASTY = r"50% & a_b #1|{x}^~\<b>*"
+
+
+def metric(name, value, chance=25.0, interval=(1.0, 4.5), unit="%", label=None):
+    shown = {"name": name, "label": label or name, "value": value, "chance": chance, "unit": unit}
+    return {**shown, **({"interval": list(interval)} if interval else {})}
+
+
+def record(task, protocol, metrics, *, digest="a" * 64, rows=800, expected=800, **fields):
+    return {
+        "dataset": protocol.split("/")[2],
+        "title": "T",
+        "task": task,
+        "protocol": protocol,
+        "items": 400,
+        "data": {"digest": digest, "rows": rows, "expected_rows": expected, "captions": 1, "expected_captions": None},
+        "metrics": metrics,
+        "details": {},
+        "run": "r" * 64,
+        "encoders": {"image": "i" * 64, "text": "t" * 64},
+        **fields,
+    }
+
+
+def winoground(**fields):
+    metrics = [metric("text", 30.5), metric("image", 12.25, interval=None), metric("group", 9.0, 100 / 6)]
+    return record("winoground", WINOGROUND, metrics, **fields)
+
+
+def top1(templates="openai-80", value=61.2):
+    return record(
+        "classification", f"classification/prompt-ensemble@2/birds/templates={templates}", [metric("top1", value)]
+    )
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Give a function that writes runs of these records and reads them."""
+
+    def write(**records):
+        paths = []
+        for name, own in records.items():
+            paths.append(tmp_path / name)
+            paths[-1].mkdir(parents=True, exist_ok=True)
+            scores = {"schema": SCHEMA, "run": {"name": name, "digest": "r" * 64, "unfinished": ""}, "records": own}
+            (paths[-1] / "scores.json").write_text(json.dumps(scores))
+        return read_runs(paths)
+
+    return write
+
+
+def rows_of(shown, panel=0):
+    return {row.name: row for row in shown.panels[panel].rows}
+
+
+def test_the_papers_protocols_are_those_of_the_packaged_manifests():
+    """Were one of ours to change, the paper's numbers would stand beside nothing; this finds it."""
+
+    def protocol(name, variant=None):
+        about, _ = find_manifest(name)
+        rule = PROTOCOLS[about.task.kind]
+        about = rule.variant(about, variant) if variant else about
+        named = getattr(about.source, "classes", None) or []
+        listed = (
+            published.class_names
+            if named and ":" in named
+            else lambda table: list(published.label_names(table).values())
+        )
+        source = SimpleNamespace(classes=listed(named) if named else [])
+        return rule.id(SimpleNamespace(manifest=about, task=about.task, source=source))
+
+    ours = {
+        protocol(name) for name in ("imagenet1k", "coco-karpathy", "flickr30k", "winoground", "mmvp", "voc20-authors")
+    }
+    ours |= {protocol(name, "authors-normalisation") for name in ("ade20k", "coco-stuff")}
+    assert {protocol for model in reported() for protocol, _ in model.scores} == ours
+
+
+def test_the_papers_models_stand_beside_the_same_protocol_alone(runs):
+    other = record(
+        "winoground", WINOGROUND + "/prompt=a-{}", [metric(name, 1.0) for name in ("text", "image", "group")]
+    )
+    rows = rows_of(overview(runs(ours=[winoground(), other])))
+    assert [value for value, _ in rows["SAIL, 7.4M pairs (SAIL's table 2)"].cells] == [33.25, 13, 11, None, None, None]
+    assert [value for value, _ in rows["ours"].cells] == [30.5, 12.25, 9.0, 1.0, 1.0, 1.0]
+    assert [value for value, _ in rows["chance"].cells][:3] == [25, 25, 100 / 6]
+
+
+def test_a_set_with_other_counts_is_not_the_papers(runs):
+    shown = overview(runs(ours=[winoground(rows=798)]))
+    assert not shown.with_reported
+    assert shown.faults == ["winoground has 798 rows, not 800: its scores are of another set."]
+
+
+def test_two_protocols_or_other_data_are_two_columns(runs):
+    of_other_data = record("winoground", WINOGROUND, winoground()["metrics"], digest="b" * 64)
+    shown = overview(runs(a=[top1("openai-80"), winoground()], b=[top1("class-name", 50.0), of_other_data]))
+    assert [row.cells[0][0] for row in shown.panels[0].rows[:2]] == [61.2, None]
+    rows = [row for panel in shown.panels for row in panel.rows if row.name in ("a", "b")]
+    assert all(sum(row.cells[at][0] is not None for row in rows[:2]) == 1 for at in range(len(rows[0].cells)))
+    assert len({mark for mark, _ in shown.notes}) == 4
+
+
+def test_many_columns_are_several_tables_and_a_protocol_stays_whole(runs):
+    many = [
+        winoground() | {"protocol": f"winoground/strict@1/set{i}/captions=all", "dataset": f"set{i}"} for i in range(40)
+    ]
+    shown = overview(runs(ours=many))
+    assert sum(len(panel.columns) for panel in shown.panels) == 120
+    for panel in shown.panels:
+        assert len(panel.columns) <= WIDTH
+        assert len(panel.columns) % 3 == 0
+    assert [mark for mark, _ in shown.notes][25:28] == ["z", "aa", "ab"]
+
+
+def test_markdown_has_every_cell_where_it_belongs(runs):
+    error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": "a|b is corrupt"}
+    shown = markdown(overview(runs(**{NASTY: [winoground(), error]})))
+    table = [line for line in shown.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+    assert {len(row) for row in cells} == {4}
+    assert cells[0] == ["model", "winoground<br>text (a)", "winoground<br>image (a)", "winoground<br>group (a)"]
+    unescaped = re.sub(r"\\(.)", r"\1", cells[2][0])
+    assert (unescaped, cells[2][1:]) == (NASTY, ["30.5 ± 1.8", "12.2", "9.0 ± 1.8"])
+    assert cells[5] == [r"SAIL, 7.4M pairs (SAIL's table 2) \*", "33.25", "13.0", "11.0"]
+    assert cells[-1] == ["chance", "25.0", "25.0", "16.7"]
+    assert f"- (a) {WINOGROUND}, n = 400, data aaaaaaaaaaaa" in shown
+    assert r"coco-karpathy (retrieval) was not scored with" in shown
+    assert r"a\|b is corrupt" in shown
+    assert "reported by the paper, not measured here" in shown
+
+
+def test_text_is_aligned(runs):
+    lines = text(overview(runs(ours=[winoground()]))).splitlines()
+    assert lines[0].split() == ["winoground"] * 3
+    assert lines[1].split() == ["model", "text", "(a)", "image", "(a)", "group", "(a)"]
+    assert lines[3].startswith("ours ")
+    ends = {len(line) for line in (lines[0], lines[1], lines[2], lines[4])}
+    assert len(ends) == 1
+
+
+def test_latex_escapes_what_would_not_compile(runs, tmp_path):
+    written = latex(overview(runs(**{NASTY: [winoground()], "other": [top1()]})))
+    assert r"50\% \& a\_b \#1\textbar{}\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}\textless{}b" in written
+    assert r"\multicolumn{3}{c}{winoground$^{a}$} & \multicolumn{1}{c}{birds$^{b}$} \\" in written
+    assert r"\cmidrule(lr){2-4} \cmidrule(lr){5-5}" in written
+    assert r"30.5 $\pm$ 1.8 & 12.2 & 9.0 $\pm$ 1.8 & -- \\" in written
+    assert r"winoground/\allowbreak{}strict@1/\allowbreak{}winoground" in written
+    for line in written.splitlines():
+        bare = re.sub(r"\\[&%$#_{}\\]|\\\\", "", line)
+        assert bare.count("{") == bare.count("}"), line
+        assert bare.count("$") % 2 == 0, line
+        if "&" in bare:
+            spanned = sum(int(span) - 1 for span in re.findall(r"multicolumn{(\d)}", line))
+            assert bare.count("&") + spanned == 4, line
+    assert written.isascii()
+    if shutil.which("pdflatex"):
+        head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+        (tmp_path / "page.tex").write_text(head + written + r"\end{document}")
+        subprocess.run(["pdflatex", "-halt-on-error", "page.tex"], cwd=tmp_path, check=True)
+
+
+def test_csv_has_one_row_for_each_run_set_and_metric(runs):
+    error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": 'a "broken", file'}
+    rows = list(csv.DictReader(io.StringIO(comma_separated(runs(**{NASTY: [winoground(), error]}, b=[top1()])))))
+    measured = [row for row in rows if row["origin"] == "measured"]
+    assert [(row["model"], row["data set"], row["metric"]) for row in measured] == [
+        (NASTY, "winoground", "text"),
+        (NASTY, "winoground", "image"),
+        (NASTY, "winoground", "group"),
+        (NASTY, "coco-karpathy", ""),
+        ("b", "birds", "top1"),
+    ]
+    first, without_interval, _, failed, _ = measured
+    assert [first[name] for name in ("score", "low", "high", "chance", "n")] == ["30.5", "1.0", "4.5", "25.0", "400"]
+    assert (first["protocol"], first["data digest"], first["run digest"]) == (WINOGROUND, "a" * 64, "r" * 64)
+    assert (first["image encoder"], first["text encoder"]) == ("i" * 64, "t" * 64)
+    assert (without_interval["low"], without_interval["high"]) == ("", "")
+    assert (failed["error"], failed["score"]) == ('a "broken", file', "")
+    told = {(row["model"], row["metric"]): row for row in rows if row["origin"] != "measured"}
+    assert len(told) == 6 * 3
+    assert told["SAIL, 7.4M pairs", "text"]["score"] == "33.25"
+    assert told["SAIL, 7.4M pairs", "text"]["origin"] == "reported: SAIL's table 2"
+    assert {row["protocol"] for row in told.values()} == {WINOGROUND}
+
+
+def test_runs_of_one_name_are_told_apart_and_one_named_twice_is_one(tmp_path):
+    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for path in paths:
+        path.mkdir(parents=True)
+        scores = {"schema": SCHEMA, "run": {"unfinished": "unfinished: step 1 of 9"}, "records": [top1()]}
+        (path / "scores.json").write_text(json.dumps(scores))
+    assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
+    assert [run.name for run in read_runs([paths[0], tmp_path / "b" / ".." / "a" / "run"])] == ["run"]
+    assert "run (unfinished: step 1 of 9)" in rows_of(overview(read_runs(paths[:1])))
