@@ -7,7 +7,8 @@ A synthetic store of 2,048 + 2 × 1,024 dimensions is made in a temporary folder
 for comparison. Measured are
 
 - warm, all files in the page cache: the stream against `np.memmap` of the plain files read in blocks in random order,
-  with as many threads, and against zarr-python reading the store's chunks in random order;
+  or row by row in the stream's own order, and against zarr-python reading the store's chunks in random order, all with
+  as many threads and into as many batches in turn;
 - cold, the page cache dropped by fadvise: the stream against `readinto` of the store's files one after the other;
 - the time from a stream's construction to its first batch, and the private memory while it is read.
 """
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -72,16 +74,18 @@ def report(folder: Path, batch_size: int, rounds: int) -> None:
     print(f"a batch of {batch_size:,} pairs is {batch:.2f} GB")
     for name, values in middle.items():
         print(f"{name:12s} {values['rate']:.2f} GB/s")
-    warm_, cold = middle["stream"], middle["stream cold"]
+    warm_, cold, blocks = middle["stream"], middle["stream cold"], middle["memmap"]["rate"]
     bound = 3 * batch + 0.1
     lines = [
-        ("warm: stream / memmap in blocks", warm_["rate"] / middle["memmap"]["rate"], ">=", 0.9),
+        ("warm: stream / memmap in blocks", warm_["rate"] / blocks, ">=", 0.9),
         ("warm: stream / zarr-python", warm_["rate"] / middle["zarr"]["rate"], ">=", 4),
         ("cold: stream / readinto", cold["rate"] / middle["files cold"]["rate"], ">=", 1),
         ("warm: seconds to the first batch", warm_["first"], "<=", 1),
         ("cold: seconds to the first batch", cold["first"], "<=", 1),
         (f"private memory in GB, (prefetch + 1) batches + 0.1 = {bound:.2f}", warm_["private"], "<=", bound),
     ]
+    rows = middle["memmap rows"]["rate"]
+    print(f"warm: stream / memmap by rows {warm_['rate'] / rows:.2f}, memmap by rows / in blocks {rows / blocks:.2f}")
     for what, value, sign, goal in lines:
         met = value >= goal if sign == ">=" else value <= goal
         print(f"{what}: {value:.2f} (goal {sign} {goal:.3g}: {'met' if met else 'missed'})")
@@ -114,6 +118,30 @@ def memmap(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     return {"rate": in_blocks(arrays, batch_size, epochs, GATHER_THREADS)}
 
 
+def memmap_rows(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
+    """Copy the very rows that the stream serves out of the plain files: the same work without a store."""
+    from sail_align.align.order import Order, StreamState
+    from sail_align.align.stream import BUFFER_ROWS, GATHER_THREADS
+
+    arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
+    counts = np.diff([*range(0, len(arrays[0]), BLOCK), len(arrays[0])])
+    order = Order(counts, batch_size=batch_size, seed=0, buffer_rows=BUFFER_ROWS)
+    batches = [[np.empty((batch_size, array.shape[1]), np.float16) for array in arrays] for _ in range(BUFFERS)]
+    state, times = StreamState.start(), [time.perf_counter()]
+    with ThreadPoolExecutor(GATHER_THREADS) as pool:
+        for number in range(epochs * order.batches_per_epoch):
+            numbers, batch = order.batch(state), batches[number % BUFFERS]
+
+            def copy(part: slice, numbers: Any = numbers, batch: list[Any] = batch) -> None:
+                for array, out in zip(arrays, batch, strict=True):
+                    np.take(array, numbers[part], axis=0, out=out[part], mode="clip")
+
+            list(pool.map(copy, (slice(at, at + BLOCK) for at in range(0, batch_size, BLOCK))))
+            times.append(time.perf_counter())
+            state = order.following(state)
+    return {"rate": rate(times, batch_size, epochs)}
+
+
 def with_zarr(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     """Read the store's chunks in random order through zarr-python, with the stream's number of threads."""
     import zarr
@@ -127,13 +155,13 @@ def with_zarr(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 
 def in_blocks(arrays: list[Any], batch_size: int, epochs: int, threads: int) -> float:
-    """Return GB/s at which epochs of the arrays are copied, in blocks in random order, into a batch that is reused."""
+    """Return GB/s at which epochs of the arrays are copied, in random blocks, into batches that are reused in turn."""
     rows = arrays[0].shape[0]
-    batch = [np.empty((batch_size, array.shape[1]), np.float16) for array in arrays]
+    batches = [[np.empty((batch_size, array.shape[1]), np.float16) for array in arrays] for _ in range(BUFFERS)]
     per_batch = batch_size // BLOCK
 
-    def copy(place: int, block: int) -> None:
-        for array, out in zip(arrays, batch, strict=True):
+    def copy(number: int, place: int, block: int) -> None:
+        for array, out in zip(arrays, batches[number % BUFFERS], strict=True):
             out[place * BLOCK : (place + 1) * BLOCK] = array[block * BLOCK : (block + 1) * BLOCK]
 
     times = [time.perf_counter()]
@@ -141,7 +169,8 @@ def in_blocks(arrays: list[Any], batch_size: int, epochs: int, threads: int) -> 
         for epoch in range(epochs):
             order = np.random.default_rng(epoch).permutation(rows // BLOCK).tolist()
             for start in range(0, len(order) - per_batch + 1, per_batch):
-                list(pool.map(copy, range(per_batch), order[start : start + per_batch]))
+                blocks = order[start : start + per_batch]
+                list(pool.map(copy, repeat(len(times)), range(per_batch), blocks))
                 times.append(time.perf_counter())
     return rate(times, batch_size, epochs)
 
@@ -171,6 +200,7 @@ def files_cold(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 MEASURES: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
     "stream": stream,
     "memmap": memmap,
+    "memmap rows": memmap_rows,
     "zarr": with_zarr,
     "stream cold": stream,
     "files cold": files_cold,
