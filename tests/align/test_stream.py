@@ -166,11 +166,18 @@ def compress(path):
         zarr.create_array(features, data=kept[0], shards=kept[1], chunks=kept[2], fill_value=np.nan)
 
 
-def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pair_of_stores, monkeypatch):
+@pytest.mark.parametrize("zarrs", [True, False])
+def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pair_of_stores, monkeypatch, zarrs):
+    if zarrs:
+        pytest.importorskip("zarrs")
+    else:
+        monkeypatch.setattr("sail_align.extract.features.find_spec", lambda _: None)
     mapped = epoch(stream_of(pair_of_stores), 2)
     for path in pair_of_stores:
         compress(path)
     stream = stream_of(pair_of_stores)
+    pipeline = stream._pairs[0].image._features.async_array.codec_pipeline
+    assert type(pipeline).__name__ == ("ZarrsCodecPipeline" if zarrs else "BatchedCodecPipeline")
     read, most = [], 0
     original = FeatureArray.chunk
     monkeypatch.setattr(FeatureArray, "chunk", lambda self, number: read.append(number) or original(self, number))
