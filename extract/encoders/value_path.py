@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_VALUES, _OUT = ("v_proj", "qkv"), ("o_proj", "proj")
+_VALUES, _OUT = ("v_proj", "qkv"), ("o_proj", "proj", "out_proj")
 
 
 class NoValuePathError(Exception):

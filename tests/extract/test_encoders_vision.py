@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from tiny_models import normalised, random_pixels, save_image_processor, save_randomised
 from transformers import (
     BitImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     ConvNextConfig,
     ConvNextModel,
     Dinov2Config,
@@ -155,6 +157,25 @@ def test_without_the_last_attention_a_patch_is_its_own_value(kind, tmp_path):
         x_BTD = before[0][:, 1 + REGISTERS[kind] :]
         x_BTD = x_BTD + block.layer_scale1(block.attention.o_proj(block.attention.v_proj(block.norm1(x_BTD))))
         x_BTD = model.layernorm(x_BTD + block.layer_scale2(block.mlp(block.norm2(x_BTD))))
+    dense = load_image_encoder(f"hf:{tmp_path}", pooling="mean").encode_dense(pixels, last_attention=False)
+    torch.testing.assert_close(dense.flatten(1, 2), x_BTD, rtol=1e-4, atol=1e-4)
+
+
+def test_clips_own_tower_is_read_as_maskclip_reads_it(tmp_path):
+    """The same, of transformers' CLIP; its last norm is the class token's alone there."""
+    config = CLIPVisionConfig(**TINY, intermediate_size=64, image_size=56, patch_size=14)
+    model = save_randomised(CLIPVisionModel(config), tmp_path)
+    save_image_processor(tmp_path)
+    pixels, before = random_pixels(2, 56, 56, seed=5), []
+    block = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
+    block.register_forward_pre_hook(
+        lambda _, inputs, named: before.append((*inputs, *named.values())[0]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        model(normalised(pixels, IMAGENET_MEAN, IMAGENET_STD))
+        x_BTD = before[0][:, 1:]
+        x_BTD = x_BTD + block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(x_BTD)))
+        x_BTD = x_BTD + block.mlp(block.layer_norm2(x_BTD))
     dense = load_image_encoder(f"hf:{tmp_path}", pooling="mean").encode_dense(pixels, last_attention=False)
     torch.testing.assert_close(dense.flatten(1, 2), x_BTD, rtol=1e-4, atol=1e-4)
 
