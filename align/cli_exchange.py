@@ -35,6 +35,7 @@ def import_released(
     from sail_align.align.released import CLAMP, read_released
     from sail_align.align.runs import claim_run
     from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+    from sail_align.extract.files import full_disk_is_said
 
     released = read_released(file)
     image = load_image_encoder(names[0], pooling=image_pooling, device=device).identity
@@ -44,10 +45,12 @@ def import_released(
         typer.echo(
             f"note: their program clamps hidden units at ±{CLAMP:,}, which these weights may reach; ours does not."
         )
-    run, _, finished = claim_run(out or Path("runs") / file.stem, released.settings(image, text))
-    if finished:
-        typer.echo(f"note: {finished} is the same import.")
-    save_checkpoint(run, released.model, released.checkpoint_record(image, text), step=0, optimizer=None)
+    claim = claim_run(out or Path("runs") / file.stem, released.settings(image, text))
+    run = claim.path
+    if claim.finished:
+        typer.echo(f"note: {claim.finished} is the same import.")
+    with full_disk_is_said(run):
+        save_checkpoint(run, released.model, released.checkpoint_record(image, text), step=0, optimizer=None)
     shape = released.architecture
     typer.echo(
         f"wrote {run}: {shape.head} heads, {shape.image_dim} and {shape.text_dim} numbers to {shape.dim}, "

@@ -11,6 +11,7 @@ from sail_align.align.captions import parse_captions
 from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options, number_or_auto
 from sail_align.align.trackers import parse_trackers
 from sail_align.extract.errors import UserError
+from sail_align.extract.files import as_path
 
 if TYPE_CHECKING:
     from sail_align.align.journal import OnCollapse
@@ -24,7 +25,10 @@ def _default(name: str) -> str:
 
 
 def fit(
-    features: Annotated[list[Path], typer.Option(metavar="STORE", help="A feature store; may be given several times.")],
+    features: Annotated[
+        list[Path],
+        typer.Option(metavar="STORE", help="A feature store; may be given several times.", parser=as_path),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -191,10 +195,13 @@ def fit(
             raise UserError(f"A batch of {plan.settings.batch_size} does not go round {world.size} processes.")
         for sentence in notes:
             say(f"note: {sentence}")
-        run, resumed, finished = world.decide(lambda: claim_run(out or default_path(features, head), plan.record()))
-        if finished:
-            say(f"note: {finished} is a finished run with the very same settings.")
-        say(f"{'going on with' if resumed else 'writing'} {run}: {plan.describe()}{world.describe()}")
+        claim = world.decide(lambda: claim_run(out or default_path(features, head), plan.record()))
+        run = claim.path
+        if claim.finished:
+            say(f"note: {claim.finished} is a finished run with the very same settings.")
+        elif claim.other:
+            say(f"note: {claim.other} has other settings ({', '.join(claim.differing)}): this is another run.")
+        say(f"{'going on with' if claim.resumed else 'writing'} {run}: {plan.describe()}{world.describe()}")
         started = time.monotonic()
         try:
             with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):

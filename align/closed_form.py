@@ -94,7 +94,7 @@ def regularised_cca(moments: Moments, dim: int, ridge: float = 2.0) -> ClosedFor
         ridge: Strength of the regularisation, above 0.
 
     Raises:
-        UserError: The features of a side are the same in all rows.
+        UserError: The features of a side are the same in all rows, or no numbers.
     """
     image_mean, image_DD = moments.image()
     text_mean, text_DD = moments.text()
@@ -133,6 +133,10 @@ def _layer_norm(features: Tensor) -> Tensor:
 def _whitener(covariance_DD: Tensor, ridge: float, side: str) -> Tensor:
     """Return the Cholesky factor L of the covariance plus `ridge` × trace (D times the mean) on the diagonal."""
     dim, trace = len(covariance_DD), covariance_DD.trace()
+    if not trace.isfinite():
+        raise UserError(
+            f"The {side} features hold values that are no numbers; check the store with `sail-extract verify`."
+        )
     factor_DD: Tensor
     factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD + torch.diag((ridge * trace).expand(dim)))
     # After LayerNorm a mean square is about 1: so small a variance is what rounding leaves of none.

@@ -56,6 +56,11 @@ class Pairs:
             usable &= array.read_status() == Status.OK
         return usable
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what training reads of the store: it stays when the store gets other arrays."""
+        return self.store.digest_of(self.arrays)
+
     def chunks(self) -> list[tuple[int, int]]:
         """Return the spans that are read at once: the inner chunks of the arrays."""
         size = self.store.chunk_rows
@@ -155,7 +160,11 @@ def held_out_count(usable: int, fraction: float) -> int:
 
 
 def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
-    """Return the images (n, D_I) and texts (C, n, D_T) of the chosen rows of all stores."""
+    """Return the images (n, D_I) and texts (C, n, D_T) of the chosen rows of all stores.
+
+    Raises:
+        UserError: A feature is no number.
+    """
     first, count = pairs[0], sum(int(chosen.sum()) for chosen in rows)
     image_ND = np.empty((count, first.image.dim), np.float16)
     text_CND = np.empty((len(first.texts), count, first.texts[0].dim), np.float16)
@@ -166,8 +175,18 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
             if len(places):
                 for out_ND, array in zip((image_ND, *text_CND), each.arrays, strict=True):
                     out_ND[at : at + len(places)] = array.chunk(number)[places]
+                    if not np.isfinite(out_ND[at : at + len(places)]).all():
+                        raise not_finite([each.store])
                 at += len(places)
     return image_ND, text_CND
+
+
+def not_finite(stores: Sequence[Store]) -> UserError:
+    """Return what to raise of features that are no numbers in a row whose status is ok."""
+    paths = " or ".join(str(store.path) for store in stores)
+    return UserError(
+        f"{paths} has features that are no numbers, in rows that are ok; check with `sail-extract verify`."
+    )
 
 
 def _hashes_of(store: Store) -> NDArray[np.uint64]:

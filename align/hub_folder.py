@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from sail_align.align.checkpoint import Run, load_weights
 from sail_align.align.model import Architecture
-from sail_align.align.records import damaged, decisive, read_file, read_json, record_digest
+from sail_align.align.records import damaged, read_file, read_json, record_digest
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
@@ -42,7 +42,7 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
             side: {**identity.to_json(), "location": ""}
             for side, identity in (("image", run.image), ("text", run.text))
         },
-        "settings": decisive(run.settings),
+        "settings": {name: value for name, value in run.settings.items() if name != "stores"},
         "step": run.step,
         "finished": run.finished,
         "run_digest": run.digest,
@@ -91,7 +91,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         UserError: The folder holds something, or cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.name in ("", "..") or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"{folder} is there already; remove it, or name another --out.")
     written = folder.with_name(f".{folder.name}.new")
     try:
@@ -100,4 +100,5 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             write_atomically(written / name, content)
         written.replace(folder)
     except OSError as problem:
+        shutil.rmtree(written, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({problem.strerror}); name another --out.") from problem

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sail_align.align.closed_form import LinearMap, Moments, regularised_cca
-from sail_align.align.data import Half, held_out_count, key_hashes
+from sail_align.align.data import Half, held_out_count, key_hashes, not_finite
 from sail_align.align.metrics import cka_by_row, mutual_knn, ranks, unit_rows
 from sail_align.align.resampling import mean_interval
 from sail_align.align.settings import CLOSED_FORM_DIM
@@ -82,7 +82,7 @@ def measure(store: Store, *, rows: int, neighbours: int, held_out: float, seed: 
         seed: Of the sample.
 
     Raises:
-        UserError: There is nothing to pair, or a pair has fewer than 50 rows.
+        UserError: There is nothing to pair, a pair has fewer than 50 rows, or a feature is no number.
     """
     texts = [(name, node, array) for name in store.captions for node, array in store.texts(name).items()]
     if not texts or not store.images():
@@ -98,7 +98,10 @@ def measure(store: Store, *, rows: int, neighbours: int, held_out: float, seed: 
                     f"{image_array.path} and {text_array.path} of {store.path} have {both.sum()} of {len(both)} rows "
                     f"together, and it takes {least}; see `sail-extract status`, or raise --rows."
                 )
-            found = _measure(image_ND[both], text_ND[both], sample.hashes[both], neighbours, held_out)
+            sides = image_ND[both], text_ND[both]
+            if not all(np.isfinite(side).all() for side in sides):
+                raise not_finite([store])
+            found = _measure(*sides, sample.hashes[both], neighbours, held_out)
             yield Measure(image, text, caption, **found)
 
 

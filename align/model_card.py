@@ -109,7 +109,7 @@ def _origin(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    skipped = {"imported", "stores", "store_digests", "image_encoder", "text_encoder"}
+    skipped = {"imported", "stores", "store_digests", "features_digests", "image_encoder", "text_encoder"}
     chosen = [(name, _words(value)) for name, value in run.settings.items() if name not in skipped]
     return f"## Settings\n\n{_table(('setting', 'value'), chosen)}"
 

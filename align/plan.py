@@ -91,7 +91,7 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Return all that decides the weights, as JSON-able data: what settings.json holds.
 
-        Where the stores lie is there for readers alone: `decisive` leaves it out.
+        Where the stores lie and what they hold besides is there for readers alone: `decisive` leaves it out.
         """
         return {
             **asdict(self.settings),
@@ -101,6 +101,7 @@ class Plan:
             "text_encoder": self.pairs[0].texts[0].identity.spec.fingerprint,
             "stores": [str(each.store.path) for each in self.pairs],
             "store_digests": [each.store.digest for each in self.pairs],
+            "features_digests": [each.digest for each in self.pairs],
             "training_rows": self.training_rows,
             "held_out_rows": self.held_out_rows,
             **self.exclusions.record(),

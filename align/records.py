@@ -40,13 +40,16 @@ def damaged(path: Path, remedy: str) -> UserError:
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's settings less where its stores lie: their digests say which they are, wherever they are moved."""
-    return {name: value for name, value in settings.items() if name != "stores"}
+    """Return those of a run's settings that decide its weights.
+
+    Where its stores lie, and what they hold besides, does not: stores may be moved, and get further arrays.
+    """
+    return {name: value for name, value in settings.items() if name not in ("stores", "store_digests")}
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 over all of a record that decides the weights."""
+    """Return the SHA-256 over all of a record but where stores lie."""
     covered = {name: value for name, value in record.items() if name != "digest"}
     if isinstance(settings := record.get("settings"), dict):
-        covered["settings"] = decisive(settings)
+        covered["settings"] = {name: value for name, value in settings.items() if name != "stores"}
     return hashlib.sha256(canonical_json(covered)).hexdigest()

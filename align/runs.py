@@ -18,11 +18,16 @@ from sail_align.extract.progress import note
 
 
 class Claim(NamedTuple):
-    """The folder that a run may write, whether the run was begun before, and a finished run with equal settings."""
+    """The folder that a run may write, whether the run was begun before, and what is there of its name.
+
+    `finished` is a run with the very same settings, `other` the last one with others: `differing` are their names.
+    """
 
     path: Path
     resumed: bool
     finished: Path | None = None
+    other: Path | None = None
+    differing: tuple[str, ...] = ()
 
 
 def default_path(stores: Sequence[Path], head: str) -> Path:
@@ -57,9 +62,14 @@ def _claim(path: Path, settings: dict[str, Any]) -> Claim:
             runs.append(following)
         number += 1
         following = path.with_name(f"{path.name}-{number}")
-    finished = None
+    finished, other = None, None
+    differing: tuple[str, ...] = ()
+    wanted = decisive(settings)
     for run in reversed(runs):
-        if decisive(read_json(run / "settings.json", BEGIN_AGAIN)) != decisive(settings):
+        if (there := decisive(read_json(run / "settings.json", BEGIN_AGAIN))) != wanted:
+            if other is None:
+                other = run
+                differing = tuple(sorted(key for key in there | wanted if there.get(key) != wanted.get(key)))
             continue
         saved = read_checkpoint(run)
         if saved is None or not saved.record["finished"]:
@@ -67,11 +77,14 @@ def _claim(path: Path, settings: dict[str, Any]) -> Claim:
         finished = finished or run
     content = json.dumps(settings, indent=1, ensure_ascii=False).encode()
     write_atomically(following / "settings.json", content)
-    return Claim(following, resumed=False, finished=finished)
+    return Claim(following, False, finished, other, differing)
 
 
 def _is_free(path: Path) -> bool:
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    """Whether a path is not there, or a folder with nothing in it but what a killed first write left."""
+    return not path.exists() or (
+        path.is_dir() and all(file.name.startswith(".settings.json.") for file in path.iterdir())
+    )
 
 
 @contextmanager

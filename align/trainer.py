@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sail_align.align.checkpoint import read_checkpoint, restore
-from sail_align.align.data import read_rows
+from sail_align.align.data import not_finite, read_rows
 from sail_align.align.device import batches_on
 from sail_align.align.distributed import ALONE, World
 from sail_align.align.journal import Journal, OnCollapse
@@ -118,6 +118,8 @@ def fit(
                 rate = learning_rate(settings, step)
                 health = health_of(model, train_step(stepper, batch, rate))
                 if not math.isfinite(loss := health["loss"]):
+                    if not all(world.collect(all(bool(part.isfinite().all()) for part in batch))):
+                        raise not_finite([pairs.store for pairs in plan.pairs])
                     raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
                 if journal:
                     journal.trained(step + 1, {"lr": rate, **health})

@@ -14,6 +14,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.encoders.base import Identity
+from sail_align.extract.errors import UserError
 from sail_align.extract.files import canonical_json, file_digest, is_remote, remove_leftovers, write_atomically
 from sail_align.extract.leases import Lease
 from sail_align.extract.mapped import MappedChunks, can_map
@@ -230,6 +231,21 @@ class FeatureArray:
 
     def _marker_path(self, shard: int) -> Path:
         return self._commits / f"{shard:05d}.json"
+
+
+def read_identity(node: Path) -> Identity:
+    """Return the encoder of an array's node. Raises `UserError` if the node is damaged."""
+    path = node / "zarr.json"
+    try:
+        attributes = json.loads(path.read_bytes())["attributes"]
+        identity = Identity.from_json(attributes)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path} is damaged; restore it, or make the store again.") from problem
+    if identity.spec.fingerprint != attributes["fingerprint"]:
+        raise UserError(
+            f"{path} is damaged: its fingerprint is another encoder's; restore it, or make the store again."
+        )
+    return identity
 
 
 def _open(folder: Path) -> "zarr.Array[Any]":

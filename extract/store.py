@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import StoreExistsError, UserError
-from sail_align.extract.features import FeatureArray
+from sail_align.extract.features import FeatureArray, read_identity
 from sail_align.extract.files import as_path, canonical_json, file_digest, write_atomically
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
@@ -209,8 +209,12 @@ class Store:
     @property
     def digest(self) -> str:
         """SHA-256 over the index's digests and all markers: what a checkpoint records."""
+        return self.digest_of(self.arrays())
+
+    def digest_of(self, arrays: Sequence[FeatureArray]) -> str:
+        """Return the SHA-256 over the index's digests and the markers of some arrays."""
         digest = hashlib.sha256(canonical_json(self.attributes["index_sha256"]))
-        for array in self.arrays():
+        for array in arrays:
             digest.update(canonical_json([array.path, sorted(array.markers.items())]))
         return digest.hexdigest()
 
@@ -232,7 +236,7 @@ class Store:
         return sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)
 
     def _array(self, path: str, node: Path) -> FeatureArray:
-        return FeatureArray(self.path, path, _read_identity(node))
+        return FeatureArray(self.path, path, read_identity(node))
 
     def _pick(self, arrays: dict[str, FeatureArray], what: str, encoder: str | None) -> FeatureArray:
         if encoder is not None and encoder in arrays:
@@ -253,13 +257,13 @@ class Store:
             with self.leases.hold(f"{modality}/{node.name}/{ARRAY}", waiting=lambda: None):
                 if not FeatureArray.exists(folder):
                     self._lay_out(node, folder, identity)
-        require_same(identity, _read_identity(node), where=str(self.path))
+        require_same(identity, read_identity(node), where=str(self.path))
         return self._array(path, node)
 
     def _lay_out(self, node: Path, folder: Path, identity: Identity) -> None:
         """Write what makes a folder an array, in an order that lets it be taken up after any part."""
         if (node / "zarr.json").exists():
-            require_same(identity, _read_identity(node), where=str(self.path))
+            require_same(identity, read_identity(node), where=str(self.path))
         groups: dict[Path, dict[str, Any]] = {folder: {}, node: identity.to_json()}  # an image array is its node
         for group, attributes in groups.items():
             if not (group / "zarr.json").exists():
@@ -285,17 +289,3 @@ def node_name(encoder_id: str) -> str:
 def _shard_rows(rows: int) -> int:
     """Return the power of two that cuts a data set into at least eight shards, between 256 and 65,536 rows."""
     return max(256, min(SHARD_ROWS, 1 << max(rows // 8, 1).bit_length() - 1))
-
-
-def _read_identity(node: Path) -> Identity:
-    path = node / "zarr.json"
-    try:
-        attributes = json.loads(path.read_bytes())["attributes"]
-        identity = Identity.from_json(attributes)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{path} is damaged; restore it, or make the store again.") from problem
-    if identity.spec.fingerprint != attributes["fingerprint"]:
-        raise UserError(
-            f"{path} is damaged: its fingerprint is another encoder's; restore it, or make the store again."
-        )
-    return identity

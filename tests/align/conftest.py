@@ -74,3 +74,18 @@ def make_store(tmp_path):
         return store.path
 
     return make
+
+
+@pytest.fixture
+def poison():
+    """Writes values that are no numbers into rows of a store's images that stay ok, as a broken tool could."""
+
+    def spoil(path, rows=slice(None, None, 7)):
+        array = Store.open(path).image()
+        features, status = array.read()
+        features[rows, 0] = np.nan
+        for shard in array.shards:
+            span = slice(*array.span(shard))
+            array.write(shard, features[span], status[span])
+
+    return spoil

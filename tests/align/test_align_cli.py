@@ -70,6 +70,36 @@ def interrupt(*_):
     raise StoppedError(signal.SIGINT)
 
 
+def test_another_run_says_in_what_it_is_another(make_store, tmp_path):
+    path, out = str(make_store()), str(tmp_path / "run")
+    words = ["--features", path, "--out", out, *QUICK]
+    typed(*words)
+    said = typed(*words, "--seed", "3", "--weight-decay", "0.1").output
+    assert f"note: {out} has other settings (seed, weight_decay): this is another run." in said
+
+
+def test_a_first_write_that_was_killed_leaves_a_free_folder(make_store, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".settings.json.0123.tmp").write_text("{")
+    assert f"wrote {out} in" in typed("--features", str(make_store()), "--out", str(out), *QUICK).output
+
+
+def test_a_store_at_a_url_trains_the_same_weights(make_store, tmp_path):
+    pytest.importorskip("upath")
+    fsspec = pytest.importorskip("fsspec")
+    local = make_store()
+    fsspec.filesystem("memory").put(str(local), "/bucket/photos.zarr", recursive=True)
+    digests = []
+    for features in (str(local), "memory://bucket/photos.zarr"):
+        out = tmp_path / f"run-{len(digests)}"
+        done = typed("--features", features, "--out", str(out), *QUICK)
+        assert done.exit_code == 0, done.output
+        (file,) = out.glob("checkpoints/step-*/model.safetensors")
+        digests.append(file.read_bytes())
+    assert digests[0] == digests[1]
+
+
 def test_what_was_chosen_and_what_was_found_is_said(make_store):
     result = typed("--features", make_store("photos", rows=500, bad=[2]), "--quiet", "--steps", "3", "--device", "cpu")
     notes = result.output.splitlines()

@@ -103,3 +103,17 @@ def test_what_cannot_be_measured_is_a_sentence(make_store):
     assert "have 40 of 40 rows together, and it takes 50" in str(few)
     assert "is not a feature store" in str(typed("measure", "no.zarr").exception)
     assert "has not both image and text features" in str(typed("measure", make_store("t", captions={})).exception)
+
+
+def test_values_that_are_no_numbers_are_refused_and_files_that_cannot_be_written_said(make_store, poison, tmp_path):
+    path = make_store("photos")
+    sound = CliRunner().invoke(app, ["measure", str(path), "--out", str(tmp_path)])
+    assert str(sound.exception) == f"--out {tmp_path} is a folder; name a file."
+    (tmp_path / "file").write_text("")
+    beyond = CliRunner().invoke(app, ["measure", str(path), "--out", str(tmp_path / "file" / "x.json")])
+    assert "x.json cannot be written (File exists); name another --out." in str(beyond.exception)
+    poison(path)
+    result = CliRunner().invoke(app, ["measure", str(path)])
+    assert str(result.exception) == (
+        f"{path} has features that are no numbers, in rows that are ok; check with `sail-extract verify`."
+    )

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fakes import identity
@@ -153,9 +154,9 @@ def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_sto
     assert run.name == "run"
     assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
     assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
-    assert claim_run(run, plan.record()) == (run, True, None)
+    assert claim_run(run, plan.record())[:2] == (run, True)
     fit(plan, run, device=CPU, quiet=True)
-    assert claim_run(run, plan.record()) == (tmp_path / "run-3", False, run)
+    assert claim_run(run, plan.record())[:3] == (tmp_path / "run-3", False, run)
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(make_store, tmp_path, monkeypatch):
@@ -231,6 +232,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(make_store, tmp
     monkeypatch.setattr(trainer, "train_step", lambda *_: LossValue(*torch.full((5,), math.nan)))
     with pytest.raises(UserError, match=r"The loss is nan after 1 steps; lower --lr \(now 0.003\)"):
         fit(plan, run, device=CPU, quiet=True)
+
+
+def test_features_that_are_no_numbers_are_told_from_a_rate_that_is_too_high(make_store, poison, tmp_path):
+    path = make_store()
+    keys = make_plan([path], {})[0].held_out[0]
+    poison(path, ~keys)
+    for start, sentence in (
+        ("random", "has features that are no numbers"),
+        ("closed-form", "hold values that are no n"),
+    ):
+        plan, run = begin([path], tmp_path / start, start=start, steps=3)
+        with pytest.raises(UserError, match=sentence):
+            fit(plan, run, device=CPU, quiet=True)
+    poison(path, keys)
+    plan, run = begin([path], tmp_path / "scored", steps=3)
+    with pytest.raises(UserError, match="has features that are no numbers"):
+        fit(plan, run, device=CPU, quiet=True)
+
+
+def test_a_store_that_gets_other_arrays_is_gone_on_with(make_store, tmp_path):
+    path = make_store(captions={"raw": ()})
+    plan, run = begin([path], tmp_path / "run", steps=3)
+    assert plan.record()["store_digests"] == [Store.open(path).digest]
+    before = Store.open(path).digest
+    same = identity("image", dim=12)
+    second = Store.open(path).add_image(replace(same, spec=replace(same.spec, id="second")))
+    for shard in second.shards:
+        first, stop = second.span(shard)
+        second.write(shard, np.zeros((stop - first, 12), np.float16), np.zeros(stop - first, np.uint8))
+    assert Store.open(path).digest != before
+    again, _ = make_plan([path], options(steps=3), image_encoder="fake-image")
+    assert claim_run(run, again.record())[:2] == (run, True)
 
 
 def test_nothing_held_out_is_nothing_scored(make_store, tmp_path):
