@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from sail_align.extract.errors import UserError
 
+MOST = 1_000.0
+"""The largest weight of a caption, and one over the least: farther apart, the lighter would hardly be trained on."""
+
 
 @dataclass(frozen=True)
 class CaptionPolicy:
@@ -55,7 +58,7 @@ def parse_captions(given: Sequence[str]) -> tuple[list[str], tuple[float, ...]]:
     """Return the names and the weights of captions such as `raw` (of weight 1) and `long:0.5`.
 
     Raises:
-        UserError: A caption has no name, is given twice, or its weight is no number above 0.
+        UserError: A caption has no name, is given twice, or its weight is no number within the limits.
     """
     names, weights = [], []
     for each in given:
@@ -64,8 +67,11 @@ def parse_captions(given: Sequence[str]) -> tuple[list[str], tuple[float, ...]]:
             value = float(weight) if colon else 1.0
         except ValueError:
             value = math.nan
-        if not (name and 0 < value < math.inf):
-            raise UserError(f"{each.strip()!r} is no caption with a weight; give a name, or one as in long:0.5.")
+        if not (name and 1 / MOST <= value <= MOST):
+            raise UserError(
+                f"{each.strip()!r} is no caption with a weight; give a name, or one as in long:0.5, with a weight from "
+                f"{1 / MOST:g} to {MOST:g}."
+            )
         names.append(name)
         weights.append(value)
     if len(set(names)) < len(names):

@@ -7,6 +7,7 @@ from sail_align.align.cli_exchange import export, import_released
 from sail_align.align.cli_fit import fit
 from sail_align.align.cli_measure import measure
 from sail_align.extract.errors import run_command
+from sail_align.extract.memory import wait_without_spinning
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command()(fit)
@@ -19,4 +20,5 @@ app.command()(ladder)
 
 def main() -> None:
     """Entry point."""
+    wait_without_spinning()
     run_command(app)

@@ -11,9 +11,13 @@ import typer
 
 from sail_align.align.settings import check_options
 from sail_align.extract.errors import UserError
+from sail_align.extract.files import as_path, full_disk_is_said, write_atomically
 
 Features = Annotated[
-    list[Path], typer.Option(metavar="STORE", help="A feature store; may be given several times.", show_default=False)
+    list[Path],
+    typer.Option(
+        metavar="STORE", help="A feature store; may be given several times.", show_default=False, parser=as_path
+    ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each.")]
 Rate = Annotated[float | None, typer.Option(help="Highest rate, of a cosine.  [default: 1e-5; few pairs: 3e-4]")]
@@ -69,7 +73,6 @@ def ladder(
     from sail_align.align.ladder import LONG, RAW, climb
     from sail_align.align.runs import default_path
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.files import write_atomically
     from sail_align.extract.store import Store
 
     folder = out or default_path(features, "ladder")
@@ -97,8 +100,9 @@ def ladder(
         "ladder.json": json.dumps(climbed.record(), indent=1, ensure_ascii=False),
         "ladder.svg": standalone(climbed.chart(), ("text → image", "image → text")),
     }
-    for name, content in contents.items():
-        write_atomically(folder / name, content.encode())
+    with full_disk_is_said(folder):
+        for name, content in contents.items():
+            write_atomically(folder / name, content.encode())
     typer.echo(f"wrote {', '.join(str(folder / name) for name in contents)}")
 
 
@@ -130,7 +134,6 @@ def probe(
     from sail_align.align import probe as probing
     from sail_align.align.runs import default_path
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.files import write_atomically
 
     folder = out or default_path(features, "probe")
     names = [name.strip() for name in captions.split(",")] if captions else []
@@ -143,7 +146,8 @@ def probe(
         "the interval is over the pairs: encoders whose intervals overlap widely are not told apart."
     )
     content = json.dumps(probing.record(probed, given), indent=1, ensure_ascii=False)
-    write_atomically(folder / "probe.json", content.encode())
+    with full_disk_is_said(folder):
+        write_atomically(folder / "probe.json", content.encode())
     typer.echo(f"wrote {folder / 'probe.json'}")
 
 
@@ -159,7 +163,6 @@ def _given(**options: Any) -> dict[str, Any]:
 @contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
     """Say how to go on when a signal ends the work, and when the disk is full."""
-    from sail_align.extract.files import full_disk_is_said
     from sail_align.extract.progress import note
     from sail_align.extract.stop import StoppedError, stopping_on
 

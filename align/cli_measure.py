@@ -6,12 +6,17 @@ from typing import Annotated
 
 import typer
 
+from sail_align.extract.errors import UserError
+from sail_align.extract.files import as_path, write_atomically
+
 HELD_OUT = 0.2
 """Of the pairs, where recipes or encoders are compared: fit's 5 % of a small store tell little apart."""
 
 
 def measure(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False)],
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
+    ],
     rows: Annotated[
         int, typer.Option(min=100, max=100_000, help="Rows to look at, drawn in stretches of 256.")
     ] = 8_192,
@@ -24,9 +29,10 @@ def measure(
 ) -> None:
     """Say how alike image and text features are before any training: mutual k-NN, CKA, recall of the closed form."""
     from sail_align.align import measure as measuring
-    from sail_align.extract.files import write_atomically
     from sail_align.extract.store import Store
 
+    if out and out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file.")
     opened = Store.open(store)
     asked = {"rows": rows, "neighbours": neighbours, "held_out": held_out, "seed": seed}
     measures = list(measuring.measure(opened, rows=rows, neighbours=neighbours, held_out=held_out, seed=seed))
@@ -39,6 +45,9 @@ def measure(
     )
     if out:
         content = measuring.report(opened, measures, **asked)
-        write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        try:
+            write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        except OSError as problem:
+            raise UserError(f"{out} cannot be written ({problem.strerror}); name another --out.") from problem
         typer.echo(f"wrote {out}")
     typer.echo(f"Next: sail-align fit --features {store}")

@@ -6,7 +6,7 @@ and `out`, and their logit scale is τ. It does not say of which encoders its he
 
 import hashlib
 import io
-import pickle
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,14 @@ def read_released(path: Path) -> Released:
     """
     try:
         content = path.read_bytes()
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}).") from problem
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as problem:
-        raise UserError(f"{path} is no file of tensors that torch.save wrote; download it again.") from problem
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(io.BytesIO(content)) and (part := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+            raise ValueError(f"{part} does not match its checksum, which torch does not look at")
+    except Exception as problem:  # a damaged file makes torch raise whatever it comes across
+        raise UserError(f"{path} is no whole file of tensors that torch.save wrote; download it again.") from problem
     tensors = saved.get("state_dict") if isinstance(saved, dict) else None
     if not isinstance(tensors, dict):
         raise UserError(f"{path} has no 'state_dict'; give a file of heads that the paper's authors published.")
@@ -149,7 +152,8 @@ def _architecture(path: Path, tensors: dict[str, Any]) -> Architecture:
     for name, tensor in tensors.items():
         if name not in OUR_NAMES:
             raise UserError(f"{path} holds {name!r}, which their heads do not have; it is a file of another model.")
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
+        if not dense or not tensor.isfinite().all():
             raise UserError(f"{name} in {path} is no tensor of finite numbers; download the file again.")
     hidden, image_dim = _matrix(path, tensors, "vision_mapping_network.f1.weight")
     _, text_dim = _matrix(path, tensors, "text_mapping_network.f1.weight")

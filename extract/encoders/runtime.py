@@ -33,7 +33,7 @@ class Runtime:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as problem:
             raise UserError(f"Device {device!r} is not available here; use auto or cpu.") from problem
         return cls(torch.device(device), precision, compiled)

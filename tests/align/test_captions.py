@@ -20,7 +20,9 @@ def test_names_may_carry_weights():
     assert parse_captions([]) == ([], ())
 
 
-@pytest.mark.parametrize("given", ["a:", "a:half", "a:0", "a:-1", "a:nan", "a:inf", ":1", "", "a:1:2"])
+@pytest.mark.parametrize(
+    "given", ["a:", "a:half", "a:0", "a:-1", "a:nan", "a:inf", "a:1e308", "a:1e-9", ":1", "", "a:1:2"]
+)
 def test_what_is_no_caption_with_a_weight_is_refused(given):
     with pytest.raises(UserError, match=r"is no caption with a weight; give a name, or one as in long:0\.5"):
         parse_captions(["raw", given])

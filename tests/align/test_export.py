@@ -1,5 +1,6 @@
 """A run goes out as a folder for the hub, and one call makes of it a model that embeds pictures and strings."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -130,7 +131,9 @@ def test_scores_of_other_weights_do_not_go_along(run, encoders, tmp_path):
     assert ModelCard.load("hub/README.md").data.eval_results is None
     for damaged in ("[]", "{}", '{"run": 1}', "{"):
         (run / "scores.json").write_text(damaged)
-        assert "scores.json is not what was written; remove it and score" in str(export(run, "--out", "x").exception)
+        assert "scores.json is not what was written; remove it and score" in str(
+            export(run.resolve(), "--out", ".").exception
+        )
 
 
 def test_what_was_changed_on_the_way_is_refused(run, folders):
@@ -209,3 +212,7 @@ def test_nothing_is_written_over(run):
     assert Path("exports/photos-glu-hub-folder/config.json").is_file()
     assert "exports/photos-glu-hub-folder is there already" in str(export(run).exception)
     assert "none of: hub-folder, onnx." in str(export(run, "--to", "zip").exception)
+    Path("empty").mkdir()
+    there = run.resolve()
+    with contextlib.chdir("empty"):
+        assert ". is there already" in str(export(there, "--out", ".").exception)

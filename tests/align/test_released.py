@@ -1,5 +1,6 @@
 """Heads in the form that the paper's authors published become a run that computes what theirs compute."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +168,9 @@ def test_what_is_no_such_file_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "short.pt").write_bytes(save_released(tmp_path / "whole.pt", released_tensors()).read_bytes()[:5000])
     for name, sentence in {
         "absent.pt": "cannot be read",
-        "text.pt": "no file of tensors",
-        "pickled.pt": "no file of tensors",
-        "short.pt": "no file of tensors",
+        "text.pt": "no whole file of tensors",
+        "pickled.pt": "no whole file of tensors",
+        "short.pt": "no whole file of tensors",
         "list.pt": "no 'state_dict'",
     }.items():
         with pytest.raises(UserError, match=sentence):
@@ -193,3 +194,25 @@ def test_encoders_come_in_pairs(typed, tmp_path, encoders):
 def test_each_of_their_tensors_has_one_of_ours(tmp_path):
     model = read_released(save_released(tmp_path / "sail.pt", released_tensors())).model
     assert sorted(OUR_NAMES.values()) == sorted(model.state_dict())
+
+
+@needs_golden
+def test_a_damaged_file_is_refused_whatever_torch_says_of_it(tmp_path):
+    golden, choose = GOLDEN / "released_head.pt", random.Random(0)
+    content = golden.read_bytes()
+    file = tmp_path / "heads.pt"
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[choose.randrange(200, len(content))] ^= 1 << choose.randrange(8)
+        file.write_bytes(damaged[: choose.choice([len(content), choose.randrange(len(content))])])
+        try:
+            same = read_released(file).model.state_dict()
+        except UserError:
+            continue
+        for name, tensor in read_released(golden).model.state_dict().items():  # between the parts of the archive
+            assert torch.equal(same[name], tensor)
+    sparse = torch.load(golden, weights_only=True)
+    sparse["state_dict"]["vision_mapping_network.f1.bias"] = torch.zeros(3).to_sparse()
+    torch.save(sparse, file)
+    with pytest.raises(UserError, match=r"f1.bias in .* is no tensor of finite numbers"):
+        read_released(file)
