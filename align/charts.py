@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
 POINTS = 400
-ROW, NAMES = 26, 190
+ROW, NAMES = 26, 216
 """Of a dot chart: the height of a row, and the width of its names."""
 COLOURS = ("#1f5fd0", "#c25a00", "#1a7f46", "#8a3ab9", "#5f6670", "#b3261e")
 """Of `line-1`, `line-2` … where a chart stands alone."""

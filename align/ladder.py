@@ -18,6 +18,7 @@ from sail_align.align.trials import (
     Say,
     Trial,
     base_recipe,
+    collapse_of,
     finished_run,
     held_out_by_all,
     read_scored,
@@ -49,7 +50,7 @@ LADDER = (
     Rung("GLU ×4", {"head": "glu", "expansion": 4, "loss": "infonce"}, (RAW,), (11.5, 17.4)),
     Rung("GLU ×8", {**_GLU8, "loss": "infonce"}, (RAW,), (16.1, 22.5)),
     Rung("+ sigmoid", {**_GLU8, "loss": "sigmoid", "divisor": "batch"}, (RAW,), (25.4, 36.0)),
-    Rung("+ 1/|B|²", _SIGMOID, (RAW,), (26.2, 36.7)),
+    Rung("+ 1/B²", _SIGMOID, (RAW,), (26.2, 36.7)),
     Rung("long captions only", _SIGMOID, (LONG,), (31.4, 44.2)),
     Rung("+ multi-positive", _SIGMOID, (RAW, LONG), (32.9, 45.4)),
 )
@@ -57,11 +58,18 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Climbed:
-    """A rung with its runs: for each caption that was scored, what every seed retrieved."""
+    """A rung with its runs: for each caption that was scored, what every seed retrieved, and which seeds collapsed."""
 
     rung: Rung
     digests: Sequence[str]
     retrieved: Mapping[str, Sequence[Retrieved]]
+    collapsed: Sequence[bool]
+
+    @property
+    def label(self) -> str:
+        """The rung's name, and if the training of a seed collapsed, of how many."""
+        count = sum(self.collapsed)
+        return self.rung.name + (f" (collapsed {count}/{len(self.collapsed)})" if count else "")
 
     def recalls(self, caption: str) -> tuple[list[float], list[float]]:
         """Return R@1 by seed, text → image and image → text, in percent."""
@@ -90,16 +98,17 @@ class Ladder:
         rows = []
         for each in self.climbed:
             cells = [spread(values) for caption in self.captions for values in each.recalls(caption)]
-            rows.append((each.rung.name, *cells, "{:.1f} / {:.1f}".format(*each.rung.paper)))
+            rows.append((each.label, *cells, "{:.1f} / {:.1f}".format(*each.rung.paper)))
         return markdown_table(("rung", *ways, "paper, CC3M → COCO"), rows)
 
     def explanation(self) -> str:
         """Say in a paragraph what the table's numbers are."""
         seeds = f"mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else "one seed"
+        collapsed = any(any(each.collapsed) for each in self.climbed)
         return (
             f"R@1 in % on {self.pairs:,} pairs that no rung trained on (chance {self.chance:.2f}), by the caption that "
             f"is looked up or looked for; {seeds}. The last column is the paper's, text → image / image → text."
-        )
+        ) + (" Where training collapsed the numbers tell of the recipe, not of the rung: lower --lr." * collapsed)
 
     def chart(self) -> Markup:
         """Draw R@1 by rung, on the first caption."""
@@ -108,7 +117,7 @@ class Ladder:
             values = [each.recalls(self.captions[0])[way] for each in self.climbed]
             points = [(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0) for v in values]
             series.append(Dots(name, points, f"line-{number}"))
-        return dot_chart([each.rung.name for each in self.climbed], series, f"R@1 (%), captions {self.captions[0]}")
+        return dot_chart([each.label for each in self.climbed], series, f"R@1 (%), captions {self.captions[0]}")
 
     def record(self) -> dict[str, Any]:
         """Return all numbers as JSON-able data."""
@@ -118,6 +127,7 @@ class Ladder:
                 "options": dict(each.rung.options),
                 "captions": list(each.rung.captions),
                 "runs": list(each.digests),
+                "collapsed": list(each.collapsed),
                 "scores": {
                     caption: dict(zip(("t2i_r1", "i2t_r1"), each.recalls(caption), strict=True))
                     for caption in self.captions
@@ -182,20 +192,23 @@ def climb(
     }
     digests: list[list[str]] = [[] for _ in rungs]
     retrieved: list[dict[str, list[Retrieved]]] = [{caption: [] for caption in features} for _ in rungs]
+    collapsed: list[list[bool]] = [[] for _ in rungs]
     for seed in range(seeds):
         for number, trial in enumerate(trials):
             run, there = finished_run(trial.seeded(seed), folder, trial.name, device=device, quiet=quiet)
             digests[number].append(run.digest)
+            collapsed[number].append(collapse_of(run) is not None)
             for caption, (image_ND, text_ND) in features.items():
                 retrieved[number][caption].append(retrieve(run, image_ND, text_ND, device))
             found = "; ".join(f"{c} {r[-1].t2i_r1:.1f} / {r[-1].i2t_r1:.1f}" for c, r in retrieved[number].items())
             place = f"{seed * len(trials) + number + 1}/{seeds * len(trials)}"
-            say(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {found}{' (was there)' if there else ''}")
+            remarks = f"{', collapsed' if collapsed[number][-1] else ''}{' (was there)' if there else ''}"
+            say(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {found}{remarks}")
     about = {
         "stores": [str(each.store.path) for each in trials[0].plan.pairs],
         "store_digests": [each.store.digest for each in trials[0].plan.pairs],
         "captions": dict(kinds),
         "recipe": recipe,
     }
-    climbed = [Climbed(*each) for each in zip(rungs, digests, retrieved, strict=True)]
+    climbed = [Climbed(*each) for each in zip(rungs, digests, retrieved, collapsed, strict=True)]
     return Ladder(climbed, list(features), sum(int(rows.sum()) for rows in scored), seeds, about)

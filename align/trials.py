@@ -1,6 +1,7 @@
 """Fits that are compared with each other: one recipe but for what is compared, scored on the same held-out rows."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from sail_align.align.checkpoint import Run, is_run, load_run, read_checkpoint
 from sail_align.align.data import Half, Pairs, Rows, read_rows
 from sail_align.align.metrics import ranks
 from sail_align.align.plan import Plan
-from sail_align.align.records import decisive
+from sail_align.align.records import BEGIN_AGAIN, decisive, read_file
 from sail_align.align.runs import claim_run
 from sail_align.align.settings import PAPER_ROWS
 from sail_align.align.trainer import fit
+from sail_align.align.watch import Watch
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import canonical_json
 from sail_align.extract.store import Store
@@ -26,6 +28,8 @@ from sail_align.extract.store import Store
 FORMAT = 1
 HELD_OUT = 0.2
 """Of the pairs: fit's 5 % of a small store tell little apart."""
+WARMUP = 0.1
+"""Of the steps, as in the script that the paper's authors released: a sudden start can collapse the sigmoid loss."""
 SMALL = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
 """From a random start on thousands of pairs, where the paper's rate leaves a head untrained."""
 BLOCK = 1_024
@@ -71,7 +75,8 @@ def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, A
         UserError: A path is no store.
     """
     few = sum(Store.open(path).rows for path in stores) < PAPER_ROWS
-    recipe: dict[str, Any] = {"preset": "paper", "held_out": HELD_OUT, **(SMALL if few else {})}
+    shared = {"preset": "paper", "held_out": HELD_OUT, "warmup": WARMUP}
+    recipe: dict[str, Any] = {**shared, **(SMALL if few else {})}
     if "steps" in given:
         recipe.pop("epochs", None)
     return recipe | dict(given)
@@ -89,6 +94,16 @@ def finished_run(plan: Plan, folder: Path, name: str, *, device: torch.device, q
     if not there:
         fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, on_collapse="warn")
     return load_run(path), there
+
+
+def collapse_of(run: Run) -> str | None:
+    """Return the sentence that says how a run's training collapsed, if its log shows that it did."""
+    watch = Watch(run.settings["lr"])
+    for line in read_file(run.path / "metrics.jsonl", BEGIN_AGAIN).splitlines():
+        values = json.loads(line)
+        if seen := watch.see(values.pop("kind"), values.pop("step"), values):
+            return seen
+    return None
 
 
 def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:

@@ -1,14 +1,16 @@
 """When does sigmoid training collapse? Batch size × starting temperature, on real features, three seeds a cell.
 
-Two grids, both from a random start with Lion and an equal number of steps:
+Grids, all from a random start with Lion and an equal number of steps:
 
 - `batch`: batches of several sizes at b = −10, the paper's start;
 - `reach`: one batch size B, with b raised by ln(B'/B), so that negatives pull as hard at the start as those of a batch
-  B' at b = −10 would: B' · e^−10 = B · e^b. So batches that no small data set fills are looked at as well.
+  B' at b = −10 would: B' · e^−10 = B · e^b. So batches that no small data set fills are looked at as well; one that it
+  does fill is there to see whether the stand-in does as the batch itself. `reach-all` is the same from all pairs.
+- `balanced`: each t with the b that balances the masses at the start, so that only t differs.
 
 Steps are equal and not epochs: an epoch of the largest batch is one step, and what is asked is what a batch's gradient
 does, not how many of them there are. Finished fits are reused; a stopped run of this script is gone on with by typing
-it again. Writes stability.md, stability.json, batch.svg and reach.svg.
+it again. Writes stability.md, stability.json and a plot a grid.
 
     python benchmarks/stability.py --features features/flickr8k-train.zarr --score features/flickr8k-test.zarr \
         --captions c0 --out runs/stability
@@ -32,30 +34,33 @@ from sail_align.align.trials import finished_run, read_scored, retrieve, spread
 
 BATCHES = (128, 512, 1_900)
 REACH_BATCH = 512
-REACHES = (8_192, 36_864, 131_072, 524_288)
-TEMPERATURES: tuple[float | str, ...] = (5.0, 10.0, 20.0, 40.0, "auto")
+REACHES = (1_900, 8_192, 36_864, 131_072, 524_288)
+TEMPERATURES = (5.0, 10.0, 20.0, 40.0)
 BIAS = -10.0
 
 
 class Cell(NamedTuple):
-    """One start: of a batch size that is used, and the one that it stands for."""
+    """One start: of a batch size that is used, and the one that it stands for; `balanced` chooses b by the masses."""
 
     batch: int
     stands_for: int
     temperature: float | str
+    balanced: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of a fit that make this start."""
-        if self.temperature == "auto":
-            return {"batch_size": self.batch, "temperature": "auto"}
+        if self.balanced:
+            return {"batch_size": self.batch, "temperature": self.temperature, "bias": "auto"}
         bias = BIAS + math.log(self.stands_for / self.batch)
         return {"batch_size": self.batch, "temperature": self.temperature, "bias": bias}
 
 
 GRIDS = {
     "batch": [Cell(batch, batch, t) for batch in BATCHES for t in TEMPERATURES],
-    "reach": [Cell(REACH_BATCH, reach, t) for reach in REACHES for t in TEMPERATURES if t != "auto"],
+    "reach": [Cell(REACH_BATCH, reach, t) for reach in REACHES for t in TEMPERATURES],
+    "reach-all": [Cell(BATCHES[-1], reach, t) for reach in (36_864,) for t in TEMPERATURES],
+    "balanced": [Cell(batch, batch, t, balanced=True) for batch in BATCHES for t in (*TEMPERATURES, "auto")],
 }
 
 
@@ -66,6 +71,7 @@ def main() -> None:
     options.add_argument("--score", type=Path, required=True, help="store with the same captions to retrieve from")
     options.add_argument("--captions", required=True, help="caption to train on and to score by")
     options.add_argument("--out", type=Path, default=Path("runs/stability"))
+    options.add_argument("--grids", nargs="*", choices=GRIDS, default=list(GRIDS))
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--steps", type=int, default=100)
     options.add_argument("--head", default="linear")
@@ -76,9 +82,9 @@ def main() -> None:
     scored = open_pairs([asked.score], [asked.captions])
     features = read_scored(scored, [each.usable() for each in scored])
     chance = 100 / len(features[0])
-    results: dict[str, list[tuple[Cell, list[dict[str, float]]]]] = {name: [] for name in GRIDS}
-    for name, cells in GRIDS.items():
-        for cell in cells:
+    results: dict[str, list[tuple[Cell, list[dict[str, float]]]]] = {name: [] for name in asked.grids}
+    for name in results:
+        for cell in GRIDS[name]:
             seeds = []
             for seed in range(asked.seeds):
                 plan, _ = make_plan(
@@ -99,7 +105,9 @@ def main() -> None:
     (asked.out / "stability.json").write_text(json.dumps(record, indent=1))
     for name, found in results.items():
         (asked.out / f"{name}.svg").write_text(chart(found))
-    print(f"{text}\nwrote stability.md, stability.json and {', '.join(f'{name}.svg' for name in GRIDS)} in {asked.out}")
+    print(
+        f"{text}\nwrote stability.md, stability.json and {', '.join(f'{name}.svg' for name in results)} in {asked.out}"
+    )
 
 
 def course(run: Path) -> dict[str, float]:
@@ -119,7 +127,7 @@ def course(run: Path) -> dict[str, float]:
 
 def table(name: str, found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:
     """Return a grid as Markdown, a line a cell, means over the seeds."""
-    size = "batch" if name == "batch" else "stands for a batch of"
+    size = "stands for a batch of" if "reach" in name else "batch"
     header = (size, "t", "b", "R@1", "mass +/− at the start", "at the end", "rank, images", "rank, texts")
     rows = []
     for cell, seeds in found:

@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from fakes import identity
 from typer.testing import CliRunner
 
-from sail_align.align import trials
+from sail_align.align import ladder, trials
 from sail_align.align.charts import Dots, dot_chart, standalone
 from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
@@ -19,7 +20,7 @@ from sail_align.align.ladder import LADDER
 from sail_align.align.plan import make_plan
 from sail_align.align.settings import check_options
 from sail_align.align.table import markdown_table
-from sail_align.align.trials import Trial, base_recipe, held_out_by_all
+from sail_align.align.trials import Trial, base_recipe, collapse_of, finished_run, held_out_by_all
 from sail_align.extract.errors import UserError
 from sail_align.extract.store import Store
 
@@ -62,7 +63,9 @@ def test_every_rung_is_trained_with_every_seed_and_scored_on_pairs_that_none_has
     plans = [make_plan([path], {}, captions=names)[0] for names in (["raw"], ["raw", "long"])]
     both = np.logical_and(*(plan.held_out[0] for plan in plans))
     assert record["pairs"] == both.sum() < plans[0].held_out_rows
+    assert not any(any(rung["collapsed"]) for rung in record["rungs"])
     table = (out / "ladder.md").read_text()
+    assert "collapsed" not in table
     assert table in done.output
     assert re.search(r"\| linear, InfoNCE +\| +[\d.]+ ± [\d.]+ \|", table)
     assert f"on {record['pairs']} pairs that no rung trained on (chance {100 / record['pairs']:.2f})" in table
@@ -99,6 +102,30 @@ def test_a_stopped_ladder_goes_on_and_trains_nothing_twice(make_store, tmp_path,
     assert len(calls) == 13  # another recipe: other runs
 
 
+def test_a_collapsed_rung_says_so(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "LADDER", LADDER[3:5])
+    monkeypatch.setattr(ladder, "collapse_of", lambda run: "it has" if run.settings["loss"] == "sigmoid" else None)
+    words = ["ladder", "--features", make_store("photos"), "--out", tmp_path / "l", "--seeds", 2, *QUICK]
+    done = typed(*words)
+    assert re.findall(r"\d/4 (.+), seed (\d): .+, collapsed\n", done.output) == [("+ sigmoid", "0"), ("+ sigmoid", "1")]
+    record = json.loads((tmp_path / "l/ladder.json").read_text())
+    assert [rung["collapsed"] for rung in record["rungs"]] == [[False, False], [True, True]]
+    for name in ("ladder.md", "ladder.svg"):
+        assert "+ sigmoid (collapsed 2/2)" in (tmp_path / "l" / name).read_text()
+    assert "the numbers tell of the recipe, not of the rung: lower --lr." in done.output
+
+
+def test_a_collapse_is_read_from_a_runs_log(make_store, tmp_path):
+    plan, _ = make_plan([make_store("photos")], {"preset": "small", "head": "linear", "steps": 2})
+    run, _ = finished_run(plan, tmp_path, "linear", device=torch.device("cpu"), quiet=True)
+    assert collapse_of(run) is None
+    log = run.path / "metrics.jsonl"
+    *before, last = log.read_text().splitlines()
+    lost = {**json.loads(last), "image_rank": 1.0, "r1": 1.0, "chance": 1.0}
+    log.write_text("\n".join([*before, json.dumps(lost), json.dumps(lost)]))
+    assert "collapsed at step 2" in collapse_of(run)
+
+
 def test_where_there_are_no_long_captions_their_rungs_are_left_out_and_said(make_store, tmp_path):
     path = make_store("photos", captions={"c0": [], "c1": []})
     words = ["ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK]
@@ -127,7 +154,7 @@ def test_the_recipe_is_the_papers_except_where_pairs_are_few(make_store, monkeyp
     assert base_recipe([path], {"steps": 9})["lr"] == trials.SMALL["lr"]
     assert "epochs" not in base_recipe([path], {"steps": 9})
     monkeypatch.setattr(trials, "PAPER_ROWS", 300)
-    assert base_recipe([path], {"lr": 1e-4}) == {"preset": "paper", "held_out": 0.2, "lr": 1e-4}
+    assert base_recipe([path], {"lr": 1e-4}) == {"preset": "paper", "held_out": 0.2, "warmup": 0.1, "lr": 1e-4}
 
 
 def test_nothing_to_score_is_a_sentence(make_store):

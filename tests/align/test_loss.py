@@ -1,6 +1,7 @@
 """The losses are their formulas, in float32 and at the ends of its range."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,17 +76,29 @@ def test_sigmoid_loss_and_gradients_are_finite_at_extreme_logits(bias):
     assert image_BE.grad.isfinite().all()
 
 
-def test_both_divisors_train_alike_under_lion():
-    weights = []
-    for divisor in ("pairs", "batch"):
-        torch.manual_seed(0)
-        layer = torch.nn.Linear(5, 5)
-        optimizer = Lion(layer.parameters(), lr=1e-3)
-        for step in range(20):
-            # A batch of a power of two: the divisors then differ by an exact factor in float32.
-            image_BE, text_CBE, log_scale, bias = batch(size=8, seed=step)
-            optimizer.zero_grad()
-            sigmoid_loss(F.normalize(layer(image_BE), dim=-1), text_CBE, log_scale, bias, divisor).total.backward()
-            optimizer.step()
-        weights.append(layer.weight.detach().clone())
-    assert torch.equal(*weights)
+def trained(divisor, optimizer_of):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 5)
+    optimizer = optimizer_of(layer.parameters(), lr=1e-3)
+    for step in range(20):
+        # A batch of a power of two: the divisors then differ by an exact factor in float32.
+        image_BE, text_CBE, log_scale, bias = batch(size=8, seed=step)
+        optimizer.zero_grad()
+        sigmoid_loss(F.normalize(layer(image_BE), dim=-1), text_CBE, log_scale, bias, divisor).total.backward()
+        optimizer.step()
+    return layer.weight.detach()
+
+
+@pytest.mark.parametrize("optimizer", [Lion, partial(torch.optim.AdamW, eps=0.0)], ids=["lion", "adamw without ε"])
+def test_both_divisors_train_alike_under_lion_and_but_for_its_epsilon_under_adamw(optimizer):
+    assert torch.equal(trained("pairs", optimizer), trained("batch", optimizer))
+
+
+def test_adamw_tells_the_divisors_apart_where_gradients_are_as_small_as_its_epsilon():
+    # 1/|B|² makes gradients |B| times smaller: ε then takes a larger share of each step.
+    start, *found = (
+        trained(divisor, partial(torch.optim.AdamW, eps=eps, weight_decay=0))
+        for divisor, eps in (("pairs", 1e9), ("pairs", 1.0), ("batch", 1.0))
+    )
+    moved_by_pairs, moved_by_batch = ((weights - start).norm() for weights in found)
+    assert moved_by_pairs < 0.5 * moved_by_batch

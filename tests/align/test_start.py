@@ -31,6 +31,13 @@ def test_the_first_steps_masses_are_in_balance(make_store, tmp_path, monkeypatch
         assert step["t"] == pytest.approx(2 * math.log(500), rel=0.01)  # one step behind the start
 
 
+@pytest.mark.parametrize("batch_size", [50, 500])
+def test_the_bias_is_what_the_mathematics_says_of_a_fresh_model(make_store, tmp_path, batch_size):
+    # Each of the |B| pairs of an image is to have the probability 1 / |B|; at a small t all logits are nearly b.
+    step = first_step(make_store, tmp_path, temperature=2.0, bias="auto", batch_size=batch_size, dim=64)
+    assert step["b"] == pytest.approx(-math.log(batch_size - 1), abs=0.2)
+
+
 def test_numbers_of_another_batch_are_out_of_balance(make_store, tmp_path):
     step = first_step(make_store, tmp_path, batch_size=500, temperature=20.0, bias=-10.0)
     assert not 0.1 < step["negative_mass"] / step["positive_mass"] < 10
