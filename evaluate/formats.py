@@ -31,7 +31,7 @@ def text(shown: Overview) -> str:
     tables = [
         aligned(
             ("model", *(f"{column.dataset}\n{column.label} ({column.mark})" for column in panel.columns)),
-            [(_name(row), *cells(row)) for row in panel.rows],
+            [(_starred(row), *cells(row)) for row in panel.rows],
         )
         for panel in shown.panels
     ]
@@ -43,11 +43,12 @@ def markdown(shown: Overview) -> str:
     tables = [
         markdown_table(
             ["model", *(_plain(f"{column.dataset}<br>{column.label} ({column.mark})") for column in panel.columns)],
-            [[_plain(_name(row)), *cells(row)] for row in panel.rows],
+            [[_plain(_starred(row)), *cells(row)] for row in panel.rows],
         )
         for panel in shown.panels
     ]
-    return "\n\n".join([*tables, *(f"- {_plain(line)}" for line in _below(shown))]).replace("\n\n- ", "\n- ") + "\n"
+    notes = "\n".join(f"- {_plain(line)}" for line in _below(shown))
+    return "\n\n".join([*tables, notes]) + "\n"
 
 
 def latex(shown: Overview) -> str:
@@ -93,7 +94,11 @@ def cells(row: Row) -> list[str]:
 
 
 def _name(row: Row) -> str:
-    return f"{row.name} *" if row.kind == "reported" else row.name
+    return f"{row.name} ({row.source})" if row.source else row.name
+
+
+def _starred(row: Row) -> str:
+    return f"{_name(row)} *" if row.kind == "reported" else row.name
 
 
 def _below(shown: Overview) -> list[str]:
@@ -132,7 +137,7 @@ def _tabular(panel: Panel) -> str:
         lines.append(r"\midrule")
         if kind == "reported":
             lines.append(rf"\multicolumn{{{len(panel.columns) + 1}}}{{l}}{{\emph{{{REPORTED}}}}} \\")
-        lines += [" & ".join(map(_tex, [row.name, *cells(row)])) + r" \\" for row in rows]
+        lines += [" & ".join(map(_tex, [_name(row), *cells(row)])) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 

@@ -61,11 +61,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One model's scores by column, each with its 95 % interval: both None where there is none."""
+    """One model's scores by column, each with its 95 % interval: both None where there is none.
+
+    `source` says where a reported model's are from.
+    """
 
     name: str
     kind: Literal["run", "reported", "chance"]
     cells: Sequence[tuple[float | None, Sequence[float] | None]]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def _panel(columns: Sequence[Column], runs: Sequence[ScoredRun], records: dict[K
             None if unexpected(records[column.key]) else model.scores.get((column.key[0], column.metric))
             for column in columns
         ]
-        rows.append(Row(f"{model.name} ({model.source})", "reported", [(value, None) for value in values]))
+        rows.append(Row(model.name, "reported", [(value, None) for value in values], model.source))
     chances = [(_metric(records[column.key], column)["chance"], None) for column in columns]
     rows.append(Row("chance", "chance", chances))
     return Panel(columns, [row for row in rows if row.kind != "reported" or any(value for value, _ in row.cells)])

@@ -110,19 +110,21 @@ def page(runs: Sequence[ScoredRun]) -> str:
     pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
     shown = overview(runs)
     settings = [json.loads((run.path / "settings.json").read_bytes()) for run in runs]
+    about: list[dict[str, Any]] = [
+        {
+            "name": run.name,
+            "style": _style(place),
+            "summary": summary(run.scores, own),
+            "settings": flat(own),
+            "curves": training_curves(run.path),
+            "records": run.records,
+        }
+        for place, (run, own) in enumerate(zip(runs, settings, strict=True))
+    ]
     return pages.get_template("report.html.j2").render(
         title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
-        runs=[
-            {
-                "name": run.name,
-                "style": _style(place),
-                "summary": summary(run.scores, own),
-                "settings": flat(own),
-                "curves": training_curves(run.path),
-                "records": run.records,
-            }
-            for place, (run, own) in enumerate(zip(runs, settings, strict=True))
-        ],
+        runs=about,
+        terms=list(dict.fromkeys(term for run in about for term, _, _ in run["summary"])),
         shown=shown,
         cells=cells,
         cards=_cards(shown),

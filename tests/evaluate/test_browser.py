@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 from itertools import chain
 
 import pytest
@@ -23,13 +23,14 @@ const said = what => problems.push(what);
 addEventListener("error", event => said(event.message || `cannot load ${event.target.src || event.target.href}`), true);
 addEventListener("securitypolicyviolation", event => said(`may not load ${event.blockedURI}`));
 addEventListener("load", () => {
+  const shown = document.querySelector("iframe")?.contentWindow ?? window;
   const found = {
     problems,
     pictures: [...document.images].map(each => each.naturalWidth),
     tables: [...document.querySelectorAll("table")].map(each => [each.caption.innerText, each.rows.length]),
     charts: [...document.querySelectorAll("svg")].map(each => each.getBoundingClientRect().height),
-    width: [document.documentElement.scrollWidth, innerWidth],
-    background: getComputedStyle(document.body).backgroundColor,
+    width: [shown.document.documentElement.scrollWidth, shown.innerWidth],
+    background: getComputedStyle(shown.document.body).backgroundColor,
   };
   const written = document.createElement("pre");
   written.id = "found";
@@ -41,14 +42,14 @@ addEventListener("load", () => {
 
 @pytest.fixture
 def opened(tmp_path):
-    """Open a page of a width, return what a probe in it found, and all that the console says."""
+    """Open a page, return what a probe in it found, and all that the console says."""
 
-    def open_page(html, width=1280, *options):
+    def open_page(html, *options):
         assert html.count("<head>") == 1
         probed = html.replace("<head>", f"<head>{PROBE}").replace(POLICY, f"{POLICY} script-src 'unsafe-inline';")
         (tmp_path / "page.html").write_text(probed)
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        command += ["--virtual-time-budget=5000", "--enable-logging=stderr", f"--window-size={width},900", *options]
+        command += ["--virtual-time-budget=5000", "--enable-logging=stderr", "--window-size=1280,900", *options]
         command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         found = json.loads(unescape(re.search('<pre id="found">(.*?)</pre>', ended.stdout, re.DOTALL)[1]))
@@ -87,13 +88,24 @@ def test_two_runs_stand_side_by_side(two, opened):
     assert "Models side by side. Per cent; ± is half of the 95 % bootstrap interval." in dict(found["tables"])
 
 
+def in_frame(html):
+    """A window has 500 pixels at the least."""
+    return f'<html><head></head><iframe width="400" height="900" srcdoc="{escape(html)}"></iframe></html>'
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_window_scrolls_only_down_in_either_scheme(two, opened, scheme):
-    found, _ = opened(two, 500, f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}")
+    found, console = opened(in_frame(two), f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}")
+    assert (found["problems"], console) == ([], [])
     wide, shown = found["width"]
-    assert wide <= shown <= 500
+    assert wide <= shown == 400
     channels = [int(value) for value in re.findall(r"\d+", found["background"])]
     assert (sum(channels) > 3 * 128) == (scheme == "light")
+
+
+def test_what_is_too_wide_would_be_found(opened):
+    found, _ = opened(in_frame('<div style="width: 450px">x</div>'))
+    assert found["width"][0] > 400
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from importlib import resources
 from itertools import pairwise
@@ -109,6 +110,32 @@ def test_a_keyboard_reaches_the_scores_and_all_that_scrolls(page):
 
 def test_confusions_are_counted(page):
     assert "blue red 1 of 1" in " ".join(" ".join(page.text).split())
+
+
+def test_scores_by_kind_are_a_table(scored):
+    scores = json.loads((scored / "scores.json").read_bytes())
+    (pairs,) = (record for record in scores["records"] if record["task"] == "winoground")
+    pairs["details"]["by_tag"] = {
+        "object & relation": {"items": 1, "text": [50.0, 25.0, 75.0], "group": [0.0, 0.0, 0.0]}
+    }
+    (scored / "scores.json").write_text(json.dumps(scores))
+    text = " ".join(" ".join(Page(write_report(scored).read_text()).text).split())
+    assert "kind pairs text group object & relation 1 50.0 25.0 – 75.0 0.0 0.0 – 0.0" in text
+
+
+def test_only_what_was_scored_is_shown_of_a_run_with_nothing_else(scored):
+    """No curves, no examples, no interval, a set that failed."""
+    shutil.rmtree(scored / "examples")
+    (scored / "metrics.jsonl").unlink()
+    scores = json.loads((scored / "scores.json").read_bytes())
+    del scores["records"][0]["metrics"][0]["interval"]
+    scores["records"].append({"dataset": "gone", "title": "G", "task": "mmvp", "error": "<i>no file</i>"})
+    (scored / "scores.json").write_text(json.dumps(scores))
+    page = Page(write_report(scored).read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert not page.all("img")
+    assert "top-1 33.3 66.7 – " in text
+    assert "gone (mmvp) was not scored with colours-linear: <i>no file</i>" in text
 
 
 COLOURS = re.compile(r"--([\w-]+): (#[0-9a-f]{6});")
