@@ -120,6 +120,12 @@ def fit(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of matrix products: float32, tf32, bfloat16.  [default: auto; bfloat16 on a GPU, else float32]"
+        ),
+    ] = None,
     keep: Annotated[
         int, typer.Option(min=1, help="Checkpoints to go on from that are kept, besides the best one.")
     ] = 2,
@@ -156,6 +162,7 @@ def fit(
         "steps": steps,
         "seed": seed,
         "held_out": held_out,
+        "precision": precision,
     }
     options = {name: value for name, value in given.items() if value is not None}
     chosen = captions.split(",") if captions else []
@@ -165,6 +172,7 @@ def fit(
     trackers = parse_trackers(track)
 
     from sail_align.align.checkpoint import read_checkpoint
+    from sail_align.align.device import choose_precision
     from sail_align.align.distributed import joined
     from sail_align.align.plan import make_plan
     from sail_align.align.records import decisive
@@ -179,6 +187,8 @@ def fit(
     with joined(device) as (world, own_device):
         say = typer.echo if world.leads else _silently
         where = world.agree(lambda: Runtime.of(own_device, "float32").device)
+        if head != "cca":
+            options["precision"] = world.agree(lambda: choose_precision(precision or "auto", where))
         plan, notes = world.agree(
             lambda: make_plan(
                 features,
@@ -195,13 +205,17 @@ def fit(
             raise UserError(f"A batch of {plan.settings.batch_size} does not go round {world.size} processes.")
         for sentence in notes:
             say(f"note: {sentence}")
-        claim = world.decide(lambda: claim_run(out or default_path(features, head), plan.record()))
-        run = claim.path
-        if claim.finished:
-            say(f"note: {claim.finished} is a finished run with the very same settings.")
-        elif claim.other:
-            say(f"note: {claim.other} has other settings ({', '.join(claim.differing)}): this is another run.")
-        say(f"{'going on with' if claim.resumed else 'writing'} {run}: {plan.describe()}{world.describe()}")
+
+        def claimed() -> str:
+            claim = claim_run(out or default_path(features, head), plan.record())
+            if claim.finished:
+                say(f"note: {claim.finished} is a finished run with the very same settings.")
+            elif claim.other:
+                say(f"note: {claim.other} has other settings ({', '.join(claim.differing)}): this is another run.")
+            say(f"{'going on with' if claim.resumed else 'writing'} {claim.path}: {plan.describe()}{world.describe()}")
+            return str(claim.path)
+
+        run = Path(world.decide(claimed))
         started = time.monotonic()
         try:
             with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):

@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from sail_align.align.order import StreamState
+from sail_align.align.settings import Precision
 from sail_align.align.stream import Batch
+from sail_align.extract.errors import UserError
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -38,6 +42,27 @@ def batches_on(
             part.record_stream(torch.cuda.current_stream(device))
         coming = begin_copy()
         yield batch, behind
+
+
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """Return what products are computed in; auto is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        UserError: The device has no such products.
+    """
+    on_gpu = device.type == "cuda"
+    if asked == "auto":
+        return "bfloat16" if on_gpu else "float32"
+    if asked == "tf32" and not on_gpu:
+        raise UserError(f"--precision tf32 is for NVIDIA GPUs; give float32 or bfloat16 on {device.type}.")
+    return cast("Precision", asked)
+
+
+def products_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which matrix products are computed in a precision, and all else in float32."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def free_bytes(device: torch.device) -> int:

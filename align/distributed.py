@@ -3,6 +3,7 @@
 `torchrun` starts the processes and tells each its rank. Every process has its part of each batch and the whole model.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class World:
         return results[0]
 
     def decide(self, work: Callable[[], T]) -> T:
-        """Do something in rank 0 alone; return its result in all processes. It must be picklable.
+        """Do something in rank 0 alone; return its result, as JSON keeps it, in all processes.
 
         Raises:
             UserError: In all processes, if the work does.
@@ -74,50 +75,51 @@ class World:
         return self.collect(answers)[0][0]
 
     def collect(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. They must be picklable."""
-        values = [value] * self.size
-        if self.size > 1:
-            with _reaching_all():
-                dist.all_gather_object(values, value)
-        return values
+        """Return the values of all processes, by rank, as JSON keeps them."""
+        if self.size == 1:
+            return [value]
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=device)
+        lengths[self.rank] = len(content)
+        self.sum(lengths)
+        contents = torch.zeros(self.size, int(lengths.max()), dtype=torch.uint8, device=device)
+        contents[self.rank, : len(content)] = content
+        self.sum(contents)
+        said = zip(contents.tolist(), lengths.tolist(), strict=True)
+        return [json.loads(bytes(content[:length])) for content, length in said]
 
     def same(self, value: object) -> bool:
         """Return whether all processes have the same value."""
-        return all(each == value for each in self.collect(value))
-
-    def any(self, value: bool) -> bool:
-        """Return whether a value is true in any process."""
-        return any(self.collect(value))
+        first, *others = self.collect(value)
+        return all(each == first for each in others)
 
     def spans(self, rows: int) -> list[slice]:
         """Return where each process's rows lie in the batch, given how many this one has."""
         ends = [0, *accumulate(self.collect(rows))]
         return [slice(start, stop) for start, stop in pairwise(ends)]
 
-    def gather(self, part_CNE: Tensor, spans: list[slice]) -> Tensor:
-        """Return the rows (C, M, E) of all processes' parts (C, N, E).
+    def gather(self, part_NE: Tensor, spans: list[slice]) -> Tensor:
+        """Return the rows (M, E) of all processes' parts (N, E).
 
         Every process sends its rows to where they belong at all others: nothing is padded, copied or sent twice.
         """
         if self.size == 1:
-            return part_CNE
-        captions, _, dim = part_CNE.shape
-        all_CME = part_CNE.new_empty(captions, spans[-1].stop, dim)
-        all_CME[:, spans[self.rank]] = part_CNE
+            return part_NE
+        all_ME = part_NE.new_empty(spans[-1].stop, part_NE.shape[1])
+        all_ME[spans[self.rank]] = part_NE
         with _reaching_all():
             for rank, rows in enumerate(spans):
-                for all_ME in all_CME:
-                    dist.broadcast(all_ME[rows], src=rank)
-        return all_CME
+                dist.broadcast(all_ME[rows], src=rank)
+        return all_ME
 
-    def scatter_sum(self, all_CME: Tensor, spans: list[slice]) -> Tensor:
-        """Return this process's rows (C, N, E) of the sum of all processes' tensors (C, M, E), overwritten."""
+    def scatter_sum(self, all_ME: Tensor, spans: list[slice]) -> Tensor:
+        """Return this process's rows (N, E) of the sum of all processes' tensors (M, E), overwritten."""
         if self.size > 1:
             with _reaching_all():
                 for rank, rows in enumerate(spans):
-                    for all_ME in all_CME:
-                        dist.reduce(all_ME[rows], dst=rank)
-        return all_CME[:, spans[self.rank]]
+                    dist.reduce(all_ME[rows], dst=rank)
+        return all_ME[spans[self.rank]]
 
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes."""

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def affine_linear(x_BD: Tensor, gain_D: Tensor, offset_D: Tensor, weight_HD: Tensor, bias_H: Tensor) -> Tensor:
-    """Return `W (gain ⊙ x + offset) + bias`, (B, H), for an x that needs no gradient.
+def normed_linear(
+    x_BD: Tensor, gain_D: Tensor, offset_D: Tensor, weight_HD: Tensor, bias_H: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """Return `W LayerNorm(x) + bias`, (B, H), for an x of any float type that needs no gradient; x alone is kept.
 
     The gradients of gain and offset, LayerNorm's, commonly come from that of the normalised features: a matrix product
-    as large as the one of the weight's gradient. Both follow from the latter without a further product:
-    with G = δᵀx (H, D), the weight's gradient is G ⊙ gain + (Σδ) offsetᵀ and the gain's is the column sum of W ⊙ G.
+    as large as the one of the weight's gradient. Both follow from the latter without a further product: of the features
+    x' before gain and offset and with G = δᵀx' (H, D), the weight's gradient is G ⊙ gain + (Σδ) offsetᵀ and the gain's
+    is the column sum of W ⊙ G.
     """
-    out_BH: Tensor = _AffineLinear.apply(x_BD, gain_D, offset_D, weight_HD, bias_H)
+    out_BH: Tensor = _NormedLinear.apply(x_BD, gain_D, offset_D, weight_HD, bias_H, eps)
     return out_BH
 
 
@@ -28,23 +31,31 @@ def gated_linear(gate_BH: Tensor, value_BH: Tensor, weight_EH: Tensor, bias_E: T
     return out_BE
 
 
-class _AffineLinear(Function):
+def _white(x_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return each row with a mean of 0 and a variance of 1."""
+    return F.layer_norm(x_BD.to(dtype), x_BD.shape[1:], eps=eps)
+
+
+class _NormedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, gain_D: Tensor, offset_D: Tensor, weight_HD: Tensor, bias_H: Tensor) -> Tensor:
-        out_BH = F.linear(torch.addcmul(offset_D, x_BD, gain_D), weight_HD, bias_H)
-        # Under autocast the product is in half precision, and so will be that of the weight's gradient.
-        ctx.save_for_backward(x_BD.to(out_BH.dtype), gain_D, offset_D, weight_HD)
-        return out_BH
+    def forward(
+        ctx: Any, x_BD: Tensor, gain_D: Tensor, offset_D: Tensor, weight_HD: Tensor, bias_H: Tensor, eps: float
+    ) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x_BD, gain_D, offset_D, weight_HD)
+        return F.linear(torch.addcmul(offset_D, _white(x_BD, eps, gain_D.dtype), gain_D), weight_HD, bias_H)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BH,) = grads
         x_BD, gain_D, offset_D, weight_HD = ctx.saved_tensors
         bias_H = grad_BH.sum(dim=0, dtype=weight_HD.dtype)
-        product_HD = (grad_BH.T @ x_BD).to(weight_HD.dtype)
+        # Under autocast the gradient is in half precision, and so is the product.
+        white_BD = _white(x_BD, ctx.eps, gain_D.dtype).to(grad_BH.dtype)
+        product_HD = (grad_BH.T @ white_BD).to(weight_HD.dtype)
         gain = (weight_HD * product_HD).sum(dim=0)
         weight_grad_HD = product_HD.mul_(gain_D).addr_(bias_H, offset_D)
-        return None, gain, bias_H @ weight_HD, weight_grad_HD, bias_H
+        return None, gain, bias_H @ weight_HD, weight_grad_HD, bias_H, None
 
 
 class _GatedLinear(Function):
@@ -61,5 +72,6 @@ class _GatedLinear(Function):
         weight_grad_EH = (grad_BE.T @ (opened_BH * value_BH)).to(weight_EH.dtype)
         inner_BH = grad_BE @ weight_EH.to(grad_BE.dtype)
         value_grad_BH = opened_BH.mul_(inner_BH)
-        gate_grad_BH = torch.ops.aten.hardtanh_backward(inner_BH.mul_(value_BH), gate_BH, 0, 6)
+        gate_grad_BH = inner_BH.mul_(value_BH)
+        torch.ops.aten.hardtanh_backward(gate_grad_BH, gate_BH, 0, 6, grad_input=gate_grad_BH)
         return gate_grad_BH, value_grad_BH, weight_grad_EH, grad_BE.sum(dim=0, dtype=weight_EH.dtype)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sail_align.align.functions import affine_linear, gated_linear
+from sail_align.align.functions import gated_linear, normed_linear
 
 HeadKind = Literal["linear", "mlp", "glu"]
 OfInput = Callable[[nn.Linear], Tensor]
@@ -20,7 +20,7 @@ OfInput = Callable[[nn.Linear], Tensor]
 class Head(nn.Module):
     """LayerNorm, dropout on the normalised features, then what a subclass does with them; hidden units drop out too.
 
-    Features (…, input_dim) float32 become (…, output_dim). Weights start Xavier-uniform, biases at zero. Where `power`
+    Features (…, input_dim) become (…, output_dim). Weights start Xavier-uniform, biases at zero. Where `power`
     is not 1, features go through `signed_power` before all else.
     """
 
@@ -42,18 +42,19 @@ class Head(nn.Module):
     @property
     def kept_units(self) -> int:
         """Number of activations of one row that its backward pass needs."""
-        return 2 * self.norm.normalized_shape[0] + 3 * self.out.out_features
+        return 2 * self.norm.normalized_shape[0]
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Map features (…, input_dim) float32 to (…, output_dim), not yet L2-normalised."""
+        """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised."""
         *leading, input_dim = features_BD.shape
-        features_BD = signed_power(features_BD.reshape(-1, input_dim), self.power)
+        features_BD = features_BD.reshape(-1, input_dim)
+        if self.power != 1:
+            features_BD = signed_power(features_BD.to(self.norm.weight.dtype), self.power)
         of_input: OfInput
         if self.training and not self.dropout.p and not features_BD.requires_grad:
-            white_BD = F.layer_norm(features_BD, self.norm.normalized_shape, eps=self.norm.eps)
-            of_input = partial(_affine_linear, white_BD, self.norm)
+            of_input = partial(_normed_linear, features_BD, self.norm)
         else:
-            normed_BD = self.dropout(self.norm(features_BD))
+            normed_BD = self.dropout(self.norm(features_BD.to(self.norm.weight.dtype)))
             of_input = partial(_linear_of, normed_BD)
         out_BE = self.body(of_input)
         if self.linear_path is not None:
@@ -141,8 +142,8 @@ def make_head(kind: HeadKind, input_dim: int, output_dim: int, *, expansion: int
     return hidden_heads[kind](input_dim, output_dim, dropout, expansion)
 
 
-def _affine_linear(white_BD: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
-    return affine_linear(white_BD, norm.weight, norm.bias, layer.weight, layer.bias)
+def _normed_linear(features_BD: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
+    return normed_linear(features_BD, norm.weight, norm.bias, layer.weight, layer.bias, norm.eps)
 
 
 def _linear_of(normed_BD: Tensor, layer: nn.Linear) -> Tensor:

@@ -3,8 +3,8 @@
 Row i of the images belongs with row i of every caption set; all other rows of the batch are negatives. Value and
 gradients are computed together, in closed form and block by block: see `PairBlocks` for memory and precision.
 
-Shapes: M texts are a batch, |B| = M; N images are the same batch, or the part of it that one process has; C caption
-sets; E dimensions. A block has R images and K texts.
+Shapes: M images are a batch, |B| = M; N texts of each of C caption sets are the same batch, or a part of it; E
+dimensions. A block has R images and K texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ class Loss(Protocol):
 
     def __call__(
         self,
-        image_NE: Tensor,
-        text_CME: Tensor,
+        image_ME: Tensor,
+        text_CNE: Tensor,
         log_scale: Tensor,
         bias: Tensor,
         /,
@@ -55,8 +55,8 @@ class Loss(Protocol):
 
 
 def sigmoid_loss(
-    image_NE: Tensor,
-    text_CME: Tensor,
+    image_ME: Tensor,
+    text_CNE: Tensor,
     log_scale: Tensor,
     bias: Tensor,
     /,
@@ -71,18 +71,18 @@ def sigmoid_loss(
     SigLIP's, have b inside the logit as here.
 
     Args:
-        image_NE: (N, E), L2-normalised: a batch, or a part of it.
-        text_CME: (C, M, E), L2-normalised: C captions of each image of the whole batch.
+        image_ME: (M, E), L2-normalised: the whole batch.
+        text_CNE: (C, N, E), L2-normalised: C captions of each image of the batch, or of a part of it.
         log_scale: τ, scalar.
         bias: b, scalar.
         divisor: "pairs" divides by |B|², the paper's; "batch" by |B|, SigLIP's.
         weights: w, one for each caption set; by default all 1.
-        first: Which text belongs with the first image; the others follow in order.
+        first: Which image belongs with the first text; the others follow in order.
 
     Raises:
-        ValueError: An image has no text, or a caption set no weight.
+        ValueError: A text has no image, or a caption set no weight.
     """
-    blocks = PairBlocks(image_NE, text_CME, log_scale, bias, first=first, weights=weights)
+    blocks = PairBlocks(image_ME, text_CNE, log_scale, bias, first=first, weights=weights)
     repel = _repel.quick if blocks.many else _repel
     with blocks.without_graph():
         t, b = blocks.scale, bias.to(blocks.exact)
@@ -101,8 +101,8 @@ def sigmoid_loss(
 
 
 def infonce_loss(
-    image_NE: Tensor,
-    text_CME: Tensor,
+    image_ME: Tensor,
+    text_CNE: Tensor,
     log_scale: Tensor,
     bias: Tensor,
     /,
@@ -117,33 +117,34 @@ def infonce_loss(
     the normalisers and then for the gradients. Arguments as in `sigmoid_loss`, and:
 
     Args:
-        across: For a part of a batch, as a text is normalised over all images: a function that returns the log-sum-exp
+        across: For a part of a batch, as an image is normalised over all texts: a function that returns the log-sum-exp
             over the parts of each element of a tensor (2, C, M).
     """
-    own = slice(first, first + len(image_NE))
-    blocks = PairBlocks(image_NE, text_CME, log_scale, bias, first=first, weights=weights)
+    own = slice(first, first + text_CNE.shape[1])
+    blocks = PairBlocks(image_ME, text_CNE, log_scale, bias, first=first, weights=weights)
     log_sum_exps = _log_sum_exps.quick if blocks.many else _log_sum_exps
     softmax = _softmax.quick if blocks.many else _softmax
     with blocks.without_graph():
         t = blocks.scale
         logit_CN = t * blocks.positives()
         # Log-sum-exps of the negatives of each image and of each text.
-        image_CN, text_CM = torch.full_like(logit_CN, -torch.inf), logit_CN.new_full(text_CME.shape[:2], -torch.inf)
+        image_CM = logit_CN.new_full((len(logit_CN), blocks.batch), -torch.inf)
+        text_CN = torch.full_like(logit_CN, -torch.inf)
         for block in blocks:
             of_block = log_sum_exps(block.pairs, t)
-            for so_far, more in zip(block.of(image_CN, text_CM), of_block, strict=True):
+            for so_far, more in zip(block.of(image_CM, text_CN), of_block, strict=True):
                 torch.logaddexp(so_far, more, out=so_far)
-        positive_CM = torch.full_like(text_CM, -torch.inf)
+        positive_CM = torch.full_like(image_CM, -torch.inf)
         positive_CM[:, own] = logit_CN
         if across:
-            text_CM, positive_CM = across(torch.stack((text_CM, positive_CM)))
+            image_CM, positive_CM = across(torch.stack((image_CM, positive_CM)))
         # In these terms −log p = softplus and 1 − p = σ, which stay exact where p is nearly 1.
-        rival_2CN = torch.stack((image_CN, text_CM[:, own])) - logit_CN
+        rival_2CN = torch.stack((image_CM[:, own], text_CN)) - logit_CN
         loss, pull_CN = blocks.weighted(F.softplus(rival_2CN).mean(0)), rival_2CN.sigmoid().mean(0)
         if blocks.learning:
-            image_CN, text_CM = image_CN.logaddexp(logit_CN), text_CM.logaddexp(positive_CM)
+            image_CM, text_CN = image_CM.logaddexp(positive_CM), text_CN.logaddexp(logit_CN)
             for block in blocks:
-                softmax(block.pairs, t, *block.of(image_CN, text_CM))
+                softmax(block.pairs, t, *block.of(image_CM, text_CN))
                 blocks.push(block)
         blocks.pull(pull_CN)
         # Probabilities add up to 1: the negatives push as strongly as the positives pull.
@@ -155,10 +156,8 @@ def _value(
     blocks: PairBlocks, logit_CN: Tensor, b: Tensor, scale: float, loss: Tensor, pull: Tensor, push: Tensor
 ) -> LossValue:
     """Return a loss from the sums over its pairs, which are still to be scaled, with its gradients."""
-    captions, images = logit_CN.shape
-    positives = logit_CN.double().sum()
-    negatives = blocks.scale * blocks.sum() + b * (captions * images * blocks.batch) - positives
-    pairs = captions * blocks.batch
+    positives, pairs = logit_CN.double().sum(), len(logit_CN) * blocks.batch
+    negatives = blocks.scale * blocks.sum() + b * (logit_CN.numel() * blocks.batch) - positives
     positive_logit, negative_logit = positives / pairs, negatives / (pairs * (blocks.batch - 1))
     total, *health = (
         value.to(blocks.exact) for value in (scale * loss, positive_logit, negative_logit, scale * pull, scale * push)

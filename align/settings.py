@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from sail_align.extract.errors import UserError
 
+Precision = Literal["float32", "tf32", "bfloat16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
@@ -17,7 +19,8 @@ class FitSettings:
     kept. `ridge` belongs to a closed form, `divisor` to the sigmoid loss. `positives` captions of each image are drawn
     for a step, None takes all. `temperature` and `bias` are what t and b start from; "auto" is a t by the batch size,
     and the b at which the masses of positives and negatives are in balance. `warmup` is a fraction of the steps,
-    `held_out` the fraction of the rows that is kept out of training and scored.
+    `held_out` the fraction of the rows that is kept out of training and scored. Products are computed in `precision`,
+    weights and all sums in float32.
     """
 
     head: Literal["linear", "mlp", "glu", "cca"] = "glu"
@@ -41,6 +44,7 @@ class FitSettings:
     steps: int
     seed: int = 0
     held_out: float = 0.05
+    precision: Precision = "float32"
 
     @property
     def closed_form(self) -> bool:
@@ -78,6 +82,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("sigmoid", "infonce"),
     "divisor": ("pairs", "batch"),
     "optimizer": ("lion", "adamw"),
+    "precision": ("auto", "float32", "tf32", "bfloat16"),
     "on_collapse": ("stop", "warn"),
 }
 LIMITS: dict[str, tuple[float, float]] = {

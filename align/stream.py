@@ -92,10 +92,6 @@ class Stream:
         self.bytes_read = 0
         self.wait_seconds = 0.0
 
-    def state_after(self, batches: int) -> StreamState:
-        """Return the state behind so many batches from the start."""
-        return StreamState(*divmod(batches, self.batches_per_epoch))
-
     def batches(self, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
         """Yield this rank's part of the batches from a state on, for ever, each with the state behind it.
 

@@ -24,7 +24,7 @@ from sail_align.align.runs import hold_run
 from sail_align.align.saver import KEEP, SAVE_SECONDS
 from sail_align.align.settings import FitSettings
 from sail_align.align.start import build_model
-from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, train_step
+from sail_align.align.step import Stepper, batch_loss, embed, make_optimizer, seed_torch, train_step
 from sail_align.align.stream import Batch, Stream
 from sail_align.extract.errors import UserError
 from sail_align.extract.stop import StoppedError, noticing
@@ -73,7 +73,15 @@ def fit(
         fresh = saved is None and world.leads
         model = world.agree(lambda: build_model(plan, stream, device, fresh=fresh, quiet=quiet))
         optimizer = make_optimizer(model, settings)
-        stepper = Stepper(model, plan.loss_of_parts(world.log_sum_exp), optimizer, device, world=world)
+        stepper = Stepper(
+            model,
+            plan.loss_of_parts(world.log_sum_exp),
+            optimizer,
+            device,
+            in_parts=settings.loss == "sigmoid",
+            precision=settings.precision,
+            world=world,
+        )
         held_out = Batch(*map(torch.from_numpy, read_rows(plan.scored, plan.held_out)))
         scores: dict[str, float] = {}
 
@@ -114,7 +122,7 @@ def fit(
                 score_held_out(0)
             batches = batches_on(device, stream.batches(state))
             for step, (batch, state) in zip(range(done or 0, settings.steps), batches, strict=False):
-                torch.manual_seed(settings.seed + (step + 1 << 32))
+                seed_torch(settings.seed, step)
                 rate = learning_rate(settings, step)
                 health = health_of(model, train_step(stepper, batch, rate))
                 if not math.isfinite(loss := health["loss"]):

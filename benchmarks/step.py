@@ -36,7 +36,7 @@ def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
     model = Architecture("glu", IMAGE_DIM, TEXT_DIM, DIM, EXPANSION).build()
     optimizer = make_optimizer(model, FitSettings(steps=1))
     keep_bytes = None if options.keep is None else int(options.keep * 1e9)
-    stepper = Stepper(model, sigmoid_loss, optimizer, torch.device("cpu"), options.micro_batch, keep_bytes)
+    stepper = Stepper(model, sigmoid_loss, optimizer, torch.device("cpu"), True, options.micro_batch, keep_bytes)
     features = Batch(*features_at_random(batch))
     return lambda: train_step(stepper, features, 1e-5)
 

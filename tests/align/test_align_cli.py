@@ -53,6 +53,22 @@ def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
     )
 
 
+def test_another_precision_is_another_run(make_store, monkeypatch):
+    path = make_store("photos")
+    with monkeypatch.context() as patch:
+        patch.setattr("sail_align.align.trainer.train_step", interrupt)
+        typed("--features", path, *QUICK)
+    other = typed("--features", path, *QUICK, "--precision", "bfloat16").output
+    assert (
+        "note: runs/photos-glu has other settings (precision): this is another run.\nwriting runs/photos-glu-2: "
+        in other
+    )
+    assert "going on with runs/photos-glu: " in typed("--features", path, *QUICK, "--precision", "float32").output
+    refused = typed("--features", path, *QUICK, "--precision", "float16")
+    assert isinstance(refused.exception, UserError)
+    assert str(refused.exception) == "--precision 'float16' is none of: auto, float32, tf32, bfloat16."
+
+
 def test_a_stopped_run_says_from_which_step_it_goes_on(make_store, monkeypatch):
     path = make_store("photos")
     step, calls = trainer.train_step, []

@@ -128,16 +128,16 @@ def test_parts_add_up_to_the_whole(loss, dense, ends):
 
 def add_up(loss, inputs, parts):
     """Return the sums of the parts' values, and the gradients of the sum of their totals."""
-    image_BE, *others = inputs
+    image_BE, text_CBE, *others = inputs
     options = [{"first": part.start} for part in parts]
     if loss is infonce_loss:
         # A first round lets every part say what it would send to the others.
         sent = []
         for part, option in zip(parts, options, strict=True):
-            loss(image_BE[part], *others, **option, across=lambda tensor: sent.append(tensor) or tensor)
+            loss(image_BE, text_CBE[:, part], *others, **option, across=lambda tensor: sent.append(tensor) or tensor)
         for option in options:
             option["across"] = lambda tensor: torch.stack(sent).logsumexp(0)
-    values = [loss(image_BE[part], *others, **option) for part, option in zip(parts, options, strict=True)]
+    values = [loss(image_BE, text_CBE[:, part], *others, **option) for part, option in zip(parts, options, strict=True)]
     sum(value.total for value in values).backward()
     summed = {name: sum(getattr(value, name).detach() for value in values) for name in values[0]._fields}
     return summed, [each.grad for each in inputs]
@@ -175,7 +175,7 @@ def test_not_a_number_is_not_hidden(loss, dense):
 @BOTH
 def test_what_does_not_fit_is_refused(loss, dense):
     inputs = batch(captions=2, size=5)
-    with pytest.raises(ValueError, match="5 images from row 1 on do not all have one of 5 texts"):
+    with pytest.raises(ValueError, match="5 texts from row 1 on do not all have one of 5 images"):
         loss(*inputs, first=1)
     with pytest.raises(ValueError, match="2 caption sets have 1 weights"):
         loss(*inputs, weights=[1.0])
@@ -184,23 +184,23 @@ def test_what_does_not_fit_is_refused(loss, dense):
 def test_half_precision_keeps_gradients_that_dividing_first_would_lose(monkeypatch):
     monkeypatch.setitem(blocks.BLOCK, "cpu", 2_048)
     # A part of the paper's batch, the start of training, and a loss scaler's usual factor.
-    batch_size, images, loss_scale = 36_864, 32, 2.0**16
+    batch_size, texts, loss_scale = 36_864, 32, 2.0**16
     image_BE, text_CBE, log_scale, bias = batch(captions=1, size=batch_size, dim=64, dtype=torch.float16)
-    inputs = [image_BE[:images].detach().requires_grad_(), text_CBE, log_scale, bias]
+    inputs = [image_BE, text_CBE[:, :texts].detach().requires_grad_(), log_scale, bias]
     (loss_scale * sigmoid_loss(*inputs).total).backward()
-    x_NE, y_CME, tau, b = as_float64(inputs)
-    _, expected, _ = dense_sigmoid(x_NE, y_CME, tau, b)
+    x_ME, y_CNE, tau, b = as_float64(inputs)
+    _, expected, _ = dense_sigmoid(x_ME, y_CNE, tau, b)
 
-    logit_NM = np.exp(tau) * x_NE @ y_CME[0].T + b
-    positive_NM = np.eye(images, batch_size)
-    g_NM = (1 / (1 + np.exp(-logit_NM)) - positive_NM) * (loss_scale / batch_size**2)
-    divided_first_NM = torch.from_numpy(g_NM).half().double().numpy()
-    theirs_NE, theirs_bias = np.exp(tau) * divided_first_NM @ y_CME[0], divided_first_NM.sum()
+    logit_MN = np.exp(tau) * x_ME @ y_CNE[0].T + b
+    positive_MN = np.eye(batch_size, texts)
+    g_MN = (1 / (1 + np.exp(-logit_MN)) - positive_MN) * (loss_scale / batch_size**2)
+    divided_first_MN = torch.from_numpy(g_MN).half().double().numpy()
+    theirs_NE, theirs_bias = np.exp(tau) * divided_first_MN.T @ x_ME, divided_first_MN.sum()
 
     def error(found, right):
         return np.linalg.norm(found / loss_scale - right) / np.linalg.norm(right)
 
-    assert error(inputs[0].grad.double().numpy(), expected[0]) < 0.002
+    assert error(inputs[1].grad[0].double().numpy(), expected[1][0]) < 0.002
     assert error(inputs[3].grad.item(), expected[3]) < 1e-4
-    assert error(theirs_NE, expected[0]) > 0.01
+    assert error(theirs_NE, expected[1][0]) > 0.01
     assert error(theirs_bias, expected[3]) > 0.03

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from sail_align.align.checkpoint import read_checkpoint
 from sail_align.align.distributed import World, joined
 from sail_align.align.loss import infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
@@ -77,7 +81,7 @@ def one_step(world):
         torch.manual_seed(0)
         model = Architecture("glu", 12, 8, 6, expansion=2).build(scale=5.0, bias=-1.0)
         optimizer = make_optimizer(model, FitSettings(steps=1))
-        stepper = Stepper(model, loss, optimizer, CPU, micro_batch=5, world=world)
+        stepper = Stepper(model, loss, optimizer, CPU, in_parts=name != "infonce", micro_batch=5, world=world)
         value = train_step(stepper, Batch(images[own], texts[:, own]), 1e-3)
         found |= {f"{name} {field}": number for field, number in value._asdict().items()}
         found |= {f"{name} ∂{key}": parameter.grad for key, parameter in model.named_parameters()}
@@ -117,7 +121,8 @@ def messages(world):
         "decide": world.decide(lambda: f"rank {world.rank}"),
         "mistake of one": caught(lambda: world.agree(lambda: mistaken() if world.rank == 1 else None)),
         "mistake of rank 0": caught(lambda: world.decide(mistaken)),
-        "any": (world.any(world.rank == 1), world.any(False)),
+        "collect": world.collect([world.rank, "é" * (1 + 3 * world.rank), None]),
+        "same": (world.same((1, 2)), world.same(world.rank)),
         "spans": [(rows.start, rows.stop) for rows in world.spans(2 + world.rank)],
         "spread": spread.tolist(),
         "sum": total.tolist(),
@@ -131,7 +136,8 @@ def test_the_processes_tell_each_other_what_they_must(tmp_path):
         assert found["decide"] == "rank 0"
         assert found["mistake of one"] == "made by 1"
         assert found["mistake of rank 0"] == "made by 0"
-        assert found["any"] == (True, False)
+        assert found["collect"] == [[0, "é", None], [1, "éééé", None]]
+        assert found["same"] == (True, False)
         assert found["spans"] == [(0, 2), (2, 5)]
         assert (found["spread"], found["sum"]) == ([0, 0], [1, 1])
         expected = torch.logsumexp(torch.tensor([[0.0, -torch.inf, 500.0], [1.0, -torch.inf, 500.0]]), 0)
@@ -142,11 +148,31 @@ def test_one_process_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined("cuda:3") as (world, device):
         assert (world, device) == (World(), "cuda:3")
-    values = torch.arange(6.0).reshape(1, 3, 2)
+    values = torch.arange(6.0).reshape(3, 2)
     spans = world.spans(3)
     assert torch.equal(world.scatter_sum(world.gather(values, spans), spans), values)
     assert world.decide(lambda: 5) == world.agree(lambda: 5) == 5
     assert torch.equal(world.log_sum_exp(values), values)
+
+
+def dropped_out(world):
+    """Embed the same rows twice with dropout from one seed."""
+    torch.manual_seed(0)
+    rows = Batch(torch.randn(4, 12).half(), torch.randn(1, 4, 8).half())
+    model = Architecture("glu", 12, 8, 6, image_dropout=0.5).build()
+    stepper = Stepper(model, sigmoid_loss, make_optimizer(model, FitSettings(steps=1)), CPU, world=world)
+    seen = []
+    model.image_head.register_forward_hook(lambda _head, _features, out: seen.append(out.detach()))
+    for _ in range(2):
+        torch.manual_seed(0)
+        train_step(stepper, rows, 0.0)
+    return seen
+
+
+def test_dropout_differs_between_processes_and_comes_again(tmp_path):
+    (one, again), (other, _) = in_processes(2, dropped_out, tmp_path)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
 
 
 def leave(world):
@@ -164,67 +190,103 @@ def test_who_is_left_behind_says_so(tmp_path):
     assert torch.load(tmp_path / "0.pt").startswith("Process 0 of 2 lost touch with another (")
 
 
-def typed(rank, size, port, *words):
-    """Start `sail-align fit` as torchrun starts it."""
-    command = [sys.executable, "-c", "from sail_align.align.cli import main; main()", "fit", *map(str, words)]
-    surroundings = {**os.environ, **environment(rank, size, port)} if size > 1 else os.environ
-    return subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def torchrun(size, *words):
+    """Start `sail-align fit` in so many processes; one is started as typed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
+    program = [Path(sys.executable).with_name("sail-align"), "fit", *words]
+    command = [*(command if size > 1 else command[:1]), *program]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, command)), env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def trained(run):
+    """Return the loss of each step."""
+    return {entry["step"]: entry["loss"] for entry in metrics(run) if entry["kind"] == "train"}
+
+
+def wait_for_step(step, run, job):
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() or f'"step": {step},' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+
+
 FIT = ("--quiet", "--device", "cpu", "--dim", 8, "--batch-size", 51, "--lr", 1e-3, "--optimizer", "adamw")
-FIT = (*FIT, "--image-dropout", 0, "--text-dropout", 0, "--loss", "infonce")
+FIT = (*FIT, "--image-dropout", 0, "--text-dropout", 0)
 
 
-def test_a_fit_of_two_processes_is_the_fit_of_one(make_store, tmp_path):
+def test_torchrun_fits_as_one_process_does(make_store, tmp_path):
     many = make_store("many", rows=200, captions={"raw": (), "short": (), "long": ()})
     few = make_store("few", rows=100, captions={"long": (), "raw": ()}, first=500)
     stores = ("--features", many, "--features", few)
     ends = {}
     for size in (1, 2):
-        port, run = free_port(), tmp_path / f"run of {size}"
-        words = (*stores, "--out", run, "--positives", 2, *FIT, "--steps", 6)
-        processes = [typed(rank, size, port, *words) for rank in range(size)]
-        spoken = [process.communicate() for process in processes]
-        assert [process.returncode for process in processes] == [0] * size, spoken
-        assert f"wrote {run}" in spoken[0][0]
-        assert all(output == ("", "") for output in spoken[1:])
+        run = tmp_path / f"run of {size}"
+        words = (*stores, "--out", run, "--positives", 2, *FIT, "--loss", "infonce", "--steps", 6)
+        job = torchrun(size, *words)
+        said, complained = job.communicate()
+        assert job.returncode == 0, complained
+        assert said.count(f"wrote {run}") == 1
         ends[size] = metrics(run)
     for one, two in zip(ends[1], ends[2], strict=True):
         assert two.pop("kind") == one.pop("kind")
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
-def test_a_lost_process_ends_the_job_and_one_process_goes_on(make_store, tmp_path):
-    store, run, port = make_store(), tmp_path / "run", free_port()
-    words = ("--features", store, "--out", run, *FIT, "--steps", 3_000)
-    processes = [typed(rank, 2, port, *words) for rank in range(2)]
-    deadline = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 20:
-        assert time.monotonic() < deadline
-        assert [process.poll() for process in processes] == [None, None], processes[0].communicate()
-        time.sleep(0.05)
-    processes[1].kill()
-    _, said = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == 1
-    assert said.startswith("error: Process 0 of 2 lost touch with another (")
-    assert len(said.splitlines()) == 1
-    processes[1].communicate()
-    alone = typed(0, 1, port, *words)
-    try:
-        assert any(line.startswith(f"going on with {run}") for line in (alone.stdout.readline() for _ in range(2)))
-    finally:
-        alone.terminate()
-        alone.communicate()
+@pytest.mark.slow
+def test_a_lost_process_ends_the_job_and_any_number_goes_on(make_store, tmp_path):
+    steps, run = 400, tmp_path / "run"
+    words = ("--features", make_store(), *FIT, "--steps", steps)
+    job = torchrun(2, *words, "--out", run)
+    wait_for_step(20, run, job)
+    job.terminate()
+    _, said = job.communicate(timeout=60)
+    saved = read_checkpoint(run).record["step"]
+    assert 20 <= saved < steps
+    assert f"goes on with {run} from step {saved}." in said
+
+    job = torchrun(2, *words, "--out", run)
+    wait_for_step(saved + 20, run, job)
+    os.kill(process_of(job, rank=1), signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert said.count("error: Process 0 of 2 lost touch with another (") == 1
+
+    ends = {}
+    for size in (1, 3):
+        shutil.copytree(run, copy := tmp_path / f"goes on with {size}")
+        job = torchrun(size, *words, "--out", copy)
+        said, complained = job.communicate(timeout=100)
+        assert job.returncode == 0, complained
+        assert f"going on with {copy}" in said
+        ends[size] = trained(copy)
+        assert list(ends[size]) == list(range(1, steps + 1))
+        assert [ends[size][step] for step in range(1, saved + 1)] == list(trained(run).values())[:saved]
+    whole = torchrun(1, *words, "--out", tmp_path / "whole")
+    assert whole.wait(timeout=100) == 0
+    for losses in ends.values():
+        assert losses == pytest.approx(trained(tmp_path / "whole"), rel=1e-3)
 
 
-def test_a_mistake_is_told_once(make_store, tmp_path):
-    port, store = free_port(), make_store()
-    processes = [typed(rank, 2, port, "--features", store, "--out", store, *FIT, "--steps", 1) for rank in range(2)]
-    spoken = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
-    assert spoken[0][1] == f"error: {store} exists and is not a run; name another --out.\n"
-    assert spoken[1] == ("", "")
+def process_of(job, rank):
+    """Return the pid of a process that torchrun started."""
+    for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"{job.pid} has no child of rank {rank}")
+
+
+def test_a_mistake_is_told_once(make_store):
+    store = make_store()
+    job = torchrun(2, "--features", store, "--out", store, *FIT, "--steps", 1)
+    _, said = job.communicate()
+    assert job.returncode != 0
+    assert said.count("error:") == 1
+    assert f"error: {store} exists and is not a run; name another --out.\n" in said

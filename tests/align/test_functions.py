@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sail_align.align.functions import affine_linear, gated_linear
+from sail_align.align.functions import gated_linear, normed_linear
 from sail_align.align.heads import make_head
 
 
@@ -13,8 +13,8 @@ def arguments(*shapes):
     return [(4 * torch.randn(*shape, generator=generator).double()).requires_grad_() for shape in shapes]
 
 
-def plain_affine_linear(x, gain, offset, weight, bias):
-    return F.linear(gain * x + offset, weight, bias)
+def plain_normed_linear(x, gain, offset, weight, bias):
+    return F.linear(F.layer_norm(x, x.shape[1:], gain, offset), weight, bias)
 
 
 def plain_gated_linear(gate, value, weight, bias):
@@ -22,7 +22,7 @@ def plain_gated_linear(gate, value, weight, bias):
 
 
 CASES = {
-    "affine": (affine_linear, plain_affine_linear, ((7, 5), (5,), (5,), (6, 5), (6,))),
+    "normed": (normed_linear, plain_normed_linear, ((7, 5), (5,), (5,), (6, 5), (6,))),
     "gated": (gated_linear, plain_gated_linear, ((7, 5), (7, 5), (3, 5), (3,))),
 }
 
@@ -31,7 +31,7 @@ CASES = {
 def test_values_and_gradients_are_those_of_the_formula(case):
     function, formula, shapes = CASES[case]
     ours, theirs = arguments(*shapes), arguments(*shapes)
-    if case == "affine":
+    if case == "normed":
         ours[0].requires_grad_(False)
     out, expected = function(*ours), formula(*theirs)
     torch.testing.assert_close(out, expected)

@@ -9,8 +9,9 @@ from sail_align.align import device
 from sail_align.align.loss import infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
 from sail_align.align.settings import FitSettings
-from sail_align.align.step import Stepper, embed, make_optimizer, train_step
+from sail_align.align.step import Stepper, embed, make_optimizer, seed_torch, train_step
 from sail_align.align.stream import Batch
+from sail_align.extract.errors import UserError
 
 CPU = torch.device("cpu")
 ROWS, CAPTIONS = 23, 2
@@ -23,11 +24,21 @@ def batch(rows=ROWS, seed=0):
     return Batch(images.half(), texts.half())
 
 
-def stepper(micro_batch, keep_bytes, *, head="glu", loss=sigmoid_loss, optimizer="lion", **changes):
+def stepper(
+    micro_batch,
+    keep_bytes,
+    *,
+    head="glu",
+    loss=sigmoid_loss,
+    optimizer="lion",
+    in_parts=False,
+    precision="float32",
+    **changes,
+):
     torch.manual_seed(0)
     model = Architecture(head, 12, 8, 6, expansion=2, **changes).build(scale=5.0, bias=-1.0)
     made = make_optimizer(model, FitSettings(steps=3, lr=1e-2, optimizer=optimizer))
-    return Stepper(model, loss, made, CPU, micro_batch, keep_bytes)
+    return Stepper(model, loss, made, CPU, in_parts, micro_batch, keep_bytes, precision)
 
 
 def after_steps(used, steps=3):
@@ -43,9 +54,17 @@ def after_steps(used, steps=3):
 @pytest.mark.parametrize("head", ["linear", "mlp", "glu"])
 @pytest.mark.parametrize("micro_batch", [1, 5, ROWS, 1000])
 @pytest.mark.parametrize("keep_bytes", [NOTHING, EVERYTHING])
-@pytest.mark.parametrize("loss", [sigmoid_loss, partial(sigmoid_loss, divisor="batch"), infonce_loss])
-def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_bytes, loss):
-    used = stepper(micro_batch, keep_bytes, head=head, loss=loss)
+@pytest.mark.parametrize(
+    ("loss", "in_parts"),
+    [
+        (sigmoid_loss, True),
+        (sigmoid_loss, False),
+        (partial(sigmoid_loss, divisor="batch"), True),
+        (infonce_loss, False),
+    ],
+)
+def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_bytes, loss, in_parts):
+    used = stepper(micro_batch, keep_bytes, head=head, loss=loss, in_parts=in_parts)
     plain = stepper(1, NOTHING, head=head, loss=loss).model
     expected = loss(*embed(plain, batch(), CPU), plain.log_scale, plain.bias)
     expected.total.backward()
@@ -59,8 +78,10 @@ def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_byte
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("head", ["mlp", "glu"])
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
-def test_what_is_kept_changes_no_bit(head, dropout, optimizer):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_what_is_kept_changes_no_bit(head, dropout, optimizer, in_parts):
     changes = {"head": head, "optimizer": optimizer, "image_dropout": dropout, "text_dropout": dropout}
+    changes["in_parts"] = in_parts
     whole = after_steps(stepper(5, EVERYTHING, **changes))
     one_kept = 5 * stepper(5, 0, **changes).model.image_head.kept_units * 4
     for keep_bytes in (NOTHING, one_kept, 3 * one_kept):
@@ -73,8 +94,7 @@ def test_dropout_differs_between_micro_batches_and_steps():
     rows = batch(5)
     same = Batch(rows.images.repeat(2, 1), rows.texts.repeat(1, 2, 1))
     seen = []
-    encode = used.model.encode_image
-    used.model.encode_image = lambda features: seen.append(encode(features)) or seen[-1]
+    used.model.image_head.register_forward_hook(lambda _head, _features, out: seen.append(out.detach()))
     for _ in range(2):
         train_step(used, same, 1e-9)
     first, second, again, *_ = seen
@@ -83,11 +103,42 @@ def test_dropout_differs_between_micro_batches_and_steps():
     assert not torch.equal(first, seen[4])
 
 
+def test_a_seed_counts_with_all_its_bits():
+    seen = []
+    for numbers in ((1, 2), (2, 1), (1, 3), (1 + (1 << 40), 2)):
+        seed_torch(*numbers)
+        seen.append(float(torch.rand(())))
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "glu"])
+@pytest.mark.parametrize("keep_bytes", [NOTHING, EVERYTHING])
+def test_bfloat16_rounds_the_gradients_and_no_more(head, keep_bytes):
+    exact, rounded = (
+        stepper(50, keep_bytes, head=head, in_parts=True, precision=precision, image_dropout=0.3)
+        for precision in ("float32", "bfloat16")
+    )
+    torch.manual_seed(0)
+    expected = train_step(exact, batch(400), 1e-9)
+    torch.manual_seed(0)
+    torch.testing.assert_close(train_step(rounded, batch(400), 1e-9), expected, rtol=0.01, atol=0.01)
+    for (name, ours), theirs in zip(rounded.model.named_parameters(), exact.model.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert 0 < (ours.grad - theirs.grad).norm() < 0.04 * theirs.grad.norm(), name
+
+
+def test_a_device_says_what_it_computes_in():
+    cuda = torch.device("cuda")
+    assert [device.choose_precision("auto", each) for each in (CPU, cuda)] == ["float32", "bfloat16"]
+    assert device.choose_precision("tf32", cuda) == "tf32"
+    with pytest.raises(UserError, match="--precision tf32 is for NVIDIA GPUs; give float32 or bfloat16 on cpu"):
+        device.choose_precision("tf32", CPU)
+
+
 def test_the_free_memory_decides_what_is_kept(monkeypatch):
     used = stepper(5, None)
     calls = []
-    encode = used.model.encode_text
-    used.model.encode_text = lambda features: calls.append(len(features)) or encode(features)
+    used.model.text_head.register_forward_hook(lambda _head, _features, out: calls.append(len(out)))
     for free, passes in ((EVERYTHING, 1), (NOTHING, 2)):
         monkeypatch.setattr("sail_align.align.step.free_bytes", lambda _, free=free: free)
         calls.clear()

@@ -78,6 +78,27 @@ def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, cha
     assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
 
 
+def test_bfloat16_learns_what_float32_learns(make_store, tmp_path):
+    store, scores = make_store(rows=500), {}
+    for precision in ("float32", "bfloat16"):
+        plan, run = begin([store], tmp_path / precision, precision=precision)
+        scores[precision] = fit(plan, run, device=CPU, quiet=True)
+        assert load_run(run).settings["precision"] == precision
+    exact, rounded = scores.values()
+    assert rounded != exact
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    for name in ("t2i_r10", "i2t_r10"):
+        assert rounded[name] == pytest.approx(exact[name], abs=5)
+
+
+def test_every_step_draws_other_random_numbers(make_store, tmp_path, monkeypatch):
+    plan, run = begin([make_store()], tmp_path / "run", steps=5)
+    step, drawn = trainer.train_step, []
+    monkeypatch.setattr(trainer, "train_step", lambda *given: drawn.append(float(torch.rand(()))) or step(*given))
+    fit(plan, run, device=CPU, quiet=True)
+    assert len(set(drawn)) == 5
+
+
 def test_cca_is_a_run_without_steps(make_store, tmp_path):
     plan, _ = make_plan([make_store(rows=500)], {"head": "cca"})
     run, *_ = claim_run(tmp_path / "run", plan.record())
