@@ -220,6 +220,8 @@ def _evaluate(
 ) -> None:
     """Score the sets, print the table, write the report, also of those before a fault; exit 1 if a set failed."""
     from sail_align.evaluate.evaluator import evaluate_sets
+    from sail_align.evaluate.formats import text
+    from sail_align.evaluate.overview import overview, read_runs
     from sail_align.evaluate.report import write_report
     from sail_align.evaluate.scores import Record, failed, scores_path, unfinished
     from sail_align.evaluate.table import score_table
@@ -233,6 +235,8 @@ def _evaluate(
     finally:
         if records:
             typer.echo(score_table(records))
+            if (shown := overview(read_runs([run.path]))).with_reported:
+                typer.echo(f"\n{text(shown)}")
             typer.echo(f"wrote {scores_path(run.path)} and {write_report(run.path)}")
     if failed(records):
         raise typer.Exit(1)

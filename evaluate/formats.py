@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from sail_align.align.table import markdown_table
-from sail_align.evaluate.overview import Overview, Panel, Row, ScoredRun, key_of
+from sail_align.evaluate.overview import Overview, Panel, Row, ScoredRun, records_by_key
 from sail_align.evaluate.reported import reported
 from sail_align.evaluate.scores import Record, unexpected
 from sail_align.evaluate.table import aligned, number
@@ -67,12 +67,13 @@ def latex(shown: Overview) -> str:
 def comma_separated(runs: Sequence[ScoredRun]) -> str:
     """Return every metric of every record of the runs, one a line, and what papers report of the same protocols."""
     rows = [row for run in runs for record in run.scores["records"] for row in _lines(run, record)]
-    records = {key_of(record): record for run in runs for record in run.records if not unexpected(record)}
-    for model in reported():
-        for (protocol, metric), value in model.scores.items():
-            if record := next((each for each in records.values() if each["protocol"] == protocol), None):
-                origin = {"model": model.name, "origin": f"reported: {model.source}"}
-                rows.append({**origin, **_about(record), "metric": metric, "score": value, "unit": "%"})
+    for records in records_by_key(runs).values():
+        record = next(filter(None, records))
+        for model in reported():
+            for (protocol, metric, items), value in model.scores.items():
+                if (protocol, items) == (record["protocol"], record["items"]) and not unexpected(record):
+                    origin = {"model": model.name, "origin": f"reported: {model.source}"}
+                    rows.append({**origin, **_about(record), "metric": metric, "score": value, "unit": "%"})
     written = io.StringIO()
     table = csv.DictWriter(written, FIELDS, lineterminator="\n")
     table.writeheader()

@@ -1,7 +1,7 @@
 """Runs and the paper's models side by side: a row a model, a column a measure.
 
 A column has scores of one protocol on the same data and never others. What a paper reports stands in it only if
-protocol and metric are the same, and the data are those of the published set as far as their counts say.
+protocol and metric are the same, and the set is the published one as far as its counts say.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,13 +50,21 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of one protocol on one data set; `mark` is that of the note that says which."""
+    """One metric of one protocol on one data set, as a record has it; `mark` is that of the note that says which."""
 
     mark: str
-    dataset: str
-    label: str
-    key: Key
-    metric: str
+    record: Record
+    metric: dict[str, Any]
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name."""
+        return str(self.record["dataset"])
+
+    @property
+    def label(self) -> str:
+        """The metric's name for people."""
+        return str(self.metric["label"])
 
 
 @dataclass(frozen=True)
@@ -113,33 +121,36 @@ def key_of(record: Record) -> Key:
     return record["protocol"], record["data"]["digest"]
 
 
+def metric_of(record: Record | None, name: str) -> dict[str, Any] | None:
+    """Return a metric of a record, None if it has none of that name or there is no record."""
+    return next((metric for metric in record["metrics"] if metric["name"] == name), None) if record else None
+
+
+def records_by_key(runs: Sequence[ScoredRun]) -> dict[Key, list[Record | None]]:
+    """Return for each protocol and set the records of all runs in their order, None where a run has none."""
+    keys = dict.fromkeys(key_of(record) for run in runs for record in run.records)
+    own = [{key_of(record): record for record in run.records} for run in runs]
+    return {key: [records.get(key) for records in own] for key in keys}
+
+
 def overview(runs: Sequence[ScoredRun]) -> Overview:
     """Return the headline metrics of all runs, beside what papers report of the same protocols."""
-    records: dict[Key, Record] = {}
-    for run in runs:
-        for record in run.records:
-            records.setdefault(key_of(record), record)
-    marks = dict(zip(records, _marks(), strict=False))
-    groups = [
-        [
-            Column(marks[key], record["dataset"], metric["label"], key, metric["name"])
-            for name in HEADLINES[record["task"]]
-            for metric in record["metrics"]
-            if metric["name"] == name
-        ]
-        for key, record in records.items()
-    ]
-    notes = [
-        (marks[key], f"{record['protocol']}, n = {record['items']:,}, data {record['data']['digest'][:12]}")
-        for key, record in records.items()
-    ]
-    faults = dict.fromkeys(filter(None, map(unexpected, records.values())))
-    faults |= dict.fromkeys(
+    scored = records_by_key(runs)
+    groups, notes, faults = [], [], []
+    for mark, records in zip(_marks(), scored.values(), strict=False):
+        record = next(filter(None, records))
+        metrics = filter(None, (metric_of(record, name) for name in HEADLINES[record["task"]]))
+        groups.append([Column(mark, record, metric) for metric in metrics])
+        data = record["data"]["digest"][:12]
+        notes.append((mark, f"{record['protocol']}, n = {record['items']:,}, data {data}"))
+        faults.append(unexpected(record))
+    faults += [
         f"{error['dataset']} ({error['task']}) was not scored with {run.name}: {error['error']}"
         for run in runs
         for error in run.errors
-    )
-    return Overview([_panel(columns, runs, records) for columns in _filled(groups)], notes, list(faults))
+    ]
+    panels = [_panel(columns, runs, scored) for columns in _filled(groups)]
+    return Overview(panels, notes, list(dict.fromkeys(filter(None, faults))))
 
 
 def _marks() -> Iterator[str]:
@@ -159,31 +170,22 @@ def _filled(groups: Sequence[list[Column]]) -> list[list[Column]]:
     return filled
 
 
-def _panel(columns: Sequence[Column], runs: Sequence[ScoredRun], records: dict[Key, Record]) -> Panel:
+def _panel(columns: Sequence[Column], runs: Sequence[ScoredRun], scored: dict[Key, list[Record | None]]) -> Panel:
     rows = []
-    for run in runs:
-        own = {key_of(record): record for record in run.records}
+    for place, run in enumerate(runs):
+        found = [metric_of(scored[key_of(column.record)][place], column.metric["name"]) for column in columns]
+        cells = [(metric["value"], metric.get("interval")) if metric else (None, None) for metric in found]
         unfinished = run.scores["run"].get("unfinished")
-        name = f"{run.name} ({unfinished})" if unfinished else run.name
-        rows.append(Row(name, "run", [_cell(own.get(column.key), column) for column in columns]))
+        rows.append(Row(f"{run.name} ({unfinished})" if unfinished else run.name, "run", cells))
     for model in reported():
         values = [
-            None if unexpected(records[column.key]) else model.scores.get((column.key[0], column.metric))
+            None
+            if unexpected(record)
+            else model.scores.get((record["protocol"], column.metric["name"], record["items"]))
             for column in columns
+            for record in (column.record,)
         ]
-        rows.append(Row(model.name, "reported", [(value, None) for value in values], model.source))
-    chances = [(_metric(records[column.key], column)["chance"], None) for column in columns]
-    rows.append(Row("chance", "chance", chances))
-    return Panel(columns, [row for row in rows if row.kind != "reported" or any(value for value, _ in row.cells)])
-
-
-def _cell(record: Record | None, column: Column) -> tuple[float | None, Sequence[float] | None]:
-    if record is None:
-        return None, None
-    metric = _metric(record, column)
-    return metric["value"], metric.get("interval")
-
-
-def _metric(record: Record, column: Column) -> dict[str, Any]:
-    found: dict[str, Any] = next(each for each in record["metrics"] if each["name"] == column.metric)
-    return found
+        if any(value is not None for value in values):
+            rows.append(Row(model.name, "reported", [(value, None) for value in values], model.source))
+    rows.append(Row("chance", "chance", [(column.metric["chance"], None) for column in columns]))
+    return Panel(columns, rows)

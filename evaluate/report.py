@@ -13,7 +13,7 @@ from markupsafe import Markup
 from sail_align.evaluate.about_run import flat, summary, training_curves
 from sail_align.evaluate.bars import score_bar
 from sail_align.evaluate.formats import HOW_TO_READ, REPORTED, cells, comma_separated, latex, markdown
-from sail_align.evaluate.overview import Key, Overview, ScoredRun, key_of, overview, read_runs
+from sail_align.evaluate.overview import Overview, ScoredRun, metric_of, overview, read_runs, records_by_key
 from sail_align.evaluate.scores import Record, examples_path
 from sail_align.evaluate.table import interval, number
 from sail_align.extract.errors import UserError
@@ -165,19 +165,12 @@ def _style(place: int) -> str:
 
 def _scores(runs: Sequence[ScoredRun]) -> list[tuple[Record, list[tuple[dict[str, Any], list[dict[str, Any] | None]]]]]:
     """Return for each protocol and set a record, and of each of its metrics that of every run."""
-    records: dict[Key, Record] = {}
-    scored: dict[tuple[Key, str, str], dict[str, Any]] = {}
-    for run in runs:
-        for record in run.records:
-            records.setdefault(key_of(record), record)
-            scored |= {(key_of(record), metric["name"], run.name): metric for metric in record["metrics"]}
-    return [
-        (
-            record,
-            [(metric, [scored.get((key, metric["name"], run.name)) for run in runs]) for metric in record["metrics"]],
-        )
-        for key, record in records.items()
-    ]
+    found = []
+    for records in records_by_key(runs).values():
+        record = next(filter(None, records))
+        metrics = [(metric, [metric_of(own, metric["name"]) for own in records]) for metric in record["metrics"]]
+        found.append((record, metrics))
+    return found
 
 
 def _sections(runs: Sequence[ScoredRun]) -> list[dict[str, Any]]:

@@ -7,22 +7,28 @@ from importlib import resources
 
 import yaml
 
+Measured = tuple[str, str, int]
+"""Protocol id, metric, and the number of items: what a score must share with a reported one to stand beside it."""
+
 
 @dataclass(frozen=True)
 class Reported:
-    """A model of a paper: its scores in per cent, by protocol id and metric."""
+    """A model of a paper, and its scores in per cent."""
 
     name: str
     source: str
-    scores: Mapping[tuple[str, str], float]
+    scores: Mapping[Measured, float]
 
 
 @cache
 def reported() -> tuple[Reported, ...]:
     """Return the models of `reported.yaml`, in its order."""
     told = yaml.safe_load((resources.files(__package__) / "reported.yaml").read_text(encoding="utf-8"))
-    measures = {name: (protocol, metric) for name, (protocol, metric) in told["measures"].items()}
     return tuple(
-        Reported(each["name"], each["source"], {measures[name]: value for name, value in each["scores"].items()})
-        for each in told["models"]
+        Reported(
+            model["name"],
+            model["source"],
+            {tuple(told["measures"][name]): value for name, value in model["scores"].items()},
+        )
+        for model in told["models"]
     )

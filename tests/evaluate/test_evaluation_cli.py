@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from sail_align.align.checkpoint import load_run, save_checkpoint
 from sail_align.align.model import Architecture
 from sail_align.evaluate import cli
+from sail_align.evaluate.reported import Reported
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import TaskKind, packaged_manifests
@@ -201,6 +203,17 @@ def test_runs_are_written_side_by_side_as_the_ending_says(sail_eval, squares, ru
     assert written.startswith(begins)
     assert "colours-linear" in written
     assert "other" in written
+
+
+def test_what_a_paper_reports_of_the_same_protocol_is_printed_below(sail_eval, squares, run, monkeypatch):
+    assert "reported" not in sail_eval("all", "--manifest", squares, "--quiet")[1]
+    (record,) = json.loads((run.path / "scores.json").read_bytes())["records"]
+    told = (Reported("Theirs", "a table", {(record["protocol"], "top1", 2): 33.25}),)
+    monkeypatch.setattr("sail_align.evaluate.overview.reported", lambda: told)
+    for arguments in (["all", "--manifest", squares, "--quiet"], ["report", run.path]):
+        _, out, _ = sail_eval(*arguments)
+        assert re.search(r"Theirs \(a table\) \* +33.25\n", out)
+        assert "* reported by the paper, not measured here." in out
 
 
 def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path):

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from sail_align.evaluate.formats import comma_separated, latex, markdown, text
-from sail_align.evaluate.overview import WIDTH, overview, read_runs
+from sail_align.evaluate.overview import HEADLINES, WIDTH, overview, read_runs
+from sail_align.evaluate.report import TASKS
 from sail_align.evaluate.reported import reported
 from sail_align.evaluate.scores import SCHEMA
 from sail_align.evaluate.tasks import PROTOCOLS
@@ -77,24 +78,25 @@ def rows_of(shown, panel=0):
 def test_the_papers_protocols_are_those_of_the_packaged_manifests():
     """Were one of ours to change, the paper's numbers would stand beside nothing; this finds it."""
 
-    def protocol(name, variant=None):
+    def measured(name, variant=None):
         about, _ = find_manifest(name)
         rule = PROTOCOLS[about.task.kind]
         about = rule.variant(about, variant) if variant else about
         named = getattr(about.source, "classes", None) or []
-        listed = (
-            published.class_names
-            if named and ":" in named
-            else lambda table: list(published.label_names(table).values())
-        )
-        source = SimpleNamespace(classes=listed(named) if named else [])
-        return rule.id(SimpleNamespace(manifest=about, task=about.task, source=source))
+        names = published.class_names if ":" in named else lambda table: list(published.label_names(table).values())
+        source = SimpleNamespace(classes=names(named) if named else [])
+        items = about.expected_rows // (2 if about.task.kind in ("winoground", "mmvp") else 1)
+        return rule.id(SimpleNamespace(manifest=about, task=about.task, source=source)), items
 
-    ours = {
-        protocol(name) for name in ("imagenet1k", "coco-karpathy", "flickr30k", "winoground", "mmvp", "voc20-authors")
+    sets = ("imagenet1k", "coco-karpathy", "flickr30k", "winoground", "mmvp", "voc20-authors")
+    ours = {measured(name) for name in sets} | {
+        measured(name, "authors-normalisation") for name in ("ade20k", "coco-stuff")
     }
-    ours |= {protocol(name, "authors-normalisation") for name in ("ade20k", "coco-stuff")}
-    assert {protocol for model in reported() for protocol, _ in model.scores} == ours
+    assert {(protocol, items) for model in reported() for protocol, _, items in model.scores} == ours
+
+
+def test_each_task_has_headlines_and_a_section():
+    assert set(HEADLINES) == set(TASKS) == set(PROTOCOLS)
 
 
 def test_the_papers_models_stand_beside_the_same_protocol_alone(runs):
@@ -111,6 +113,7 @@ def test_a_set_with_other_counts_is_not_the_papers(runs):
     shown = overview(runs(ours=[winoground(rows=798)]))
     assert not shown.with_reported
     assert shown.faults == ["winoground has 798 rows, not 800: its scores are of another set."]
+    assert not overview(runs(ours=[winoground(items=3, rows=6, expected=None)])).with_reported
 
 
 def test_two_protocols_or_other_data_are_two_columns(runs):
