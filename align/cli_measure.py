@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
+from sail_align.align.settings import COMPARED_HELD_OUT
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import as_path, write_atomically
-
-HELD_OUT = 0.2
-"""Of the pairs, where recipes or encoders are compared: fit's 5 % of a small store tell little apart."""
 
 
 def measure(
@@ -23,7 +21,7 @@ def measure(
     neighbours: Annotated[int, typer.Option(min=1, max=1_000, help="k of the mutual k-NN.")] = 10,
     held_out: Annotated[
         float, typer.Option(min=0.01, max=0.5, help="Fraction of the rows to score the closed form on.")
-    ] = HELD_OUT,
+    ] = COMPARED_HELD_OUT,
     seed: Annotated[int, typer.Option(min=0, help="Of the rows drawn.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers as JSON too.")] = None,
 ) -> None:

@@ -43,5 +43,5 @@ class Compiled(Generic[Arguments, Result]):
             raise
         except (RuntimeError, OSError, ImportError) as error:  # of the compiler: it fails before anything is computed
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            _logger.info("not compiled, which is slower: %s", self.failure)
+            _logger.warning("not compiled, which is slower: %s", self.failure)
             return self._function(*arguments, **options)

@@ -1,6 +1,6 @@
 """All that a training run writes and says: its log, checkpoints and progress, and whether it has collapsed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,7 @@ class Journal:
         stream: Stream,
         device: torch.device,
         *,
+        confirm: Callable[[], None],
         done: int | None,
         keep: int,
         save_seconds: float,
@@ -45,13 +46,14 @@ class Journal:
         track: Sequence[str] = (),
         quiet: bool = False,
     ):
-        """Go on behind step `done`, or begin (None).
+        """Go on behind step `done`, or begin (None); `confirm` is `hold_run`'s.
 
         Raises:
             UserError: The run had collapsed already, or a tracker cannot be used.
         """
         settings = plan.settings
         self._settings, self._on_collapse, self._warned = settings, on_collapse, False
+        self._confirm = confirm
         self._saver = Saver(run, plan.checkpoint_record(), keep=keep, seconds=save_seconds)
         self._watch = Watch(settings.lr)
         self._pace = Pace(stream, settings.batch_size, device)
@@ -92,6 +94,7 @@ class Journal:
 
     def save(self, model: AlignmentModel, step: int, stream: StreamState, optimizer: Optimizer | None) -> None:
         """Save a step's state, or with no optimiser that of a finished run."""
+        self._confirm()
         self._log.sync()
         self._saver.save(model, step, stream, optimizer)
 

@@ -3,8 +3,9 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from sail_align.align.checkpoint import is_run, read_checkpoint
 from sail_align.align.records import BEGIN_AGAIN, damaged, decisive, read_file, read_json
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
-from sail_align.extract.leases import POLL, TTL, Leases
+from sail_align.extract.leases import POLL, TTL, Lease, LeaseLostError, Leases
 from sail_align.extract.progress import note
 
 
@@ -88,8 +89,10 @@ def _is_free(path: Path) -> bool:
 
 
 @contextmanager
-def hold_run(run: Path, settings: dict[str, Any]) -> Iterator[None]:
+def hold_run(run: Path, settings: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Be the only process that writes a run. One that died, also on another machine, holds it no longer.
+
+    Yields what raises a `UserError` if another process has taken the run over: this one was held up for minutes.
 
     Raises:
         UserError: Another process trains it, or began it with other settings just now.
@@ -106,9 +109,18 @@ def hold_run(run: Path, settings: dict[str, Any]) -> Iterator[None]:
     try:
         if decisive(read_json(run / "settings.json", BEGIN_AGAIN)) != decisive(settings):
             raise UserError(f"{run} was begun with other settings just now; run the same command again.")
-        yield
+        yield partial(_confirm, lease, run)
     finally:
         leases.release_all()
+
+
+def _confirm(lease: Lease, run: Path) -> None:
+    try:
+        lease.confirm()
+    except LeaseLostError as problem:
+        raise UserError(
+            f"{run} was taken over by another process while this one was held up; let that end."
+        ) from problem
 
 
 class MetricsLog:

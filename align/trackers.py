@@ -85,7 +85,7 @@ def parse_trackers(text: str | None) -> list[str]:
     Raises:
         UserError: One is not.
     """
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track {name!r} is none of: {', '.join(TRACKERS)}.")

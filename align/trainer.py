@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def fit(
     """
     settings = plan.settings
     with ExitStack() as held, _stream(plan, device, world) as stream:
-        world.decide(lambda: held.enter_context(hold_run(run, plan.record())))
+        confirm: list[Callable[[], None]] = []  # of the one that leads
+        world.decide(lambda: confirm.append(held.enter_context(hold_run(run, plan.record()))))
         saved = world.agree(lambda: read_checkpoint(run))
         if not world.same(saved and saved.record["digest"]):
             raise UserError(f"The processes see different checkpoints of {run}; use a folder that all machines share.")
@@ -99,6 +100,7 @@ def fit(
                 run,
                 stream,
                 device,
+                confirm=confirm[0],
                 done=done,
                 keep=keep,
                 save_seconds=save_seconds,

@@ -18,7 +18,7 @@ from sail_align.align.metrics import ranks
 from sail_align.align.plan import Plan
 from sail_align.align.records import BEGIN_AGAIN, decisive, read_file
 from sail_align.align.runs import claim_run
-from sail_align.align.settings import PAPER_ROWS
+from sail_align.align.settings import COMPARED_HELD_OUT, PAPER_ROWS
 from sail_align.align.trainer import fit
 from sail_align.align.watch import Watch
 from sail_align.extract.errors import UserError
@@ -26,8 +26,6 @@ from sail_align.extract.files import canonical_json
 from sail_align.extract.store import Store
 
 FORMAT = 1
-HELD_OUT = 0.2
-"""Of the pairs: fit's 5 % of a small store tell little apart."""
 WARMUP = 0.1
 """Of the steps, as in the script that the paper's authors released: a sudden start can collapse the sigmoid loss."""
 SMALL = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
@@ -75,7 +73,7 @@ def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, A
         UserError: A path is no store.
     """
     few = sum(Store.open(path).rows for path in stores) < PAPER_ROWS
-    shared = {"preset": "paper", "held_out": HELD_OUT, "warmup": WARMUP}
+    shared = {"preset": "paper", "held_out": COMPARED_HELD_OUT, "warmup": WARMUP}
     recipe: dict[str, Any] = {**shared, **(SMALL if few else {})}
     if "steps" in given:
         recipe.pop("epochs", None)

@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_is_told_of_and_not_asked_again(monkeypatch, caplo
 
     monkeypatch.setattr(compiled.torch, "compile", lambda function, dynamic: fail)
     double = Compiled(lambda number: 2 * number)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("WARNING"):
         assert [double.quick(3), double.quick(4), double(5)] == [6, 8, 10]
     assert asked == [(3,)]
     assert double.failure == f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -193,6 +193,20 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(make_store, tmp_path
         fit(plan, run, device=CPU, quiet=True)
 
 
+def test_a_process_whose_run_was_taken_over_writes_nothing_more(make_store, tmp_path, monkeypatch):
+    plan, run = begin([make_store()], tmp_path / "run", steps=4)
+
+    def taken_over(*arguments):
+        (run / "lease" / "fit.1.json").write_text("{}")  # by another machine, to which this one seemed dead
+        return train_step(*arguments)
+
+    train_step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", taken_over)
+    with pytest.raises(UserError, match="was taken over by another process while this one was held up"):
+        fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    assert last_checkpoint(run) is None
+
+
 def test_other_encoders_begin_another_run(make_store, tmp_path):
     path = make_store()
     store = Store.open(path)
