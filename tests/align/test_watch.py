@@ -76,7 +76,7 @@ def test_pairs_that_are_no_more_alike_than_others_are_a_collapse_after_some_step
 
 
 def test_a_collapsed_run_stops_saved_and_goes_on_when_only_warned(make_store, tmp_path, capsys):
-    options = {"preset": "small", "start": "random", "dim": 8, "batch_size": 100, "steps": 60, "lr": 0.5}
+    options = {"preset": "small", "dim": 8, "batch_size": 100, "steps": 60, "lr": 0.5}
     plan, _ = make_plan([make_store(rows=700)], options)
     run, whole = (claim_run(tmp_path / name, plan.record()).path for name in ("run", "whole"))
     with pytest.raises(UserError, match="Training has collapsed at step") as first:
