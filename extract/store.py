@@ -136,15 +136,13 @@ class Store:
         path = as_path(path)
         try:
             attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
+            if (version := attributes["format"]) != FORMAT:
+                raise UserError(f"{path} has store format {version!r}, this version reads {FORMAT}; update sail-align.")
+            return cls(path, attributes)
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not a feature store; make one with `sail-extract run`.") from problem
         except OSError as problem:  # a disk that is gone, or not ours: the store may well be there
             raise UserError(f"{path} cannot be read ({problem.strerror}); mend that and try again.") from problem
-        if attributes.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has store format {attributes.get('format')!r}, this version reads {FORMAT}; update sail-align."
-            )
-        return cls(path, attributes)
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
         """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`."""

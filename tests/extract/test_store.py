@@ -198,6 +198,10 @@ def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
     (tmp_path / "precious.txt").write_text("!")
     with pytest.raises(UserError, match="is not a feature store"):
         Store.open(tmp_path)
+    (tmp_path / "zarr.json").write_text('{"attributes": {"sail": {"format": 1}}}')
+    with pytest.raises(UserError, match="is not a feature store"):
+        Store.open(tmp_path)
+    (tmp_path / "zarr.json").unlink()
     with pytest.raises(UserError, match="exists and is not a feature store"):
         Store.create(tmp_path, dataset="set", manifest={}, parts=[Part.of([Sample("a", "")])], captions=[])
     assert (tmp_path / "precious.txt").exists()
