@@ -44,6 +44,10 @@ class CaptionPolicy:
         weights = tuple(self.weights.values())
         return None if self.drawn or set(weights) == {1.0} else weights
 
+    def describe(self) -> str:
+        """Write the captions as `--captions` takes them, weights of 1 left out."""
+        return ", ".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in self.weights.items())
+
     def draw(self, captions: Sequence[str], rows: int, random: np.random.Generator) -> NDArray[np.int64]:
         """Return for each of so many rows which of its captions are used, (positives, rows), as they were drawn.
 

@@ -79,7 +79,7 @@ class Plan:
         """Say in a line what will be computed."""
         chosen = self.settings
         drawn = f"{self.policy.positives} of " if self.policy.drawn else ""
-        data = f"{self.training_rows:,} pairs, {drawn}captions {', '.join(self.policy.weights)}"
+        data = f"{self.training_rows:,} pairs, {drawn}captions {self.policy.describe()}"
         if chosen.head == "cca":
             return f"CCA of {data}, {chosen.dim} dimensions"
         begin = "" if chosen.start == "random" else f" from a {chosen.start} start"

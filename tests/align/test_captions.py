@@ -15,6 +15,10 @@ from sail_align.align.stream import Stream
 from sail_align.extract.errors import UserError
 
 
+def test_a_policy_is_told_as_it_is_typed():
+    assert CaptionPolicy({"raw": 1.0, "long": 0.5}, 2).describe() == "raw, long:0.5"
+
+
 def test_names_may_carry_weights():
     assert parse_captions(["raw", " long:0.5"]) == (["raw", "long"], (1.0, 0.5))
     assert parse_captions([]) == ([], ())
