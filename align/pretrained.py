@@ -60,7 +60,10 @@ def read(reference: str | Path, revision: str | None = None) -> Run:
         return load_run(path) if is_run(path) else read_hub_folder(path)
     if str(reference).count("/") != 1 or str(reference).startswith((".", "/", "~")):
         raise UserError(f"{reference} is neither a folder nor a repository; give a run, an export, or <owner>/<name>.")
-    return read_hub_folder(download(str(reference), revision, [CONFIG, WEIGHTS, CARD]))
+    try:
+        return read_hub_folder(download(str(reference), revision, [CONFIG, WEIGHTS, CARD]))
+    except UserError as problem:
+        raise UserError(f"{reference} is no folder here, and as a repository: {problem}") from problem
 
 
 class PretrainedModel(nn.Module):

@@ -128,6 +128,8 @@ def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifes
         path, default_root = packaged[reference], Path("data")
     elif path.suffix in {".yaml", ".yml"} and path.is_file():
         default_root = path.parent
+    elif path.suffix in {".yaml", ".yml"}:
+        raise UserError(f"{reference} is not there; give the path of a manifest, or a packaged one's name.")
     else:
         raise UserError(f"No manifest {reference!r}; give a path to a .yaml file or one of: {', '.join(packaged)}.")
     root = data_root or os.environ.get("SAIL_DATA_ROOT")

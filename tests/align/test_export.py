@@ -207,6 +207,15 @@ def test_what_is_no_model_is_refused_in_a_sentence(run, reference, options, sent
         pretrained.load(reference, **options)
 
 
+def test_a_misspelt_run_is_not_taken_for_a_repository_without_a_word(run, monkeypatch):
+    def nowhere(repository, revision, patterns):
+        raise UserError(f"No repository {repository!r} on the hub; correct its name.")
+
+    monkeypatch.setattr(pretrained, "download", nowhere)
+    with pytest.raises(UserError, match="runs/photso is no folder here, and as a repository: No repository"):
+        pretrained.load("runs/photso")
+
+
 def test_nothing_is_written_over(run):
     assert export(run).exit_code == 0
     assert Path("exports/photos-glu-hub-folder/config.json").is_file()

@@ -39,6 +39,8 @@ def test_a_mistake_is_one_sentence_that_names_file_field_and_value(pictures, cha
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match=r"No manifest 'dmeo'.*demo"):
         find_manifest("dmeo")
+    with pytest.raises(UserError, match=r"photso\.yaml is not there"):
+        find_manifest("photso.yaml")
 
 
 def test_the_flag_comes_before_the_variable_and_that_before_the_manifests_folder(pictures, monkeypatch):
