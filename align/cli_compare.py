@@ -28,7 +28,10 @@ Steps = Annotated[int | None, typer.Option(help="In place of epochs.")]
 Optimizer = Annotated[str | None, typer.Option(help="lion or adamw.  [default: lion]")]
 Dim = Annotated[int | None, typer.Option(help="Of the shared space.  [default: 1024]")]
 HeldOut = Annotated[
-    float | None, typer.Option(help="Fraction of the pairs to score on; 100 to 5,000 of them.  [default: 0.2]")
+    float | None,
+    typer.Option(
+        help="Fraction of the pairs to score on; at least 100 (a fifth of few), at most 5,000.  [default: 0.2]"
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

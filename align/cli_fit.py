@@ -107,7 +107,8 @@ def fit(
     held_out: Annotated[
         float | None,
         typer.Option(
-            help=f"Fraction of the pairs to score on and not to train on; 100 to 5,000 of them.  {_default('held_out')}"
+            help="Fraction of the pairs to score on, not to train on; at least 100 (a fifth of few), at most 5,000.  "
+            + _default("held_out")
         ),
     ] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
