@@ -16,12 +16,12 @@ REPORTED = "reported by the paper, not measured here"
 HOW_TO_READ = "Per cent; ± is half of the 95 % bootstrap interval."
 FIELDS = (
     "model", "origin", "data set", "task", "protocol", "metric", "score", "low", "high", "chance", "unit", "n",
-    "data digest", "run digest", "image encoder", "text encoder", "error",
+    "data digest", "run digest", "image encoder", "text encoder", "note", "error",
 )  # fmt: skip
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "→": r"$\to$", "–": "--", "…": r"\ldots{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\char34{}", "→": r"$\to$", "–": "--", "…": r"\ldots{}",
     "×": r"$\times$", "±": r"$\pm$", "−": "$-$", "\n": " ",
 }  # fmt: skip
 
@@ -52,28 +52,23 @@ def markdown(shown: Overview) -> str:
 
 
 def latex(shown: Overview) -> str:
-    """Return the tables for `booktabs`, each with its notes, and all text escaped."""
+    """Return the tables for `booktabs`, no wider than the text, each with its notes, and all text escaped."""
     notes = [rf"$^{{{mark}}}$~{{\ttfamily {_breakable(said)}}}" for mark, said in shown.notes]
     notes += [_tex(line) for line in (HOW_TO_READ, *shown.faults)]
-    below = "\n".join(rf"{{\footnotesize\raggedright {note}\par}}" for note in notes)
-    return (
-        "\n\n".join(
-            ["% Written by sail-eval report. Needs \\usepackage{booktabs}.", *map(_tabular, shown.panels), below]
-        )
-        + "\n"
-    )
+    below = "\n".join(rf"{{\noindent\footnotesize\raggedright {note}\par}}" for note in notes)
+    needs = "% Written by sail-eval report, for \\input. Needs \\usepackage{booktabs,graphicx}."
+    return "\n\n".join([needs, *map(_tabular, shown.panels), below]) + "\n"
 
 
 def comma_separated(runs: Sequence[ScoredRun]) -> str:
     """Return every metric of every record of the runs, one a line, and what papers report of the same protocols."""
     rows = [row for run in runs for record in run.scores["records"] for row in _lines(run, record)]
     for records in records_by_key(runs).values():
-        record = next(filter(None, records))
+        about = _about(record := next(filter(None, records)))
         for model in reported():
-            for (protocol, metric, items), value in model.scores.items():
-                if (protocol, items) == (record["protocol"], record["items"]) and not unexpected(record):
-                    origin = {"model": model.name, "origin": f"reported: {model.source}"}
-                    rows.append({**origin, **_about(record), "metric": metric, "score": value, "unit": "%"})
+            origin = {"model": model.name, "origin": f"reported: {model.source}", **about, "unit": "%"}
+            scores = [(metric["name"], model.score(record, metric["name"])) for metric in record["metrics"]]
+            rows += [{**origin, "metric": name, "score": score} for name, score in scores if score is not None]
     written = io.StringIO()
     table = csv.DictWriter(written, FIELDS, lineterminator="\n")
     table.writeheader()
@@ -89,7 +84,7 @@ def cells(row: Row) -> list[str]:
             return "–"
         if row.kind == "reported":
             return f"{value:.1f}" if round(value, 1) == value else f"{value:g}"
-        return number(value) + (f" ± {(bounds[1] - bounds[0]) / 2:.1f}" if bounds else "")
+        return number(value) + (f" ± {number((bounds[1] - bounds[0]) / 2, beside=value)}" if bounds else "")
 
     return [cell(*each) for each in row.cells]
 
@@ -128,18 +123,33 @@ def _tabular(panel: Panel) -> str:
         rules.append(rf"\cmidrule(lr){{{first}-{first + len(group) - 1}}}")
         first += len(group)
     lines = [
+        r"{\noindent\footnotesize\setlength{\tabcolsep}{4pt}%",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * len(panel.columns)}}}",
         r"\toprule",
         f" & {' & '.join(groups)} \\\\",
         " ".join(rules),
-        " & ".join(["model", *(_tex(column.label) for column in panel.columns)]) + r" \\",
+        " & ".join(["model", *(_stacked(column.label) for column in panel.columns)]) + r" \\",
     ]
-    for kind, rows in groupby(panel.rows, key=lambda row: row.kind):
+    for (kind, source), rows in groupby(panel.rows, key=lambda row: (row.kind, row.source)):
         lines.append(r"\midrule")
         if kind == "reported":
-            lines.append(rf"\multicolumn{{{len(panel.columns) + 1}}}{{l}}{{\emph{{{REPORTED}}}}} \\")
-        lines += [" & ".join(map(_tex, [_name(row), *cells(row)])) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+            said = _tex(f"{REPORTED}: {source}")
+            lines.append(rf"\multicolumn{{{len(panel.columns) + 1}}}{{l}}{{\emph{{{said}}}}} \\")
+        lines += [" & ".join([_tex(row.name), *map(_score, cells(row))]) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}\par\bigskip}"])
+
+
+def _score(cell: str) -> str:
+    """Return a score with its interval smaller."""
+    value, _, off = cell.partition(" ± ")
+    return _tex(value) + (rf"\,{{\scriptsize$\pm${off}}}" if off else "")
+
+
+def _stacked(label: str) -> str:
+    """Return a label of several words in two lines."""
+    first, _, last = _tex(label).rpartition(" ")
+    return rf"\shortstack[r]{{{first}\\{last}}}" if first else last
 
 
 def _about(record: Record) -> dict[str, object]:
@@ -150,11 +160,14 @@ def _about(record: Record) -> dict[str, object]:
         "protocol": record.get("protocol", ""),
         "n": record.get("items", ""),
         "data digest": data.get("digest", ""),
+        "note": unexpected(record),
     }
 
 
 def _lines(run: ScoredRun, record: Record) -> list[dict[str, object]]:
-    about = {"model": run.name, "origin": "measured", **_about(record)}
+    unfinished = run.scores["run"].get("unfinished")
+    origin = f"measured, {unfinished}" if unfinished else "measured"
+    about = {"model": run.name, "origin": origin, **_about(record)}
     if "error" in record:
         return [{**about, "error": record["error"]}]
     encoders = record["encoders"]

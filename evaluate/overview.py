@@ -4,7 +4,7 @@ A column has scores of one protocol on the same data and never others. What a pa
 protocol and metric are the same, and the set is the published one as far as its counts say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
@@ -24,6 +24,8 @@ HEADLINES = {
 """The metrics of a task that papers put into their tables."""
 WIDTH = 8
 """A table that would have more columns is continued in another."""
+COLOURS = 6
+"""So many runs have colours of their own."""
 
 Key = tuple[str, str]
 """What scores must share to be put in one column: protocol id and data digest."""
@@ -41,11 +43,6 @@ class ScoredRun:
     def records(self) -> list[Record]:
         """The records of sets that were scored."""
         return [record for record in self.scores["records"] if "error" not in record]
-
-    @property
-    def errors(self) -> list[Record]:
-        """The records of sets that could not be scored."""
-        return [record for record in self.scores["records"] if "error" in record]
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,12 @@ class Column:
 class Row:
     """One model's scores by column, each with its 95 % interval: both None where there is none.
 
-    `source` says where a reported model's are from.
+    `style` is the CSS class of its colour; `source` says where a reported model's scores are from.
     """
 
     name: str
     kind: Literal["run", "reported", "chance"]
+    style: str
     cells: Sequence[tuple[float | None, Sequence[float] | None]]
     source: str = ""
 
@@ -90,9 +88,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Overview:
-    """Tables, what their columns' marks mean, and sentences on what is missing or unlike what was expected."""
+    """Tables, each protocol's mark and what it means, and sentences on what is missing or unlike what was expected."""
 
     panels: Sequence[Panel]
+    marks: Mapping[Key, str]
     notes: Sequence[tuple[str, str]]
     faults: Sequence[str]
 
@@ -116,6 +115,11 @@ def read_runs(paths: Sequence[Path]) -> list[ScoredRun]:
     ]
 
 
+def style_of(place: int) -> str:
+    """Return the CSS class of a run's colour."""
+    return f"line-{place % COLOURS + 1}"
+
+
 def key_of(record: Record) -> Key:
     """Return what another record must have too to be put in one column with this one."""
     return record["protocol"], record["data"]["digest"]
@@ -136,8 +140,9 @@ def records_by_key(runs: Sequence[ScoredRun]) -> dict[Key, list[Record | None]]:
 def overview(runs: Sequence[ScoredRun]) -> Overview:
     """Return the headline metrics of all runs, beside what papers report of the same protocols."""
     scored = records_by_key(runs)
+    marks = dict(zip(scored, _marks(), strict=False))
     groups, notes, faults = [], [], []
-    for mark, records in zip(_marks(), scored.values(), strict=False):
+    for mark, records in zip(marks.values(), scored.values(), strict=True):
         record = next(filter(None, records))
         metrics = filter(None, (metric_of(record, name) for name in HEADLINES[record["task"]]))
         groups.append([Column(mark, record, metric) for metric in metrics])
@@ -147,10 +152,11 @@ def overview(runs: Sequence[ScoredRun]) -> Overview:
     faults += [
         f"{error['dataset']} ({error['task']}) was not scored with {run.name}: {error['error']}"
         for run in runs
-        for error in run.errors
+        for error in run.scores["records"]
+        if "error" in error
     ]
     panels = [_panel(columns, runs, scored) for columns in _filled(groups)]
-    return Overview(panels, notes, list(dict.fromkeys(filter(None, faults))))
+    return Overview(panels, marks, notes, list(dict.fromkeys(filter(None, faults))))
 
 
 def _marks() -> Iterator[str]:
@@ -176,16 +182,10 @@ def _panel(columns: Sequence[Column], runs: Sequence[ScoredRun], scored: dict[Ke
         found = [metric_of(scored[key_of(column.record)][place], column.metric["name"]) for column in columns]
         cells = [(metric["value"], metric.get("interval")) if metric else (None, None) for metric in found]
         unfinished = run.scores["run"].get("unfinished")
-        rows.append(Row(f"{run.name} ({unfinished})" if unfinished else run.name, "run", cells))
+        name = f"{run.name} ({unfinished})" if unfinished else run.name
+        rows.append(Row(name, "run", style_of(place), cells))
     for model in reported():
-        values = [
-            None
-            if unexpected(record)
-            else model.scores.get((record["protocol"], column.metric["name"], record["items"]))
-            for column in columns
-            for record in (column.record,)
-        ]
-        if any(value is not None for value in values):
-            rows.append(Row(model.name, "reported", [(value, None) for value in values], model.source))
-    rows.append(Row("chance", "chance", [(column.metric["chance"], None) for column in columns]))
-    return Panel(columns, rows)
+        cells = [(model.score(column.record, column.metric["name"]), None) for column in columns]
+        rows.append(Row(model.name, "reported", "reported", cells, model.source))
+    chance = Row("chance", "chance", "chance", [(column.metric["chance"], None) for column in columns])
+    return Panel(columns, [*(row for row in rows if any(value is not None for value, _ in row.cells)), chance])

@@ -1,7 +1,7 @@
 """The report of runs: one self-contained page from what their folders hold."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,11 +10,23 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sail_align.align.records import read_json
 from sail_align.evaluate.about_run import flat, summary, training_curves
 from sail_align.evaluate.bars import score_bar
 from sail_align.evaluate.formats import HOW_TO_READ, REPORTED, cells, comma_separated, latex, markdown
-from sail_align.evaluate.overview import Overview, ScoredRun, metric_of, overview, read_runs, records_by_key
-from sail_align.evaluate.scores import Record, examples_path
+from sail_align.evaluate.overview import (
+    Key,
+    Overview,
+    ScoredRun,
+    key_of,
+    metric_of,
+    overview,
+    read_runs,
+    records_by_key,
+    style_of,
+)
+from sail_align.evaluate.radar import marker, radar_chart
+from sail_align.evaluate.scores import Record, examples_path, unexpected
 from sail_align.evaluate.table import interval, number
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
@@ -47,8 +59,9 @@ TASKS = {
     ),
 }
 """Title of a task's section, and how to read its examples."""
-COLOURS = 6
-"""So many runs have colours of their own."""
+
+Compared = tuple[dict[str, Any], list[dict[str, Any] | None]]
+"""A metric, and that of every run."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,9 @@ class Bars:
 
 @dataclass(frozen=True)
 class Card:
-    """The headline metrics of one protocol on one data set; `mark` is that of the note that says which."""
+    """The headline metrics of one protocol on one data set: a record of it, and its note's mark."""
 
-    dataset: str
+    record: Record
     mark: str
     measures: Sequence[Bars]
 
@@ -107,13 +120,13 @@ def page(runs: Sequence[ScoredRun]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
+    pages.filters.update(number=number, interval=interval, unexpected=unexpected, short=lambda digest: digest[:12])
     shown = overview(runs)
-    settings = [json.loads((run.path / "settings.json").read_bytes()) for run in runs]
+    settings = [read_json(run.path / "settings.json", "name a run's folder") for run in runs]
     about: list[dict[str, Any]] = [
         {
             "name": run.name,
-            "style": _style(place),
+            "style": style_of(place),
             "summary": summary(run.scores, own),
             "settings": flat(own),
             "curves": training_curves(run.path),
@@ -127,9 +140,12 @@ def page(runs: Sequence[ScoredRun]) -> str:
         terms=list(dict.fromkeys(term for run in about for term, _, _ in run["summary"])),
         shown=shown,
         cells=cells,
+        radars=list(filter(None, map(radar_chart, shown.panels))),
+        marker=marker,
         cards=_cards(shown),
-        scores=_scores(runs),
-        sections=_sections(runs),
+        scores=_scores(runs, shown.marks),
+        tasks=TASKS,
+        sections=_sections(runs, shown.marks),
         reported=REPORTED,
         how_to_read=HOW_TO_READ,
         score_bar=score_bar,
@@ -137,54 +153,49 @@ def page(runs: Sequence[ScoredRun]) -> str:
 
 
 def _cards(shown: Overview) -> list[Card]:
+    """Return a card for each protocol and set; a table never splits one."""
     cards = []
     for panel in shown.panels:
-        *models, chances = panel.rows  # runs come first, in their order
         texts = [cells(row) for row in panel.rows]
-        styles = [_style(place) if row.kind == "run" else row.kind for place, row in enumerate(models)]
-        bars = []
-        for place, column in enumerate(panel.columns):
-            chance, _ = chances.cells[place]
-            drawn = [
-                (row.name, text[place], score_bar(value, chance, bounds, style))
-                for row, text, style in zip(models, texts, styles, strict=False)
-                for value, bounds in (row.cells[place],)
-                if value is not None
-            ]
-            bars.append((column, Bars(column.label, texts[-1][place], drawn)))
-        for mark, group in groupby(bars, key=lambda each: each[0].mark):
-            (column, first), *others = group
-            cards.append(Card(column.dataset, mark, [first, *(each for _, each in others)]))
+        for mark, group in groupby(enumerate(panel.columns), key=lambda each: each[1].mark):
+            bars = []
+            for place, column in group:
+                chance = column.metric["chance"]
+                drawn = [
+                    (row.name, text[place], score_bar(value, chance, bounds, row.style))
+                    for row, text in zip(panel.rows, texts, strict=True)
+                    for value, bounds in (row.cells[place],)
+                    if row.kind != "chance" and value is not None
+                ]
+                bars.append(Bars(column.label, number(chance), drawn))
+            cards.append(Card(column.record, mark, bars))
     return cards
 
 
-def _style(place: int) -> str:
-    """Return the CSS class of a run's colour."""
-    return f"line-{place % COLOURS + 1}"
-
-
-def _scores(runs: Sequence[ScoredRun]) -> list[tuple[Record, list[tuple[dict[str, Any], list[dict[str, Any] | None]]]]]:
-    """Return for each protocol and set a record, and of each of its metrics that of every run."""
+def _scores(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[tuple[str, Record, list[Compared]]]:
+    """Return for each protocol and set its mark, a record, and of each of its metrics that of every run."""
     found = []
-    for records in records_by_key(runs).values():
+    for key, records in records_by_key(runs).items():
         record = next(filter(None, records))
         metrics = [(metric, [metric_of(own, metric["name"]) for own in records]) for metric in record["metrics"]]
-        found.append((record, metrics))
+        found.append((marks[key], record, metrics))
     return found
 
 
-def _sections(runs: Sequence[ScoredRun]) -> list[dict[str, Any]]:
+def _sections(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[dict[str, Any]]:
     """Return for each task what there is to look at: of each record of each run, examples and details."""
     sections = []
     for task, (title, how_to_read) in TASKS.items():
         parts = [
             {
                 "run": run.name,
+                "style": style_of(place),
                 "record": record,
+                "mark": marks[key_of(record)],
                 "groups": _groups(run.path, record),
                 "kinds": record["details"].get("by_tag") or record["details"].get("by_category") or {},
             }
-            for run in runs
+            for place, run in enumerate(runs)
             for record in run.records
             if record["task"] == task
         ]

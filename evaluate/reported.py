@@ -7,6 +7,8 @@ from importlib import resources
 
 import yaml
 
+from sail_align.evaluate.scores import Record, unexpected
+
 Measured = tuple[str, str, int]
 """Protocol id, metric, and the number of items: what a score must share with a reported one to stand beside it."""
 
@@ -18,6 +20,10 @@ class Reported:
     name: str
     source: str
     scores: Mapping[Measured, float]
+
+    def score(self, record: Record, metric: str) -> float | None:
+        """Return what is reported of a record's protocol on its set; None if nothing is, or if the set is another."""
+        return None if unexpected(record) else self.scores.get((record["protocol"], metric, record["items"]))
 
 
 @cache

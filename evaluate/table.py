@@ -10,14 +10,17 @@ DIFFERENCE_HEADER = ("data set", "metric", "first", "second", "difference", "95%
 TO_THE_LEFT = {"task", "metric"}
 
 
-def number(percent: float) -> str:
-    """Return a percentage with one digit; small ones keep two, so that chance does not read as none."""
-    return f"{percent:.2f}" if 0 < percent < 0.995 else f"{percent:.1f}"
+def number(percent: float, *, beside: float | None = None) -> str:
+    """Return a percentage with one digit; small ones keep two, so that chance does not read as none.
+
+    What stands `beside` another number, as an interval does, gets as many digits as that one.
+    """
+    return f"{percent:.2f}" if 0 < (percent if beside is None else beside) < 0.995 else f"{percent:.1f}"
 
 
-def interval(bounds: Sequence[float] | None) -> str:
-    """Return an interval, a dash where there is none."""
-    return f"{bounds[0]:.1f} – {bounds[1]:.1f}" if bounds else "–"
+def interval(bounds: Sequence[float] | None, value: float | None = None) -> str:
+    """Return an interval, with the digits of its value; a dash where there is none."""
+    return " – ".join(number(bound, beside=value) for bound in bounds) if bounds else "–"
 
 
 def score_table(records: Iterable[Record]) -> str:
@@ -34,9 +37,11 @@ def score_table(records: Iterable[Record]) -> str:
         first = (record["dataset"], record["task"], str(record["items"]))
         for metric in record["metrics"]:
             score, chance = number(metric["value"]), number(metric["chance"])
-            rows.append((*first, metric["label"], score, chance, interval(metric.get("interval"))))
+            bounds = interval(metric.get("interval"), metric["value"])
+            rows.append((*first, metric["label"], score, chance, bounds))
             first = ("", "", "")
-    return "\n".join([aligned(HEADER, rows), *(f"note: {said}" for said in map(unexpected, records) if said)])
+    notes = dict.fromkeys(filter(None, map(unexpected, records)))  # a set of two tasks is named once
+    return "\n".join([aligned(HEADER, rows), *(f"note: {said}" for said in notes)])
 
 
 def difference_table(comparison: Comparison) -> str:

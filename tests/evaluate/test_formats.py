@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from sail_align.evaluate.formats import comma_separated, latex, markdown, text
+from sail_align.evaluate.formats import cells, comma_separated, latex, markdown, text
 from sail_align.evaluate.overview import HEADLINES, WIDTH, overview, read_runs
 from sail_align.evaluate.report import TASKS
 from sail_align.evaluate.reported import reported
 from sail_align.evaluate.scores import SCHEMA
+from sail_align.evaluate.table import score_table
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract import published
 from sail_align.extract.manifest import find_manifest
@@ -163,25 +164,42 @@ def test_text_is_aligned(runs):
     assert len(ends) == 1
 
 
-def test_latex_escapes_what_would_not_compile(runs, tmp_path):
+def test_latex_escapes_what_would_not_compile(runs):
     written = latex(overview(runs(**{NASTY: [winoground()], "other": [top1()]})))
     assert r"50\% \& a\_b \#1\textbar{}\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}\textless{}b" in written
     assert r"\multicolumn{3}{c}{winoground$^{a}$} & \multicolumn{1}{c}{birds$^{b}$} \\" in written
     assert r"\cmidrule(lr){2-4} \cmidrule(lr){5-5}" in written
-    assert r"30.5 $\pm$ 1.8 & 12.2 & 9.0 $\pm$ 1.8 & -- \\" in written
+    assert r"30.5\,{\scriptsize$\pm$1.8} & 12.2 & 9.0\,{\scriptsize$\pm$1.8} & -- \\" in written
+    assert r"\emph{reported by the paper, not measured here: SAIL's later version}" in written
     assert r"winoground/\allowbreak{}strict@1/\allowbreak{}winoground" in written
-    for line in written.splitlines():
-        bare = re.sub(r"\\[&%$#_{}\\]|\\\\", "", line)
-        assert bare.count("{") == bare.count("}"), line
-        assert bare.count("$") % 2 == 0, line
-        if "&" in bare:
+    bare = re.sub(r"\\[&%$#_{}\\]", "", written)
+    assert bare.count("{") == bare.count("}")
+    for line in bare.splitlines():
+        assert line.count("$") % 2 == 0, line
+        if "&" in line:
             spanned = sum(int(span) - 1 for span in re.findall(r"multicolumn{(\d)}", line))
-            assert bare.count("&") + spanned == 4, line
+            assert line.count("&") + spanned == 4, line
     assert written.isascii()
-    if shutil.which("pdflatex"):
-        head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
-        (tmp_path / "page.tex").write_text(head + written + r"\end{document}")
-        subprocess.run(["pdflatex", "-halt-on-error", "page.tex"], cwd=tmp_path, check=True)
+
+
+def test_latex_puts_a_label_of_several_words_into_two_lines(runs):
+    labelled = record("winoground", WINOGROUND, [metric("text", 1.0, label="a b→c R@1"), metric("image", 2.0)])
+    assert r"model & \shortstack[r]{a b$\to$c\\R@1} & image \\" in latex(overview(runs(ours=[labelled])))
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not on PATH")
+@pytest.mark.parametrize("encoding", ["OT1", "T1"])
+def test_latex_compiles_and_no_table_is_wider_than_the_text(runs, tmp_path, encoding):
+    wide = [top1(f"t{number}") | {"dataset": f"a set with a long name, {number}"} for number in range(9)]
+    error = {"dataset": "coco", "title": "C", "task": "retrieval", "error": f'{NASTY} "quoted" is – not … there'}
+    written = latex(overview(runs(**{f'{NASTY}"ü': [winoground(), *wide, error], "other": [top1()]})))
+    packages = re.search(r"\\usepackage{.*?}", written)[0]
+    head = rf"\documentclass{{article}}\usepackage[{encoding}]{{fontenc}}{packages}\begin{{document}}"
+    (tmp_path / "page.tex").write_text(f"{head}\n{written}\\end{{document}}")
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert "Overfull" not in ended.stdout
 
 
 def test_csv_has_one_row_for_each_run_set_and_metric(runs):
@@ -206,6 +224,34 @@ def test_csv_has_one_row_for_each_run_set_and_metric(runs):
     assert told["SAIL, 7.4M pairs", "text"]["score"] == "33.25"
     assert told["SAIL, 7.4M pairs", "text"]["origin"] == "reported: SAIL's table 2"
     assert {row["protocol"] for row in told.values()} == {WINOGROUND}
+
+
+def test_csv_says_what_is_unfinished_and_which_set_is_another(runs):
+    (ours,) = runs(ours=[winoground(rows=798)])
+    ours.scores["run"]["unfinished"] = "unfinished: step 1 of 9"
+    rows = list(csv.DictReader(io.StringIO(comma_separated([ours]))))
+    assert {row["origin"] for row in rows} == {"measured, unfinished: step 1 of 9"}
+    assert {row["note"] for row in rows} == {"winoground has 798 rows, not 800: its scores are of another set."}
+
+
+def test_a_table_leaves_out_a_run_that_has_none_of_its_scores(runs):
+    other = [top1(f"t{number}") for number in range(WIDTH)]
+    first, *_, last = overview(runs(a=[winoground()], b=other)).panels
+    assert [row.name for row in first.rows if row.kind == "run"] == ["a", "b"]
+    assert [row.name for row in last.rows if row.kind == "run"] == ["b"]
+
+
+def test_a_set_of_two_tasks_is_noted_once(runs):
+    (ours,) = runs(ours=[winoground(rows=798), top1() | {"dataset": "winoground"} | winoground(rows=798)])
+    assert score_table(ours.records).count("note: winoground has 798 rows, not 800") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "said"), [(61.2, [60.8, 61.6], "61.2 ± 0.4"), (0.2, [0.1, 0.36], "0.20 ± 0.13")]
+)
+def test_an_interval_has_the_digits_of_its_score(runs, value, bounds, said):
+    shown = overview(runs(ours=[record("mmvp", "mmvp/a/b", [metric("pairs", value, interval=bounds)])]))
+    assert cells(rows_of(shown)["ours"]) == [said]
 
 
 def test_runs_of_one_name_are_told_apart_and_one_named_twice_is_one(tmp_path):

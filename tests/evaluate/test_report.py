@@ -7,14 +7,17 @@ import re
 import shutil
 from html.parser import HTMLParser
 from importlib import resources
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from sail_align.align.charts import Series, line_chart, log_ticks, ticks
+from sail_align.evaluate.overlay import PALETTE, REST
 from sail_align.evaluate.report import write_report
+from sail_align.extract.errors import UserError
 
 
 class Page(HTMLParser):
@@ -138,6 +141,47 @@ def test_only_what_was_scored_is_shown_of_a_run_with_nothing_else(scored):
     assert "gone (mmvp) was not scored with colours-linear: <i>no file</i>" in text
 
 
+def test_a_run_of_which_no_set_could_be_scored_says_so(scored):
+    scores = json.loads((scored / "scores.json").read_bytes())
+    scores["records"] = [{"dataset": "gone", "title": "G", "task": "mmvp", "error": "no file"}]
+    (scored / "scores.json").write_text(json.dumps(scores))
+    page = Page(write_report(scored).read_text())
+    assert "No set has been scored." in "".join(page.text)
+    assert "gone (mmvp) was not scored with colours-linear: no file" in "".join(page.text)
+
+
+def test_a_folder_without_settings_is_refused_in_a_sentence(scored):
+    (scored / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"settings\.json cannot be read"):
+        write_report(scored)
+
+
+def test_no_two_cards_and_no_two_sets_of_scores_have_one_title(scored):
+    """A retrieval set is scored as two tasks, and any set under several protocols."""
+    scores = json.loads((scored / "scores.json").read_bytes())
+    (retrieval,) = (record for record in scores["records"] if record["task"] == "retrieval")
+    aligned = [{**retrieval["metrics"][0], "name": name} for name in ("knn_aligned", "cka_aligned")]
+    representation = {"task": "representation", "protocol": "representation/first-caption@1/caps", "metrics": aligned}
+    scores["records"] += [retrieval | representation, retrieval | {"protocol": "retrieval/other@1/caps"}]
+    (scored / "scores.json").write_text(json.dumps(scores))
+    html = write_report(scored).read_text()
+    cards = re.findall('<section class="card"><h3>(.*?)</h3>', html, re.DOTALL)
+    sets = re.findall('<tr class="set"><th.*?>(.*?)<small><code>', html, re.DOTALL)
+    cards = [heading for heading in cards if "<small>" in heading]  # charts have cards too
+    assert len(cards) == len(set(cards)) == len(sets) == len(set(sets)) == 6
+    assert sum("(b) retrieval" in heading for heading in cards) == 1
+    assert sum("(e) representation" in heading for heading in cards) == 1
+
+
+def test_a_set_that_is_not_the_published_one_says_so_where_its_scores_stand(scored):
+    scores = json.loads((scored / "scores.json").read_bytes())
+    scores["records"][0]["data"]["expected_rows"] = 50_000
+    (scored / "scores.json").write_text(json.dumps(scores))
+    text = " ".join(" ".join(Page(write_report(scored).read_text()).text).split())
+    assert text.count("squares (a) classification, not the published set") == 2
+    assert text.count("not the published set") == 2
+
+
 COLOURS = re.compile(r"--([\w-]+): (#[0-9a-f]{6});")
 
 
@@ -168,9 +212,34 @@ def test_text_and_marks_can_be_told_from_what_is_behind_them(scheme):
             assert contrast(colours[drawn], colours[behind]) >= 3, (drawn, behind)
 
 
+# Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency", 2009
+CONES = {
+    "all": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("cones", CONES)
+def test_the_colours_of_classes_differ_for_every_eye(cones):
+    """In CIELAB 2.3 is a difference that can just be seen."""
+
+    def lab(colour):
+        values = np.array(colour) / 255
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(np.array(CONES[cones]) @ linear, 0, 1)
+        to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        x, y, z = np.cbrt(to_xyz @ seen / (0.9505, 1, 1.089))
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    assert min(np.linalg.norm(lab(one) - lab(other)) for one, other in combinations([*PALETTE, REST], 2)) > 20
+    assert min(np.linalg.norm(lab(one) - lab(other)) for one, other in combinations(PALETTE[:6], 2)) > 35
+
+
 def test_curves_are_drawn_from_the_metrics_file(page):
     charts = [attributes["aria-label"] for attributes in page.all("svg") if "aria-label" in attributes]
-    assert charts == ["loss over step", "R@1 (%) over step"]
+    assert charts[-2:] == ["loss over step", "R@1 (%) over step"]
     assert len(page.all("polyline")) == 4
 
 
