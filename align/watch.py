@@ -28,6 +28,11 @@ LOST_RANK = 0.2
 DROWNED = 100.0
 """Gradient mass of the negatives over that of the positives."""
 
+DROWNED_AT_FIRST = 10.0
+PATIENT_AT_CHANCE = 5
+"""The same in the first batch, which embeddings balance by shrinking as well as by learning; and how many scorings in a
+row must then be near chance."""
+
 
 @dataclass
 class Watch:
@@ -39,6 +44,8 @@ class Watch:
     _best_gap: float = 0.0
     _steps_lost: int = 0
     _scorings_lost: int = 0
+    _near_chance: int = 0
+    _first: Mapping[str, float] = field(default_factory=dict)
     _last: Mapping[str, float] = field(default_factory=dict)
 
     def see(self, kind: str, step: int, values: Mapping[str, float]) -> str | None:
@@ -50,7 +57,7 @@ class Watch:
         )
 
     def _trained(self, values: Mapping[str, float]) -> str | None:
-        self._last = values
+        self._first, self._last = self._first or values, values
         gap = (values["positive_logit"] - values["negative_logit"]) / values["t"]
         self._best_gap = max(self._best_gap, gap)
         lost = self._best_gap >= LEARNED_GAP and gap < FORGOTTEN * self._best_gap
@@ -64,12 +71,13 @@ class Watch:
         ranks = values["image_rank"], values["text_rank"]
         self._ranks = self._ranks or ranks
         self._best_r1 = max(self._best_r1, values["r1"])
+        self._near_chance = self._near_chance + 1 if values["r1"] < NEAR_CHANCE * values["chance"] else 0
         lost = self._lost(values["r1"], values["chance"], ranks)
         self._scorings_lost = 0 if lost is None else self._scorings_lost + 1
         return lost if self._scorings_lost >= PATIENT_SCORINGS else None
 
     def _lost(self, r1: float, chance: float, ranks: tuple[float, float]) -> str | None:
-        if r1 >= NEAR_CHANCE * chance or self._ranks is None:
+        if not self._near_chance or self._ranks is None:
             return None
         now = f"held-out R@1 is {r1:.1f} (chance {chance:.2g})"
         if self._best_r1 >= NEAR_CHANCE * chance and r1 - chance <= FORGOTTEN * (self._best_r1 - chance):
@@ -79,16 +87,19 @@ class Watch:
                 return (
                     f"the {side} embeddings have an effective rank of {rank:.1f}, after {before:.1f} before, and {now}"
                 )
-        if self._mass_ratio() >= DROWNED:
-            return f"negatives outweigh positives {self._mass_ratio():.0f} times in the gradient, and {now}"
+        if (ratio := _mass_ratio(self._last)) >= DROWNED:
+            return f"negatives outweigh positives {ratio:.0f} times in the gradient, and {now}"
+        if self._near_chance >= PATIENT_AT_CHANCE and (ratio := _mass_ratio(self._first)) >= DROWNED_AT_FIRST:
+            return f"negatives outweighed positives {ratio:.0f} times in the first batch, and {now}"
         return None
 
-    def _mass_ratio(self) -> float:
-        positive, negative = (self._last.get(f"{name}_mass", 0.0) for name in ("positive", "negative"))
-        return negative / positive if positive > 0 else 0.0
-
     def _advice(self) -> str:
-        if self._mass_ratio() >= DROWNED:
+        if _mass_ratio(self._last) >= DROWNED or _mass_ratio(self._first) >= DROWNED_AT_FIRST:
             t, b = self._last["t"], self._last["b"]
             return f"start with --temperature auto (t is now {t:.3g} and b {b:.3g})"
         return f"lower --lr (now {self.lr:g}), warm up longer (--warmup)"
+
+
+def _mass_ratio(values: Mapping[str, float]) -> float:
+    positive, negative = (values.get(f"{name}_mass", 0.0) for name in ("positive", "negative"))
+    return negative / positive if positive > 0 else 0.0

@@ -66,6 +66,15 @@ def test_negatives_that_drown_positives_are_a_collapse_where_nothing_is_learned(
     assert seen(*[train(0.0, negative_mass=5.0), heldout(0.1)] * 5) is None
 
 
+def test_negatives_that_drowned_positives_at_first_are_a_collapse_if_recall_stays_at_chance():
+    balanced_again = [train(0.0, negative_mass=25.0), *[train(0.0)] * 3]
+    assert seen(*balanced_again, *[heldout(0.3)] * 5, heldout(0.6), *[heldout(0.3)] * 5) is None
+    sentence = seen(*balanced_again, *[heldout(0.1)] * 6)
+    assert "negatives outweighed positives 25 times in the first batch, and held-out R@1 is 0.1" in sentence
+    assert "; start with --temperature auto" in sentence
+    assert seen(train(0.0, negative_mass=5.0), *[heldout(0.1)] * 20) is None
+
+
 def test_pairs_that_are_no_more_alike_than_others_are_a_collapse_after_some_steps():
     assert seen(*[train(0.4)] * 5, *[train(0.01)] * 19, train(0.3), *[train(0.01)] * 19) is None
     assert seen(*[train(0.4)] * 5, *[train(0.01)] * 20) == (
