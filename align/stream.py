@@ -3,8 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
@@ -85,6 +84,7 @@ class Stream:
         self._pin = pin
         self._expected: set[int] = set()
         self._decoded: dict[tuple[int, int], Half] = {}
+        self._copies: list[Future[None]] = []
         self._producer = ThreadPoolExecutor(1, "stream")
         self._gatherers = ThreadPoolExecutor(GATHER_THREADS, "gather")
         self.rows = self._order.rows
@@ -101,17 +101,18 @@ class Stream:
         state = state or StreamState.start()
         rows = self._part.stop - self._part.start
         buffers = [self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)]
-        pending: deque[tuple[Future[None], Batch, StreamState]] = deque()
+        pending: deque[tuple[Future[list[Future[None]]], Batch, StreamState]] = deque()
         while True:
             while len(pending) < PREFETCH:
                 batch = buffers[0]
-                future = self._producer.submit(self._fill, batch, state)
+                filling = self._producer.submit(self._fill, batch, state)
                 state = self._order.following(state)
-                pending.append((future, batch, state))
+                pending.append((filling, batch, state))
                 buffers = [*buffers[1:], batch]
-            future, batch, behind = pending.popleft()
+            filling, batch, behind = pending.popleft()
             begun = time.perf_counter()
-            future.result()
+            for copy in filling.result():
+                copy.result()
             self.wait_seconds += time.perf_counter() - begun
             self.bytes_read += sum(part.numel() * part.element_size() for part in batch)
             yield batch, behind
@@ -128,9 +129,9 @@ class Stream:
                 yield block
 
     def close(self) -> None:
-        """End the threads; a batch that is being filled is waited for."""
+        """End the threads; what is being copied is waited for."""
         self._producer.shutdown(cancel_futures=True)
-        self._gatherers.shutdown()
+        self._gatherers.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "Stream":
         return self
@@ -145,20 +146,21 @@ class Stream:
         shapes = (rows, first.image.dim), (captions, rows, first.texts[0].dim)
         return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
 
-    def _fill(self, batch: Batch, state: StreamState) -> None:
-        """Gather this rank's part of a batch, and have the disk go on with what comes behind it."""
+    def _fill(self, batch: Batch, state: StreamState) -> list[Future[None]]:
+        """Begin to copy this rank's part of a batch, and have the disk go on with what comes behind it."""
         chunks = self._chunks_of(state)
         self._expect(chunks)  # of the first batch: the others' were asked for before
-        buffered = self._order.buffered(state)
-        self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
-        copies = self._gather(batch, self._numbers(state), self._draw(state))
+        if self._decoded:
+            wait(self._copies)  # of the batch before: they use what is decoded
+            buffered = self._order.buffered(state)
+            self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
+        self._copies = self._gather(batch, self._numbers(state), self._draw(state))
         later, share = self._order.in_next_buffer(state)
         in_next_buffer = self._chunks_of(later)
         ahead = [*self._chunks_of(self._order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
         self._expect(ahead)
         self._expected = {*chunks, *ahead}
-        for copy in copies:
-            copy.result()
+        return self._copies
 
     def _draw(self, state: StreamState) -> Numbers | None:
         """Return the captions of this rank's rows of a batch, (positives, rows); None where all are served.
@@ -197,12 +199,11 @@ class Stream:
         def copy(pieces: list[tuple[int, int, int]]) -> None:
             for chunk, start, stop in pieces:
                 rows = np.flatnonzero(self._served[chunk])[numbers[start:stop] - self._order.starts[chunk]]
-                # mode "clip" writes straight into `out`; the rows are in range.
-                take = partial(np.take, indices=rows, axis=0, mode="clip")
-                take(self._chunk(chunk, 0), out=images[start:stop])
+                # Mode "clip" writes straight into `out`; the rows are in range.
+                self._chunk(chunk, 0).take(rows, axis=0, out=images[start:stop], mode="clip")
                 for slot, out in enumerate(texts[:, start:stop]):
                     if drawn is None:
-                        take(self._chunk(chunk, slot + 1), out=out)
+                        self._chunk(chunk, slot + 1).take(rows, axis=0, out=out, mode="clip")
                     else:
                         for caption in np.unique(drawn[slot, start:stop]):
                             places = np.flatnonzero(drawn[slot, start:stop] == caption)
