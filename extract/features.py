@@ -15,7 +15,7 @@ from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import canonical_json, file_digest, is_remote, remove_leftovers, write_atomically
+from sail_align.extract.files import broken, canonical_json, file_digest, is_remote, remove_leftovers, write_atomically
 from sail_align.extract.leases import Lease
 from sail_align.extract.mapped import MappedChunks, can_map
 from sail_align.extract.status import Status
@@ -39,7 +39,7 @@ class FeatureArray:
         self._mapped: dict[str, MappedChunks] = {}
         for name, array in (("features", self._features), ("status", self._status)):
             if not is_remote(store) and can_map(array):
-                self._mapped[name] = MappedChunks(array, partial(self._shard_file, name))
+                self._mapped[name] = MappedChunks(array, partial(self._written_file, name))
 
     @staticmethod
     def create(folder: Path, rows: int, dim: int, shard_rows: int, chunk_rows: int) -> None:
@@ -77,19 +77,22 @@ class FeatureArray:
         return found
 
     def _read_marker(self, shard: int) -> dict[str, Any] | None:
-        """Return a shard's marker, None if there is none or it is not valid."""
-        try:
-            marker: Any = json.loads(self._marker_path(shard).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
+        """Return a shard's marker, None if there is none or it is not valid. Raises `UserError` if unreadable."""
+        path = self._marker_path(shard)
         start, stop = self.span(shard)
-        valid = (
-            isinstance(marker, dict)
-            and marker.keys() == {"fingerprint", "rows", "counts", "sha256"}
-            and marker["fingerprint"] == self.identity.spec.fingerprint
-            and marker["rows"] == [start, stop]
-            and sum(marker["counts"].values()) == stop - start
-        )
+        try:
+            marker: Any = json.loads(path.read_bytes())
+            valid = (
+                marker.keys() == {"fingerprint", "rows", "counts", "sha256"}
+                and marker["fingerprint"] == self.identity.spec.fingerprint
+                and marker["rows"] == [start, stop]
+                and sum(marker["counts"].values()) == stop - start
+                and marker["sha256"].keys() == {"features", "status"}
+            )
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # the latter three: of another form
+            return None
+        except OSError as problem:
+            raise broken(path, problem) from problem
         return marker if valid else None
 
     @property
@@ -229,6 +232,10 @@ class FeatureArray:
     def _shard_file(self, name: str, shard: int) -> Path:
         return self._folder / name / (f"c/{shard}/0" if name == "features" else f"c/{shard}")
 
+    def _written_file(self, name: str, shard: int) -> Path | None:
+        """Return where a committed shard is, None if it has fill values only."""
+        return self._shard_file(name, shard) if self.markers[shard]["sha256"][name] else None
+
     def _marker_path(self, shard: int) -> Path:
         return self._commits / f"{shard:05d}.json"
 
@@ -240,7 +247,7 @@ def read_identity(node: Path) -> Identity:
         attributes = json.loads(path.read_bytes())["attributes"]
         identity = Identity.from_json(attributes)
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{path} is damaged; restore it, or make the store again.") from problem
+        raise broken(path, problem) from problem
     if identity.spec.fingerprint != attributes["fingerprint"]:
         raise UserError(
             f"{path} is damaged: its fingerprint is another encoder's; restore it, or make the store again."
@@ -249,13 +256,20 @@ def read_identity(node: Path) -> Identity:
 
 
 def _open(folder: Path) -> "zarr.Array[Any]":
-    """Open an array for reading: a local one is decoded by zarrs, which is quicker, where that is installed."""
-    if is_remote(folder):
-        options = dict(getattr(folder, "storage_options", {}))
-        return zarr.open_array(FsspecStore.from_url(str(folder), storage_options=options, read_only=True), mode="r")
-    pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
-    with zarr.config.set(pipeline):
-        return zarr.open_array(folder, mode="r")
+    """Open an array for reading: a local one is decoded by zarrs, which is quicker, where that is installed.
+
+    Raises:
+        UserError: Its zarr.json is not there, or cannot be read.
+    """
+    try:
+        if is_remote(folder):
+            options = dict(getattr(folder, "storage_options", {}))
+            return zarr.open_array(FsspecStore.from_url(str(folder), storage_options=options, read_only=True), mode="r")
+        pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
+        with zarr.config.set(pipeline):
+            return zarr.open_array(folder, mode="r")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise broken(folder / "zarr.json", problem) from problem
 
 
 def _shard_bytes(array: "zarr.Array[Any]", rows: slice, values: NDArray[Any]) -> memoryview | None:

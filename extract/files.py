@@ -109,12 +109,21 @@ def remove_leftovers(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str | None:
-    """Return the SHA-256 of a file, None if there is no such file."""
+    """Return the SHA-256 of a file, None if there is no such file. Raises `UserError` if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
+    except OSError as problem:
+        raise broken(path, problem) from problem
+
+
+def broken(path: Path, problem: Exception) -> UserError:
+    """Return what to raise of a store's file that cannot be read: the system refuses, or it is not what was written."""
+    if isinstance(problem, OSError) and problem.errno not in (None, errno.ENOENT):
+        return UserError(f"{path} cannot be read ({os.strerror(problem.errno)}); mend that and try again.")
+    return UserError(f"{path} is missing or damaged; restore it, or make the store again.")
 
 
 @contextmanager

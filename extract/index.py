@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sail_align.extract.files import is_remote, write_atomically
+from sail_align.extract.files import broken, is_remote, write_atomically
 from sail_align.extract.sources.base import Sample
 
 FILE_ROWS = 65_536
@@ -57,14 +57,21 @@ def write_index_file(path: Path, tables: Iterable[pa.Table]) -> str:
 
 
 def read_index(folder: Path, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return rows start … stop − 1 (at least one), reading only the row groups that hold them."""
+    """Return rows start … stop − 1 (at least one), reading only the row groups that hold them.
+
+    Raises:
+        UserError: A file is not there, or cannot be read.
+    """
     tables = []
     for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):
         first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
         groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
         path = index_file(folder, number)
-        with pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
-            table = file.read_row_groups(list(groups), columns=columns)
+        try:
+            with pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
+                table = file.read_row_groups(list(groups), columns=columns)
+        except (OSError, pa.ArrowException) as problem:
+            raise broken(path, problem) from problem
         tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
     return pa.concat_tables(tables)
 

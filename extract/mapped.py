@@ -23,6 +23,7 @@ from zarr.codecs.sharding import ShardingCodecIndexLocation
 from zarr.core.metadata import ArrayV3Metadata
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.files import broken
 
 ABSENT = -1
 READ_AHEAD = 1 << 17
@@ -41,8 +42,8 @@ class MappedChunks:
     No file stays open: a store of many millions of rows has more shards than a process may have files.
     """
 
-    def __init__(self, array: "zarr.Array[Any]", file_of: Callable[[int], Path]):
-        """Take an array for which `can_map` holds, and where the file of each shard is."""
+    def __init__(self, array: "zarr.Array[Any]", file_of: Callable[[int], Path | None]):
+        """Take an array for which `can_map` holds, and where each shard is: None if it has fill values only."""
         self._shape = (array.chunks[0], *array.shape[1:])
         self._rows = array.shape[0]
         self._dtype = array.dtype
@@ -98,15 +99,15 @@ class MappedChunks:
         return self._shards[shard]
 
     def _map(self, shard: int) -> _Shard | None:
-        """Map a shard's file and check its index; None if there is no file: all of its chunks are fill values."""
+        """Map a shard's file and check its index; None if it has fill values only, and so no file."""
         path = self._file_of(shard)
+        if path is None:
+            return None
         try:
             with pa.memory_map(str(path)) as file:
                 content = np.frombuffer(file.read_buffer(), np.uint8)  # lives on when the file is closed
-        except FileNotFoundError:
-            return None
         except OSError as problem:
-            raise UserError(f"{path} cannot be read ({problem.strerror}); mend that and try again.") from problem
+            raise broken(path, problem) from problem
         size = 16 * self._per_shard
         if len(content) < size + 4:
             raise _damaged(path, f"it has {len(content):,} bytes and its index alone has {size + 4:,}")

@@ -27,7 +27,7 @@ import pyarrow as pa
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.features import FeatureArray, read_identity
-from sail_align.extract.files import as_path, canonical_json, file_digest, write_atomically
+from sail_align.extract.files import as_path, broken, canonical_json, file_digest, write_atomically
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
 from sail_align.extract.leases import Leases
@@ -131,7 +131,7 @@ class Store:
         """Open an existing store.
 
         Raises:
-            UserError: The path is not a store, or one of a later format.
+            UserError: The path is not a store, or one of a later format, or it cannot be read.
         """
         path = as_path(path)
         try:
@@ -139,10 +139,10 @@ class Store:
             if (version := attributes["format"]) != FORMAT:
                 raise UserError(f"{path} has store format {version!r}, this version reads {FORMAT}; update sail-align.")
             return cls(path, attributes)
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as problem:
+        except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
             raise UserError(f"{path} is not a feature store; make one with `sail-extract run`.") from problem
-        except OSError as problem:  # a disk that is gone, or not ours: the store may well be there
-            raise UserError(f"{path} cannot be read ({problem.strerror}); mend that and try again.") from problem
+        except (OSError, ValueError) as problem:  # a disk that is gone, or not ours: the store may well be there
+            raise broken(path / "zarr.json", problem) from problem
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
         """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`."""
