@@ -79,5 +79,7 @@ def _label(turn: float, *lines: str) -> str:
     x, y = (RADIUS + 10) * math.sin(turn), -(RADIUS + 22) * math.cos(turn)
     anchor = "middle" if abs(x) < 1 else "start" if x > 0 else "end"
     cut = (line if len(line) <= LETTERS else f"{line[: LETTERS - 1]}…" for line in lines)
-    spans = "".join(f'<tspan x="{x:.1f}" dy="{14 * place}">{escape(line)}</tspan>' for place, line in enumerate(cut))
+    spans = "".join(
+        f'<tspan x="{x:.1f}" dy="{1.1 * place:g}em">{escape(line)}</tspan>' for place, line in enumerate(cut)
+    )
     return f'<text text-anchor="{anchor}" y="{y - 2:.1f}"><title>{escape(" ".join(lines))}</title>{spans}</text>'

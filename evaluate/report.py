@@ -18,7 +18,6 @@ from sail_align.evaluate.overview import (
     Key,
     Overview,
     ScoredRun,
-    key_of,
     metric_of,
     overview,
     read_runs,
@@ -183,7 +182,7 @@ def _scores(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[tuple[s
 
 
 def _sections(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[dict[str, Any]]:
-    """Return for each task what there is to look at: of each record of each run, examples and details."""
+    """Return for each task what there is to look at: of each set of each run, examples and details."""
     sections = []
     for task, (title, how_to_read) in TASKS.items():
         parts = [
@@ -191,13 +190,13 @@ def _sections(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[dict[
                 "run": run.name,
                 "style": style_of(place),
                 "record": record,
-                "mark": marks[key_of(record)],
+                "mark": marks[key],
                 "groups": _groups(run.path, record),
                 "kinds": record["details"].get("by_tag") or record["details"].get("by_category") or {},
             }
-            for place, run in enumerate(runs)
-            for record in run.records
-            if record["task"] == task
+            for key, records in records_by_key(runs).items()
+            for place, (run, record) in enumerate(zip(runs, records, strict=True))
+            if record and record["task"] == task
         ]
         if parts := [part for part in parts if part["groups"] or part["kinds"]]:
             sections.append({"task": task, "title": title, "how_to_read": how_to_read, "parts": parts})

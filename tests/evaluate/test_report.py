@@ -16,7 +16,10 @@ from PIL import Image
 
 from sail_align.align.charts import Series, line_chart, log_ticks, ticks
 from sail_align.evaluate.overlay import PALETTE, REST
+from sail_align.evaluate.overview import read_runs
+from sail_align.evaluate.report import page as page_of
 from sail_align.evaluate.report import write_report
+from sail_align.evaluate.scores import examples_path
 from sail_align.extract.errors import UserError
 
 
@@ -173,6 +176,19 @@ def test_no_two_cards_and_no_two_sets_of_scores_have_one_title(scored):
     assert sum("(e) representation" in heading for heading in cards) == 1
 
 
+def test_the_examples_of_a_set_stand_together_run_by_run(scored):
+    scores = json.loads((scored / "scores.json").read_bytes())
+    (retrieval,) = (record for record in scores["records"] if record["task"] == "retrieval")
+    scores["records"].append(retrieval | {"protocol": "retrieval/other@1/caps"})
+    (scored / "scores.json").write_text(json.dumps(scores))
+    (examples,) = scored.glob("examples/caps-retrieval-*.json")
+    shutil.copy(examples, examples_path(scored, scores["records"][-1]))
+    shutil.copytree(scored, scored.with_name("other"))
+    html = page_of(read_runs([scored, scored.with_name("other")]))
+    headings = re.findall(r"<h3>caps <small>\((\w)\) <svg.*?</svg>(.*?)</small>", html)
+    assert headings == [("b", "colours-linear"), ("b", "other"), ("e", "colours-linear"), ("e", "other")]
+
+
 def test_a_set_that_is_not_the_published_one_says_so_where_its_scores_stand(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     scores["records"][0]["data"]["expected_rows"] = 50_000
@@ -239,7 +255,8 @@ def test_the_colours_of_classes_differ_for_every_eye(cones):
 
 def test_curves_are_drawn_from_the_metrics_file(page):
     charts = [attributes["aria-label"] for attributes in page.all("svg") if "aria-label" in attributes]
-    assert charts[-2:] == ["loss over step", "R@1 (%) over step"]
+    assert charts[0].startswith("Radar chart, from 0 to 100, of squares top-1, caps image→text R@1,")
+    assert charts[1:] == ["loss over step", "R@1 (%) over step"]
     assert len(page.all("polyline")) == 4
 
 
