@@ -69,7 +69,8 @@ def paired_difference(
 
 def _p(difference_R: NDArray[np.float64]) -> float:
     smaller_side = min((difference_R <= 0).sum(), (difference_R >= 0).sum())
-    return min(1.0, 2 * float(smaller_side + 1) / (len(difference_R) + 1))
+    with_value = np.count_nonzero(~np.isnan(difference_R))
+    return min(1.0, 2 * float(smaller_side + 1) / (with_value + 1))
 
 
 def _compare(first: Path, second: Path) -> Comparison:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,12 +89,15 @@ class EvaluationSet:
     @cached_property
     def samples(self) -> list[Sample]:
         """The set's samples, one at least, with the captions that the task uses."""
+        names = set(self.captions)
         samples = [
-            replace(sample, captions={name: text for name, text in sample.captions.items() if name in self.captions})
+            replace(sample, captions={name: text for name, text in sample.captions.items() if name in names})
             for sample in self.source.samples()
         ]
         if not samples:
             raise UserError(f"{self.manifest.name} has no samples; correct its files or its split.")
+        if twice := _first_twice(sample.key for sample in samples):
+            raise UserError(f"{self.manifest.name} has two samples of the key {twice!r}; list each once.")
         return samples
 
     @property
@@ -149,9 +153,9 @@ class EvaluationSet:
         templates = published.templates(named) if isinstance(named, str) else named
         if not classes:
             raise UserError(f"{self.manifest.name} names no classes; its source needs 'classes'.")
-        twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
-        if twice and not isinstance(getattr(self.manifest.source, "classes", None), str):  # ImageNet's list has two
-            raise UserError(f"{self.manifest.name} has two classes named {twice[0]!r}; give each its own name.")
+        listed = isinstance(getattr(self.manifest.source, "classes", None), str)  # ImageNet's list has two names twice
+        if not listed and (twice := _first_twice(classes)):
+            raise UserError(f"{self.manifest.name} has two classes named {twice!r}; give each its own name.")
         prompts = {
             f"{label}/{number}": template.replace("{}", name)
             for label, name in enumerate(classes)
@@ -171,12 +175,20 @@ class EvaluationSet:
         if not (path / "zarr.json").exists():
             with suppress(StoreExistsError):  # another process was quicker
                 Store.create(path, dataset=dataset, manifest=rows, parts=[Part.of(samples)], captions=captions)
-        store = Store.open(path)
-        if store.attributes["manifest"] != rows or store.samples(0, store.rows) != samples:
-            raise UserError(f"{store.path} holds other samples than {self.manifest.name} has now; remove that folder.")
-        for array in store.arrays():
-            require_same(identity, array.identity, where=str(store.path))
-        if not store.arrays() or not all(array.complete for array in store.arrays()):
+        try:
+            store = Store.open(path)
+            same = store.attributes["manifest"] == rows and store.samples(0, store.rows) == samples
+            arrays = store.arrays()
+        except (UserError, OSError, ValueError, KeyError) as problem:  # what damage may lead to, wherever it is
+            reason = " ".join(str(problem).split()).rstrip(".")
+            raise UserError(f"{path} cannot be used ({reason}); remove that folder.") from problem
+        if not same:
+            raise UserError(f"{path} holds other samples than {self.manifest.name} has now; remove that folder.")
+        for array in arrays:
+            require_same(identity, array.identity, where=str(path))
+            for shard in [shard for shard in array.markers if array.changed(shard)]:
+                array.discard(shard)  # not what was committed: it is encoded again
+        if not arrays or not all(array.complete for array in arrays):
             started = time.monotonic()
             image = self.encoders.image if of_images else None
             text = None if of_images else self.encoders.text
@@ -208,6 +220,10 @@ class EvaluationSet:
         if not np.isfinite(embeddings).all():
             raise RunError(f"The heads of {self.run.path} give NaN or infinity; its training has diverged.")
         return embeddings
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def digest_of(value: Any) -> str:

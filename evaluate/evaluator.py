@@ -9,10 +9,10 @@ from sail_align.align.checkpoint import Run
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.encoders import Encoders, RunError
 from sail_align.evaluate.outcomes import save_outcomes
-from sail_align.evaluate.scores import Record, error_record, examples_path, merge_scores, score_record
+from sail_align.evaluate.scores import Record, error_record, examples_path, merge_score, score_record
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.evaluate.tasks.base import TooSmallError
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.progress import note
@@ -53,9 +53,10 @@ def evaluate_sets(
             result = protocol.evaluate(data)
         except RunError:
             raise
-        except (UserError, UnreadableImageError, OSError) as problem:
+        except (UserError, WorkersFailedError, UnreadableImageError, OSError) as problem:
             if stop_at_fault:
-                raise UserError(" ".join(str(problem).split())) from problem
+                is_ours = isinstance(problem, WorkersFailedError)
+                raise problem if is_ours else UserError(" ".join(str(problem).split())) from problem
             if isinstance(problem, TooSmallError):
                 note(f"left out: {problem}")
                 continue
@@ -65,5 +66,5 @@ def evaluate_sets(
             examples = [example.to_json() for example in result.examples]
             write_atomically(examples_path(run.path, record), json.dumps(examples).encode())
             save_outcomes(run.path, record, result.outcomes)
-        merge_scores(run, [record])
+        merge_score(run, record)
         yield record

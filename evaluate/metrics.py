@@ -23,6 +23,12 @@ def top_k_hits(scores_NC: Floats, labels_N: Ints, k: int) -> NDArray[np.bool_]:
     return hits_N
 
 
+def ranking(scores_N: Floats, own: int) -> Ints:
+    """Return the places of scores from the best to the worst, (N,); what ties with place `own` stands before it."""
+    is_own_N = np.arange(len(scores_N)) == own
+    return np.lexsort((is_own_N, TIE * is_own_N - scores_N))
+
+
 def mean_per_class(hits_N: NDArray[np.bool_], labels_N: Ints, weights_N: Floats | None = None) -> float:
     """Return the mean over the classes that occur of each class's share of hits; rows may carry weights."""
     weights_N = np.ones(len(hits_N)) if weights_N is None else weights_N
@@ -96,7 +102,7 @@ def chance_median_rank(items: int, positives: Ints) -> float:
     steps_I = np.arange(items)
     kept_VI = np.maximum(items - values[:, None] - steps_I, 0) / (items - steps_I)
     found_I = 1 - np.average(np.cumprod(kept_VI, axis=1), axis=0, weights=counts)
-    return float(np.argmax(found_I >= 0.5) + 1)
+    return float(np.argmax(found_I >= 0.5 - 1e-9) + 1)  # a half to the rounding of the product
 
 
 def chance_mean_rank(items: int, positives: Ints) -> float:

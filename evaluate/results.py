@@ -118,7 +118,7 @@ class Example:
 class Result:
     """What one protocol measured on one data set.
 
-    `items` is what the intervals resample: images, or pairs.
+    `items` is what the intervals resample: images, or pairs. `masks` is a digest of all masks' pixels, "" without any.
     """
 
     items: int
@@ -126,6 +126,7 @@ class Result:
     examples: tuple[Example, ...]
     outcomes: Outcomes
     details: dict[str, Any] = field(default_factory=dict)
+    masks: str = ""
 
 
 def mark(chosen: bool, right: bool) -> Mark:

@@ -1,15 +1,19 @@
 """`scores.json` of a run: numbers with protocol, chance, interval, and where they come from."""
 
+import fcntl
 import hashlib
 import json
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sail_align.align.checkpoint import Run
-from sail_align.evaluate.dataset import EvaluationSet
+from sail_align.align.records import read_json
+from sail_align.evaluate.dataset import EvaluationSet, digest_of
 from sail_align.evaluate.results import Result
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
@@ -17,6 +21,7 @@ from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
 
 SCHEMA = 2
+AGAIN = "remove it and evaluate again"
 LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr", "open-clip-torch", "clip-benchmark")
 
 Record = dict[str, Any]
@@ -37,7 +42,7 @@ def score_record(data: EvaluationSet, protocol: str, result: Result, seconds: fl
         **_about(data.manifest),
         "protocol": protocol,
         "items": result.items,
-        "data": _data(data),
+        "data": _data(data, result.masks),
         "metrics": [asdict(metric) for metric in result.metrics],
         "details": result.details,
         "run": data.run.digest,
@@ -70,8 +75,8 @@ def unexpected(record: Record) -> str:
     return f"{record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
 
 
-def merge_scores(run: Run, records: list[Record]) -> None:
-    """Put records into the run's `scores.json`, in the place of older ones of the same set and protocol.
+def merge_score(run: Run, record: Record) -> None:
+    """Put a record into the run's `scores.json`, in the place of an older one of the same set and protocol.
 
     An error takes no score's place, and gives way to any. Scores of another checkpoint, of other encoders or of another
     schema are dropped; the run's folder may have another name by now.
@@ -86,12 +91,11 @@ def merge_scores(run: Run, records: list[Record]) -> None:
         "encoders": {"image": _encoder(run.image), "text": _encoder(run.text)},
     }
     path = scores_path(run.path)
-    older = json.loads(path.read_bytes()) if path.exists() else {}
-    kept: list[Record] = older["records"] if _of_same_weights(older, head) else []
-    for record in records:
-        kept = _merged(kept, record)
-    content = {**head, "records": kept}
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    with _alone(run.path):
+        older = read_json(path, AGAIN) if path.exists() else {}
+        kept: list[Record] = older["records"] if _of_same_weights(older, head) else []
+        content = {**head, "records": _merged(kept, record)}
+        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
 def unfinished(run: Run) -> str:
@@ -103,12 +107,12 @@ def read_scores(run: Path) -> dict[str, Any]:
     """Read the `scores.json` of a run.
 
     Raises:
-        UserError: There is none, or it is of another schema.
+        UserError: There is none, or it is damaged or of another schema.
     """
     path = scores_path(run)
     if not path.is_file():
         raise UserError(f"{run} has no scores.json; run `sail-eval all --run {run}` first.")
-    scores: dict[str, Any] = json.loads(path.read_bytes())
+    scores = read_json(path, AGAIN)
     if scores.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {scores.get('schema')!r}, this version reads {SCHEMA}; evaluate again.")
     return scores
@@ -129,6 +133,18 @@ def outcomes_path(run: Path, record: Record) -> Path:
     return run / "outcomes" / f"{_file_name(record)}.safetensors"
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process into the same block for this folder: of two that read, add and write, one would be lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _file_name(record: Record) -> str:
     told_apart = hashlib.sha256(record.get("protocol", "").encode()).hexdigest()[:8]
     return f"{record['dataset']}-{record['task']}-{told_apart}"
@@ -145,11 +161,11 @@ def _merged(records: list[Record], new: Record) -> list[Record]:
     return [*kept[:place], new, *kept[place:]]
 
 
-def _data(data: EvaluationSet) -> dict[str, Any]:
+def _data(data: EvaluationSet, masks: str) -> dict[str, Any]:
     """Return what a set has, and what its manifest expects of it."""
     samples, about = data.samples, data.manifest
     return {
-        "digest": data.digest,
+        "digest": digest_of([data.digest, masks]) if masks else data.digest,
         "rows": len(samples),
         "expected_rows": about.expected_rows,
         "captions": sum(len(sample.captions) for sample in samples),

@@ -22,6 +22,18 @@ Variant = Literal["authors-normalisation", "maskclip", "whole-image"]
 """Departures from the paper's protocol of segmentation; each gives the numbers another protocol id."""
 
 
+_BY_CLASSES: tuple[TaskKind, ...] = ("classification", "segmentation")
+_BY_CAPTIONS: tuple[TaskKind, ...] = ("retrieval", "representation", "winoground", "mmvp")
+_KINDS: dict[str, tuple[TaskKind, ...]] = {
+    "templates": _BY_CLASSES,
+    "variants": ("segmentation",),
+    "background": ("segmentation",),
+    "captions": _BY_CAPTIONS,
+    "prompt": _BY_CAPTIONS,
+}
+"""The tasks that a field says something to; given to another, it would be passed over in silence."""
+
+
 class Task(Strict):
     """What an evaluation set measures.
 
@@ -41,8 +53,11 @@ class Task(Strict):
 
     @model_validator(mode="after")
     def _fields_go_with_kind(self) -> "Task":
-        if self.kind != "segmentation" and (self.variants or self.background is not None):
-            raise ValueError("'variants' and 'background' belong to tasks of kind 'segmentation'")
+        for field in sorted(self.model_fields_set):
+            if self.kind not in _KINDS.get(field, (self.kind,)):
+                raise ValueError(f"{field!r} belongs to tasks of kind {' or '.join(_KINDS[field])}, not {self.kind}")
+        if self.captions and len(set(self.captions)) < len(self.captions):
+            raise ValueError(f"'captions' names one twice: {', '.join(self.captions)}")
         return self
 
 

@@ -79,4 +79,6 @@ def captions_part(data: EvaluationSet) -> str:
 
 
 def _no_spaces(text: str) -> str:
-    return re.sub(r"\s+", "-", text.strip())
+    """Return a prompt with hyphens for its spaces, and a digest where another prompt would read the same."""
+    hyphened = re.sub(r"[\s/]", "-", text)
+    return hyphened if hyphened.replace("-", " ") == text else f"{hyphened}:{digest_of(text)[:8]}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sail_align.align.metrics import TIE
 from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import mean_per_class, top_k_hits
+from sail_align.evaluate.metrics import mean_per_class, ranking, top_k_hits
 from sail_align.evaluate.results import (
     Example,
     Measure,
@@ -89,7 +89,7 @@ def _confusions(
 
 def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
     sample, classes = data.samples[row], data.source.classes
-    best = np.argsort(-scores_NC[row], kind="stable")[:3].tolist()
+    best = ranking(scores_NC[row], sample.label)[:3].tolist()
     guesses = tuple(
         Note(classes[label], f"{scores_NC[row, label]:.2f}", mark(label == best[0], label == sample.label))
         for label in best

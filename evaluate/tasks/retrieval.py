@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from sail_align.align.metrics import Ranks, ranks
 from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import chance_mean_rank, chance_median_rank, chance_recall, weighted_median
+from sail_align.evaluate.metrics import (
+    chance_mean_rank,
+    chance_median_rank,
+    chance_recall,
+    ranking,
+    weighted_median,
+)
 from sail_align.evaluate.results import Example, Measure, Note, Outcomes, Picture, Result, pick_examples, summarise
 from sail_align.evaluate.tasks.base import Protocol, captions_part
 from sail_align.extract.errors import UserError
@@ -92,7 +98,7 @@ def _one_way(
 
 
 def _example(data: EvaluationSet, query: str, scores_N: Embeddings, owner: int) -> Example:
-    order = np.argsort(-scores_N, kind="stable").tolist()
+    order = ranking(scores_N, owner).tolist()
     pictures = tuple(
         Picture(
             data.source.image(data.samples[row].image),

@@ -10,6 +10,7 @@ Variants have protocol ids of their own: `whole-image` reads the picture in one 
 last attention, `authors-normalisation` feeds CLIP's mean and deviation to whatever encoder, as the authors' code does.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +46,11 @@ def evaluate(data: EvaluationSet) -> Result:
     """Score mIoU and pixel accuracy."""
     samples, segmenter = data.samples, _Segmenter(data)
     places = set(np.linspace(0, len(samples) - 1, min(CANDIDATES, len(samples))).astype(int).tolist())
-    counts, candidates = [], []
+    counts, candidates, masks = [], [], hashlib.sha256()
     with progress(len(samples), f"{data.manifest.name} patches", quiet=data.quiet) as bar:
         for row, sample in enumerate(samples):
             truth = _mask(data, sample)
+            masks.update(repr(truth.shape).encode() + truth.tobytes())
             predicted = segmenter.label(sample, truth.shape)
             counts.append(_counts(data, sample, truth, predicted))
             if row in places and counts[-1][1].any():
@@ -70,7 +72,8 @@ def evaluate(data: EvaluationSet) -> Result:
     }
     outcomes = dict(zip(("hits", "truth", "predicted"), counts_N3C.transpose(1, 0, 2), strict=True))
     examples = tuple(_example(data, chosen) for chosen in _spread(candidates))
-    return Result(len(samples), summarise(measures(outcomes), len(samples)), examples, outcomes, details)
+    metrics = summarise(measures(outcomes), len(samples))
+    return Result(len(samples), metrics, examples, outcomes, details, masks.hexdigest())
 
 
 def measures(outcomes: Outcomes) -> tuple[Measure, ...]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.align import metrics
-from sail_align.align.metrics import cka_by_row, effective_rank, mutual_knn, ranks, recall_at
+from sail_align.align.metrics import TIE, cka_by_row, effective_rank, mutual_knn, ranks, recall_at, unit_rows
 from sail_align.align.resampling import mean_interval
 
 
@@ -72,6 +72,28 @@ def test_twins_are_a_tie_wherever_they_stand_in_the_matrix():
     image_ranks, text_ranks = ranks(twins, images, np.arange(501))
     assert (text_ranks == 1).all()
     assert (image_ranks[:501] == 0).all()
+
+
+def test_ranks_are_float64s_but_for_a_difference_of_a_tie_to_the_last_digit():
+    """Where scores differ by `TIE` to within what float32 rounds, a rank may fall to either side: 1 in some 10,000."""
+    random = np.random.default_rng(0)
+    images, texts = (unit_rows(random.normal(size=(rows, 512))) for rows in (600, 3000))
+    owner = np.repeat(np.arange(600), 5)
+    scores = images.astype(np.float64) @ texts.T.astype(np.float64)
+    right = owner == np.arange(600)[:, None]
+    wrong, own = np.where(right, -np.inf, scores), scores[owner, np.arange(3000)]
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+
+    def expected(tie):
+        return (wrong >= best - tie).sum(axis=1), (wrong >= own - tie).sum(axis=0)
+
+    rounding = 1e-7
+    ours = ranks(images, texts, owner)
+    for found, exact, low, high in zip(
+        ours, expected(TIE), expected(TIE - rounding), expected(TIE + rounding), strict=True
+    ):
+        assert ((low <= found) & (found <= high)).all()
+        assert np.mean(found != exact) < 0.002
 
 
 def test_tiles_do_not_change_ranks(monkeypatch):

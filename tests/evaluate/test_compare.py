@@ -12,6 +12,7 @@ from sail_align.evaluate.compare import compare_runs, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.results import Measure
 from sail_align.evaluate.table import difference_table
+from sail_align.evaluate.tasks.retrieval import measures
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
@@ -31,6 +32,18 @@ def test_paired_interval_equals_a_loop_over_the_same_draws():
     assert bounds == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
     below, above = (sum(side) for side in zip(*((d <= 1e-9, d >= -1e-9) for d in differences), strict=True))
     assert p == pytest.approx(2 * (min(below, above) + 1) / 1001, abs=0.01)
+
+
+def test_draws_without_a_value_do_not_make_a_difference_sure():
+    """Of three images one has a caption: three draws of ten ask nothing, and say nothing of which run is ahead."""
+    first, second = (
+        measures({"image_rank": np.array([rank, 1, 1]), "text_rank": np.array([rank]), "owner": np.array([0])})[:1]
+        for rank in (0, 1)
+    )
+    generator = np.random.default_rng(0)
+    asked = sum(0 in generator.integers(3, size=3) for _ in range(1000))
+    assert 600 < asked < 800
+    assert paired_difference(first, second, 3) == [((-100.0, -100.0), pytest.approx(2 / (asked + 1)))]
 
 
 def test_a_run_does_not_differ_from_itself():

@@ -19,6 +19,7 @@ from sail_align.evaluate.metrics import (
     mean_iou,
     mean_per_class,
     pair_hits,
+    ranking,
     top_k_hits,
     weighted_median,
 )
@@ -45,6 +46,15 @@ def test_top_k_hits_count_a_tie_as_behind(k, expected):
 def test_equal_or_nan_scores_are_no_hit():
     assert not top_k_hits(np.zeros((3, 5)), np.array([0, 1, 2]), 4).any()
     assert not top_k_hits(np.full((3, 5), np.nan), np.array([0, 1, 2]), 4).any()
+
+
+def test_the_first_of_a_ranking_is_right_where_it_is_a_hit():
+    scores = np.random.default_rng(4).integers(0, 4, (200, 5)) / 3  # small integers: many ties
+    labels = np.random.default_rng(5).integers(0, 5, 200)
+    for k in (1, 3):
+        found = [label in ranking(row, label)[:k] for row, label in zip(scores, labels, strict=True)]
+        assert found == top_k_hits(scores, labels, k).tolist()
+    assert ranking(np.array([0.1, 0.9, 0.5]), 1).tolist() == [1, 2, 0]
 
 
 def test_mean_per_class_weighs_classes_alike():
@@ -158,7 +168,7 @@ def test_weighted_median_equals_that_of_repeated_values(values, seed):
     assert weighted_median(np.array(values), weights.astype(float)) == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize(("items", "positives"), [(7, [1, 1]), (40, [5, 5, 6]), (9, [9, 1])])
+@pytest.mark.parametrize(("items", "positives"), [(7, [1, 1]), (24, [1]), (40, [5, 5, 6]), (9, [9, 1])])
 def test_chance_ranks_are_those_of_random_rankings(items, positives):
     """All placements of the right items are equally likely; their best place, counted out."""
     best = []

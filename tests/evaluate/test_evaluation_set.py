@@ -1,0 +1,181 @@
+"""What a set's cached features, its scores and its identity are worth when files are damaged, changed or shared."""
+
+import threading
+from itertools import product
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sail_align.evaluate import scores
+from sail_align.evaluate.compare import compare_runs
+from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.manifest import find_manifest
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "gone": None,
+    "a bit": lambda content: content[: (at := len(content) // 3)] + bytes([content[at] ^ 64]) + content[at + 1 :],
+}
+REMEDIES = ("remove that folder", "make the store again", "exists and is not a feature store")
+
+
+@pytest.fixture
+def score(world, run):
+    def score(*manifests, **options):
+        sets = [find_manifest(str(path)) for path in manifests]
+        return list(evaluate_sets(run, sets, features=world.folder / "features", quiet=True, **options))
+
+    return score
+
+
+@pytest.fixture
+def caps(world):
+    rows = [("red", ["red", "cyan"]), ("green", ["green", "pink"]), ("blue", ["blue"])]
+    return world.squares("caps", rows, {"kind": "retrieval"}, captions="caption")
+
+
+@pytest.fixture
+def squares(world):
+    return world.class_folders("squares", [("red", "red"), ("green", "green")], {"kind": "classification"})
+
+
+def test_damage_to_cached_features_is_mended_or_said_and_never_scored(world, caps):
+    """Every file of both stores, damaged in four ways: the same embeddings, or a sentence."""
+
+    def embeddings_or_sentence():
+        data = world.open(caps)
+        try:
+            return np.concatenate([data.images(), data.texts().embeddings]), ""
+        except UserError as problem:
+            return None, str(problem)
+
+    right, _ = embeddings_or_sentence()
+    stores = [*(world.folder / "features" / "eval").iterdir()]
+    files = [file for store in stores for file in store.rglob("*") if file.is_file() and file.stat().st_size]
+    assert len(stores) == 2
+    assert len(files) > 15
+    mended = 0
+    for file, (name, damage) in product(files, DAMAGE.items()):
+        content = file.read_bytes()
+        file.write_bytes(damage(content)) if damage else file.unlink()
+        found, said = embeddings_or_sentence()
+        if said:
+            assert any(remedy in said for remedy in REMEDIES), (file, name, said)
+        else:
+            np.testing.assert_array_equal(found, right, err_msg=f"{file} {name}")
+            mended += 1
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    assert mended > len(files)
+
+
+def test_a_damaged_store_is_the_fault_of_that_set_alone(world, score, caps, squares):
+    score(caps)
+    (metadata,) = (world.folder / "features" / "eval").glob("caps-captions-*/text/*/text/features/zarr.json")
+    metadata.write_text("{")
+    damaged, whole = score(caps, squares)
+    assert f"{metadata.parents[4]} cannot be used (" in damaged["error"]
+    assert damaged["error"].endswith("; remove that folder.")
+    assert whole["metrics"][0]["value"] == 100
+
+
+def test_the_captions_of_a_source_are_not_looked_up_for_each_sample(world, caps):
+    """Some sources count the captions of all their samples for it: quadratic, 20 s for the 5,000 images of COCO."""
+    data, asked = world.open(caps), []
+
+    class Counting(type(data.source)):
+        @property
+        def captions(self):
+            asked.append(1)
+            return super().captions
+
+    data.source.__class__ = Counting
+    assert len(data.samples) == 3
+    assert len(asked) <= 3
+
+
+def test_a_sample_that_is_listed_twice_is_refused(world, monkeypatch):
+    """Segmentation keeps no store of images, which would refuse it."""
+    data = world.open(world.halves("seg", [("red", "green")], {"kind": "segmentation"}))
+    samples = list(data.source.samples())
+    monkeypatch.setattr(data.source, "samples", lambda: iter(2 * samples))
+    with pytest.raises(UserError, match=r"seg has two samples of the key '000\.png'"):
+        PROTOCOLS["segmentation"].evaluate(data)
+
+
+def test_an_encoder_that_fails_is_the_fault_of_that_set_alone(world, score, caps, squares, monkeypatch):
+    text = type(world.open(caps).encoders.text)
+    encode = text.encode
+
+    def fail(self, texts, *told):
+        if any("cyan" in text for text in texts):
+            raise RuntimeError("no kernel image is available")
+        return encode(self, texts, *told)
+
+    monkeypatch.setattr(text, "encode", fail)
+    broken, whole = score(caps, squares)
+    assert "no kernel image is available" in broken["error"]
+    assert whole["metrics"][0]["value"] == 100
+    with pytest.raises(WorkersFailedError):
+        score(caps, stop_at_fault=True)
+
+
+def test_other_masks_under_the_same_names_are_other_data(world, score, run, tmp_path):
+    manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
+    (first,) = score(manifest)
+    assert score(manifest)[0]["data"] == first["data"]
+    path = tmp_path / "seg" / "masks" / "000.png"
+    mask = np.array(Image.open(path))
+    mask[5] = 255
+    Image.fromarray(mask).save(path)
+    (second,) = score(manifest)
+    assert second["protocol"] == first["protocol"]
+    assert second["data"]["digest"] != first["data"]["digest"]
+
+
+def test_ties_are_wrong_in_the_examples_too(world):
+    """Two equal images: either caption's own image is not ahead of the other."""
+    manifest = world.squares("twins", [("red", "red"), ("red", "red or so")], {"kind": "retrieval"})
+    result = PROTOCOLS["retrieval"].evaluate(world.open(manifest))
+    assert [example.right for example in result.examples] == [False, False]
+    assert [example.pictures[1].mark for example in result.examples] == ["right", "right"]
+    classes = world.class_folders("same", [("red like", "red"), ("red as", "red")], {"kind": "classification"})
+    result = PROTOCOLS["classification"].evaluate(world.open(classes))
+    assert [example.right for example in result.examples] == [False, False]
+
+
+def test_templates_that_differ_by_a_hyphen_or_a_blank_are_other_protocols(world):
+    ids = set()
+    templates = ["a photo of {}", "a photo-of {}", "a photo  of {}", "a photo of {} ", "a/photo of {}"]
+    for number, template in enumerate(templates):
+        task = {"kind": "classification", "templates": [template]}
+        data = world.open(world.class_folders(f"c{number}", [("red", "red")], task))
+        ids.add(PROTOCOLS["classification"].id(data).split("/templates=")[1])
+    assert "a-photo-of-{}" in ids
+    assert len(ids) == len(templates)
+
+
+def test_processes_that_score_one_run_lose_no_record(run, monkeypatch):
+    write = scores.write_atomically
+    monkeypatch.setattr(scores, "write_atomically", lambda *given: (threading.Event().wait(0.02), write(*given)))
+    records = [{"dataset": f"set-{number}", "task": "retrieval", "protocol": "p"} for number in range(8)]
+    threads = [threading.Thread(target=scores.merge_score, args=(run, record)) for record in records]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = scores.read_scores(run.path)["records"]
+    assert sorted(record["dataset"] for record in found) == [record["dataset"] for record in records]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_damaged_scores_are_said(run, score, squares, content):
+    path = run.path / "scores.json"
+    path.write_text(content)
+    for read in (lambda: score(squares), lambda: list(compare_runs([run.path, run.path]))):
+        with pytest.raises(UserError, match=r"scores.json is not what was written; remove it and evaluate again"):
+            read()
