@@ -29,9 +29,9 @@ DROWNED = 100.0
 """Gradient mass of the negatives over that of the positives."""
 
 DROWNED_AT_FIRST = 10.0
-PATIENT_AT_CHANCE = 5
-"""The same in the first batch, which embeddings balance by shrinking as well as by learning; and how many scorings in a
-row must then be near chance."""
+SCORINGS_AT_CHANCE, STEPS_AT_CHANCE = 5, 50
+"""The same in the first batch, which embeddings balance by shrinking as well as by learning; and for how many scorings
+in a row, and steps, R@1 must then have been near chance: a fit of few steps may only have begun to learn."""
 
 
 @dataclass
@@ -44,13 +44,14 @@ class Watch:
     _best_gap: float = 0.0
     _steps_lost: int = 0
     _scorings_lost: int = 0
-    _near_chance: int = 0
+    _near_chance: list[int] = field(default_factory=list)
+    """Steps of the last scorings, as far as they are near chance."""
     _first: Mapping[str, float] = field(default_factory=dict)
     _last: Mapping[str, float] = field(default_factory=dict)
 
     def see(self, kind: str, step: int, values: Mapping[str, float]) -> str | None:
         """Take in a line of the log; return what it shows and what to change, if training has collapsed."""
-        seen = self._trained(values) if kind == "train" else self._scored(values)
+        seen = self._trained(values) if kind == "train" else self._scored(step, values)
         return (
             seen
             and f"Training has collapsed at step {step:,}: {seen}; {self._advice()}, or go on with --on-collapse warn."
@@ -67,11 +68,11 @@ class Watch:
         before = f"after {self._best_gap:.2g} before"
         return f"pairs that belong together are {gap:.2g} more alike (cosine) than others, {before}"
 
-    def _scored(self, values: Mapping[str, float]) -> str | None:
+    def _scored(self, step: int, values: Mapping[str, float]) -> str | None:
         ranks = values["image_rank"], values["text_rank"]
         self._ranks = self._ranks or ranks
         self._best_r1 = max(self._best_r1, values["r1"])
-        self._near_chance = self._near_chance + 1 if values["r1"] < NEAR_CHANCE * values["chance"] else 0
+        self._near_chance = [*self._near_chance, step] if values["r1"] < NEAR_CHANCE * values["chance"] else []
         lost = self._lost(values["r1"], values["chance"], ranks)
         self._scorings_lost = 0 if lost is None else self._scorings_lost + 1
         return lost if self._scorings_lost >= PATIENT_SCORINGS else None
@@ -89,7 +90,9 @@ class Watch:
                 )
         if (ratio := _mass_ratio(self._last)) >= DROWNED:
             return f"negatives outweigh positives {ratio:.0f} times in the gradient, and {now}"
-        if self._near_chance >= PATIENT_AT_CHANCE and (ratio := _mass_ratio(self._first)) >= DROWNED_AT_FIRST:
+        waited = self._near_chance[-1] - self._near_chance[0]
+        patient = len(self._near_chance) >= SCORINGS_AT_CHANCE and waited >= STEPS_AT_CHANCE
+        if patient and (ratio := _mass_ratio(self._first)) >= DROWNED_AT_FIRST:
             return f"negatives outweighed positives {ratio:.0f} times in the first batch, and {now}"
         return None
 

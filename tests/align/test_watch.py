@@ -67,12 +67,14 @@ def test_negatives_that_drown_positives_are_a_collapse_where_nothing_is_learned(
 
 
 def test_negatives_that_drowned_positives_at_first_are_a_collapse_if_recall_stays_at_chance():
-    balanced_again = [train(0.0, negative_mass=25.0), *[train(0.0)] * 3]
-    assert seen(*balanced_again, *[heldout(0.3)] * 5, heldout(0.6), *[heldout(0.3)] * 5) is None
-    sentence = seen(*balanced_again, *[heldout(0.1)] * 6)
-    assert "negatives outweighed positives 25 times in the first batch, and held-out R@1 is 0.1" in sentence
+    drowned, balanced = train(0.0, negative_mass=25.0), [train(0.0)] * 9
+    at_chance, low, above = ([*balanced, heldout(r1)] for r1 in (0.1, 0.4, 0.6))
+    sentence = seen(drowned, *at_chance * 7)
+    assert "collapsed at step 71: negatives outweighed positives 25 times in the first batch, and held-out" in sentence
     assert "; start with --temperature auto" in sentence
-    assert seen(train(0.0, negative_mass=5.0), *[heldout(0.1)] * 20) is None
+    assert seen(drowned, *at_chance * 6, *above, *low * 6) is None
+    assert seen(drowned, *[train(0.0), heldout(0.1)] * 24) is None  # too few steps to say
+    assert seen(*at_chance * 20) is None
 
 
 def test_pairs_that_are_no_more_alike_than_others_are_a_collapse_after_some_steps():
