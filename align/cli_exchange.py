@@ -22,7 +22,10 @@ def import_released(
     text_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="The run's folder; if it is taken, RUN-2 …  [default: runs/<file's name>]"),
+        typer.Option(
+            metavar="RUN",
+            help="The run's folder.  [default: runs/<file's name>; where that is another import, -2, -3 … behind it]",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the encoders are tried: cpu, cuda …; auto.")] = "auto",
 ) -> None:
@@ -45,15 +48,15 @@ def import_released(
         typer.echo(
             f"note: their program clamps hidden units at ±{CLAMP:,}, which these weights may reach; ours does not."
         )
-    claim = claim_run(out or Path("runs") / file.stem, released.settings(image, text))
+    claim = claim_run(out or Path("runs") / file.stem, released.settings(image, text), numbered=out is None)
     run = claim.path
-    if claim.finished:
-        typer.echo(f"note: {claim.finished} is the same import.")
-    with full_disk_is_said(run):
-        save_checkpoint(run, released.model, released.checkpoint_record(image, text), step=0, optimizer=None)
+    if not claim.finished:
+        with full_disk_is_said(run):
+            save_checkpoint(run, released.model, released.checkpoint_record(image, text), step=0, optimizer=None)
     shape = released.architecture
+    said = "this import is there:" if claim.finished else "wrote"
     typer.echo(
-        f"wrote {run}: {shape.head} heads, {shape.image_dim} and {shape.text_dim} numbers to {shape.dim}, "
+        f"{said} {run}: {shape.head} heads, {shape.image_dim} and {shape.text_dim} numbers to {shape.dim}, "
         f"{shape.expansion} × hidden; file {released.sha256[:12]}"
     )
     typer.echo(f"Next: sail-eval all --run {run}")

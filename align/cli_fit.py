@@ -32,7 +32,8 @@ def fit(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="The run's folder; if it is taken, RUN-2, RUN-3 …  [default: runs/<store>-<head>]"
+            metavar="RUN",
+            help="The run's folder.  [default: runs/<store>-<head>; where that has other settings, -2, -3 … behind it]",
         ),
     ] = None,
     captions: Annotated[
@@ -207,16 +208,17 @@ def fit(
         for sentence in notes:
             say(f"note: {sentence}")
 
-        def claimed() -> str:
-            claim = claim_run(out or default_path(features, head), plan.record())
-            if claim.finished:
-                say(f"note: {claim.finished} is a finished run with the very same settings.")
-            elif claim.other:
+        def claimed() -> tuple[str, bool]:
+            claim = claim_run(out or default_path(features, head), plan.record(), numbered=out is None)
+            if claim.other:
                 say(f"note: {claim.other} has other settings ({', '.join(claim.differing)}): this is another run.")
-            say(f"{'going on with' if claim.resumed else 'writing'} {claim.path}: {plan.describe()}{world.describe()}")
-            return str(claim.path)
+            what = "going on with" if claim.begun else "writing"
+            said = f"{claim.path} is finished" if claim.finished else f"{what} {claim.path}"
+            say(f"{said}: {plan.describe()}{world.describe()}")
+            return str(claim.path), claim.finished
 
-        run = Path(world.decide(claimed))
+        name, finished = world.decide(claimed)
+        run = Path(name)
         started = time.monotonic()
         try:
             with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):
@@ -237,7 +239,8 @@ def fit(
             place = f"goes on with {run} from step {saved.record['step']:,}" if saved else f"begins {run} again"
             note(f"Stopped by {stopped.name}; the same command {place}.")
             raise
-        say(f"wrote {run} in {time.monotonic() - started:.0f} s")
+        if not finished:
+            say(f"wrote {run} in {time.monotonic() - started:.0f} s")
         if scores:
             recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
             say(

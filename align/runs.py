@@ -19,14 +19,14 @@ from sail_align.extract.progress import note
 
 
 class Claim(NamedTuple):
-    """The folder that a run may write, whether the run was begun before, and what is there of its name.
+    """The folder of a run, and what is there: one that was `begun` goes on, one that is `finished` is left as it is.
 
-    `finished` is a run with the very same settings, `other` the last one with others: `differing` are their names.
+    For a new run, `other` is the last one of its name, which has other settings: `differing` are their names.
     """
 
     path: Path
-    resumed: bool
-    finished: Path | None = None
+    begun: bool
+    finished: bool = False
     other: Path | None = None
     differing: tuple[str, ...] = ()
 
@@ -36,24 +36,30 @@ def default_path(stores: Sequence[Path], head: str) -> Path:
     return Path("runs") / f"{'+'.join(path.stem for path in stores)}-{head}"
 
 
-def claim_run(path: Path, settings: dict[str, Any]) -> Claim:
+def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) -> Claim:
     """Return the folder for a run with these settings.
 
-    That is the newest of `path`, `path-2`, `path-3`, … that is an unfinished run with the same settings, and else the
-    next name: a run is never written over. A folder with nothing in it is free.
+    That is the newest of `path`, `path-2`, `path-3`, … that is a run with the same settings, one that is not finished
+    first, and else the next name: a run is never written over. A folder with nothing in it is free.
+
+    Args:
+        path: The run's folder.
+        settings: What `Plan.record` returns.
+        numbered: Whether another name may be taken where `path` is a run with other settings.
 
     Raises:
-        UserError: The path is there and is not a run, or it cannot be written.
+        UserError: The path is there and is not a run, or may not be numbered and has other settings, or it cannot be
+            written.
     """
     if path.name in ("", ".."):  # "." and "..": names to which no number can be put
         path = path.resolve()
     try:
-        return _claim(path, settings)
+        return _claim(path, settings, numbered)
     except OSError as problem:
         raise UserError(f"{path} cannot be written ({problem.strerror}); name another --out.") from problem
 
 
-def _claim(path: Path, settings: dict[str, Any]) -> Claim:
+def _claim(path: Path, settings: dict[str, Any], numbered: bool) -> Claim:
     if not _is_free(path) and not is_run(path):
         raise UserError(f"{path} exists and is not a run; name another --out.")
     runs: list[Path] = []
@@ -63,22 +69,23 @@ def _claim(path: Path, settings: dict[str, Any]) -> Claim:
             runs.append(following)
         number += 1
         following = path.with_name(f"{path.name}-{number}")
-    finished, other = None, None
-    differing: tuple[str, ...] = ()
     wanted = decisive(settings)
-    for run in reversed(runs):
-        if (there := decisive(read_json(run / "settings.json", BEGIN_AGAIN))) != wanted:
-            if other is None:
-                other = run
-                differing = tuple(sorted(key for key in there | wanted if there.get(key) != wanted.get(key)))
-            continue
-        saved = read_checkpoint(run)
-        if saved is None or not saved.record["finished"]:
-            return Claim(run, resumed=True)
-        finished = finished or run
-    content = json.dumps(settings, indent=1, ensure_ascii=False).encode()
-    write_atomically(following / "settings.json", content)
-    return Claim(following, False, finished, other, differing)
+    finished: list[Path] = []
+    others: list[tuple[Path, tuple[str, ...]]] = []
+    for run in reversed(runs if numbered else runs[:1]):
+        there = decisive(read_json(run / "settings.json", BEGIN_AGAIN))
+        if there != wanted:
+            others.append((run, tuple(sorted(key for key in there | wanted if there.get(key) != wanted.get(key)))))
+        elif (saved := read_checkpoint(run)) is None or not saved.record["finished"]:
+            return Claim(run, begun=True)
+        else:
+            finished.append(run)
+    if finished:
+        return Claim(finished[0], begun=True, finished=True)
+    if others and not numbered:
+        raise UserError(f"{path} is a run with other settings ({', '.join(others[0][1])}); name another --out.")
+    write_atomically(following / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode())
+    return Claim(following, False, False, *(others[0] if others else ()))
 
 
 def _is_free(path: Path) -> bool:

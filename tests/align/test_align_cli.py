@@ -29,15 +29,28 @@ def _folder(tmp_path, monkeypatch):
 
 def test_a_run_is_named_after_store_and_head_and_never_written_over(make_store, tmp_path):
     make_store("photos")
-    for expected in ("photos-glu", "photos-glu-2", "photos-glu-3"):
-        result = typed("--features", "features/photos.zarr", *QUICK)
+    for seed, expected in enumerate(("photos-glu", "photos-glu-2", "photos-glu-3")):
+        result = typed("--features", "features/photos.zarr", "--seed", seed, *QUICK)
         assert result.exit_code == 0, result.output
         assert f"wrote runs/{expected} in" in result.output
         assert f"\nNext: sail-eval retrieval TEST.yaml --run runs/{expected} " in result.output
         assert result.output.splitlines()[-1].startswith(f"  or: sail-eval all --run runs/{expected} ")
-        finished = "note: runs/photos-glu-2 is a finished run with the very same settings."
-        assert (finished in result.output) == (expected == "photos-glu-3")
     assert newest_run().name == "photos-glu-3"
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "mine"]])
+def test_a_finished_run_is_not_trained_twice(make_store, monkeypatch, out):
+    words = ["--features", make_store("photos"), *QUICK, *out]
+    first = typed(*words).output.splitlines()
+    monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("trained"))
+    again = typed(*words)
+    assert again.exit_code == 0, again.output
+    (said,) = [line for line in again.output.splitlines() if "is finished: glu heads" in line]
+    assert said.startswith("mine" if out else "runs/photos-glu")
+    assert [line for line in first if line.startswith(("held out", "best", "Next"))] == [
+        line for line in again.output.splitlines() if line.startswith(("held out", "best", "Next"))
+    ]
+    assert len(list(Path().glob("runs/*") if not out else Path().glob("mine*"))) == 1
 
 
 def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
@@ -86,12 +99,19 @@ def interrupt(*_):
     raise StoppedError(signal.SIGINT)
 
 
-def test_another_run_says_in_what_it_is_another(make_store, tmp_path):
-    path, out = str(make_store()), str(tmp_path / "run")
-    words = ["--features", path, "--out", out, *QUICK]
+def test_another_run_says_in_what_it_is_another_and_takes_no_name_that_was_not_given(make_store):
+    words = ["--features", make_store("photos"), *QUICK]
     typed(*words)
-    said = typed(*words, "--seed", "3", "--weight-decay", "0.1").output
-    assert f"note: {out} has other settings (seed, weight_decay): this is another run." in said
+    other = ["--seed", "3", "--weight-decay", "0.1"]
+    assert (
+        "note: runs/photos-glu has other settings (seed, weight_decay): this is another run."
+        in typed(*words, *other).output
+    )
+    refused = typed(*words, *other, "--out", "runs/photos-glu")
+    assert isinstance(refused.exception, UserError)
+    assert str(refused.exception) == (
+        "runs/photos-glu is a run with other settings (seed, weight_decay); name another --out."
+    )
 
 
 def test_a_first_write_that_was_killed_leaves_a_free_folder(make_store, tmp_path):

@@ -68,10 +68,11 @@ def test_a_file_becomes_a_run_that_computes_what_their_program_does(typed, tmp_p
 def test_an_import_is_never_written_over(typed, tmp_path):
     file = save_released(tmp_path / "sail.pt", released_tensors())
     typed(file)
-    again = typed(file)
-    assert "note: runs/sail is the same import." in again.output
-    assert "wrote runs/sail-2" in again.output
-    assert load_run("runs/sail").digest == load_run("runs/sail-2").digest
+    digest = load_run("runs/sail").digest
+    assert "\nthis import is there: runs/sail: glu heads" in f"\n{typed(file).output}"
+    save_released(file, released_tensors(seed=1))
+    assert "wrote runs/sail-2" in typed(file).output
+    assert load_run("runs/sail").digest == digest != load_run("runs/sail-2").digest
 
 
 @needs_golden

@@ -177,7 +177,7 @@ def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_sto
     assert begin([store], tmp_path / "run", steps=3)[1].name == "run-2"
     assert claim_run(run, plan.record())[:2] == (run, True)
     fit(plan, run, device=CPU, quiet=True)
-    assert claim_run(run, plan.record())[:3] == (tmp_path / "run-3", False, run)
+    assert claim_run(run, plan.record())[:3] == (run, True, True)
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(make_store, tmp_path, monkeypatch):
