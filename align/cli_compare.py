@@ -146,7 +146,7 @@ def probe(
         probed = probing.probe(asked, folder / "runs", given, seeds=seeds, device=where, say=typer.echo, quiet=quiet)
     typer.echo(
         f"\n{probing.table(probed)}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both ways; "
-        "the interval is over the pairs: encoders whose intervals overlap widely are not told apart."
+        "± is over the seeds, the interval over the pairs: encoders whose intervals overlap widely are not told apart."
     )
     content = json.dumps(probing.record(probed, given), indent=1, ensure_ascii=False)
     with full_disk_is_said(folder):

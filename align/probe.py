@@ -60,9 +60,14 @@ class Probed:
     retrieved: Sequence[Retrieved]
 
     @property
+    def r1_by_seed(self) -> list[float]:
+        """R@1 in percent, the mean over both ways."""
+        return [(each.t2i_r1 + each.i2t_r1) / 2 for each in self.retrieved]
+
+    @property
     def r1(self) -> float:
-        """R@1 in percent, the mean over both ways and the seeds."""
-        return float(np.mean([(each.t2i_r1 + each.i2t_r1) / 2 for each in self.retrieved]))
+        """Its mean over the seeds."""
+        return float(np.mean(self.r1_by_seed))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -156,7 +161,7 @@ def table(probed: Sequence[Probed]) -> str:
         low, high = each.interval
         of = each.combination
         recalls = [spread([one.t2i_r1 for one in each.retrieved]), spread([one.i2t_r1 for one in each.retrieved])]
-        mean = f"{each.r1:.1f} ({low:.1f} – {high:.1f})"
+        mean = f"{spread(each.r1_by_seed)} ({low:.1f} – {high:.1f})"
         rows.append(
             (
                 f"{rank}",

@@ -193,9 +193,10 @@ def test_the_probe_ranks_encoders_by_what_linear_heads_make_of_them(make_store, 
     (settings,) = {(s["head"], s["weight_decay"], s["warmup"], s["loss"]) for s in map(json.loads, (
         file.read_text() for file in (tmp_path / "probe/runs").glob("*/settings.json")))}  # fmt: skip
     assert settings == ("linear", 1e-7, 0.1, "sigmoid")
-    only = typed(*words, "--image-encoder", "noisy", "--captions", "raw")
+    only = typed(*words, "--image-encoder", "noisy", "--captions", "raw", "--seeds", 2)
     assert "(was there)" in only.output
     assert "1/1 photos noisy fake-text raw, seed 0" in only.output
+    assert re.search(r"[\d.]+ ± [\d.]+ \([\d.]+ – [\d.]+\)", only.output)  # over seeds and over pairs
 
 
 def test_what_a_run_retrieves_is_what_its_fit_scored(make_store, tmp_path):
