@@ -63,7 +63,8 @@ def evaluate(reference: str, arguments: Sequence[str]) -> None:
         UserError: clip-benchmark is not installed, or an argument would choose another model.
     """
     for argument in arguments:
-        if argument.split("=")[0] in {"--model", "--model_type", "--pretrained", "--pretrained_model"}:
+        option = argument.split("=")[0]  # or the beginning of one, which argparse takes for it
+        if len(option) > 2 and any(name.startswith(option) for name in ("--model_type", "--pretrained_model")):
             raise UserError(f"{argument} chooses another model than {reference}; leave it out.")
     program = _clip_benchmark("cli")
     register()

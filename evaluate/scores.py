@@ -19,6 +19,7 @@ from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.progress import note
 
 SCHEMA = 2
 AGAIN = "remove it and evaluate again"
@@ -93,7 +94,10 @@ def merge_score(run: Run, record: Record) -> None:
     path = scores_path(run.path)
     with _alone(run.path):
         older = read_json(path, AGAIN) if path.exists() else {}
-        kept: list[Record] = older["records"] if _of_same_weights(older, head) else []
+        there: list[Record] = older.get("records", [])
+        kept = there if _of_same_weights(older, head) else []
+        if len(kept) < len(there):
+            note(f"{path}: {len(there)} scores of another checkpoint, encoder or version give way.")
         content = {**head, "records": _merged(kept, record)}
         write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 

@@ -94,7 +94,7 @@ def test_classification_agrees(run, tmp_path):
 
 
 def test_another_model_cannot_be_chosen_beside_the_run(run):
-    for words in (["--model_type", "open_clip"], ["--pretrained=openai"]):
+    for words in (["--model_type", "open_clip"], ["--pretrained=openai"], ["--model", "x"], ["--pretrained_m", "x"]):
         result = CliRunner().invoke(app, ["clip-benchmark", str(run), *words])
         assert str(result.exception) == f"{words[0]} chooses another model than {run}; leave it out."
 

@@ -10,8 +10,11 @@ import pytest
 from sail_align.align.resampling import weighted_mean
 from sail_align.evaluate.compare import compare_runs, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.outcomes import load_outcomes
 from sail_align.evaluate.results import Measure
+from sail_align.evaluate.scores import read_scores
 from sail_align.evaluate.table import difference_table
+from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.evaluate.tasks.retrieval import measures
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
@@ -44,6 +47,16 @@ def test_draws_without_a_value_do_not_make_a_difference_sure():
     asked = sum(0 in generator.integers(3, size=3) for _ in range(1000))
     assert 600 < asked < 800
     assert paired_difference(first, second, 3) == [((-100.0, -100.0), pytest.approx(2 / (asked + 1)))]
+
+
+def test_what_is_kept_by_item_gives_the_scores_again(scored):
+    """To the digit, though integers are kept in the smallest type that holds them."""
+    records = read_scores(scored)["records"]
+    assert len(records) == 4
+    for record in records:
+        kept = PROTOCOLS[record["task"]].measures(load_outcomes(scored, record))
+        values = [measure.of(np.ones(record["items"])) * measure.scale for measure in kept]
+        assert values == [metric["value"] for metric in record["metrics"]]
 
 
 def test_a_run_does_not_differ_from_itself():

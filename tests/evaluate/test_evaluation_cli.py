@@ -109,7 +109,8 @@ def test_scores_of_an_earlier_checkpoint_are_dropped(sail_eval, squares, run):
     older["run"]["digest"] = "e" * 64
     older["records"][0]["dataset"] = "another"
     path.write_text(json.dumps(older))
-    sail_eval("classification", squares, "--quiet")
+    _, _, said = sail_eval("classification", squares, "--quiet")
+    assert f"{path}: 1 scores of another checkpoint, encoder or version give way." in said
     assert [record["dataset"] for record in json.loads(path.read_bytes())["records"]] == ["squares"]
 
 
