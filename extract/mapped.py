@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,19 +76,12 @@ class MappedChunks:
         """Have the system read these chunks from the disk, without waiting for it. They are in rising order."""
         if sys.platform != "linux":  # others read ahead by their own rules
             return
-        shard, file = -1, -1
-        for number in numbers:
-            if number // self._per_shard != shard:
-                shard = number // self._per_shard
-                mapped = self._shard(shard)
-                if file >= 0:
-                    os.close(file)
-                file = os.open(mapped.path, os.O_RDONLY) if mapped else -1
-            if mapped and (start := mapped.offsets[number % self._per_shard]) != ABSENT and not _cached(file, start):
-                for at in range(start, start + self._bytes, READ_AHEAD):
-                    os.posix_fadvise(file, at, min(READ_AHEAD, start + self._bytes - at), os.POSIX_FADV_WILLNEED)
-        if file >= 0:
-            os.close(file)
+        for shard, inside in groupby(numbers, lambda number: number // self._per_shard):
+            if mapped := self._shard(shard):
+                with mapped.path.open("rb", buffering=0) as file:
+                    for start in (mapped.offsets[number % self._per_shard] for number in inside):
+                        if start != ABSENT and not _cached(file.fileno(), start):
+                            _read_ahead(file.fileno(), start, start + self._bytes)
 
     def forget(self, shard: int) -> None:
         """Map a shard anew when it is asked for next: its file is another one now."""
@@ -147,6 +141,11 @@ def _cached(file: int, at: int) -> bool:
         return os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
     except OSError:  # it would have to be waited for, or the file system cannot tell
         return False
+
+
+def _read_ahead(file: int, start: int, stop: int) -> None:
+    for at in range(start, stop, READ_AHEAD):
+        os.posix_fadvise(file, at, min(READ_AHEAD, stop - at), os.POSIX_FADV_WILLNEED)
 
 
 def _damaged(path: Path, what: str) -> UserError:
