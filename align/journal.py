@@ -70,7 +70,7 @@ class Journal:
             for tracker in self._trackers:
                 opened.callback(tracker.close)
             silent = quiet or settings.steps == 0
-            self._bar = progress(settings.steps, "fit", unit="steps", done=done or 0, quiet=silent)
+            self._bar = progress(settings.steps, "fit", unit="step", done=done or 0, quiet=silent)
             opened.enter_context(self._bar)
             self._open = opened.pop_all()
 

@@ -13,7 +13,7 @@ WINDOW_SECONDS = 2.0
 
 
 class Pace:
-    """Samples and bytes a second, the share of the time that data were waited for, and memory at its highest."""
+    """Pairs and bytes a second, the share of the time that data were waited for, and memory at its highest."""
 
     def __init__(self, stream: Stream, batch_size: int, device: torch.device):
         self._stream, self._batch_size, self._device = stream, batch_size, device
@@ -29,7 +29,7 @@ class Pace:
         if seconds >= WINDOW_SECONDS:
             self._before = now
             self._said = (
-                f"{steps * self._batch_size / seconds:,.0f} samples/s, {read / seconds / 1e9:.2g} GB/s read, "
+                f"{steps * self._batch_size / seconds:,.0f} pairs/s, {read / seconds / 1e9:.2g} GB/s read, "
                 f"{waited / seconds:.0%} waiting for data, {self._peak_bytes() / 1e9:.1f} GB"
             )
         return self._said

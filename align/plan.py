@@ -83,8 +83,9 @@ class Plan:
         if chosen.head == "cca":
             return f"CCA of {data}, {chosen.dim} dimensions"
         begin = "" if chosen.start == "random" else f" from a {chosen.start} start"
+        steps = "1 step" if chosen.steps == 1 else f"{chosen.steps:,} steps"
         return (
-            f"{chosen.head} heads{begin} on {data}; {chosen.steps:,} steps of {chosen.batch_size:,}, "
+            f"{chosen.head} heads{begin} on {data}; {steps} of {chosen.batch_size:,}, "
             f"{chosen.loss} loss, {chosen.optimizer} at {chosen.lr:g}"
         )
 

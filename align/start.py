@@ -76,7 +76,7 @@ def _start_from_closed_form(
     model: AlignmentModel, plan: Plan, stream: Stream, device: torch.device, quiet: bool
 ) -> None:
     moments = Moments(plan.architecture.image_dim, plan.architecture.text_dim, device)
-    with progress(stream.rows, "closed form", unit="pairs", quiet=quiet) as bar:
+    with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
         for block in stream.blocks():
             images = signed_power(block.images.to(device).float(), plan.settings.image_power)
             moments.add(images, block.texts.to(device))

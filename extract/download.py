@@ -115,7 +115,7 @@ def _url_list(about: Download, table: Path, folder: Path, quiet: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    with pq.ParquetWriter(temporary, schema) as writer, progress(None, "URLs", quiet=quiet) as bar:
+    with pq.ParquetWriter(temporary, schema) as writer, progress(None, "URLs", unit="URL", quiet=quiet) as bar:
         for batch in read_batches(table, [about.url, about.caption]):
             writer.write_table(batch.select([about.url, about.caption]).rename_columns(["url", "caption"]).cast(schema))
             bar.update(len(batch))

@@ -13,21 +13,22 @@ def progress(
     total: int | None,
     what: str,
     *,
-    unit: str = "samples",
+    unit: str = "row",
     done: int = 0,
     quiet: bool = False,
     delay: float = 0,
 ) -> "tqdm[NoReturn]":
     """Return a bar over `total` units (None: not known) of which `done` were there before.
 
-    It shows the rate and the time left, and nothing at all for work that is over within `delay` seconds.
+    `unit` is the name of one: slow work is told as in 158.43s/step. The bar shows the rate and the time left, and
+    nothing at all for work that is over within `delay` seconds.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=done,
         desc=what,
-        unit=f" {unit}",
+        unit=unit,
         disable=quiet,
         delay=delay,
         dynamic_ncols=terminal,

@@ -136,7 +136,7 @@ class _Streamed:
 def _stream(samples: _Samples, tables: CaptionTables, spill: Path, quiet: bool) -> _Streamed:
     """Read the tables once and spill the rows that may belong to samples, in their order."""
     counts, waiting = _Streamed(), list[pa.Table]()
-    with progress(None, "caption rows", unit="rows", quiet=quiet, delay=1) as bar:
+    with progress(None, "caption rows", quiet=quiet, delay=1) as bar:
         for file in tables.files:
             for batch in read_captions(file, tables):
                 table = _caption_rows(batch, tables)

@@ -90,7 +90,9 @@ def retry_images(
     array = store.add_image(encoder.identity)
     retried = Retried()
     with (
-        progress(sum(failed_counts(array).values()), f"{store.dataset} failed images", quiet=quiet) as bar,
+        progress(
+            sum(failed_counts(array).values()), f"{store.dataset} failed images", unit="image", quiet=quiet
+        ) as bar,
         ThreadPoolExecutor(max_workers=cores()) as decoders,
         full_disk_is_said(store.path),
     ):

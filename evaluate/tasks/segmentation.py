@@ -47,7 +47,7 @@ def evaluate(data: EvaluationSet) -> Result:
     samples, segmenter = data.samples, _Segmenter(data)
     places = set(np.linspace(0, len(samples) - 1, min(CANDIDATES, len(samples))).astype(int).tolist())
     counts, candidates, masks = [], [], hashlib.sha256()
-    with progress(len(samples), f"{data.manifest.name} patches", quiet=data.quiet) as bar:
+    with progress(len(samples), f"{data.manifest.name} patches", unit="image", quiet=data.quiet) as bar:
         for row, sample in enumerate(samples):
             truth = _mask(data, sample)
             masks.update(repr(truth.shape).encode() + truth.tobytes())
