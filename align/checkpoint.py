@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sail_align.align.model import AlignmentModel, Architecture
-from sail_align.align.records import damaged, read_file, read_json, record_digest
+from sail_align.align.records import damaged, is_run, is_whole, read_file, read_json, record_digest, require_run
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
@@ -114,8 +114,7 @@ def load_run(path: str | Path) -> Run:
         UserError: The path is neither, the run has no checkpoint yet, or it is damaged or of another format.
     """
     path = Path(path)
-    if not is_run(path) and not is_whole(path):
-        raise UserError(f"{path} is not a run; make one with `sail-align fit`.")
+    require_run(path)
     checkpoint = read_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path} has no checkpoint yet; let its `sail-align fit` go on.")
@@ -139,11 +138,6 @@ def newest_run(root: str | Path = "runs") -> Path:
     return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run, with or without a checkpoint."""
-    return (path / "settings.json").is_file()
-
-
 def checkpoint_folder(run: Path, step: int, kind: str = "step") -> Path:
     """Return where a run's checkpoint of a step is; `kind` is "step" or "best"."""
     return run / "checkpoints" / f"{kind}-{step:08d}"
@@ -157,11 +151,6 @@ def checkpoint_folders(run: Path, kind: str = "step") -> list[Path]:
 def begun_folders(run: Path, kind: str = "*") -> list[Path]:
     """Return the folders of a run's checkpoints, whole or not. What else lies there, such as a copy, is none."""
     return [path for path in (run / "checkpoints").glob(f"{kind}-*") if _NAME.fullmatch(path.name)]
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, written to its end."""
-    return (folder / "model.json").is_file()
 
 
 def step_of(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ import typer
 
 from sail_align.align.settings import check_options
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import as_path, full_disk_is_said, write_atomically
+from sail_align.extract.files import as_path, full_disk_is_said, require_store, write_atomically
 
 Features = Annotated[
     list[Path],
@@ -62,6 +62,7 @@ def ladder(
 ) -> None:
     """Train the paper's ablation on stores: heads, losses, captions; a table and a plot. Goes on after a stop."""
     given = _given(
+        features,
         lr=lr,
         weight_decay=weight_decay,
         batch_size=batch_size,
@@ -132,7 +133,7 @@ def probe(
     quiet: Quiet = False,
 ) -> None:
     """Train linear heads for every image encoder, text encoder and caption; rank them. Goes on after a stop."""
-    given = _given(lr=lr, batch_size=batch_size, epochs=epochs, steps=steps, dim=dim, held_out=held_out)
+    given = _given(features, lr=lr, batch_size=batch_size, epochs=epochs, steps=steps, dim=dim, held_out=held_out)
 
     from sail_align.align import probe as probing
     from sail_align.align.runs import default_path
@@ -154,12 +155,14 @@ def probe(
     typer.echo(f"wrote {folder / 'probe.json'}")
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Return the options that were given, checked before the seconds that torch takes to load."""
+def _given(stores: Sequence[Path], **options: Any) -> dict[str, Any]:
+    """Return the options that were given; they and the stores are checked before torch is loaded."""
     given = {name: value for name, value in options.items() if value is not None}
     check_options(given)
     if given.get("held_out") == 0:
         raise UserError("--held-out 0 leaves nothing to score on; give a fraction above 0.")
+    for store in stores:
+        require_store(store)
     return given
 
 

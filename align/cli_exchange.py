@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sail_align.align.records import require_run
 from sail_align.extract.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def import_released(
     names = [name.strip() for name in encoders.split(",")]
     if len(names) != 2 or not all(names):
         raise UserError(f"--encoders {encoders!r} is not an image and a text encoder; write dinov2-large,gte-large.")
+    if not file.is_file():
+        raise UserError(f"{file} is not there; name the file that the authors published.")
 
     from sail_align.align.checkpoint import save_checkpoint
     from sail_align.align.released import CLAMP, read_released
@@ -84,6 +87,8 @@ def export(
 
     if to == "onnx" and licence:
         raise UserError("--licence is for the card of a hub-folder; leave it out with --to onnx.")
+
+    require_run(run)
 
     from sail_align.align.checkpoint import load_run
 

@@ -11,7 +11,7 @@ from sail_align.align.captions import parse_captions
 from sail_align.align.settings import CLOSED_FORM_DIM, PAPER_ROWS, PRESETS, FitSettings, check_options, number_or_auto
 from sail_align.align.trackers import parse_trackers
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import as_path
+from sail_align.extract.files import as_path, require_store
 
 if TYPE_CHECKING:
     from sail_align.align.journal import OnCollapse
@@ -172,6 +172,8 @@ def fit(
     parse_captions(chosen)
     check_options({"on_collapse": on_collapse})
     trackers = parse_trackers(track)
+    for store in features:
+        require_store(store)
 
     from sail_align.align.checkpoint import read_checkpoint
     from sail_align.align.device import choose_precision

@@ -8,7 +8,7 @@ import typer
 
 from sail_align.align.settings import COMPARED_HELD_OUT
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import as_path, write_atomically
+from sail_align.extract.files import as_path, require_store, write_atomically
 
 
 def measure(
@@ -26,11 +26,13 @@ def measure(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers as JSON too.")] = None,
 ) -> None:
     """Say how alike image and text features are before any training: mutual k-NN, CKA, recall of the closed form."""
+    if out and out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file.")
+    require_store(store)
+
     from sail_align.align import measure as measuring
     from sail_align.extract.store import Store
 
-    if out and out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file.")
     opened = Store.open(store)
     asked = {"rows": rows, "neighbours": neighbours, "held_out": held_out, "seed": seed}
     measures = list(measuring.measure(opened, rows=rows, neighbours=neighbours, held_out=held_out, seed=seed))

@@ -15,6 +15,22 @@ from sail_align.extract.files import canonical_json
 BEGIN_AGAIN = "restore it, or begin again with another --out"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, with or without a checkpoint."""
+    return (path / "settings.json").is_file()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, written to its end."""
+    return (folder / "model.json").is_file()
+
+
+def require_run(path: Path) -> None:
+    """Raise `UserError` if a folder is neither a run nor a checkpoint."""
+    if not is_run(path) and not is_whole(path):
+        raise UserError(f"{path} is not a run; make one with `sail-align fit`.")
+
+
 def read_file(path: Path, remedy: str) -> bytes:
     """Return the bytes of a file. Raises `UserError` if it is not there or cannot be read."""
     try:

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from sail_align.align.checkpoint import is_run, read_checkpoint
-from sail_align.align.records import BEGIN_AGAIN, damaged, decisive, read_file, read_json
+from sail_align.align.checkpoint import read_checkpoint
+from sail_align.align.records import BEGIN_AGAIN, damaged, decisive, is_run, read_file, read_json
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.leases import POLL, TTL, Lease, LeaseLostError, Leases

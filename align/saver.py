@@ -14,7 +14,6 @@ from sail_align.align.checkpoint import (
     checkpoint_folder,
     checkpoint_folders,
     discard,
-    is_whole,
     last_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -23,6 +22,7 @@ from sail_align.align.checkpoint import (
 )
 from sail_align.align.model import AlignmentModel
 from sail_align.align.order import StreamState
+from sail_align.align.records import is_whole
 
 SAVE_SECONDS = 60.0
 """A run is saved after the step at which so much time has passed: saving large heads takes longer than small steps."""

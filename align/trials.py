@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sail_align.align.checkpoint import Run, is_run, load_run, read_checkpoint
+from sail_align.align.checkpoint import Run, load_run, read_checkpoint
 from sail_align.align.data import Half, Pairs, Rows, read_rows
 from sail_align.align.metrics import ranks
 from sail_align.align.plan import Plan
-from sail_align.align.records import BEGIN_AGAIN, decisive, read_file
+from sail_align.align.records import BEGIN_AGAIN, decisive, is_run, read_file
 from sail_align.align.runs import claim_run
 from sail_align.align.settings import COMPARED_HELD_OUT, PAPER_ROWS
 from sail_align.align.trainer import fit

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sail_align.align.records import require_run
 from sail_align.evaluate.cli_clip_benchmark import ANY_OPTION, clip_benchmark
 from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.memory import wait_without_spinning
@@ -34,6 +35,9 @@ VARIANTS = {
     "segmentation": ("whole-image", "maskclip", "authors-normalisation"),
 }
 """The protocols that `--protocol` knows, by task kind; what they are stands with the tasks."""
+
+ENDINGS = (".html", ".md", ".tex", ".csv")
+"""Of the files that `report --out` writes."""
 
 RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]
 ModelName = Annotated[
@@ -66,13 +70,14 @@ def evaluate_all(
     quiet: Quiet = False,
 ) -> None:
     """Score a run on all sets that are here. Those are the packaged ones with data, and what --manifest adds."""
+    own = _required(manifest or [], data_root, kind=None)
+    scored = _chosen(run, model, device)
+
     from sail_align.evaluate.provenance import saw_the_demo
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
     from sail_align.extract.sources.descriptions import DemoSource
 
-    scored = _chosen(run, model, device)
-    own = _required(manifest or [], data_root, kind=None)
     sets, missing, drawings = [], [], []
     for name in packaged_manifests():
         about, root = find_manifest(name, data_root)
@@ -122,6 +127,9 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
         ] = None,
     ) -> None:
         sets = _required(manifests, data_root, kind)
+        if protocol and protocol not in (known := VARIANTS.get(kind, ())):
+            there = ", ".join(known) or "none"
+            raise UserError(f"{sets[0][0].name} has no protocol {protocol!r} to be scored by; there are: {there}.")
         if protocol:
             from sail_align.evaluate.tasks import PROTOCOLS
 
@@ -153,6 +161,9 @@ def report(
 
     A table's columns are of one protocol and one set of data each; what differs gets a column of its own.
     """
+    if out and out.suffix not in ENDINGS:
+        raise UserError(f"No report has the ending {out.suffix!r}; name a file that ends in {', '.join(ENDINGS)}.")
+
     from sail_align.evaluate.formats import text
     from sail_align.evaluate.overview import overview, read_runs
     from sail_align.evaluate.report import side_by_side, write_report
@@ -203,6 +214,8 @@ def _chosen(run: Path | None, model: str | None, device: str) -> "Run":
         from sail_align.evaluate.comparison import comparison
 
         return comparison(model, device=device)
+    if run:
+        require_run(run)
     from sail_align.align.checkpoint import load_run, newest_run
 
     return load_run(run or newest_run())

@@ -11,7 +11,6 @@ from sail_align.align.resampling import bootstrap, interval
 from sail_align.evaluate.outcomes import load_outcomes
 from sail_align.evaluate.results import Measure, Unit
 from sail_align.evaluate.scores import Record, read_scores
-from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
 
 Set = tuple[str, str]
@@ -120,6 +119,8 @@ def _why_not(which: Set, first: Path, ours: list[Record], second: Path, theirs: 
 
 
 def _differences(first: Path, mine: Record, second: Path, other: Record) -> Iterator[Difference]:
+    from sail_align.evaluate.tasks import PROTOCOLS  # with torch, for which a mistake need not wait
+
     measures = PROTOCOLS[mine["task"]].measures
     our, their = (measures(load_outcomes(run, record)) for run, record in ((first, mine), (second, other)))
     found = paired_difference(our, their, mine["items"])

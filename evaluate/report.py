@@ -27,7 +27,6 @@ from sail_align.evaluate.overview import (
 from sail_align.evaluate.radar import marker, radar_chart
 from sail_align.evaluate.scores import Record, examples_path, unexpected
 from sail_align.evaluate.table import interval, number
-from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 
 TASKS = {
@@ -96,7 +95,7 @@ def side_by_side(runs: Sequence[ScoredRun], suffix: str) -> str:
     """Return runs in the format of a file's ending.
 
     Raises:
-        UserError: There is no such format.
+        ValueError: There is no such format.
     """
     match suffix:
         case ".html":
@@ -107,7 +106,7 @@ def side_by_side(runs: Sequence[ScoredRun], suffix: str) -> str:
             return latex(overview(runs))
         case ".csv":
             return comma_separated(runs)
-    raise UserError(f"No report has the ending {suffix!r}; name a file that ends in .html, .md, .tex or .csv.")
+    raise ValueError(f"no report has the ending {suffix!r}")
 
 
 def page(runs: Sequence[ScoredRun]) -> str:

@@ -9,17 +9,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sail_align.align.checkpoint import Run
 from sail_align.align.records import read_json
-from sail_align.evaluate.dataset import EvaluationSet, digest_of
 from sail_align.evaluate.results import Result
-from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.progress import note
+
+if TYPE_CHECKING:  # a report reads scores, and need not wait for torch
+    from sail_align.align.checkpoint import Run
+    from sail_align.evaluate.dataset import EvaluationSet
+    from sail_align.extract.encoders.base import Identity
 
 SCHEMA = 2
 AGAIN = "remove it and evaluate again"
@@ -28,7 +30,7 @@ LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr", "op
 Record = dict[str, Any]
 
 
-def score_record(data: EvaluationSet, protocol: str, result: Result, seconds: float) -> Record:
+def score_record(data: "EvaluationSet", protocol: str, result: Result, seconds: float) -> Record:
     """Return one set's scores as a record of `scores.json`: what was measured, how, on what, with what.
 
     Args:
@@ -76,7 +78,7 @@ def unexpected(record: Record) -> str:
     return f"{record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
 
 
-def merge_score(run: Run, record: Record) -> None:
+def merge_score(run: "Run", record: Record) -> None:
     """Put a record into the run's `scores.json`, in the place of an older one of the same set and protocol.
 
     An error takes no score's place, and gives way to any. Scores of another checkpoint, of other encoders or of another
@@ -102,7 +104,7 @@ def merge_score(run: Run, record: Record) -> None:
         write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
-def unfinished(run: Run) -> str:
+def unfinished(run: "Run") -> str:
     """Return how far a run is that has not been trained to its end, "" for one that has."""
     return "" if run.finished else f"unfinished: step {run.step:,} of {run.settings['steps']:,}"
 
@@ -165,8 +167,10 @@ def _merged(records: list[Record], new: Record) -> list[Record]:
     return [*kept[:place], new, *kept[place:]]
 
 
-def _data(data: EvaluationSet, masks: str) -> dict[str, Any]:
+def _data(data: "EvaluationSet", masks: str) -> dict[str, Any]:
     """Return what a set has, and what its manifest expects of it."""
+    from sail_align.evaluate.dataset import digest_of
+
     samples, about = data.samples, data.manifest
     return {
         "digest": digest_of([data.digest, masks]) if masks else data.digest,
@@ -197,6 +201,6 @@ def _about(manifest: Manifest) -> Record:
     return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind}
 
 
-def _encoder(identity: Identity) -> dict[str, Any]:
+def _encoder(identity: "Identity") -> dict[str, Any]:
     spec = identity.spec
     return {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}

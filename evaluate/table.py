@@ -1,9 +1,12 @@
 """Scores as aligned columns of plain text."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.scores import Record, unexpected
+
+if TYPE_CHECKING:
+    from sail_align.evaluate.compare import Comparison
 
 HEADER = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
 DIFFERENCE_HEADER = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
@@ -44,7 +47,7 @@ def score_table(records: Iterable[Record]) -> str:
     return "\n".join([aligned(HEADER, rows), *(f"note: {said}" for said in notes)])
 
 
-def difference_table(comparison: Comparison) -> str:
+def difference_table(comparison: "Comparison") -> str:
     """Return a comparison: one line a metric, and a sentence for each set that cannot be compared."""
     rows: list[tuple[str, ...]] = []
     said = ""

@@ -10,7 +10,7 @@ import typer
 
 from sail_align.extract.cli_run import DataRoot, Quiet, print_arrays, print_recaptions, run
 from sail_align.extract.errors import UserError, run_command
-from sail_align.extract.files import as_path
+from sail_align.extract.files import as_path, require_store
 from sail_align.extract.memory import wait_without_spinning
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -82,11 +82,13 @@ def status(
     ] = None,
 ) -> None:
     """Say what a store holds and how much of it is done."""
+    if out and not failed:
+        raise UserError("--out has no effect without --failed; add it.")
+    require_store(store)
+
     from sail_align.extract.failed import describe_failed, write_failed
     from sail_align.extract.store import Store
 
-    if out and not failed:
-        raise UserError("--out has no effect without --failed; add it.")
     opened = Store.open(store)
     if failed:
         for line in describe_failed(opened):
@@ -108,6 +110,8 @@ def verify(
     ] = False,
 ) -> None:
     """Recompute every hash, and golden vectors where they can be. Exits 1 on damage."""
+    require_store(store)
+
     from sail_align.extract.verify import verify_store
 
     problems = 0
@@ -122,6 +126,8 @@ def verify(
 @app.command()
 def doctor(store: StorePath) -> None:
     """Ask the features whether captions belong to their images. Exits 1 if they do not."""
+    require_store(store)
+
     from sail_align.extract.doctor import Verdict, diagnose
     from sail_align.extract.store import Store
 
@@ -146,6 +152,9 @@ def overlap(
     quiet: Quiet = False,
 ) -> None:
     """Find near-duplicates of evaluation images in a training store."""
+    for store in (train, evaluation):
+        require_store(store)
+
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.overlap import THRESHOLD, find_overlap, write_exclusions
     from sail_align.extract.store import Store

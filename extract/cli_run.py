@@ -66,6 +66,17 @@ def run(
 ) -> None:
     """Encode a data set into a store of features. Run it again to go on after a stop."""
     from sail_align.extract.check import is_here
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
+
+    if retry not in (None, "failed"):
+        raise UserError(f"--retry {retry!r} is not known; the one thing to try again is: failed.")
+    if retry and workers not in ("auto", "1"):
+        raise UserError("--retry works in one process; leave --workers out, or share the shards with --worker N/OF.")
+    about, root = find_manifest(manifest, data_root)
+    if not add_captions and manifest in packaged_manifests() and not is_here(about, root):
+        how = f"`sail-extract check {manifest}` says how to get them"
+        raise UserError(f"The data of {manifest!r} are not under {root}; {how}.")
+
     from sail_align.extract.doctor import Verdict, diagnose_complete
     from sail_align.extract.encoders.catalogue import find_text, find_vision
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
@@ -73,18 +84,12 @@ def run(
     from sail_align.extract.engine import Crew, ray_crew
     from sail_align.extract.engine import run as run_job
     from sail_align.extract.job import Job, NamedImageEncoder, NamedTextEncoder, only_text_encoder
-    from sail_align.extract.manifest import find_manifest, packaged_manifests
     from sail_align.extract.processes import LocalCrew, choose_devices
     from sail_align.extract.retry import retry_failed
     from sail_align.extract.sources import open_source
     from sail_align.extract.store import Store
     from sail_align.extract.worker import Share
 
-    if retry not in (None, "failed"):
-        raise UserError(f"--retry {retry!r} is not known; the one thing to try again is: failed.")
-    if retry and workers not in ("auto", "1"):
-        raise UserError("--retry works in one process; leave --workers out, or share the shards with --worker N/OF.")
-    about, root = find_manifest(manifest, data_root)
     path = out or Path("features") / f"{about.name}.zarr"
     image_name, text_name = image_encoder or about.encoders.image, text_encoder or about.encoders.text
     if add_captions:
@@ -94,9 +99,6 @@ def run(
         if not text_encoder and (recorded := only_text_encoder(Store.open(path))):
             text_name, text_pooling, precision = recorded
     else:
-        if manifest in packaged_manifests() and not is_here(about, root):
-            how = f"`sail-extract check {manifest}` says how to get them"
-            raise UserError(f"The data of {manifest!r} are not under {root}; {how}.")
         known = open_source(about, root).all_captions
         chosen = captions.split(",") if captions else list(about.encoders.captions or known)
     names = tuple(name.strip() for name in chosen)

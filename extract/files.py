@@ -119,6 +119,26 @@ def file_digest(path: Path) -> str | None:
         raise broken(path, problem) from problem
 
 
+def require_store(path: Path) -> None:
+    """Refuse what is plainly no store, before the seconds that reading one takes to load.
+
+    Raises:
+        UserError: There is no zarr.json.
+    """
+    try:
+        if not is_remote(path):
+            (path / "zarr.json").lstat()
+    except (FileNotFoundError, NotADirectoryError) as problem:
+        raise no_store(path) from problem
+    except OSError:  # opening it says more
+        return
+
+
+def no_store(path: Path) -> UserError:
+    """Return what to raise of a path that is no store."""
+    return UserError(f"{path} is not a feature store; make one with `sail-extract run`.")
+
+
 def broken(path: Path, problem: Exception) -> UserError:
     """Return what to raise of a store's file that cannot be read: the system refuses, or it is not what was written."""
     if isinstance(problem, OSError) and problem.errno not in (None, errno.ENOENT):

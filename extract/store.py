@@ -27,7 +27,7 @@ import pyarrow as pa
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.features import FeatureArray, read_identity
-from sail_align.extract.files import as_path, broken, canonical_json, file_digest, write_atomically
+from sail_align.extract.files import as_path, broken, canonical_json, file_digest, no_store, write_atomically
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
 from sail_align.extract.leases import Leases
@@ -140,7 +140,7 @@ class Store:
                 raise UserError(f"{path} has store format {version!r}, this version reads {FORMAT}; update sail-align.")
             return cls(path, attributes)
         except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
-            raise UserError(f"{path} is not a feature store; make one with `sail-extract run`.") from problem
+            raise no_store(path) from problem
         except (OSError, ValueError) as problem:  # a disk that is gone, or not ours: the store may well be there
             raise broken(path / "zarr.json", problem) from problem
 

@@ -1,0 +1,45 @@
+"""A mistake that can be seen in what was typed is told at once: before torch, which takes seconds, is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+
+ASK = """
+import importlib, sys
+try:
+    importlib.import_module(f"sail_align.{sys.argv[0]}.cli").main()
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "said"),
+    [
+        ("align", "fit --features no.zarr", "no.zarr is not a feature store"),
+        ("align", "measure no.zarr", "no.zarr is not a feature store"),
+        ("align", "probe --features no.zarr", "no.zarr is not a feature store"),
+        ("align", "ladder --features no.zarr", "no.zarr is not a feature store"),
+        ("align", "export runs/no", "runs/no is not a run"),
+        ("align", "import-released no.pt", "no.pt is not there"),
+        ("extract", "run no.yaml", "no.yaml"),
+        ("extract", "run cc3m", "The data of 'cc3m' are not under"),
+        ("extract", "status no.zarr", "no.zarr is not a feature store"),
+        ("extract", "verify no.zarr", "no.zarr is not a feature store"),
+        ("extract", "overlap no.zarr no.zarr", "no.zarr is not a feature store"),
+        ("evaluate", "report runs/no --out scores.pdf", "No report has the ending '.pdf'"),
+        ("evaluate", "report runs/no", "runs/no has no scores.json"),
+        ("evaluate", "compare runs/no runs/none", "runs/no has no scores.json"),
+        ("evaluate", "all --run runs/no", "runs/no is not a run"),
+        ("evaluate", "classification demo-objects --protocol opneai-7", "has no protocol 'opneai-7'"),
+        ("evaluate", "clip-benchmark runs/no --dataset wds/coco --dataset_root no", "--dataset_root no is not there"),
+    ],
+)
+def test_nothing_is_loaded_for_a_mistake(tmp_path, stage, words, said):
+    code = f"import sys; sys.argv = ['{stage}', *{words.split()!r}]\n{ASK}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
