@@ -36,8 +36,8 @@ class World:
 
     rank: int = 0
     size: int = 1
-    size_here: int = 1
-    """Processes on this machine."""
+    sharing: int = 1
+    """Processes that share this one's memory: on a CPU those of the machine, on a GPU this one alone."""
 
     @property
     def leads(self) -> bool:
@@ -178,7 +178,8 @@ def joined(device: str) -> Iterator[tuple[World, str]]:
         torch.cuda.set_device(local)
     with _reaching_all():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    world = World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    sharing = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = World(dist.get_rank(), dist.get_world_size(), sharing)
     try:
         yield world, device
     except UserError as mistake:

@@ -3,12 +3,18 @@
 Each gives what autograd gives for the formula in its docstring; tests hold them to that in float64.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from sail_align.align.compiled import Compiled
+
+MANY_UNITS = 1 << 23
+"""From so many hidden units of a micro-batch on, seconds of compiling are soon won back."""
 
 
 def normed_linear(
@@ -31,9 +37,9 @@ def gated_linear(gate_BH: Tensor, value_BH: Tensor, weight_EH: Tensor, bias_E: T
     return out_BE
 
 
-def _white(x_BD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Return each row with a mean of 0 and a variance of 1."""
-    return F.layer_norm(x_BD.to(dtype), x_BD.shape[1:], eps=eps)
+def _chosen(function: Compiled[Any, Tensor], units_BH: Tensor) -> Callable[..., Tensor]:
+    """Return a function as it is, or where there is enough to compute, compiled."""
+    return function.quick if units_BH.numel() >= MANY_UNITS else function
 
 
 class _NormedLinear(Function):
@@ -43,7 +49,8 @@ class _NormedLinear(Function):
     ) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(x_BD, gain_D, offset_D, weight_HD)
-        return F.linear(torch.addcmul(offset_D, _white(x_BD, eps, gain_D.dtype), gain_D), weight_HD, bias_H)
+        normed_BD = F.layer_norm(x_BD.to(gain_D.dtype), gain_D.shape, gain_D, offset_D, eps)
+        return F.linear(normed_BD, weight_HD, bias_H)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,7 +58,7 @@ class _NormedLinear(Function):
         x_BD, gain_D, offset_D, weight_HD = ctx.saved_tensors
         bias_H = grad_BH.sum(dim=0, dtype=weight_HD.dtype)
         # Under autocast the gradient is in half precision, and so is the product.
-        white_BD = _white(x_BD, ctx.eps, gain_D.dtype).to(grad_BH.dtype)
+        white_BD = F.layer_norm(x_BD.to(gain_D.dtype), gain_D.shape, eps=ctx.eps).to(grad_BH.dtype)
         product_HD = (grad_BH.T @ white_BD).to(weight_HD.dtype)
         gain = (weight_HD * product_HD).sum(dim=0)
         weight_grad_HD = product_HD.mul_(gain_D).addr_(bias_H, offset_D)
@@ -62,16 +69,27 @@ class _GatedLinear(Function):
     @staticmethod
     def forward(ctx: Any, gate_BH: Tensor, value_BH: Tensor, weight_EH: Tensor, bias_E: Tensor) -> Tensor:
         ctx.save_for_backward(gate_BH, value_BH, weight_EH)
-        return F.linear(F.relu6(gate_BH).mul_(value_BH), weight_EH, bias_E)
+        return F.linear(_chosen(_gated, gate_BH)(gate_BH, value_BH), weight_EH, bias_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         (grad_BE,) = grads
         gate_BH, value_BH, weight_EH = ctx.saved_tensors
-        opened_BH = F.relu6(gate_BH)
-        weight_grad_EH = (grad_BE.T @ (opened_BH * value_BH)).to(weight_EH.dtype)
+        weight_grad_EH = (grad_BE.T @ _chosen(_gated, gate_BH)(gate_BH, value_BH)).to(weight_EH.dtype)
         inner_BH = grad_BE @ weight_EH.to(grad_BE.dtype)
-        value_grad_BH = opened_BH.mul_(inner_BH)
-        gate_grad_BH = inner_BH.mul_(value_BH)
-        torch.ops.aten.hardtanh_backward(gate_grad_BH, gate_BH, 0, 6, grad_input=gate_grad_BH)
-        return gate_grad_BH, value_grad_BH, weight_grad_EH, grad_BE.sum(dim=0, dtype=weight_EH.dtype)
+        value_grad_BH = _chosen(_gated_backward, gate_BH)(gate_BH, value_BH, inner_BH)
+        return inner_BH, value_grad_BH, weight_grad_EH, grad_BE.sum(dim=0, dtype=weight_EH.dtype)
+
+
+@Compiled
+def _gated(gate_BH: Tensor, value_BH: Tensor) -> Tensor:
+    return F.relu6(gate_BH).mul_(value_BH)
+
+
+@Compiled
+def _gated_backward(gate_BH: Tensor, value_BH: Tensor, inner_BH: Tensor) -> Tensor:
+    """Turn the gradient of the gated units into that of the gate, where it lies; return that of the value."""
+    value_grad_BH = F.relu6(gate_BH).mul_(inner_BH)
+    inner_BH.mul_(value_BH)
+    torch.ops.aten.hardtanh_backward(inner_BH, gate_BH, 0, 6, grad_input=inner_BH)
+    return value_grad_BH

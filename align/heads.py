@@ -41,8 +41,12 @@ class Head(nn.Module):
 
     @property
     def kept_units(self) -> int:
-        """Number of activations of one row that its backward pass needs."""
-        return 2 * self.norm.normalized_shape[0]
+        """Number of activations of one row that its backward pass needs at most; two are LayerNorm's."""
+        return 2 + self._kept_of(self.norm.normalized_shape[0])
+
+    def _kept_of(self, units: int) -> int:
+        """Return what is kept of a layer's units: what came in, what goes on, and what dropout drew between them."""
+        return (3 if self.dropout.p else 2) * units
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised."""
@@ -93,7 +97,7 @@ class MLPHead(Head):
 
     @property
     def kept_units(self) -> int:  # noqa: D102
-        return super().kept_units + 2 * self.hidden.out_features
+        return super().kept_units + self._kept_of(self.hidden.out_features)
 
     def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
         out_BE: Tensor = self.out(self.dropout(F.relu6(of_input(self.hidden))))
@@ -115,7 +119,7 @@ class GLUHead(Head):
 
     @property
     def kept_units(self) -> int:  # noqa: D102
-        return super().kept_units + 2 * self.gate.out_features
+        return super().kept_units + self._kept_of(self.gate.out_features)
 
     def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
         gate_BH, value_BH = of_input(self.gate), self.dropout(of_input(self.value))

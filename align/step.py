@@ -70,7 +70,7 @@ def train_step(stepper: Stepper, batch: Batch, rate: float) -> LossValue:
     model.train()
     keep_bytes = stepper.keep_bytes
     if keep_bytes is None:
-        keep_bytes = free_bytes(stepper.device) // (2 * world.size_here)
+        keep_bytes = free_bytes(stepper.device) // (2 * world.sharing)
     rows = len(batch.images)
     parts, spans = stepper.parts(rows), world.spans(rows)
     seed = int(torch.randint(1 << 62, ()))
@@ -116,17 +116,16 @@ class _Pass:
 
     def embed(self, keep_bytes: int) -> tuple[Tensor, int]:
         """Return all embeddings (N, E) without a graph, and how many of the bytes for activations are left."""
+        room = keep_bytes // self._bytes
         for number, rows in enumerate(self._rows):
-            kept = self._bytes <= keep_bytes
-            with torch.set_grad_enabled(kept):
+            with torch.set_grad_enabled(number < room):
                 out_BE = self._forward(number)
-            if kept:
+            if number < room:
                 self._kept[number] = get_gradient_edge(out_BE)  # its graph: the output itself is not needed
-                keep_bytes -= self._bytes
             out_BE = out_BE.detach().float()
             self._length_N1[rows] = out_BE.norm(dim=1, keepdim=True).clamp_(min=1e-12)
             torch.div(out_BE, self._length_N1[rows], out=self._embedded_NE[rows])
-        return self._embedded_NE.detach(), keep_bytes
+        return self._embedded_NE.detach(), keep_bytes - len(self._kept) * self._bytes
 
     def backward(self, gradient_NE: Tensor) -> None:
         """Add to the head's gradients, given that of the loss with respect to the embeddings."""

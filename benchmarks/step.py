@@ -5,6 +5,7 @@ Each candidate runs in processes of its own, by turns; its time is the median ov
 process, its memory the highest that a process held during its steps beyond features and weights.
 
     python benchmarks/step.py                                     # B = 8,192, with the goals
+    python benchmarks/step.py --only ours --only eager            # what compiling the heads gains
     python benchmarks/step.py --batch 36864 --steps 1 --only ours # does it complete, in what time and memory
 """
 
@@ -39,6 +40,14 @@ def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
     stepper = Stepper(model, sigmoid_loss, optimizer, torch.device("cpu"), True, options.micro_batch, keep_bytes)
     features = Batch(*features_at_random(batch))
     return lambda: train_step(stepper, features, 1e-5)
+
+
+def eager(batch: int, options: argparse.Namespace) -> Callable[[], None]:
+    """Return the same with heads that are not compiled."""
+    from sail_align.align import functions
+
+    functions.MANY_UNITS = sys.maxsize
+    return ours(batch, options)
 
 
 def dense(batch: int, options: argparse.Namespace) -> Callable[[], None]:
@@ -114,7 +123,7 @@ def products(batch: int, options: argparse.Namespace) -> Callable[[], None]:
     return step
 
 
-CANDIDATES = {"ours": ours, "dense": dense, "products": products}
+CANDIDATES = {"ours": ours, "eager": eager, "dense": dense, "products": products}
 
 
 def features_at_random(batch: int) -> tuple[Any, Any]:
@@ -162,7 +171,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return
-    names = options.only or list(CANDIDATES)
+    names = options.only or [name for name in CANDIDATES if name != "eager"]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:

@@ -13,9 +13,10 @@ from itertools import count
 from pathlib import Path
 
 import interrupted
-import torch._dynamo  # noqa: F401 (the first step loads it: seconds, once for all attempts)
+import torch._dynamo  # (the first step loads these two: seconds, once for all attempts)
+import torch._inductor.compile_fx  # noqa: F401
 
-from sail_align.align import trainer
+from sail_align.align import blocks, functions, trainer
 from sail_align.align.checkpoint import last_checkpoint, read_checkpoint, step_of
 from sail_align.align.cli import main
 from sail_align.align.saver import best_of
@@ -24,7 +25,11 @@ OPTIONS = {"dim": 8, "expansion": 2, "image-dropout": 0.2, "batch-size": 32, "lr
 WORDS = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))] + ["--device", "cpu", "--quiet"]
 
 
-def begin(store: str, out: str, steps: int, *, die_at_write: int | None = None) -> int:
+COMPILED = ["--batch-size", "4100", "--held-out", "0.42", "--temperature", "auto", "--on-collapse", "warn"]
+"""Batches and held-out pairs of which the loss is compiled, in blocks of different sizes."""
+
+
+def begin(store: str, out: str, steps: int, *more: str, die_at_write: int | None = None) -> int:
     """Start a fit that saves after every step, its output in <out>.txt; return its pid."""
     if pid := os.fork():
         return pid
@@ -35,7 +40,7 @@ def begin(store: str, out: str, steps: int, *, die_at_write: int | None = None) 
         if die_at_write is not None:
             interrupted.die_at_write(die_at_write)
         trainer.fit.__kwdefaults__["save_seconds"] = 0
-        sys.argv = ["sail-align", "fit", "--features", store, "--out", out, "--steps", str(steps), *WORDS]
+        sys.argv = ["sail-align", "fit", "--features", store, "--out", out, "--steps", str(steps), *WORDS, *more]
         main()
         code = 0
     except SystemExit as end:
@@ -66,16 +71,16 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def kills(store: str) -> dict:
+def kills(store: str, steps: int = 40, *more: str) -> dict:
     """Killed at random moments, and at random points of saving, until it is done."""
     started = time.monotonic()
-    assert end_of(begin(store, "whole", 40)) == 0
+    assert end_of(begin(store, "whole", steps, *more)) == 0
     seconds = time.monotonic() - started
     choose = random.Random(0)
     seen = {"at a write": 0, "at a moment": 0, "saved at a kill": []}
     for attempt in count():
-        die_at = choose.randrange(40) if attempt % 2 else None
-        pid = begin(store, "killed", 40, die_at_write=die_at)
+        die_at = choose.randrange(steps) if attempt % 2 else None
+        pid = begin(store, "killed", steps, *more, die_at_write=die_at)
         if die_at is None:
             time.sleep(choose.uniform(0, seconds / 4))
             os.kill(pid, signal.SIGKILL)
@@ -84,6 +89,18 @@ def kills(store: str) -> dict:
         seen["at a moment" if die_at is None else "at a write"] += 1
         seen["saved at a kill"].append(saved_step(Path("killed")))
     return {**seen, "seconds": seconds, "identical": contents(Path("killed")) == contents(Path("whole"))}
+
+
+def compiled_kills(store: str) -> dict:
+    """The same where loss and heads are compiled, by each attempt for itself."""
+    functions.MANY_UNITS = 1
+    assert end_of(begin(store, "first", 1, *COMPILED)) == 0  # it fills the compiler's cache
+    result = kills(store, 16, *COMPILED)
+    blocks.MANY_PAIRS = functions.MANY_UNITS = sys.maxsize
+    assert end_of(begin(store, "eager", 16, *COMPILED)) == 0
+    result["compiled"] = contents(Path("eager")) != contents(Path("whole"))
+    result["not compiled"] = [line for line in Path("killed.txt").read_text().splitlines() if "not compiled" in line]
+    return result
 
 
 def signals(store: str) -> dict:
@@ -116,4 +133,5 @@ def two_at_once(store: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"kills": kills, "signals": signals, "two_at_once": two_at_once}[sys.argv[1]](sys.argv[2])))
+    scenarios = [kills, compiled_kills, signals, two_at_once]
+    print(json.dumps({each.__name__: each for each in scenarios}[sys.argv[1]](sys.argv[2])))

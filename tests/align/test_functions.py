@@ -60,8 +60,9 @@ def kept_numbers(head, x):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "glu"])
-def test_a_head_holds_no_more_than_it_says(kind):
-    rows, head = 16, make_head(kind, 32, 8)
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_a_head_holds_no_more_than_it_says(kind, dropout):
+    rows, head = 16, make_head(kind, 32, 8, dropout=dropout)
     assert 0 < kept_numbers(head, torch.randn(rows, 32)) <= rows * head.kept_units
 
 

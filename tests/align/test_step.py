@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from sail_align.align import device
+from sail_align.align import device, functions
 from sail_align.align.loss import infonce_loss, sigmoid_loss
 from sail_align.align.model import Architecture
 from sail_align.align.settings import FitSettings
@@ -87,6 +88,35 @@ def test_what_is_kept_changes_no_bit(head, dropout, optimizer, in_parts):
     for keep_bytes in (NOTHING, one_kept, 3 * one_kept):
         for name, value in after_steps(stepper(5, keep_bytes, **changes)).items():
             assert torch.equal(value, whole[name]), (name, keep_bytes)
+
+
+@pytest.mark.slow
+def test_compiled_heads_change_no_bit_and_are_compiled_once_for_all_sizes(monkeypatch):
+    changes = {"image_dropout": 0.4, "text_dropout": 0.4, "in_parts": True}
+    graphs = [counters["stats"]["unique_graphs"]]
+    for micro_batch in (5, 7, 10):
+        eager = after_steps(stepper(micro_batch, NOTHING, **changes))
+        with monkeypatch.context() as patch:
+            patch.setattr(functions, "MANY_UNITS", 1)
+            quick = after_steps(stepper(micro_batch, NOTHING, **changes))
+        if failure := functions._gated.failure:
+            pytest.skip(f"no compiler: {failure}")
+        for name, value in eager.items():
+            assert torch.equal(quick[name], value), name
+        graphs.append(counters["stats"]["unique_graphs"])
+    before, first, *later = graphs
+    assert first - before == 3  # forward without gradients and with them, and backward
+    assert later == [first, first]
+
+
+@pytest.mark.slow
+def test_the_heads_compiled_parts_are_the_same_to_the_bit_in_half_precision():
+    gate_BH, value_BH, inner_BH = (4 * torch.randn(3, 33, 40)).bfloat16()
+    inner = inner_BH.clone()
+    assert torch.equal(functions._gated(gate_BH, value_BH), functions._gated.quick(gate_BH, value_BH))
+    backward = functions._gated_backward
+    assert torch.equal(backward(gate_BH, value_BH, inner_BH), backward.quick(gate_BH, value_BH, inner))
+    assert torch.equal(inner, inner_BH)
 
 
 def test_dropout_differs_between_micro_batches_and_steps():

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 def seen(make_store, tmp_path):
     """Play a scenario of stopped_fits.py; return what it saw."""
 
-    def play(scenario):
-        store = make_store("photos", rows=400)
+    def play(scenario, rows=400, **sizes):
+        store = make_store("photos", rows=rows, **sizes)
         script = Path(__file__).with_name("stopped_fits.py")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
         played = subprocess.run(
@@ -26,20 +26,31 @@ def seen(make_store, tmp_path):
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            timeout=300,
+            timeout=900,
         )
         return json.loads(played.stdout)
 
     return play
 
 
-def test_a_fit_killed_at_any_moment_ends_with_the_same_bytes(seen):
-    result = seen("kills")
+def check_kills(result):
     print(result)
     assert result["at a moment"] >= 3
     assert result["at a write"] >= 3
     assert len(set(result["saved at a kill"])) >= 4
     assert result["identical"]
+
+
+def test_a_fit_killed_at_any_moment_ends_with_the_same_bytes(seen):
+    check_kills(seen("kills"))
+
+
+def test_so_does_one_whose_loss_and_heads_are_compiled(seen):
+    result = seen("compiled_kills", rows=10_000, shard_rows=4_096, chunk_rows=256)
+    check_kills(result)
+    if result["not compiled"]:
+        pytest.skip(f"no compiler: {result['not compiled'][0]}")
+    assert result["compiled"]
 
 
 def test_sigterm_and_ctrl_c_save_the_step_and_end(seen):
