@@ -1,5 +1,6 @@
 """All that a training run writes and says: its log, checkpoints and progress, and whether it has collapsed."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from sail_align.align.model import AlignmentModel
 from sail_align.align.order import StreamState
 from sail_align.align.pace import Pace
 from sail_align.align.plan import Plan
+from sail_align.align.records import BEGIN_AGAIN, read_file
 from sail_align.align.runs import MetricsLog
 from sail_align.align.saver import Saver
 from sail_align.align.stream import Stream
@@ -119,3 +121,13 @@ class Journal:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._open.close()
+
+
+def collapse_of(run: Path, lr: float) -> str | None:
+    """Return the sentence that says how a run's training collapsed, if its log shows that it did."""
+    watch = Watch(lr)
+    for line in read_file(run / "metrics.jsonl", BEGIN_AGAIN).splitlines():
+        values = json.loads(line)
+        if seen := watch.see(values.pop("kind"), values.pop("step"), values):
+            return seen
+    return None

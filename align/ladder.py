@@ -10,6 +10,7 @@ import torch
 from markupsafe import Markup
 
 from sail_align.align.charts import Dots, dot_chart
+from sail_align.align.journal import collapse_of
 from sail_align.align.plan import make_plan
 from sail_align.align.table import markdown_table
 from sail_align.align.trials import (
@@ -18,7 +19,6 @@ from sail_align.align.trials import (
     Say,
     Trial,
     base_recipe,
-    collapse_of,
     finished_run,
     held_out_by_all,
     read_scored,
@@ -197,7 +197,7 @@ def climb(
         for number, trial in enumerate(trials):
             run, there = finished_run(trial.seeded(seed), folder, trial.name, device=device, quiet=quiet)
             digests[number].append(run.digest)
-            collapsed[number].append(collapse_of(run) is not None)
+            collapsed[number].append(collapse_of(run.path, run.settings["lr"]) is not None)
             for caption, (image_ND, text_ND) in features.items():
                 retrieved[number][caption].append(retrieve(run, image_ND, text_ND, device))
             found = "; ".join(f"{c} {r[-1].t2i_r1:.1f} / {r[-1].i2t_r1:.1f}" for c, r in retrieved[number].items())

@@ -13,7 +13,7 @@ from sail_align.align.checkpoint import read_checkpoint, restore
 from sail_align.align.data import not_finite, read_rows
 from sail_align.align.device import batches_on
 from sail_align.align.distributed import ALONE, World
-from sail_align.align.journal import Journal, OnCollapse
+from sail_align.align.journal import Journal, OnCollapse, collapse_of
 from sail_align.align.loss import Loss, LossValue
 from sail_align.align.metrics import effective_rank, ranks, recall_at
 from sail_align.align.model import AlignmentModel
@@ -70,6 +70,8 @@ def fit(
                 f"{saved.folder} was saved with other settings than {run / 'settings.json'} says; name another --out."
             )
         if saved is not None and saved.record["finished"]:
+            if on_collapse == "stop" and (sentence := world.decide(lambda: collapse_of(run, settings.lr))):
+                raise UserError(sentence)
             return dict(saved.record["scores"])
         fresh = saved is None and world.leads
         model = world.agree(lambda: build_model(plan, stream, device, fresh=fresh, quiet=quiet))

@@ -1,7 +1,6 @@
 """Fits that are compared with each other: one recipe but for what is compared, scored on the same held-out rows."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,10 @@ from sail_align.align.checkpoint import Run, load_run, read_checkpoint
 from sail_align.align.data import Half, Pairs, Rows, read_rows
 from sail_align.align.metrics import ranks
 from sail_align.align.plan import Plan
-from sail_align.align.records import BEGIN_AGAIN, decisive, is_run, read_file
+from sail_align.align.records import decisive, is_run
 from sail_align.align.runs import claim_run
 from sail_align.align.settings import COMPARED_HELD_OUT, PAPER_ROWS
 from sail_align.align.trainer import fit
-from sail_align.align.watch import Watch
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import canonical_json
 from sail_align.extract.store import Store
@@ -92,16 +90,6 @@ def finished_run(plan: Plan, folder: Path, name: str, *, device: torch.device, q
     if not there:
         fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, on_collapse="warn")
     return load_run(path), there
-
-
-def collapse_of(run: Run) -> str | None:
-    """Return the sentence that says how a run's training collapsed, if its log shows that it did."""
-    watch = Watch(run.settings["lr"])
-    for line in read_file(run.path / "metrics.jsonl", BEGIN_AGAIN).splitlines():
-        values = json.loads(line)
-        if seen := watch.see(values.pop("kind"), values.pop("step"), values):
-            return seen
-    return None
 
 
 def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:

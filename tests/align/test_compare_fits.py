@@ -16,11 +16,12 @@ from sail_align.align import ladder, trials
 from sail_align.align.charts import Dots, dot_chart, standalone
 from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
+from sail_align.align.journal import collapse_of
 from sail_align.align.ladder import LADDER
 from sail_align.align.plan import make_plan
 from sail_align.align.settings import check_options
 from sail_align.align.table import markdown_table
-from sail_align.align.trials import Trial, base_recipe, collapse_of, finished_run, held_out_by_all
+from sail_align.align.trials import Trial, base_recipe, finished_run, held_out_by_all
 from sail_align.extract.errors import UserError
 from sail_align.extract.store import Store
 
@@ -104,7 +105,7 @@ def test_a_stopped_ladder_goes_on_and_trains_nothing_twice(make_store, tmp_path,
 
 def test_a_collapsed_rung_says_so(make_store, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "LADDER", LADDER[3:5])
-    monkeypatch.setattr(ladder, "collapse_of", lambda run: "it has" if run.settings["loss"] == "sigmoid" else None)
+    monkeypatch.setattr(ladder, "collapse_of", lambda run, _: "it has" if "sigmoid" in run.name else None)
     words = ["ladder", "--features", make_store("photos"), "--out", tmp_path / "l", "--seeds", 2, *QUICK]
     done = typed(*words)
     assert re.findall(r"\d/4 (.+), seed (\d): .+, collapsed\n", done.output) == [("+ sigmoid", "0"), ("+ sigmoid", "1")]
@@ -118,12 +119,12 @@ def test_a_collapsed_rung_says_so(make_store, tmp_path, monkeypatch):
 def test_a_collapse_is_read_from_a_runs_log(make_store, tmp_path):
     plan, _ = make_plan([make_store("photos")], {"preset": "small", "head": "linear", "steps": 2})
     run, _ = finished_run(plan, tmp_path, "linear", device=torch.device("cpu"), quiet=True)
-    assert collapse_of(run) is None
+    assert collapse_of(run.path, 1e-3) is None
     log = run.path / "metrics.jsonl"
     *before, last = log.read_text().splitlines()
     lost = {**json.loads(last), "image_rank": 1.0, "r1": 1.0, "chance": 1.0}
     log.write_text("\n".join([*before, json.dumps(lost), json.dumps(lost)]))
-    assert "collapsed at step 2" in collapse_of(run)
+    assert "collapsed at step 2" in collapse_of(run.path, 1e-3)
 
 
 def test_where_there_are_no_long_captions_their_rungs_are_left_out_and_said(make_store, tmp_path):

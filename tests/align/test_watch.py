@@ -102,3 +102,13 @@ def test_a_collapsed_run_stops_saved_and_goes_on_when_only_warned(make_store, tm
         assert capsys.readouterr().err.count("warning: Training has collapsed") == 1
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert len((run / "metrics.jsonl").read_bytes()) > len(log)
+
+
+def test_a_run_that_collapsed_by_its_last_step_is_no_success_when_typed_again(make_store, tmp_path):
+    options = {"preset": "small", "dim": 8, "batch_size": 100, "steps": 60, "lr": 0.5}
+    plan, _ = make_plan([make_store(rows=700)], options)
+    run = claim_run(tmp_path / "run", plan.record()).path
+    scores = fit(plan, run, device=CPU, quiet=True, on_collapse="warn")
+    with pytest.raises(UserError, match="Training has collapsed at step"):
+        fit(plan, run, device=CPU, quiet=True)
+    assert fit(plan, run, device=CPU, quiet=True, on_collapse="warn") == scores
