@@ -52,10 +52,7 @@ class Watch:
     def see(self, kind: str, step: int, values: Mapping[str, float]) -> str | None:
         """Take in a line of the log; return what it shows and what to change, if training has collapsed."""
         seen = self._trained(values) if kind == "train" else self._scored(step, values)
-        return (
-            seen
-            and f"Training has collapsed at step {step:,}: {seen}; {self._advice()}, or go on with --on-collapse warn."
-        )
+        return seen and f"Training has collapsed at step {step:,}: {seen}, or go on with --on-collapse warn."
 
     def _trained(self, values: Mapping[str, float]) -> str | None:
         self._first, self._last = self._first or values, values
@@ -66,7 +63,7 @@ class Watch:
         if self._steps_lost < PATIENT_STEPS:
             return None
         before = f"after {self._best_gap:.2g} before"
-        return f"pairs that belong together are {gap:.2g} more alike (cosine) than others, {before}"
+        return f"pairs that belong together are {gap:.2g} more alike (cosine) than others, {before}; {self._advice()}"
 
     def _scored(self, step: int, values: Mapping[str, float]) -> str | None:
         ranks = values["image_rank"], values["text_rank"]
@@ -82,7 +79,8 @@ class Watch:
             return None
         now = f"held-out R@1 is {r1:.1f} (chance {chance:.2g})"
         if self._best_r1 >= NEAR_CHANCE * chance and r1 - chance <= FORGOTTEN * (self._best_r1 - chance):
-            return f"{now}, after {self._best_r1:.1f} before"
+            return f"{now}, after {self._best_r1:.1f} before; {self._advice()}"
+        now += f"; {self._advice(learned=False)}"
         for side, rank, before in zip(("image", "text"), ranks, self._ranks, strict=True):
             if rank <= LOST_RANK * before:
                 return (
@@ -96,8 +94,9 @@ class Watch:
             return f"negatives outweighed positives {ratio:.0f} times in the first batch, and {now}"
         return None
 
-    def _advice(self) -> str:
-        if _mass_ratio(self._last) >= DROWNED or _mass_ratio(self._first) >= DROWNED_AT_FIRST:
+    def _advice(self, *, learned: bool = True) -> str:
+        """Say what to change; what had `learned` did so in spite of its first batch."""
+        if _mass_ratio(self._last) >= DROWNED or (not learned and _mass_ratio(self._first) >= DROWNED_AT_FIRST):
             t, b = self._last["t"], self._last["b"]
             return f"start with --temperature auto (t is now {t:.3g} and b {b:.3g})"
         return f"lower --lr (now {self.lr:g}), warm up longer (--warmup)"

@@ -77,6 +77,12 @@ def test_negatives_that_drowned_positives_at_first_are_a_collapse_if_recall_stay
     assert seen(*at_chance * 20) is None
 
 
+def test_what_learned_and_forgot_is_told_of_the_rate_whatever_its_first_batch_was():
+    drowned = train(0.4, negative_mass=25.0)
+    assert seen(drowned, heldout(0.1), heldout(30.0), heldout(0.2), heldout(0.3)).endswith(LOWER)
+    assert seen(drowned, *[train(0.01)] * 20).endswith(LOWER)
+
+
 def test_pairs_that_are_no_more_alike_than_others_are_a_collapse_after_some_steps():
     assert seen(*[train(0.4)] * 5, *[train(0.01)] * 19, train(0.3), *[train(0.01)] * 19) is None
     assert seen(*[train(0.4)] * 5, *[train(0.01)] * 20) == (
