@@ -40,7 +40,7 @@ def radar_chart(panel: Panel) -> Markup | None:
     whole = any(row.kind == "run" and None not in values for row, values in shown)
     if len(axes) < 3 or len({panel.columns[place].mark for place in axes}) < 2 or not whole:
         return None
-    labels = [(panel.columns[place].dataset, panel.columns[place].label) for place in axes]
+    labels = [(each.dataset, f"{each.label} ({each.mark})") for each in map(panel.columns.__getitem__, axes)]
     turns = [math.tau * spoke / len(axes) for spoke in range(len(axes))]
     rings = (25, 50, 75, 100)
     parts = [

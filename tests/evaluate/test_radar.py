@@ -62,7 +62,7 @@ def test_what_papers_report_are_dots_where_it_can_be_compared():
     chart = radar_chart(panel(run(1.0, 1.0, 1.0, 1.0), reported, CHANCE))
     assert [style for style, *_ in marks(chart)].count("reported") == 2
     assert "reported" not in lines(chart)
-    assert "<title>SAIL, ade top-1: 11.6</title>" in chart
+    assert "<title>SAIL, ade top-1 (c): 11.6</title>" in chart
 
 
 def test_runs_have_shapes_of_their_own_and_text_is_escaped():
@@ -70,7 +70,7 @@ def test_runs_have_shapes_of_their_own_and_text_is_escaped():
     nasty = "<b>&" + "long " * 9
     chart = radar_chart(panel(run(1.0, 1.0, 1.0, name=nasty), CHANCE, names=(nasty, "b", "c")))
     assert "<b>" not in chart
-    assert f"<title>{nasty} top-1</title>".replace("<b>&", "&lt;b&gt;&amp;") in chart
+    assert f"<title>{nasty} top-1 (a)</title>".replace("<b>&", "&lt;b&gt;&amp;") in chart
     shown = re.findall("<tspan[^>]*>([^<]*)<", chart)
     assert max(len(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")) for text in shown) == LETTERS
 
@@ -85,6 +85,12 @@ def test_runs_have_shapes_of_their_own_and_text_is_escaped():
 )
 def test_no_chart_is_drawn_of_too_little(little):
     assert radar_chart(little) is None
+
+
+def test_protocols_of_one_set_are_axes_that_can_be_told_apart():
+    chart = radar_chart(panel(run(1.0, 1.0, 1.0), CHANCE, names=("ade", "ade", "voc")))
+    assert "<title>ade top-1 (a)</title>" in chart
+    assert "<title>ade top-1 (b)</title>" in chart
 
 
 def test_no_chart_is_drawn_of_one_set():

@@ -255,7 +255,7 @@ def test_the_colours_of_classes_differ_for_every_eye(cones):
 
 def test_curves_are_drawn_from_the_metrics_file(page):
     charts = [attributes["aria-label"] for attributes in page.all("svg") if "aria-label" in attributes]
-    assert charts[0].startswith("Radar chart, from 0 to 100, of squares top-1, caps image→text R@1,")
+    assert charts[0].startswith("Radar chart, from 0 to 100, of squares top-1 (a), caps image→text R@1 (b),")
     assert charts[1:] == ["loss over step", "R@1 (%) over step"]
     assert len(page.all("polyline")) == 4
 
