@@ -5,7 +5,7 @@ from fakes import FakeChoice
 
 from sail_align.extract.engine import run
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import as_path
+from sail_align.extract.files import as_path, broken
 from sail_align.extract.job import Job
 from sail_align.extract.leases import Leases
 from sail_align.extract.manifest import find_manifest
@@ -86,3 +86,17 @@ def test_a_heartbeat_brings_no_lease_back(url):
     leases.release(lease)
     lease.renew()
     assert not lease.file.exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (PermissionError("Access Denied"), "cannot be read (Access Denied); mend that and try again."),
+        (TimeoutError("no answer"), "cannot be read (no answer); mend that and try again."),
+        (FileNotFoundError("s.zarr/zarr.json"), "is missing or damaged; restore it, or make the store again."),
+        (OSError("Couldn't deserialize thrift"), "is missing or damaged; restore it, or make the store again."),
+    ],
+)
+def test_what_object_storage_refuses_is_not_called_damaged(url, problem, said):
+    """Its file systems raise errors that have no number."""
+    assert str(broken(as_path(url), problem)) == f"{url} {said}"
