@@ -142,7 +142,7 @@ class FeatureArray:
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             first, last = max(start, shard * self.shard_rows), min(stop, (shard + 1) * self.shard_rows)
             if shard in self.markers and first < last:
-                read = self._mapped[name].rows if name in self._mapped else lambda *span: array[slice(*span)]
+                read = self._mapped[name].rows if name in self._mapped else partial(self._decoded, name, array)
                 rows[first - start : last - start] = read(first, last)
         return rows
 
@@ -162,7 +162,21 @@ class FeatureArray:
             return np.broadcast_to(np.float16(np.nan), (stop - start, self.dim))
         if self.mapped:
             return self._mapped["features"][number]
-        return np.asarray(self._features[start:stop])
+        return self._decoded("features", self._features, start, stop)
+
+    def _decoded(self, name: str, array: "zarr.Array[Any]", start: int, stop: int) -> NDArray[Any]:
+        """Return rows start … stop − 1 of one committed shard, decoded. Raises `UserError` if its file is damaged."""
+        file = self._written_file(name, start // self.shard_rows)
+        if file is None:
+            return np.full((stop - start, *array.shape[1:]), array.fill_value, array.dtype)
+        try:
+            rows = np.asarray(array[start:stop])
+            is_fill = np.array_equal(rows.flat[:1], [array.fill_value], equal_nan=True)
+            if is_fill and file.stat().st_size == 0:  # zarr reads fill values of it, as of one that is not there
+                raise EOFError
+        except (OSError, EOFError, ValueError, RuntimeError) as problem:  # the latter two: of decoders
+            raise broken(file, problem) from problem
+        return rows
 
     def expect(self, chunks: list[int]) -> None:
         """Have the system read these chunks, in rising order, while something else is done; nothing if not `mapped`."""

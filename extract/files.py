@@ -141,8 +141,11 @@ def no_store(path: Path) -> UserError:
 
 def broken(path: Path, problem: Exception) -> UserError:
     """Return what to raise of a store's file that cannot be read: the system refuses, or it is not what was written."""
-    refused = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
-    if refused and (problem.errno or type(problem) is not OSError):  # pyarrow's is neither, and says damage
+    if (
+        isinstance(problem, OSError)
+        and not isinstance(problem, FileNotFoundError)
+        and (problem.errno or type(problem) is not OSError)  # pyarrow's is neither, and says damage
+    ):
         reason = os.strerror(problem.errno) if problem.errno else problem  # object storage gives no number
         return UserError(f"{path} cannot be read ({reason}); mend that and try again.")
     return UserError(f"{path} is missing or damaged; restore it, or make the store again.")

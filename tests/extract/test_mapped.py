@@ -97,6 +97,29 @@ def test_arrays_of_another_form_are_read_through_zarr(array, form):
         assert same(chunks.astype(np.float16), expected)
 
 
+@pytest.mark.parametrize("zarrs", [True, False])
+@pytest.mark.parametrize(
+    "damage", [None, lambda content: b"", lambda content: content[:-9]], ids=["gone", "empty", "cut"]
+)
+def test_damage_to_an_array_that_is_decoded_is_said_and_not_read_as_fill_values(array, monkeypatch, zarrs, damage):
+    if zarrs:
+        pytest.importorskip("zarrs")
+    else:
+        monkeypatch.setattr("sail_align.extract.features.find_spec", lambda _: None)
+    values, _ = array.read()
+    folder = array._folder / "features"
+    shutil.rmtree(folder)
+    zarr.create_array(folder, data=values, shards=(SHARD, DIM), chunks=(CHUNK, DIM), fill_value=np.nan)
+    file = shard_file(array, 1)
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
+    other = FeatureArray(array._store, array.path, array.identity)
+    assert not other.mapped
+    for read in (lambda: other.chunk(4), lambda: other.read(64, 128)):
+        with pytest.raises(UserError, match="c/1/0 is missing or damaged"):
+            read()
+    assert np.isnan(other.read(128, 192)[0]).all()  # fill values alone, and no file
+
+
 @pytest.mark.parametrize("name", ["features", "status"])
 @pytest.mark.parametrize("byte", range(1, 70, 3))
 def test_a_flipped_byte_in_the_index_is_damage(array, name, byte):
