@@ -44,7 +44,13 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Finding]:
                 continue
             if shard not in array.markers:
                 yield Finding(f"{array.path} shard {shard}: has a damaged commit; run sail-extract run to do it again.")
-            elif changed := array.changed(shard):
+                continue
+            try:
+                changed = array.changed(shard)
+            except UserError as unreadable:  # a bad sector, say: the others are looked at all the same
+                yield Finding(f"{array.path} shard {shard}: {unreadable}")
+                continue
+            if changed:
                 advice = "its commit is taken back" if discard else "use --discard, then sail-extract run"
                 if discard:
                     array.discard(shard)

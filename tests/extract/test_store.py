@@ -129,6 +129,18 @@ def test_verify_is_content_with_an_intact_store_and_discard_takes_damage_back(st
     assert set(Store.open(store.path).image().markers) == {0, 1, 3}
 
 
+def test_a_file_that_cannot_be_read_does_not_end_the_look_at_the_others(store):
+    fill(store.add_image(identity("image")))
+    shards = store.path / "image/fake-image/features/c"
+    for shard in (0, 2):  # as a bad sector would, which no test can make
+        (shards / f"{shard}/0").unlink()
+        (shards / f"{shard}/0").mkdir()
+    (shards / "3/0").write_bytes(b"")
+    found = [finding.text for finding in verify_store(store.path) if finding.damage]
+    assert [text.split(":")[0] for text in found] == [f"image/fake-image shard {shard}" for shard in (0, 2, 3)]
+    assert f"{shards}/0/0 cannot be read (Is a directory)" in found[0]
+
+
 def test_an_array_that_is_gone_and_a_changed_count_are_found(store):
     fill(store.add_image(identity("image")))
     fill(store.add_text(identity("text"), "raw"))
