@@ -42,6 +42,7 @@ def evaluate_sets(
 
     Raises:
         UserError: A set cannot be scored, and `stop_at_fault`.
+        WorkersFailedError: A set cannot be encoded, and `stop_at_fault`.
         RunError: The run's encoders cannot be loaded, or its heads have diverged.
     """
     encoders = Encoders(run, device)
@@ -54,9 +55,10 @@ def evaluate_sets(
         except RunError:
             raise
         except (UserError, WorkersFailedError, UnreadableImageError, OSError) as problem:
+            if stop_at_fault and isinstance(problem, WorkersFailedError):
+                raise
             if stop_at_fault:
-                is_ours = isinstance(problem, WorkersFailedError)
-                raise problem if is_ours else UserError(" ".join(str(problem).split())) from problem
+                raise UserError(" ".join(str(problem).split())) from problem
             if isinstance(problem, TooSmallError):
                 note(f"left out: {problem}")
                 continue

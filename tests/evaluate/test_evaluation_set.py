@@ -120,8 +120,9 @@ def test_an_encoder_that_fails_is_the_fault_of_that_set_alone(world, score, caps
     broken, whole = score(caps, squares)
     assert "no kernel image is available" in broken["error"]
     assert whole["metrics"][0]["value"] == 100
-    with pytest.raises(WorkersFailedError):
+    with pytest.raises(WorkersFailedError) as failed:
         score(caps, stop_at_fault=True)
+    assert failed.value.__cause__ is not failed.value
 
 
 def test_other_masks_under_the_same_names_are_other_data(world, score, run, tmp_path):
