@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-NEAR_CHANCE = 5.0
-"""Held-out R@1 below so many times its chance level says next to nothing; runs that learn are beyond it early."""
+NEAR_CHANCE, OF_THE_REST = 5.0, 0.1
+"""Held-out R@1 below so many times its chance level says next to nothing; runs that learn are beyond it early. Of few
+pairs, whose chance level is high, a tenth of the way from there to 100 is beyond it too."""
 
 FORGOTTEN = 0.1
 """Share of the best R@1 above chance, or of the largest gap, that a run which forgot has at most."""
@@ -69,7 +70,7 @@ class Watch:
         ranks = values["image_rank"], values["text_rank"]
         self._ranks = self._ranks or ranks
         self._best_r1 = max(self._best_r1, values["r1"])
-        self._near_chance = [*self._near_chance, step] if values["r1"] < NEAR_CHANCE * values["chance"] else []
+        self._near_chance = [*self._near_chance, step] if values["r1"] < _next_to_nothing(values["chance"]) else []
         lost = self._lost(values["r1"], values["chance"], ranks)
         self._scorings_lost = 0 if lost is None else self._scorings_lost + 1
         return lost if self._scorings_lost >= PATIENT_SCORINGS else None
@@ -78,7 +79,7 @@ class Watch:
         if not self._near_chance or self._ranks is None:
             return None
         now = f"held-out R@1 is {r1:.1f} (chance {chance:.2g})"
-        if self._best_r1 >= NEAR_CHANCE * chance and r1 - chance <= FORGOTTEN * (self._best_r1 - chance):
+        if self._best_r1 >= _next_to_nothing(chance) and r1 - chance <= FORGOTTEN * (self._best_r1 - chance):
             return f"{now}, after {self._best_r1:.1f} before; {self._advice()}"
         now += f"; {self._advice(learned=False)}"
         for side, rank, before in zip(("image", "text"), ranks, self._ranks, strict=True):
@@ -100,6 +101,10 @@ class Watch:
             t, b = self._last["t"], self._last["b"]
             return f"start with --temperature auto (t is now {t:.3g} and b {b:.3g})"
         return f"lower --lr (now {self.lr:g}), warm up longer (--warmup)"
+
+
+def _next_to_nothing(chance: float) -> float:
+    return min(NEAR_CHANCE * chance, chance + OF_THE_REST * (100 - chance))
 
 
 def _mass_ratio(values: Mapping[str, float]) -> float:

@@ -148,7 +148,10 @@ def broken(path: Path, problem: Exception) -> UserError:
     ):
         reason = os.strerror(problem.errno) if problem.errno else problem  # object storage gives no number
         return UserError(f"{path} cannot be read ({reason}); mend that and try again.")
-    return UserError(f"{path} is missing or damaged; restore it, or make the store again.")
+    return UserError(
+        f"{path} is missing or damaged; restore it, or run the extraction again, after `sail-extract verify --discard` "
+        "if it is a file of features."
+    )
 
 
 @contextmanager

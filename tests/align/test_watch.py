@@ -66,6 +66,12 @@ def test_negatives_that_drown_positives_are_a_collapse_where_nothing_is_learned(
     assert seen(*[train(0.0, negative_mass=5.0), heldout(0.1)] * 5) is None
 
 
+def test_few_pairs_whose_chance_is_high_are_near_it_only_within_a_tenth_of_the_rest():
+    drowned = train(0.0, negative_mass=159.0)
+    assert seen(*[drowned, heldout(41.6, chance=8.3)] * 5) is None
+    assert "held-out R@1 is 17.4 (chance 8.3)" in seen(*[drowned, heldout(17.4, chance=8.3)] * 2)
+
+
 def test_negatives_that_drowned_positives_at_first_are_a_collapse_if_recall_stays_at_chance():
     drowned, balanced = train(0.0, negative_mass=25.0), [train(0.0)] * 9
     at_chance, low, above = ([*balanced, heldout(r1)] for r1 in (0.1, 0.4, 0.6))

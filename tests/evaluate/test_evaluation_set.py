@@ -20,7 +20,7 @@ DAMAGE = {
     "gone": None,
     "a bit": lambda content: content[: (at := len(content) // 3)] + bytes([content[at] ^ 64]) + content[at + 1 :],
 }
-REMEDIES = ("remove that folder", "make the store again", "exists and is not a feature store")
+REMEDIES = ("remove that folder", "run the extraction again", "exists and is not a feature store")
 
 
 @pytest.fixture

@@ -93,10 +93,16 @@ def test_a_heartbeat_brings_no_lease_back(url):
     [
         (PermissionError("Access Denied"), "cannot be read (Access Denied); mend that and try again."),
         (TimeoutError("no answer"), "cannot be read (no answer); mend that and try again."),
-        (FileNotFoundError("s.zarr/zarr.json"), "is missing or damaged; restore it, or make the store again."),
-        (OSError("Couldn't deserialize thrift"), "is missing or damaged; restore it, or make the store again."),
+        (
+            FileNotFoundError("s.zarr/zarr.json"),
+            "is missing or damaged; restore it, or run the extraction again, after",
+        ),
+        (
+            OSError("Couldn't deserialize thrift"),
+            "is missing or damaged; restore it, or run the extraction again, after",
+        ),
     ],
 )
 def test_what_object_storage_refuses_is_not_called_damaged(url, problem, said):
     """Its file systems raise errors that have no number."""
-    assert str(broken(as_path(url), problem)) == f"{url} {said}"
+    assert str(broken(as_path(url), problem)).startswith(f"{url} {said}")
