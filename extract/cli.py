@@ -13,6 +13,10 @@ from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.files import as_path, require_store
 from sail_align.extract.memory import wait_without_spinning
 
+THRESHOLD = 0.85
+"""Of 250 photos through efficientnet-lite0, every one cropped to 95 % or mirrored, and 94 % of those saved again as
+JPEG of quality 60, are above it; of 3 million pairs of other photos only one, of the same scene a moment later."""
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command()(run)
 
@@ -143,33 +147,30 @@ def doctor(store: StorePath) -> None:
 def overlap(
     train: Annotated[Path, typer.Argument(metavar="TRAIN", help="The store to train on.", show_default=False)],
     evaluation: Annotated[Path, typer.Argument(metavar="EVAL", help="The store to score on.", show_default=False)],
-    threshold: Annotated[
-        float | None, typer.Option(help="Least cosine of image features to count.  [default: 0.85]")
-    ] = None,
+    threshold: Annotated[float, typer.Option(help="Least cosine of image features to count.")] = THRESHOLD,
     out: Annotated[Path | None, typer.Option(help="Write the list for `sail-align fit --exclude`.")] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Where a store holds several.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one.")] = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Find near-duplicates of evaluation images in a training store."""
+    if not 0 < threshold <= 1:
+        raise UserError(f"--threshold {threshold:g} is no cosine between 0 and 1; give one such as {THRESHOLD}.")
     for store in (train, evaluation):
         require_store(store)
 
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.overlap import THRESHOLD, find_overlap, write_exclusions
+    from sail_align.extract.overlap import find_overlap, write_exclusions
     from sail_align.extract.store import Store
 
-    least = THRESHOLD if threshold is None else threshold
-    if not 0 < least <= 1:
-        raise UserError(f"--threshold {least:g} is no cosine between 0 and 1; give one such as {THRESHOLD}.")
     where = str(Runtime.of(device, "float32").device)
     found = find_overlap(Store.open(train), Store.open(evaluation), encoder=image_encoder, device=where, quiet=quiet)
-    rows = found.closest(least)
+    rows = found.closest(threshold)
     for line in found.describe(rows):
         typer.echo(line)
     typer.echo(
         f"{train}: {len(rows):,} of {found.train.rows:,} images are near-duplicates of images of {evaluation} "
-        f"(cosine {least:g} or more)."
+        f"(cosine {threshold:g} or more)."
     )
     if out:
         write_exclusions(out, found, rows)

@@ -18,9 +18,6 @@ from sail_align.extract.progress import progress
 from sail_align.extract.status import Status
 from sail_align.extract.store import Store
 
-THRESHOLD = 0.85
-"""Of 250 photos through efficientnet-lite0, every one cropped to 95 % or mirrored, and 94 % of those saved again as
-JPEG of quality 60, are above it; of 3 million pairs of other photos only one, of the same scene a moment later."""
 SHOWN = 20
 """Pairs that a reader sees."""
 TRAIN_ROWS = 2_048

@@ -97,7 +97,7 @@ def test_a_file_of_another_form_is_a_finding(photos, typed):
 
 def test_lists_that_a_manifest_refers_to_are_looked_up(photos, typed):
     content = yaml.safe_load(PHOTOS)
-    content["task"]["templates"] = "open_clip:imagenet-80"
+    content["task"] = {"kind": "classification", "templates": "open_clip:imagenet-80"}
     photos.write_text(yaml.safe_dump(content))
     assert "  ok   80 templates (open_clip:imagenet-80)\n" in typed("check", str(photos))[1]
     content["task"]["templates"] = "open_clip:imagenet-81"
