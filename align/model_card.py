@@ -8,10 +8,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sail_align.align.checkpoint import Run
 from sail_align.align.records import damaged, read_json
+from sail_align.align.table import interval, number
 from sail_align.extract.encoders.base import Identity
 
 _TASK = "zero-shot-image-classification"
 """The hub's word for models that compare pictures with texts."""
+
+_TASKS = {"classification": _TASK, "segmentation": "image-segmentation"}
+"""The hub's words for what is scored; it has none for the others, which keep ours."""
 
 Record = dict[str, Any]
 
@@ -77,17 +81,18 @@ def _scores(scores: Sequence[Record]) -> str:
         (
             record["title"],
             metric["label"],
-            f"{metric['value']:.1f}",
-            "{:.1f} – {:.1f}".format(*metric["interval"]),
-            f"{metric['chance']:.1f}",
+            number(metric["value"]),
+            interval(metric["interval"], metric["value"]),
+            number(metric["chance"]),
             f"{record['items']:,}",
             f"`{record['protocol']}`",
         )
         for record in scores
         for metric in record["metrics"]
     ]
-    head = ("data", "metric", "%", "95 % interval", "chance", "items", "protocol")
-    return f"## Scores\n\nZero-shot, by `sail-eval`.\n\n{_table(head, rows)}"
+    head = ("data", "metric", "score", "95 % interval", "chance", "items", "protocol")
+    about = "Zero-shot, by `sail-eval`; in per cent, but for ranks, which count from 1."
+    return f"## Scores\n\n{about}\n\n{_table(head, rows)}"
 
 
 def _origin(run: Run) -> str:
@@ -110,13 +115,14 @@ def _origin(run: Run) -> str:
 
 def _settings(run: Run) -> str:
     skipped = {"imported", "stores", "store_digests", "features_digests", "image_encoder", "text_encoder"}
-    chosen = [(name, _words(value)) for name, value in run.settings.items() if name not in skipped]
+    chosen = [(name, _words(value)) for name, value in run.settings.items() if not (name in skipped or value is None)]
     return f"## Settings\n\n{_table(('setting', 'value'), chosen)}"
 
 
 def _result(record: Record, metric: dict[str, Any]) -> EvalResult:
+    task: str = record["task"]
     return EvalResult(
-        task_type=_TASK,
+        task_type=_TASKS.get(task, task),
         dataset_type=record["dataset"],
         dataset_name=record["title"],
         metric_type=metric["name"],

@@ -198,12 +198,14 @@ def compare(
     the smaller share of draws on either side of no difference.
     """
     from sail_align.evaluate.compare import compare_runs
+    from sail_align.evaluate.scores import named, read_scores
     from sail_align.evaluate.table import difference_table
 
     if len(runs) < 2:
         raise UserError(f"One run cannot be compared; name another beside {runs[0]}.")
     for comparison in compare_runs(runs):
-        typer.echo(f"first: {runs[0]}, second: {comparison.run}\n{difference_table(comparison)}")
+        first, second = (named(str(run), read_scores(run)) for run in (runs[0], comparison.run))
+        typer.echo(f"first: {first}, second: {second}\n{difference_table(comparison)}")
 
 
 def _chosen(run: Path | None, model: str | None, device: str) -> "Run":

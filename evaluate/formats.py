@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-from sail_align.align.table import markdown_table
+from sail_align.align.table import markdown_table, number
 from sail_align.evaluate.overview import Overview, Panel, Row, ScoredRun, records_by_key
 from sail_align.evaluate.reported import reported
 from sail_align.evaluate.scores import Record, unexpected
-from sail_align.evaluate.table import aligned, number
+from sail_align.evaluate.table import aligned
 
 REPORTED = "reported by the paper, not measured here"
 HOW_TO_READ = "Per cent; ± is half of the 95 % bootstrap interval."

@@ -11,7 +11,7 @@ from string import ascii_lowercase
 from typing import Any, Literal
 
 from sail_align.evaluate.reported import reported
-from sail_align.evaluate.scores import Record, read_scores, unexpected
+from sail_align.evaluate.scores import Record, named, read_scores, unexpected
 
 HEADLINES = {
     "classification": ("top1",),
@@ -181,9 +181,7 @@ def _panel(columns: Sequence[Column], runs: Sequence[ScoredRun], scored: dict[Ke
     for place, run in enumerate(runs):
         found = [metric_of(scored[key_of(column.record)][place], column.metric["name"]) for column in columns]
         cells = [(metric["value"], metric.get("interval")) if metric else (None, None) for metric in found]
-        unfinished = run.scores["run"].get("unfinished")
-        name = f"{run.name} ({unfinished})" if unfinished else run.name
-        rows.append(Row(name, "run", style_of(place), cells))
+        rows.append(Row(named(run.name, run.scores), "run", style_of(place), cells))
     for model in reported():
         cells = [(model.score(column.record, column.metric["name"]), None) for column in columns]
         rows.append(Row(model.name, "reported", "reported", cells, model.source))

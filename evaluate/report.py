@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sail_align.align.records import read_json
+from sail_align.align.table import interval, number
 from sail_align.evaluate.about_run import flat, summary, training_curves
 from sail_align.evaluate.bars import score_bar
 from sail_align.evaluate.formats import HOW_TO_READ, REPORTED, cells, comma_separated, latex, markdown
@@ -26,7 +27,6 @@ from sail_align.evaluate.overview import (
 )
 from sail_align.evaluate.radar import marker, radar_chart
 from sail_align.evaluate.scores import Record, examples_path, unexpected
-from sail_align.evaluate.table import interval, number
 from sail_align.extract.files import write_atomically
 
 TASKS = {

@@ -109,6 +109,12 @@ def unfinished(run: "Run") -> str:
     return "" if run.finished else f"unfinished: step {run.step:,} of {run.settings['steps']:,}"
 
 
+def named(name: str, scores: dict[str, Any]) -> str:
+    """Return a run's name, with how far it was when it was scored if that was not its end."""
+    unfinished = scores["run"].get("unfinished")
+    return f"{name} ({unfinished})" if unfinished else name
+
+
 def read_scores(run: Path) -> dict[str, Any]:
     """Read the `scores.json` of a run.
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from sail_align.align.table import interval, number
 from sail_align.evaluate.scores import Record, unexpected
 
 if TYPE_CHECKING:
@@ -11,19 +12,6 @@ if TYPE_CHECKING:
 HEADER = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
 DIFFERENCE_HEADER = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
 TO_THE_LEFT = {"task", "metric"}
-
-
-def number(percent: float, *, beside: float | None = None) -> str:
-    """Return a percentage with one digit; small ones keep two, so that chance does not read as none.
-
-    What stands `beside` another number, as an interval does, gets as many digits as that one.
-    """
-    return f"{percent:.2f}" if 0 < (percent if beside is None else beside) < 0.995 else f"{percent:.1f}"
-
-
-def interval(bounds: Sequence[float] | None, value: float | None = None) -> str:
-    """Return an interval, with the digits of its value; a dash where there is none."""
-    return " – ".join(number(bound, beside=value) for bound in bounds) if bounds else "–"
 
 
 def score_table(records: Iterable[Record]) -> str:
@@ -52,11 +40,12 @@ def difference_table(comparison: "Comparison") -> str:
     rows: list[tuple[str, ...]] = []
     said = ""
     for each in comparison.differences:
-        values = (number(each.first), number(each.second), f"{each.second - each.first:+.1f}")
+        difference = each.second - each.first
+        values = (number(each.first), number(each.second), number(difference, sign="+"))
         lower_is_better = " (less is better)" if each.unit == "rank" else ""
         name = each.dataset if each.protocol != said else ""
-        low, high = each.interval
-        rows.append((name, each.label + lower_is_better, *values, f"{low:+.1f} – {high:+.1f}", f"{each.p:.3f}"))
+        bounds = interval(each.interval, difference, sign="+")
+        rows.append((name, each.label + lower_is_better, *values, bounds, f"{each.p:.3f}"))
         said = each.protocol
     return "\n".join([aligned(DIFFERENCE_HEADER, rows), *comparison.refusals])
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from sail_align.align import pretrained
 from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
+from sail_align.align.model_card import model_card
 from sail_align.align.records import record_digest
 from sail_align.evaluate.cli import app as evaluation
 from sail_align.extract.encoders.base import EncoderChangedError
@@ -122,6 +123,17 @@ def test_the_card_has_scores_and_where_they_come_from(run, tmp_path):
     for fact in (loaded.digest, loaded.image.spec.fingerprint, loaded.text.spec.fingerprint, "c" * 64, "photos.zarr"):
         assert fact in card.text
     assert f"| Noise of holiday | {metrics[0]['label']} | {metrics[0]['value']:.1f} |" in card.text
+    assert {result.task_type for result in card.data.eval_results} == {"retrieval"}
+    assert "| data | metric | score | 95 % interval | chance |" in card.text
+    assert "None" not in card.text
+
+
+def test_the_card_writes_small_chances_as_the_score_tables_do(run):
+    metric = {"name": "r1", "label": "R@1", "value": 12.04, "interval": [9.96, 15.0], "chance": 2 / 3}
+    record = {"dataset": "x", "title": "X", "task": "segmentation", "protocol": "p", "items": 150, "metrics": [metric]}
+    card = model_card(load_run(run), [record], "mit")
+    assert "| X | R@1 | 12.0 | 10.0 – 15.0 | 0.67 | 150 | `p` |" in card
+    assert "type: image-segmentation" in card
 
 
 def test_scores_of_other_weights_do_not_go_along(run, encoders, tmp_path):

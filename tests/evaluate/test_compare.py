@@ -1,14 +1,18 @@
 """Runs beside each other: the same items drawn for both, and never another protocol's."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from sail_align.align.resampling import weighted_mean
-from sail_align.evaluate.compare import compare_runs, paired_difference
+from sail_align.evaluate.cli import app
+from sail_align.evaluate.compare import Comparison, Difference, compare_runs, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.outcomes import load_outcomes
 from sail_align.evaluate.results import Measure
@@ -104,8 +108,31 @@ def test_differences_of_all_sets_that_both_runs_scored(two_runs):
     assert comparison.refusals == []
     table = difference_table(comparison)
     assert table.splitlines()[0].split()[:4] == ["data", "set", "metric", "first"]
-    assert "-66.7" in table
+    assert "−66.7" in table
     assert "(less is better)" in table
+
+
+def test_a_difference_has_a_true_minus_and_none_at_nothing():
+    drawn = (-3.04, -0.26), (-1.2, 0.04), (-0.04, 1.0)
+    found = [
+        Difference("x", "p", "top-1", "%", 50.0, 50.0 + by, bounds, 0.5)
+        for by, bounds in zip((-1.6, -0.004, 0.0), drawn, strict=True)
+    ]
+    lines = difference_table(Comparison(Path("b"), found, [])).splitlines()[2:]
+    assert [re.split(r"\s{2,}", line.strip())[-3:-1] for line in lines] == [
+        ["−1.6", "−3.0 – −0.3"],
+        ["+0.00", "−1.20 – +0.04"],
+        ["+0.0", "+0.0 – +1.0"],
+    ]
+
+
+def test_an_unfinished_run_is_said_to_be_so(two_runs):
+    run, other, _, _ = two_runs
+    path = other.path / "scores.json"
+    scores = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**scores, "run": {**scores["run"], "unfinished": "unfinished: step 84 of 139"}}))
+    output = CliRunner().invoke(app, ["compare", str(run.path), str(other.path)]).output
+    assert output.startswith(f"first: {run.path}, second: {other.path} (unfinished: step 84 of 139)\n")
 
 
 def test_another_protocol_is_not_compared(two_runs):
