@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,8 @@ def measure(
         Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
     ],
     rows: Annotated[
-        int, typer.Option(min=100, max=100_000, help="Rows to look at, drawn in stretches of 256.")
+        int,
+        typer.Option(min=100, max=100_000, help="Rows to look at, about: they are drawn in whole stretches of 256."),
     ] = 8_192,
     neighbours: Annotated[int, typer.Option(min=1, max=1_000, help="k of the mutual k-NN.")] = 10,
     held_out: Annotated[
@@ -34,17 +35,17 @@ def measure(
     from sail_align.extract.store import Store
 
     opened = Store.open(store)
-    asked = {"rows": rows, "neighbours": neighbours, "held_out": held_out, "seed": seed}
-    measures = list(measuring.measure(opened, rows=rows, neighbours=neighbours, held_out=held_out, seed=seed))
+    asked: dict[str, Any] = {"neighbours": neighbours, "held_out": held_out, "seed": seed}
+    measures = list(measuring.measure(opened, rows=rows, **asked))
     typer.echo(measuring.table(measures))
-    count = measures[0].held_out
+    drawn, count = measures[0].drawn, measures[0].held_out
     typer.echo(
-        f"{min(rows, opened.rows):,} of {opened.rows:,} rows, seed {seed}. Mutual k-NN: share of the {neighbours} "
+        f"{drawn:,} of {opened.rows:,} rows, seed {seed}. Mutual k-NN: share of the {neighbours} "
         "nearest rows that image and text have in common. CKA: linear, unbiased HSIC; 0 is chance. Both by cosine. "
         f"CCA: closed form of the others, R@1 in % on {count:,} held-out pairs, with a 95 % bootstrap interval."
     )
     if out:
-        content = measuring.report(opened, measures, **asked)
+        content = measuring.report(opened, measures, rows=drawn, **asked)
         try:
             write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
         except OSError as problem:

@@ -30,12 +30,14 @@ HEADER = ("image", "text", "caption", "rows", "mutual k-NN (chance)", "CKA", "CC
 class Measure:
     """One image encoder with one caption of one text encoder; recall and its interval in percent.
 
-    `mutual_knn` and `cka` are over all `rows`; the closed form is computed from those that are not held out.
+    `rows` are those of the `drawn` ones that both sides have. `mutual_knn` and `cka` are over all `rows`; the closed
+    form is computed from those that are not held out.
     """
 
     image: str
     text: str
     caption: str
+    drawn: int
     rows: int
     mutual_knn: float
     mutual_knn_chance: float
@@ -57,7 +59,7 @@ class Sample:
 
     @classmethod
     def draw(cls, store: Store, rows: int, seed: int) -> "Sample":
-        """Draw about `rows` rows; all of a store that has no more."""
+        """Draw about `rows` rows, in whole stretches; all of a store that has no more."""
         starts = np.arange(0, store.rows, SPAN_ROWS)
         count = min(len(starts), -(-rows // SPAN_ROWS))
         chosen = np.sort(np.random.default_rng(seed).permutation(starts)[:count]).tolist()
@@ -75,7 +77,7 @@ def measure(store: Store, *, rows: int, neighbours: int, held_out: float, seed: 
 
     Args:
         store: It need not be complete: rows that are not there are left out.
-        rows: Of the sample.
+        rows: Of the sample, about: see `Measure.drawn`.
         neighbours: k of the mutual k-NN.
         held_out: Fraction of the sample to score the closed form on. Where the sample is the whole store, they are the
             rows that `sail-align fit --held-out` keeps out too.
@@ -102,7 +104,7 @@ def measure(store: Store, *, rows: int, neighbours: int, held_out: float, seed: 
             if not all(np.isfinite(side).all() for side in sides):
                 raise not_finite([store])
             found = _measure(*sides, sample.hashes[both], neighbours, held_out)
-            yield Measure(image, text, caption, **found)
+            yield Measure(image, text, caption, len(both), **found)
 
 
 def _measure(
@@ -167,7 +169,7 @@ def table(measures: Sequence[Measure]) -> str:
 
 
 def report(store: Store, measures: Sequence[Measure], **asked: Any) -> dict[str, Any]:
-    """Return the measures as JSON-able data, with what was asked for and the store they are of."""
+    """Return the measures as JSON-able data, with how they were asked for and the store they are of."""
     about = {"format": FORMAT, "protocol": "measure-1", "store": str(store.path), "store_digest": store.digest}
     return {**about, **asked, "measures": [asdict(each) for each in measures]}
 

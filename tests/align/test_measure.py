@@ -97,6 +97,18 @@ def test_the_command_prints_a_table_and_writes_json(make_store, tmp_path):
     assert content["measures"][0]["rows"] == 300
 
 
+def test_what_was_looked_at_is_said_where_whole_stretches_are_not_what_was_asked_for(make_store, tmp_path):
+    path = make_store("photos", rows=600)
+    result = typed("measure", path, "--rows", 300, "--out", tmp_path / "measure.json")
+    _, _, line, about, *_ = result.output.splitlines()
+    content = json.loads((tmp_path / "measure.json").read_text())
+    drawn = content["rows"]
+    assert drawn in (512, 256 + 600 % 256)
+    assert about.startswith(f"{drawn} of 600 rows, seed 0.")
+    assert f" {drawn} |" in line
+    assert (content["measures"][0]["drawn"], content["measures"][0]["rows"]) == (drawn, drawn)
+
+
 def test_what_cannot_be_measured_is_a_sentence(make_store):
     few = typed("measure", make_store("few", rows=40)).exception
     assert isinstance(few, UserError)
