@@ -42,10 +42,9 @@ class Protocol:
         return "/".join([self.name, data.manifest.name, *self._split(data.manifest), *self.parts(data)])
 
     def variant(self, manifest: Manifest, name: str) -> Manifest:
-        """Return a manifest under another protocol. Raises `UserError` if there is none of that name."""
+        """Return a manifest under another protocol. Raises `ValueError` if there is none of that name."""
         if name not in self.variants or manifest.task is None:
-            known = ", ".join(self.variants) or "none"
-            raise UserError(f"{manifest.name} has no protocol {name!r} to be scored by; there are: {known}.")
+            raise ValueError(f"{manifest.name} has no protocol {name!r}")
         return manifest.model_copy(update={"task": manifest.task.model_copy(update=dict(self.variants[name]))})
 
     @staticmethod
