@@ -3,22 +3,22 @@
 import hashlib
 import json
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import FsspecStore, MemoryStore
 
+from sail_align.extract.arrays import array_metadata, open_array, shard_bytes
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import broken, canonical_json, file_digest, is_remote, remove_leftovers, write_atomically
 from sail_align.extract.leases import Lease
 from sail_align.extract.mapped import MappedChunks, can_map
 from sail_align.extract.status import Status
+
+if TYPE_CHECKING:
+    import zarr
 
 
 class FeatureArray:
@@ -30,8 +30,8 @@ class FeatureArray:
         self._store = store
         self._folder = store / path
         self._commits = store / "commits" / path
-        self._features = _open(self._folder / "features")
-        self._status = _open(self._folder / "status")
+        self._features = open_array(self._folder / "features")
+        self._status = open_array(self._folder / "status")
         self.rows, self.dim = self._features.shape
         self.shard_rows, _ = self._features.shards or self._features.chunks
         self.chunk_rows, _ = self._features.chunks
@@ -43,24 +43,14 @@ class FeatureArray:
 
     @staticmethod
     def create(folder: Path, rows: int, dim: int, shard_rows: int, chunk_rows: int) -> None:
-        """Lay out an empty array: raw, uncompressed, little-endian, so that a local reader can map it."""
+        """Lay out empty arrays, of features and of statuses."""
         kinds: list[tuple[str, tuple[int, ...], str, float]] = [
             ("features", (dim,), "float16", float("nan")),
             ("status", (), "uint8", Status.PENDING),
         ]
         for name, width, dtype, fill_value in kinds:
-            memory: dict[str, Buffer] = {}
-            zarr.create_array(
-                MemoryStore(memory),
-                shape=(rows, *width),
-                shards=(shard_rows, *width),
-                chunks=(chunk_rows, *width),
-                dtype=dtype,
-                fill_value=fill_value,
-                compressors=None,
-                filters=None,
-            )
-            write_atomically(folder / name / "zarr.json", memory["zarr.json"].to_bytes())
+            content = array_metadata((rows, *width), (shard_rows, *width), (chunk_rows, *width), dtype, fill_value)
+            write_atomically(folder / name / "zarr.json", content)
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -205,8 +195,8 @@ class FeatureArray:
         if features.shape != (stop - start, self.dim) or status.shape != (stop - start,):
             raise ValueError(f"shard {shard} has shape {(stop - start, self.dim)}, not {features.shape}")
         contents = {
-            "features": _shard_bytes(self._features, slice(start, stop), features),
-            "status": _shard_bytes(self._status, slice(start, stop), status),
+            "features": shard_bytes(self._features, slice(start, stop), features),
+            "status": shard_bytes(self._status, slice(start, stop), status),
         }
         values, counts = np.unique(status, return_counts=True)
         marker = {
@@ -267,34 +257,6 @@ def read_identity(node: Path) -> Identity:
             f"{path} is damaged: its fingerprint is another encoder's; restore it, or make the store again."
         )
     return identity
-
-
-def _open(folder: Path) -> "zarr.Array[Any]":
-    """Open an array for reading: a local one is decoded by zarrs, which is quicker, where that is installed.
-
-    Raises:
-        UserError: Its zarr.json is not there, or cannot be read.
-    """
-    try:
-        if is_remote(folder):
-            options = dict(getattr(folder, "storage_options", {}))
-            return zarr.open_array(FsspecStore.from_url(str(folder), storage_options=options, read_only=True), mode="r")
-        pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
-        with zarr.config.set(pipeline):
-            return zarr.open_array(folder, mode="r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise broken(folder / "zarr.json", problem) from problem
-
-
-def _shard_bytes(array: "zarr.Array[Any]", rows: slice, values: NDArray[Any]) -> memoryview | None:
-    """Return the file of one shard as zarr would write it; None where it would leave out one of fill values only.
-
-    zarr's own writing would merge with a file that is there, and leave temporary files of random names when killed.
-    """
-    memory: dict[str, Buffer] = array.metadata.to_buffer_dict(default_buffer_prototype())
-    zarr.open_array(MemoryStore(memory), mode="r+")[rows] = values
-    shards = [buffer for name, buffer in memory.items() if name != "zarr.json"]
-    return shards[0].as_numpy_array().data if shards else None
 
 
 def _digest(content: memoryview | None) -> str | None:

@@ -171,7 +171,7 @@ def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pa
     if zarrs:
         pytest.importorskip("zarrs")
     else:
-        monkeypatch.setattr("sail_align.extract.features.find_spec", lambda _: None)
+        monkeypatch.setattr("sail_align.extract.arrays.find_spec", lambda _: None)
     mapped = epoch(stream_of(pair_of_stores), 2)
     for path in pair_of_stores:
         compress(path)

@@ -105,7 +105,7 @@ def test_damage_to_an_array_that_is_decoded_is_said_and_not_read_as_fill_values(
     if zarrs:
         pytest.importorskip("zarrs")
     else:
-        monkeypatch.setattr("sail_align.extract.features.find_spec", lambda _: None)
+        monkeypatch.setattr("sail_align.extract.arrays.find_spec", lambda _: None)
     values, _ = array.read()
     folder = array._folder / "features"
     shutil.rmtree(folder)
