@@ -24,9 +24,9 @@ class StreamState(NamedTuple):
 class Order:
     """The order of the served rows of all stores, known by their numbers in disk order, 0 … rows − 1.
 
-    An epoch permutes the chunks of all stores and cuts them into buffers of about `buffer_rows` rows, whose rows are
-    permuted: every row comes once, and no chunk is needed for longer than its buffer lasts. What an epoch leaves behind
-    its last full batch is dropped; the next epoch leaves other rows.
+    An epoch permutes the chunks of all stores and cuts them into buffers of about `buffer_rows` rows (the first: half
+    as many), whose rows are permuted: every row comes once, and no chunk is needed for longer than its buffer lasts.
+    What an epoch leaves behind its last full batch is dropped; the next epoch leaves other rows.
     """
 
     def __init__(self, counts: Numbers, *, batch_size: int, seed: int, buffer_rows: int):
@@ -99,8 +99,10 @@ class Order:
     def _cut_buffers(self, epoch: int) -> tuple[list[Numbers], Numbers]:
         """Return the chunks of each buffer of an epoch, and how many rows the buffers up to each have together."""
         order = self.random(epoch, 0).permutation(len(self.starts) - 1)
-        ends = np.cumsum(np.diff(self.starts)[order])
-        buffer_of = (ends - np.diff(self.starts)[order]) // self._buffer_rows
+        counts = np.diff(self.starts)[order]
+        ends = np.cumsum(counts)
+        # The first is half as large: an epoch's first batch then waits for half as much of the disk.
+        buffer_of = (ends - counts + self._buffer_rows // 2) // self._buffer_rows
         lasts = np.flatnonzero(np.diff(buffer_of, append=-1))
         return np.split(order, lasts[:-1] + 1), ends[lasts]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sail_align.align.captions import CaptionPolicy
 from sail_align.align.data import Half, Pairs, Rows
+from sail_align.align.gather import take_rows
 from sail_align.align.order import Numbers, Order, StreamState
 
 BUFFER_ROWS = 131_072
@@ -24,6 +25,9 @@ PREFETCH = 2
 
 GATHER_THREADS = 2
 BLOCK_ROWS = 8_192
+
+CAPTIONS = 1 << 16
+"""More than a store has: chunk × CAPTIONS + caption is one number for both."""
 
 
 class Batch(NamedTuple):
@@ -106,6 +110,7 @@ class Stream:
             while len(pending) < PREFETCH:
                 batch = buffers[0]
                 filling = self._producer.submit(self._fill, batch, state)
+                self._producer.submit(self._look_ahead, state)  # where it fails, so does the batch that it looks for
                 state = self._order.following(state)
                 pending.append((filling, batch, state))
                 buffers = [*buffers[1:], batch]
@@ -147,20 +152,21 @@ class Stream:
         return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
 
     def _fill(self, batch: Batch, state: StreamState) -> list[Future[None]]:
-        """Begin to copy this rank's part of a batch, and have the disk go on with what comes behind it."""
-        chunks = self._chunks_of(state)
-        self._expect(chunks)  # of the first batch: the others' were asked for before
+        """Begin to copy this rank's part of a batch."""
         if self._decoded:
             wait(self._copies)  # of the batch before: they use what is decoded
             buffered = self._order.buffered(state)
             self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
         self._copies = self._gather(batch, self._numbers(state), self._draw(state))
+        return self._copies
+
+    def _look_ahead(self, state: StreamState) -> None:
+        """Have the disk go on with what comes behind a batch: all of the next, and its share of the next buffer."""
         later, share = self._order.in_next_buffer(state)
         in_next_buffer = self._chunks_of(later)
         ahead = [*self._chunks_of(self._order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
         self._expect(ahead)
-        self._expected = {*chunks, *ahead}
-        return self._copies
+        self._expected = {*self._chunks_of(state), *ahead}
 
     def _draw(self, state: StreamState) -> Numbers | None:
         """Return the captions of this rank's rows of a batch, (positives, rows); None where all are served.
@@ -194,23 +200,39 @@ class Stream:
     def _gather(self, batch: Batch, numbers: Numbers, drawn: Numbers | None = None) -> list[Future[None]]:
         """Begin to copy the rows of these numbers, which rise, with all captions or those drawn (K, N), to a batch."""
         pieces = self._order.pieces(numbers)
+        chunks = [chunk for chunk, _, _ in pieces]
+        of = np.repeat(np.arange(len(pieces)), [stop - start for _, start, stop in pieces])
+        rows = self._rows_within(chunks, of, numbers)
         images, texts = batch.images.numpy(), batch.texts.numpy()
 
-        def copy(pieces: list[tuple[int, int, int]]) -> None:
-            for chunk, start, stop in pieces:
-                rows = np.flatnonzero(self._served[chunk])[numbers[start:stop] - self._order.starts[chunk]]
-                # Mode "clip" writes straight into `out`; the rows are in range.
-                self._chunk(chunk, 0).take(rows, axis=0, out=images[start:stop], mode="clip")
-                for slot, out in enumerate(texts[:, start:stop]):
-                    if drawn is None:
-                        self._chunk(chunk, slot + 1).take(rows, axis=0, out=out, mode="clip")
-                    else:
-                        for caption in np.unique(drawn[slot, start:stop]):
-                            places = np.flatnonzero(drawn[slot, start:stop] == caption)
-                            out[places] = self._chunk(chunk, int(caption) + 1)[rows[places]]
+        def copy(part: slice) -> None:
+            span = slice(pieces[part][0][1], pieces[part][-1][2])
+            within = of[span] - part.start
+            take_rows([self._chunk(chunk, 0) for chunk in chunks[part]], within, rows[span], images[span])
+            for slot, text in enumerate(texts):
+                if drawn is None:
+                    parts, its = [self._chunk(chunk, slot + 1) for chunk in chunks[part]], within
+                else:
+                    found, its = np.unique(within * CAPTIONS + drawn[slot, span], return_inverse=True)
+                    parts = [self._chunk(chunks[part][at // CAPTIONS], at % CAPTIONS + 1) for at in found.tolist()]
+                take_rows(parts, its, rows[span], text[span])
 
         step = -(-len(pieces) // (4 * GATHER_THREADS))
-        return [self._gatherers.submit(copy, pieces[at : at + step]) for at in range(0, len(pieces), step)]
+        copies = []
+        for part in (slice(at, at + step) for at in range(0, len(pieces), step)):
+            self._expect(chunks[part])
+            copies.append(self._gatherers.submit(copy, part))
+        return copies
+
+    def _rows_within(self, chunks: list[int], of: Numbers, numbers: Numbers) -> Numbers:
+        """Return where in its chunk, `chunks[of[n]]`, the row of each number is: they rise."""
+        masks = [self._served[chunk] for chunk in chunks]
+        starts = self._order.starts[chunks]
+        counts = self._order.starts[np.add(chunks, 1)] - starts
+        first = np.cumsum([0, *counts[:-1]]) - starts  # of a chunk among the rows of all of them that are served
+        begin = np.cumsum([0, *map(len, masks[:-1])])
+        rows: Numbers = np.flatnonzero(np.concatenate(masks))[numbers + first[of]] - begin[of]
+        return rows
 
     def _chunk(self, chunk: int, number: int) -> Half:
         """Return the rows of a chunk of array `number` (the images, then the captions): mapped, or decoded and kept."""

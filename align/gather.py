@@ -1,0 +1,30 @@
+"""Rows gathered out of chunks: by a loop in C, or by NumPy where the package was installed without a C compiler."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from sail_align.align._gather import gather
+except ImportError:
+    gather = None  # type: ignore[assignment]
+
+
+def take_rows(
+    chunks: Sequence[NDArray[Any]], of: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[Any]
+) -> None:
+    """Copy row `rows[n]` of `chunks[of[n]]` to `out[n]`, for all n: chunks (·, …), `of` and `rows` (N,), out (N, …).
+
+    Chunks and `out` are of one dtype, and their rows of one shape.
+
+    Raises:
+        IndexError: A chunk has no such row.
+    """
+    if gather is not None and len(out) and all(each.flags.c_contiguous for each in (*chunks, out)):
+        gather(tuple(chunks), of, rows, out)
+        return
+    for number in np.unique(of).tolist():
+        places = np.flatnonzero(of == number)
+        out[places] = chunks[number][rows[places]]
