@@ -14,7 +14,6 @@ The rate and the random numbers of a step are functions of the settings and of i
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,13 +25,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sail_align.align.model import AlignmentModel, Architecture
-from sail_align.align.records import damaged, is_run, is_whole, read_file, read_json, record_digest, require_run
+from sail_align.align.records import (
+    CHECKPOINT_NAME,
+    damaged,
+    is_run,
+    is_whole,
+    read_file,
+    read_json,
+    record_digest,
+    require_run,
+)
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 
 FORMAT = 2
-_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 Tensors = Mapping[str, Tensor]
 
@@ -108,7 +115,7 @@ def load_run(path: str | Path) -> Run:
     """Load the model that a run saved last, or that of one of its checkpoints, on the CPU.
 
     Args:
-        path: The run's folder, or that of the checkpoint; `Run.path` is the run's in both cases.
+        path: The run's folder, or that of the checkpoint.
 
     Raises:
         UserError: The path is neither, the run has no checkpoint yet, or it is damaged or of another format.
@@ -123,7 +130,7 @@ def load_run(path: str | Path) -> Run:
     restore(checkpoint, model)
     image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
     about = {name: record[name] for name in ("settings", "digest", "step", "finished", "architecture")}
-    return Run(path.parents[1] if is_whole(path) else path, model.eval(), image, text, **about)
+    return Run(path, model.eval(), image, text, **about)
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -150,7 +157,7 @@ def checkpoint_folders(run: Path, kind: str = "step") -> list[Path]:
 
 def begun_folders(run: Path, kind: str = "*") -> list[Path]:
     """Return the folders of a run's checkpoints, whole or not. What else lies there, such as a copy, is none."""
-    return [path for path in (run / "checkpoints").glob(f"{kind}-*") if _NAME.fullmatch(path.name)]
+    return [path for path in (run / "checkpoints").glob(f"{kind}-*") if CHECKPOINT_NAME.fullmatch(path.name)]
 
 
 def step_of(folder: Path) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.align.records import require_run
+from sail_align.align.records import require_run, run_of
 from sail_align.extract.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,4 +125,4 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
             )
     write_hub_folder(run, folder, model_card(run, scores, licence))
     typer.echo(f"wrote {folder}: heads, config and a model card with {len(scores)} scored sets")
-    typer.echo(f"Next: hf upload <owner>/{run.path.resolve().name} {folder}")
+    typer.echo(f"Next: hf upload <owner>/{run_of(run.path).resolve().name} {folder}")

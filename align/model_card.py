@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sail_align.align.checkpoint import Run
-from sail_align.align.records import damaged, read_json
+from sail_align.align.records import damaged, read_json, run_of, scores_folder
 from sail_align.align.table import interval, number
 from sail_align.extract.encoders.base import Identity
 
@@ -26,7 +26,7 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
     Raises:
         UserError: The file is damaged.
     """
-    path, remedy = run.path / "scores.json", "remove it and score the run again with `sail-eval`"
+    path, remedy = scores_folder(run.path) / "scores.json", "remove it and score the run again with `sail-eval`"
     if not path.is_file():
         return [], False
     scores = read_json(path, remedy)
@@ -40,7 +40,7 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
 
 def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
     """Return a README.md with its metadata; what the encoders, the data and the numbers are, by their digests."""
-    name = run.path.resolve().name
+    name = run_of(run.path).resolve().name
     about = ModelCardData(
         license=licence,
         library_name="sail-align",

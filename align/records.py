@@ -5,6 +5,7 @@ A `remedy` says what to do about damage, as the end of that sentence.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.files import canonical_json
 
 BEGIN_AGAIN = "restore it, or begin again with another --out"
+CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
 def is_run(path: Path) -> bool:
@@ -29,6 +31,30 @@ def require_run(path: Path) -> None:
     """Raise `UserError` if a folder is neither a run nor a checkpoint."""
     if not is_run(path) and not is_whole(path):
         raise UserError(f"{path} is not a run; make one with `sail-align fit`.")
+
+
+def run_of(path: Path) -> Path:
+    """Return the run that a checkpoint is one of, also one that the run has removed; of any other path, itself."""
+    for each in (path, path.resolve()):
+        if each.parent.name in ("checkpoints", "scores") and is_run(each.parents[1]):
+            return each.parents[1]
+    return path
+
+
+def name_of(path: Path) -> str:
+    """Return a run's name, or that of one of its checkpoints: `photos-glu, step 84`."""
+    run = run_of(path)
+    name, folder = run.resolve().name, path.resolve().name
+    if run == path:
+        return name
+    found = CHECKPOINT_NAME.fullmatch(folder)
+    return f"{name}, step {int(found[2]):,}" if found else f"{name}, {folder}"
+
+
+def scores_folder(path: Path) -> Path:
+    """Return where scores are: a run's in its folder, a checkpoint's in its run's `scores/`, where they outlive it."""
+    run = run_of(path)
+    return path if run == path else run / "scores" / path.resolve().name
 
 
 def read_file(path: Path, remedy: str) -> bytes:

@@ -1,7 +1,7 @@
 """sail-eval: score a run zero-shot, with chance and a 95 % interval beside every number.
 
 Evaluation sets are encoded once, with the run's own encoders, into features/eval/; scores go to RUN/scores.json, a page
-with pictures to RUN/report.html.
+with pictures to RUN/report.html; those of a named checkpoint to RUN/scores/.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.align.records import require_run
+from sail_align.align.records import is_run, require_run, run_of
 from sail_align.evaluate.cli_clip_benchmark import ANY_OPTION, clip_benchmark
 from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.memory import wait_without_spinning
@@ -39,7 +39,10 @@ VARIANTS = {
 ENDINGS = (".html", ".md", ".tex", ".csv")
 """Of the files that `report --out` writes."""
 
-RunPath = Annotated[Path | None, typer.Option("--run", help="A run of sail-align.  [default: the newest in runs/]")]
+RunPath = Annotated[
+    Path | None,
+    typer.Option("--run", help="A run of sail-align, or RUN/checkpoints/STEP.  [default: the newest in runs/]"),
+]
 ModelName = Annotated[
     str | None,
     typer.Option(
@@ -149,7 +152,9 @@ app.command("clip-benchmark", context_settings=ANY_OPTION)(clip_benchmark)
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs with scores.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Runs, or checkpoints of them, with scores.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -190,7 +195,10 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_A RUN_B…", help="Runs with scores.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_A RUN_B…", help="Runs, or checkpoints of them, with scores.", show_default=False),
+    ],
 ) -> None:
     """Compare runs with the first, item by item, where set and protocol are the same.
 
@@ -218,6 +226,8 @@ def _chosen(run: Path | None, model: str | None, device: str) -> "Run":
         return comparison(model, device=device)
     if run:
         require_run(run)
+        if not is_run(run_of(run)):
+            raise UserError(f"{run} is a checkpoint away from its run; put it back into that run's checkpoints/.")
     from sail_align.align.checkpoint import load_run, newest_run
 
     return load_run(run or newest_run())

@@ -9,7 +9,7 @@ from sail_align.align.checkpoint import Run
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.encoders import Encoders, RunError
 from sail_align.evaluate.outcomes import save_outcomes
-from sail_align.evaluate.scores import Record, error_record, examples_path, merge_score, score_record
+from sail_align.evaluate.scores import Record, error_record, examples_path, merge_score, open_scores, score_record
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.evaluate.tasks.base import TooSmallError
 from sail_align.extract.errors import UserError, WorkersFailedError
@@ -33,7 +33,7 @@ def evaluate_sets(
     A set that is too small for its task is left out with a word on it, and is no fault.
 
     Args:
-        run: The run; its `scores.json` and `examples/` are updated after each set.
+        run: The run, or one of its checkpoints; its scores and examples are updated after each set.
         sets: Evaluation manifests, each with the data root its files lie under.
         features: Folder of stores; the evaluation sets' go into its `eval/`.
         device: Where encoders and heads compute.
@@ -46,6 +46,7 @@ def evaluate_sets(
         RunError: The run's encoders cannot be loaded, or its heads have diverged.
     """
     encoders = Encoders(run, device)
+    open_scores(run)
     for manifest, root in sets:
         started = time.monotonic()
         try:

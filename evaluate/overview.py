@@ -10,6 +10,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, Literal
 
+from sail_align.align.records import name_of, scores_folder
 from sail_align.evaluate.reported import reported
 from sail_align.evaluate.scores import Record, named, read_scores, unexpected
 
@@ -107,8 +108,8 @@ def read_runs(paths: Sequence[Path]) -> list[ScoredRun]:
     Raises:
         UserError: A run has no scores.
     """
-    paths = list({path.resolve(): path for path in paths}.values())
-    names = [path.resolve().name for path in paths]
+    paths = list({scores_folder(path).resolve(): path for path in paths}.values())
+    names = [name_of(path) for path in paths]
     return [
         ScoredRun(path, name if names.count(name) == 1 else str(path), read_scores(path))
         for path, name in zip(paths, names, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sail_align.align.records import read_json
+from sail_align.align.records import read_json, run_of, scores_folder
 from sail_align.align.table import interval, number
 from sail_align.evaluate.about_run import flat, summary, training_curves
 from sail_align.evaluate.bars import score_bar
@@ -86,7 +86,7 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: The run has no scores.
     """
-    path = run / "report.html"
+    path = scores_folder(run) / "report.html"
     write_atomically(path, page(read_runs([run])).encode())
     return path
 
@@ -120,14 +120,14 @@ def page(runs: Sequence[ScoredRun]) -> str:
     )
     pages.filters.update(number=number, interval=interval, unexpected=unexpected, short=lambda digest: digest[:12])
     shown = overview(runs)
-    settings = [read_json(run.path / "settings.json", "name a run's folder") for run in runs]
+    settings = [read_json(run_of(run.path) / "settings.json", "name a run's folder") for run in runs]
     about: list[dict[str, Any]] = [
         {
             "name": run.name,
             "style": style_of(place),
             "summary": summary(run.scores, own),
             "settings": flat(own),
-            "curves": training_curves(run.path),
+            "curves": training_curves(run_of(run.path)),
             "records": run.records,
         }
         for place, (run, own) in enumerate(zip(runs, settings, strict=True))

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sail_align.align.records import read_json
+from sail_align.align.records import name_of, read_file, read_json, run_of, scores_folder
 from sail_align.evaluate.results import Result
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
@@ -78,6 +78,17 @@ def unexpected(record: Record) -> str:
     return f"{record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
 
 
+def open_scores(run: "Run") -> None:
+    """Make the folder for the scores of a run.
+
+    Of a checkpoint it gets what its digest covers: the run may remove the checkpoint, and the chain of digests stays.
+    """
+    folder = scores_folder(run.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder != run.path:
+        write_atomically(folder / "checkpoint.json", read_file(run.path / "model.json", "score another checkpoint"))
+
+
 def merge_score(run: "Run", record: Record) -> None:
     """Put a record into the run's `scores.json`, in the place of an older one of the same set and protocol.
 
@@ -87,14 +98,14 @@ def merge_score(run: "Run", record: Record) -> None:
     head = {
         "schema": SCHEMA,
         "run": {
-            "name": run.path.resolve().name,
+            "name": name_of(run.path),
             "digest": run.digest,
             "unfinished": unfinished(run),
         },
         "encoders": {"image": _encoder(run.image), "text": _encoder(run.text)},
     }
     path = scores_path(run.path)
-    with _alone(run.path):
+    with _alone(path.parent):
         older = read_json(path, AGAIN) if path.exists() else {}
         there: list[Record] = older.get("records", [])
         kept = there if _of_same_weights(older, head) else []
@@ -105,8 +116,10 @@ def merge_score(run: "Run", record: Record) -> None:
 
 
 def unfinished(run: "Run") -> str:
-    """Return how far a run is that has not been trained to its end, "" for one that has."""
-    return "" if run.finished else f"unfinished: step {run.step:,} of {run.settings['steps']:,}"
+    """Return how far a run is that has not been trained to its end; "" for one that has, and for a named checkpoint."""
+    if run.finished or run_of(run.path) != run.path:
+        return ""
+    return f"unfinished: step {run.step:,} of {run.settings['steps']:,}"
 
 
 def named(name: str, scores: dict[str, Any]) -> str:
@@ -131,18 +144,18 @@ def read_scores(run: Path) -> dict[str, Any]:
 
 
 def scores_path(run: Path) -> Path:
-    """Return where a run's scores are."""
-    return run / "scores.json"
+    """Return where the scores of a run, or of one of its checkpoints, are."""
+    return scores_folder(run) / "scores.json"
 
 
 def examples_path(run: Path, record: Record) -> Path:
     """Return where the examples of one set under one protocol are, for the report."""
-    return run / "examples" / f"{_file_name(record)}.json"
+    return scores_folder(run) / "examples" / f"{_file_name(record)}.json"
 
 
 def outcomes_path(run: Path, record: Record) -> Path:
     """Return where the outcomes by item of one set under one protocol are, for comparisons."""
-    return run / "outcomes" / f"{_file_name(record)}.safetensors"
+    return scores_folder(run) / "outcomes" / f"{_file_name(record)}.safetensors"
 
 
 @contextmanager

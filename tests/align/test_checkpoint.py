@@ -139,7 +139,7 @@ def test_weights_that_scored_best_between_two_saves_are_kept_and_are_not_gone_on
     assert kept(run) == {"best-00000003": MODEL, "step-00000005": WHOLE}
     assert read_checkpoint(run).record["step"] == 5
     loaded = load_run(run / "checkpoints" / "best-00000003")
-    assert (loaded.path, loaded.step) == (run, 3)
+    assert (loaded.path, loaded.step) == (run / "checkpoints" / "best-00000003", 3)
     assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], best.state_dict()["image_head.out.weight"])
 
 

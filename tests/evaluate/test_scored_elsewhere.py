@@ -1,0 +1,82 @@
+"""What is scored and is no run of its own, a named checkpoint, has scores beside the run's, never in their place."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from small_world import save_run
+from typer.testing import CliRunner
+
+from sail_align.align.checkpoint import checkpoint_folder, discard, last_checkpoint, load_run, write_checkpoint
+from sail_align.align.cli import app as align
+from sail_align.align.model import Architecture
+from sail_align.align.records import record_digest
+from sail_align.evaluate.cli import app
+
+
+@pytest.fixture
+def squares(world):
+    rows = [("red", "red"), ("green", "green"), ("blue", "yellow"), ("pink", "cyan")]
+    return world.class_folders("squares", rows, {"kind": "classification"})
+
+
+@pytest.fixture
+def saved(world, monkeypatch):
+    """A finished run, scored by nobody, whose best checkpoint has other weights."""
+    monkeypatch.chdir(world.folder)
+    run = save_run(Path("runs/glu"), world.run.image, world.run.text)
+    record = json.loads((last_checkpoint(run) / "model.json").read_bytes())
+    about = {name: record[name] for name in ("architecture", "image", "text", "settings")}
+    model = Architecture(**about["architecture"]).build()
+    best = checkpoint_folder(run, 4, "best")
+    write_checkpoint(best, model.state_dict(), {**about, "step": 4, "finished": False, "scores": {"r1": 9.0}}, None)
+    return run, best
+
+
+def typed(*words, program=app):
+    result = CliRunner().invoke(program, [*map(str, words)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def score(manifest, path):
+    return typed("classification", manifest, "--run", path, "--device", "cpu", "--quiet")
+
+
+def test_a_checkpoints_scores_stand_beside_the_runs_and_outlive_it(saved, squares):
+    run, best = saved
+    score(squares, run)
+    before = (run / "scores.json").read_bytes()
+    said = score(squares, best)
+    assert said.startswith(f"scoring {best} on squares\n")
+    assert said.endswith(
+        "wrote runs/glu/scores/best-00000004/scores.json and runs/glu/scores/best-00000004/report.html\n"
+    )
+    assert (run / "scores.json").read_bytes() == before
+    scores, record = (
+        json.loads((run / "scores" / best.name / f"{name}.json").read_bytes()) for name in ("scores", "checkpoint")
+    )
+    assert scores["run"] == {"name": "glu, step 4", "digest": load_run(best).digest, "unfinished": ""}
+    assert record["digest"] == record_digest(record) == scores["run"]["digest"]
+    assert record["settings"]["store_digests"] == ["c" * 64]
+    typed("export", best, "--out", "hub", program=align)
+    card = ModelCard.load("hub/README.md")
+    assert (card.data.model_name, card.data.eval_results[0].metric_value) == (
+        "glu",
+        round(scores["records"][0]["metrics"][0]["value"], 4),
+    )
+
+    discard(best)
+    assert typed("compare", run, best).startswith(f"first: {run}, second: {best}\n")
+    for named in (best, best.resolve(), run / "scores" / best.name):
+        rows = [line.split("  ")[0] for line in typed("report", run, named).splitlines()]
+        assert rows[3:5] == ["glu", "glu, step 4"]
+    assert "<title>glu, step 4: zero-shot" in (run / "scores" / best.name / "report.html").read_text()
+
+
+def test_a_checkpoint_that_was_taken_out_of_its_run_is_refused(saved, squares, tmp_path):
+    shutil.copytree(saved[1], "kept")
+    result = CliRunner().invoke(app, ["classification", str(squares), "--run", "kept"])
+    assert str(result.exception) == "kept is a checkpoint away from its run; put it back into that run's checkpoints/."
