@@ -79,6 +79,7 @@ def run(
 
     from sail_align.extract.doctor import Verdict, diagnose_complete
     from sail_align.extract.encoders.catalogue import find_text, find_vision
+    from sail_align.extract.encoders.load import require_files
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.engine import Crew, ray_crew
@@ -106,7 +107,7 @@ def run(
         if name not in known:
             raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(known) or 'none'}.")
     Runtime.of(device, precision)
-    find_vision(image_name)
+    encoders = [find_vision(image_name), *([find_text(text_name)] if names else [])]
     require_known_image_pooling(image_pooling, image_name)
     if names:
         require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
@@ -116,6 +117,8 @@ def run(
         crew = ray_crew(ray_address, workers, device)
     elif engine != "local" or ray_address:
         raise UserError(f"--engine {engine!r}: there are local and ray, and --ray-address goes with ray.")
+    elif not (path / "zarr.json").exists():
+        require_files(*encoders)  # of no use is a store that nothing can fill
     job = Job(
         manifest=about,
         data_root=root,

@@ -51,6 +51,27 @@ def remove_tree(folder: Path) -> None:
         cast(Any, folder).rmdir(recursive=True)
 
 
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, if it is not there; one that was made and in which a failure leaves nothing is removed again.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    there = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"{folder} cannot be made ({problem.strerror}); name another --out.") from problem
+    try:
+        yield
+    except Exception:
+        if not there and not is_remote(folder):  # object storage knows no empty folders
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
+
+
 def canonical_json(value: Any) -> bytes:
     """Return JSON that is the same bytes for the same value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

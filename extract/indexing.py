@@ -50,9 +50,14 @@ def write_index(
     else:
         remove_tree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    if not record.complete:
-        _write_files(folder, record, parts, captions, quiet)
-    _require_unique_keys(folder, len(record.digests))
+    try:
+        if not record.complete:
+            _write_files(folder, record, parts, captions, quiet)
+        _require_unique_keys(folder, len(record.digests))
+    except UserError:
+        if record.complete or not record.digests:  # nothing to go on from: the data are to be mended
+            remove_tree(folder)
+        raise
     if recaptions and record.digests:
         record.tables = stamps(recaptions.files)
         record.write(folder)  # from here on files may hold joined captions

@@ -27,7 +27,16 @@ import pyarrow as pa
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.features import FeatureArray, read_identity
-from sail_align.extract.files import as_path, broken, canonical_json, file_digest, no_store, write_atomically
+from sail_align.extract.files import (
+    as_path,
+    broken,
+    canonical_json,
+    file_digest,
+    made_folder,
+    no_store,
+    remove_tree,
+    write_atomically,
+)
 from sail_align.extract.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
 from sail_align.extract.indexing import write_index
 from sail_align.extract.leases import Leases
@@ -93,12 +102,8 @@ class Store:
         for name in names:
             if not CAPTION_NAME.fullmatch(name):
                 raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UserError(f"{path} cannot be made ({problem.strerror}); name another --out.") from problem
         waiting = partial(note, f"{path}: another run is building the index; waiting for it.")
-        with Leases(path / LEASES).hold(INDEX, waiting):
+        with made_folder(path), Leases(path / LEASES).hold(INDEX, waiting):
             if (path / "zarr.json").exists():
                 raise StoreExistsError(f"{path} has just been made by another run; open it.")
             (path / "index").mkdir(exist_ok=True)
@@ -107,6 +112,7 @@ class Store:
             index = write_index(path / "index", made_of, parts, captions, recaptions, quiet=quiet)
             rows = sum(index.rows)
             if rows == 0:
+                remove_tree(path / "index")
                 raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
             shard_rows = shard_rows or _shard_rows(rows)
             chunk_rows = chunk_rows or min(CHUNK_ROWS, shard_rows)

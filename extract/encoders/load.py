@@ -107,6 +107,22 @@ def load_recorded(
     return encoder
 
 
+def require_files(*entries: VisionEntry | TextEntry) -> None:
+    """Find the encoders' files, downloading those that are not here; OpenCLIP's are found as they are loaded.
+
+    Raises:
+        UserError: They cannot be had.
+    """
+    for entry in entries:
+        match entry:
+            case OpenClipVision() | OpenClipText():
+                pass
+            case TimmVision():
+                fetch(entry.origin or timm_origin(entry.model))
+            case _:
+                fetch(entry.origin)
+
+
 def _image_encoder(
     name: str, entry: VisionEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool, fast_jpeg: bool
 ) -> FrozenVisionEncoder:

@@ -36,6 +36,7 @@ def edit(manifest: Path, old: str, new: str) -> None:
         ("", "", [*PACKAGED, "--precision", "float8"], "Unknown precision 'float8'"),
         ("raw: caption", "raw: captoin", PACKAGED, "has no column 'captoin'; its columns are"),
         ("images: images", "imagse: images", PACKAGED, "unknown field 'source.table.imagse'"),
+        ("", "", [*PACKAGED, "--image-encoder", "hf:/"], "/ has no config.json"),
         ("images: images", "images: empty", PACKAGED, "None of the first 100 images is under"),
     ],
 )

@@ -200,10 +200,14 @@ def test_another_encoder_of_the_same_name_is_refused(store, changes, said):
         store.add_image(identity("image", **changes))
 
 
-def test_two_samples_of_one_key_are_refused(tmp_path):
-    samples = [Sample("a", ""), Sample("b", ""), Sample("a", "")]
-    with pytest.raises(UserError, match="'a' occurs more than once"):
-        Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, parts=[Part.of(samples)], captions=[])
+@pytest.mark.parametrize(("keys", "said"), [("aba", "'a' occurs more than once"), ("", "'set' has no samples")])
+def test_data_that_are_refused_leave_no_folder_that_was_not_there(tmp_path, keys, said):
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        parts = [Part.of([Sample(key, "") for key in keys])]
+        with pytest.raises(UserError, match=said):
+            Store.create(tmp_path / name, dataset="set", manifest={}, parts=parts, captions=[])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
