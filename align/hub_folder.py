@@ -15,14 +15,13 @@ from safetensors.torch import save
 
 from sail_align.align.checkpoint import Run, load_weights
 from sail_align.align.model import Architecture
-from sail_align.align.records import damaged, read_file, read_json, record_digest
+from sail_align.align.records import CONFIG, EXPORT_AGAIN, damaged, read_file, read_json, record_digest
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 
 FORMAT = 1
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-REMEDY = "export or download it again"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
 def write_hub_folder(run: Run, folder: Path, card: str) -> None:
@@ -63,20 +62,20 @@ def read_hub_folder(folder: Path) -> Run:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a folder of `sail-align export`.")
-    record = read_json(folder / CONFIG, REMEDY)
+    record = read_json(folder / CONFIG, EXPORT_AGAIN)
     if record.get("library_name") != "sail-align":
         raise UserError(f"{folder / CONFIG} is not of `sail-align export`; give a folder that it wrote.")
     if record.get("format") != FORMAT:
         raise UserError(
             f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; update sail-align."
         )
-    weights = read_file(folder / WEIGHTS, REMEDY)
+    weights = read_file(folder / WEIGHTS, EXPORT_AGAIN)
     for file, sound in (
         (CONFIG, record.get("digest") == record_digest(record)),
         (WEIGHTS, record.get("weights_sha256") == hashlib.sha256(weights).hexdigest()),
     ):
         if not sound:
-            raise damaged(folder / file, REMEDY)
+            raise damaged(folder / file, EXPORT_AGAIN)
     model = Architecture(**record["architecture"]).build()
     load_weights(model, folder, weights)
     image, text = (Identity.from_json(record[side]) for side in ("image", "text"))

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sail_align.align.checkpoint import Run, load_run
-from sail_align.align.hub_folder import CARD, CONFIG, WEIGHTS, read_hub_folder
-from sail_align.align.records import is_run
+from sail_align.align.hub_folder import CARD, WEIGHTS, read_hub_folder
+from sail_align.align.records import CONFIG, is_run
 from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder
 from sail_align.extract.encoders.checkpoint import download
 from sail_align.extract.encoders.load import load_recorded

@@ -14,6 +14,9 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.files import canonical_json
 
 BEGIN_AGAIN = "restore it, or begin again with another --out"
+EXPORT_AGAIN = "export or download it again"
+CONFIG = "config.json"
+"""What an exported folder says of itself."""
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
@@ -25,6 +28,11 @@ def is_run(path: Path) -> bool:
 def is_whole(folder: Path) -> bool:
     """Whether a folder is a checkpoint, written to its end."""
     return (folder / "model.json").is_file()
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder may be one of `sail-align export`; reading it tells."""
+    return (folder / CONFIG).is_file() and not is_run(folder) and not is_whole(folder)
 
 
 def require_run(path: Path) -> None:
@@ -52,9 +60,17 @@ def name_of(path: Path) -> str:
 
 
 def scores_folder(path: Path) -> Path:
-    """Return where scores are: a run's in its folder, a checkpoint's in its run's `scores/`, where they outlive it."""
-    run = run_of(path)
-    return path if run == path else run / "scores" / path.resolve().name
+    """Return where scores are: a run's in its folder, a checkpoint's in its run's `scores/`, where they outlive it.
+
+    Those of an export, which may be someone else's, are in `runs/`, under its name and the digest of its weights' run.
+    """
+    run, name = run_of(path), path.resolve().name
+    if run != path:
+        return run / "scores" / name
+    if is_export(path):
+        digest = str(read_json(path / CONFIG, EXPORT_AGAIN).get("run_digest"))
+        return Path("runs") / f"{name}-{digest[:8]}"
+    return path
 
 
 def read_file(path: Path, remedy: str) -> bytes:

@@ -81,7 +81,8 @@ def summary(scores: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tupl
             f"{settings['loss']} loss, {settings['optimizer']} at {settings['lr']:g}, "
             f"{settings['steps']:,} steps of {settings['batch_size']:,}, {settings['start']} start"
         )
-    stores = zip(settings["stores"], settings["store_digests"], strict=True)
+    digests = settings["store_digests"]
+    stores = zip(settings.get("stores", ["store"] * len(digests)), digests, strict=True)  # an export leaves out paths
     return [
         *facts,
         ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", made),

@@ -1,7 +1,7 @@
 """sail-eval: score a run zero-shot, with chance and a 95 % interval beside every number.
 
 Evaluation sets are encoded once, with the run's own encoders, into features/eval/; scores go to RUN/scores.json, a page
-with pictures to RUN/report.html; those of a named checkpoint to RUN/scores/.
+with pictures to RUN/report.html; those of a named checkpoint to RUN/scores/, those of an exported folder to runs/.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.align.records import is_run, require_run, run_of
+from sail_align.align.records import is_export, is_run, require_run, run_of
 from sail_align.evaluate.cli_clip_benchmark import ANY_OPTION, clip_benchmark
 from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.memory import wait_without_spinning
@@ -41,7 +41,10 @@ ENDINGS = (".html", ".md", ".tex", ".csv")
 
 RunPath = Annotated[
     Path | None,
-    typer.Option("--run", help="A run of sail-align, or RUN/checkpoints/STEP.  [default: the newest in runs/]"),
+    typer.Option(
+        "--run",
+        help="A run of sail-align, RUN/checkpoints/STEP, or an exported folder.  [default: the newest in runs/]",
+    ),
 ]
 ModelName = Annotated[
     str | None,
@@ -98,8 +101,8 @@ def evaluate_all(
             typer.echo(f"  sail-extract check {name}")
     if drawings:
         typer.echo(
-            f"left out: {', '.join(drawings)}. They are drawings, and this run was trained on other data; to score one "
-            "all the same, name it, as in: sail-eval retrieval demo-retrieval"
+            f"left out: {', '.join(drawings)}. They are drawings, and nothing says that this run was trained on them; "
+            "to score one all the same, name it, as in: sail-eval retrieval demo-retrieval"
         )
     if not sets + own:
         typer.echo("nothing to score: get one of these, or describe pictures of yours (docs/data.md) for --manifest.")
@@ -224,6 +227,10 @@ def _chosen(run: Path | None, model: str | None, device: str) -> "Run":
         from sail_align.evaluate.comparison import comparison
 
         return comparison(model, device=device)
+    if run and is_export(run):
+        from sail_align.align.hub_folder import read_hub_folder
+
+        return read_hub_folder(run)
     if run:
         require_run(run)
         if not is_run(run_of(run)):

@@ -36,6 +36,11 @@ class Encoders:
         return cast(TextEncoder, self._load(self.run.text))
 
     def _load(self, recorded: Identity) -> VisionEncoder | TextEncoder:
+        if "config" in recorded.spec.source and not recorded.location:
+            raise RunError(
+                f"{self.run.path} was trained with the {recorded.spec.modality} encoder {recorded.spec.id} of a local "
+                "folder, which an export leaves behind; score the run itself."
+            )
         try:
             return load_recorded(recorded, device=str(self.device))
         except UserError as problem:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sail_align.align.records import read_json, run_of, scores_folder
+from sail_align.align.records import run_of, scores_folder
 from sail_align.align.table import interval, number
 from sail_align.evaluate.about_run import flat, summary, training_curves
 from sail_align.evaluate.bars import score_bar
@@ -26,7 +26,7 @@ from sail_align.evaluate.overview import (
     style_of,
 )
 from sail_align.evaluate.radar import marker, radar_chart
-from sail_align.evaluate.scores import Record, examples_path, unexpected
+from sail_align.evaluate.scores import Record, examples_path, settings_of, unexpected
 from sail_align.extract.files import write_atomically
 
 TASKS = {
@@ -120,7 +120,7 @@ def page(runs: Sequence[ScoredRun]) -> str:
     )
     pages.filters.update(number=number, interval=interval, unexpected=unexpected, short=lambda digest: digest[:12])
     shown = overview(runs)
-    settings = [read_json(run_of(run.path) / "settings.json", "name a run's folder") for run in runs]
+    settings = [settings_of(run.path) for run in runs]
     about: list[dict[str, Any]] = [
         {
             "name": run.name,

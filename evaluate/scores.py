@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sail_align.align.records import name_of, read_file, read_json, run_of, scores_folder
+from sail_align.align.records import CONFIG, is_export, name_of, read_file, read_json, run_of, scores_folder
 from sail_align.evaluate.results import Result
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
@@ -81,12 +81,24 @@ def unexpected(record: Record) -> str:
 def open_scores(run: "Run") -> None:
     """Make the folder for the scores of a run.
 
-    Of a checkpoint it gets what its digest covers: the run may remove the checkpoint, and the chain of digests stays.
+    Of a checkpoint or an export it gets what that says of itself, with its digests: it may be removed.
     """
     folder = scores_folder(run.path)
-    folder.mkdir(parents=True, exist_ok=True)
     if folder != run.path:
-        write_atomically(folder / "checkpoint.json", read_file(run.path / "model.json", "score another checkpoint"))
+        said = read_file(run.path / (CONFIG if is_export(run.path) else "model.json"), "score another one")
+        write_atomically(folder / "checkpoint.json", said)
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """Return the settings of a run, a checkpoint or an export that has scores.
+
+    Raises:
+        UserError: They are not there, or damaged.
+    """
+    said = scores_folder(path) / "checkpoint.json"
+    if said.is_file():
+        return dict(read_json(said, AGAIN)["settings"])
+    return read_json(path / "settings.json", "name a run's folder")
 
 
 def merge_score(run: "Run", record: Record) -> None:
@@ -116,10 +128,14 @@ def merge_score(run: "Run", record: Record) -> None:
 
 
 def unfinished(run: "Run") -> str:
-    """Return how far a run is that has not been trained to its end; "" for one that has, and for a named checkpoint."""
+    """Return how far a run is that has not been trained to its end; "" for one that has, and for a named checkpoint.
+
+    An export may be of a chosen checkpoint: of it only the step is known.
+    """
     if run.finished or run_of(run.path) != run.path:
         return ""
-    return f"unfinished: step {run.step:,} of {run.settings['steps']:,}"
+    step = f"step {run.step:,} of {run.settings['steps']:,}"
+    return step if is_export(run.path) else f"unfinished: {step}"
 
 
 def named(name: str, scores: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""What is scored and is no run of its own, a named checkpoint, has scores beside the run's, never in their place."""
+"""What is scored and is no run, a named checkpoint or an export, has scores of its own, never in a run's place."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,13 @@ from typer.testing import CliRunner
 
 from sail_align.align.checkpoint import checkpoint_folder, discard, last_checkpoint, load_run, write_checkpoint
 from sail_align.align.cli import app as align
+from sail_align.align.hub_folder import read_hub_folder
 from sail_align.align.model import Architecture
 from sail_align.align.records import record_digest
 from sail_align.evaluate.cli import app
+from sail_align.evaluate.encoders import Encoders, RunError
+from sail_align.evaluate.scores import unfinished
+from sail_align.extract.errors import UserError
 
 
 @pytest.fixture
@@ -61,8 +66,8 @@ def test_a_checkpoints_scores_stand_beside_the_runs_and_outlive_it(saved, square
     assert scores["run"] == {"name": "glu, step 4", "digest": load_run(best).digest, "unfinished": ""}
     assert record["digest"] == record_digest(record) == scores["run"]["digest"]
     assert record["settings"]["store_digests"] == ["c" * 64]
-    typed("export", best, "--out", "hub", program=align)
-    card = ModelCard.load("hub/README.md")
+    card = ModelCard.load(export(best) / "README.md")
+    assert unfinished(read_hub_folder(Path("hub"))) == "step 4 of 9"
     assert (card.data.model_name, card.data.eval_results[0].metric_value) == (
         "glu",
         round(scores["records"][0]["metrics"][0]["value"], 4),
@@ -80,3 +85,58 @@ def test_a_checkpoint_that_was_taken_out_of_its_run_is_refused(saved, squares, t
     shutil.copytree(saved[1], "kept")
     result = CliRunner().invoke(app, ["classification", str(squares), "--run", "kept"])
     assert str(result.exception) == "kept is a checkpoint away from its run; put it back into that run's checkpoints/."
+
+
+def export(run, folder="hub", form="hub-folder"):
+    typed("export", run, "--to", form, "--out", folder, program=align)
+    return Path(folder)
+
+
+def test_an_exported_folder_scores_what_the_run_does_and_stays_as_it_is(saved, squares):
+    run, _ = saved
+    score(squares, run)
+    hub = export(run)
+    before = {path: path.read_bytes() for path in hub.iterdir()}
+    config = json.loads(before[hub / "config.json"])
+    folder = Path(f"runs/hub-{config['run_digest'][:8]}")
+    assert score(squares, hub).endswith(f"wrote {folder}/scores.json and {folder}/report.html\n")
+    assert {path: path.read_bytes() for path in hub.iterdir()} == before
+    ours, theirs = (json.loads((path / "scores.json").read_bytes()) for path in (run, folder))
+    assert theirs["run"] == {**ours["run"], "name": "hub"}
+    for name in ("metrics", "protocol", "data", "stores", "run"):
+        assert theirs["records"][0][name] == ours["records"][0][name]
+    assert json.loads((folder / "checkpoint.json").read_bytes()) == config
+    assert "store cccccccccccc" in (folder / "report.html").read_text()
+    assert typed("compare", run, hub).startswith(f"first: {run}, second: {hub}\n")
+    shutil.rmtree(hub)
+    assert [row.split("  ")[0] for row in typed("report", run, folder).splitlines()][3:5] == ["glu", folder.name]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("config.json", b"{", "hub/config.json is not what was written; export or download it again."),
+        (
+            "config.json",
+            b'{"model_type": "bert"}',
+            "hub/config.json is not of `sail-align export`; give a folder that it wrote.",
+        ),
+        ("model.safetensors", b"", "hub/model.safetensors is not what was written; export or download it again."),
+        ("config.json", None, "hub is not a run; make one with `sail-align fit`."),
+    ],
+)
+def test_a_folder_that_is_no_whole_export_is_refused_in_a_sentence(saved, squares, file, content, sentence):
+    hub = export(saved[0])
+    (hub / file).unlink() if content is None else (hub / file).write_bytes(content)
+    result = CliRunner().invoke(app, ["classification", str(squares), "--run", "hub"])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == sentence
+
+
+def test_an_encoder_that_an_export_leaves_behind_is_named(run):
+    spec = replace(run.image.spec, source={"config": "0"})
+    encoders = Encoders(replace(run, image=replace(run.image, spec=spec)))
+    with pytest.raises(
+        RunError, match="with the image encoder colour-image of a local folder, which an export leaves behind"
+    ):
+        _ = encoders.image
