@@ -22,6 +22,7 @@ from sail_align.align.trials import (
     finished_run,
     held_out_by_all,
     read_scored,
+    require_room,
     retrieve,
     spread,
 )
@@ -168,7 +169,7 @@ def climb(
         text_encoder: The same for texts.
 
     Raises:
-        UserError: An option or a store cannot be used; found before the first fit.
+        UserError: The disk is too full, or an option or a store cannot be used; found before the first fit.
     """
     recipe = base_recipe(stores, given)
     trials, rungs = [], [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
@@ -184,6 +185,7 @@ def climb(
         trials.append(Trial(rung.name, plan))
         for note in notes if rung is rungs[0] else ():
             say(f"note: {note}")
+    require_room(trials, folder, seeds, say)
     scored = held_out_by_all(trials)
     features = {
         trial.plan.pairs[0].captions[0]: read_scored(trial.plan.pairs, scored)

@@ -25,6 +25,7 @@ from sail_align.align.trials import (
     finished_run,
     held_out_by_all,
     read_scored,
+    require_room,
     retrieve,
     spread,
 )
@@ -120,7 +121,7 @@ def probe(
     Combinations of one store are scored on the same held-out pairs. The best is the first.
 
     Raises:
-        UserError: An option or an array cannot be used; found before the first fit.
+        UserError: The disk is too full, or an option or an array cannot be used; found before the first fit.
     """
     trials: dict[Combination, Trial] = {}
     for each in asked:
@@ -135,6 +136,7 @@ def probe(
         for note in notes if not trials else ():
             say(f"note: {note}")
         trials[each] = Trial(each.name, plan)
+    require_room(list(trials.values()), folder, seeds, say)
     scored = {
         store: held_out_by_all([trial for each, trial in trials.items() if each.store == store])
         for store in dict.fromkeys(each.store for each in asked)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sail_align.align.checkpoint import Run, load_run, read_checkpoint
+from sail_align.align.checkpoint import Run, checkpoint_folders, discard, load_run, read_checkpoint
 from sail_align.align.data import Half, Pairs, Rows, read_rows
 from sail_align.align.metrics import ranks
 from sail_align.align.plan import Plan
@@ -81,15 +82,58 @@ def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, A
 def finished_run(plan: Plan, folder: Path, name: str, *, device: torch.device, quiet: bool) -> tuple[Run, bool]:
     """Return a plan's finished run under a folder, and whether it was there already; one that was begun goes on.
 
-    The run's name ends with a digest of all that decides its weights: with other options it is another run.
+    Of a run's checkpoints only the last is kept, which is what is scored.
+    """
+    path, there = _look_up(plan, folder, name)
+    if not there:
+        fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, keep=1, on_collapse="warn")
+        for best in checkpoint_folders(path, "best"):
+            discard(best)
+    return load_run(path), there
+
+
+def require_room(trials: Sequence[Trial], folder: Path, seeds: int, say: Say) -> None:
+    """Say how much of the disk the runs under a folder take that are still to be trained.
+
+    Each leaves its heads. While it is trained, its checkpoint and its best heads lie beside the ones that they replace.
+
+    Raises:
+        UserError: The disk has not so much left.
+    """
+    lasting, passing = 0, 0
+    for trial in trials:
+        with torch.device("meta"):
+            heads = sum(4 * each.numel() for each in trial.plan.architecture.build().parameters())
+        left = sum(not _look_up(trial.seeded(seed), folder, trial.name)[1] for seed in range(seeds))
+        states = 2 if trial.plan.settings.optimizer == "adamw" else 1
+        lasting += left * heads
+        passing = max(passing, (2 * (1 + states) + 1) * heads) if left else passing
+    if not lasting:
+        return
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    need, free = lasting + passing, shutil.disk_usage(there).free
+    if need > free:
+        raise UserError(
+            f"The runs under {folder} take up to {_gigabytes(need)} and the disk has {_gigabytes(free)} left; free some, "
+            "name another --out, or give fewer --seeds."
+        )
+    say(f"The runs under {folder} take up to {_gigabytes(need)}, of which {_gigabytes(lasting)} stay.")
+
+
+def _gigabytes(size: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{size / 1e9:.3g} GB"
+
+
+def _look_up(plan: Plan, folder: Path, name: str) -> tuple[Path, bool]:
+    """Return where a plan's run is, and whether it is there and finished.
+
+    Its name ends with a digest of all that decides its weights: with other options it is another run.
     """
     digest = hashlib.sha256(canonical_json(decisive(plan.record()))).hexdigest()[:8]
     words = re.sub(r"\W+", "-", name.replace("×", "x")).strip("-")
     path = folder / f"{words}-seed{plan.settings.seed}-{digest}"
-    there = is_run(path) and (saved := read_checkpoint(path)) is not None and bool(saved.record["finished"])
-    if not there:
-        fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, on_collapse="warn")
-    return load_run(path), there
+    return path, is_run(path) and (saved := read_checkpoint(path)) is not None and bool(saved.record["finished"])
 
 
 def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:

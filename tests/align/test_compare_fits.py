@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -57,6 +58,10 @@ def test_every_rung_is_trained_with_every_seed_and_scored_on_pairs_that_none_has
     assert record["store_digests"] == [Store.open(path).digest]
     settings = [json.loads(file.read_text()) for file in sorted((out / "runs").glob("*/settings.json"))]
     assert len(settings) == 16
+    heads = [file.stat().st_size for file in (out / "runs").rglob("*.safetensors")]
+    assert len(heads) == 16  # of each run the last ones only, which are scored
+    stays = re.search(r"take up to [\d.]+ GB, of which ([\d.]+) GB stay", done.output)
+    assert float(stays[1]) * 1e9 == pytest.approx(sum(heads), rel=0.1)
     assert {each["seed"] for each in settings} == {0, 1}
     assert {(each["head"], each["expansion"]) for each in settings} >= {("mlp", 4), ("glu", 4), ("glu", 8)}
     assert {tuple(each["captions"]) for each in settings} == {("raw",), ("long",), ("raw", "long")}
@@ -148,6 +153,8 @@ def test_mistakes_are_found_before_the_first_fit(make_store, tmp_path, monkeypat
     assert "--epochs has no effect with --steps" in str(typed("ladder", *words, "--steps", 5, "--epochs", 2).exception)
     assert "has no such image features" in str(typed("probe", *words, "--captions", "long").exception)
     assert "is not a feature store" in str(typed("probe", "--features", "no.zarr").exception)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert re.search(r"take up to [\d.]+ GB and the disk has 1e-05 GB left", str(typed("ladder", *words).exception))
 
 
 def test_the_recipe_is_the_papers_except_where_pairs_are_few(make_store, monkeypatch):
