@@ -114,8 +114,8 @@ def require_room(trials: Sequence[Trial], folder: Path, seeds: int, say: Say) ->
     need, free = lasting + passing, shutil.disk_usage(there).free
     if need > free:
         raise UserError(
-            f"The runs under {folder} take up to {_gigabytes(need)} and the disk has {_gigabytes(free)} left; free some, "
-            "name another --out, or give fewer --seeds."
+            f"The runs under {folder} take up to {_gigabytes(need)} and the disk has {_gigabytes(free)} left; free "
+            "some, name another --out, or give fewer --seeds."
         )
     say(f"The runs under {folder} take up to {_gigabytes(need)}, of which {_gigabytes(lasting)} stay.")
 
