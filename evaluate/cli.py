@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.align.records import is_export, is_run, require_run, run_of
+from sail_align.evaluate.chosen import chosen
 from sail_align.evaluate.cli_clip_benchmark import ANY_OPTION, clip_benchmark
 from sail_align.extract.errors import UserError, run_command
 from sail_align.extract.memory import wait_without_spinning
@@ -77,7 +77,7 @@ def evaluate_all(
 ) -> None:
     """Score a run on all sets that are here. Those are the packaged ones with data, and what --manifest adds."""
     own = _required(manifest or [], data_root, kind=None)
-    scored = _chosen(run, model, device)
+    scored = chosen(run, model, device)
 
     from sail_align.evaluate.provenance import saw_the_demo
     from sail_align.extract.check import is_here
@@ -140,8 +140,7 @@ def _register(kind: str, summary: str) -> Callable[..., None]:
             from sail_align.evaluate.tasks import PROTOCOLS
 
             sets = [(PROTOCOLS[about.task.kind].variant(about, protocol), root) for about, root in sets if about.task]
-        chosen = _chosen(run, model, device)
-        _evaluate(chosen, not (run or model), sets, features_dir, device, quiet, stop_at_fault=True)
+        _evaluate(chosen(run, model, device), not (run or model), sets, features_dir, device, quiet, stop_at_fault=True)
 
     return evaluate_kind
 
@@ -217,27 +216,6 @@ def compare(
     for comparison in compare_runs(runs):
         first, second = (named(str(run), read_scores(run)) for run in (runs[0], comparison.run))
         typer.echo(f"first: {first}, second: {second}\n{difference_table(comparison)}")
-
-
-def _chosen(run: Path | None, model: str | None, device: str) -> "Run":
-    """Return the run, or the model in its place, that is to be scored; by default the newest run."""
-    if run and model:
-        raise UserError(f"--run {run} and --model {model} are two things to score; leave one out.")
-    if model:
-        from sail_align.evaluate.comparison import comparison
-
-        return comparison(model, device=device)
-    if run and is_export(run):
-        from sail_align.align.hub_folder import read_hub_folder
-
-        return read_hub_folder(run)
-    if run:
-        require_run(run)
-        if not is_run(run_of(run)):
-            raise UserError(f"{run} is a checkpoint away from its run; put it back into that run's checkpoints/.")
-    from sail_align.align.checkpoint import load_run, newest_run
-
-    return load_run(run or newest_run())
 
 
 def _evaluate(
