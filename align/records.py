@@ -105,6 +105,28 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("stores", "store_digests")}
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return in what the settings of two runs differ, as the options that a user gives.
+
+    Other encoders or captions are read from other arrays, and which rows there are follows from the rest: of these
+    differences only the cause is named.
+    """
+    one, other = decisive(there), decisive(here)
+    names = {name for name in one | other if one.get(name) != other.get(name)}
+    if not names & {"image_encoder", "text_encoder", "captions"} and "features_digests" in names:
+        stores = ", ".join(map(str, there.get("stores", [])))
+        changed = there.get("stores") == here.get("stores")
+        return (f"{stores} has changed since" if changed else f"--features: there {stores}", *_options(names))
+    return _options(names)
+
+
+def _options(names: set[str]) -> tuple[str, ...]:
+    options = {"caption_weights": "--captions", "excluded_keys": "--exclude", "excluded_sha256": "--exclude"}
+    options |= {"image_encoder": "image encoder", "text_encoder": "text encoder", "steps": "--steps or --epochs"}
+    chosen = names - {"features_digests", "training_rows", "held_out_rows"}
+    return tuple(sorted({options.get(name, f"--{name.replace('_', '-')}") for name in chosen}))
+
+
 def record_digest(record: Mapping[str, Any]) -> str:
     """Return the SHA-256 over all of a record but where stores lie."""
     covered = {name: value for name, value in record.items() if name != "digest"}

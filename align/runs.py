@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from sail_align.align.checkpoint import read_checkpoint
-from sail_align.align.records import BEGIN_AGAIN, damaged, decisive, is_run, read_file, read_json
+from sail_align.align.records import BEGIN_AGAIN, damaged, decisive, differences, is_run, read_file, read_json
 from sail_align.extract.errors import UserError
 from sail_align.extract.files import write_atomically
 from sail_align.extract.leases import POLL, TTL, Lease, LeaseLostError, Leases
@@ -21,7 +21,7 @@ from sail_align.extract.progress import note
 class Claim(NamedTuple):
     """The folder of a run, and what is there: one that was `begun` goes on, one that is `finished` is left as it is.
 
-    For a new run, `other` is the last one of its name, which has other settings: `differing` are their names.
+    For a new run, `other` is the last one of its name, which has other settings: `differing` says which.
     """
 
     path: Path
@@ -69,13 +69,12 @@ def _claim(path: Path, settings: dict[str, Any], numbered: bool) -> Claim:
             runs.append(following)
         number += 1
         following = path.with_name(f"{path.name}-{number}")
-    wanted = decisive(settings)
     finished: list[Path] = []
     others: list[tuple[Path, tuple[str, ...]]] = []
     for run in reversed(runs if numbered else runs[:1]):
-        there = decisive(read_json(run / "settings.json", BEGIN_AGAIN))
-        if there != wanted:
-            others.append((run, tuple(sorted(key for key in there | wanted if there.get(key) != wanted.get(key)))))
+        there = read_json(run / "settings.json", BEGIN_AGAIN)
+        if decisive(there) != decisive(settings):
+            others.append((run, differences(there, settings)))
         elif (saved := read_checkpoint(run)) is None or not saved.record["finished"]:
             return Claim(run, begun=True)
         else:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from sail_align.align import trainer
 from sail_align.align.checkpoint import newest_run
 from sail_align.align.cli import app
+from sail_align.align.records import differences
 from sail_align.extract.errors import UserError
 from sail_align.extract.stop import StoppedError
 
@@ -73,7 +74,7 @@ def test_another_precision_is_another_run(make_store, monkeypatch):
         typed("--features", path, *QUICK)
     other = typed("--features", path, *QUICK, "--precision", "bfloat16").output
     assert (
-        "note: runs/photos-glu has other settings (precision): this is another run.\nwriting runs/photos-glu-2: "
+        "note: runs/photos-glu has other settings (--precision): this is another run.\nwriting runs/photos-glu-2: "
         in other
     )
     assert "going on with runs/photos-glu: " in typed("--features", path, *QUICK, "--precision", "float32").output
@@ -104,14 +105,38 @@ def test_another_run_says_in_what_it_is_another_and_takes_no_name_that_was_not_g
     typed(*words)
     other = ["--seed", "3", "--weight-decay", "0.1"]
     assert (
-        "note: runs/photos-glu has other settings (seed, weight_decay): this is another run."
+        "note: runs/photos-glu has other settings (--seed, --weight-decay): this is another run."
         in typed(*words, *other).output
     )
     refused = typed(*words, *other, "--out", "runs/photos-glu")
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception) == (
-        "runs/photos-glu is a run with other settings (seed, weight_decay); name another --out."
+        "runs/photos-glu is a run with other settings (--seed, --weight-decay); name another --out."
     )
+
+
+def test_what_differs_is_named_as_the_option_or_the_store_that_it_is():
+    before = {
+        "stores": ["a.zarr"],
+        "captions": ["raw"],
+        "caption_weights": [1.0],
+        "image_encoder": "1",
+        "steps": 3,
+        "features_digests": ["1"],
+        "training_rows": 9,
+    }
+    changes = [
+        ({"features_digests": ["2"], "training_rows": 8}, "a.zarr has changed since"),
+        (
+            {"features_digests": ["2"], "stores": ["b.zarr"], "steps": 4},
+            "--features: there a.zarr, --steps or --epochs",
+        ),
+        ({"features_digests": ["2"], "captions": ["raw", "long"], "caption_weights": [1.0, 1.0]}, "--captions"),
+        ({"features_digests": ["2"], "image_encoder": "2"}, "image encoder"),
+        ({"excluded_keys": 1, "excluded_sha256": "1", "training_rows": 8}, "--exclude"),
+    ]
+    for change, said in changes:
+        assert ", ".join(differences(before, {**before, **change})) == said
 
 
 def test_a_first_write_that_was_killed_leaves_a_free_folder(make_store, tmp_path):
