@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sail_align.align.checkpoint import Run, load_run
 from sail_align.align.hub_folder import CARD, WEIGHTS, read_hub_folder
-from sail_align.align.records import CONFIG, is_run
+from sail_align.align.records import CONFIG, is_run, is_whole
 from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder
 from sail_align.extract.encoders.checkpoint import download
 from sail_align.extract.encoders.load import load_recorded
@@ -35,7 +35,8 @@ def load(
     """Load heads and the encoders that they belong to, which must be those that the run records.
 
     Args:
-        reference: A run, a folder of `sail-align export`, or such a folder's repository on the hub, `owner/name`.
+        reference: A run, one of its checkpoints, a folder of `sail-align export`, or such a folder's repository on the
+            hub, `owner/name`.
         device: Where heads and encoders compute; `auto` takes a GPU if there is one.
         revision: Of the repository; a full commit hash is the strictest.
         image_folder: Where the image encoder lies, if it is one of a local folder that is elsewhere now.
@@ -58,7 +59,7 @@ def read(reference: str | Path, revision: str | None = None) -> Run:
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{path} is a folder, which has no revision {revision!r}; leave it out.")
-        return load_run(path) if is_run(path) else read_hub_folder(path)
+        return load_run(path) if is_run(path) or is_whole(path) else read_hub_folder(path)
     if str(reference).count("/") != 1 or str(reference).startswith((".", "/", "~")):
         raise UserError(f"{reference} is neither a folder nor a repository; give a run, an export, or <owner>/<name>.")
     try:

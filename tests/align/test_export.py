@@ -66,7 +66,9 @@ def test_an_exported_folder_computes_what_the_run_does(run, encoders, pictures, 
         expected = torch.cat(
             [heads.encode_image(image.encode(pixels_BHWC).half()), heads.encode_text(text.encode(TEXTS).half())]
         )
-    for model in (pretrained.load(run, device="cpu"), pretrained.load("hub", device="cpu", **folders)):
+    checkpoint = next((run / "checkpoints").iterdir())
+    for reference, where in ((run, {}), (checkpoint, {}), ("hub", folders)):
+        model = pretrained.load(reference, device="cpu", **where)
         torch.testing.assert_close(embeddings(model, pictures), expected, rtol=1e-4, atol=1e-4)
         assert model.run.digest == load_run(run).digest
         assert model.logit_scale.item() == pytest.approx(20)
