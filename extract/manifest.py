@@ -1,6 +1,8 @@
 """A data set as a validated object: one YAML file in `data_manifests/`, or one of the user's own."""
 
+import difflib
 import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -179,4 +181,16 @@ def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
         return f"unknown field {field!r} with value {problem['input']!r}; remove or correct it."
     if problem["type"] == "missing":
         return f"field {field!r} is missing; add it."
+    if problem["type"] == "union_tag_not_found":
+        return f"field '{field}.kind' is missing; add it."
+    if problem["type"] in ("union_tag_invalid", "literal_error"):
+        context = problem["ctx"]
+        if "tag" in context:
+            field, value, known = f"{field}.kind", context["tag"], context["expected_tags"]
+        else:
+            value, known = problem["input"], context["expected"]
+        names = re.findall("'(.+?)'", known) or [known]
+        near = difflib.get_close_matches(str(value), names, n=1)
+        guess = f"did you mean {near[0]!r}? It" if near else "it"
+        return f"field {field!r} is {value!r}; {guess} can be {', '.join(names)}."
     return f"field {field!r} is {problem['input']!r}: {problem['msg']}." if problem["loc"] else f"{problem['msg']}."

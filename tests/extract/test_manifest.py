@@ -17,9 +17,16 @@ def test_every_packaged_manifest_is_valid_and_named_after_its_file(name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("kind: table", "kind: tabel"), "'source'.*tabel"),
+        (
+            ("kind: table", "kind: tabel"),
+            "yaml: field 'source.kind' is 'tabel'; did you mean 'table'\\? It can be table, .*, demo\\.$",
+        ),
+        (("kind: table", "files: a.csv"), "field 'source.kind' is missing"),
         (("images: images", "imagse: images"), "unknown field 'source.table.imagse' with value 'images'"),
-        (("purpose: train", "purpose: training"), "field 'purpose' is 'training'"),
+        (
+            ("purpose: train", "purpose: training"),
+            "'purpose' is 'training'; did you mean 'train'\\? It can be train, evaluate\\.$",
+        ),
         (("purpose: train", "porpose: train"), "unknown field 'porpose' with value 'train'"),
         (("licence: none", ""), "field 'licence' is missing"),
         (("name: pictures", "name: Pictures!"), "field 'name' is 'Pictures!'"),
