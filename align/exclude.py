@@ -35,7 +35,10 @@ class Exclusions:
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as problem:
-                raise UserError(f"{path} is no list of keys that can be read: {problem}.") from problem
+                reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
+                raise UserError(
+                    f"{path} cannot be read ({reason}); give --exclude a file with a key in each line."
+                ) from problem
             keys.update(key for line in lines if (key := line.split("\t")[0].rstrip("\r")))
         return cls(pa.array(sorted(keys), pa.string()))
 

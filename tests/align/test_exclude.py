@@ -68,8 +68,12 @@ def interrupt(*_):
 
 
 def test_mistakes_are_one_sentence(make_store, tmp_path):
-    with pytest.raises(UserError, match=r"none\.txt is no list of keys that can be read: .*No such file"):
-        Exclusions.read([tmp_path / "none.txt"])
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xff")
+    for name, reason in (("none.txt", "No such file or directory"), ("bytes.txt", "it is not UTF-8 text")):
+        with pytest.raises(UserError) as mistake:
+            Exclusions.read([tmp_path / name])
+        end = "give --exclude a file with a key in each line."
+        assert str(mistake.value) == f"{tmp_path / name} cannot be read ({reason}); {end}"
     (tmp_path / "all.txt").write_text("\n".join(f"key {row}" for row in range(299)))
     with pytest.raises(UserError, match=r"has 1 pair to train on, .* captions raw that no list excludes"):
         make_plan([make_store("a")], QUICK, exclude=[tmp_path / "all.txt"])
