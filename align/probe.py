@@ -86,18 +86,19 @@ def combinations(
     Raises:
         UserError: A path is no store, or there is no such combination.
     """
-    found = []
+    there = []
     for path in stores:
         store = Store.open(path)
         texts = [(caption, node) for caption in store.captions for node in store.texts(caption)]
-        found += [
-            Combination(path, image, text, caption)
-            for image in store.images()
-            for caption, text in texts
-            if (not image_encoders or image in image_encoders)
-            and (not text_encoders or text in text_encoders)
-            and (not captions or caption in captions)
-        ]
+        there += [Combination(path, image, text, caption) for image in store.images() for caption, text in texts]
+    asked = {"image": image_encoders, "text": text_encoders, "caption": captions}
+    for side, names in asked.items() if there else ():
+        known = dict.fromkeys(getattr(each, side) for each in there)
+        if lacking := next((name for name in names if name not in known), None):
+            what = side if side == "caption" else f"{side} encoder"
+            has = f"{' with '.join(map(str, stores))} has no features of {what} {lacking!r}"
+            raise UserError(f"{has}; it has {', '.join(known)}.")
+    found = [each for each in there if all(not asked[side] or getattr(each, side) in asked[side] for side in asked)]
     if not found:
         raise UserError(
             f"{', '.join(map(str, stores))} has no such image features, captions and text features together; see "

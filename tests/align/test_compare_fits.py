@@ -151,7 +151,13 @@ def test_mistakes_are_found_before_the_first_fit(make_store, tmp_path, monkeypat
     assert "--lr 7 is out of range" in str(typed("ladder", *words, "--lr", 7).exception)
     assert "--held-out 0 leaves nothing" in str(typed("probe", *words, "--held-out", 0).exception)
     assert "--epochs has no effect with --steps" in str(typed("ladder", *words, "--steps", 5, "--epochs", 2).exception)
-    assert "has no such image features" in str(typed("probe", *words, "--captions", "long").exception)
+    for option, what, known in (
+        ("--captions", "caption", "raw"),
+        ("--image-encoder", "image encoder", "fake-image"),
+        ("--text-encoder", "text encoder", "fake-text"),
+    ):
+        said = f"{path} has no features of {what} 'foo'; it has {known}."
+        assert str(typed("probe", *words, option, "foo").exception) == said
     assert "is not a feature store" in str(typed("probe", "--features", "no.zarr").exception)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
     assert re.search(r"take up to [\d.]+ GB and the disk has 1e-05 GB left", str(typed("ladder", *words).exception))
