@@ -74,17 +74,27 @@ def _p(difference_R: NDArray[np.float64]) -> float:
 
 def _compare(first: Path, second: Path) -> Comparison:
     ours, theirs = _scored(first), _scored(second)
+    common = ours.keys() & theirs.keys()
+    if not common:
+        raise UserError(
+            f"{first} (scored on {_names(ours)}) and {second} (on {_names(theirs)}) have no set in common; score both "
+            "on one with `sail-eval`."
+        )
     differences: list[Difference] = []
-    refusals: list[str] = []
+    refusals: dict[Set, str] = {}
     for which in dict.fromkeys([*ours, *theirs]):
         pairs = [(mine, other) for mine in ours.get(which, []) for other in theirs.get(which, []) if _same(mine, other)]
         if not pairs:
-            refusals.append(_why_not(which, first, ours.get(which, []), second, theirs.get(which, [])))
+            refusals[which] = _why_not(which, first, ours.get(which, []), second, theirs.get(which, []))
         for mine, other in pairs:
             differences += _differences(first, mine, second, other)
     if not differences:
-        raise UserError(" ".join(refusals) or f"Neither {first} nor {second} has a score.")
-    return Comparison(second, differences, refusals)
+        raise UserError(next(sentence for which, sentence in refusals.items() if which in common))
+    return Comparison(second, differences, list(refusals.values()))
+
+
+def _names(scored: dict[Set, list[Record]]) -> str:
+    return ", ".join(f"{dataset} ({task})" for dataset, task in scored) or "nothing"
 
 
 def _scored(run: Path) -> dict[Set, list[Record]]:

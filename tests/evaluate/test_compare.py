@@ -144,6 +144,18 @@ def test_another_protocol_is_not_compared(two_runs):
         list(compare_runs([run.path, other.path]))
 
 
+def test_runs_of_no_set_in_common_are_refused_in_one_sentence(two_runs):
+    run, other, _, _ = two_runs
+    for which, tasks in ((run, {"classification"}), (other, {"retrieval", "representation"})):
+        scores = read_scores(which.path)
+        kept = [record for record in scores["records"] if record["task"] in tasks]
+        (which.path / "scores.json").write_text(json.dumps({**scores, "records": kept}))
+    with pytest.raises(UserError) as refused:
+        list(compare_runs([run.path, other.path]))
+    one, two = f"{run.path} (scored on squares (classification))", f"{other.path} (on caps (retrieval))"
+    assert str(refused.value) == f"{one} and {two} have no set in common; score both on one with `sail-eval`."
+
+
 def test_other_data_are_not_compared(two_runs):
     run, other, _, _ = two_runs
     path = other.path / "scores.json"
