@@ -13,8 +13,12 @@ from sail_align.extract.files import as_path, require_store, write_atomically
 
 def measure(
     store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
-    ],
+        Path | None, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE", help="The same, as the other commands take it.", parser=as_path),
+    ] = None,
     rows: Annotated[
         int,
         typer.Option(min=100, max=100_000, help="Rows to look at, about: they are drawn in whole stretches of 256."),
@@ -29,6 +33,10 @@ def measure(
     """Say how alike image and text features are before any training: mutual k-NN, CKA, recall of the closed form."""
     if out and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file.")
+    if store and features:
+        raise UserError(f"{store} and --features {features} are two stores; give one.")
+    if (store := store or features) is None:
+        raise UserError("There is no store to measure; name one, as in: sail-align measure features/demo.zarr.")
     require_store(store)
 
     from sail_align.align import measure as measuring

@@ -113,7 +113,10 @@ def test_what_cannot_be_measured_is_a_sentence(make_store):
     few = typed("measure", make_store("few", rows=40)).exception
     assert isinstance(few, UserError)
     assert "have 40 of 40 rows together, and it takes 50" in str(few)
-    assert "is not a feature store" in str(typed("measure", "no.zarr").exception)
+    for words in (["no.zarr"], ["--features", "no.zarr"]):
+        assert "no.zarr is not a feature store" in str(typed("measure", *words).exception)
+    assert str(typed("measure", "a", "--features", "b").exception) == "a and --features b are two stores; give one."
+    assert "There is no store to measure; name one" in str(typed("measure").exception)
     assert "has not both image and text features" in str(typed("measure", make_store("t", captions={})).exception)
 
 
