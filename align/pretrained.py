@@ -4,7 +4,7 @@ model = sail_align.align.pretrained.load("runs/demo-glu")
 model.encode_image(picture) @ model.encode_text(["a cat", "a dog"]).T
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -96,7 +96,13 @@ class PretrainedModel(nn.Module):
         return self.heads.bias
 
     def preprocess(self, picture: Image.Image) -> Tensor:
-        """Return the pixels that the image encoder takes, (size, size, 3) uint8; they are stacked to a batch."""
+        """Return the pixels that the image encoder takes, (size, size, 3) uint8; they are stacked to a batch.
+
+        Raises:
+            TypeError: It is no picture, but a file's path for instance.
+        """
+        if not isinstance(picture, Image.Image):
+            raise TypeError(f"A picture is a PIL image, and {picture!r} is none; open a file with PIL.Image.open.")
         return self._image.preprocess(upright_rgb(picture))
 
     def tokenizer(self, texts: str | Sequence[str]) -> Tensor:
@@ -104,22 +110,35 @@ class PretrainedModel(nn.Module):
         return self._text.tokenize([texts] if isinstance(texts, str) else texts)
 
     def encode_image(self, pictures: Tensor | Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Embed pictures, or pixels (B, size, size, 3) uint8 as `preprocess` gives them."""
-        if isinstance(pictures, Image.Image):
+        """Embed pictures, or pixels (B, size, size, 3) uint8 as `preprocess` gives them.
+
+        Raises:
+            ValueError: There are none.
+            TypeError: They are neither, but paths of files for instance.
+        """
+        if isinstance(pictures, Image.Image | str | Path):
             pictures = [pictures]
-        if not isinstance(pictures, Tensor):
-            pictures = torch.stack([self.preprocess(picture) for picture in pictures])
+        pixels = pictures if isinstance(pictures, Tensor) else [self.preprocess(picture) for picture in pictures]
+        _require_some(pixels, "picture")
+        pixels_BHWC = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            batches_BHWC = torch.split(pictures, self._image.batch_size)
+            batches_BHWC = torch.split(pixels_BHWC, self._image.batch_size)
             features_BD = torch.cat([self._image.encode(batch_BHWC) for batch_BHWC in batches_BHWC])
             return self.heads.encode_image(features_BD.half().to(self.device))
 
     def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:
-        """Embed texts, or tokens as `tokenizer` gives them."""
+        """Embed texts, or tokens as `tokenizer` gives them. Raises `ValueError` if there are none."""
+        texts = [texts] if isinstance(texts, str) else texts
+        _require_some(texts, "text")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             tokens_BT = texts if isinstance(texts, Tensor) else self.tokenizer(texts)
             features_BD = self._text.encode_tokens(tokens_BT)
             return self.heads.encode_text(features_BD.half().to(self.device))
+
+
+def _require_some(given: Sized, what: str) -> None:
+    if not len(given):
+        raise ValueError(f"There is nothing to embed; give one {what} at least.")
 
 
 def _encoder(recorded: Identity, folder: str | Path | None, device: str, argument: str) -> VisionEncoder | TextEncoder:

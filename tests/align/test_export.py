@@ -84,6 +84,17 @@ def test_tensors_and_what_they_were_made_of_give_the_same(run, pictures):
     assert model.encode_text("a cat").shape == (1, 16)
 
 
+def test_what_is_no_picture_and_nothing_at_all_are_refused_in_a_sentence(run):
+    model = pretrained.load(run, device="cpu")
+    for given in ("a.jpg", ["a.jpg"], Path("a.jpg")):
+        with pytest.raises(TypeError, match=r"'?a.jpg'?\)? is none; open a file with PIL.Image.open"):
+            model.encode_image(given)
+    for encode, what in ((model.encode_image, "picture"), (model.encode_text, "text")):
+        for nothing in ([], torch.empty(0, 3)):
+            with pytest.raises(ValueError, match=f"nothing to embed; give one {what} at least"):
+                encode(nothing)
+
+
 def test_autocast_around_it_changes_nothing(run, pictures):
     model = pretrained.load(run, device="cpu")
     plain = embeddings(model, pictures)
