@@ -17,12 +17,14 @@ def take_rows(
 ) -> None:
     """Copy row `rows[n]` of `chunks[of[n]]` to `out[n]`, for all n: chunks (·, …), `of` and `rows` (N,), out (N, …).
 
-    Chunks and `out` are of one dtype, and their rows of one shape.
-
     Raises:
         IndexError: A chunk has no such row.
+        ValueError: The rows of a chunk have another shape than those of `out`.
     """
-    if gather is not None and len(out) and all(each.flags.c_contiguous for each in (*chunks, out)):
+    plain = out.flags.c_contiguous and all(
+        each.flags.c_contiguous and each.dtype == out.dtype and each.shape[1:] == out.shape[1:] for each in chunks
+    )
+    if gather is not None and plain and len(out):
         gather(tuple(chunks), of, rows, out)
         return
     for number in np.unique(of).tolist():

@@ -53,6 +53,15 @@ def test_views_that_are_no_whole_arrays_are_copied_too(way):
     assert out[1, :6].tolist() == [7] * 6
 
 
+def test_rows_of_another_shape_are_refused_and_those_of_another_dtype_converted(way):
+    first = np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match="shape"):
+        take_rows([np.ones((2, 16), np.float16)], first, first, np.zeros((1, 8), np.float16))
+    out = np.zeros((1, 8), np.float16)
+    take_rows([np.full((2, 8), 3, np.float32)], first, first, out)
+    assert out.tolist() == [[3] * 8]
+
+
 @pytest_compiled
 @pytest.mark.parametrize(
     ("of", "rows", "out"),
