@@ -106,11 +106,12 @@ class Stream:
         rows = self._part.stop - self._part.start
         buffers = [self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)]
         pending: deque[tuple[Future[list[Future[None]]], Batch, StreamState]] = deque()
+        looking: Future[None] | None = None
         while True:
             while len(pending) < PREFETCH:
                 batch = buffers[0]
-                filling = self._producer.submit(self._fill, batch, state)
-                self._producer.submit(self._look_ahead, state)  # where it fails, so does the batch that it looks for
+                filling = self._producer.submit(self._fill, batch, state, looking)
+                looking = self._producer.submit(self._look_ahead, state)
                 state = self._order.following(state)
                 pending.append((filling, batch, state))
                 buffers = [*buffers[1:], batch]
@@ -131,6 +132,7 @@ class Stream:
                 for copy in self._gather(block, numbers):
                     copy.result()
                 self._decoded.clear()
+                self._expected.clear()  # it may have left the page cache when the batches ask for it
                 yield block
 
     def close(self) -> None:
@@ -151,8 +153,10 @@ class Stream:
         shapes = (rows, first.image.dim), (captions, rows, first.texts[0].dim)
         return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
 
-    def _fill(self, batch: Batch, state: StreamState) -> list[Future[None]]:
-        """Begin to copy this rank's part of a batch."""
+    def _fill(self, batch: Batch, state: StreamState, looked: Future[None] | None) -> list[Future[None]]:
+        """Begin to copy this rank's part of a batch, once the look ahead before it is known not to have failed."""
+        if looked:
+            looked.result()
         if self._decoded:
             wait(self._copies)  # of the batch before: they use what is decoded
             buffered = self._order.buffered(state)

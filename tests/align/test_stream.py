@@ -201,6 +201,22 @@ def test_a_damaged_shard_ends_the_stream_with_a_sentence(make_store):
         epoch(stream_of([path]))
 
 
+def test_a_failure_to_look_ahead_ends_the_stream_too(make_numbered, monkeypatch):
+    monkeypatch.setattr("sail_align.align.order.Order.in_next_buffer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        epoch(stream_of([make_numbered(rows=100)]))
+
+
+def test_the_disk_is_asked_anew_for_what_blocks_have_read(make_numbered, monkeypatch):
+    asked = []
+    monkeypatch.setattr(FeatureArray, "expect", lambda self, chunks: asked.extend(chunks))
+    with stream_of([make_numbered(rows=100)], batch_size=100) as stream:
+        list(stream.blocks())
+        asked.clear()
+        next(stream.batches())
+        assert {*range(7)} <= {*asked}
+
+
 def test_blocks_are_every_row_once_in_order(pair_of_stores):
     assert numbers(stream_of(pair_of_stores).blocks()) == [*range(150), *range(1000, 1070)]
 
