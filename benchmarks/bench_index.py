@@ -19,11 +19,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from sail_align.extract.index import FILE_ROWS, GROUP_ROWS, samples_table
-from sail_align.extract.recaption_report import RecaptionReport
-from sail_align.extract.recaptions import join_captions
-from sail_align.extract.sources.base import CaptionTables, Part, Sample
-from sail_align.extract.store import Store
+from sail_align.extract.data import CaptionTables, Part, Sample
+from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, samples_table
+from sail_align.extract.store.recaptions import RecaptionReport, join_captions
+from sail_align.extract.store.store import Store
 
 TAR_ROWS = 10_000
 CAPTIONS = {"long": "longSV_captions", "short": "shortSV_captions"}

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sail_align.align.checkpoint import save_checkpoint
-from sail_align.align.metrics import TILE, ranks
-from sail_align.align.model import Architecture
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.runs.checkpoint import save_checkpoint
 from sail_align.align.settings import FitSettings
+from sail_align.align.stats.metrics import TILE, ranks
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.manifest import find_manifest

@@ -31,20 +31,20 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from sail_align.extract.data import Part
 from sail_align.extract.encoders.base import VisionEncoder
 from sail_align.extract.encoders.catalogue import VISION, find_text
-from sail_align.extract.encoders.checkpoint import fetch
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.encoders.preprocessing import resize_and_crop
-from sail_align.extract.engine import extract
-from sail_align.extract.features import FeatureArray
-from sail_align.extract.memory import keep_freed_memory, wait_without_spinning
-from sail_align.extract.sources.base import Part
-from sail_align.extract.sources.demo import DemoSource
-from sail_align.extract.sources.descriptions import TableSource as Table
+from sail_align.extract.encoders.weights import fetch
+from sail_align.extract.executor.base import extract
+from sail_align.extract.schema import TableSource as Table
+from sail_align.extract.sources.demo.source import DemoSource
 from sail_align.extract.sources.images import read_image
 from sail_align.extract.sources.table import TableSource
-from sail_align.extract.store import Store
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.store import Store
+from sail_align.extract.system.memory import keep_freed_memory, wait_without_spinning
 
 IMAGE, TEXT = "efficientnet-lite0", "minilm-l6"
 UNSORTED_BATCH = 64

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sail_align.align import loss as losses
-from sail_align.align.loss import Loss, infonce_loss, sigmoid_loss
+from sail_align.align.model import loss as losses
+from sail_align.align.model.loss import Loss, infonce_loss, sigmoid_loss
 
 DIM, CAPTIONS = 1_024, 2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

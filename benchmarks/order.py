@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sail_align.align.data import Half, Pairs, open_pairs, read_rows
-from sail_align.align.plan import Plan, make_plan
-from sail_align.align.start import build_model
-from sail_align.align.step import Stepper, make_optimizer, train_step
-from sail_align.align.stream import Batch, Stream
-from sail_align.align.table import markdown_table
-from sail_align.align.trainer import learning_rate, score
-from sail_align.align.trials import spread
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.store import Store
+from sail_align.align.analysis.trials import spread
+from sail_align.align.data.loader import Batch, Stream
+from sail_align.align.data.pairs import Half, Pairs, open_pairs, read_rows
+from sail_align.align.stats.tables import markdown_table
+from sail_align.align.train.initial import build_model
+from sail_align.align.train.plan import Plan, make_plan
+from sail_align.align.train.step import Stepper, make_optimizer, train_step
+from sail_align.align.train.trainer import learning_rate, score
+from sail_align.extract.data import Part, Sample
+from sail_align.extract.store.store import Store
 
 CPU = torch.device("cpu")
 BATCH_ROWS = 64

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sail_align.align.charts import Series, line_chart, standalone
-from sail_align.align.data import open_pairs
-from sail_align.align.plan import make_plan
-from sail_align.align.table import markdown_table
-from sail_align.align.trials import finished_run, read_scored, retrieve, spread
+from sail_align.align.analysis.trials import finished_run, read_scored, retrieve, spread
+from sail_align.align.data.pairs import open_pairs
+from sail_align.align.stats.charts import Series, line_chart, standalone
+from sail_align.align.stats.tables import markdown_table
+from sail_align.align.train.plan import make_plan
 
 BATCHES = (128, 512, 1_900)
 REACH_BATCH = 512

@@ -28,11 +28,11 @@ def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
     """Return `sail-align fit`'s step."""
     import torch
 
-    from sail_align.align.loss import sigmoid_loss
-    from sail_align.align.model import Architecture
+    from sail_align.align.data.loader import Batch
+    from sail_align.align.model.alignment import Architecture
+    from sail_align.align.model.loss import sigmoid_loss
     from sail_align.align.settings import FitSettings
-    from sail_align.align.step import Stepper, make_optimizer, train_step
-    from sail_align.align.stream import Batch
+    from sail_align.align.train.step import Stepper, make_optimizer, train_step
 
     model = Architecture("glu", IMAGE_DIM, TEXT_DIM, DIM, EXPANSION).build()
     optimizer = make_optimizer(model, FitSettings(steps=1))
@@ -44,7 +44,7 @@ def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
 
 def eager(batch: int, options: argparse.Namespace) -> Callable[[], None]:
     """Return the same with heads that are not compiled."""
-    from sail_align.align import functions
+    from sail_align.align.model import fused as functions
 
     functions.MANY_UNITS = sys.maxsize
     return ours(batch, options)

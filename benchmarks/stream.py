@@ -32,9 +32,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from sail_align.extract.data import Part, Sample
 from sail_align.extract.encoders.base import EncoderSpec, Identity
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.store import Store
+from sail_align.extract.store.store import Store
 
 DIMS = {"image": 2_048, "raw": 1_024, "long": 1_024}
 ROW_BYTES = 2 * sum(DIMS.values())
@@ -102,8 +102,8 @@ def report(folder: Path, batch_size: int, rounds: int) -> None:
 
 def stream(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     """Read epochs through the stream."""
-    from sail_align.align.data import open_pairs
-    from sail_align.align.stream import Stream
+    from sail_align.align.data.loader import Stream
+    from sail_align.align.data.pairs import open_pairs
 
     pairs = open_pairs([folder / "store.zarr"], ["raw", "long"])
     rows = [each.usable() for each in pairs]
@@ -121,7 +121,7 @@ def stream(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 def memmap(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     """Copy blocks of the plain files in random order into batches, with the stream's number of threads."""
-    from sail_align.align.stream import GATHER_THREADS
+    from sail_align.align.data.loader import GATHER_THREADS
 
     arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
     return in_blocks(arrays, batch_size, epochs, GATHER_THREADS)
@@ -129,8 +129,8 @@ def memmap(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 def memmap_rows(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     """Copy the very rows that the stream serves out of the plain files: the same work without a store."""
-    from sail_align.align.order import Order, StreamState
-    from sail_align.align.stream import BUFFER_ROWS, GATHER_THREADS
+    from sail_align.align.data.loader import BUFFER_ROWS, GATHER_THREADS
+    from sail_align.align.data.sampler import Order, StreamState
 
     arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
     counts = np.diff([*range(0, len(arrays[0]), BLOCK), len(arrays[0])])
@@ -155,7 +155,7 @@ def with_zarr(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     """Read the store's chunks in random order through zarr-python, with the stream's number of threads."""
     import zarr
 
-    from sail_align.align.stream import GATHER_THREADS
+    from sail_align.align.data.loader import GATHER_THREADS
 
     store = folder / "store.zarr"
     folders = [next(store.glob("image/*")), *(next(store.glob(f"text/*/{name}")) for name in ("raw", "long"))]

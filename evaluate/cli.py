@@ -10,14 +10,75 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.evaluate.chosen import chosen
-from sail_align.evaluate.cli_clip_benchmark import ANY_OPTION, clip_benchmark
 from sail_align.extract.errors import UserError, run_command
-from sail_align.extract.memory import wait_without_spinning
+from sail_align.extract.system.memory import wait_without_spinning
 
 if TYPE_CHECKING:
-    from sail_align.align.checkpoint import Run
+    from sail_align.align.runs.checkpoint import Run
     from sail_align.extract.manifest import Manifest
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from sail_align.align.runs.folder import is_export, is_run, require_run, run_of
+
+if TYPE_CHECKING:
+    from sail_align.align.runs.checkpoint import Run
+
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def clip_benchmark(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, an exported folder, or <owner>/<name>.", show_default=False)
+    ],
+) -> None:
+    """Score a run with LAION's clip-benchmark. What follows RUN goes to `clip_benchmark eval` as it is."""
+    _require_tars(context.args)
+
+    from sail_align.evaluate.clip_benchmark import evaluate
+
+    evaluate(model, context.args)
+
+
+def _require_tars(arguments: Sequence[str]) -> None:
+    """Refuse a folder of tars that is not there; folders of its other sets clip-benchmark makes itself.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    given = dict(pairwise(arguments))
+    root = given.get("--dataset_root", "")
+    of_tars = given.get("--dataset", "").startswith("wds/") and root and "://" not in root and "{" not in root
+    if of_tars and not Path(root).is_dir():
+        raise UserError(f"--dataset_root {root} is not there; name the folder of the set's tars.")
+
+
+def chosen(run: Path | None, model: str | None, device: str) -> "Run":
+    """Return what is to be scored: a run, one of its checkpoints, an export, or a model; by default the newest run.
+
+    Raises:
+        UserError: It is none of these, not one of them alone, or damaged.
+    """
+    if run and model:
+        raise UserError(f"--run {run} and --model {model} are two things to score; leave one out.")
+    if model:
+        from sail_align.evaluate.models import comparison
+
+        return comparison(model, device=device)
+    if run and is_export(run):
+        from sail_align.align.hub.folder import read_hub_folder
+
+        return read_hub_folder(run)
+    if run:
+        require_run(run)
+        if not is_run(run_of(run)):
+            raise UserError(f"{run} is a checkpoint away from its run; put it back into that run's checkpoints/.")
+    from sail_align.align.runs.checkpoint import load_run, newest_run
+
+    return load_run(run or newest_run())
+
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -79,10 +140,10 @@ def evaluate_all(
     own = _required(manifest or [], data_root, kind=None)
     scored = chosen(run, model, device)
 
-    from sail_align.evaluate.provenance import saw_the_demo
+    from sail_align.evaluate.models import saw_the_demo
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
-    from sail_align.extract.sources.descriptions import DemoSource
+    from sail_align.extract.schema import DemoSource
 
     sets, missing, drawings = [], [], []
     for name in packaged_manifests():
@@ -171,11 +232,10 @@ def report(
     if out and out.suffix not in ENDINGS:
         raise UserError(f"No report has the ending {out.suffix!r}; name a file that ends in {', '.join(ENDINGS)}.")
 
-    from sail_align.evaluate.formats import text
-    from sail_align.evaluate.overview import overview, read_runs
-    from sail_align.evaluate.report import side_by_side, write_report
-    from sail_align.evaluate.table import score_table
-    from sail_align.extract.files import write_atomically
+    from sail_align.evaluate.report.formats import score_table, text
+    from sail_align.evaluate.report.overview import overview, read_runs
+    from sail_align.evaluate.report.page import side_by_side, write_report
+    from sail_align.extract.system.files import write_atomically
 
     scored = read_runs(runs)
     if out:
@@ -208,8 +268,8 @@ def compare(
     the smaller share of draws on either side of no difference.
     """
     from sail_align.evaluate.compare import compare_runs
-    from sail_align.evaluate.scores import named, read_scores
-    from sail_align.evaluate.table import difference_table
+    from sail_align.evaluate.report.formats import difference_table
+    from sail_align.evaluate.results.scores import named, read_scores
 
     if len(runs) < 2:
         raise UserError(f"One run cannot be compared; name another beside {runs[0]}.")
@@ -230,11 +290,10 @@ def _evaluate(
 ) -> None:
     """Score the sets, print the table, write the report, also of those before a fault; exit 1 if a set failed."""
     from sail_align.evaluate.evaluator import evaluate_sets
-    from sail_align.evaluate.formats import text
-    from sail_align.evaluate.overview import overview, read_runs
-    from sail_align.evaluate.report import write_report
-    from sail_align.evaluate.scores import Record, failed, scores_path, unfinished
-    from sail_align.evaluate.table import score_table
+    from sail_align.evaluate.report.formats import score_table, text
+    from sail_align.evaluate.report.overview import overview, read_runs
+    from sail_align.evaluate.report.page import write_report
+    from sail_align.evaluate.results.scores import Record, failed, scores_path, unfinished
 
     facts = [" (the newest run)" if newest else "", f", {unfinished(run)}" if unfinished(run) else ""]
     typer.echo(f"scoring {run.path}{''.join(facts)} on {', '.join(dict.fromkeys(about.name for about, _ in sets))}")

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.align.resampling import bootstrap, interval
-from sail_align.evaluate.outcomes import load_outcomes
-from sail_align.evaluate.results import Measure, Unit
-from sail_align.evaluate.scores import Record, read_scores
+from sail_align.align.stats.bootstrap import bootstrap, interval
+from sail_align.evaluate.results.metric import Measure, Unit
+from sail_align.evaluate.results.scores import Record, load_outcomes, read_scores
 from sail_align.extract.errors import UserError
 
 Set = tuple[str, str]

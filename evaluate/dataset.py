@@ -16,18 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sail_align.evaluate.encoders import Encoders, RunError
-from sail_align.extract import published
+from sail_align.evaluate.models import Encoders, RunError
+from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.encoders.base import Identity, require_same
-from sail_align.extract.engine import extract
 from sail_align.extract.errors import StoreExistsError, UserError
-from sail_align.extract.features import FeatureArray
+from sail_align.extract.executor.base import extract
 from sail_align.extract.manifest import Manifest, Task
+from sail_align.extract.schema import DemoSource
+from sail_align.extract.sources import class_names as published
 from sail_align.extract.sources import open_source
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.sources.descriptions import DemoSource
-from sail_align.extract.status import Status
-from sail_align.extract.store import Store
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.store import Store
 
 Embeddings = NDArray[np.float32]
 HEAD_BATCH = 4096

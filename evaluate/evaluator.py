@@ -5,18 +5,25 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sail_align.align.checkpoint import Run
+from sail_align.align.runs.checkpoint import Run
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.encoders import Encoders, RunError
-from sail_align.evaluate.outcomes import save_outcomes
-from sail_align.evaluate.scores import Record, error_record, examples_path, merge_score, open_scores, score_record
+from sail_align.evaluate.models import Encoders, RunError
+from sail_align.evaluate.results.scores import (
+    Record,
+    error_record,
+    examples_path,
+    merge_score,
+    open_scores,
+    save_outcomes,
+    score_record,
+)
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.evaluate.tasks.base import TooSmallError
+from sail_align.extract.data import UnreadableImageError
 from sail_align.extract.errors import UserError, WorkersFailedError
-from sail_align.extract.files import write_atomically
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.progress import note
-from sail_align.extract.sources.base import UnreadableImageError
+from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.progress import note
 
 
 def evaluate_sets(

@@ -7,15 +7,15 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from sail_align.extract import published
+from sail_align.extract.data import Part, Sample, Source, UnreadableImageError
 from sail_align.extract.download import tally
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.schema import DemoSource, Files, WebDatasetSource
+from sail_align.extract.sources import class_names as published
 from sail_align.extract.sources import open_source
-from sail_align.extract.sources.base import Part, Sample, Source, UnreadableImageError
-from sail_align.extract.sources.demo_drawing import PACKAGES
-from sail_align.extract.sources.descriptions import DemoSource, Files, WebDatasetSource
-from sail_align.extract.sources.tables import read_captions
+from sail_align.extract.sources.demo.drawing import PACKAGES
+from sail_align.extract.sources.tabular import read_captions
 
 PROBED = 32
 """Samples, besides the first, whose image, mask and captions are looked at."""

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Download, Manifest
-from sail_align.extract.progress import progress
-from sail_align.extract.sources.tables import read_batches
+from sail_align.extract.sources.tabular import read_batches
+from sail_align.extract.system.progress import progress
 
 SETTINGS = {
     "input_format": "parquet",

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.descriptions import NonEmpty, Recaptions, Source, Strict
+from sail_align.extract.schema import NonEmpty, Recaptions, Source, Strict
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""

@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
-from sail_align.extract import index, indexing, recaptions, reopening, store
+from sail_align.extract.store import build_index as indexing
+from sail_align.extract.store import index, recaptions, store
+from sail_align.extract.store import open_or_create as reopening
 
 
 class Killed(BaseException):

@@ -9,9 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from sail_align.align.checkpoint import save_checkpoint
-from sail_align.align.model import Architecture
-from sail_align.align.runs import claim_run
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.runs.checkpoint import save_checkpoint
+from sail_align.align.runs.claim import claim_run
 from sail_align.align.settings import FitSettings
 
 SHADES = {

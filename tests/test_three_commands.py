@@ -54,7 +54,7 @@ def run_all(folder: Path, captions: object, root: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_scenes_saved_to_disk(tmp_path):
-    from sail_align.extract.sources.demo import DemoSource
+    from sail_align.extract.sources.demo.source import DemoSource
 
     (tmp_path / "images").mkdir()
     rows, split = [("image", "raw", "long")], [("image", "split")]

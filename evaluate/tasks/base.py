@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sail_align.evaluate.dataset import EvaluationSet, digest_of
-from sail_align.evaluate.results import Measure, Outcomes, Result
-from sail_align.extract import published
+from sail_align.evaluate.results.metric import Measure, Outcomes, Result
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.sources import class_names as published
 
 
 class TooSmallError(UserError):

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.align.metrics import TIE
-from sail_align.align.resampling import weighted_mean
+from sail_align.align.stats.bootstrap import weighted_mean
+from sail_align.align.stats.metrics import TIE
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import mean_per_class, ranking, top_k_hits
-from sail_align.evaluate.results import (
+from sail_align.evaluate.results.metric import (
     Example,
     Measure,
     Note,
@@ -26,6 +25,7 @@ from sail_align.evaluate.results import (
     summarise,
 )
 from sail_align.evaluate.tasks.base import Protocol, classes_part, templates_part
+from sail_align.evaluate.tasks.metrics import mean_per_class, ranking, top_k_hits
 from sail_align.extract.errors import UserError
 
 CONFUSIONS = 10

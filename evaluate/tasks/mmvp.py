@@ -6,11 +6,11 @@ statements go into the manifest's prompt ("a photo of {}"); a pair counts only i
 
 import numpy as np
 
-from sail_align.align.resampling import weighted_mean
+from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import pair_hits
-from sail_align.evaluate.results import Example, Measure, Outcomes, Result, pick_examples, summarise
+from sail_align.evaluate.results.metric import Example, Measure, Outcomes, Result, pick_examples, summarise
 from sail_align.evaluate.tasks.base import Protocol, captions_part
+from sail_align.evaluate.tasks.metrics import pair_hits
 from sail_align.evaluate.tasks.pairs import by_label, pair_pictures, pair_scores
 
 CHANCE = 1 / 4

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.results import Measure, Note, Outcomes, Picture, mark, summarise
+from sail_align.evaluate.results.metric import Measure, Note, Outcomes, Picture, mark, summarise
 from sail_align.extract.errors import UserError
 
 

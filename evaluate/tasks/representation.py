@@ -8,10 +8,10 @@ images spread evenly over it. It takes no test of its own: any retrieval set wil
 
 import numpy as np
 
-from sail_align.align.metrics import cka_by_row, mutual_knn, unit_rows
-from sail_align.align.resampling import weighted_mean
+from sail_align.align.stats.bootstrap import weighted_mean
+from sail_align.align.stats.metrics import cka_by_row, mutual_knn, unit_rows
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.results import Measure, Outcomes, Result, summarise
+from sail_align.evaluate.results.metric import Measure, Outcomes, Result, summarise
 from sail_align.evaluate.tasks.base import Protocol, TooSmallError, captions_part
 
 K = 10

@@ -10,18 +10,27 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.align.metrics import Ranks, ranks
-from sail_align.align.resampling import weighted_mean
+from sail_align.align.stats.bootstrap import weighted_mean
+from sail_align.align.stats.metrics import Ranks, ranks
 from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.metrics import (
+from sail_align.evaluate.results.metric import (
+    Example,
+    Measure,
+    Note,
+    Outcomes,
+    Picture,
+    Result,
+    pick_examples,
+    summarise,
+)
+from sail_align.evaluate.tasks.base import Protocol, captions_part
+from sail_align.evaluate.tasks.metrics import (
     chance_mean_rank,
     chance_median_rank,
     chance_recall,
     ranking,
     weighted_median,
 )
-from sail_align.evaluate.results import Example, Measure, Note, Outcomes, Picture, Result, pick_examples, summarise
-from sail_align.evaluate.tasks.base import Protocol, captions_part
 from sail_align.extract.errors import UserError
 
 KS = (1, 5, 10)

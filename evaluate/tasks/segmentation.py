@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.encoders import RunError
-from sail_align.evaluate.metrics import chance_mean_iou, confusion_matrix, iou_per_class, mean_iou
-from sail_align.evaluate.overlay import class_colours, overlay
-from sail_align.evaluate.results import Example, Measure, Note, Outcomes, Picture, Result, summarise
+from sail_align.evaluate.models import RunError
+from sail_align.evaluate.results.metric import Example, Measure, Note, Outcomes, Picture, Result, summarise
 from sail_align.evaluate.tasks.base import Protocol, classes_part, templates_part
-from sail_align.evaluate.windows import STRIDE, WINDOW, axis_matrix, label_pixels, scaled_size, spans
+from sail_align.evaluate.tasks.metrics import chance_mean_iou, confusion_matrix, iou_per_class, mean_iou
+from sail_align.evaluate.tasks.overlay import class_colours, overlay
+from sail_align.evaluate.tasks.windows import STRIDE, WINDOW, axis_matrix, label_pixels, scaled_size, spans
+from sail_align.extract.data import IGNORED, Sample
 from sail_align.extract.encoders.catalogue import Normalisation
 from sail_align.extract.encoders.preprocessing import to_pixels
 from sail_align.extract.errors import UserError
-from sail_align.extract.progress import progress
-from sail_align.extract.sources.base import IGNORED, Sample
+from sail_align.extract.system.progress import progress
 
 Counts = NDArray[np.int64]
 Labels = NDArray[np.uint8]

@@ -19,17 +19,20 @@ from sail_align.extract.encoders.catalogue import (
     find_text,
     find_vision,
 )
-from sail_align.extract.encoders.checkpoint import Checkpoint, fetch
-from sail_align.extract.encoders.efficientnet import packaged_efficientnet
-from sail_align.extract.encoders.open_clip_model import load_open_clip
-from sail_align.extract.encoders.open_clip_towers import OpenClipTextEncoder, OpenClipVisionEncoder
+from sail_align.extract.encoders.open_clip_models import OpenClipTextEncoder, OpenClipVisionEncoder, load_open_clip
 from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
-from sail_align.extract.encoders.pretrained import load_pretrained
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.timm_vision import timm_backbone, timm_origin, timm_preprocessing
+from sail_align.extract.encoders.timm_models import (
+    packaged_efficientnet,
+    timm_backbone,
+    timm_origin,
+    timm_preprocessing,
+)
+from sail_align.extract.encoders.transformers_load import load_pretrained
 from sail_align.extract.encoders.transformers_text import FrozenTextEncoder, TextSettings
 from sail_align.extract.encoders.transformers_vision import TransformersBackbone, published_preprocessing
 from sail_align.extract.encoders.vision import Backbone, FrozenVisionEncoder
+from sail_align.extract.encoders.weights import Checkpoint, fetch
 from sail_align.extract.errors import UserError
 
 

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from sail_align.extract.encoders.base import EncoderSpec, Identity
-from sail_align.extract.encoders.batches import pack
-from sail_align.extract.encoders.checkpoint import Checkpoint
-from sail_align.extract.encoders.golden import SENTENCE, golden_vector, versions
+from sail_align.extract.encoders.base import SENTENCE, EncoderSpec, Identity, golden_vector, versions
 from sail_align.extract.encoders.pooling import pool_tokens
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.runtime import Runtime, pack
+from sail_align.extract.encoders.weights import Checkpoint
 from sail_align.extract.errors import UserError
 
 BLOCK = 4_096

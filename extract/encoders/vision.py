@@ -8,13 +8,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sail_align.extract.encoders import preprocessing
-from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.encoders.base import EncoderSpec, Identity, golden_image, golden_vector, versions
 from sail_align.extract.encoders.catalogue import ImagePreprocessing, Normalisation
-from sail_align.extract.encoders.checkpoint import Checkpoint
-from sail_align.extract.encoders.golden import golden_image, golden_vector, versions
 from sail_align.extract.encoders.pooling import pool_image, pool_patches, require_image_pooling
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.value_path import NoValuePathError, values_of_patches
+from sail_align.extract.encoders.weights import Checkpoint
 from sail_align.extract.errors import UserError
 
 FAST_JPEG = 2

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sail_align.extract import schema as described
+from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources import descriptions as described
-from sail_align.extract.sources.base import Source
 
 if TYPE_CHECKING:  # a manifest is made of the descriptions beside this
     from sail_align.extract.manifest import Manifest
@@ -15,7 +15,7 @@ def open_source(manifest: "Manifest", data_root: Path) -> Source:
     """Open what a manifest describes. Raises `UserError` if its files are not there or not of the described form."""
     source = _open(manifest, data_root)
     if manifest.recaptions:
-        from sail_align.extract.sources.tables import caption_tables
+        from sail_align.extract.sources.tabular import caption_tables
 
         source.recaptions = caption_tables(manifest.recaptions, data_root)
         if twice := [name for name in manifest.recaptions.captions if name in source.captions]:
@@ -34,19 +34,19 @@ def _open(manifest: "Manifest", data_root: Path) -> Source:
 
             return ClassFolderSource(manifest.source, data_root)
         case described.CocoCaptionsSource():
-            from sail_align.extract.sources.coco_captions import CocoCaptionsSource
+            from sail_align.extract.sources.annotated import CocoCaptionsSource
 
             return CocoCaptionsSource(manifest.source, data_root)
         case described.KarpathySource():
-            from sail_align.extract.sources.karpathy import KarpathySource
+            from sail_align.extract.sources.annotated import KarpathySource
 
             return KarpathySource(manifest.source, data_root)
         case described.WinogroundSource():
-            from sail_align.extract.sources.winoground import WinogroundSource
+            from sail_align.extract.sources.annotated import WinogroundSource
 
             return WinogroundSource(manifest.source, data_root)
         case described.MmvpSource():
-            from sail_align.extract.sources.mmvp import MmvpSource
+            from sail_align.extract.sources.annotated import MmvpSource
 
             return MmvpSource(manifest.source, data_root)
         case described.MaskFolderSource():
@@ -62,6 +62,6 @@ def _open(manifest: "Manifest", data_root: Path) -> Source:
 
             return HuggingFaceSource(manifest.source, data_root)
         case described.DemoSource():
-            from sail_align.extract.sources.demo import DemoSource
+            from sail_align.extract.sources.demo.source import DemoSource
 
             return DemoSource(manifest.source.part)

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.published import names_of_folders
-from sail_align.extract.sources.base import Part, Sample, Source
-from sail_align.extract.sources.descriptions import ClassFolderSource as Description
+from sail_align.extract.schema import ClassFolderSource as Description
+from sail_align.extract.sources.class_names import names_of_folders
 from sail_align.extract.sources.images import read_image_in
 
 

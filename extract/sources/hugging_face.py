@@ -12,12 +12,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import Part, Sample, Source, UnreadableImageError
-from sail_align.extract.sources.descriptions import HuggingFaceSource as Description
+from sail_align.extract.schema import HuggingFaceSource as Description
 from sail_align.extract.sources.file_set import FileSet
 from sail_align.extract.sources.images import read_image
-from sail_align.extract.status import Status
 
 PART_ROWS = 1 << 20
 READ_ROWS = 8_192

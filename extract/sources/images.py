@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import UnreadableImageError
-from sail_align.extract.status import Status
 
 PIXEL_LIMIT = 100_000_000
 """More pixels than this are refused before they are decoded."""

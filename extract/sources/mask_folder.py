@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.extract.data import IGNORED, Part, Sample, Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.published import label_names
-from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
-from sail_align.extract.sources.descriptions import MaskFolderSource as Description
+from sail_align.extract.schema import MaskFolderSource as Description
+from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.images import read_image_in, read_mask
 
 NO_CLASS = -1

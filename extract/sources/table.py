@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.extract.data import IGNORED, Part, Sample, Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import IGNORED, Part, Sample, Source
-from sail_align.extract.sources.descriptions import TableSource as Description
+from sail_align.extract.schema import TableSource as Description
 from sail_align.extract.sources.images import read_image_in, read_mask
-from sail_align.extract.sources.tables import find_tables, read_batches
+from sail_align.extract.sources.tabular import find_tables, read_batches
 
 PROBED = 100
 """Samples whose images are looked for before anything is encoded."""

@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.published import class_names
-from sail_align.extract.sources.base import Part, Sample, Source, UnreadableImageError
-from sail_align.extract.sources.descriptions import WebDatasetSource as Description
+from sail_align.extract.schema import WebDatasetSource as Description
+from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.file_set import FileSet
 from sail_align.extract.sources.images import read_image
-from sail_align.extract.sources.tar_members import BLOCK, header_size
-from sail_align.extract.sources.tar_samples import TarSamples, read_tar, table_beside
-from sail_align.extract.status import Status
+from sail_align.extract.sources.tars import BLOCK, TarSamples, header_size, read_tar, table_beside
 
 _log = logging.getLogger(__name__)
 

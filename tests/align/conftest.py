@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from fakes import identity
 
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.status import Status
-from sail_align.extract.store import Store
+from sail_align.extract.data import Part, Sample, Status
+from sail_align.extract.store.store import Store
 
 IMAGE_DIM, TEXT_DIM = 12, 8
 

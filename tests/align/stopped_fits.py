@@ -16,10 +16,11 @@ import interrupted
 import torch._dynamo  # (the first step loads these two: seconds, once for all attempts)
 import torch._inductor.compile_fx  # noqa: F401
 
-from sail_align.align import blocks, functions, trainer
-from sail_align.align.checkpoint import last_checkpoint, read_checkpoint, step_of
 from sail_align.align.cli import main
-from sail_align.align.saver import best_of
+from sail_align.align.model import fused as functions
+from sail_align.align.model import pair_blocks as blocks
+from sail_align.align.runs.checkpoint import best_of, last_checkpoint, read_checkpoint, step_of
+from sail_align.align.train import trainer
 
 OPTIONS = {"dim": 8, "expansion": 2, "image-dropout": 0.2, "batch-size": 32, "lr": 3e-3, "start": "random"}
 WORDS = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))] + ["--device", "cpu", "--quiet"]

@@ -9,12 +9,12 @@ import pytest
 from fakes import identity
 from typer.testing import CliRunner
 
-from sail_align.align import trainer
-from sail_align.align.checkpoint import newest_run
 from sail_align.align.cli import app
-from sail_align.align.records import differences
+from sail_align.align.runs.checkpoint import newest_run
+from sail_align.align.runs.folder import differences
+from sail_align.align.train import trainer
 from sail_align.extract.errors import UserError
-from sail_align.extract.stop import StoppedError
+from sail_align.extract.system.signals import StoppedError
 
 QUICK = ["--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
 
@@ -57,7 +57,7 @@ def test_a_finished_run_is_not_trained_twice(make_store, monkeypatch, out):
 def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
-        patch.setattr("sail_align.align.trainer.train_step", interrupt)
+        patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
         stopped = typed("--features", path, *QUICK)
     assert stopped.exit_code == 130
     assert "the same command begins runs/photos-glu again" in stopped.output
@@ -70,7 +70,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
 def test_another_precision_is_another_run(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
-        patch.setattr("sail_align.align.trainer.train_step", interrupt)
+        patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
         typed("--features", path, *QUICK)
     other = typed("--features", path, *QUICK, "--precision", "bfloat16").output
     assert (

@@ -11,8 +11,8 @@ from dense_loss import dense_infonce, dense_sigmoid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sail_align.align import blocks
-from sail_align.align.loss import infonce_loss, sigmoid_loss
+from sail_align.align.model import pair_blocks as blocks
+from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 
 BOTH = pytest.mark.parametrize(
     ("loss", "dense"), [(sigmoid_loss, dense_sigmoid), (infonce_loss, dense_infonce)], ids=["sigmoid", "infonce"]

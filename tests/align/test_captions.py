@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sail_align.align.captions import CaptionPolicy, parse_captions
-from sail_align.align.data import open_pairs
-from sail_align.align.loss import sigmoid_loss
-from sail_align.align.order import StreamState
-from sail_align.align.plan import make_plan
-from sail_align.align.stream import Stream
+from sail_align.align.data.captions import CaptionPolicy, parse_captions
+from sail_align.align.data.loader import Stream
+from sail_align.align.data.pairs import open_pairs
+from sail_align.align.data.sampler import StreamState
+from sail_align.align.model.loss import sigmoid_loss
+from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 
 

@@ -11,7 +11,11 @@ from fakes import identity
 from interrupted import Killed
 from safetensors.torch import load_file, save_file
 
-from sail_align.align.checkpoint import (
+from sail_align.align.data.sampler import StreamState
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.runs.checkpoint import (
+    Saver,
+    best_of,
     checkpoint_folder,
     load_run,
     newest_run,
@@ -20,12 +24,9 @@ from sail_align.align.checkpoint import (
     save_checkpoint,
     write_checkpoint,
 )
-from sail_align.align.model import Architecture
-from sail_align.align.order import StreamState
-from sail_align.align.runs import MetricsLog
-from sail_align.align.saver import Saver, best_of
 from sail_align.align.settings import FitSettings
-from sail_align.align.step import make_optimizer
+from sail_align.align.train.journal import MetricsLog
+from sail_align.align.train.step import make_optimizer
 from sail_align.extract.errors import UserError
 
 ARCHITECTURE = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2, linear_path=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sail_align.align.closed_form import Moments, regularised_cca
+from sail_align.align.model.closed_form import Moments, regularised_cca
 from sail_align.extract.errors import UserError
 
 IMAGE_DIM, TEXT_DIM = 9, 6

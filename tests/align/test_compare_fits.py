@@ -13,18 +13,19 @@ import torch
 from fakes import identity
 from typer.testing import CliRunner
 
-from sail_align.align import ladder, trials
-from sail_align.align.charts import Dots, dot_chart, standalone
-from sail_align.align.checkpoint import load_run
+from sail_align.align.analysis import ablation as ladder
+from sail_align.align.analysis import trials
+from sail_align.align.analysis.ablation import LADDER
+from sail_align.align.analysis.trials import Trial, base_recipe, finished_run, held_out_by_all
 from sail_align.align.cli import app
-from sail_align.align.journal import collapse_of
-from sail_align.align.ladder import LADDER
-from sail_align.align.plan import make_plan
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
-from sail_align.align.table import markdown_table
-from sail_align.align.trials import Trial, base_recipe, finished_run, held_out_by_all
+from sail_align.align.stats.charts import Dots, dot_chart, standalone
+from sail_align.align.stats.tables import markdown_table
+from sail_align.align.train.collapse import collapse_of
+from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
-from sail_align.extract.store import Store
+from sail_align.extract.store.store import Store
 
 QUICK = ["--quiet", "--steps", "3", "--dim", "8", "--device", "cpu", "--lr", "1e-3", "--batch-size", "64"]
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sail_align.align import blocks, compiled
-from sail_align.align import loss as losses
-from sail_align.align.compiled import Compiled
-from sail_align.align.loss import infonce_loss, sigmoid_loss
+from sail_align.align.model import fused as compiled
+from sail_align.align.model import loss as losses
+from sail_align.align.model import pair_blocks as blocks
+from sail_align.align.model.fused import Compiled
+from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 
 
 def inputs(dtype=torch.float32):

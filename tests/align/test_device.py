@@ -5,9 +5,8 @@ from itertools import islice
 
 import torch
 
-from sail_align.align.device import batches_on
-from sail_align.align.order import StreamState
-from sail_align.align.stream import Batch
+from sail_align.align.data.loader import Batch, batches_on
+from sail_align.align.data.sampler import StreamState
 
 
 def test_on_a_cpu_batches_are_passed_on():

@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from sail_align.align.checkpoint import read_checkpoint
-from sail_align.align.distributed import World, joined
-from sail_align.align.loss import infonce_loss, sigmoid_loss
-from sail_align.align.model import Architecture
+from sail_align.align.data.loader import Batch
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.model.loss import infonce_loss, sigmoid_loss
+from sail_align.align.runs.checkpoint import read_checkpoint
 from sail_align.align.settings import FitSettings
-from sail_align.align.step import Stepper, make_optimizer, train_step
-from sail_align.align.stream import Batch
+from sail_align.align.train.distributed import World, joined
+from sail_align.align.train.step import Stepper, make_optimizer, train_step
 from sail_align.extract.errors import UserError, WorkersFailedError
 
 CPU = torch.device("cpu")

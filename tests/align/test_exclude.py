@@ -5,9 +5,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sail_align.align.cli import app
-from sail_align.align.exclude import Exclusions
-from sail_align.align.plan import make_plan
-from sail_align.align.stream import Stream
+from sail_align.align.data.loader import Stream
+from sail_align.align.data.pairs import Exclusions
+from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 
 QUICK = {"steps": 4, "dim": 8}
@@ -54,7 +54,7 @@ def test_a_run_is_gone_on_with_only_with_the_same_list(make_store, tmp_path, mon
     (tmp_path / "list.txt").write_text("key 3\n")
     command = ["fit", "--features", str(store), "--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr("sail_align.align.trainer.train_step", interrupt)
+        patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
         assert CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).exit_code == 130
     changed = CliRunner().invoke(app, command).output
     assert "writing runs/photos-glu-2" in changed

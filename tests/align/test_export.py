@@ -13,10 +13,10 @@ from small_world import SHADES, draw, save_run, write_captioned
 from typer.testing import CliRunner
 
 from sail_align.align import pretrained
-from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
-from sail_align.align.model_card import model_card
-from sail_align.align.records import record_digest
+from sail_align.align.hub.model_card import model_card
+from sail_align.align.runs.checkpoint import load_run
+from sail_align.align.runs.folder import record_digest
 from sail_align.evaluate.cli import app as evaluation
 from sail_align.extract.encoders.base import EncoderChangedError
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
@@ -199,7 +199,7 @@ def test_a_repository_of_the_hub_is_read_like_a_folder(run, folders, pictures, m
         asked.append((repository, revision, allow_patterns))
         return "hub"
 
-    monkeypatch.setattr("sail_align.extract.encoders.checkpoint.snapshot_download", snapshot_download)
+    monkeypatch.setattr("sail_align.extract.encoders.weights.snapshot_download", snapshot_download)
     model = pretrained.load("someone/photos-glu", revision="0" * 40, device="cpu", **folders)
     assert asked == [("someone/photos-glu", "0" * 40, ["config.json", "model.safetensors", "README.md"])]
     assert torch.equal(embeddings(model, pictures), embeddings(pretrained.load(run, device="cpu"), pictures))

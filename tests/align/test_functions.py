@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sail_align.align.functions import gated_linear, normed_linear
-from sail_align.align.heads import make_head
+from sail_align.align.model.fused import gated_linear, normed_linear
+from sail_align.align.model.heads import make_head
 
 
 def arguments(*shapes):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sail_align.align import gather as module
-from sail_align.align.gather import take_rows
+from sail_align.align.data import loader as module
+from sail_align.align.data.loader import take_rows
 
 pytest_compiled = pytest.mark.skipif(module.gather is None, reason="installed without a C compiler")
 

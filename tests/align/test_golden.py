@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sail_align.align.heads import GLUHead
-from sail_align.align.loss import sigmoid_loss
-from sail_align.align.model import AlignmentModel
+from sail_align.align.model.alignment import AlignmentModel
+from sail_align.align.model.heads import GLUHead
+from sail_align.align.model.loss import sigmoid_loss
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")

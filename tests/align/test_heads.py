@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sail_align.align.closed_form import LinearMap, start_from
-from sail_align.align.heads import make_head
-from sail_align.align.model import Architecture
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.model.closed_form import LinearMap, start_from
+from sail_align.align.model.heads import make_head
 
 IMAGE_DIM, TEXT_DIM, DIM = 2048, 1024, 1024
 HEAD_KINDS = ["linear", "mlp", "glu"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lion_pytorch import Lion
 
-from sail_align.align.loss import infonce_loss, sigmoid_loss
+from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 
 LOSSES = pytest.mark.parametrize("loss", [sigmoid_loss, infonce_loss])
 

@@ -8,11 +8,11 @@ import pytest
 from fakes import identity
 from typer.testing import CliRunner
 
-from sail_align.align import measure as measuring
+from sail_align.align.analysis import measure as measuring
+from sail_align.align.analysis.measure import Sample, measure
 from sail_align.align.cli import app
-from sail_align.align.measure import Sample, measure
 from sail_align.extract.errors import UserError
-from sail_align.extract.store import Store
+from sail_align.extract.store.store import Store
 
 ASKED = {"rows": 8_192, "neighbours": 5, "held_out": 0.2, "seed": 0}
 

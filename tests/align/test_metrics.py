@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sail_align.align import metrics
-from sail_align.align.metrics import TIE, cka_by_row, effective_rank, mutual_knn, ranks, recall_at, unit_rows
-from sail_align.align.resampling import mean_interval
+from sail_align.align.stats import metrics
+from sail_align.align.stats.bootstrap import mean_interval
+from sail_align.align.stats.metrics import TIE, cka_by_row, effective_rank, mutual_knn, ranks, recall_at, unit_rows
 
 
 def from_scores(scores_NM, owner_M):

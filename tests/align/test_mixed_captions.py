@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sail_align.align import trainer
-from sail_align.align.captions import CaptionPolicy, choose_captions
-from sail_align.align.data import open_pairs, read_rows
-from sail_align.align.order import StreamState
-from sail_align.align.plan import make_plan
-from sail_align.align.runs import claim_run
-from sail_align.align.stream import Stream
+from sail_align.align.data.captions import CaptionPolicy, choose_captions
+from sail_align.align.data.loader import Stream
+from sail_align.align.data.pairs import open_pairs, read_rows
+from sail_align.align.data.sampler import StreamState
+from sail_align.align.runs.claim import claim_run
+from sail_align.align.train import trainer
+from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 
 WEIGHTS = {"raw": 1.0, "short": 2.0, "long": 4.0}

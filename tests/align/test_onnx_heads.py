@@ -9,9 +9,9 @@ import torch
 from small_world import save_run
 from typer.testing import CliRunner
 
-from sail_align.align import onnx_heads
-from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
+from sail_align.align.hub import onnx_heads
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.extract.errors import UserError
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

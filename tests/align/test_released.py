@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from released_file import DIM, IMAGE_DIM, TEXT_DIM, released_tensors, save_encoders, save_released, their_forward
 from typer.testing import CliRunner
 
-from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app
-from sail_align.align.loss import sigmoid_loss
-from sail_align.align.released import OUR_NAMES, largest_value, read_released
+from sail_align.align.hub.released import OUR_NAMES, largest_value, read_released
+from sail_align.align.model.loss import sigmoid_loss
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.extract.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from sail_align.align import start
-from sail_align.align.plan import make_plan
-from sail_align.align.runs import claim_run
-from sail_align.align.trainer import fit
+from sail_align.align.runs.claim import claim_run
+from sail_align.align.train import initial as start
+from sail_align.align.train.plan import make_plan
+from sail_align.align.train.trainer import fit
 
 
 def first_step(make_store, tmp_path, **changes):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from sail_align.align import device, functions
-from sail_align.align.loss import infonce_loss, sigmoid_loss
-from sail_align.align.model import Architecture
+from sail_align.align.data.loader import Batch
+from sail_align.align.model import fused as functions
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 from sail_align.align.settings import FitSettings
-from sail_align.align.step import Stepper, embed, make_optimizer, seed_torch, train_step
-from sail_align.align.stream import Batch
+from sail_align.align.train import device
+from sail_align.align.train.step import Stepper, embed, make_optimizer, seed_torch, train_step
 from sail_align.extract.errors import UserError
 
 CPU = torch.device("cpu")
@@ -170,7 +171,7 @@ def test_the_free_memory_decides_what_is_kept(monkeypatch):
     calls = []
     used.model.text_head.register_forward_hook(lambda _head, _features, out: calls.append(len(out)))
     for free, passes in ((EVERYTHING, 1), (NOTHING, 2)):
-        monkeypatch.setattr("sail_align.align.step.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("sail_align.align.train.step.free_bytes", lambda _, free=free: free)
         calls.clear()
         train_step(used, batch(), 1e-9)
         assert sum(calls) == passes * CAPTIONS * ROWS

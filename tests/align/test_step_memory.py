@@ -12,13 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sail_align.align import blocks, functions, step
-from sail_align.align.distributed import World
-from sail_align.align.loss import sigmoid_loss
-from sail_align.align.model import Architecture
+from sail_align.align.data.loader import Batch
+from sail_align.align.model import fused as functions
+from sail_align.align.model import pair_blocks as blocks
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.settings import FitSettings
-from sail_align.align.step import Stepper, make_optimizer, train_step
-from sail_align.align.stream import Batch
+from sail_align.align.train import step
+from sail_align.align.train.distributed import World
+from sail_align.align.train.step import Stepper, make_optimizer, train_step
 
 NOWHERE = torch.device("meta")
 GB = 10**9

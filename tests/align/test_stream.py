@@ -13,11 +13,11 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sail_align.align.data import open_pairs, split_held_out
-from sail_align.align.order import StreamState
-from sail_align.align.stream import PREFETCH, Batch, Stream
+from sail_align.align.data.loader import PREFETCH, Batch, Stream
+from sail_align.align.data.pairs import open_pairs, split_held_out
+from sail_align.align.data.sampler import StreamState
 from sail_align.extract.errors import UserError
-from sail_align.extract.features import FeatureArray
+from sail_align.extract.store.features import FeatureArray
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pa
     if zarrs:
         pytest.importorskip("zarrs")
     else:
-        monkeypatch.setattr("sail_align.extract.arrays.find_spec", lambda _: None)
+        monkeypatch.setattr("sail_align.extract.store.features.find_spec", lambda _: None)
     mapped = epoch(stream_of(pair_of_stores), 2)
     for path in pair_of_stores:
         compress(path)
@@ -202,7 +202,7 @@ def test_a_damaged_shard_ends_the_stream_with_a_sentence(make_store):
 
 
 def test_a_failure_to_look_ahead_ends_the_stream_too(make_numbered, monkeypatch):
-    monkeypatch.setattr("sail_align.align.order.Order.in_next_buffer", lambda *_: 1 / 0)
+    monkeypatch.setattr("sail_align.align.data.sampler.Order.in_next_buffer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         epoch(stream_of([make_numbered(rows=100)]))
 

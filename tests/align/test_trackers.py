@@ -8,11 +8,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from sail_align.align import trackers
-from sail_align.align.plan import make_plan
-from sail_align.align.runs import claim_run
-from sail_align.align.trackers import parse_trackers
-from sail_align.align.trainer import fit
+from sail_align.align.runs.claim import claim_run
+from sail_align.align.train import trackers
+from sail_align.align.train.plan import make_plan
+from sail_align.align.train.trackers import parse_trackers
+from sail_align.align.train.trainer import fit
 from sail_align.extract.errors import UserError
 
 

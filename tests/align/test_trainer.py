@@ -10,16 +10,15 @@ import pytest
 import torch
 from fakes import identity
 
-from sail_align.align import trainer
-from sail_align.align.checkpoint import last_checkpoint, load_run, read_checkpoint
-from sail_align.align.loss import LossValue
-from sail_align.align.plan import make_plan
-from sail_align.align.runs import claim_run
-from sail_align.align.saver import best_of
+from sail_align.align.model.loss import LossValue
+from sail_align.align.runs.checkpoint import best_of, last_checkpoint, load_run, read_checkpoint
+from sail_align.align.runs.claim import claim_run
 from sail_align.align.settings import FitSettings
-from sail_align.align.trainer import fit, learning_rate
+from sail_align.align.train import trainer
+from sail_align.align.train.plan import make_plan
+from sail_align.align.train.trainer import fit, learning_rate
 from sail_align.extract.errors import UserError
-from sail_align.extract.store import Store
+from sail_align.extract.store.store import Store
 
 CPU = torch.device("cpu")
 QUICK = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sail_align.align.plan import make_plan
-from sail_align.align.runs import claim_run
-from sail_align.align.trainer import fit
-from sail_align.align.watch import Watch
+from sail_align.align.runs.claim import claim_run
+from sail_align.align.train.collapse import Watch
+from sail_align.align.train.plan import make_plan
+from sail_align.align.train.trainer import fit
 from sail_align.extract.errors import UserError
 
 CPU = torch.device("cpu")

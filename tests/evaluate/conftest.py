@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from sail_align.align.checkpoint import Run
+from sail_align.align.runs.checkpoint import Run
 from sail_align.align.settings import FitSettings
 from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.encoders import Encoders
 from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.models import Encoders
 from sail_align.extract.encoders.base import EncoderSpec, Identity
 from sail_align.extract.encoders.preprocessing import frame
 from sail_align.extract.manifest import find_manifest
@@ -88,7 +88,7 @@ def loaded(monkeypatch):
         loads.append(recorded.spec.modality)
         return ColourVision() if recorded.spec.modality == "image" else ColourText()
 
-    monkeypatch.setattr("sail_align.evaluate.encoders.load_recorded", load)
+    monkeypatch.setattr("sail_align.evaluate.models.load_recorded", load)
     return loads
 
 

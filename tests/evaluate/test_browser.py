@@ -9,8 +9,8 @@ from itertools import chain
 
 import pytest
 
-from sail_align.evaluate.overview import read_runs
-from sail_align.evaluate.report import page, write_report
+from sail_align.evaluate.report.overview import read_runs
+from sail_align.evaluate.report.page import page, write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

@@ -9,10 +9,10 @@ from small_world import SHADES, captions_of, save_run, write_captioned, write_cl
 from tars import write_tar
 from typer.testing import CliRunner
 
-from sail_align.align.checkpoint import load_run
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate import clip_benchmark
 from sail_align.evaluate.cli import app
-from sail_align.evaluate.scores import read_scores
+from sail_align.evaluate.results.scores import read_scores
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.errors import UserError
 

@@ -9,7 +9,7 @@ import torch
 
 from sail_align.evaluate.compare import compare_runs
 from sail_align.evaluate.evaluator import evaluate_sets
-from sail_align.evaluate.table import score_table
+from sail_align.evaluate.report.formats import score_table
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
@@ -65,7 +65,7 @@ def records(world, run, coco, monkeypatch):
     def load(recorded, device="cpu"):
         return ColourVision() if recorded.spec.modality == "image" else LetterText(recorded)
 
-    monkeypatch.setattr("sail_align.evaluate.encoders.load_recorded", load)
+    monkeypatch.setattr("sail_align.evaluate.models.load_recorded", load)
     sets = [find_manifest(name, str(coco)) for name in ("coco-karpathy", "coco-val2017")]
     sets += [(about.scored_as("representation"), root) for about, root in sets[:1]]
     scored = list(evaluate_sets(run, sets, features=world.folder / "features", quiet=True))

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sail_align.align.resampling import weighted_mean
+from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.cli import app
 from sail_align.evaluate.compare import Comparison, Difference, compare_runs, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
-from sail_align.evaluate.outcomes import load_outcomes
-from sail_align.evaluate.results import Measure
-from sail_align.evaluate.scores import read_scores
-from sail_align.evaluate.table import difference_table
+from sail_align.evaluate.report.formats import difference_table
+from sail_align.evaluate.results.metric import Measure
+from sail_align.evaluate.results.scores import load_outcomes, read_scores
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.evaluate.tasks.retrieval import measures
 from sail_align.extract.errors import UserError

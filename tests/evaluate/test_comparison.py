@@ -16,10 +16,10 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 
 from tiny_open_clip import save_open_clip  # noqa: E402
 
-from sail_align.align.checkpoint import newest_run  # noqa: E402
-from sail_align.align.metrics import ranks  # noqa: E402
+from sail_align.align.runs.checkpoint import newest_run  # noqa: E402
+from sail_align.align.stats.metrics import ranks  # noqa: E402
 from sail_align.evaluate.cli import app  # noqa: E402
-from sail_align.evaluate.scores import read_scores  # noqa: E402
+from sail_align.evaluate.results.scores import read_scores  # noqa: E402
 from sail_align.extract.errors import UserError  # noqa: E402
 
 RUN = Path("runs/open_clip-tiny")
@@ -149,7 +149,7 @@ def test_a_second_time_no_tower_is_loaded(model, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a tower was loaded")
 
-    for name in ("comparison.load_image_encoder", "comparison.load_text_encoder", "encoders.load_recorded"):
+    for name in ("models.load_image_encoder", "models.load_text_encoder", "models.load_recorded"):
         monkeypatch.setattr(f"sail_align.evaluate.{name}", load)
     assert scored("retrieval", str(manifest)).exit_code == 0
     assert metrics() == before

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
-from sail_align.align.checkpoint import load_run, save_checkpoint
-from sail_align.align.model import Architecture
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.runs.checkpoint import load_run, save_checkpoint
 from sail_align.evaluate import cli
-from sail_align.evaluate.reported import Reported
+from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import TaskKind, packaged_manifests
@@ -26,8 +26,8 @@ from sail_align.extract.manifest import TaskKind, packaged_manifests
 @pytest.fixture
 def sail_eval(world, run, monkeypatch, capsys, tmp_path):
     """Call the command in an empty folder with `run` as the run of any path; return exit code, stdout, stderr."""
-    monkeypatch.setattr("sail_align.align.checkpoint.load_run", lambda path: run)
-    monkeypatch.setattr("sail_align.align.checkpoint.newest_run", lambda: run.path)
+    monkeypatch.setattr("sail_align.align.runs.checkpoint.load_run", lambda path: run)
+    monkeypatch.setattr("sail_align.align.runs.checkpoint.newest_run", lambda: run.path)
     monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", dict)
     monkeypatch.chdir(tmp_path)
 
@@ -178,7 +178,7 @@ def test_an_encoder_that_cannot_be_had_is_one_mistake_and_not_one_for_each_set(s
     def refuse(recorded, device):
         raise UserError("It is not in the hub's cache.")
 
-    monkeypatch.setattr("sail_align.evaluate.encoders.load_recorded", refuse)
+    monkeypatch.setattr("sail_align.evaluate.models.load_recorded", refuse)
     code, _, err = sail_eval("all", "--manifest", squares)
     assert code == 2
     assert "colours-linear cannot be used: It is not in the hub's cache." in err
@@ -210,7 +210,7 @@ def test_what_a_paper_reports_of_the_same_protocol_is_printed_below(sail_eval, s
     assert "reported" not in sail_eval("all", "--manifest", squares, "--quiet")[1]
     (record,) = json.loads((run.path / "scores.json").read_bytes())["records"]
     told = (Reported("Theirs", "a table", {(record["protocol"], "top1", 2): 33.25}),)
-    monkeypatch.setattr("sail_align.evaluate.overview.reported", lambda: told)
+    monkeypatch.setattr("sail_align.evaluate.report.overview.reported", lambda: told)
     for arguments in (["all", "--manifest", squares, "--quiet"], ["report", run.path]):
         _, out, _ = sail_eval(*arguments)
         assert re.search(r"Theirs \(a table\) \* +33.25\n", out)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sail_align.align.resampling import bootstrap, interval, weighted_mean
-from sail_align.evaluate.metrics import (
+from sail_align.align.stats.bootstrap import bootstrap, interval, weighted_mean
+from sail_align.evaluate.tasks.metrics import (
     chance_mean_iou,
     chance_mean_rank,
     chance_median_rank,
@@ -23,7 +23,7 @@ from sail_align.evaluate.metrics import (
     top_k_hits,
     weighted_median,
 )
-from sail_align.extract.sources.base import IGNORED
+from sail_align.extract.data import IGNORED
 
 SCORES = np.array(
     [

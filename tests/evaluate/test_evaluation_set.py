@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.evaluate import scores
 from sail_align.evaluate.compare import compare_runs
 from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.results import scores
 from sail_align.evaluate.tasks import PROTOCOLS
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.manifest import find_manifest

@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from sail_align.evaluate.formats import cells, comma_separated, latex, markdown, text
-from sail_align.evaluate.overview import HEADLINES, WIDTH, overview, read_runs
-from sail_align.evaluate.report import TASKS
-from sail_align.evaluate.reported import reported
-from sail_align.evaluate.scores import SCHEMA
-from sail_align.evaluate.table import score_table
+from sail_align.evaluate.report.formats import cells, comma_separated, latex, markdown, score_table, text
+from sail_align.evaluate.report.overview import HEADLINES, WIDTH, overview, read_runs
+from sail_align.evaluate.report.page import TASKS
+from sail_align.evaluate.results.reported import reported
+from sail_align.evaluate.results.scores import SCHEMA
 from sail_align.evaluate.tasks import PROTOCOLS
-from sail_align.extract import published
 from sail_align.extract.manifest import find_manifest
+from sail_align.extract.sources import class_names as published
 
 WINOGROUND = "winoground/strict@1/winoground/captions=all"
 NASTY = r"50% & a_b #1|{x}^~\<b>*"

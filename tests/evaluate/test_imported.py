@@ -6,10 +6,10 @@ from released_file import released_tensors, save_encoders, save_released
 from small_world import write_captioned
 from typer.testing import CliRunner
 
-from sail_align.align.checkpoint import load_run
 from sail_align.align.cli import app as align
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate.cli import app as evaluate
-from sail_align.evaluate.scores import read_scores
+from sail_align.evaluate.results.scores import read_scores
 
 
 def test_an_imported_run_is_scored_and_its_report_says_where_it_is_from(tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ from PIL import Image
 from segmentation_reference import reference_scores
 
 from sail_align.evaluate import cli
-from sail_align.evaluate.encoders import Encoders
-from sail_align.evaluate.windows import scaled_size
-from sail_align.extract.published import templates as published_templates
+from sail_align.evaluate.models import Encoders
+from sail_align.evaluate.tasks.windows import scaled_size
+from sail_align.extract.sources.class_names import templates as published_templates
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "coco-mini"
 pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the masked photos are not beside the repository")
@@ -78,7 +78,7 @@ def holds(mask, coco, voc):
 @pytest.fixture
 def sail_eval(world, run, published, monkeypatch, capsys, tmp_path):
     """Call `sail-eval segmentation` on packaged manifests; return the records by data set, and what was printed."""
-    monkeypatch.setattr("sail_align.align.checkpoint.load_run", lambda path: run)
+    monkeypatch.setattr("sail_align.align.runs.checkpoint.load_run", lambda path: run)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, code=0):

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from sail_align.evaluate.overview import Column, Panel, Row, style_of
-from sail_align.evaluate.radar import LETTERS, RADIUS, SHAPES, radar_chart
+from sail_align.evaluate.report.charts import LETTERS, RADIUS, SHAPES, radar_chart
+from sail_align.evaluate.report.overview import Column, Panel, Row, style_of
 
 
 def panel(*rows, names=("imagenet", "coco", "ade", "voc"), task="classification"):

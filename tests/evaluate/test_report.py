@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.align.charts import Series, line_chart, log_ticks, ticks
-from sail_align.evaluate.overlay import PALETTE, REST
-from sail_align.evaluate.overview import read_runs
-from sail_align.evaluate.report import page as page_of
-from sail_align.evaluate.report import write_report
-from sail_align.evaluate.scores import examples_path
+from sail_align.align.stats.charts import Series, line_chart, log_ticks, ticks
+from sail_align.evaluate.report.overview import read_runs
+from sail_align.evaluate.report.page import page as page_of
+from sail_align.evaluate.report.page import write_report
+from sail_align.evaluate.results.scores import examples_path
+from sail_align.evaluate.tasks.overlay import PALETTE, REST
 from sail_align.extract.errors import UserError
 
 
@@ -216,7 +216,7 @@ def contrast(first, second):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_marks_can_be_told_from_what_is_behind_them(scheme):
     """4.5 for text, 3 for what is drawn: the levels of WCAG's AA."""
-    sheet = (resources.files("sail_align.evaluate") / "report.css").read_text()
+    sheet = (resources.files("sail_align.evaluate.report") / "report.css").read_text()
     light, dark = sheet.split("@media (prefers-color-scheme: dark)", 1)
     colours = dict(COLOURS.findall(light if scheme == "light" else dark.split("}", 1)[0]))
     assert contrast("#000000", "#ffffff") == pytest.approx(21)

@@ -10,14 +10,14 @@ from huggingface_hub import ModelCard
 from small_world import save_run
 from typer.testing import CliRunner
 
-from sail_align.align.checkpoint import checkpoint_folder, discard, last_checkpoint, load_run, write_checkpoint
 from sail_align.align.cli import app as align
-from sail_align.align.hub_folder import read_hub_folder
-from sail_align.align.model import Architecture
-from sail_align.align.records import record_digest
+from sail_align.align.hub.folder import read_hub_folder
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.runs.checkpoint import checkpoint_folder, discard, last_checkpoint, load_run, write_checkpoint
+from sail_align.align.runs.folder import record_digest
 from sail_align.evaluate.cli import app
-from sail_align.evaluate.encoders import Encoders, RunError
-from sail_align.evaluate.scores import unfinished
+from sail_align.evaluate.models import Encoders, RunError
+from sail_align.evaluate.results.scores import unfinished
 from sail_align.extract.errors import UserError
 
 

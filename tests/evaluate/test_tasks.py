@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.evaluate.results import summarise
+from sail_align.evaluate.results.metric import summarise
 from sail_align.evaluate.tasks import PROTOCOLS, segmentation
 from sail_align.evaluate.tasks.retrieval import measures
 from sail_align.extract.errors import UserError

@@ -11,10 +11,10 @@ pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 from torchmetrics.retrieval import RetrievalHitRate
 
-from sail_align.align.metrics import ranks, unit_rows
-from sail_align.evaluate.metrics import confusion_matrix, iou_per_class, mean_per_class, top_k_hits
+from sail_align.align.stats.metrics import ranks, unit_rows
 from sail_align.evaluate.tasks import retrieval, segmentation
-from sail_align.extract.sources.base import IGNORED
+from sail_align.evaluate.tasks.metrics import confusion_matrix, iou_per_class, mean_per_class, top_k_hits
+from sail_align.extract.data import IGNORED
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=40, deadline=None)

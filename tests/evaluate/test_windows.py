@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from PIL import Image
 from segmentation_reference import assert_labels_agree, reference_scores
 
-from sail_align.evaluate import windows
+from sail_align.evaluate.tasks import windows
 from sail_align.evaluate.tasks.segmentation import _Segmenter
-from sail_align.evaluate.windows import axis_matrix, label_pixels, scaled_size, spans
+from sail_align.evaluate.tasks.windows import axis_matrix, label_pixels, scaled_size, spans
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pandas as pd  # noqa: F401 (once, not in every fork)
 from fakes import FakeChoice
 
-from sail_align.extract import store as store_module
-from sail_align.extract.engine import ray_crew, run
 from sail_align.extract.errors import run_command
-from sail_align.extract.job import Job
+from sail_align.extract.executor.base import ray_crew, run
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.processes import LocalCrew
-from sail_align.extract.worker import Share
+from sail_align.extract.store import store as store_module
 
 SHARD_ROWS = 12  # 50 shards an array, each a single batch
 

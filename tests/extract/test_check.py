@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from sail_align.extract.manifest import find_manifest, packaged_manifests
-from sail_align.extract.published import templates
+from sail_align.extract.sources.class_names import templates
 
 PHOTOS = """
 name: photos

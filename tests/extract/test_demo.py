@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sail_align.extract.data import IGNORED
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import packaged_manifests, read_manifest
-from sail_align.extract.sources.base import IGNORED
-from sail_align.extract.sources.demo import SIDE, DemoSource
-from sail_align.extract.sources.demo_drawing import CLUTTER, paint, paint_mask
-from sail_align.extract.sources.demo_objects import Object, all_objects, scene_only_objects, unseen_objects
-from sail_align.extract.sources.demo_scenes import Group, Picture, Scene
+from sail_align.extract.sources.demo.drawing import CLUTTER, paint, paint_mask
+from sail_align.extract.sources.demo.objects import Object, all_objects, scene_only_objects, unseen_objects
+from sail_align.extract.sources.demo.scenes import Group, Picture, Scene
+from sail_align.extract.sources.demo.source import SIDE, DemoSource
 
 PARTS = ("train", "retrieval", "objects", "unseen", "pairs", "segmentation")
 FINGERPRINT = """

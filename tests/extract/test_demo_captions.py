@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from sail_align.extract.sources.demo import DemoSource
-from sail_align.extract.sources.demo_captions import plural, with_article
-from sail_align.extract.sources.demo_objects import seen_objects
-from sail_align.extract.sources.demo_scenes import COLOURS, Group, Picture, Scene
+from sail_align.extract.sources.demo.captions import plural, with_article
+from sail_align.extract.sources.demo.objects import seen_objects
+from sail_align.extract.sources.demo.scenes import COLOURS, Group, Picture, Scene
+from sail_align.extract.sources.demo.source import DemoSource
 
 THINGS = {form: thing for thing in seen_objects() for name in thing.names for form in (name, plural(name))}
 NAME = "|".join(sorted(map(re.escape, THINGS), key=len, reverse=True))

@@ -10,11 +10,10 @@ from fakes import identity
 from typer.testing import CliRunner
 
 from sail_align.extract.cli import app
-from sail_align.extract.doctor import Verdict, diagnose, sample_rows
-from sail_align.extract.pairing import ImageMap, examine_pairing
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.status import Status
-from sail_align.extract.store import Store
+from sail_align.extract.data import Part, Sample, Status
+from sail_align.extract.quality.doctor import Verdict, diagnose, sample_rows
+from sail_align.extract.quality.pairing import ImageMap, examine_pairing
+from sail_align.extract.store.store import Store
 
 IMAGE_DIM, TEXT_DIM = 24, 16
 PHOTOS = Path(__file__).parents[2] / "../shared/data/flickr8k-dev"

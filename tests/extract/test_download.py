@@ -20,8 +20,8 @@ from PIL import Image
 from sail_align.extract.download import tally
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.reopening import open_or_create
 from sail_align.extract.sources import open_source
+from sail_align.extract.store.open_or_create import open_or_create
 
 COLUMNS = ["raw_caption"] + [f"{length}{by}_captions" for by in ("IB", "SV", "LLA") for length in ("short", "long")]
 """DreamLIP's, after `Image Path`."""

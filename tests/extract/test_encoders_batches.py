@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import save_image_processor, save_randomised, save_tokenizer
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from sail_align.extract.encoders.batches import largest_batch, pack
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.runtime import Runtime, largest_batch, pack
 from sail_align.extract.errors import UserError
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

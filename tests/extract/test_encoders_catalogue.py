@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from sail_align.extract.encoders import checkpoint as checkpoints
+from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.catalogue import (
     TEXT,
     VISION,
@@ -19,8 +19,8 @@ from sail_align.extract.encoders.catalogue import (
     find_text,
     find_vision,
 )
-from sail_align.extract.encoders.checkpoint import fetch
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.encoders.weights import fetch
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Encoders
 

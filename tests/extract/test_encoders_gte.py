@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from tiny_models import save_tokenizer
 from transformers import GteModel
 
-from sail_align.extract.encoders.gte import native_gte_config
 from sail_align.extract.encoders.load import load_text_encoder
+from sail_align.extract.encoders.transformers_load import native_gte_config
 from sail_align.extract.errors import UserError
 
 WIDTH, HEADS, LAYERS, HIDDEN = 32, 4, 2, 48

@@ -14,7 +14,7 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 
 from tiny_open_clip import CLIP, SIGLIP, SIGLIP_PREPROCESSING, save_open_clip  # noqa: E402
 
-from sail_align.extract.encoders import open_clip_model  # noqa: E402
+from sail_align.extract.encoders import open_clip_models as open_clip_model  # noqa: E402
 from sail_align.extract.encoders.base import EncoderChangedError, Identity  # noqa: E402
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder  # noqa: E402
 from sail_align.extract.errors import UserError  # noqa: E402

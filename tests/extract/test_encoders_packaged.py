@@ -13,9 +13,9 @@ from tiny_models import normalised, random_pixels
 
 from sail_align.extract.encoders.base import VisionEncoder
 from sail_align.extract.encoders.catalogue import VISION, PackagedEfficientNet
-from sail_align.extract.encoders.checkpoint import fetch
-from sail_align.extract.encoders.efficientnet import load_classifier, match_by_order
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder
+from sail_align.extract.encoders.timm_models import load_classifier, match_by_order
+from sail_align.extract.encoders.weights import fetch
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.images import read_image
 

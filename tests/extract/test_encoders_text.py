@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from tiny_models import save_randomised, save_tokenizer
 from transformers import BertConfig, BertModel, GteConfig, GteModel, ModernBertConfig, ModernBertModel
 
-from sail_align.extract.encoders import checkpoint as checkpoints
 from sail_align.extract.encoders import load
+from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.catalogue import Folder, TransformersText
 from sail_align.extract.encoders.load import load_recorded, load_text_encoder

@@ -26,8 +26,8 @@ from transformers import (
     ViTModel,
 )
 
-from sail_align.extract.encoders import checkpoint as checkpoints
 from sail_align.extract.encoders import load
+from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.encoders.catalogue import IMAGENET_MEAN, IMAGENET_STD, Normalisation
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from fakes import FakeText, FakeVision
 
-from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
+from sail_align.extract.executor.base import extract
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.reopening import open_or_create
 from sail_align.extract.sources import open_source
-from sail_align.extract.store import Store
+from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.store import Store
 
 
 def run(root: Path, out: str = "killed.zarr"):

@@ -90,7 +90,7 @@ def test_captions_and_encoders_are_added_without_the_images(pictures, typed, mon
     assert typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--captions", "raw")[0] == 0
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     shutil.move(pictures / "images", pictures / "elsewhere")
-    monkeypatch.setattr("sail_align.extract.job.load_image_encoder", None)
+    monkeypatch.setattr("sail_align.extract.executor.job.load_image_encoder", None)
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", "--add-captions", "long")
     assert code == 0
     assert "text/minilm-l6/long: 3/3 shards, dim 384: 1 missing, 599 ok" in printed
@@ -99,7 +99,7 @@ def test_captions_and_encoders_are_added_without_the_images(pictures, typed, mon
     assert (code, err) == (2, "error: pictures has no caption 'short'; it has raw, long.\n")
 
     shutil.move(pictures / "elsewhere", pictures / "images")
-    monkeypatch.setattr("sail_align.extract.job.encode_images", None)
+    monkeypatch.setattr("sail_align.extract.executor.job.encode_images", None)
     arguments = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--text-pooling", "mean"]
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", *arguments)
     assert code == 0  # what is done already is neither loaded nor read

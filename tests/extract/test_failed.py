@@ -7,10 +7,9 @@ from fakes import identity
 from typer.testing import CliRunner
 
 from sail_align.extract.cli import app
+from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.status import Status
-from sail_align.extract.store import Store
+from sail_align.extract.store.store import Store
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from fakes import FakeChoice
 
-from sail_align.extract import store as store_module
-from sail_align.extract.engine import run
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import write_atomically
-from sail_align.extract.job import Job
+from sail_align.extract.executor.base import run
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.processes import LocalCrew
-from sail_align.extract.store import Store
-from sail_align.extract.worker import Share
+from sail_align.extract.store import store as store_module
+from sail_align.extract.store.store import Store
+from sail_align.extract.system.files import write_atomically
 
 
 def extract_into(root: Path, store: Path):
@@ -80,8 +80,8 @@ def test_a_full_disk_at_any_file_leaves_nothing_half_written(pictures, monkeypat
             raise OSError(number, "full")
         write_atomically(path, content, **below)
 
-    for module in ("features", "store", "index", "index_record"):
-        monkeypatch.setattr(f"sail_align.extract.{module}.write_atomically", full)
+    for module in ("features", "store", "index"):
+        monkeypatch.setattr(f"sail_align.extract.store.{module}.write_atomically", full)
     ends = 0
     for files in range(0, 60, 7):
         left = files

@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 from tars import grey, picture
 
+from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.errors import UserError
+from sail_align.extract.schema import HuggingFaceSource as Description
 from sail_align.extract.sources import hugging_face
-from sail_align.extract.sources.base import UnreadableImageError
-from sail_align.extract.sources.descriptions import HuggingFaceSource as Description
 from sail_align.extract.sources.hugging_face import HuggingFaceSource
-from sail_align.extract.status import Status
 
 ROWS = 7
 

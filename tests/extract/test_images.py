@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.encoders.catalogue import ImagePreprocessing
 from sail_align.extract.encoders.preprocessing import resize_and_crop
-from sail_align.extract.pipeline import encode_images
-from sail_align.extract.sources.base import UnreadableImageError
+from sail_align.extract.executor.encode import encode_images
+from sail_align.extract.schema import ClassFolderSource as ClassFolder
 from sail_align.extract.sources.class_folder import ClassFolderSource
-from sail_align.extract.sources.descriptions import ClassFolderSource as ClassFolder
 from sail_align.extract.sources.images import PIXEL_LIMIT, read_image
-from sail_align.extract.status import Status
 
 # Pillow warns of what it mends in damaged files.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

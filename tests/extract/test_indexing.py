@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupted import Killed, contents, shrink
 
-from sail_align.extract import index, reopening
+from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.reopening import open_or_create
 from sail_align.extract.sources import open_source
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.store import Store
+from sail_align.extract.store import index
+from sail_align.extract.store import open_or_create as reopening
+from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,8 +74,8 @@ def test_an_index_stopped_anywhere_and_run_again_is_byte_identical(tmp_path_fact
 
         with pytest.MonkeyPatch.context() as patch:
             if kind == "write":
-                patch.setattr("sail_align.extract.index.write_atomically", write)
-                patch.setattr("sail_align.extract.index_record.write_atomically", write)
+                patch.setattr("sail_align.extract.store.index.write_atomically", write)
+                patch.setattr("sail_align.extract.store.index.write_atomically", write)
             try:
                 create(folder / "stopped.zarr", parts_of(sizes, folder, count if kind == "sample" else lambda *_: None))
             except Killed:
@@ -131,7 +132,7 @@ def test_spans_across_files_and_groups_are_the_rows_asked_for(tmp_path):
 @pytest.mark.parametrize("hashes", ["own", "all the same"])
 def test_keys_are_told_apart_by_themselves_and_not_by_their_hashes(tmp_path, monkeypatch, hashes):
     if hashes == "all the same":
-        monkeypatch.setattr("sail_align.extract.indexing.hash", lambda _: 7, raising=False)
+        monkeypatch.setattr("sail_align.extract.store.build_index.hash", lambda _: 7, raising=False)
     create(tmp_path / "good.zarr", parts_of([40, 40], tmp_path))
     twice = [*parts_of([40, 40], tmp_path), Part.of([Sample("z", ""), Sample("1/7", "")])]
     with pytest.raises(UserError, match="'1/7' occurs more than once"):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sail_align.extract import leases as module
-from sail_align.extract.leases import Lease, LeaseLostError, Leases
-from sail_align.extract.owner import this_process
+from sail_align.extract.system import leases as module
+from sail_align.extract.system.leases import Lease, LeaseLostError, Leases, this_process
 
 FOREIGN = json.dumps({"machine": "another", "pid": 1, "start": "1", "token": "x"}).encode() + b"\n"
 

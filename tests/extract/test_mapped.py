@@ -11,10 +11,10 @@ from fakes import identity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
-from sail_align.extract.features import FeatureArray
-from sail_align.extract.mapped import MappedChunks, can_map
-from sail_align.extract.status import Status
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.mapped import MappedChunks, can_map
 
 ROWS, DIM, SHARD, CHUNK = 300, 4, 64, 16
 
@@ -105,7 +105,7 @@ def test_damage_to_an_array_that_is_decoded_is_said_and_not_read_as_fill_values(
     if zarrs:
         pytest.importorskip("zarrs")
     else:
-        monkeypatch.setattr("sail_align.extract.arrays.find_spec", lambda _: None)
+        monkeypatch.setattr("sail_align.extract.store.features.find_spec", lambda _: None)
     values, _ = array.read()
     folder = array._folder / "features"
     shutil.rmtree(folder)

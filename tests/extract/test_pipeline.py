@@ -7,10 +7,10 @@ import pytest
 import torch
 from fakes import FakeText, FakeVision
 
-from sail_align.extract.pipeline import encode_images, encode_texts
-from sail_align.extract.sources.descriptions import TableSource as Table
+from sail_align.extract.data import Status
+from sail_align.extract.executor.encode import encode_images, encode_texts
+from sail_align.extract.schema import TableSource as Table
 from sail_align.extract.sources.table import TableSource
-from sail_align.extract.status import Status
 
 
 @pytest.fixture

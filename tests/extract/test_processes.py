@@ -10,16 +10,16 @@ from multiprocessing.context import SpawnProcess
 import pytest
 from fakes import FakeChoice, FakeVision
 
-from sail_align.extract import store as store_module
-from sail_align.extract.costs import Tally
-from sail_align.extract.engine import run
 from sail_align.extract.errors import UserError, WorkersFailedError
-from sail_align.extract.job import Job
+from sail_align.extract.executor.base import run
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.tally import Tally
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.processes import LocalCrew
-from sail_align.extract.stop import StoppedError
-from sail_align.extract.store import Store
-from sail_align.extract.worker import Share
+from sail_align.extract.store import store as store_module
+from sail_align.extract.store.store import Store
+from sail_align.extract.system.signals import StoppedError
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sail_align.extract.data import IGNORED, Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.published import class_names, label_names, templates, wordnet_ids
 from sail_align.extract.sources import open_source
-from sail_align.extract.sources.base import IGNORED, Source
+from sail_align.extract.sources.class_names import class_names, label_names, templates, wordnet_ids
 
 CLASSES = Path(__file__).parents[2] / ".." / "shared" / "classes"
 

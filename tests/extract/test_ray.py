@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from fakes import FakeChoice
 
-from sail_align.extract import store as store_module
-from sail_align.extract.engine import run
 from sail_align.extract.errors import UserError
-from sail_align.extract.job import Job
+from sail_align.extract.executor.base import run
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.processes import LocalCrew
-from sail_align.extract.worker import Share
+from sail_align.extract.store import store as store_module
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def cluster(monkeypatch):
 
 
 def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, monkeypatch):
-    from sail_align.extract.ray_crew import RayCrew
+    from sail_align.extract.executor.ray_cluster import RayCrew
 
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 12)
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
@@ -81,7 +81,7 @@ def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, mon
 
 
 def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
-    from sail_align.extract.ray_crew import RayCrew
+    from sail_align.extract.executor.ray_cluster import RayCrew
 
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
@@ -90,7 +90,7 @@ def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
 
 
 def test_no_cluster_is_joined_that_was_not_asked_for(pictures, monkeypatch):
-    from sail_align.extract.ray_crew import RayCrew
+    from sail_align.extract.executor.ray_cluster import RayCrew
 
     def init(address: str, **_options) -> None:
         raise ConnectionError(address)

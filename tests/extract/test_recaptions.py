@@ -17,16 +17,17 @@ from interrupted import Killed, contents, shrink
 from tars import img2dataset_members, write_tar
 from typer.testing import CliRunner
 
-from sail_align.extract import index, recaptions
 from sail_align.extract.check import is_here, look
 from sail_align.extract.cli import app
+from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.recaption_report import RecaptionReport
-from sail_align.extract.reopening import open_or_create
-from sail_align.extract.sources import open_source, tables
-from sail_align.extract.sources.base import CaptionTables, Part, Sample
-from sail_align.extract.store import Store
+from sail_align.extract.sources import open_source
+from sail_align.extract.sources import tabular as tables
+from sail_align.extract.store import index, recaptions
+from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.recaptions import RecaptionReport
+from sail_align.extract.store.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,7 +218,7 @@ def test_a_stopped_join_is_done_again_without_reading_the_source_and_another_joi
     with pytest.raises(UserError, match="None of 520 caption rows has the url of one of 600 images in column 'raw_cap"):
         open_pictures(recaptioned)
     manifest.write_text(text)
-    monkeypatch.setattr("sail_align.extract.indexing._samples", die)  # the source
+    monkeypatch.setattr("sail_align.extract.store.build_index._samples", die)  # the source
     assert contents(open_pictures(recaptioned).path) == contents(whole.path)
 
 

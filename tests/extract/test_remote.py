@@ -3,16 +3,16 @@
 import pytest
 from fakes import FakeChoice
 
-from sail_align.extract.engine import run
 from sail_align.extract.errors import UserError
-from sail_align.extract.files import as_path, broken
-from sail_align.extract.job import Job
-from sail_align.extract.leases import Leases
+from sail_align.extract.executor.base import run
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.processes import LocalCrew
-from sail_align.extract.store import Store
-from sail_align.extract.verify import verify_store
-from sail_align.extract.worker import Share
+from sail_align.extract.quality.verify import verify_store
+from sail_align.extract.store.store import Store
+from sail_align.extract.system.files import as_path, broken
+from sail_align.extract.system.leases import Leases
 
 pytest.importorskip("upath")
 

@@ -9,15 +9,15 @@ import pytest
 from fakes import FakeChoice, FakeVision
 from PIL import Image
 
-from sail_align.extract.engine import extract
 from sail_align.extract.errors import UserError
-from sail_align.extract.job import Job
+from sail_align.extract.executor.base import extract
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.retry import Retried, retry_failed, retry_images
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.reopening import open_or_create
-from sail_align.extract.retry import Retried, retry_failed, retry_images
 from sail_align.extract.sources import open_source
-from sail_align.extract.store import Store
-from sail_align.extract.worker import Share
+from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.store import Store
 
 
 def run(root, out="s.zarr"):

@@ -9,15 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from sail_align.extract.data import IGNORED, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import IGNORED, UnreadableImageError
+from sail_align.extract.schema import ClassFolderSource as ClassFolder
+from sail_align.extract.schema import Split
+from sail_align.extract.schema import TableSource as Table
 from sail_align.extract.sources.class_folder import ClassFolderSource
-from sail_align.extract.sources.descriptions import ClassFolderSource as ClassFolder
-from sail_align.extract.sources.descriptions import Split
-from sail_align.extract.sources.descriptions import TableSource as Table
 from sail_align.extract.sources.images import read_image
 from sail_align.extract.sources.table import TableSource
-from sail_align.extract.status import Status
 
 COLUMNS = {"raw": "caption", "long": "story"}
 

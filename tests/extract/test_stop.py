@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sail_align.extract.stop import StoppedError, noticing, stopping_on
+from sail_align.extract.system.signals import StoppedError, noticing, stopping_on
 
 
 def test_a_noticed_signal_is_left_to_the_caller_and_what_was_there_comes_back():

@@ -10,11 +10,10 @@ from fakes import identity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.base import Part, Sample
-from sail_align.extract.status import Status
-from sail_align.extract.store import Store, node_name
-from sail_align.extract.verify import verify_store
+from sail_align.extract.quality.verify import verify_store
+from sail_align.extract.store.store import Store, node_name
 
 ROWS = 1_000
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources import tables
-from sail_align.extract.sources.descriptions import Split
-from sail_align.extract.sources.descriptions import TableSource as Table
+from sail_align.extract.schema import Split
+from sail_align.extract.schema import TableSource as Table
+from sail_align.extract.sources import tabular as tables
 from sail_align.extract.sources.table import TableSource
-from sail_align.extract.sources.tables import find_tables, read_batches
+from sail_align.extract.sources.tabular import find_tables, read_batches
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('\n",\t'), max_size=40)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tars import write_tar
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.tar_members import DamagedTarError, members
+from sail_align.extract.sources.tars import DamagedTarError, members
 
 FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LONG = "folder/" * 30 + "ü" * 40 + ".jpg"

@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from tars import grey, img2dataset_members, picture, write_tar
 
-from sail_align.extract.engine import extract
+from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.errors import UserError
+from sail_align.extract.executor.base import extract
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.reopening import open_or_create
+from sail_align.extract.schema import WebDatasetSource as Description
 from sail_align.extract.sources import open_source
-from sail_align.extract.sources.base import UnreadableImageError
-from sail_align.extract.sources.descriptions import WebDatasetSource as Description
 from sail_align.extract.sources.webdataset import WebDatasetSource
-from sail_align.extract.status import Status
+from sail_align.extract.store.open_or_create import open_or_create
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "flickr8k-dev"
 

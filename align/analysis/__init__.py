@@ -1,0 +1,1 @@
+"""Measurements of stores and runs: alignment, linear probes, ablations."""

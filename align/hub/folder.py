@@ -1,0 +1,103 @@
+"""A run as a folder that can be put on the Hugging Face hub: what it holds, and how it is read again.
+
+FOLDER/model.safetensors   weights, τ and b
+FOLDER/config.json         architecture, encoders, settings, the run's digest, and the digest of it all
+FOLDER/README.md           the model card: what it is, its scores, where it comes from
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+
+from sail_align.align.model.alignment import Architecture
+from sail_align.align.runs.checkpoint import Run, load_weights
+from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_file, read_json, record_digest
+from sail_align.extract.encoders.base import Identity
+from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import write_atomically
+
+FORMAT = 1
+WEIGHTS, CARD = "model.safetensors", "README.md"
+
+
+def write_hub_folder(run: Run, folder: Path, card: str) -> None:
+    """Write a run's model and its card into a new folder, whole or not at all.
+
+    Paths of this machine stay behind: of a store its digest goes along, of an encoder all but where its folder lies.
+
+    Raises:
+        UserError: The folder holds something, or cannot be written.
+    """
+    weights = save({name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()})
+    record = {
+        "format": FORMAT,
+        "library_name": "sail-align",
+        "architecture": run.architecture,
+        **{
+            side: {**identity.to_json(), "location": ""}
+            for side, identity in (("image", run.image), ("text", run.text))
+        },
+        "settings": {name: value for name, value in run.settings.items() if name != "stores"},
+        "step": run.step,
+        "finished": run.finished,
+        "run_digest": run.digest,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    record["digest"] = record_digest(record)
+    config = json.dumps(record, indent=1, ensure_ascii=False).encode()
+    write_folder(folder, {WEIGHTS: weights, CONFIG: config, CARD: card.encode()})
+
+
+def read_hub_folder(folder: Path) -> Run:
+    """Read a folder that `write_hub_folder` wrote, on this disk or from the hub; its model is in evaluation mode.
+
+    Its digest is that of the run which was exported.
+
+    Raises:
+        UserError: It is not such a folder, of a later format, or not what was written.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}; give a folder of `sail-align export`.")
+    record = read_json(folder / CONFIG, EXPORT_AGAIN)
+    if record.get("library_name") != "sail-align":
+        raise UserError(f"{folder / CONFIG} is not of `sail-align export`; give a folder that it wrote.")
+    if record.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; update sail-align."
+        )
+    weights = read_file(folder / WEIGHTS, EXPORT_AGAIN)
+    for file, sound in (
+        (CONFIG, record.get("digest") == record_digest(record)),
+        (WEIGHTS, record.get("weights_sha256") == hashlib.sha256(weights).hexdigest()),
+    ):
+        if not sound:
+            raise damaged(folder / file, EXPORT_AGAIN)
+    model = Architecture(**record["architecture"]).build()
+    load_weights(model, folder, weights)
+    image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
+    return Run(
+        folder, model.eval(), image, text, record["settings"], record["run_digest"], record["step"], record["finished"]
+    )
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a new folder, which is there with all of them or not at all.
+
+    Raises:
+        UserError: The folder holds something, or cannot be written.
+    """
+    if folder.name in ("", "..") or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise UserError(f"{folder} is there already; remove it, or name another --out.")
+    written = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(written, ignore_errors=True)
+        for name, content in files.items():
+            write_atomically(written / name, content)
+        written.replace(folder)
+    except OSError as problem:
+        shutil.rmtree(written, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({problem.strerror}); name another --out.") from problem

@@ -1,0 +1,145 @@
+"""The model card of an exported run: metadata that the hub reads, then what people read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from sail_align.align.runs.checkpoint import Run
+from sail_align.align.runs.folder import damaged, read_json, run_of, scores_folder
+from sail_align.align.stats.tables import interval, number
+from sail_align.extract.encoders.base import Identity
+
+_TASK = "zero-shot-image-classification"
+"""The hub's word for models that compare pictures with texts."""
+
+_TASKS = {"classification": _TASK, "segmentation": "image-segmentation"}
+"""The hub's words for what is scored; it has none for the others, which keep ours."""
+
+Record = dict[str, Any]
+
+
+def read_scores(run: Run) -> tuple[list[Record], bool]:
+    """Return the scores that `sail-eval` left in a run, and whether there are some of other weights, left out.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path, remedy = scores_folder(run.path) / "scores.json", "remove it and score the run again with `sail-eval`"
+    if not path.is_file():
+        return [], False
+    scores = read_json(path, remedy)
+    try:
+        outdated = scores["run"]["digest"] != run.digest
+        records = [record for record in scores["records"] if "metrics" in record]
+    except (KeyError, TypeError) as problem:
+        raise damaged(path, remedy) from problem
+    return ([], True) if outdated else (records, False)
+
+
+def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
+    """Return a README.md with its metadata; what the encoders, the data and the numbers are, by their digests."""
+    name = run_of(run.path).resolve().name
+    about = ModelCardData(
+        license=licence,
+        library_name="sail-align",
+        pipeline_tag=_TASK,
+        tags=["sail", "clip", "vision-language"],
+        base_model=[spec.source["repository"] for spec in _specs(run) if "repository" in spec.source] or None,
+        model_name=name,
+        eval_results=[_result(record, metric) for record in scores for metric in record["metrics"]] or None,
+    )
+    parts = [f"---\n{about.to_yaml()}\n---", _introduction(run, name)]
+    if scores:
+        parts.append(_scores(scores))
+    parts += [_origin(run), _settings(run)]
+    return str(ModelCard("\n\n".join(parts) + "\n", ignore_metadata_errors=False))
+
+
+def _introduction(run: Run, name: str) -> str:
+    image, text = _specs(run)
+    steps = (
+        "" if run.finished else f"\n\nThe training was not finished: these are the weights after {run.step:,} steps."
+    )
+    return f"""# {name}
+
+Two heads that bring the features of two frozen encoders, `{image.id}` for images and `{text.id}` for texts, into one
+space (SAIL: Swift Alignment of Image and Language). This repository holds the heads; the encoders are loaded from where
+their authors published them, and refused unless they are the very ones.{steps}
+
+```python
+from sail_align.align import pretrained  # pip install sail-align
+
+model = pretrained.load("<owner>/{name}")
+similarity = model.encode_image(picture) @ model.encode_text(["a cat", "a dog"]).T
+```"""
+
+
+def _scores(scores: Sequence[Record]) -> str:
+    rows = [
+        (
+            record["title"],
+            metric["label"],
+            number(metric["value"]),
+            interval(metric["interval"], metric["value"]),
+            number(metric["chance"]),
+            f"{record['items']:,}",
+            f"`{record['protocol']}`",
+        )
+        for record in scores
+        for metric in record["metrics"]
+    ]
+    head = ("data", "metric", "score", "95 % interval", "chance", "items", "protocol")
+    about = "Zero-shot, by `sail-eval`; in per cent, but for ranks, which count from 1."
+    return f"## Scores\n\n{about}\n\n{_table(head, rows)}"
+
+
+def _origin(run: Run) -> str:
+    def row(side: str, identity: Identity) -> tuple[str, ...]:
+        spec = identity.spec
+        source = ", ".join(value for name, value in spec.source.items() if name != "config")
+        return side, f"`{spec.id}`", source, spec.pooling, spec.precision, f"{spec.dim:,}", f"`{spec.fingerprint}`"
+
+    head = ("encoder", "id", "source", "pooling", "precision", "numbers", "fingerprint")
+    text = f"## Where it comes from\n\n{_table(head, [row('image', run.image), row('text', run.text)])}"
+    if imported := run.settings.get("imported"):
+        return (
+            f"{text}\n\nThe heads were imported from `{imported['file']}`, SHA-256 `{imported['sha256']}`, and not "
+            f"trained by sail-align. Run digest: `{run.digest}`."
+        )
+    stores = zip(run.settings.get("stores", []), run.settings.get("store_digests", []), strict=True)
+    data = _table(("features", "digest"), [(Path(path).name, f"`{digest}`") for path, digest in stores])
+    return f"{text}\n\nRun digest: `{run.digest}`. Trained on {run.settings['training_rows']:,} pairs of\n\n{data}"
+
+
+def _settings(run: Run) -> str:
+    skipped = {"imported", "stores", "store_digests", "features_digests", "image_encoder", "text_encoder"}
+    chosen = [(name, _words(value)) for name, value in run.settings.items() if not (name in skipped or value is None)]
+    return f"## Settings\n\n{_table(('setting', 'value'), chosen)}"
+
+
+def _result(record: Record, metric: dict[str, Any]) -> EvalResult:
+    task: str = record["task"]
+    return EvalResult(
+        task_type=_TASKS.get(task, task),
+        dataset_type=record["dataset"],
+        dataset_name=record["title"],
+        metric_type=metric["name"],
+        metric_name=f"{metric['label']} ({record['protocol']})",
+        metric_value=round(metric["value"], 4),
+    )
+
+
+def _specs(run: Run) -> tuple[Any, Any]:
+    return run.image.spec, run.text.spec
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; a bar in a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

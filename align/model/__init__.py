@@ -1,0 +1,1 @@
+"""The heads, the losses and the fused kernels."""

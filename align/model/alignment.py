@@ -1,0 +1,68 @@
+"""The trained part of the model: two heads, the temperature and the bias."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sail_align.align.model.heads import Head, HeadKind, make_head
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class AlignmentModel(nn.Module):
+    """Maps frozen image and text features into one space: `x = L2(head_I(image))`, `y = L2(head_T(text))`.
+
+    The similarity's scale is t = exp(τ); τ is `log_scale`, kept in [0, ln 100]. Both τ and the bias b are learned and
+    belong to the loss alone: embeddings and their ranking do not depend on them.
+    """
+
+    def __init__(self, image_head: Head, text_head: Head, *, scale: float = 20.0, bias: float = -10.0):
+        super().__init__()
+        self.image_head = image_head
+        self.text_head = text_head
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def encode_image(self, features_BD: Tensor) -> Tensor:
+        """Return (…, E) float32, L2-normalised, for image features (…, D) of any float type."""
+        return F.normalize(self.image_head(features_BD.float()), dim=-1)
+
+    def encode_text(self, features_BD: Tensor) -> Tensor:
+        """Return (…, E) float32, L2-normalised, for text features (…, D) of any float type."""
+        return F.normalize(self.text_head(features_BD.float()), dim=-1)
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Bring τ back into [0, ln 100] after an optimiser's step."""
+        self.log_scale.clamp_(0, MAX_LOG_SCALE)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that decides the shape of a model, and so what a checkpoint must record to build it again."""
+
+    head: HeadKind
+    image_dim: int
+    text_dim: int
+    dim: int
+    expansion: int = 4
+    image_dropout: float = 0.0
+    text_dropout: float = 0.0
+    linear_path: bool = False
+    image_power: float = 1.0
+
+    def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
+        """Return a fresh model; its weights come from torch's global random state."""
+        sides = ((self.image_dim, self.image_dropout), (self.text_dim, self.text_dropout))
+        heads = [
+            make_head(self.head, input_dim, self.dim, expansion=self.expansion, dropout=dropout)
+            for input_dim, dropout in sides
+        ]
+        heads[0].power = self.image_power
+        if self.linear_path:
+            for head in heads:
+                head.add_linear_path()
+        return AlignmentModel(*heads, scale=scale, bias=bias)

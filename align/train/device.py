@@ -1,0 +1,60 @@
+"""What training asks of the device that it runs on."""
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from sail_align.align.settings import Precision
+from sail_align.extract.errors import UserError
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """Return what products are computed in; auto is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        UserError: The device has no such products.
+    """
+    on_gpu = device.type == "cuda"
+    if asked == "auto":
+        return "bfloat16" if on_gpu else "float32"
+    if asked == "tf32" and not on_gpu:
+        raise UserError(f"--precision tf32 is for NVIDIA GPUs; give float32 or bfloat16 on {device.type}.")
+    return cast("Precision", asked)
+
+
+def products_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which matrix products are computed in a precision, and all else in float32."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that a process may still take on a device: a GPU's, or the machine's or container's."""
+    if device.type == "cuda":
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held_back
+    if not MEMINFO.exists():  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    kilobytes = _table(MEMINFO)["MemAvailable:"]
+    return int(min(kilobytes << 10, _free_in_container()))
+
+
+def _free_in_container() -> float:
+    """Return what the control group allows beyond what it holds, less the file cache, which gives way."""
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return float(limit) - int(used) + _table(CGROUP / "memory.stat")["inactive_file"]
+    except (OSError, ValueError):  # no group, or one without a limit ("max")
+        return float("inf")
+
+
+def _table(file: Path) -> dict[str, int]:
+    """Read lines of a name and a number, whatever follows."""
+    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}

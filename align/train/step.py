@@ -1,0 +1,172 @@
+"""One optimiser step: embed a batch, take its loss, move the weights, in memory that hardly grows with the batch.
+
+A loss over B × B pairs needs all embeddings of one side at once, but the heads do not. The images go through their head
+by micro-batches. Then the texts, part by part, go through theirs, meet all images in the loss, and go back: activations
+of one part alone are in memory. At last the images go back, micro-batch by micro-batch. One whose activations memory
+had no room for runs forward once more before that (as in GradCache, Gao et al., 2021), to the same bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lion_pytorch import Lion
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.optim import AdamW, Optimizer
+
+from sail_align.align.data.loader import Batch
+from sail_align.align.model.alignment import AlignmentModel
+from sail_align.align.model.heads import Head
+from sail_align.align.model.loss import Loss, LossValue
+from sail_align.align.settings import FitSettings, Precision
+from sail_align.align.train.device import free_bytes, products_in
+from sail_align.align.train.distributed import ALONE, World
+
+MICRO_BATCH = 2_048
+"""Rows that go through a head at once."""
+PARTS = 16
+"""Most parts of the texts, since each has a gradient of all images."""
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What takes the steps of a run.
+
+    `in_parts` says that the losses of parts of the texts add up to the batch's: so does the sigmoid loss, but not a
+    softmax over all texts, for which they are one part. `keep_bytes` is the memory for activations that are kept for
+    the backward pass; by default half of what is free when a step begins, the other half being for gradients, the loss
+    and the stream.
+    """
+
+    model: AlignmentModel
+    loss_of: Loss
+    optimizer: Optimizer
+    device: torch.device
+    in_parts: bool = False
+    micro_batch: int = MICRO_BATCH
+    keep_bytes: int | None = None
+    precision: Precision = "float32"
+    world: World = ALONE
+
+    def parts(self, rows: int) -> list[slice]:
+        """Return the parts that so many rows of texts meet the images in."""
+        size = max(self.micro_batch // 2, -(-rows // PARTS)) if self.in_parts else rows
+        return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def train_step(stepper: Stepper, batch: Batch, rate: float) -> LossValue:
+    """Take one step on a batch at a learning rate; return its loss, without gradients.
+
+    Of several processes each has its part of the batch. All exchange their images, so that every text meets every image
+    of the whole batch, and add up their gradients. Dropout draws from torch's global random state as it is at the
+    beginning, and differs between processes.
+    """
+    model, optimizer, world = stepper.model, stepper.optimizer, stepper.world
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    model.train()
+    keep_bytes = stepper.keep_bytes
+    if keep_bytes is None:
+        keep_bytes = free_bytes(stepper.device) // (2 * world.sharing)
+    rows = len(batch.images)
+    parts, spans = stepper.parts(rows), world.spans(rows)
+    seed = int(torch.randint(1 << 62, ()))
+
+    images = _Pass(stepper, model.image_head, batch.images, (seed, 0))
+    image_NE, keep_bytes = images.embed(keep_bytes)
+    image_ME = world.gather(image_NE, spans).requires_grad_()
+    gradient_ME = torch.zeros_like(image_ME)
+    sums = torch.zeros(len(LossValue._fields) + 2, device=stepper.device)
+    for number, part in enumerate(parts, start=1):
+        texts = _Pass(stepper, model.text_head, batch.texts[:, part].flatten(0, 1), (seed, number))
+        text_NE, _ = texts.embed(keep_bytes)
+        text_CNE = text_NE.view(len(batch.texts), -1, text_NE.shape[1]).requires_grad_()
+        learned = (image_ME, text_CNE, model.log_scale, model.bias)
+        with products_in(stepper.precision, stepper.device):
+            loss = stepper.loss_of(*learned, first=spans[world.rank].start + part.start)
+        image_gradient_ME, text_gradient_CNE, *others = torch.autograd.grad(loss.total, learned, materialize_grads=True)
+        gradient_ME += image_gradient_ME
+        del image_gradient_ME
+        texts.backward(text_gradient_CNE.flatten(0, 1))
+        sums += torch.stack([*map(Tensor.detach, loss), *others])
+    images.backward(world.scatter_sum(gradient_ME, spans))
+    world.sum(sums, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
+    model.log_scale.grad, model.bias.grad = sums[-2:]
+    optimizer.step()
+    model.clamp_scale()
+    return LossValue(*sums[:-2])
+
+
+class _Pass:
+    """Features (N, D) on their way through a head to embeddings of length 1 and back, by micro-batches."""
+
+    def __init__(self, stepper: Stepper, head: Head, features_ND: Tensor, seeds: tuple[int, ...]):
+        self._head, self._features_ND = head, features_ND
+        self._device, self._precision = stepper.device, stepper.precision
+        self._seeds = (*seeds, stepper.world.rank)  # other dropout in every process
+        size = stepper.micro_batch
+        self._rows = [slice(start, start + size) for start in range(0, len(features_ND), size)]
+        self._bytes = min(size, len(features_ND)) * head.kept_units * 4
+        self._embedded_NE = torch.empty(len(features_ND), head.out.out_features, device=self._device)
+        self._length_N1 = torch.empty(len(features_ND), 1, device=self._device)
+        self._kept: dict[int, GradientEdge] = {}
+
+    def embed(self, keep_bytes: int) -> tuple[Tensor, int]:
+        """Return all embeddings (N, E) without a graph, and how many of the bytes for activations are left."""
+        room = keep_bytes // self._bytes
+        for number, rows in enumerate(self._rows):
+            with torch.set_grad_enabled(number < room):
+                out_BE = self._forward(number)
+            if number < room:
+                self._kept[number] = get_gradient_edge(out_BE)  # its graph: the output itself is not needed
+            out_BE = out_BE.detach().float()
+            self._length_N1[rows] = out_BE.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+            torch.div(out_BE, self._length_N1[rows], out=self._embedded_NE[rows])
+        return self._embedded_NE.detach(), keep_bytes - len(self._kept) * self._bytes
+
+    def backward(self, gradient_NE: Tensor) -> None:
+        """Add to the head's gradients, given that of the loss with respect to the embeddings."""
+        for number, rows in enumerate(self._rows):
+            edge = self._kept.pop(number) if number in self._kept else get_gradient_edge(self._forward(number))
+            # A part of the gradient along an embedding would change its length, which is always 1.
+            embedded_BE, gradient_BE = self._embedded_NE[rows], gradient_NE[rows]
+            along_B1 = (embedded_BE * gradient_BE).sum(1, keepdim=True)
+            across_BE = torch.addcmul(gradient_BE, embedded_BE, along_B1, value=-1).div_(self._length_N1[rows])
+            torch.autograd.backward(edge, across_BE)
+
+    def _forward(self, number: int) -> Tensor:
+        seed_torch(*self._seeds, number)  # the same dropout, should it run once more
+        with products_in(self._precision, self._device):
+            out_BE: Tensor = self._head(self._features_ND[self._rows[number]].to(self._device))
+        return out_BE
+
+
+def seed_torch(*numbers: int) -> None:
+    """Seed torch's global random state by several numbers: on a CPU it takes only the lowest 32 bits of one."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def make_optimizer(model: AlignmentModel, settings: FitSettings) -> Optimizer:
+    """Return Lion or AdamW, with weight decay on the matrices alone: not on biases, norms, τ and b."""
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "lion":
+        lion: Optimizer = Lion(groups, lr=settings.lr, betas=(0.9, 0.99))
+        return lion
+    return AdamW(groups, lr=settings.lr)
+
+
+def embed(model: AlignmentModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a batch's images (B, E) and texts (C, B, E) in the shared space."""
+    return model.encode_image(batch.images.to(device)), model.encode_text(batch.texts.to(device))
+
+
+def batch_loss(model: AlignmentModel, loss_of: Loss, image_BE: Tensor, text_CBE: Tensor) -> LossValue:
+    """Return the loss of embedded pairs at the model's t and b."""
+    return loss_of(image_BE, text_CBE, model.log_scale, model.bias)

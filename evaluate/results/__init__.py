@@ -1,0 +1,1 @@
+"""Metrics with intervals, score records, reported numbers."""

@@ -1,0 +1,1 @@
+"""The scheduling of shards: local processes or Ray, retries, costs."""

@@ -1,0 +1,1 @@
+"""The embedded demo data: scenes composed from drawings."""

@@ -1,0 +1,80 @@
+"""The rows of a store that could not be encoded, and why."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sail_align.extract.data import Status
+from sail_align.extract.errors import UserError
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.store import Store
+
+SHOWN = 20
+"""Rows that a reader sees of each array."""
+SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "url", "image", "array", "status")])
+
+
+def failed_counts(array: FeatureArray) -> dict[str, int]:
+    """Return the number of an array's failed rows by status label, from its markers alone."""
+    failures = {status.label for status in Status if status.failed}
+    return {label: count for label, count in sorted(array.counts.items()) if label in failures}
+
+
+def failed_rows(store: Store, array: FeatureArray) -> Iterator[pa.Table]:
+    """Yield the failed rows of an array as tables of `SCHEMA`, a shard at a time; shards without any are not read."""
+    failures = [status for status in Status if status.failed]
+    for shard, marker in sorted(array.markers.items()):
+        if not any(status.label in marker["counts"] for status in failures):
+            continue
+        start, stop = array.span(shard)
+        status = array.read_status(start, stop)
+        rows = np.flatnonzero(np.isin(status, failures))
+        named = store.index(["key", "url", "image"], start, stop).take(rows)
+        yield pa.table(
+            {
+                "key": named["key"],
+                "url": named["url"],
+                "image": named["image"],
+                "array": pa.array([array.path] * len(rows), pa.string()),
+                "status": pa.array([Status(value).label for value in status[rows]], pa.string()),
+            },
+            schema=SCHEMA,
+        )
+
+
+def describe_failed(store: Store) -> Iterator[str]:
+    """Yield lines for a reader: each array's counts by reason, and its first `SHOWN` failed rows."""
+    for array in store.arrays():
+        counts = failed_counts(array)
+        total = sum(counts.values())
+        reasons = f": {', '.join(f'{count:,} {label}' for label, count in counts.items())}" if counts else ""
+        yield f"{array.path}: {total:,} of {array.rows:,} rows failed{reasons}"
+        rows = (row for table in failed_rows(store, array) for row in table.to_pylist())
+        yield from (f"  {row['status']}  {row['key']}" for row in islice(rows, SHOWN))
+        if total > SHOWN:
+            yield f"  … and {total - SHOWN:,} more; --out failed.parquet writes all of them"
+
+
+def write_failed(store: Store, path: Path) -> int:
+    """Write the failed rows of all arrays as one parquet file, whole or not at all; return their number.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    rows = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
+            for array in store.arrays():
+                for table in failed_rows(store, array):
+                    file.write_table(table)
+                    rows += len(table)
+        temporary.replace(path)
+    except OSError as problem:
+        raise UserError(f"{path} cannot be written ({problem.strerror or problem}); name another --out.") from problem
+    return rows

@@ -1,0 +1,1 @@
+"""Files, leases, signals, progress and memory."""
