@@ -6,7 +6,7 @@ DATASET ?= demo
 STORE ?= features/$(basename $(notdir $(DATASET))).zarr
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo download extract fit eval test lint format typecheck bench
+.PHONY: help installed setup demo download extract fit eval test lint format typecheck bench
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,17 +42,21 @@ eval: setup ## Score the newest run on every evaluation set that is there
 test: setup ## Run the tests
 	$(BIN)/python -m pytest
 
-lint: setup ## Check style and formatting
+lint: installed ## Check style, formatting and the directions of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo --no-cache ../../pyproject.toml
 
 format: setup ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: setup ## Check types on the package as it installs
+# Neither import-linter nor mypy can follow folders that are mapped to another name.
+installed: setup
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/installed .
+
+typecheck: installed ## Check types on the package as it installs
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p sail_align
 
 bench: setup ## Measure speed; each benchmark prints ratios against a baseline in the same run
