@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATASET ?= demo
 STORE ?= features/$(basename $(notdir $(DATASET))).zarr
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help installed setup demo download extract fit eval test lint format typecheck bench
+.PHONY: help installed setup demo download extract fit eval test quick check lint format typecheck bench
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,8 +40,13 @@ fit: setup ## Train the heads on a store: make fit DATASET=demo (or STORE=featur
 eval: setup ## Score the newest run on every evaluation set that is there
 	$(BIN)/sail-eval all
 
-test: setup ## Run the tests
-	$(BIN)/python -m pytest
+test: setup ## Run all tests, two at a time (WORKERS=8 for more)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+
+quick: setup ## Run the quick tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
+
+check: lint typecheck quick ## Check style and types, and run the quick tests
 
 lint: installed ## Check style, formatting and the directions of imports
 	$(BIN)/ruff check .
