@@ -235,15 +235,13 @@ def report(
     from sail_align.evaluate.report.formats import score_table, text
     from sail_align.evaluate.report.overview import overview, read_runs
     from sail_align.evaluate.report.page import side_by_side, write_report
-    from sail_align.extract.system.files import write_atomically
+    from sail_align.extract.system.files import report_write_errors, write_atomically
 
     scored = read_runs(runs)
     if out:
         content = side_by_side(scored, out.suffix)
-        try:
+        with report_write_errors(out):
             write_atomically(out, content.encode())
-        except OSError as problem:
-            raise UserError(f"{out} cannot be written ({problem.strerror}); name another --out.") from problem
         typer.echo(f"wrote {out}")
         return
     shown = overview(scored)

@@ -1,7 +1,6 @@
 """sail-align ladder and probe: their options, and what they print."""
 
 import json
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 
 from sail_align.align.settings import COMPARED_HELD_OUT, check_options
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import as_path, full_disk_is_said, require_store, write_atomically
+from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
 
 Features = Annotated[
     list[Path],
@@ -104,7 +103,7 @@ def ladder(
         "ladder.json": json.dumps(climbed.record(), indent=1, ensure_ascii=False),
         "ladder.svg": standalone(climbed.chart(), ("text → image", "image → text")),
     }
-    with full_disk_is_said(folder):
+    with report_write_errors(folder):
         for name, content in contents.items():
             write_atomically(folder / name, content.encode())
     typer.echo(f"wrote {', '.join(str(folder / name) for name in contents)}")
@@ -150,7 +149,7 @@ def probe(
         "± is over the seeds, the interval over the pairs: encoders whose intervals overlap widely are not told apart."
     )
     content = json.dumps(probing.record(probed, given), indent=1, ensure_ascii=False)
-    with full_disk_is_said(folder):
+    with report_write_errors(folder):
         write_atomically(folder / "probe.json", content.encode())
     typer.echo(f"wrote {folder / 'probe.json'}")
 
@@ -170,10 +169,10 @@ def _given(stores: Sequence[Path], **options: Any) -> dict[str, Any]:
 def _stoppable(folder: Path) -> Iterator[None]:
     """Say how to go on when a signal ends the work, and when the disk is full."""
     from sail_align.extract.system.progress import note
-    from sail_align.extract.system.signals import StoppedError, stopping_on
+    from sail_align.extract.system.signals import StoppedError, raise_on_signals
 
     try:
-        with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(folder):
+        with raise_on_signals(), report_write_errors(folder, during_run=True):
             yield
     except StoppedError as stopped:
         note(f"Stopped by {stopped.name}; the same command goes on with the runs under {folder}.")
@@ -223,9 +222,7 @@ def measure(
     )
     if out:
         content = measuring.report(opened, measures, rows=drawn, **asked)
-        try:
+        with report_write_errors(out):
             write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
-        except OSError as problem:
-            raise UserError(f"{out} cannot be written ({problem.strerror}); name another --out.") from problem
         typer.echo(f"wrote {out}")
     typer.echo(f"Next: sail-align fit --features {store}")

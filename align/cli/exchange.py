@@ -41,7 +41,7 @@ def import_released(
     from sail_align.align.runs.checkpoint import save_checkpoint
     from sail_align.align.runs.claim import claim_run
     from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
-    from sail_align.extract.system.files import full_disk_is_said
+    from sail_align.extract.system.files import report_write_errors
 
     released = read_released(file)
     image = load_image_encoder(names[0], pooling=image_pooling, device=device).identity
@@ -54,7 +54,7 @@ def import_released(
     claim = claim_run(out or Path("runs") / file.stem, released.settings(image, text), numbered=out is None)
     run = claim.path
     if not claim.finished:
-        with full_disk_is_said(run):
+        with report_write_errors(run):
             save_checkpoint(run, released.model, released.checkpoint_record(image, text), step=0, optimizer=None)
     shape = released.architecture
     said = "this import is there:" if claim.finished else "wrote"

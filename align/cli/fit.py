@@ -1,6 +1,5 @@
 """sail-align fit: its options, and what it prints."""
 
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -183,9 +182,9 @@ def fit(
     from sail_align.align.train.plan import make_plan
     from sail_align.align.train.trainer import fit as train
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.system.files import full_disk_is_said
+    from sail_align.extract.system.files import report_write_errors
     from sail_align.extract.system.progress import note
-    from sail_align.extract.system.signals import StoppedError, stopping_on
+    from sail_align.extract.system.signals import StoppedError, raise_on_signals
 
     with joined(device) as (world, own_device):
         say = typer.echo if world.leads else _silently
@@ -222,7 +221,7 @@ def fit(
         run = Path(name)
         started = time.monotonic()
         try:
-            with stopping_on(signal.SIGTERM, signal.SIGINT), full_disk_is_said(run):
+            with raise_on_signals(), report_write_errors(run, during_run=True):
                 scores = train(
                     plan,
                     run,

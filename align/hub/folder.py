@@ -18,7 +18,7 @@ from sail_align.align.runs.checkpoint import Run, load_weights
 from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_file, read_json, record_digest
 from sail_align.extract.encoders.base import Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.files import report_write_errors, write_atomically
 
 FORMAT = 1
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -95,9 +95,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     written = folder.with_name(f".{folder.name}.new")
     try:
         shutil.rmtree(written, ignore_errors=True)
-        for name, content in files.items():
-            write_atomically(written / name, content)
-        written.replace(folder)
-    except OSError as problem:
+        with report_write_errors(folder):
+            for name, content in files.items():
+                write_atomically(written / name, content)
+            written.replace(folder)
+    finally:
         shutil.rmtree(written, ignore_errors=True)
-        raise UserError(f"{folder} cannot be written ({problem.strerror}); name another --out.") from problem

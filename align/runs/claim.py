@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sail_align.align.runs.checkpoint import read_checkpoint
 from sail_align.align.runs.folder import BEGIN_AGAIN, decisive, differences, is_run, read_json
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.files import report_write_errors, write_atomically
 from sail_align.extract.system.leases import POLL, TTL, Lease, LeaseLostError, Leases
 from sail_align.extract.system.progress import note
 
@@ -51,10 +51,8 @@ def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) ->
     """
     if path.name in ("", ".."):  # "." and "..": names to which no number can be put
         path = path.resolve()
-    try:
+    with report_write_errors(path):
         return _claim(path, settings, numbered)
-    except OSError as problem:
-        raise UserError(f"{path} cannot be written ({problem.strerror}); name another --out.") from problem
 
 
 def _claim(path: Path, settings: dict[str, Any], numbered: bool) -> Claim:

@@ -1,17 +1,13 @@
 """What training asks of the device that it runs on."""
 
-import os
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import cast
 
 import torch
 
 from sail_align.align.settings import Precision
 from sail_align.extract.errors import UserError
-
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
+from sail_align.extract.system.memory import free_memory
 
 
 def choose_precision(asked: str, device: torch.device) -> Precision:
@@ -40,21 +36,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held_back
-    if not MEMINFO.exists():  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    kilobytes = _table(MEMINFO)["MemAvailable:"]
-    return int(min(kilobytes << 10, _free_in_container()))
-
-
-def _free_in_container() -> float:
-    """Return what the control group allows beyond what it holds, less the file cache, which gives way."""
-    try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return float(limit) - int(used) + _table(CGROUP / "memory.stat")["inactive_file"]
-    except (OSError, ValueError):  # no group, or one without a limit ("max")
-        return float("inf")
-
-
-def _table(file: Path) -> dict[str, int]:
-    """Read lines of a name and a number, whatever follows."""
-    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}
+    return free_memory()

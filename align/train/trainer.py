@@ -26,7 +26,7 @@ from sail_align.align.train.journal import Journal, OnCollapse
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import Stepper, batch_loss, embed, make_optimizer, seed_torch, train_step
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.signals import StoppedError, noticing
+from sail_align.extract.system.signals import StoppedError, defer_signals
 
 SCORES = 20
 """How often a run is scored."""
@@ -120,7 +120,7 @@ def fit(
         interval = math.ceil(settings.steps / SCORES)
         journal = world.agree(open_journal)
         collapse: str | None = None
-        with noticing(signal.SIGTERM, signal.SIGINT) as stopped:
+        with defer_signals() as stopped:
             if done is None:
                 score_held_out(0)
             batches = batches_on(device, stream.batches(state))

@@ -1,6 +1,5 @@
 """Which process does which shard, and what it cost: here, in this process; elsewhere, in a crew of workers."""
 
-import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -12,10 +11,10 @@ from sail_align.extract.executor.job import Job, image_task, text_task
 from sail_align.extract.executor.tally import Summary, Tally, cores
 from sail_align.extract.executor.worker import Share, work
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import full_disk_is_said
+from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.memory import keep_freed_memory
 from sail_align.extract.system.progress import note
-from sail_align.extract.system.signals import StoppedError, stopping_on
+from sail_align.extract.system.signals import StoppedError, raise_on_signals
 
 
 def extract(
@@ -39,7 +38,7 @@ def extract(
     with (
         Tally(arrays * store.rows, store.dataset, quiet=quiet) as tally,
         ThreadPoolExecutor(max_workers=cores()) as decoders,
-        full_disk_is_said(store.path),
+        report_write_errors(store.path, during_run=True),
     ):
         tasks = [] if image is None else [image_task(store, source, image, decoders)]
         tasks += [] if text is None else [text_task(store, name, text) for name in captions]
@@ -89,7 +88,7 @@ def run(
         StoppedError: A signal asked for it.
     """
     try:
-        with stopping_on(signal.SIGTERM, signal.SIGINT):
+        with raise_on_signals():
             store = job.open_store(quiet=quiet)
             opened(store)
             with Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet, workers=crew.size) as tally:

@@ -17,7 +17,7 @@ from sail_align.extract.sources import open_source
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.open_or_create import open_made_from, open_or_create
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import full_disk_is_said
+from sail_align.extract.system.files import report_write_errors
 
 Encoder = TypeVar("Encoder", covariant=True)
 
@@ -114,7 +114,7 @@ class Job:
         """
         if self.image is None and (self.store / "zarr.json").exists():
             return open_made_from(self.store, self.manifest)
-        with full_disk_is_said(self.store):
+        with report_write_errors(self.store, during_run=True):
             return open_or_create(self.store, self.manifest, open_source(self.manifest, self.data_root), quiet=quiet)
 
     def tasks(self, store: Store, share: Share, device: str, decoders: ThreadPoolExecutor) -> list[Task]:

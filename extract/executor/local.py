@@ -21,10 +21,10 @@ from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Message, Messenger, Tally, cores, deliver
 from sail_align.extract.executor.worker import Report, Share, work
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import full_disk_is_said
+from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.memory import keep_freed_memory
 from sail_align.extract.system.progress import note
-from sail_align.extract.system.signals import stopping_on
+from sail_align.extract.system.signals import raise_on_signals
 
 STOP_SECONDS = 20.0
 """How long a worker may take to end when it is told to; it finishes writing the shard before."""
@@ -42,7 +42,7 @@ def do_share(job: Job, share: Share, device: str, threads: int, report: Report) 
     store = Store.open(job.store)
     decoders = ThreadPoolExecutor(max_workers=threads)
     try:
-        with full_disk_is_said(job.store):
+        with report_write_errors(job.store, during_run=True):
             work(store, job.tasks(store, share, device, decoders), report, share)
     finally:
         decoders.shutdown(cancel_futures=True)
@@ -182,7 +182,7 @@ class _Pipe:
 def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which passes it on
     parent = _Pipe(pipe)
-    with stopping_on(signal.SIGTERM):
+    with raise_on_signals([signal.SIGTERM]):
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
         try:

@@ -24,11 +24,11 @@ from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Message, Messenger, Tally, bytes_read, deliver
 from sail_align.extract.executor.worker import Loop, Share
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import full_disk_is_said
+from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import POLL
 from sail_align.extract.system.memory import keep_freed_memory
 from sail_align.extract.system.progress import note
-from sail_align.extract.system.signals import StoppedError, noticing
+from sail_align.extract.system.signals import StoppedError, defer_signals
 
 Shard = tuple[str, int]
 """An array's path and the number of a shard."""
@@ -49,7 +49,7 @@ class ShardActor:
 
     def prepare(self) -> tuple[list[Shard], list[Message]]:
         """Load the encoders; return the shards that are not committed, and messages about those that are."""
-        with full_disk_is_said(self.job.store):
+        with report_write_errors(self.job.store, during_run=True):
             tasks = self.job.tasks(self.store, self.share, self.device, self.decoders)
         self.tasks = {task.array.path: task for task in tasks}
         left = []
@@ -67,7 +67,7 @@ class ShardActor:
         path, number = shard
         before = bytes_read()
         try:
-            with full_disk_is_said(self.job.store):
+            with report_write_errors(self.job.store, during_run=True):
                 self.loop.do(self.tasks[path], number)
                 self.loop.finish_writing()
         finally:
@@ -143,7 +143,7 @@ class RayCrew:
         """
         # Not None: that would join whatever other cluster began last on this machine.
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
-        with noticing(signal.SIGTERM, signal.SIGINT) as stopped:
+        with defer_signals() as stopped:
             ours = signal.getsignal(signal.SIGTERM)
             try:
                 _untyped.init(

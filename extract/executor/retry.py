@@ -3,7 +3,6 @@
 Captions are not tried again: they are in the index, which does not change.
 """
 
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from sail_align.extract.sources import open_source
 from sail_align.extract.store.failed import failed_counts
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import full_disk_is_said
+from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import LeaseLostError
 from sail_align.extract.system.progress import note, progress
-from sail_align.extract.system.signals import StoppedError, stopping_on
+from sail_align.extract.system.signals import StoppedError, raise_on_signals
 
 EncodeRows = Callable[[NDArray[np.int64]], Rows]
 """Encodes rows of an array, given by their numbers, rising."""
@@ -93,7 +92,7 @@ def retry_images(
             sum(failed_counts(array).values()), f"{store.dataset} failed images", unit="image", quiet=quiet
         ) as bar,
         ThreadPoolExecutor(max_workers=cores()) as decoders,
-        full_disk_is_said(store.path),
+        report_write_errors(store.path, during_run=True),
     ):
 
         def encode(rows: NDArray[np.int64]) -> Rows:
@@ -123,7 +122,7 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
     ):
         return Retried()
     try:
-        with stopping_on(signal.SIGTERM, signal.SIGINT):
+        with raise_on_signals():
             source = open_source(job.manifest, job.data_root)
             return retry_images(store, source, choice.load(device), share, quiet=quiet)
     except StoppedError as stopped:

@@ -15,7 +15,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import FILE_ROWS
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.files import report_write_errors, write_atomically
 from sail_align.extract.system.progress import progress
 
 SHOWN = 20
@@ -102,10 +102,8 @@ def write_exclusions(path: Path, overlap: Overlap, rows: NDArray[np.int64]) -> N
         if any(character in key + match for character in "\t\n\r"):
             raise UserError(f"Key {key!r} or {match!r} holds a tab or a line's end, so no list can name it.")
         lines.append(f"{key}\t{match}\t{cosine:.4f}\n")
-    try:
+    with report_write_errors(path):
         write_atomically(path, "".join(lines).encode())
-    except OSError as problem:
-        raise UserError(f"{path} cannot be written ({problem.strerror}); name another --out.") from problem
 
 
 def _directions(array: FeatureArray, size: int, device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:

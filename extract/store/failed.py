@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sail_align.extract.data import Status
-from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
+from sail_align.extract.system.files import report_write_errors
 
 SHOWN = 20
 """Rows that a reader sees of each array."""
@@ -67,7 +67,7 @@ def write_failed(store: Store, path: Path) -> int:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     rows = 0
-    try:
+    with report_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
             for array in store.arrays():
@@ -75,6 +75,4 @@ def write_failed(store: Store, path: Path) -> int:
                     file.write_table(table)
                     rows += len(table)
         temporary.replace(path)
-    except OSError as problem:
-        raise UserError(f"{path} cannot be written ({problem.strerror or problem}); name another --out.") from problem
     return rows

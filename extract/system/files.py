@@ -59,10 +59,8 @@ def made_folder(folder: Path) -> Iterator[None]:
         UserError: It cannot be made.
     """
     there = folder.exists()
-    try:
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"{folder} cannot be made ({problem.strerror}); name another --out.") from problem
     try:
         yield
     except Exception:
@@ -176,23 +174,28 @@ def broken(path: Path, problem: Exception) -> UserError:
 
 
 @contextmanager
-def full_disk_is_said(path: Path) -> Iterator[None]:
-    """Turn the error of a full disk, a used-up quota or a file over the size limit into a `UserError`.
+def report_write_errors(path: Path, *, during_run: bool = False) -> Iterator[None]:
+    """Turn an `OSError` of writing a file or folder into a `UserError`.
 
-    So too that of a file in `path` that may not be written, and that of a `path` which is gone.
+    Args:
+        path: The file or folder that is written.
+        during_run: The block also reads other files. Only errors that are certainly about writing `path` are turned
+            into a `UserError`: a full disk, missing permission under `path`, or a `path` that has disappeared.
     """
     try:
         yield
     except OSError as problem:
-        if problem.errno in _FORBIDDEN and Path(str(problem.filename)).is_relative_to(path):
+        if problem.errno in _FULL:
             raise UserError(
-                f"{problem.filename} cannot be written ({problem.strerror}); allow it, or name another --out."
+                f"No space is left for {path} ({problem.strerror}). Free some and rerun the same command; committed "
+                "work is kept."
             ) from problem
-        if isinstance(problem, FileNotFoundError) and not path.exists():
-            raise UserError(f"{path} is not there any more; bring it back and run the same command again.") from problem
-        if problem.errno not in _FULL:
+        if during_run and isinstance(problem, FileNotFoundError) and not path.exists():
+            raise UserError(f"{path} has disappeared. Restore it and rerun the same command.") from problem
+        denied = problem.errno in _FORBIDDEN and Path(str(problem.filename)).is_relative_to(path)
+        if during_run and not denied:
             raise
+        what, remedy = (problem.filename, "Change its permissions or pass") if denied else (path, "Pass")
         raise UserError(
-            f"No room is left for {path} ({problem.strerror}); free some and run the same command again: what is "
-            "committed stays."
+            f"{what} cannot be written ({problem.strerror or problem}). {remedy} another --out."
         ) from problem

@@ -185,9 +185,7 @@ class Leases:
                 work would go to the disk below.
         """
         if not is_remote(self.folder) and not self.folder.parent.is_dir():
-            raise UserError(
-                f"{self.folder.parent} is not there any more; bring it back and run the same command again."
-            )
+            raise UserError(f"{self.folder.parent} has disappeared. Restore it and rerun the same command.")
         path = self.folder / name
         newest = _newest(path)
         if newest is not None and not self._is_dead(_file(path, newest)):

@@ -1,32 +1,49 @@
-"""What the libraries below torch do with memory that is free and with cores that wait."""
+"""Free memory, and settings of the C libraries below torch."""
 
 import ctypes
 import os
 import platform
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GIGABYTE = 1 << 30
-_MOST_BEFORE = 32 << 20
-"""What older versions of glibc take at most; refused, the threshold would stay at 128 kB."""
+_OLD_MAXIMUM = 32 << 20
+"""Largest threshold that older versions of glibc accept. They reject a larger one and stay at 128 kB."""
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep blocks of up to a gigabyte when they are freed; elsewhere do nothing.
+    """Make glibc reuse freed blocks of up to a gigabyte; do nothing with other C libraries.
 
-    By default it hands every large block back to the system, which then clears each page again for the next batch: a
-    quarter of the time of a convolutional network on a CPU.
+    By default, glibc returns every large block to the system, which then has to clear each page for the next batch.
+    That costs a quarter of the time of a convolutional network on a CPU.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _GIGABYTE)
         if not libc.mallopt(_M_MMAP_THRESHOLD, _GIGABYTE):
-            libc.mallopt(_M_MMAP_THRESHOLD, _MOST_BEFORE)
+            libc.mallopt(_M_MMAP_THRESHOLD, _OLD_MAXIMUM)
 
 
 def wait_without_spinning() -> None:
-    """Let torch's threads sleep while they wait for each other; call it before torch is imported.
+    """Let torch's threads sleep while they wait for each other. Call it before torch is imported.
 
-    By default they spin for a while on cores that the decoders need, or the very thread that is waited for.
-    A user's own choice is left as it is.
+    By default they spin for a while on cores that the image decoders need, or the thread they wait for. A value set by
+    the user is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still allocate: of the machine, or of its container if that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        usage = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no control group (version 2), or no limit ("max")
+        return available
+    # The kernel counts its file cache as used, and drops it when memory is needed.
+    return min(available, limit - used + int(usage["inactive_file"]))

@@ -1,18 +1,22 @@
-"""SIGTERM and Ctrl-C end a run within seconds, cleanly."""
+"""Clean ends of a run on SIGTERM and Ctrl-C, within seconds."""
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 HURRY_SECONDS = 1.0
+"""A second signal within this time is ignored: a launcher and a terminal may both send one. A later one kills."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StoppedError(SystemExit):
-    """A signal asked the process to end; what is not handled leaves the exit code that a shell gives that signal.
+    """A signal asked the process to end. Unless handled, the exit code is the one that a shell reports for that signal.
 
-    `left` says, in words, what is left undone.
+    Attributes:
+        name: The signal, as in "SIGTERM" or "Ctrl-C".
+        left: Unfinished work in words, set by whoever can count it.
     """
 
     def __init__(self, number: int):
@@ -22,11 +26,8 @@ class StoppedError(SystemExit):
 
 
 @contextmanager
-def stopping_on(*signals: signal.Signals) -> Iterator[None]:
-    """Raise `StoppedError` in the main thread on the first of these signals.
-
-    One that follows within a second is the same wish told twice, as a launcher and a terminal do; a later one kills.
-    """
+def raise_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Raise `StoppedError` in the main thread on the first of these signals."""
 
     def stop(number: int) -> None:
         raise StoppedError(number)
@@ -36,18 +37,18 @@ def stopping_on(*signals: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def noticing(*signals: signal.Signals) -> Iterator[Callable[[], StoppedError | None]]:
-    """Yield a function that returns the error of the first of these signals once it came, for the caller to raise.
+def defer_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[Callable[[], StoppedError | None]]:
+    """Yield a function that returns the error of the first signal received, None before.
 
-    So work that is better finished is; a signal that comes more than a second after the first kills all the same.
+    The caller can finish its unit of work and then raise the error.
     """
-    noticed: list[StoppedError] = []
-    with _on_first(signals, lambda number: noticed.append(StoppedError(number))):
-        yield lambda: noticed[0] if noticed else None
+    received: list[StoppedError] = []
+    with _on_first(signals, lambda number: received.append(StoppedError(number))):
+        yield lambda: received[0] if received else None
 
 
 @contextmanager
-def _on_first(signals: tuple[signal.Signals, ...], react: Callable[[int], None]) -> Iterator[None]:
+def _on_first(signals: Sequence[signal.Signals], react: Callable[[int], None]) -> Iterator[None]:
     first: list[float] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:

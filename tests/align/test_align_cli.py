@@ -222,7 +222,7 @@ def test_an_out_that_cannot_be_a_run_is_refused_and_an_empty_folder_is_taken(mak
     for out in ("features", ".", "file"):
         assert mistake("--features", good, "--out", out).endswith("exists and is not a run; name another --out.")
     assert mistake("--features", good, "--out", "file/run") == (
-        "file/run cannot be written (Not a directory); name another --out."
+        "file/run cannot be written (Not a directory). Pass another --out."
     )
     (tmp_path / "empty").mkdir()
     assert "wrote empty in" in typed("--features", good, "--out", "empty", *QUICK).output

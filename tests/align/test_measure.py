@@ -126,7 +126,7 @@ def test_values_that_are_no_numbers_are_refused_and_files_that_cannot_be_written
     assert str(sound.exception) == f"--out {tmp_path} is a folder; name a file."
     (tmp_path / "file").write_text("")
     beyond = CliRunner().invoke(app, ["measure", str(path), "--out", str(tmp_path / "file" / "x.json")])
-    assert "x.json cannot be written (File exists); name another --out." in str(beyond.exception)
+    assert "x.json cannot be written (File exists). Pass another --out." in str(beyond.exception)
     poison(path)
     result = CliRunner().invoke(app, ["measure", str(path)])
     assert str(result.exception) == (

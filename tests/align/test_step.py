@@ -176,20 +176,3 @@ def test_the_free_memory_decides_what_is_kept(monkeypatch):
         train_step(used, batch(), 1e-9)
         assert sum(calls) == passes * CAPTIONS * ROWS
         assert max(calls) == 5
-
-
-def test_free_memory_is_the_machines_or_the_containers(tmp_path, monkeypatch):
-    meminfo, group = tmp_path / "meminfo", tmp_path / "cgroup"
-    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\nHugePages_Total:  0\n")
-    group.mkdir()
-    monkeypatch.setattr(device, "MEMINFO", meminfo)
-    monkeypatch.setattr(device, "CGROUP", group)
-    assert device.free_bytes(CPU) == 4000 * 1024
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("2000\n")
-    (group / "memory.stat").write_text("anon 1500\ninactive_file 400\n")
-    assert device.free_bytes(CPU) == 4000 * 1024
-    (group / "memory.max").write_text("3000\n")
-    assert device.free_bytes(CPU) == 3000 - 2000 + 400
-    meminfo.unlink()
-    assert device.free_bytes(CPU) > 1 << 28

@@ -33,7 +33,7 @@ def ends_full(root: Path, store: Path) -> bool:
     try:
         extract_into(root, store)
     except UserError as said:
-        return "No room is left" in str(said)
+        return "No space is left" in str(said)
     return False
 
 
@@ -51,11 +51,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(pictures, small_disk, monkeypatch):
+def test_run_reports_a_full_disk_and_resumes_once_there_is_space(pictures, small_disk, monkeypatch):
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 16)
     disk, make_room = small_disk
     with pytest.raises(
-        UserError, match=r"No room is left for .*s\.zarr \(No space left on device\); free some and run"
+        UserError, match=r"No space is left for .*s\.zarr \(No space left on device\)\. Free some and rerun"
     ):
         extract_into(pictures, disk / "s.zarr")
     done = sum(len(array.markers) for array in Store.open(disk / "s.zarr").arrays())

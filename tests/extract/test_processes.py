@@ -149,7 +149,7 @@ def test_a_store_whose_disk_is_gone_is_not_begun_anew_below_it(pictures, small_s
             return encoder
 
     job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
-    with pytest.raises(UserError, match=r"s\.zarr is not there any more"):
+    with pytest.raises(UserError, match=r"s\.zarr has disappeared"):
         run(job, LocalCrew(["cpu"]), Share(), quiet=True)
     assert not job.store.exists()
     job = make_job(pictures, FakeChoice("image"))

@@ -1,4 +1,4 @@
-"""A signal is raised or noticed once; a later one kills."""
+"""A signal is raised or deferred once; a later one kills."""
 
 import signal
 import subprocess
@@ -6,31 +6,31 @@ import sys
 
 import pytest
 
-from sail_align.extract.system.signals import StoppedError, noticing, stopping_on
+from sail_align.extract.system.signals import StoppedError, defer_signals, raise_on_signals
 
 
-def test_a_noticed_signal_is_left_to_the_caller_and_what_was_there_comes_back():
+def test_defer_signals_returns_the_first_signal_and_restores_the_handlers():
     before = signal.getsignal(signal.SIGTERM)
-    with noticing(signal.SIGTERM, signal.SIGINT) as stopped:
+    with defer_signals() as stopped:
         assert stopped() is None
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)  # within a second: the same wish
+        signal.raise_signal(signal.SIGINT)  # within a second: ignored
         assert (stopped().code, stopped().name) == (143, "SIGTERM")
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_that_is_not_waited_for_is_raised():
-    with pytest.raises(StoppedError) as stopped, stopping_on(signal.SIGINT):
+def test_raise_on_signals_raises_stopped_error():
+    with pytest.raises(StoppedError) as stopped, raise_on_signals([signal.SIGINT]):
         signal.raise_signal(signal.SIGINT)
     assert (stopped.value.code, stopped.value.name) == (130, "Ctrl-C")
 
 
-@pytest.mark.parametrize("waits", ["noticing", "stopping_on"])
-def test_a_second_signal_later_kills(waits):
+@pytest.mark.parametrize("context", ["defer_signals", "raise_on_signals"])
+def test_a_later_second_signal_kills(context):
     program = (
-        "import signal, contextlib; from sail_align.extract import stop; stop.HURRY_SECONDS = -1\n"
-        f"with stop.{waits}(signal.SIGINT):\n"
-        "    with contextlib.suppress(stop.StoppedError): signal.raise_signal(signal.SIGINT)\n"
+        "import signal, contextlib; from sail_align.extract.system import signals; signals.HURRY_SECONDS = -1\n"
+        f"with signals.{context}([signal.SIGINT]):\n"
+        "    with contextlib.suppress(signals.StoppedError): signal.raise_signal(signal.SIGINT)\n"
         "    signal.raise_signal(signal.SIGINT)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGINT
