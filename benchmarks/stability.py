@@ -28,7 +28,7 @@ import torch
 
 from sail_align.align.analysis.trials import finished_run, read_scored, retrieve, spread
 from sail_align.align.data.pairs import open_pairs
-from sail_align.align.stats.charts import Series, line_chart, standalone
+from sail_align.align.stats.charts import line_chart
 from sail_align.align.stats.tables import markdown_table
 from sail_align.align.train.plan import make_plan
 
@@ -154,8 +154,7 @@ def chart(found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:
         if cell.temperature != "auto":
             point = float(cell.temperature), statistics.mean(each["r1"] for each in seeds)
             lines.setdefault(cell.stands_for, []).append(point)
-    series = [Series(f"{size}", points, f"line-{number}") for number, (size, points) in enumerate(lines.items(), 1)]
-    return standalone(line_chart(series, "t at the start", "R@1 (%)"), [f"B = {size:,}" for size in lines])
+    return line_chart({f"B = {size:,}": points for size, points in lines.items()}, "initial t", "R@1 (%)")
 
 
 if __name__ == "__main__":

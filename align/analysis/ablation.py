@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from markupsafe import Markup
 
 from sail_align.align.analysis.trials import (
     FORMAT,
@@ -22,7 +21,7 @@ from sail_align.align.analysis.trials import (
     retrieve,
     spread,
 )
-from sail_align.align.stats.charts import Dots, dot_chart
+from sail_align.align.stats.charts import dot_chart
 from sail_align.align.stats.tables import markdown_table
 from sail_align.align.train.collapse import collapse_of
 from sail_align.align.train.plan import make_plan
@@ -111,13 +110,12 @@ class Ladder:
             f"is looked up or looked for; {seeds}. The last column is the paper's, text → image / image → text."
         ) + (" Where training collapsed the numbers tell of the recipe, not of the rung: lower --lr." * collapsed)
 
-    def chart(self) -> Markup:
-        """Draw R@1 by rung, on the first caption."""
-        series = []
-        for number, (name, way) in enumerate((("text → image", 0), ("image → text", 1)), start=1):
+    def chart(self) -> str:
+        """Draw R@1 by rung, on the first caption, as SVG."""
+        series = {}
+        for way, name in enumerate(("text → image", "image → text")):
             values = [each.recalls(self.captions[0])[way] for each in self.climbed]
-            points = [(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0) for v in values]
-            series.append(Dots(name, points, f"line-{number}"))
+            series[name] = [(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0) for v in values]
         return dot_chart([each.label for each in self.climbed], series, f"R@1 (%), captions {self.captions[0]}")
 
     def record(self) -> dict[str, Any]:

@@ -74,7 +74,6 @@ def ladder(
 
     from sail_align.align.analysis.ablation import LONG, RAW, climb
     from sail_align.align.runs.claim import default_path
-    from sail_align.align.stats.charts import standalone
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.store.store import Store
 
@@ -101,7 +100,7 @@ def ladder(
     contents = {
         "ladder.md": f"{climbed.table()}\n\n{climbed.explanation()}\n",
         "ladder.json": json.dumps(climbed.record(), indent=1, ensure_ascii=False),
-        "ladder.svg": standalone(climbed.chart(), ("text → image", "image → text")),
+        "ladder.svg": climbed.chart(),
     }
     with report_write_errors(folder):
         for name, content in contents.items():

@@ -1,164 +1,163 @@
-"""Line charts and dot charts as inline SVG; colours come from the page's CSS, for both themes.
+"""Line charts and dot charts, drawn with matplotlib in one style and written as SVG.
 
-`standalone` makes one a file by itself.
+matplotlib is imported when the first chart is drawn. Neither pyplot nor matplotlib's global settings are used.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
-POINTS = 400
-ROW, NAMES = 26, 216
-"""Of a dot chart: the height of a row, and the width of its names."""
-COLOURS = ("#1f5fd0", "#c25a00", "#1a7f46", "#8a3ab9", "#5f6670", "#b3261e")
-"""Of `line-1`, `line-2` … where a chart stands alone."""
+Points = Sequence[tuple[float, float]]
 
+COLOURS = {
+    "line-1": "#1f5fd0",
+    "line-2": "#b45309",
+    "line-3": "#17703e",
+    "line-4": "#7e3ab0",
+    "line-5": "#0e7490",
+    "line-6": "#be185d",
+    "reported": "#868d97",
+    "chance": "#b3261e",
+    "ink": "#1b1d20",
+    "soft": "#565c66",
+    "rule": "#dcdee2",
+    "card": "#ffffff",
+}
+"""Colours of a chart by their name. An inline chart refers to the page's CSS variable of that name instead."""
 
-@dataclass(frozen=True)
-class Series:
-    """A named line; `style` is a CSS class: `line-1`, `line-2` …"""
+STYLE: dict[str, Any] = {
+    "axes.autolimit_mode": "round_numbers",  # axes end at ticks
+    "axes.axisbelow": True,
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.grid": True,
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.labelsize": 13,
+    "axes.prop_cycle": f"cycler('color', {[COLOURS[f'line-{n}'] for n in range(1, 7)]})"
+    " + cycler('linestyle', ['-', '--', '-', '--', '-', '--'])",
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    "figure.facecolor": COLOURS["card"],
+    "font.size": 12,
+    "grid.color": COLOURS["rule"],
+    "legend.frameon": False,
+    "lines.dashed_pattern": (3.5, 1.5),
+    "lines.markersize": 5,
+    "lines.linewidth": 2,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "sail-align",  # the same chart gets the same bytes
+    "text.color": COLOURS["soft"],
+    "xtick.color": COLOURS["soft"],
+    "xtick.major.size": 0,
+    "ytick.color": COLOURS["soft"],
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+}
 
-    name: str
-    points: Sequence[tuple[float, float]]
-    style: str
-
-
-@dataclass(frozen=True)
-class Dots:
-    """Named values, one a row, each with what it is off by either way."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    style: str
-
-
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, *, may_be_log: bool = False) -> Markup:
-    """Draw series over a common x; with `may_be_log`, y is logarithmic if the values span more than a factor of 20."""
-    series = [Series(each.name, _thinned(each.points), each.style) for each in series]
-    xs = [x for each in series for x, _ in each.points]
-    ys = [y for each in series for _, y in each.points]
-    logarithmic = may_be_log and min(ys) > 0 and max(ys) > 20 * min(ys)
-    x_axis = _Axis(ticks(0, max(xs)), LEFT, WIDTH - RIGHT)
-    y_ticks = log_ticks(min(ys), max(ys)) if logarithmic else ticks(min(0.0, *ys), max(ys))
-    y_axis = _Axis(y_ticks, HEIGHT - BOTTOM, TOP, logarithmic)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(y_label)} over {escape(x_label)}">'
-    ]
-    for value in x_axis.ticks:
-        x = x_axis(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:,g}</text>')
-    for value in y_axis.ticks:
-        y = y_axis(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for each in series:
-        line = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in each.points)
-        parts.append(f'<polyline class="line {each.style}" points="{line}"/>')
-        if len(each.points) <= 40:
-            parts += [
-                f'<circle class="dot {each.style}" cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="2.5"/>'
-                for x, y in each.points
-            ]
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    scale = " (log scale)" if logarithmic else ""
-    parts.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text class="label" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}{scale}</text></svg>"
-    )
-    return Markup("".join(parts))
+MAX_POINTS = 400
 
 
-def dot_chart(rows: Sequence[str], series: Sequence[Dots], x_label: str) -> Markup:
-    """Draw a row for each name, with a dot and a whisker of each series."""
-    bottom = TOP + ROW * len(rows)
-    axis = _Axis(ticks(0, max(value + off for each in series for value, off in each.points)), NAMES, WIDTH - RIGHT)
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img" aria-label="{escape(x_label)}">']
-    for value in axis.ticks:
-        x = axis(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{value:g}</text>')
-    for number, name in enumerate(rows):
-        y = TOP + ROW * (number + 0.5)
-        parts.append(f'<text x="{NAMES - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        for place, each in enumerate(series):
-            value, off = each.points[number]
-            at = y + 6 * (place - (len(series) - 1) / 2)
-            low, high = axis(max(value - off, 0)), axis(value + off)
-            parts.append(
-                f'<polyline class="line {each.style}" points="{low:.1f},{at:.1f} {high:.1f},{at:.1f}"/>'
-                f'<circle class="dot {each.style}" cx="{axis(value):.1f}" cy="{at:.1f}" r="3"/>'
+@contextmanager
+def styled_figure(width: float, height: float) -> Iterator["Figure"]:
+    """Yield an empty figure of a size in pixels; draw it and call `to_svg` inside the `with` block."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        yield Figure((width / 72, height / 72), layout="constrained")
+
+
+def to_svg(figure: "Figure", label: str, *, inline: bool = False) -> str:
+    """Return a figure as SVG.
+
+    Args:
+        figure: From `styled_figure`.
+        label: Describes the chart to screen readers.
+        inline: Return an `<svg class="chart">` element for an HTML page. Its size and colours are those of the page.
+    """
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=inline, metadata=metadata)
+    svg = file.getvalue().replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+    if not inline:
+        return svg
+    svg = svg[svg.index("<svg ") :].replace("<svg ", '<svg class="chart" ', 1)
+    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # not referred to, and not unique in a page of several charts
+    names = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+    return re.sub("|".join(names), lambda found: names[found[0]], svg)
+
+
+def line_chart(
+    series: Mapping[str, Points], x_label: str, y_label: str, *, allow_log: bool = False, inline: bool = False
+) -> str:
+    """Draw named series of (x, y) as lines; return the SVG.
+
+    Args:
+        series: Points by the name of their line. Points beyond `MAX_POINTS` are averaged in blocks.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        allow_log: Use a logarithmic y axis if the values are positive and span more than a factor of 20.
+        inline: See `to_svg`.
+    """
+    ys = [y for points in series.values() for _, y in points]
+    logarithmic = allow_log and min(ys) > 0 and max(ys) > 20 * min(ys)
+    with styled_figure(520, 300) as figure:
+        axes = figure.add_subplot()
+        for name, points in series.items():
+            averaged = _average_blocks(points)
+            axes.plot(
+                *zip(*averaged, strict=True), marker="o" if len(averaged) <= 40 else "", clip_on=False, label=name
             )
-    parts.append(
-        f'<text class="label" x="{(NAMES + WIDTH - RIGHT) / 2}" y="{bottom + 40}" text-anchor="middle">'
-        f"{escape(x_label)}</text></svg>"
-    )
-    return Markup("".join(parts))
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:,g}")
+        if logarithmic:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=min(0.0, *ys))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(f"{y_label} (log scale)" if logarithmic else y_label)
+        figure.legend(loc="outside upper left", ncols=len(series))
+        return to_svg(figure, f"{y_label} over {x_label}", inline=inline)
 
 
-def standalone(chart: Markup, names: Sequence[str]) -> str:
-    """Return a chart as a file of its own: on white, with the names of `line-1`, `line-2` … above it."""
-    drawn = str(chart)  # the methods of Markup escape what they are given
-    height = float(drawn.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
-    rules = [
-        f"polyline.line-{number} {{ stroke: {colour}; }} circle.line-{number} {{ fill: {colour}; }}"
-        for number, colour in enumerate(COLOURS[: len(names)], start=1)
-    ]
-    key, x = [], float(LEFT)
-    for number, name in enumerate(names, start=1):
-        key.append(f'<circle class="line-{number}" cx="{x:.1f}" cy="14" r="4"/>')
-        key.append(f'<text x="{x + 9:.1f}" y="18">{escape(name)}</text>')
-        x += 30 + 6.5 * len(name)
-    style = (
-        "text { font: 12px sans-serif; fill: #5f6670; } .label { fill: #1c1f23; font-size: 13px; } "
-        f".grid {{ stroke: #e6e8eb; }} .line {{ fill: none; stroke-width: 2; }} {' '.join(rules)}"
-    )
-    inner = drawn.replace("<svg ", f'<svg x="0" y="24" width="{WIDTH}" height="{height:g}" ', 1)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + 24:g}" width="{WIDTH}" '
-        f'height="{height + 24:g}"><style>{style}</style><rect width="100%" height="100%" fill="white"/>'
-        f"{''.join(key)}{inner}</svg>\n"
-    )
+def dot_chart(rows: Sequence[str], series: Mapping[str, Points], x_label: str, *, inline: bool = False) -> str:
+    """Draw one row per name, with a dot and a whisker for each series; return the SVG.
+
+    Args:
+        rows: Names of the rows, from top to bottom.
+        series: (value, error) of each row, by the name of the series.
+        x_label: Label of the values.
+        inline: See `to_svg`.
+    """
+    with styled_figure(520, 80 + 26 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        for number, (name, points) in enumerate(series.items()):
+            values, errors = zip(*points, strict=True)
+            shift = 0.22 * (number - (len(series) - 1) / 2)
+            places = [row + shift for row in range(len(rows))]
+            axes.errorbar(values, places, xerr=errors, marker="o", linestyle="", clip_on=False, label=name)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
+        figure.legend(loc="outside upper left", ncols=len(series))
+        return to_svg(figure, x_label, inline=inline)
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round values that span low … high."""
-    span = (high - low) or abs(high) or 1.0
-    rough = span / about
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    step = next(magnitude * factor for factor in (1, 2, 2.5, 5, 10) if magnitude * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten that span low … high, low > 0."""
-    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-
-
-class _Axis:
-    """Maps values to pixels so that the ticks fill the axis."""
-
-    def __init__(self, ticks: list[float], start: float, stop: float, logarithmic: bool = False):
-        self.ticks = ticks
-        self._scale = math.log10 if logarithmic else float
-        self._low, self._high = self._scale(ticks[0]), self._scale(ticks[-1])
-        self._start, self._stop = start, stop
-
-    def __call__(self, value: float) -> float:
-        share = (self._scale(value) - self._low) / (self._high - self._low)
-        return self._start + share * (self._stop - self._start)
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return means of blocks of points, so that a long run's curve stays small."""
-    block = max(1, -(-len(points) // POINTS))
-    groups = [points[start : start + block] for start in range(0, len(points), block)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+def _average_blocks(points: Points) -> Points:
+    """Return the means of blocks of points, so that the curve of a long run stays small."""
+    size = max(1, -(-len(points) // MAX_POINTS))
+    blocks = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in block) / len(block), sum(y for _, y in block) / len(block)) for block in blocks]

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sail_align.align.runs.folder import run_of, scores_folder
-from sail_align.align.stats.charts import Series, line_chart
+from sail_align.align.stats.charts import Points, line_chart
 from sail_align.align.stats.tables import interval, number
 from sail_align.evaluate.report.charts import marker, radar_chart, score_bar
 from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, cells, comma_separated, latex, markdown
@@ -38,7 +38,7 @@ class Curves:
     """Lines over the steps of a run, as a chart and as a table: step and values, "" where a line has none."""
 
     title: str
-    lines: Sequence[Series]
+    lines: Mapping[str, Points]
     chart: Markup
     table: Sequence[Sequence[str]]
 
@@ -49,30 +49,23 @@ def training_curves(run: Path) -> list[Curves]:
     lines_and_rest = path.read_text().split("\n") if path.is_file() else [""]
     entries = [json.loads(line) for line in lines_and_rest[:-1]]  # a killed run may leave part of a line
 
-    def series(name: str, kind: str, field: str, style: str) -> Series:
-        rows = (entry for entry in entries if entry["kind"] == kind and field in entry)
-        return Series(name, [(row["step"], row[field]) for row in rows], style)
+    def points(kind: str, field: str) -> Points:
+        return [(entry["step"], entry[field]) for entry in entries if entry["kind"] == kind and field in entry]
 
     wanted = (
-        (
-            "Loss",
-            "loss",
-            True,
-            [series("training", "train", "loss", "line-1"), series("held out", "heldout", "loss", "line-2")],
-        ),
+        ("Loss", "loss", {"training": points("train", "loss"), "held out": points("heldout", "loss")}),
         (
             "Held-out R@1",
             "R@1 (%)",
-            False,
-            [series("text→image", "heldout", "t2i_r1", "line-1"), series("image→text", "heldout", "i2t_r1", "line-2")],
+            {"text→image": points("heldout", "t2i_r1"), "image→text": points("heldout", "i2t_r1")},
         ),
     )
     curves = []
-    for title, label, may_be_log, lines in wanted:
-        drawn = [line for line in lines if len(line.points) > 1]
+    for title, label, lines in wanted:
+        drawn = {name: line for name, line in lines.items() if len(line) > 1}
         if drawn:
-            chart = line_chart(drawn, "step", label, may_be_log=may_be_log)
-            curves.append(Curves(title, drawn, chart, _as_table(drawn)))
+            chart = line_chart(drawn, "step", label, allow_log=label == "loss", inline=True)
+            curves.append(Curves(title, drawn, Markup(chart), _as_table(list(drawn.values()))))
     return curves
 
 
@@ -127,12 +120,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
-def _as_table(lines: Sequence[Series]) -> list[list[str]]:
+def _as_table(lines: Sequence[Points]) -> list[list[str]]:
     """Return step and values of some steps, of those that most of the lines have."""
-    fewest = min(lines, key=lambda line: len(line.points))
-    chosen = np.linspace(0, len(fewest.points) - 1, min(ROWS, len(fewest.points))).astype(int)
-    values = [dict(line.points) for line in lines]
-    steps = [fewest.points[place][0] for place in chosen]
+    fewest = min(lines, key=len)
+    chosen = np.linspace(0, len(fewest) - 1, min(ROWS, len(fewest))).astype(int)
+    values = [dict(line) for line in lines]
+    steps = [fewest[place][0] for place in chosen]
     return [
         [f"{step:,g}", *(f"{each[step]:.4g}" if step in each else "–" for each in values)]
         for step in dict.fromkeys(steps)

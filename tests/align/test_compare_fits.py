@@ -20,7 +20,6 @@ from sail_align.align.analysis.trials import Trial, base_recipe, finished_run, h
 from sail_align.align.cli import app
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
-from sail_align.align.stats.charts import Dots, dot_chart, standalone
 from sail_align.align.stats.tables import markdown_table
 from sail_align.align.train.collapse import collapse_of
 from sail_align.align.train.plan import make_plan
@@ -228,15 +227,3 @@ def test_a_table_is_padded_markdown():
     assert markdown_table(("name", "n"), [("a", "1"), ("long one", "1,000")]) == (
         "| name     |     n |\n| -------- | ----: |\n| a        |     1 |\n| long one | 1,000 |"
     )
-
-
-def test_a_dot_chart_stands_alone_with_its_key_and_a_dot_where_the_value_is():
-    chart = dot_chart(["one", "<two>"], [Dots("a", [(0, 0), (10, 1)], "line-1")], "R@1")
-    drawn = ElementTree.fromstring(standalone(chart, ["a & b"]))
-    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"a & b", "one", "<two>", "R@1", "0", "10"} <= set(texts)
-    dots = [
-        float(dot.get("cx")) for dot in drawn.iter("{http://www.w3.org/2000/svg}circle") if "dot" in dot.get("class")
-    ]
-    places = {text.text: float(text.get("x")) for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
-    assert dots == pytest.approx([places["0"], places["10"]])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.align.stats.charts import Series, line_chart, log_ticks, ticks
 from sail_align.evaluate.report.overview import read_runs
 from sail_align.evaluate.report.page import page as page_of
 from sail_align.evaluate.report.page import write_report
@@ -257,7 +256,6 @@ def test_curves_are_drawn_from_the_metrics_file(page):
     charts = [attributes["aria-label"] for attributes in page.all("svg") if "aria-label" in attributes]
     assert charts[0].startswith("Radar chart, from 0 to 100, of squares top-1 (a), caps image→text R@1 (b),")
     assert charts[1:] == ["loss over step", "R@1 (%) over step"]
-    assert len(page.all("polyline")) == 4
 
 
 def test_captions_are_shown_as_text_and_not_as_markup(page):
@@ -267,7 +265,7 @@ def test_captions_are_shown_as_text_and_not_as_markup(page):
 
 def test_a_run_without_curves_has_a_report(page, run):
     (run.path / "metrics.jsonl").unlink()
-    assert not Page(write_report(run.path).read_text()).all("polyline")
+    assert "loss over step" not in write_report(run.path).read_text()
 
 
 def test_a_last_line_that_a_kill_cut_is_left_out(page, run):
@@ -275,23 +273,6 @@ def test_a_last_line_that_a_kill_cut_is_left_out(page, run):
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
     assert write_report(run.path).read_bytes() == whole
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 87), (3, 3), (-2.5, 0.1), (0, 12345), (0, 0)])
-def test_ticks_are_few_and_span_the_values(low, high):
-    values = ticks(low, high)
-    assert 2 <= len(values) <= 8
-    assert values[0] <= low
-    assert values[-1] >= high
-
-
-def test_log_ticks_are_powers_of_ten_around_the_values():
-    assert log_ticks(0.02, 7) == [0.01, 0.1, 1.0, 10.0]
-
-
-def test_a_long_curve_is_thinned():
-    drawn = line_chart([Series("loss", [(step, 1.0) for step in range(100_000)], "line-1")], "step", "loss")
-    assert len(drawn) < 20_000
 
 
 def test_the_page_is_small(page, run):
