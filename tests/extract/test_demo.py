@@ -21,7 +21,7 @@ from sail_align.extract.sources.demo.source import SIDE, DemoSource
 PARTS = ("train", "retrieval", "objects", "unseen", "pairs", "segmentation")
 FINGERPRINT = """
 import hashlib, sys
-from sail_align.extract.sources.demo import DemoSource
+from sail_align.extract.sources.demo.source import DemoSource
 for part in sys.argv[1:]:
     source = DemoSource(part)
     digest = hashlib.sha256(repr([(s.key, s.image, s.captions, s.label, s.mask) for s in source.samples()]).encode())
