@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=36_864)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="Where to make the store, and keep it; a temporary folder else.")
+    parser.add_argument(
+        "--only", choices=MEASURES, action="append", help="Take these alone; may be given several times."
+    )
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -60,14 +63,14 @@ def main() -> None:
         folder = given.folder or Path(temporary)
         if not (folder / "plain").exists():
             make(folder, given.rows)
-        report(folder, given.batch_size, given.rounds)
+        report(folder, given.batch_size, given.rounds, given.only or list(MEASURES))
 
 
-def report(folder: Path, batch_size: int, rounds: int) -> None:
+def report(folder: Path, batch_size: int, rounds: int, names: list[str]) -> None:
     """Run every measure in processes of its own, by turns, and print what came out."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURES}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name in MEASURES:
+        for name in names:
             drop(folder)
             if not name.endswith("cold"):
                 warm(folder)
@@ -80,6 +83,8 @@ def report(folder: Path, batch_size: int, rounds: int) -> None:
     for name, values in middle.items():
         later = f", later {values['later']:.2f}" if "later" in values else ""
         print(f"{name:12s} {values['first']:.2f} GB/s in the first pass{later}")
+    if len(names) < len(MEASURES):
+        return
     streamed, cold = middle["stream"], middle["stream cold"]
     bound = BUFFERS * batch + 0.1
     lines = [

@@ -1,8 +1,10 @@
-/* Rows gathered out of chunks at the speed at which whole blocks are copied, which NumPy's `take` does not reach.
+/* Copy rows out of several chunks as fast as whole blocks are copied, which NumPy's `take` does not reach.
  *
- * A row is 2 or 4 kB, and the next one lies somewhere behind it. It is fetched while this one is copied, since the
- * processor itself looks ahead within a row only. And rows are written around the cache: a batch is many times its
- * size, and else each line of it would be read before it is written.
+ * A row is 2 or 4 kB and the next one lies elsewhere. The hardware prefetches within a row only, so the next row is
+ * prefetched explicitly. A batch is many times larger than the cache, so rows are written with non-temporal stores:
+ * ordinary stores would read each cache line of the batch before writing it.
+ *
+ * Only the stable ABI is used: one build serves CPython 3.11 and later.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -17,7 +19,7 @@
 #define PREFETCH(place) ((void)(place))
 #endif
 
-enum { LINE = 64 }; /* bytes of the cache */
+enum { LINE = 64 }; /* bytes of a cache line */
 
 static void
 copy_row(char *to, const char *from, Py_ssize_t size)
@@ -52,11 +54,11 @@ copy_rows(char *to, const Py_buffer *chunks, const int64_t *of, const int64_t *r
         copy_row(to + n * size, (const char *)chunks[of[n]].buf + rows[n] * size, size);
     }
 #ifdef __SSE2__
-    _mm_sfence(); /* what went around the cache is in memory before another thread is told that it is */
+    _mm_sfence(); /* complete the stores before another thread learns that the batch is ready */
 #endif
 }
 
-/* Return the first of the rows that is not in its chunk, or how many there are. */
+/* Return the position of the first row that is outside its chunk, or `count` if there is none. */
 static Py_ssize_t
 first_outside(const Py_buffer *chunks, Py_ssize_t chunk_count, const int64_t *of, const int64_t *rows, Py_ssize_t count,
               Py_ssize_t size)
@@ -74,23 +76,23 @@ gather(PyObject *Py_UNUSED(module), PyObject *arguments)
     Py_buffer of, rows, target;
     if (!PyArg_ParseTuple(arguments, "O!y*y*w*:gather", &PyTuple_Type, &chunks, &of, &rows, &target))
         return NULL;
-    Py_ssize_t count = rows.len / (Py_ssize_t)sizeof(int64_t), chunk_count = PyTuple_GET_SIZE(chunks), viewed = 0;
+    Py_ssize_t count = rows.len / (Py_ssize_t)sizeof(int64_t), chunk_count = PyTuple_Size(chunks), viewed = 0;
     Py_buffer *views = PyMem_New(Py_buffer, chunk_count);
     if (views == NULL) {
         PyErr_NoMemory();
         goto done;
     }
-    while (viewed < chunk_count && !PyObject_GetBuffer(PyTuple_GET_ITEM(chunks, viewed), views + viewed, PyBUF_SIMPLE))
+    while (viewed < chunk_count && !PyObject_GetBuffer(PyTuple_GetItem(chunks, viewed), views + viewed, PyBUF_SIMPLE))
         viewed++;
     if (viewed < chunk_count)
         goto done;
     if (count == 0 || of.len != rows.len || target.len % count != 0 || target.len == 0) {
-        PyErr_Format(PyExc_ValueError, "%zd bytes are not %zd rows", target.len, count);
+        PyErr_Format(PyExc_ValueError, "the target has %zd bytes, which do not hold %zd rows", target.len, count);
         goto done;
     }
     Py_ssize_t size = target.len / count, outside = first_outside(views, chunk_count, of.buf, rows.buf, count, size);
     if (outside < count) {
-        PyErr_Format(PyExc_IndexError, "row %zd of %zd is not in its chunk", outside, count);
+        PyErr_Format(PyExc_IndexError, "row %zd of %zd is outside its chunk", outside, count);
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS

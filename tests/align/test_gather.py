@@ -1,4 +1,4 @@
-"""Rows out of chunks: the loop in C and NumPy's way give the same."""
+"""Copying rows out of chunks: the C loop and NumPy give the same result."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from sail_align.align.data import loader as module
 from sail_align.align.data.loader import take_rows
 
-pytest_compiled = pytest.mark.skipif(module.gather is None, reason="installed without a C compiler")
+needs_c = pytest.mark.skipif(module.gather is None, reason="installed without a C compiler")
 
 
-@pytest.fixture(params=[pytest.param("in C", marks=pytest_compiled), "with NumPy"])
-def way(request, monkeypatch):
-    if request.param == "with NumPy":
+@pytest.fixture(params=[pytest.param("c", marks=needs_c), "numpy"])
+def implementation(request, monkeypatch):
+    if request.param == "numpy":
         monkeypatch.setattr(module, "gather", None)
 
 
@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     shift=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_each_row_comes_from_its_chunk(way, counts, dim, rows, shift, seed):
+def test_take_rows_copies_each_row_from_its_chunk(implementation, counts, dim, rows, shift, seed):
     random = np.random.default_rng(seed)
     chunks = [random.standard_normal((count, dim)).astype(np.float16) for count in counts]
     of = random.integers(len(chunks), size=rows)
@@ -39,13 +39,13 @@ def test_each_row_comes_from_its_chunk(way, counts, dim, rows, shift, seed):
 
 
 @pytest.mark.parametrize(("of", "row"), [(0, 4), (1, 3), (2, 0)])
-def test_a_row_that_no_chunk_has_is_refused(way, of, row):
+def test_take_rows_rejects_a_row_outside_its_chunk(implementation, of, row):
     chunks, out = [np.ones((4, 32), np.float16), np.ones((3, 32), np.float16)], np.zeros((2, 32), np.float16)
     with pytest.raises(IndexError):
         take_rows(chunks, np.array([0, of]), np.array([0, row]), out)
 
 
-def test_views_that_are_no_whole_arrays_are_copied_too(way):
+def test_take_rows_accepts_non_contiguous_views(implementation):
     chunk = np.arange(60, dtype=np.float16).reshape(5, 12)
     out = np.zeros((2, 12), np.float16)
     take_rows([chunk[:, ::2], np.broadcast_to(np.float16(7), (3, 6))], np.array([0, 1]), np.array([4, 2]), out[:, :6])
@@ -53,7 +53,7 @@ def test_views_that_are_no_whole_arrays_are_copied_too(way):
     assert out[1, :6].tolist() == [7] * 6
 
 
-def test_rows_of_another_shape_are_refused_and_those_of_another_dtype_converted(way):
+def test_take_rows_rejects_other_shapes_and_converts_other_dtypes(implementation):
     first = np.zeros(1, np.int64)
     with pytest.raises(ValueError, match="shape"):
         take_rows([np.ones((2, 16), np.float16)], first, first, np.zeros((1, 8), np.float16))
@@ -62,7 +62,7 @@ def test_rows_of_another_shape_are_refused_and_those_of_another_dtype_converted(
     assert out.tolist() == [[3] * 8]
 
 
-@pytest_compiled
+@needs_c
 @pytest.mark.parametrize(
     ("of", "rows", "out"),
     [
@@ -71,15 +71,15 @@ def test_rows_of_another_shape_are_refused_and_those_of_another_dtype_converted(
         (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((1, 8), np.float16)),
     ],
 )
-def test_numbers_that_do_not_fit_the_target_are_refused(of, rows, out):
-    with pytest.raises(ValueError, match="bytes are not"):
+def test_gather_rejects_a_target_of_another_size(of, rows, out):
+    with pytest.raises(ValueError, match="do not hold"):
         module.gather((np.ones((4, 8), np.float16),), of, rows, out)
 
 
-@pytest_compiled
+@needs_c
 @pytest.mark.parametrize("rows", [[0, -1], [0, 4], [2**62, 0]])
-def test_no_memory_outside_a_chunk_is_read(rows):
+def test_gather_never_reads_outside_a_chunk(rows):
     out = np.zeros((2, 8), np.float16)
-    with pytest.raises(IndexError, match="is not in its chunk"):
+    with pytest.raises(IndexError, match="is outside its chunk"):
         module.gather((np.ones((4, 8), np.float16),), np.zeros(2, np.int64), np.array(rows), out)
     assert not out.any()
