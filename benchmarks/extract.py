@@ -37,7 +37,7 @@ from sail_align.extract.encoders.catalogue import VISION, find_text
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.encoders.preprocessing import resize_and_crop
 from sail_align.extract.encoders.weights import fetch
-from sail_align.extract.executor.base import extract
+from sail_align.extract.executor.run import extract
 from sail_align.extract.schema import TableSource as Table
 from sail_align.extract.sources.demo.source import DemoSource
 from sail_align.extract.sources.images import read_image

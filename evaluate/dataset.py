@@ -20,7 +20,7 @@ from sail_align.evaluate.models import Encoders, RunError
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import StoreExistsError, UserError
-from sail_align.extract.executor.base import extract
+from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import Manifest, Task
 from sail_align.extract.schema import DemoSource
 from sail_align.extract.sources import class_names as published

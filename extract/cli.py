@@ -84,11 +84,10 @@ def run(
     from sail_align.extract.encoders.load import require_files
     from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.executor.base import Crew, ray_crew
-    from sail_align.extract.executor.base import run as run_job
-    from sail_align.extract.executor.job import Job, NamedImageEncoder, NamedTextEncoder, only_text_encoder
-    from sail_align.extract.executor.local import LocalCrew, choose_devices
+    from sail_align.extract.executor.job import Job, NamedImageEncoder, NamedTextEncoder
+    from sail_align.extract.executor.local import LocalExecutor
     from sail_align.extract.executor.retry import retry_failed
+    from sail_align.extract.executor.run import Executor, run_job
     from sail_align.extract.executor.worker import Share
     from sail_align.extract.quality.doctor import Verdict, diagnose_complete
     from sail_align.extract.sources import open_source
@@ -100,8 +99,8 @@ def run(
         if captions or image_encoder or retry:
             raise UserError("--add-captions leaves images alone; leave out --captions, --image-encoder and --retry.")
         known, chosen = Store.open(path).captions, add_captions.split(",")
-        if not text_encoder and (recorded := only_text_encoder(Store.open(path))):
-            text_name, text_pooling, precision = recorded
+        if not text_encoder and (recorded := NamedTextEncoder.recorded(Store.open(path))):
+            text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
         known = open_source(about, root).all_captions
         chosen = captions.split(",") if captions else list(about.encoders.captions or known)
@@ -114,10 +113,12 @@ def run(
     require_known_image_pooling(image_pooling, image_name)
     if names:
         require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
-    devices, share = choose_devices(workers, device), Share.parse(worker)
-    crew: Crew = LocalCrew(devices)
+    share = Share.parse(worker)
+    executor: Executor = LocalExecutor.choose(workers, device)
     if engine == "ray":
-        crew = ray_crew(ray_address, workers, device)
+        from sail_align.extract.executor.ray_cluster import RayCluster
+
+        executor = RayCluster(ray_address, workers, device)
     elif engine != "local" or ray_address:
         raise UserError(f"--engine {engine!r}: there are local and ray, and --ray-address goes with ray.")
     elif not (path / "zarr.json").exists():
@@ -139,8 +140,8 @@ def run(
         if store.rows != expected:
             typer.echo(f"note: {about.name} has {store.rows:,} samples here; its manifest expects {expected:,}.")
 
-    summary = run_job(job, crew, share, opened, quiet=quiet)
-    retried = retry_failed(job, share, devices[0], quiet=quiet) if retry else None
+    summary = run_job(job, executor, share, opened, quiet=quiet)
+    retried = retry_failed(job, share, device, quiet=quiet) if retry else None
     store = Store.open(job.store)
     print_arrays(store)
     typer.echo(f"{store.path}: {summary}.")

@@ -66,7 +66,7 @@ class FakeChoice:
             encoder.encode = partial(self._log_and_encode, encoder.encode)
         return encoder
 
-    def may_be(self, spec: EncoderSpec) -> bool:
+    def matches(self, spec: EncoderSpec) -> bool:
         return spec == identity(self.modality).spec
 
     def _log_and_encode(self, encode, batch, *advance) -> Tensor:

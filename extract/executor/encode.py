@@ -1,8 +1,10 @@
-"""Read → decode → encode the rows of one shard."""
+"""Read, decode and encode the rows of one array: images through a vision encoder, captions through a text encoder."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,62 +13,30 @@ from torch import Tensor
 from sail_align.extract.data import Sample, Source, Status, UnreadableImageError
 from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
 from sail_align.extract.encoders.runtime import batch_memory
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.store import Store
 
 AHEAD = 2
 """Batches of images that are read and decoded while one is encoded."""
 
-Rows = tuple[NDArray[np.float16], NDArray[np.uint8]]
-"""Features (n, dim), NaN where the status (n,) is not OK."""
-
 Advance = Callable[[int], object]
-"""Told how many more rows are done."""
+"""Progress callback; its argument is the number of rows finished since the last call."""
 
 
-def encode_images(
-    samples: Sequence[Sample],
-    source: Source,
-    encoder: VisionEncoder,
-    decoders: ThreadPoolExecutor,
-    advance: Advance,
-) -> Rows:
-    """Encode the images of a shard; while a batch is encoded, `decoders` read and decode the next ones."""
-    rows = _Shard(len(samples), encoder.identity.spec.dim)
-    for start, status, pixels_BHWC in _decoded(samples, source, encoder, decoders):
-        rows.status[start : start + len(status)] = status
-        readable = np.flatnonzero(status == Status.OK)
-        if len(readable):
-            rows.put(start + readable, encoder.encode(pixels_BHWC)[readable])
-        advance(len(status))
-    return rows.features, rows.status
+class EncodedRows(NamedTuple):
+    """Features (n, dim) float16 and status (n,) uint8 of some rows. Features are NaN where the status is not OK."""
 
+    features: NDArray[np.float16]
+    status: NDArray[np.uint8]
 
-def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Advance) -> Rows:
-    """Encode one caption of a shard's rows."""
-    rows = _Shard(len(texts), encoder.identity.spec.dim)
-    rows.status[:] = [_of_text(text) for text in texts]
-    there = np.flatnonzero(rows.status == Status.PENDING)
-    advance(len(texts) - len(there))
-    if len(there):
-        rows.put(there, encoder.encode([texts[row] or "" for row in there.tolist()], advance))
-    return rows.features, rows.status
-
-
-def _of_text(text: str | None) -> Status:
-    """Return what becomes of a caption; one whose bytes were no UTF-8 holds the character that stands for those."""
-    if not text or not text.strip():
-        return Status.MISSING
-    return Status.UNDECODABLE if "\N{REPLACEMENT CHARACTER}" in text else Status.PENDING
-
-
-class _Shard:
-    """The rows of one shard, NaN until they are put."""
-
-    def __init__(self, rows: int, dim: int):
-        self.features = np.full((rows, dim), np.nan, dtype=np.float16)
-        self.status = np.full(rows, Status.PENDING, dtype=np.uint8)
+    @classmethod
+    def pending(cls, rows: int, dim: int) -> Self:
+        """Return rows of which none is encoded."""
+        return cls(np.full((rows, dim), np.nan, np.float16), np.full(rows, Status.PENDING, np.uint8))
 
     def put(self, rows: NDArray[np.int64], features_BD: Tensor) -> None:
-        with np.errstate(over="ignore"):  # beyond float16 becomes infinity, and then a status
+        """Store an encoder's output for these rows, and set their status."""
+        with np.errstate(over="ignore"):  # values beyond float16 become infinity, which is then a status
             half = features_BD.numpy().astype(np.float16)
         finite = np.isfinite(half).all(axis=1)
         half[~finite] = np.nan
@@ -74,36 +44,106 @@ class _Shard:
         self.status[rows] = np.where(finite, Status.OK, Status.NON_FINITE)
 
 
-def _decoded(
+@dataclass(frozen=True)
+class ArrayTask:
+    """An array of a store to fill, and the function that encodes rows of it, given by ascending numbers."""
+
+    array: FeatureArray
+    encode: Callable[[Sequence[int], Advance], EncodedRows]
+
+    @classmethod
+    def for_images(cls, store: Store, source: Source, encoder: VisionEncoder, threads: int) -> Self:
+        """Return the task of encoding a store's images, decoded by `threads` threads. Create the array if missing.
+
+        Raises:
+            UserError: The store holds features of another encoder under the same name.
+        """
+
+        def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
+            samples = store.samples(rows[0], rows[-1] + 1, captions=[])
+            return encode_images([samples[row - rows[0]] for row in rows], source, encoder, threads, advance)
+
+        return cls(store.add_image(encoder.identity), encode)
+
+    @classmethod
+    def for_captions(cls, store: Store, caption: str, encoder: TextEncoder) -> Self:
+        """Return the task of encoding one caption of a store's samples. Create the array if missing.
+
+        Raises:
+            UserError: The store holds features of another encoder under the same name.
+        """
+        column = f"caption.{caption}"
+
+        def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
+            texts = store.index([column], rows[0], rows[-1] + 1)[column].to_pylist()
+            return encode_texts([texts[row - rows[0]] for row in rows], encoder, advance)
+
+        return cls(store.add_text(encoder.identity, caption), encode)
+
+
+def encode_images(
+    samples: Sequence[Sample], source: Source, encoder: VisionEncoder, threads: int, advance: Advance
+) -> EncodedRows:
+    """Encode the images of samples. While one batch is encoded, `threads` threads read and decode the next ones."""
+    rows = EncodedRows.pending(len(samples), encoder.identity.spec.dim)
+    decoders = ThreadPoolExecutor(threads)
+    try:
+        for start, status, pixels_BHWC in _decode(samples, source, encoder, decoders):
+            rows.status[start : start + len(status)] = status
+            readable = np.flatnonzero(status == Status.OK)
+            if len(readable):
+                rows.put(start + readable, encoder.encode(pixels_BHWC)[readable])
+            advance(len(status))
+    finally:
+        decoders.shutdown(cancel_futures=True)
+    return rows
+
+
+def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Advance) -> EncodedRows:
+    """Encode texts; None stands for a missing caption."""
+    rows = EncodedRows.pending(len(texts), encoder.identity.spec.dim)
+    for row, text in enumerate(texts):
+        if not text or not text.strip():
+            rows.status[row] = Status.MISSING
+        elif "\N{REPLACEMENT CHARACTER}" in text:  # stands for bytes that were not valid UTF-8
+            rows.status[row] = Status.UNDECODABLE
+    valid = np.flatnonzero(rows.status == Status.PENDING)
+    advance(len(texts) - len(valid))
+    if len(valid):
+        rows.put(valid, encoder.encode([texts[row] or "" for row in valid.tolist()], advance))
+    return rows
+
+
+def _decode(
     samples: Sequence[Sample], source: Source, encoder: VisionEncoder, decoders: ThreadPoolExecutor
 ) -> Iterator[tuple[int, NDArray[np.uint8], Tensor]]:
-    """Yield each batch's first row, statuses and pixels, while `decoders` are at work on the next `AHEAD` batches.
+    """Yield the first row, the statuses and the pixels of each batch, while the next `AHEAD` batches are decoded.
 
-    An unreadable picture stands in its batch as a black one: what is computed for a picture does not depend on its
-    neighbours' faults. The pixels are overwritten after the next batch is asked for.
+    An unreadable image becomes a black one: the features of an image must not depend on which others of its batch are
+    readable. The memory of the pixels is reused after the next batch is requested.
     """
 
-    def decode(sample: Sample, place_HWC: NDArray[np.uint8]) -> Status:
+    def decode(sample: Sample, pixels_HWC: NDArray[np.uint8]) -> Status:
         try:
-            place_HWC[:] = encoder.preprocess(source.image(sample.image, encoder.least)).numpy()
+            pixels_HWC[:] = encoder.preprocess(source.image(sample.image, encoder.least)).numpy()
             return Status.OK
         except UnreadableImageError as problem:
-            place_HWC[:] = 0
+            pixels_HWC[:] = 0
             return problem.status
 
     size = min(encoder.batch_size, len(samples))
     buffers = [batch_memory(size, encoder.size, encoder.size, 3) for _ in range(1 + AHEAD)]
-    waiting: deque[tuple[int, list[Future[Status]], Tensor]] = deque()
+    waiting: deque[tuple[int, Iterator[Status], Tensor]] = deque()
+
+    def finish_oldest() -> tuple[int, NDArray[np.uint8], Tensor]:
+        start, status, pixels_BHWC = waiting.popleft()
+        return start, np.array(list(status), dtype=np.uint8), pixels_BHWC
+
     for number, start in enumerate(range(0, len(samples), size)):
         batch = samples[start : start + size]
         pixels_BHWC = buffers[number % len(buffers)][: len(batch)]
-        work = [decoders.submit(decode, *pair) for pair in zip(batch, pixels_BHWC.numpy(), strict=True)]
-        waiting.append((start, work, pixels_BHWC))
+        waiting.append((start, decoders.map(decode, batch, pixels_BHWC.numpy()), pixels_BHWC))
         if len(waiting) > AHEAD:
-            yield _finished(*waiting.popleft())
+            yield finish_oldest()
     while waiting:
-        yield _finished(*waiting.popleft())
-
-
-def _finished(start: int, work: list[Future[Status]], pixels_BHWC: Tensor) -> tuple[int, NDArray[np.uint8], Tensor]:
-    return start, np.array([future.result() for future in work], dtype=np.uint8), pixels_BHWC
+        yield finish_oldest()

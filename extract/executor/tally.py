@@ -1,17 +1,16 @@
-"""What a run has done and what it cost: one bar, one summary, one line of a log."""
+"""The progress and cost of a run: its workers send events, the tally counts them, and a summary reports them."""
 
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Literal, NamedTuple, Self
 
 from sail_align.extract.system.files import is_remote
 from sail_align.extract.system.progress import note, progress
@@ -19,12 +18,51 @@ from sail_align.extract.system.progress import note, progress
 GIGABYTE = 1e9
 
 
+class Shard(NamedTuple):
+    """One shard of an array, named by the array's path in the store."""
+
+    array: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.array} shard {self.number}"
+
+    @property
+    def lease(self) -> str:
+        """The name of the lease that a writer of this shard must hold."""
+        return f"{self.array}/{self.number:05d}"
+
+
+class Event(NamedTuple):
+    """A step of one worker.
+
+    `kind` determines what `amount` counts:
+
+    - `encoded`: rows that were encoded. A negative number takes back rows that another worker encodes again.
+    - `committed`: rows of `shard`, which this worker has committed; `written` is the size of its files in bytes.
+    - `found`: rows of `shard`, which another worker or an earlier run has committed.
+    - `read`: bytes that the worker's process has read.
+    - `waiting`: shards that are left, all of them held by other workers.
+    """
+
+    kind: Literal["encoded", "committed", "found", "read", "waiting"]
+    amount: int
+    shard: Shard | None = None
+    written: int = 0
+
+
 @dataclass(frozen=True)
 class Summary:
-    """What a run has encoded, and what for.
+    """The work and the cost of a run.
 
-    `left` counts rows, over all arrays, that are still to be done. `read` and `written` are bytes, `read` with all
-    that its processes read (0 where the system does not tell). `units` is how many `unit`s, cores or GPUs, it had.
+    Args:
+        encoded: Rows that the run has encoded and committed, over all arrays.
+        left: Rows that are not committed, over all arrays.
+        seconds: Duration of the run.
+        read: Bytes that its processes have read, for any purpose; 0 if the system does not report it.
+        written: Bytes of the shards that it has written.
+        units: Number of GPUs or cores of the run.
+        unit: `GPU` or `core`.
     """
 
     encoded: int
@@ -37,12 +75,12 @@ class Summary:
 
     @property
     def hours_left(self) -> float | None:
-        """The estimate for the rows that are left at this run's rate; None if it has encoded none."""
+        """Estimated hours for the rows that are left, at the rate of this run; None if it has encoded none."""
         return self.left * self.seconds / self.encoded / 3600 if self.encoded else None
 
     @property
     def rest(self) -> str:
-        """How much is left, in words."""
+        """Describe the rows that are left and the time that they will take."""
         if not self.hours_left:
             return f"{self.left:,} rows are left"
         minutes = round(60 * self.hours_left)
@@ -53,13 +91,20 @@ class Summary:
         if not self.encoded:
             return f"0 rows encoded in {self.seconds:.0f} s"
         return (
-            f"{self.encoded:,} rows encoded in {self.seconds:.0f} s, {self.encoded / self.seconds:,.0f} a second, "
+            f"{self.encoded:,} rows encoded in {self.seconds:.0f} s, {self.encoded / self.seconds:,.0f} per second, "
             f"{self.units * self.seconds / 3600:.3g} {self.unit}-hours, {self.read / GIGABYTE:.3g} GB read, "
             f"{self.written / GIGABYTE:.3g} GB written"
         )
 
     def append_to_log(self, store: Path, end: str) -> None:
-        """Add a line to the log beside the store, whose own bytes know nothing of time; leave it where that fails."""
+        """Append a line to `<store>.log.jsonl`, beside the store, whose own bytes do not depend on time.
+
+        Failures to write the log are ignored.
+
+        Args:
+            store: Path of the store.
+            end: `done`, `failed` or the name of the signal that stopped the run.
+        """
         log = store.with_name(f"{store.name}.log.jsonl")
         line = {
             "schema": 1,
@@ -70,21 +115,30 @@ class Summary:
             f"{self.unit}_hours": self.units * self.seconds / 3600,
             "hours_left": self.hours_left,
         }
-        written = log.read_text() if is_remote(log) and log.exists() else ""  # objects cannot be appended to
+        before = log.read_text() if is_remote(log) and log.exists() else ""  # remote objects cannot be appended to
         with suppress(OSError), log.open("w" if is_remote(log) else "a") as file:
-            file.write(written + json.dumps(line) + "\n")
+            file.write(before + json.dumps(line) + "\n")
 
 
 class Tally:
-    """Adds up what workers report (see `worker.Report`) and shows it as one bar over `total` rows of all arrays."""
+    """Counts the events of a run's workers and shows them as one progress bar.
 
-    def __init__(self, total: int, what: str, *, quiet: bool = False, workers: int = 1):
-        self._workers = workers
+    An executor sets `workers`, the number of processes that report, and `hardware`, the number and the unit of what the
+    run occupies: GPUs or cores.
+
+    Args:
+        total: Rows of the run's share, over all arrays.
+        description: Label of the progress bar.
+        quiet: Show no progress bar.
+    """
+
+    def __init__(self, total: int, description: str, *, quiet: bool = False):
+        self.workers = 1
+        self.hardware = (cores(), "core")
         self._lock = threading.Lock()
-        self._bar = progress(total, what, quiet=quiet)
+        self._bar = progress(total, description, quiet=quiet)
         self._started = time.monotonic()
-        self._there: set[tuple[str, int]] = set()
-        self._rows_there = 0
+        self._committed: dict[Shard | None, int] = {}
         self._encoded = self._written = self._read = 0
         self._waiting: set[int] = set()
         self._total = total
@@ -97,113 +151,44 @@ class Tally:
     ) -> None:
         self._bar.close()
 
-    def found(self, array: str, shard: int, rows: int) -> None:
-        """Count a shard that this run has not written."""
+    def receive(self, event: Event, worker: int = 0) -> None:
+        """Count an event of worker number `worker`. Threads may call this at the same time."""
         with self._lock:
-            if self._is_new(array, shard, rows):
-                self._shift(rows)
-                self._bar.update(0)
+            known = event.shard in self._committed
+            match event.kind:
+                case "encoded":
+                    self._bar.update(event.amount)
+                case "read":
+                    self._read += event.amount
+                case "committed":
+                    self._encoded += event.amount
+                    self._written += event.written
+                    if known:  # another worker has found the shard before this event arrived
+                        self._shift(-event.amount)
+                    self._committed[event.shard] = event.amount
+                case "found" if not known:
+                    self._committed[event.shard] = event.amount
+                    self._shift(event.amount)
+                    self._bar.update(0)
+                case "waiting" if worker not in self._waiting:
+                    self._waiting.add(worker)
+                    if len(self._waiting) == self.workers:
+                        left = f"{event.amount} shard{'s' * (event.amount > 1)}"
+                        note(f"Other runs on this store hold the {left} that are left. Waiting for them.")
 
-    def encoded(self, rows: int) -> None:
-        """Show rows that are encoded."""
-        with self._lock:
-            self._bar.update(rows)
-
-    def committed(self, array: str, shard: int, rows: int, written: int) -> None:
-        """Count a shard that this run has written."""
-        with self._lock:
-            self._encoded += rows
-            self._written += written
-            if not self._is_new(array, shard, rows):  # another worker saw it before this one had told of it
-                self._shift(-rows)
-
-    def waiting(self, shards: int, worker: int = 0) -> None:
-        """Say so, once, when all workers of this run wait for those of another."""
-        with self._lock:
-            if worker not in self._waiting:
-                self._waiting.add(worker)
-                if len(self._waiting) == self._workers:
-                    left = f"{shards} shard{'s' * (shards > 1)}"
-                    note(f"Other runs on this store have what is left, {left}; waiting for it.")
-
-    def read(self, size: int) -> None:
-        """Count bytes read."""
-        with self._lock:
-            self._read += size
-
-    def gone(self) -> None:
-        """Count on one worker less."""
-        with self._lock:
-            self._workers -= 1
-
-    def summary(self, units: int, unit: str) -> Summary:
-        """Return what was done until now."""
+    def summary(self) -> Summary:
+        """Return the summary of the run until now."""
+        left = self._total - sum(self._committed.values())
         seconds = time.monotonic() - self._started
-        left = self._total - self._rows_there
-        return Summary(self._encoded, left, seconds, self._read, self._written, units, unit)
+        return Summary(self._encoded, left, seconds, self._read, self._written, *self.hardware)
 
     def _shift(self, rows: int) -> None:
-        """Count rows as there without a change of the rate."""
+        """Move the bar by rows that this run has not encoded, without a change of the rate."""
         if not self._bar.disable:
             self._bar.initial += rows
             self._bar.n += rows
-
-    def _is_new(self, array: str, shard: int, rows: int) -> bool:
-        if (array, shard) in self._there:
-            return False
-        self._there.add((array, shard))
-        self._rows_there += rows
-        return True
-
-
-def bytes_read() -> int:
-    """Return how many bytes this process and its ended children have read from files and pipes; 0 if not told."""
-    try:
-        return int(Path("/proc/self/io").read_text().split()[1])  # proc(5): rchar
-    except OSError:
-        return 0
 
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-Message = tuple[str, tuple[Any, ...]]
-"""The name of a method of `Tally`, and its arguments."""
-
-
-class Messenger:
-    """A `worker.Report` that sends each call on as a message."""
-
-    def __init__(self, send: Callable[[Message], object]):
-        self._send = send
-
-    def found(self, array: str, shard: int, rows: int) -> None:
-        """Send on; see `Report`."""
-        self._send(("found", (array, shard, rows)))
-
-    def encoded(self, rows: int) -> None:
-        """Send on; see `Report`."""
-        self._send(("encoded", (rows,)))
-
-    def committed(self, array: str, shard: int, rows: int, written: int) -> None:
-        """Send on; see `Report`."""
-        self._send(("committed", (array, shard, rows, written)))
-
-    def read(self, size: int) -> None:
-        """Send on; see `Report`."""
-        self._send(("read", (size,)))
-
-    def waiting(self, shards: int) -> None:
-        """Send on; see `Report`."""
-        self._send(("waiting", (shards,)))
-
-
-def deliver(message: Message, tally: Tally, worker: int) -> None:
-    """Call the tally as a worker would have called it."""
-    name, arguments = message
-    if name == "waiting":
-        tally.waiting(arguments[0], worker)
-    else:
-        getattr(tally, name)(*arguments)

@@ -1,209 +1,199 @@
-"""One worker: take a lease on a shard, encode it, write it, commit it, release it; until nothing is left.
+"""The loop of one worker: lease a shard, encode it, write it, commit it, release the lease; until no shard is left.
 
-Every way of running comes down to this loop: one process, several on one machine, many machines on one store.
+Every executor runs this loop: in one process, in several on one machine, or on many machines that share a store. A
+shard is the unit of work. It is written once, whole, and its marker is written last.
 """
 
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 from sail_align.extract.errors import UserError, WorkersFailedError
-from sail_align.extract.executor.encode import Advance, Rows
-from sail_align.extract.executor.tally import bytes_read
+from sail_align.extract.executor.encode import ArrayTask, EncodedRows
+from sail_align.extract.executor.tally import Event, Shard
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
+from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import POLL, Lease, LeaseLostError
+from sail_align.extract.system.memory import keep_freed_memory
 from sail_align.extract.system.progress import note
 
-EncodeRows = Callable[[int, int, Advance], Rows]
-"""Encodes rows start … stop − 1."""
-
-_LONGEST_PAUSE = 10 * POLL
-
-FAILURES = 3
-"""Shards that may fail before a worker gives up: more is not the shards' fault."""
-
-
-class ShardFailedError(WorkersFailedError):
-    """The rows of a shard cannot be encoded, for a reason that is in no row's status."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """An array to fill and what encodes its rows; None where nothing is left to encode."""
-
-    array: FeatureArray
-    encode: EncodeRows | None
+LONGEST_PAUSE = 10 * POLL
+MAX_FAILURES = 3
+"""Failed shards after which a worker gives up: so many are not the fault of the shards."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Worker `number` of `count` takes every count-th shard of each array; the first has number 1."""
+    """Every `count`-th shard of each array, beginning with shard `number` (counted from 1)."""
 
     number: int = 1
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """Read `3/16`. Raises `UserError` for anything else."""
+        """Parse a share such as `3/16`. Raises `UserError` for anything else."""
         number, _, count = text.partition("/")
         if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
             return cls(int(number), int(count))
-        raise UserError(f"--worker {text!r} is no share; the third of sixteen workers is 3/16, and the last 16/16.")
+        raise UserError(f"--worker {text!r} is invalid: expected N/OF, such as 3/16 for the third of sixteen workers.")
 
     def shards(self, array: FeatureArray) -> range:
-        """Return the shards of an array that are this worker's."""
+        """Return the numbers of this share's shards of an array."""
         return array.shards[self.number - 1 :: self.count]
 
     def rows(self, store: Store) -> int:
-        """Return how many rows of each array are this worker's."""
+        """Return the number of rows of each array that are in this share."""
         starts = range((self.number - 1) * store.shard_rows, store.rows, self.count * store.shard_rows)
         return sum(min(store.shard_rows, store.rows - start) for start in starts)
 
 
-class Report(Protocol):
-    """Is told what a worker does, from its main thread and from the one that writes."""
+class Worker:
+    """Encodes shards of a store and reports each step through `send`, from its own and from its writing thread."""
 
-    def found(self, array: str, shard: int, rows: int) -> None:
-        """Tell that a shard is committed that this worker has not written."""
+    def __init__(
+        self, store: Store, tasks: Sequence[ArrayTask], send: Callable[[Event], object], share: Share | None = None
+    ):
+        keep_freed_memory()
+        self.store = store
+        self.tasks = {task.array.path: task for task in tasks}
+        self.send = send
+        self.shards = [
+            Shard(path, number) for path, task in self.tasks.items() for number in (share or Share()).shards(task.array)
+        ]
+        self.failures: dict[Shard, WorkersFailedError] = {}
+        self._bytes_read = _bytes_read()
+        for shard in self.shards:
+            if shard.number in self.tasks[shard.array].array.markers:
+                self._report_found(shard)
 
-    def encoded(self, rows: int) -> None:
-        """Tell of rows encoded, or with a negative number of rows that have to be encoded again by another."""
+    def pending(self) -> list[Shard]:
+        """Return the shards that are neither committed, by any worker, nor failed in this one."""
+        return [shard for shard in self.shards if shard not in self.failures and not self._is_committed(shard)]
 
-    def committed(self, array: str, shard: int, rows: int, written: int) -> None:
-        """Tell that a shard is written (in bytes) and committed."""
-
-    def read(self, size: int) -> None:
-        """Tell how many bytes were read."""
-
-    def waiting(self, shards: int) -> None:
-        """Tell that others have all shards that are left."""
-
-
-def work(store: Store, tasks: Sequence[Task], report: Report, share: Share | None = None) -> None:
-    """Return when every shard of the tasks (of this worker's share of them) is committed, by this worker or others.
-
-    Raises:
-        ShardFailedError: All others are committed, or too many failed.
-    """
-    share = share or Share()
-    for task in tasks:
-        for shard in task.array.markers:
-            if shard in share.shards(task.array):
-                report.found(task.array.path, shard, _rows(task.array, shard))
-    before = bytes_read()
-    try:
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
-            Loop(store, report, thread).run([(task, shard) for task in tasks for shard in share.shards(task.array)])
-    finally:
-        store.leases.release_all()
-        report.read(bytes_read() - before)
-    store.tidy()
-
-
-class Loop:
-    """The loop of one worker; while a shard is encoded, the one before it is written by `thread`."""
-
-    def __init__(self, store: Store, report: Report, thread: ThreadPoolExecutor):
-        self.leases = store.leases
-        self.report = report
-        self.thread = thread
-        self.writing: Future[None] | None = None
-        self.failed: dict[tuple[str, int], ShardFailedError] = {}
-
-    def run(self, shards: Sequence[tuple[Task, int]]) -> None:
-        """Return when all of these shards are committed.
+    def run(self) -> None:
+        """Return when all shards are committed, by this worker or by others. Encode one while the last is written.
 
         Raises:
-            ShardFailedError: All but those that failed are committed, or too many failed.
+            WorkersFailedError: Some shards cannot be encoded. All others are committed, unless `MAX_FAILURES` failed.
+            UserError: The disk is full, or encoding failed for a reason that concerns all shards.
         """
         pause = POLL
-        while left := [each for each in shards if not self._is_over(*each)]:
-            done = sum(self._try(task, shard) for task, shard in left)
-            self.finish_writing()
-            if done:
-                pause = POLL
-            else:
-                self.report.waiting(len(left))
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-        for failure in self.failed.values():
+        try:
+            with report_write_errors(self.store.path, during_run=True), ThreadPoolExecutor(1, "write") as writer:
+                while pending := self.pending():
+                    if self._try_each(pending, writer):
+                        pause = POLL
+                    else:
+                        self.send(Event("waiting", len(pending)))
+                        time.sleep(pause)
+                        pause = min(2 * pause, LONGEST_PAUSE)
+        finally:
+            self._end()
+        self.store.tidy()
+        for failure in self.failures.values():
             raise failure
 
-    def _is_over(self, task: Task, shard: int) -> bool:
-        return self.is_there(task.array, shard) or (task.array.path, shard) in self.failed
+    def run_one(self, shard: Shard) -> bool:
+        """Encode, write and commit one shard; return False if another worker holds it.
 
-    def _try(self, task: Task, shard: int) -> bool:
-        """Do one shard; one that fails is set aside, so that it does not keep the others from being done."""
+        Raises:
+            WorkersFailedError: The shard cannot be encoded.
+            UserError: The disk is full, or encoding failed for a reason that concerns all shards.
+        """
         try:
-            return self.do(task, shard)
-        except ShardFailedError as failure:
-            self.failed[task.array.path, shard] = failure
-            note(
-                "".join(traceback.format_exception(failure.__cause__)) + f"{failure} The other shards are gone on with."
-            )
-            if len(self.failed) == FAILURES:
-                raise
-            return True
+            with report_write_errors(self.store.path, during_run=True):
+                if leased := self._lease_and_encode(shard):
+                    self._write(shard, *leased)
+        finally:
+            self._end()
+        return self._is_committed(shard)
 
-    def is_there(self, array: FeatureArray, shard: int) -> bool:
-        """Whether a shard is committed, and tell of it if another worker has done that."""
-        if shard in array.markers:
+    def _try_each(self, shards: Sequence[Shard], writer: ThreadPoolExecutor) -> bool:
+        """Try each shard once, and set those aside that fail. Return False if other workers hold all of them."""
+        busy = False
+        writing: Future[None] | None = None
+        for shard in shards:
+            try:
+                leased = self._lease_and_encode(shard)
+            except WorkersFailedError as failure:
+                busy = True
+                self.failures[shard] = failure
+                cause = "".join(traceback.format_exception(failure.__cause__))
+                note(f"{cause}{failure} Continuing with the other shards.")
+                if len(self.failures) == MAX_FAILURES:
+                    raise
+                continue
+            if leased:
+                busy = True
+                if writing:
+                    writing.result()
+                writing = writer.submit(self._write, shard, *leased)
+        if writing:
+            writing.result()
+        return busy
+
+    def _lease_and_encode(self, shard: Shard) -> tuple[EncodedRows, Lease] | None:
+        """Return a shard's rows and the lease to write them, or None if another worker holds or committed the shard.
+
+        Raises:
+            WorkersFailedError: The shard cannot be encoded. Its lease is released.
+            UserError: Encoding failed for a reason that concerns all shards.
+        """
+        task = self.tasks[shard.array]
+        if self._is_committed(shard):
+            return None
+        lease = self.store.leases.take(shard.lease)
+        if lease is None:
+            return None
+        if self._is_committed(shard):  # between the check above and the lease
+            self.store.leases.release(lease)
+            return None
+        rows = range(*task.array.span(shard.number))
+        try:
+            return task.encode(rows, lambda count: self.send(Event("encoded", count))), lease
+        except (UserError, MemoryError):
+            raise
+        except Exception as problem:  # sources and networks raise all kinds of errors
+            self.store.leases.release(lease)
+            raise WorkersFailedError(f"{shard} failed ({type(problem).__name__}: {problem}).") from problem
+
+    def _write(self, shard: Shard, rows: EncodedRows, lease: Lease) -> None:
+        try:
+            written = self.tasks[shard.array].array.write(shard.number, *rows, lease)
+        except LeaseLostError:
+            self.send(Event("encoded", -len(rows.status)))  # another worker encodes them again
+        else:
+            self.send(Event("committed", len(rows.status), shard, written))
+        finally:
+            self.store.leases.release(lease)
+
+    def _is_committed(self, shard: Shard) -> bool:
+        """Return whether a shard is committed, and report it if another worker has just done that."""
+        array = self.tasks[shard.array].array
+        if shard.number in array.markers:
             return True
-        if array.refresh(shard):
-            self.report.found(array.path, shard, _rows(array, shard))
+        if array.refresh(shard.number):
+            self._report_found(shard)
             return True
         return False
 
-    def do(self, task: Task, shard: int) -> bool:
-        """Encode one shard and hand it over to be written; return False if another worker has it or has done it.
+    def _report_found(self, shard: Shard) -> None:
+        start, stop = self.tasks[shard.array].array.span(shard.number)
+        self.send(Event("found", stop - start, shard))
 
-        Raises:
-            ShardFailedError: It cannot be encoded; its lease is given back.
-            UserError: What is wrong is no matter of this shard.
-        """
-        array = task.array
-        if task.encode is None or self.is_there(array, shard):
-            return False
-        lease = self.leases.take(f"{array.path}/{shard:05d}")
-        if lease is None:
-            return False
-        if self.is_there(array, shard):  # committed between the look and the lease
-            self.leases.release(lease)
-            return False
-        try:
-            rows = task.encode(*array.span(shard), self.report.encoded)
-        except (UserError, MemoryError):
-            raise
-        except Exception as problem:  # whatever a network or a source may raise
-            self.leases.release(lease)
-            raise ShardFailedError(
-                f"{array.path} shard {shard} failed ({type(problem).__name__}: {problem})."
-            ) from problem
-        self.finish_writing()
-        self.writing = self.thread.submit(self._write, array, shard, rows, lease)
-        return True
-
-    def _write(self, array: FeatureArray, shard: int, rows: Rows, lease: Lease) -> None:
-        try:
-            written = array.write(shard, *rows, lease)
-        except LeaseLostError:
-            self.report.encoded(-_rows(array, shard))
-        else:
-            self.report.committed(array.path, shard, _rows(array, shard), written)
-        finally:
-            self.leases.release(lease)
-
-    def finish_writing(self) -> None:
-        """Wait until the shard that was handed over last is written."""
-        if self.writing is not None:
-            writing, self.writing = self.writing, None
-            writing.result()
+    def _end(self) -> None:
+        self.store.leases.release_all()
+        before, self._bytes_read = self._bytes_read, _bytes_read()
+        self.send(Event("read", self._bytes_read - before))
 
 
-def _rows(array: FeatureArray, shard: int) -> int:
-    start, stop = array.span(shard)
-    return stop - start
+def _bytes_read() -> int:
+    """Return the bytes that this process and its ended children have read from files and pipes; 0 if unknown."""
+    with suppress(OSError):
+        return int(Path("/proc/self/io").read_text().split()[1])  # proc(5): rchar
+    return 0

@@ -23,9 +23,9 @@ import pandas as pd  # noqa: F401 (once, not in every fork)
 from fakes import FakeChoice
 
 from sail_align.extract.errors import run_command
-from sail_align.extract.executor.base import ray_crew, run
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.local import LocalExecutor
+from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
@@ -58,7 +58,7 @@ def start(
 
     def command() -> None:
         job = replace(make_job(name, seconds), image=FakeChoice(modality, log, seconds))
-        run(job, LocalCrew(["cpu"] * devices), Share.parse(share), quiet=True)
+        run_job(job, LocalExecutor(["cpu"] * devices), Share.parse(share), quiet=True)
 
     try:
         run_command(command)
@@ -245,7 +245,9 @@ def ray_stop() -> dict[str, object]:
 
 
 def ray_driver() -> None:
-    run_command(lambda: run(make_job("ray.zarr", 0.2), ray_crew(None, "2", "cpu"), Share(), quiet=True))
+    from sail_align.extract.executor.ray_cluster import RayCluster
+
+    run_command(lambda: run_job(make_job("ray.zarr", 0.2), RayCluster(None, "2", "cpu"), Share(), quiet=True))
 
 
 def children_of(pid: int) -> list[int]:

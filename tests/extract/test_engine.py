@@ -6,7 +6,7 @@ import pytest
 from fakes import FakeText, FakeVision
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.executor.base import extract
+from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.store.open_or_create import open_or_create

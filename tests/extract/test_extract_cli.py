@@ -99,7 +99,7 @@ def test_captions_and_encoders_are_added_without_the_images(pictures, typed, mon
     assert (code, err) == (2, "error: pictures has no caption 'short'; it has raw, long.\n")
 
     shutil.move(pictures / "elsewhere", pictures / "images")
-    monkeypatch.setattr("sail_align.extract.executor.job.encode_images", None)
+    monkeypatch.setattr("sail_align.extract.executor.encode.encode_images", None)
     arguments = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--text-pooling", "mean"]
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", *arguments)
     assert code == 0  # what is done already is neither loaded nor read

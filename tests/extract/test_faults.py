@@ -50,7 +50,7 @@ def test_sigterm_and_ctrl_c_end_a_run_cleanly_within_seconds(seen):
         assert stop["end"] == code
         assert stop["seconds"] < 5
         assert stop["said"].startswith(f"Stopped by {said}: ")
-        assert stop["said"].endswith("run the same command again to go on.\n")
+        assert stop["said"].endswith(". Rerun the same command to continue.\n")
         assert stop["said"].count("\n") == 1
         assert stop["left behind"] == []
         assert stop["log"]["end"] == said
@@ -64,7 +64,7 @@ def test_sigterm_and_ctrl_c_end_a_run_cleanly_within_seconds(seen):
 def test_workers_go_on_without_one_that_was_killed_and_stop_with_their_parent(seen):
     result = seen("workers")
     assert result["end"] == 0
-    assert "was killed by SIGKILL; the others (2) go on with its shards." in result["said"]
+    assert "was killed by SIGKILL. The other 2 continue with its shards." in result["said"]
     assert result["identical"]
     assert result["encoded again"] <= 2
     assert result["stopped"]["end"] == 143

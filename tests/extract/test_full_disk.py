@@ -9,9 +9,9 @@ import pytest
 from fakes import FakeChoice
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.executor.base import run
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.local import LocalExecutor
+from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
@@ -22,7 +22,7 @@ from sail_align.extract.system.files import write_atomically
 def extract_into(root: Path, store: Path):
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
     job = Job(manifest, data_root, store, FakeChoice("image"), FakeChoice("text"), ("raw", "long"))
-    return run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    return run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
 def contents(path: Path) -> dict[str, bytes]:

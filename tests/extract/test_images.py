@@ -1,7 +1,6 @@
 """Pictures as they are found on the web: which are read, as what, and what becomes of the rest."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -72,9 +71,8 @@ def test_a_shard_of_faults_counts_each_and_encodes_the_rest(tmp_path):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     source = ClassFolderSource(ClassFolder(kind="class-folder", root="all"), tmp_path)
-    with ThreadPoolExecutor(2) as decoders:
-        samples = list(source.samples())
-        features, status = encode_images(samples, source, FakeVision(), decoders, lambda rows: None)
+    samples = list(source.samples())
+    features, status = encode_images(samples, source, FakeVision(), 2, lambda rows: None)
     found = {sample.key.removeprefix("one/"): Status(value) for sample, value in zip(samples, status, strict=True)}
     bad = {
         "bomb.png": Status.TOO_LARGE,

@@ -1,7 +1,5 @@
 """Rows stay in their places, whatever happens to them."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -23,8 +21,7 @@ def source(pictures):
 def test_each_image_is_encoded_into_its_own_row_and_a_bad_one_shifts_nothing(source):
     samples = list(source.samples())[:100]
     done = []
-    with ThreadPoolExecutor(2) as decoders:
-        features, status = encode_images(samples, source, FakeVision(), decoders, done.append)
+    features, status = encode_images(samples, source, FakeVision(), 2, done.append)
     assert sum(done) == 100
     bad = {7: Status.MISSING, 11: Status.UNDECODABLE, 13: Status.UNDECODABLE}
     encoder = FakeVision()
@@ -63,8 +60,7 @@ def test_an_image_does_not_depend_on_its_neighbours_faults(source):
             return super().encode(pixels_BHWC)
 
     samples = list(source.samples())[:40]
-    with ThreadPoolExecutor(2) as decoders:
-        encode_images(samples, source, Watched(), decoders, lambda rows: None)
+    encode_images(samples, source, Watched(), 2, lambda rows: None)
     for row, pixels in enumerate(torch.cat(batches)):
         black = row in (7, 11, 13)
         assert torch.equal(pixels, torch.zeros(8, 8, 3)) if black else (pixels > 0).any()
@@ -78,8 +74,7 @@ def test_features_that_are_not_finite_are_a_status(source):
             features[3], features[4, 1], features[5, 2] = float("nan"), float("-inf"), 1e6  # beyond float16
             return features
 
-    with ThreadPoolExecutor(2) as decoders:
-        features, status = encode_images(list(source.samples())[:7], source, Overflowing(), decoders, lambda rows: None)
+    features, status = encode_images(list(source.samples())[:7], source, Overflowing(), 2, lambda rows: None)
     assert status.tolist() == [Status.OK] * 3 + [Status.NON_FINITE] * 3 + [Status.OK]
     assert np.isnan(features[3:6]).all()
 
@@ -90,7 +85,6 @@ def test_every_row_unreadable_asks_the_encoder_nothing(source):
             raise AssertionError("nothing to encode")
 
     samples = [list(source.samples())[row] for row in (7, 11, 13)]
-    with ThreadPoolExecutor(2) as decoders:
-        features, status = encode_images(samples, source, Never(), decoders, lambda rows: None)
+    features, status = encode_images(samples, source, Never(), 2, lambda rows: None)
     assert status.tolist() == [Status.MISSING, Status.UNDECODABLE, Status.UNDECODABLE]
     assert np.isnan(features).all()

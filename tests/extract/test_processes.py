@@ -11,9 +11,9 @@ import pytest
 from fakes import FakeChoice, FakeVision
 
 from sail_align.extract.errors import UserError, WorkersFailedError
-from sail_align.extract.executor.base import run
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.local import LocalExecutor
+from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.tally import Tally
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
@@ -41,8 +41,8 @@ class BadBatches:
         encoder.encode = fail_at_some
         return encoder
 
-    def may_be(self, spec):
-        return FakeChoice("image").may_be(spec)
+    def matches(self, spec):
+        return FakeChoice("image").matches(spec)
 
 
 def make_job(root, image):
@@ -68,19 +68,19 @@ def test_a_stop_between_two_starts_leaves_no_worker(pictures, monkeypatch):
 
     monkeypatch.setattr(SpawnProcess, "start", start_one)
     with pytest.raises(StoppedError):
-        LocalCrew(["cpu"] * 3).work(job, Share(), Tally(600, "s", quiet=True))
+        LocalExecutor(["cpu"] * 3).execute(job, Share(), Tally(600, "s", quiet=True))
     assert started[0].exitcode == -signal.SIGTERM
 
 
 def test_a_shard_that_fails_is_left_and_the_others_are_done(pictures, small_shards, capsys):
     job = make_job(pictures, BadBatches(frozenset({3}), RuntimeError("odd")))
     with pytest.raises(WorkersFailedError, match=r"^image/fake-image shard 3 failed \(RuntimeError: odd\)\.$"):
-        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+        run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     array = Store.open(job.store).image()
     assert set(array.shards) - set(array.markers) == {3}
     assert not (job.store / "leases").exists()
     assert "Traceback" in capsys.readouterr().err
-    assert run(make_job(pictures, FakeChoice("image")), LocalCrew(["cpu"]), Share(), quiet=True).encoded == 32
+    assert run_job(make_job(pictures, FakeChoice("image")), LocalExecutor(["cpu"]), Share(), quiet=True).encoded == 32
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_shard_that_fails_is_left_and_the_others_are_done(pictures, small_shar
 def test_what_is_no_fault_of_a_shard_ends_the_run(pictures, small_shards, problem, tried):
     job = make_job(pictures, BadBatches(frozenset(range(5, 600)), problem))
     with pytest.raises(type(problem) if tried == 1 else WorkersFailedError):
-        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+        run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     assert set(Store.open(job.store).image().markers) == set(range(5))
     assert not (job.store / "leases").exists()
 
@@ -115,7 +115,7 @@ def test_images_whose_disk_is_gone_are_not_kept_as_missing(pictures, small_shard
 
     job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
     with pytest.raises(UserError, match="images is not there any more, or empty"):
-        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+        run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     assert Store.open(job.store).image().counts.get("missing", 0) <= 1  # number 7
 
 
@@ -131,7 +131,7 @@ def test_a_store_that_may_not_be_written_is_one_sentence(pictures, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(UserError, match=r"leases/.* cannot be written \(Read-only file system\)"):
-        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+        run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
 def test_a_store_whose_disk_is_gone_is_not_begun_anew_below_it(pictures, small_shards):
@@ -150,10 +150,10 @@ def test_a_store_whose_disk_is_gone_is_not_begun_anew_below_it(pictures, small_s
 
     job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
     with pytest.raises(UserError, match=r"s\.zarr has disappeared"):
-        run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+        run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     assert not job.store.exists()
     job = make_job(pictures, FakeChoice("image"))
     (pictures / "elsewhere").rename(job.store)
     shutil.rmtree(job.store / "leases")  # of a process that has ended, where it is not this one
-    run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     assert Store.open(job.store).image().complete

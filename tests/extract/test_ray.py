@@ -7,9 +7,9 @@ import pytest
 from fakes import FakeChoice
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.executor.base import run
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.local import LocalExecutor
+from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
@@ -40,7 +40,7 @@ def cluster(monkeypatch):
 
 
 def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, monkeypatch):
-    from sail_align.extract.executor.ray_cluster import RayCrew
+    from sail_align.extract.executor.ray_cluster import RayCluster
 
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 12)
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
@@ -50,28 +50,28 @@ def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, mon
         choices = [FakeChoice(kind, log, seconds) for kind in ("image", "text")]
         return Job(manifest, root, pictures / name, *choices, ("raw", "long"))
 
-    run(job("local.zarr", 0), LocalCrew(["cpu"]), Share(), quiet=True)
+    run_job(job("local.zarr", 0), LocalExecutor(["cpu"]), Share(), quiet=True)
     victim, committed = next(iter(cluster.worker_nodes)), 0
-    crew = RayCrew(cluster.address, "3", "cpu")
+    crew = RayCluster(cluster.address, "3", "cpu")
     job_on_ray = job("ray.zarr", 0.3)
 
-    original = RayCrew.work
+    original = RayCluster.execute
 
-    def work(self, job, share, tally):
-        tell = tally.committed
+    def execute(self, job, share, tally):
+        receive = tally.receive
 
-        def committed_one(*arguments):
+        def remove_node_after_20_shards(event, worker=0):
             nonlocal committed
-            committed += 1
-            if committed == 20:
+            committed += event.kind == "committed"
+            if committed == 20 and event.kind == "committed":
                 cluster.remove_node(victim, allow_graceful=False)
-            tell(*arguments)
+            receive(event, worker)
 
-        tally.committed = committed_one
+        tally.receive = remove_node_after_20_shards
         original(self, job, share, tally)
 
-    monkeypatch.setattr(RayCrew, "work", work)
-    summary = run(job_on_ray, crew, Share(), quiet=True)
+    monkeypatch.setattr(RayCluster, "execute", execute)
+    summary = run_job(job_on_ray, crew, Share(), quiet=True)
     assert len(cluster.list_all_nodes()) == 2
     assert contents(pictures / "ray.zarr") == contents(pictures / "local.zarr")
     encoded = (pictures / "ray.zarr.log").read_text().splitlines()
@@ -81,16 +81,16 @@ def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, mon
 
 
 def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
-    from sail_align.extract.executor.ray_cluster import RayCrew
+    from sail_align.extract.executor.ray_cluster import RayCluster
 
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
     with pytest.raises(UserError, match=r"^There is no encoder of nothing\.$"):
-        run(job, RayCrew(cluster.address, "1", "cpu"), Share(), quiet=True)
+        run_job(job, RayCluster(cluster.address, "1", "cpu"), Share(), quiet=True)
 
 
 def test_no_cluster_is_joined_that_was_not_asked_for(pictures, monkeypatch):
-    from sail_align.extract.executor.ray_cluster import RayCrew
+    from sail_align.extract.executor.ray_cluster import RayCluster
 
     def init(address: str, **_options) -> None:
         raise ConnectionError(address)
@@ -100,5 +100,5 @@ def test_no_cluster_is_joined_that_was_not_asked_for(pictures, monkeypatch):
     job = Job(manifest, root, pictures / "s.zarr", FakeChoice("image"), None, ())
     for asked, environment, joined in [(None, "", "local"), (None, "b:2", "b:2"), ("c:3", "b:2", "c:3")]:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-        with pytest.raises(UserError, match=f"'{joined}'; correct --ray-address"):
-            run(job, RayCrew(asked, "1", "cpu"), Share(), quiet=True)
+        with pytest.raises(UserError, match=f"no Ray cluster answers at '{joined}'"):
+            run_job(job, RayCluster(asked, "1", "cpu"), Share(), quiet=True)

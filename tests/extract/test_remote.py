@@ -4,9 +4,9 @@ import pytest
 from fakes import FakeChoice
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.executor.base import run
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.local import LocalCrew
+from sail_align.extract.executor.local import LocalExecutor
+from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.quality.verify import verify_store
@@ -35,7 +35,7 @@ def contents(path) -> dict[str, bytes]:
 def make(root, store):
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
     job = Job(manifest, data_root, as_path(store), FakeChoice("image"), FakeChoice("text"), ("raw", "long"))
-    return run(job, LocalCrew(["cpu"]), Share(), quiet=True)
+    return run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
 def test_a_store_at_a_url_is_made_read_and_gone_on_with(pictures, url):

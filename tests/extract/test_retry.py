@@ -10,9 +10,9 @@ from fakes import FakeChoice, FakeVision
 from PIL import Image
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.executor.base import extract
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.retry import Retried, retry_failed, retry_images
+from sail_align.extract.executor.retry import RetrySummary, retry_failed, retry_images
+from sail_align.extract.executor.run import extract
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import open_source
@@ -47,7 +47,7 @@ def test_the_store_comes_out_as_if_the_images_had_been_there(pictures):
         put(pictures, number)
     shutil.move(pictures / "400.png", pictures / "images/400.png")
     retried = retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
-    assert retried == Retried(tried=4, encoded=3, shards=2)
+    assert retried == RetrySummary(tried=4, encoded=3, shards=2)
     assert Store.open(store.path).image().counts == {"ok": 599, "undecodable": 1}
     whole, _ = run(pictures, "whole.zarr")
     after = contents(store)
@@ -69,14 +69,14 @@ def test_the_store_comes_out_as_if_the_images_had_been_there(pictures):
 def test_where_nothing_changed_nothing_is_written(pictures):
     store, source = run(pictures)
     before = contents(store)
-    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == Retried(tried=3)
+    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == RetrySummary(tried=3)
     assert contents(store) == before
 
 
 def test_another_reason_is_a_change(pictures):
     store, source = run(pictures)
     (pictures / "images/7.png").write_text("no picture either")
-    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == Retried(tried=3, shards=1)
+    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == RetrySummary(tried=3, shards=1)
     assert Store.open(store.path).image().counts == {"ok": 597, "undecodable": 3}
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_shard_is_not_committed_anew(pictures):
     content = bytearray(shard.read_bytes())
     content[3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard 0: features are not as committed; use .*verify --discard"):
+    with pytest.raises(UserError, match=r"shard 0 is damaged: its features .* Use `sail-extract verify --discard`"):
         retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
     assert shard.read_bytes() == content
 
@@ -117,7 +117,7 @@ def test_a_shard_that_another_has_is_left_and_two_at_once_agree(pictures, name):
     other = Store.open(store.path)
     lease = other.leases.take(name)
     retried = retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
-    assert retried == Retried(tried=0 if "retry" in name else 3, left=1)
+    assert retried == RetrySummary(tried=0 if "retry" in name else 3, left=1)
     assert "1 shards are in use by another process" in str(retried)
     other.leases.release(lease)
     with ThreadPoolExecutor(2) as both:
@@ -146,7 +146,7 @@ def test_a_job_without_failures_loads_no_encoder(pictures, monkeypatch):
     monkeypatch.setattr(FakeChoice, "load", None)
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     job = Job(manifest, root, store.path, FakeChoice("image"), None, ())
-    assert str(retry_failed(job, Share(), "cpu", quiet=True)) == "no failed image to try again"
+    assert str(retry_failed(job, Share(), "cpu", quiet=True)) == "no failed images to retry"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_command_says_what_came_of_it(pictures, typed):
     put(pictures, 7)
     code, printed, _ = typed(*command, "--retry", "failed")
     assert code == 0
-    assert "3 failed images tried again, 1 of them encoded now, 1 shards written." in printed
+    assert "3 failed images retried, 1 encoded, 1 shards rewritten." in printed
     assert "598 ok, 2 undecodable" in printed
     marker = pictures / "out.zarr/commits/image/efficientnet-lite0/00000.json"
     assert json.loads(marker.read_text())["counts"] == {"ok": 254, "undecodable": 2}

@@ -19,7 +19,7 @@ from tars import grey, img2dataset_members, picture, write_tar
 
 from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.executor.base import extract
+from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.schema import WebDatasetSource as Description
 from sail_align.extract.sources import open_source

@@ -1,0 +1,105 @@
+"""Entry points of an extraction: `run_job` hands a job to an executor, `extract` encodes in this process.
+
+Who does what:
+
+- `job`: a picklable description of an extraction, from which any process opens source, store and encoders.
+- `worker`: the loop of one process over its shards; `encode` turns the rows of a shard into features.
+- `local` and `ray_cluster`: executors, which start workers on this machine or on a Ray cluster.
+- `tally`: receives the workers' events; shows progress and reports the cost.
+- `retry`: encodes failed images of a finished store again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from sail_align.extract.data import Source
+from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
+from sail_align.extract.executor.encode import ArrayTask
+from sail_align.extract.executor.job import Job
+from sail_align.extract.executor.tally import Summary, Tally, cores
+from sail_align.extract.executor.worker import Share, Worker
+from sail_align.extract.store.store import Store
+from sail_align.extract.system.files import report_write_errors
+from sail_align.extract.system.progress import note
+from sail_align.extract.system.signals import StoppedError, raise_on_signals
+
+
+class Executor(Protocol):
+    """Runs the workers of a job, on some hardware."""
+
+    def execute(self, job: Job, share: Share, tally: Tally) -> None:
+        """Encode a share of a job whose store exists. Return when it is committed.
+
+        Set `tally.workers` and `tally.hardware`, and pass the workers' events to `tally.receive`.
+        """
+
+
+def run_job(
+    job: Job,
+    executor: Executor,
+    share: Share,
+    on_open: Callable[[Store], object] = lambda store: None,
+    *,
+    quiet: bool = False,
+) -> Summary:
+    """Encode a share of a job with an executor and log its cost. SIGTERM and Ctrl-C end the run within seconds.
+
+    Shards that are committed already are skipped. If a run is stopped, the next one continues where it was.
+
+    Args:
+        job: The extraction.
+        executor: Runs the workers.
+        share: Part of the shards to encode.
+        on_open: Called with the store before anything is encoded.
+        quiet: Show no progress bars.
+
+    Raises:
+        UserError: Source, store or an encoder is missing, or does not fit the others, or the disk is full.
+        WorkersFailedError: Shards are left because workers failed.
+        StoppedError: SIGTERM or Ctrl-C.
+    """
+    try:
+        with raise_on_signals():
+            store = job.open_store(quiet=quiet)
+            on_open(store)
+            with Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet) as tally:
+                end = "failed"
+                try:
+                    executor.execute(job, share, tally)
+                    end = "done"
+                except StoppedError as stopped:
+                    end = stopped.name
+                    stopped.left = f": {tally.summary().rest}"
+                    raise
+                finally:
+                    summary = tally.summary()
+                    if summary.encoded:
+                        summary.append_to_log(store.path, end)
+                return summary
+    except StoppedError as stopped:
+        note(f"Stopped by {stopped.name}{stopped.left}. Rerun the same command to continue.")
+        raise
+
+
+def extract(
+    store: Store,
+    source: Source,
+    *,
+    image: VisionEncoder | None,
+    text: TextEncoder | None,
+    captions: Sequence[str],
+    quiet: bool = False,
+) -> Summary:
+    """Fill a store in this process, with encoders that are loaded: images with `image`, each of `captions` with `text`.
+
+    Shards that are committed already are skipped. An encoder that is None is left out, with its arrays.
+
+    Raises:
+        UserError: The store holds features of another encoder under the same name, or the disk is full.
+    """
+    with report_write_errors(store.path, during_run=True):
+        tasks = [] if image is None else [ArrayTask.for_images(store, source, image, cores())]
+        tasks += [] if text is None else [ArrayTask.for_captions(store, name, text) for name in captions]
+        with Tally(len(tasks) * store.rows, store.dataset, quiet=quiet) as tally:
+            Worker(store, tasks, tally.receive).run()
+            return tally.summary()
