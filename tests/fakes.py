@@ -1,4 +1,4 @@
-"""Encoders that compute something simple and real, in no time."""
+"""Encoders that compute simple features of their input, quickly."""
 
 import hashlib
 import time
@@ -21,7 +21,7 @@ def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float =
 
 
 class FakeVision:
-    """Features are the mean of each channel, and 1."""
+    """Features are the mean of each channel and 1."""
 
     stride, size, batch_size, least = 1, 8, 32, 0
 
@@ -39,7 +39,7 @@ class FakeVision:
 
 
 class FakeText:
-    """Features are length (at most 1,000), number of spaces, first and last character; a text of "inf" overflows."""
+    """Features are length (at most 1,000), number of spaces, first and last character. "inf" gives infinity."""
 
     def __init__(self, **changes):
         self.identity = identity("text", **changes)
@@ -52,7 +52,7 @@ class FakeText:
 
 @dataclass(frozen=True)
 class FakeChoice:
-    """Loads a fake encoder in any process; with a `log`, each batch takes `seconds` and leaves a line there."""
+    """Loads a fake encoder in any process. With a `log`, each batch takes `seconds` and appends its digest there."""
 
     modality: str
     log: Path | None = None
@@ -71,7 +71,7 @@ class FakeChoice:
 
     def _log_and_encode(self, encode, batch, *advance) -> Tensor:
         content = batch.numpy().tobytes() if isinstance(batch, Tensor) else repr(batch).encode()
-        with self.log.open("a") as log:  # one short line: lines of several processes do not mix
+        with self.log.open("a") as log:  # short lines of several processes do not mix
             log.write(f"{hashlib.sha256(content).hexdigest()}\n")
         time.sleep(self.seconds)
         return encode(batch, *advance)

@@ -1,4 +1,4 @@
-"""Whatever dies while a store is made: it comes out byte-identical, and nothing that was committed is done again."""
+"""Stores are byte-identical after any crash, and no committed shard is encoded again."""
 
 import json
 import subprocess
@@ -11,19 +11,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def seen(pictures):
-    """Play a scenario of faulty_runs.py; return what it saw."""
+def play(pictures):
+    """Run a scenario of faulty_runs.py and return its result."""
 
-    def play(scenario: str):
+    def run(scenario: str):
         command = [sys.executable, str(Path(__file__).with_name("faulty_runs.py")), str(pictures), scenario]
-        played = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
-        return json.loads(played.stdout)
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+        return json.loads(process.stdout)
 
-    return play
+    return run
 
 
-def test_a_store_killed_at_random_moments_is_byte_identical(seen):
-    result = seen("kills")
+def test_store_is_byte_identical_after_random_kills(play):
+    result = play("kills")
     print(result)
     assert result["kills"] >= 30
     assert result["end"] == 0
@@ -33,8 +33,8 @@ def test_a_store_killed_at_random_moments_is_byte_identical(seen):
     assert result["most lost in a kill"] <= 2  # one being encoded, one being written
 
 
-def test_two_commands_at_once_share_the_work(seen):
-    result = seen("two_at_once")
+def test_two_simultaneous_commands_share_the_work(play):
+    result = play("two_at_once")
     assert result == {
         "ends": [0] * 4,
         "identical": [True, True],
@@ -43,17 +43,17 @@ def test_two_commands_at_once_share_the_work(seen):
     }
 
 
-def test_sigterm_and_ctrl_c_end_a_run_cleanly_within_seconds(seen):
-    result = seen("signals")
-    for name, said, code in [("SIGTERM", "SIGTERM", 143), ("SIGINT", "Ctrl-C", 130)]:
+def test_sigterm_and_ctrl_c_stop_a_run_cleanly_within_seconds(play):
+    result = play("signals")
+    for name, label, code in [("SIGTERM", "SIGTERM", 143), ("SIGINT", "Ctrl-C", 130)]:
         stop = result[name]
         assert stop["end"] == code
         assert stop["seconds"] < 5
-        assert stop["said"].startswith(f"Stopped by {said}: ")
-        assert stop["said"].endswith(". Rerun the same command to continue.\n")
-        assert stop["said"].count("\n") == 1
+        assert stop["stderr"].startswith(f"Stopped by {label}: ")
+        assert stop["stderr"].endswith(". Rerun the same command to continue.\n")
+        assert stop["stderr"].count("\n") == 1
         assert stop["left behind"] == []
-        assert stop["log"]["end"] == said
+        assert stop["log"]["end"] == label
         assert 0 < stop["log"]["encoded"] < 1_800
         assert stop["log"]["encoded"] + stop["log"]["left"] == 1_800
     assert result["end"] == 0
@@ -61,27 +61,27 @@ def test_sigterm_and_ctrl_c_end_a_run_cleanly_within_seconds(seen):
     assert result["encoded again"] <= 1
 
 
-def test_workers_go_on_without_one_that_was_killed_and_stop_with_their_parent(seen):
-    result = seen("workers")
+def test_workers_survive_the_kill_of_one_and_stop_with_their_parent(play):
+    result = play("workers")
     assert result["end"] == 0
-    assert "was killed by SIGKILL. The other 2 continue with its shards." in result["said"]
+    assert "was killed by SIGKILL. The other 2 continue with its shards." in result["stderr"]
     assert result["identical"]
     assert result["encoded again"] <= 2
     assert result["stopped"]["end"] == 143
     assert result["stopped"]["seconds"] < 10
-    assert result["stopped"]["said"].startswith("Stopped by SIGTERM: ")
+    assert result["stopped"]["stderr"].startswith("Stopped by SIGTERM: ")
     assert result["left behind"] == []
 
 
-def test_a_mistake_that_workers_notice_is_one_sentence(seen):
-    assert seen("mistakes") == {"end": 2, "said": "error: There is no encoder of nothing.\n", "left behind": []}
+def test_user_error_of_a_worker_is_printed_once(play):
+    assert play("user_error") == {"end": 2, "stderr": "error: There is no encoder of nothing.\n", "left behind": []}
 
 
-def test_a_ray_driver_stops_its_actors(seen):
+def test_ray_driver_stops_its_actors(play):
     pytest.importorskip("ray")
-    result = seen("ray_stop")
+    result = play("ray_stop")
     print(result)
     assert result["end"] == 143
     assert result["seconds"] < 30
-    assert "Stopped by SIGTERM: " in result["said"]
+    assert "Stopped by SIGTERM: " in result["stderr"]
     assert result["left behind"] == []

@@ -1,4 +1,4 @@
-"""A Ray cluster of three nodes, one of which dies, makes the store that one process makes."""
+"""A Ray cluster of three nodes, one of which dies, writes the same store as one process."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A cluster of three nodes on this machine, whose workers find the fake encoders."""
+    """A cluster of three nodes on this machine, whose workers can import the fake encoders."""
     from ray.cluster_utils import Cluster
 
     tests = str(Path(__file__).parents[1])
@@ -39,7 +39,7 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, monkeypatch):
+def test_store_is_byte_identical_after_the_loss_of_a_node(pictures, cluster, monkeypatch):
     from sail_align.extract.executor.ray_cluster import RayCluster
 
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 12)
@@ -52,7 +52,7 @@ def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, mon
 
     run_job(job("local.zarr", 0), LocalExecutor(["cpu"]), Share(), quiet=True)
     victim, committed = next(iter(cluster.worker_nodes)), 0
-    crew = RayCluster(cluster.address, "3", "cpu")
+    executor = RayCluster(cluster.address, "3", "cpu")
     job_on_ray = job("ray.zarr", 0.3)
 
     original = RayCluster.execute
@@ -71,7 +71,7 @@ def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, mon
         original(self, job, share, tally)
 
     monkeypatch.setattr(RayCluster, "execute", execute)
-    summary = run_job(job_on_ray, crew, Share(), quiet=True)
+    summary = run_job(job_on_ray, executor, Share(), quiet=True)
     assert len(cluster.list_all_nodes()) == 2
     assert contents(pictures / "ray.zarr") == contents(pictures / "local.zarr")
     encoded = (pictures / "ray.zarr.log").read_text().splitlines()
@@ -80,7 +80,7 @@ def test_a_cluster_that_loses_a_node_makes_the_same_store(pictures, cluster, mon
     assert len(encoded) - len(set(encoded)) <= 2  # what the lost node had
 
 
-def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
+def test_driver_raises_the_user_error_of_a_worker(pictures, cluster):
     from sail_align.extract.executor.ray_cluster import RayCluster
 
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
@@ -89,7 +89,7 @@ def test_a_worker_s_mistake_is_the_driver_s(pictures, cluster):
         run_job(job, RayCluster(cluster.address, "1", "cpu"), Share(), quiet=True)
 
 
-def test_no_cluster_is_joined_that_was_not_asked_for(pictures, monkeypatch):
+def test_default_address_never_joins_another_cluster(pictures, monkeypatch):
     from sail_align.extract.executor.ray_cluster import RayCluster
 
     def init(address: str, **_options) -> None:

@@ -1,4 +1,4 @@
-"""Failed images that are there now come in; what has not changed keeps its bytes."""
+"""A retry encodes failed images that are now readable; all other bytes stay as they are."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from sail_align.extract.store.store import Store
 
 
 def run(root, out="s.zarr"):
-    """Extract the images of `pictures`: rows 7, 11 and 13 fail, all in shard 0 of 3."""
+    """Extract the images of `pictures`. Rows 7, 11 and 13 fail, all of them in shard 0 of 3."""
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
     source = open_source(manifest, data_root)
     store = open_or_create(root / out, manifest, source)
@@ -39,7 +39,7 @@ def put(root, number):
     Image.fromarray(colours).save(root / "images" / f"{number}.png")
 
 
-def test_the_store_comes_out_as_if_the_images_had_been_there(pictures):
+def test_retried_store_equals_one_made_with_the_images_present(pictures):
     shutil.move(pictures / "images/400.png", pictures / "400.png")
     store, source = run(pictures)
     before = contents(store)
@@ -66,21 +66,21 @@ def test_the_store_comes_out_as_if_the_images_had_been_there(pictures):
     }
 
 
-def test_where_nothing_changed_nothing_is_written(pictures):
+def test_retry_without_change_writes_nothing(pictures):
     store, source = run(pictures)
     before = contents(store)
     assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == RetrySummary(tried=3)
     assert contents(store) == before
 
 
-def test_another_reason_is_a_change(pictures):
+def test_another_failure_status_is_written(pictures):
     store, source = run(pictures)
-    (pictures / "images/7.png").write_text("no picture either")
+    (pictures / "images/7.png").write_text("not an image either")
     assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == RetrySummary(tried=3, shards=1)
     assert Store.open(store.path).image().counts == {"ok": 597, "undecodable": 3}
 
 
-def test_only_failed_rows_are_read_and_only_of_the_own_share(pictures, monkeypatch):
+def test_retry_reads_only_failed_rows_of_its_share(pictures, monkeypatch):
     (pictures / "images/300.png").unlink()
     store, source = run(pictures)
     seen = []
@@ -98,7 +98,7 @@ def test_only_failed_rows_are_read_and_only_of_the_own_share(pictures, monkeypat
     assert seen == ["300.png"]
 
 
-def test_a_damaged_shard_is_not_committed_anew(pictures):
+def test_retry_rejects_a_damaged_shard(pictures):
     store, source = run(pictures)
     put(pictures, 7)
     shard = store.path / "image/fake-image/features/c/0/0"
@@ -111,7 +111,7 @@ def test_a_damaged_shard_is_not_committed_anew(pictures):
 
 
 @pytest.mark.parametrize("name", ["image/fake-image/00000", "retry/image/fake-image/00000"])
-def test_a_shard_that_another_has_is_left_and_two_at_once_agree(pictures, name):
+def test_retry_skips_shards_of_other_processes(pictures, name):
     store, source = run(pictures)
     put(pictures, 7)
     other = Store.open(store.path)
@@ -128,7 +128,7 @@ def test_a_shard_that_another_has_is_left_and_two_at_once_agree(pictures, name):
     assert not (store.path / "leases").exists()
 
 
-def test_tidying_up_beside_a_retry_leaves_it_the_shard_that_it_writes(pictures):
+def test_tidy_keeps_the_lease_of_a_retry(pictures):
     store, _ = run(pictures)
     retrying, done, dead = Store.open(store.path), "image/fake-image/00000", "image/fake-image/00001"
     lease = retrying.leases.take(done)
@@ -139,7 +139,7 @@ def test_tidying_up_beside_a_retry_leaves_it_the_shard_that_it_writes(pictures):
     assert store.leases.names() == {done}
 
 
-def test_a_job_without_failures_loads_no_encoder(pictures, monkeypatch):
+def test_retry_without_failures_loads_no_encoder(pictures, monkeypatch):
     for number in (7, 11, 13):
         put(pictures, number)
     store, _ = run(pictures)
@@ -150,20 +150,20 @@ def test_a_job_without_failures_loads_no_encoder(pictures, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
         (["--retry", "all"], "--retry 'all' is not known"),
         (["--retry", "failed", "--workers", "2"], "--retry works in one process"),
     ],
 )
-def test_mistakes_are_one_sentence(pictures, typed, words, said):
-    code, _, err = typed("run", str(pictures / "pictures.yaml"), *words)
+def test_invalid_options_are_user_errors(pictures, typed, options, message):
+    code, _, err = typed("run", str(pictures / "pictures.yaml"), *options)
     assert code == 2
-    assert said in err
+    assert message in err
 
 
 @pytest.mark.slow
-def test_the_command_says_what_came_of_it(pictures, typed):
+def test_command_reports_the_retry(pictures, typed):
     encoders = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--captions", "raw"]
     command = ["run", str(pictures / "pictures.yaml"), "--out", str(pictures / "out.zarr"), "--quiet", *encoders]
     assert typed(*command)[0] == 0

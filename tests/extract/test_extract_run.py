@@ -1,4 +1,4 @@
-"""An extraction does what is left to do, into a store of the same samples only."""
+"""An extraction encodes the shards that are missing, and refuses a store of other samples."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.store import Store
 
 
-def run(root: Path, out: str = "killed.zarr"):
+def run(root: Path, out: str = "s.zarr"):
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
     source = open_source(manifest, data_root)
     store = open_or_create(root / out, manifest, source)
@@ -24,18 +24,18 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def test_a_finished_store_is_left_alone(pictures):
+def test_rerun_changes_no_byte_of_a_complete_store(pictures):
     first = run(pictures)
-    before = contents(pictures / "killed.zarr")
+    before = contents(pictures / "s.zarr")
     second = run(pictures)
     assert (first.encoded, second.encoded) == (1_800, 0)
-    store = Store.open(pictures / "killed.zarr")
+    store = Store.open(pictures / "s.zarr")
     assert store.image().counts == {"ok": 597, "missing": 1, "undecodable": 2}
     assert store.text("long").counts == {"ok": 599, "missing": 1}
-    assert contents(pictures / "killed.zarr") == before
+    assert contents(pictures / "s.zarr") == before
 
 
-def test_a_store_of_another_manifest_is_not_gone_on_with(pictures):
+def test_resume_rejects_another_manifest(pictures):
     run(pictures)
     path = pictures / "pictures.yaml"
     path.write_text(path.read_text().replace("long: story", "long: caption"))
@@ -43,7 +43,7 @@ def test_a_store_of_another_manifest_is_not_gone_on_with(pictures):
         run(pictures)
 
 
-def test_a_store_of_other_samples_is_not_gone_on_with(pictures):
+def test_resume_rejects_other_samples(pictures):
     run(pictures)
     table = pictures / "captions.csv"
     table.write_text(table.read_text().replace("picture 3,", "another picture,"))
@@ -51,7 +51,7 @@ def test_a_store_of_other_samples_is_not_gone_on_with(pictures):
         run(pictures)
 
 
-def test_progress_counts_on_from_what_is_there(pictures, capfd):
+def test_progress_includes_shards_of_an_earlier_run(pictures, capfd):
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     source = open_source(manifest, root)
     store = open_or_create(pictures / "s.zarr", manifest, source)

@@ -1,4 +1,4 @@
-"""Rows stay in their places, whatever happens to them."""
+"""Every row keeps its place, whether it can be encoded or not."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def source(pictures):
     )
 
 
-def test_each_image_is_encoded_into_its_own_row_and_a_bad_one_shifts_nothing(source):
+def test_unreadable_images_do_not_shift_rows(source):
     samples = list(source.samples())[:100]
     done = []
     features, status = encode_images(samples, source, FakeVision(), 2, done.append)
@@ -34,7 +34,7 @@ def test_each_image_is_encoded_into_its_own_row_and_a_bad_one_shifts_nothing(sou
             np.testing.assert_allclose(features[row], alone, rtol=1e-3)
 
 
-def test_texts_sorted_by_length_come_back_in_order():
+def test_texts_are_returned_in_input_order():
     texts = ["x" * (1 + 37 * i % 101) + str(i) for i in range(300)]
     texts[10], texts[20], texts[30], texts[40] = None, "  ", "inf", "a caf\N{REPLACEMENT CHARACTER} in Paris"
     texts[50] = "x" * 99_999 + "y"
@@ -51,7 +51,7 @@ def test_texts_sorted_by_length_come_back_in_order():
             assert features[row, 3] == ord(text[-1])
 
 
-def test_an_image_does_not_depend_on_its_neighbours_faults(source):
+def test_unreadable_images_are_black_in_their_batch(source):
     batches = []
 
     class Watched(FakeVision):
@@ -67,7 +67,7 @@ def test_an_image_does_not_depend_on_its_neighbours_faults(source):
     assert [len(batch) for batch in batches] == [32, 8]
 
 
-def test_features_that_are_not_finite_are_a_status(source):
+def test_non_finite_features_become_a_status(source):
     class Overflowing(FakeVision):
         def encode(self, pixels_BHWC):
             features = super().encode(pixels_BHWC)
@@ -79,10 +79,10 @@ def test_features_that_are_not_finite_are_a_status(source):
     assert np.isnan(features[3:6]).all()
 
 
-def test_every_row_unreadable_asks_the_encoder_nothing(source):
+def test_encoder_is_not_called_if_no_image_is_readable(source):
     class Never(FakeVision):
         def encode(self, pixels_BHWC):
-            raise AssertionError("nothing to encode")
+            raise AssertionError("called without readable images")
 
     samples = [list(source.samples())[row] for row in (7, 11, 13)]
     features, status = encode_images(samples, source, Never(), 2, lambda rows: None)

@@ -1,4 +1,4 @@
-"""Workers on this machine: none is left behind, and one bad shard does not keep the others from being done."""
+"""Workers on this machine: none outlives its run, and a shard that fails does not stop the others."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from sail_align.extract.system.signals import StoppedError
 
 @dataclass(frozen=True)
 class BadBatches:
-    """Loads an image encoder that fails at these batches of 32 pictures, counted from 0."""
+    """Loads an image encoder that raises an error for these batches of 32 images, counted from 0."""
 
     batches: frozenset[int]
     problem: Exception
@@ -33,12 +33,12 @@ class BadBatches:
         encoder, count = FakeVision(), iter(range(10**6))
         encode = encoder.encode
 
-        def fail_at_some(pixels):
+        def encode_or_raise(pixels):
             if next(count) in self.batches:
                 raise self.problem
             return encode(pixels)
 
-        encoder.encode = fail_at_some
+        encoder.encode = encode_or_raise
         return encoder
 
     def matches(self, spec):
@@ -55,7 +55,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 32)  # 19 shards, each a single batch
 
 
-def test_a_stop_between_two_starts_leaves_no_worker(pictures, monkeypatch):
+def test_stop_between_two_worker_starts_leaves_no_worker(pictures, monkeypatch):
     job = make_job(pictures, FakeChoice("image"))
     job.open_store(quiet=True)
     started, start = [], SpawnProcess.start
@@ -72,7 +72,7 @@ def test_a_stop_between_two_starts_leaves_no_worker(pictures, monkeypatch):
     assert started[0].exitcode == -signal.SIGTERM
 
 
-def test_a_shard_that_fails_is_left_and_the_others_are_done(pictures, small_shards, capsys):
+def test_failed_shard_does_not_stop_the_others(pictures, small_shards, capsys):
     job = make_job(pictures, BadBatches(frozenset({3}), RuntimeError("odd")))
     with pytest.raises(WorkersFailedError, match=r"^image/fake-image shard 3 failed \(RuntimeError: odd\)\.$"):
         run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
@@ -84,18 +84,18 @@ def test_a_shard_that_fails_is_left_and_the_others_are_done(pictures, small_shar
 
 
 @pytest.mark.parametrize(
-    ("problem", "tried"), [(RuntimeError("device lost"), 3), (UserError("No tar."), 1), (MemoryError(), 1)]
+    ("problem", "tries"), [(RuntimeError("device lost"), 3), (UserError("No tar."), 1), (MemoryError(), 1)]
 )
-def test_what_is_no_fault_of_a_shard_ends_the_run(pictures, small_shards, problem, tried):
+def test_errors_that_concern_all_shards_end_the_run(pictures, small_shards, problem, tries):
     job = make_job(pictures, BadBatches(frozenset(range(5, 600)), problem))
-    with pytest.raises(type(problem) if tried == 1 else WorkersFailedError):
+    with pytest.raises(type(problem) if tries == 1 else WorkersFailedError):
         run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     assert set(Store.open(job.store).image().markers) == set(range(5))
     assert not (job.store / "leases").exists()
 
 
 @pytest.mark.parametrize("how", ["gone", "empty"])
-def test_images_whose_disk_is_gone_are_not_kept_as_missing(pictures, small_shards, how):
+def test_images_of_an_unmounted_disk_are_not_recorded_as_missing(pictures, small_shards, how):
     images = pictures / "images"
 
     class Unmounting(BadBatches):
@@ -116,10 +116,10 @@ def test_images_whose_disk_is_gone_are_not_kept_as_missing(pictures, small_shard
     job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
     with pytest.raises(UserError, match="images is not there any more, or empty"):
         run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
-    assert Store.open(job.store).image().counts.get("missing", 0) <= 1  # number 7
+    assert Store.open(job.store).image().counts.get("missing", 0) <= 1  # 7.png, which never existed
 
 
-def test_a_store_that_may_not_be_written_is_one_sentence(pictures, monkeypatch):
+def test_read_only_store_is_a_user_error(pictures, monkeypatch):
     job = make_job(pictures, FakeChoice("image"))
     job.open_store(quiet=True)
     link = os.link
@@ -134,7 +134,7 @@ def test_a_store_that_may_not_be_written_is_one_sentence(pictures, monkeypatch):
         run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
-def test_a_store_whose_disk_is_gone_is_not_begun_anew_below_it(pictures, small_shards):
+def test_store_of_an_unmounted_disk_is_not_created_again(pictures, small_shards):
     class Unmounting(BadBatches):
         def load(self, device):
             encoder = FakeVision()
