@@ -284,14 +284,17 @@ class Leases:
     def _beat(self) -> None:
         with self._lock:
             if self._heart is None:
-                self._heart = threading.Thread(target=self._renew_for_ever, name="leases", daemon=True)
+                self._heart = threading.Thread(target=self._renew_held, name="leases", daemon=True)
                 self._heart.start()
 
-    def _renew_for_ever(self) -> None:
+    def _renew_held(self) -> None:
         while True:
             time.sleep(self.ttl / 6)
             with self._lock:
                 held = list(self._held)
+                if not held:  # end the thread: a process may open any number of stores
+                    self._heart = None
+                    return
             for lease in held:
                 lease.renew()
 
