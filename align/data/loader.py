@@ -1,4 +1,4 @@
-"""Shuffled batches out of one or several stores: gathered by a thread into a few reused buffers, ahead of their use."""
+"""Shuffled batches from one or several stores, copied ahead of use by threads into a few reused buffers."""
 
 import time
 from collections import deque
@@ -22,55 +22,60 @@ try:
 except ImportError:
     gather = None  # type: ignore[assignment]
 
-
-def take_rows(
-    chunks: Sequence[NDArray[Any]], of: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[Any]
-) -> None:
-    """Copy row `rows[n]` of `chunks[of[n]]` to `out[n]`, for all n: chunks (·, …), `of` and `rows` (N,), out (N, …).
-
-    Raises:
-        IndexError: A chunk has no such row.
-        ValueError: The rows of a chunk have another shape than those of `out`.
-    """
-    plain = out.flags.c_contiguous and all(
-        each.flags.c_contiguous and each.dtype == out.dtype and each.shape[1:] == out.shape[1:] for each in chunks
-    )
-    if gather is not None and plain and len(out):
-        gather(tuple(chunks), of, rows, out)
-        return
-    for number in np.unique(of).tolist():
-        places = np.flatnonzero(of == number)
-        out[places] = chunks[number][rows[places]]
-
-
 BUFFER_ROWS = 131_072
-"""Rows that are mixed: about 1 GB of page cache for an image and two captions of 2,048 + 2 × 1,024 dimensions."""
+"""Rows per shuffle buffer: about 1 GB of page cache for an image and two captions of 2,048 + 2 × 1,024 dimensions."""
 
 PREFETCH = 2
-"""Batches that are asked for ahead; there is one buffer more."""
+"""Number of batches prepared in advance. There is one more buffer, for the batch in use."""
 
 GATHER_THREADS = 2
-BLOCK_ROWS = 8_192
+SCAN_ROWS = 8_192
 
-CAPTIONS = 1 << 16
-"""More than a store has: chunk × CAPTIONS + caption is one number for both."""
+CAPTION_LIMIT = 1 << 16
+"""More captions than any store has: chunk × CAPTION_LIMIT + caption identifies a chunk of a caption."""
 
 
 class Batch(NamedTuple):
-    """Features as stored, float16: images (B, D_I), and texts (C, B, D_T), row i of every caption for image i."""
+    """Float16 features as stored: images (B, D_I) and texts (C, B, D_T). Row i of each caption belongs to image i."""
 
     images: Tensor
     texts: Tensor
 
 
+def take_rows(
+    chunks: Sequence[NDArray[Any]], chunk_of: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[Any]
+) -> None:
+    """Copy row `rows[n]` of `chunks[chunk_of[n]]` to `out[n]` for all n.
+
+    Args:
+        chunks: Arrays (·, …).
+        chunk_of: Chunk of each row, (N,).
+        rows: Position of each row in its chunk, (N,).
+        out: Array (N, …) to write to.
+
+    Raises:
+        IndexError: A row is outside its chunk.
+        ValueError: The shape of the chunks' rows differs from that of the rows of `out`.
+    """
+    plain = out.flags.c_contiguous and all(
+        each.flags.c_contiguous and each.dtype == out.dtype and each.shape[1:] == out.shape[1:] for each in chunks
+    )
+    if gather is not None and plain and len(out):
+        gather(tuple(chunks), chunk_of, rows, out)
+        return
+    for number in np.unique(chunk_of).tolist():
+        places = np.flatnonzero(chunk_of == number)
+        out[places] = chunks[number][rows[places]]
+
+
 class Stream:
-    """An endless sequence of batches; `Order` says which rows make which.
+    """An endless sequence of batches, in the order defined by `Order`.
 
-    A batch is a set of rows: they lie in it as they lie on the disk. Batches are of `batch_size` rows over all ranks;
-    rank r has the r-th part of each, so that the parts of all ranks, one behind the other, are one process's batch.
+    The rows of a batch are in disk order. `batch_size` counts the rows of all ranks: rank r serves the r-th part of
+    each batch, so that the parts of all ranks, concatenated, are the batch of a single process.
 
-    Raw local shards are mapped: their rows are copied once, into the batch, and what is read with them is kept by the
-    page cache alone. Of other stores the chunks of the buffer that is being served are kept decoded.
+    Raw local shards are memory-mapped. Their rows are copied once, into the batch, and only the page cache keeps what
+    was read. For other stores, the decoded chunks of the current buffer are kept in memory.
     """
 
     def __init__(
@@ -86,13 +91,21 @@ class Stream:
         buffer_rows: int = BUFFER_ROWS,
         pin: bool = False,
     ):
-        """Serve the chosen rows of each store, with all captions or those of a policy.
+        """Prepare to serve the chosen rows of each store.
 
-        Only where captions are drawn may the stores have different ones. `pin` makes the batches page-locked, for
-        copies to a GPU.
+        Args:
+            pairs: Stores to read. They may have different captions only if captions are sampled.
+            rows: Rows to serve of each store.
+            batch_size: Rows per batch, over all ranks.
+            seed: Seed of the order and of the sampled captions.
+            rank: Rank of this process.
+            world: Number of processes.
+            policy: Captions to serve; all by default.
+            buffer_rows: Rows per shuffle buffer.
+            pin: Use page-locked memory, for copies to a GPU.
 
         Raises:
-            ValueError: There are fewer rows than one batch holds.
+            ValueError: There are fewer rows than the batch size.
         """
         self._pairs = pairs
         chunks = [(source, number) for source, each in enumerate(pairs) for number in range(len(each.chunks()))]
@@ -107,10 +120,12 @@ class Stream:
             seed=seed,
             buffer_rows=buffer_rows,
         )
-        of_store = np.searchsorted([source for source, _ in self._chunks], range(len(pairs) + 1))
-        self._starts = self._order.starts[of_store]  # number of each store's first row, and behind the last
-        self._part = slice(*part_span(batch_size, rank, world))
-        self._policy = policy or CaptionPolicy.all_alike(pairs[0].captions)
+        first_chunks = np.searchsorted([source for source, _ in self._chunks], range(len(pairs) + 1))
+        self._starts = self._order.starts[first_chunks]  # number of each store's first row, then the total
+        size, larger = divmod(batch_size, world)  # the first `larger` ranks have one row more
+        first = rank * size + min(rank, larger)
+        self._part = slice(first, first + size + (rank < larger))
+        self._policy = policy or CaptionPolicy.uniform(pairs[0].captions)
         self._pin = pin
         self._expected: set[int] = set()
         self._decoded: dict[tuple[int, int], Half] = {}
@@ -123,46 +138,46 @@ class Stream:
         self.wait_seconds = 0.0
 
     def batches(self, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
-        """Yield this rank's part of the batches from a state on, for ever, each with the state behind it.
+        """Yield this rank's part of each batch from a state on, without end, with the state after the batch.
 
-        A batch is valid until the next but one is asked for. `bytes_read` counts what was served, `wait_seconds` how
-        long it was waited for.
+        A batch stays valid until the next but one is requested. `bytes_read` counts the bytes served and `wait_seconds`
+        the time spent waiting for batches.
         """
         state = state or StreamState.start()
         rows = self._part.stop - self._part.start
         buffers = [self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)]
         pending: deque[tuple[Future[list[Future[None]]], Batch, StreamState]] = deque()
-        looking: Future[None] | None = None
+        look_ahead: Future[None] | None = None
         while True:
             while len(pending) < PREFETCH:
                 batch = buffers[0]
-                filling = self._producer.submit(self._fill, batch, state, looking)
-                looking = self._producer.submit(self._look_ahead, state)
+                filling = self._producer.submit(self._fill, batch, state, look_ahead)
+                look_ahead = self._producer.submit(self._look_ahead, state)
                 state = self._order.following(state)
                 pending.append((filling, batch, state))
                 buffers = [*buffers[1:], batch]
-            filling, batch, behind = pending.popleft()
-            begun = time.perf_counter()
+            filling, batch, next_state = pending.popleft()
+            start = time.perf_counter()
             for copy in filling.result():
                 copy.result()
-            self.wait_seconds += time.perf_counter() - begun
+            self.wait_seconds += time.perf_counter() - start
             self.bytes_read += sum(part.numel() * part.element_size() for part in batch)
-            yield batch, behind
+            yield batch, next_state
 
-    def blocks(self) -> Iterator[Batch]:
-        """Yield every row once with all captions of its store, store by store: for sums over all of them."""
+    def scan(self) -> Iterator[Batch]:
+        """Yield each row once with all captions of its store, store by store, for sums over all rows."""
         for pairs, (first, stop) in zip(self._pairs, pairwise(self._starts.tolist()), strict=True):
-            for start in range(first, stop, BLOCK_ROWS):
-                numbers = np.arange(start, min(start + BLOCK_ROWS, stop))
-                block = self._allocate(len(numbers), len(pairs.texts))
-                for copy in self._gather(block, numbers):
+            for start in range(first, stop, SCAN_ROWS):
+                numbers = np.arange(start, min(start + SCAN_ROWS, stop))
+                batch = self._allocate(len(numbers), len(pairs.texts))
+                for copy in self._gather(batch, numbers):
                     copy.result()
                 self._decoded.clear()
-                self._expected.clear()  # it may have left the page cache when the batches ask for it
-                yield block
+                self._expected.clear()  # the page cache may have dropped it by the time a batch needs it
+                yield batch
 
     def close(self) -> None:
-        """End the threads; what is being copied is waited for."""
+        """End the threads after the copies in progress."""
         self._producer.shutdown(cancel_futures=True)
         self._gatherers.shutdown(cancel_futures=True)
 
@@ -179,19 +194,19 @@ class Stream:
         shapes = (rows, first.image.dim), (captions, rows, first.texts[0].dim)
         return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
 
-    def _fill(self, batch: Batch, state: StreamState, looked: Future[None] | None) -> list[Future[None]]:
-        """Begin to copy this rank's part of a batch, once the look ahead before it is known not to have failed."""
-        if looked:
-            looked.result()
+    def _fill(self, batch: Batch, state: StreamState, look_ahead: Future[None] | None) -> list[Future[None]]:
+        """Start to copy this rank's part of a batch. Raise the error of the preceding look-ahead, if it failed."""
+        if look_ahead:
+            look_ahead.result()
         if self._decoded:
-            wait(self._copies)  # of the batch before: they use what is decoded
+            wait(self._copies)  # the copies of the previous batch read the decoded chunks
             buffered = self._order.buffered(state)
             self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
         self._copies = self._gather(batch, self._numbers(state), self._draw(state))
         return self._copies
 
     def _look_ahead(self, state: StreamState) -> None:
-        """Have the disk go on with what comes behind a batch: all of the next, and its share of the next buffer."""
+        """Ask the system to read ahead: all of the next batch, and a growing part of the next buffer."""
         later, share = self._order.in_next_buffer(state)
         in_next_buffer = self._chunks_of(later)
         ahead = [*self._chunks_of(self._order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
@@ -199,13 +214,13 @@ class Stream:
         self._expected = {*self._chunks_of(state), *ahead}
 
     def _draw(self, state: StreamState) -> Numbers | None:
-        """Return the captions of this rank's rows of a batch, (positives, rows); None where all are served.
+        """Return the captions (positives, rows) sampled for this rank's rows of a batch; None if all are served.
 
         Number k is caption k of the row's store.
         """
         if not self._policy.drawn:
             return None
-        random = self._order.random(state.epoch, state.batch, 1)  # the order's own have two places
+        random = self._order.random(state.epoch, state.batch, 1)  # `Order` itself uses positions of two numbers
         counts = np.diff(np.searchsorted(self._order.batch(state), self._starts)).tolist()
         drawn = [
             self._policy.draw(pairs.captions, rows, random) for pairs, rows in zip(self._pairs, counts, strict=True)
@@ -219,7 +234,7 @@ class Stream:
         return [chunk for chunk, _, _ in self._order.pieces(self._numbers(state))]
 
     def _expect(self, chunks: Sequence[int]) -> None:
-        """Have the system read those of the chunks that it was not told of lately."""
+        """Ask the system to read chunks, except those that were requested recently."""
         new = sorted(set(chunks) - self._expected)
         self._expected.update(new)
         for source, pairs in enumerate(self._pairs if new else ()):
@@ -228,24 +243,31 @@ class Stream:
                 array.expect(numbers)
 
     def _gather(self, batch: Batch, numbers: Numbers, drawn: Numbers | None = None) -> list[Future[None]]:
-        """Begin to copy the rows of these numbers, which rise, with all captions or those drawn (K, N), to a batch."""
+        """Start to copy rows into a batch.
+
+        Args:
+            batch: Batch to fill.
+            numbers: Row numbers (N,) in rising order.
+            drawn: Captions (K, N) sampled for each row. All captions are copied by default.
+        """
         pieces = self._order.pieces(numbers)
         chunks = [chunk for chunk, _, _ in pieces]
-        of = np.repeat(np.arange(len(pieces)), [stop - start for _, start, stop in pieces])
-        rows = self._rows_within(chunks, of, numbers)
+        chunk_of = np.repeat(np.arange(len(pieces)), [stop - start for _, start, stop in pieces])
+        rows = self._rows_within(chunks, chunk_of, numbers)
         images, texts = batch.images.numpy(), batch.texts.numpy()
 
         def copy(part: slice) -> None:
             span = slice(pieces[part][0][1], pieces[part][-1][2])
-            within = of[span] - part.start
+            within = chunk_of[span] - part.start
             take_rows([self._chunk(chunk, 0) for chunk in chunks[part]], within, rows[span], images[span])
             for slot, text in enumerate(texts):
                 if drawn is None:
-                    parts, its = [self._chunk(chunk, slot + 1) for chunk in chunks[part]], within
+                    sources, source_of = [self._chunk(chunk, slot + 1) for chunk in chunks[part]], within
                 else:
-                    found, its = np.unique(within * CAPTIONS + drawn[slot, span], return_inverse=True)
-                    parts = [self._chunk(chunks[part][at // CAPTIONS], at % CAPTIONS + 1) for at in found.tolist()]
-                take_rows(parts, its, rows[span], text[span])
+                    found, source_of = np.unique(within * CAPTION_LIMIT + drawn[slot, span], return_inverse=True)
+                    keys = [divmod(key, CAPTION_LIMIT) for key in found.tolist()]
+                    sources = [self._chunk(chunks[part][place], caption + 1) for place, caption in keys]
+                take_rows(sources, source_of, rows[span], text[span])
 
         step = -(-len(pieces) // (4 * GATHER_THREADS))
         copies = []
@@ -254,18 +276,18 @@ class Stream:
             copies.append(self._gatherers.submit(copy, part))
         return copies
 
-    def _rows_within(self, chunks: list[int], of: Numbers, numbers: Numbers) -> Numbers:
-        """Return where in its chunk, `chunks[of[n]]`, the row of each number is: they rise."""
+    def _rows_within(self, chunks: list[int], chunk_of: Numbers, numbers: Numbers) -> Numbers:
+        """Return the position of each row number in its chunk, `chunks[chunk_of[n]]`; numbers rise."""
         masks = [self._served[chunk] for chunk in chunks]
         starts = self._order.starts[chunks]
         counts = self._order.starts[np.add(chunks, 1)] - starts
-        first = np.cumsum([0, *counts[:-1]]) - starts  # of a chunk among the rows of all of them that are served
+        shift = np.cumsum([0, *counts[:-1]]) - starts  # from a row number to a position among the chunks' served rows
         begin = np.cumsum([0, *map(len, masks[:-1])])
-        rows: Numbers = np.flatnonzero(np.concatenate(masks))[numbers + first[of]] - begin[of]
+        rows: Numbers = np.flatnonzero(np.concatenate(masks))[numbers + shift[chunk_of]] - begin[chunk_of]
         return rows
 
     def _chunk(self, chunk: int, number: int) -> Half:
-        """Return the rows of a chunk of array `number` (the images, then the captions): mapped, or decoded and kept."""
+        """Return a chunk of array `number` (0: images, then the captions), either mapped or decoded and kept."""
         source, place = self._chunks[chunk]
         array = self._pairs[source].arrays[number]
         if array.mapped:
@@ -276,35 +298,25 @@ class Stream:
         return self._decoded[key]
 
 
-def part_span(batch_size: int, rank: int, world: int) -> tuple[int, int]:
-    """Return the first row of a rank's part of a batch, and the row behind its last: parts differ by at most one."""
-    size, larger = divmod(batch_size, world)
-    first = rank * size + min(rank, larger)
-    return first, first + size + (rank < larger)
-
-
 def batches_on(
     device: torch.device, batches: Iterator[tuple[Batch, StreamState]]
 ) -> Iterator[tuple[Batch, StreamState]]:
-    """Yield batches on a device: to a GPU each is copied, from page-locked memory, while the one before is worked on.
-
-    On a CPU they are passed on as they are.
-    """
+    """Yield batches on a device: each is copied to a GPU while the previous one is in use. A CPU needs no copy."""
     if device.type != "cuda":
         yield from batches
         return
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
-        batch, behind = next(batches)
+        batch, next_state = next(batches)
         with torch.cuda.stream(copying):
-            return Batch(*(part.to(device, non_blocking=True) for part in batch)), behind, copying.record_event()
+            return Batch(*(part.to(device, non_blocking=True) for part in batch)), next_state, copying.record_event()
 
-    coming = begin_copy()
+    upcoming = begin_copy()
     while True:
-        batch, behind, copied = coming
-        copied.synchronize()  # before the next but one is asked for, which may reuse the memory that is copied from
+        batch, next_state, copied = upcoming
+        copied.synchronize()  # requesting the next but one may overwrite the memory that is copied from
         for part in batch:
             part.record_stream(torch.cuda.current_stream(device))
-        coming = begin_copy()
-        yield batch, behind
+        upcoming = begin_copy()
+        yield batch, next_state

@@ -1,8 +1,8 @@
-"""What a run is trained on: the image and text arrays of one or several stores, and which of their rows."""
+"""The training data of a run: image and text arrays of one or several stores, and the rows used of each."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ MAX_HELD_OUT = 5_000
 
 @dataclass(frozen=True)
 class Pairs:
-    """The arrays of one store that training reads: row i of `image` belongs with row i of each of `texts`.
+    """The arrays of one store that training reads; row i of `image` and row i of each of `texts` are a pair.
 
-    `captions` are the names of `texts`; other stores may have other ones.
+    `captions` are the names of `texts`. They may differ between stores.
     """
 
     store: Store
@@ -44,16 +44,16 @@ class Pairs:
 
     @property
     def arrays(self) -> tuple[FeatureArray, ...]:
-        """All arrays, the image's first."""
+        """All arrays, the image array first."""
         return self.image, *self.texts
 
     def only(self, captions: Sequence[str]) -> "Pairs":
-        """Return the same with some of the captions."""
+        """Return the pairs with only some of the captions."""
         texts = dict(zip(self.captions, self.texts, strict=True))
         return replace(self, captions=tuple(captions), texts=tuple(texts[name] for name in captions))
 
     def usable(self) -> Rows:
-        """Return the rows whose image and captions are all there: the others are never served."""
+        """Return the rows whose image and captions all have features. Other rows are never served."""
         usable = np.ones(self.store.rows, dtype=np.bool_)
         for array in self.arrays:
             usable &= array.read_status() == Status.OK
@@ -61,11 +61,11 @@ class Pairs:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what training reads of the store: it stays when the store gets other arrays."""
+        """SHA-256 of what training reads from the store; it does not change when other arrays are added."""
         return self.store.digest_of(self.arrays)
 
     def chunks(self) -> list[tuple[int, int]]:
-        """Return the spans that are read at once: the inner chunks of the arrays."""
+        """Return the spans of the inner chunks, each of which is read at once."""
         size = self.store.chunk_rows
         return [(start, min(start + size, self.store.rows)) for start in range(0, self.store.rows, size)]
 
@@ -78,30 +78,30 @@ def open_pairs(
     image_encoder: str | None = None,
     text_encoder: str | None = None,
 ) -> list[Pairs]:
-    """Open the arrays of one or several stores for training on all of them together.
+    """Open the arrays of one or several stores, to train on all of them together.
 
     Args:
         paths: At least one store.
-        captions: Names of captions. By default those that all stores have features of, or if `positives` is given,
-            those that any has.
-        positives: How many each image needs, so that a store may lack some of the captions; by default all.
-        image_encoder: Which encoder's images, where a store holds several.
-        text_encoder: The same for texts.
+        captions: Caption names. The default is the captions that all stores have features of, or, if `positives` is
+            given, the captions that any store has.
+        positives: Number of captions that each image needs; a store may then lack some of them. The default is all.
+        image_encoder: Image encoder to use if a store has more than one.
+        text_encoder: Text encoder to use if a store has more than one.
 
     Raises:
-        UserError: A path is no store, an array is not there or not complete, two stores' encoders differ, or a
-            store is given twice.
+        UserError: A path is not a store, an array is missing or incomplete, the stores' encoders differ, or a store is
+            given twice.
     """
     stores = [Store.open(path) for path in paths]
-    of_each = choose_captions(paths, [stored_captions(store) for store in stores], captions, positives)
+    chosen = choose_captions(paths, [stored_captions(store) for store in stores], captions, positives)
     opened: list[Pairs] = []
     first_with: dict[str, Path] = {}
-    for path, store, names in zip(paths, stores, of_each, strict=True):
+    for path, store, names in zip(paths, stores, chosen, strict=True):
         texts = tuple(store.text(name, text_encoder) for name in names)
         pairs = Pairs(store, tuple(names), store.image(image_encoder), texts)
         _require_complete(pairs)
         if (digest := store.digest) in first_with:
-            raise UserError(f"{path} holds the same as {first_with[digest]}; give each store once.")
+            raise UserError(f"{path} holds the same data as {first_with[digest]}. Give each store once.")
         first_with[digest] = path
         first = opened[0] if opened else pairs
         require_same(pairs.image.identity, first.image.identity, where=str(first.store.path))
@@ -112,52 +112,54 @@ def open_pairs(
 
 
 def stored_captions(store: Store) -> list[str]:
-    """Return the captions that a store has features of."""
+    """Return the captions that have features in a store."""
     return [name for name in store.captions if store.texts(name)]
 
 
 def require_half(pairs: Sequence[Pairs], usable: Sequence[Rows]) -> None:
-    """Refuse several captions that few rows have together: training would lose most of the images unasked.
+    """Reject several captions that few rows have in common, which would silently drop most of the images.
 
     Raises:
-        UserError: Fewer than half of the rows that have an image are usable.
+        UserError: Fewer than half of the rows with an image are usable.
     """
     count = sum(int(rows.sum()) for rows in usable)
-    with_image = sum(_count_ok(each.image) for each in pairs)
+    with_image = sum(each.image.counts.get(Status.OK.label, 0) for each in pairs)
     if all(len(each.captions) == 1 for each in pairs) or 2 * count >= with_image:
         return
-    rows_of: Counter[str] = Counter()
+    caption_rows: Counter[str] = Counter()
     for each in pairs:
-        rows_of.update({name: _count_ok(array) for name, array in zip(each.captions, each.texts, strict=True)})
-    rarest = min(rows_of, key=lambda name: rows_of[name])
+        for name, array in zip(each.captions, each.texts, strict=True):
+            caption_rows[name] += array.counts.get(Status.OK.label, 0)
+    rarest = min(caption_rows, key=lambda name: caption_rows[name])
     raise UserError(
-        f"Only {count:,} of {with_image:,} rows with an image have all of the captions {', '.join(rows_of)}, and the "
-        f"rarest, {rarest}, is in {rows_of[rarest]:,} rows; choose with --captions which to train on."
+        f"Only {count:,} of {with_image:,} rows with an image have all captions ({', '.join(caption_rows)}). The "
+        f"rarest is {rarest}, in {caption_rows[rarest]:,} rows. Choose captions to train on with --captions."
     )
 
 
 def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: float) -> list[Rows]:
-    """Return the rows of each store that are kept out of training.
+    """Return the held-out rows of each store.
 
-    They are those whose keys hash lowest: the same whatever the seed, the order of the stores or the encoders. Their
-    number is `fraction` of the usable rows, but at least 100 (or a fifth, if that is less) and at most 5,000.
+    The rows whose keys have the lowest hashes are held out. They depend neither on the seed nor on the encoders nor on
+    the order of the stores. Their number is `fraction` of the usable rows, but at least 100 (or a fifth of the usable
+    rows, if that is less) and at most 5,000.
     """
-    hashes = [_hashes_of(each.store) for each in pairs]
-    of_usable = np.sort(np.concatenate([each[rows] for each, rows in zip(hashes, usable, strict=True)]))
-    count = held_out_count(len(of_usable), fraction)
+    hashes = [np.concatenate([key_hashes(keys) for _, keys in _read_keys(each.store)]) for each in pairs]
+    usable_hashes = np.sort(np.concatenate([each[rows] for each, rows in zip(hashes, usable, strict=True)]))
+    count = held_out_count(len(usable_hashes), fraction)
     if count == 0:
         return [np.zeros_like(rows) for rows in usable]
-    return [rows & (each <= of_usable[count - 1]) for each, rows in zip(hashes, usable, strict=True)]
+    return [rows & (each <= usable_hashes[count - 1]) for each, rows in zip(hashes, usable, strict=True)]
 
 
 def key_hashes(keys: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """Return a hash of each key, (N,): those of the lowest are held out."""
+    """Return the hashes (N,) of keys; the rows with the lowest are held out."""
     digests = b"".join([hashlib.blake2b(key, digest_size=8).digest() for key in keys.cast(pa.binary()).to_pylist()])
     return np.frombuffer(digests, dtype=np.dtype("<u8"))
 
 
 def held_out_count(usable: int, fraction: float) -> int:
-    """Return how many of so many usable rows are held out."""
+    """Return the number of rows to hold out: see `split_held_out`."""
     count = min(max(round(fraction * usable), min(MIN_HELD_OUT, usable // 5)), MAX_HELD_OUT)
     return count if fraction else 0
 
@@ -166,7 +168,7 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
     """Return the images (n, D_I) and texts (C, n, D_T) of the chosen rows of all stores.
 
     Raises:
-        UserError: A feature is no number.
+        UserError: A feature is NaN or inf.
     """
     first, count = pairs[0], sum(int(chosen.sum()) for chosen in rows)
     image_ND = np.empty((count, first.image.dim), np.float16)
@@ -185,22 +187,16 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
 
 
 def not_finite(stores: Sequence[Store]) -> UserError:
-    """Return what to raise of features that are no numbers in a row whose status is ok."""
+    """Return the error to raise for NaN or inf in a row whose status is ok."""
     paths = " or ".join(str(store.path) for store in stores)
-    return UserError(
-        f"{paths} has features that are no numbers, in rows that are ok; check with `sail-extract verify`."
-    )
+    return UserError(f"{paths} contains NaN or inf in rows marked ok. Check it with `sail-extract verify`.")
 
 
-def _hashes_of(store: Store) -> NDArray[np.uint64]:
-    """Return the hash of each key of a store, read a file of the index at a time."""
-    starts = range(0, store.rows, FILE_ROWS)
-    tables = (store.index(["key"], start, min(start + FILE_ROWS, store.rows)) for start in starts)
-    return np.concatenate([key_hashes(table["key"]) for table in tables])
-
-
-def _count_ok(array: FeatureArray) -> int:
-    return array.counts.get(Status.OK.label, 0)
+def _read_keys(store: Store) -> Iterator[tuple[slice, pa.ChunkedArray]]:
+    """Yield a span of rows and their keys for each file of a store's index."""
+    for start in range(0, store.rows, FILE_ROWS):
+        stop = min(start + FILE_ROWS, store.rows)
+        yield slice(start, stop), store.index(["key"], start, stop)["key"]
 
 
 def _require_complete(pairs: Pairs) -> None:
@@ -208,47 +204,45 @@ def _require_complete(pairs: Pairs) -> None:
     if missing:
         path, dataset = pairs.store.path, pairs.store.dataset
         raise UserError(
-            f"{path} is not complete: {missing} of {sum(len(array.shards) for array in pairs.arrays)} shards are not "
-            f"written; finish it with `sail-extract run {dataset} --out {path}` and the options it was begun with."
+            f"{path} is incomplete: {missing} of {sum(len(array.shards) for array in pairs.arrays)} shards are missing."
+            f" Finish it with `sail-extract run {dataset} --out {path}` and its original options."
         )
 
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Keys of rows that are never served and never held out, such as near-duplicates of evaluation images."""
+    """Keys of rows to leave out of training and of the held-out rows, such as near-duplicates of evaluation images."""
 
     keys: pa.Array
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> "Exclusions":
-        """Read lists with one key a line; what follows a tab is for people, as in those of `sail-extract overlap`.
+        """Read files with one key per line. Text after a tab is ignored, as in the lists of `sail-extract overlap`.
 
         Raises:
-            UserError: A file cannot be read as text.
+            UserError: A file cannot be read or is not UTF-8.
         """
         keys: set[str] = set()
         for path in paths:
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as problem:
-                reason = problem.strerror if isinstance(problem, OSError) else "it is not UTF-8 text"
+                reason = problem.strerror if isinstance(problem, OSError) else "not UTF-8"
                 raise UserError(
-                    f"{path} cannot be read ({reason}); give --exclude a file with a key in each line."
+                    f"{path} cannot be read: {reason}. --exclude needs a text file with one key per line."
                 ) from problem
             keys.update(key for line in lines if (key := line.split("\t")[0].rstrip("\r")))
         return cls(pa.array(sorted(keys), pa.string()))
 
     def rows(self, store: Store) -> Rows:
-        """Return the rows of a store that are excluded."""
+        """Return the excluded rows of a store."""
         excluded = np.zeros(store.rows, dtype=np.bool_)
-        for start in range(0, store.rows, FILE_ROWS) if len(self.keys) else ():
-            stop = min(start + FILE_ROWS, store.rows)
-            column = store.index(["key"], start, stop)["key"]
-            excluded[start:stop] = pc.is_in(column, value_set=self.keys).to_numpy()
+        for span, keys in _read_keys(store) if len(self.keys) else ():
+            excluded[span] = pc.is_in(keys, value_set=self.keys).to_numpy()
         return excluded
 
     def record(self) -> dict[str, Any]:
-        """Return what settings keep of the list, so that a run goes on only with the same; nothing if it is empty."""
+        """Return the settings that identify the keys, or none if empty. A run resumes only with the same keys."""
         if not len(self.keys):
             return {}
         digest = hashlib.sha256(canonical_json(self.keys.to_pylist())).hexdigest()

@@ -77,7 +77,7 @@ def _start_from_closed_form(
 ) -> None:
     moments = Moments(plan.architecture.image_dim, plan.architecture.text_dim, device)
     with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
-        for block in stream.blocks():
+        for block in stream.scan():
             images = signed_power(block.images.to(device).float(), plan.settings.image_power)
             moments.add(images, block.texts.to(device))
             bar.update(len(block.images))

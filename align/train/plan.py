@@ -183,8 +183,8 @@ def make_plan(
 
 def _policy(pairs: Sequence[Pairs], weights: Mapping[str, float], options: Mapping[str, Any]) -> CaptionPolicy:
     """Return what becomes of the stores' captions; there are no weights where the captions were not named."""
-    alike = CaptionPolicy.all_alike(chain.from_iterable(each.captions for each in pairs))
-    positives = options.get("positives") or alike.positives
+    uniform = CaptionPolicy.uniform(chain.from_iterable(each.captions for each in pairs))
+    positives = options.get("positives") or uniform.positives
     fewest = min(pairs, key=lambda each: len(each.captions))
     if positives > (most := len(fewest.captions)):
         raise UserError(
@@ -193,7 +193,7 @@ def _policy(pairs: Sequence[Pairs], weights: Mapping[str, float], options: Mappi
         )
     if len(set(weights.values())) > 1 and options.get("head") == "cca":
         raise UserError("Weights of captions have no effect with --head cca, which takes all alike; leave them out.")
-    return CaptionPolicy(weights or alike.weights, positives)
+    return CaptionPolicy(weights or uniform.weights, positives)
 
 
 def _on_captions(pairs: Sequence[Pairs], policy: CaptionPolicy, *, named: bool) -> list[str]:

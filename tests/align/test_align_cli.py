@@ -182,16 +182,16 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
     two = make_store("two", captions={"raw": (), "long": ()})
     assert mistake("--features", "no.zarr").startswith("no.zarr is not a feature store; make one with")
     assert mistake("--features", good, "--captions", "raw,long") == (
-        f"{good} has no features of caption 'long'; it has raw."
+        f"{good} has no features of caption 'long'. It has raw."
     )
     assert mistake("--features", two, "--features", good, "--captions", "raw,long") == (
-        f"{good} has no features of caption 'long'; it has raw; give --captions raw, which all stores have, or "
-        "--positives 1 to draw from what each store has."
+        f"{good} has no features of caption 'long'. It has raw. Use --captions raw, which all stores have, or "
+        "--positives 1 to sample from the captions of each store."
     )
     unfinished = make_store("unfinished", commit=False)
     assert mistake("--features", unfinished) == (
-        f"{unfinished} is not complete: 2 of 10 shards are not written; finish it with `sail-extract run unfinished "
-        f"--out {unfinished}` and the options it was begun with."
+        f"{unfinished} is incomplete: 2 of 10 shards are missing. Finish it with `sail-extract run unfinished "
+        f"--out {unfinished}` and its original options."
     )
     other = make_store("other", image=identity("image", dim=12, pooling="cls"))
     assert mistake("--features", good, "--features", other).startswith(
@@ -206,9 +206,11 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
 def test_what_is_given_twice_is_refused(make_store):
     two = make_store("two", captions={"raw": (), "long": ()})
     assert mistake("--features", two, "--captions", "raw, long,raw") == (
-        "A caption is given twice in raw, long,raw; name each one once."
+        "A caption is repeated in raw, long,raw; name each caption once."
     )
-    assert mistake("--features", two, "--features", two) == (f"{two} holds the same as {two}; give each store once.")
+    assert mistake("--features", two, "--features", two) == (
+        f"{two} holds the same data as {two}. Give each store once."
+    )
 
 
 def test_names_of_captions_may_have_blanks_around_them(make_store):

@@ -1,4 +1,4 @@
-"""Captions have weights, and some or all of them are an image's positives in a step."""
+"""Captions have weights, and a step uses some or all of them as positives."""
 
 import itertools
 
@@ -15,11 +15,11 @@ from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 
 
-def test_a_policy_is_told_as_it_is_typed():
+def test_describe_returns_the_form_of_the_option():
     assert CaptionPolicy({"raw": 1.0, "long": 0.5}, 2).describe() == "raw, long:0.5"
 
 
-def test_names_may_carry_weights():
+def test_parse_captions_returns_names_and_weights():
     assert parse_captions(["raw", " long:0.5"]) == (["raw", "long"], (1.0, 0.5))
     assert parse_captions([]) == ([], ())
 
@@ -27,17 +27,17 @@ def test_names_may_carry_weights():
 @pytest.mark.parametrize(
     "given", ["a:", "a:half", "a:0", "a:-1", "a:nan", "a:inf", "a:1e308", "a:1e-9", ":1", "", "a:1:2"]
 )
-def test_what_is_no_caption_with_a_weight_is_refused(given):
-    with pytest.raises(UserError, match=r"is no caption with a weight; give a name, or one as in long:0\.5"):
+def test_parse_captions_rejects_an_invalid_caption(given):
+    with pytest.raises(UserError, match=r"is invalid: expected NAME or NAME:WEIGHT, with a weight from 0\.001"):
         parse_captions(["raw", given])
 
 
-def test_a_caption_is_named_once():
-    with pytest.raises(UserError, match="A caption is given twice in raw,long:2,raw:3; name each one once"):
+def test_parse_captions_rejects_a_repeated_caption():
+    with pytest.raises(UserError, match="A caption is repeated in raw,long:2,raw:3; name each caption once"):
         parse_captions(["raw", "long:2", "raw:3"])
 
 
-def test_captions_are_drawn_without_repetition_with_odds_by_weight():
+def test_draw_samples_without_replacement_by_weight():
     weights = np.array([3.0, 1.0, 2.0])
     policy = CaptionPolicy(dict(zip("abc", weights, strict=True)), 2)
     drawn = policy.draw("abc", 60_000, np.random.default_rng(0))
@@ -68,7 +68,7 @@ def three(make_store):
     return make_store(rows=240, captions={"raw": (), "short": (), "long": ()}, numbered=True, shard_rows=128)
 
 
-def test_drawn_captions_are_those_of_their_image_mixed_and_drawn_anew_each_epoch(three):
+def test_sampled_captions_belong_to_their_image_and_change_each_epoch(three):
     array = np.stack([text.read()[0] for text in open_pairs([three])[0].texts])
     policy = CaptionPolicy({"raw": 1.0, "short": 1.0, "long": 4.0}, 2)
     kinds = {}
@@ -85,7 +85,7 @@ def test_drawn_captions_are_those_of_their_image_mixed_and_drawn_anew_each_epoch
     assert any(kinds[0, row] != kinds[1, row] for row in range(240))
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_batch_alone(three):
+def test_samples_depend_only_on_seed_epoch_and_batch(three):
     policy = CaptionPolicy({"raw": 1.0, "short": 1.0, "long": 4.0}, 1)
     whole = served(stream_of(three, policy), None, 6)
     ranks = [served(stream_of(three, policy, rank=rank, world=2), StreamState(0, 3), 3) for rank in (0, 1)]
@@ -94,7 +94,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_batch_alone(three):
         assert torch.equal(torch.cat([first[1], second[1]], dim=1), texts)
 
 
-def test_weights_of_all_captions_multiply_their_losses(three):
+def test_weights_multiply_the_losses_if_all_captions_are_used(three):
     images, texts = torch.randn(5, 4), torch.randn(2, 5, 4)
     at = torch.tensor(1.0), torch.tensor(-1.0)
     plan, _ = make_plan([three], {}, captions=["long:0.25", "raw"])
@@ -107,7 +107,7 @@ def test_weights_of_all_captions_multiply_their_losses(three):
 
 
 @pytest.mark.parametrize(
-    ("captions", "options", "sentence"),
+    ("captions", "options", "message"),
     [
         (
             ["raw", "long"],
@@ -119,6 +119,6 @@ def test_weights_of_all_captions_multiply_their_losses(three):
         (None, {"positives": 0}, "--positives 0 is out of range"),
     ],
 )
-def test_a_policy_that_cannot_be_followed_is_refused(three, captions, options, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_make_plan_rejects_an_impossible_policy(three, captions, options, message):
+    with pytest.raises(UserError, match=message):
         make_plan([three], options, captions=captions)

@@ -137,7 +137,7 @@ def test_where_there_are_no_long_captions_their_rungs_are_left_out_and_said(make
     words = ["ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK]
     missing = typed(*words)
     assert isinstance(missing.exception, UserError)
-    assert str(missing.exception) == f"{path} has no features of caption 'raw'; it has c0, c1."
+    assert str(missing.exception) == f"{path} has no features of caption 'raw'. It has c0, c1."
     without = typed(*words, "--raw", "c0")
     assert f"note: {path} has no long captions: the rungs with them are left out" in without.output
     assert "multi-positive" not in without.output

@@ -1,4 +1,4 @@
-"""Rows whose keys are on a list are never served and never held out, and a run goes on only with the same list."""
+"""Excluded rows are neither served nor held out, and a run resumes only with the same list."""
 
 import numpy as np
 import pytest
@@ -25,17 +25,17 @@ def test_excluded_rows_are_neither_served_nor_held_out(make_store, tmp_path):
     used = [training | held for training, held in zip(plan.training, plan.held_out, strict=True)]
     assert np.flatnonzero(~np.concatenate(used)).tolist() == [3, 299, 300, 310]
     stream = Stream(plan.pairs, plan.training, batch_size=30, seed=0)
-    served = np.concatenate([batch.images[:, 0].numpy() for batch in stream.blocks()]).astype(int)
+    served = np.concatenate([batch.images[:, 0].numpy() for batch in stream.scan()]).astype(int)
     assert len(served) == plan.training_rows
     assert not {3, 299, 300, 310} & set(served.tolist())
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+def test_read_ignores_a_byte_order_mark(tmp_path):
     (tmp_path / "list.txt").write_text("key 7\t0.9\r\nkey 8\r\n", encoding="utf-8-sig")
     assert Exclusions.read([tmp_path / "list.txt"]).keys.to_pylist() == ["key 7", "key 8"]
 
 
-def test_settings_keep_the_lists_digest_whatever_its_form(make_store, tmp_path):
+def test_settings_identify_the_excluded_keys(make_store, tmp_path):
     store = make_store("a")
     (tmp_path / "one.txt").write_text("key 3\tx\t0.99\nkey 4\n")
     (tmp_path / "same.txt").write_text("key 4\nkey 3\nkey 3\n")
@@ -48,7 +48,7 @@ def test_settings_keep_the_lists_digest_whatever_its_form(make_store, tmp_path):
     assert not {name for name in make_plan([store], QUICK)[0].record() if "excluded" in name}
 
 
-def test_a_run_is_gone_on_with_only_with_the_same_list(make_store, tmp_path, monkeypatch):
+def test_run_resumes_only_with_the_same_list(make_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = make_store("photos")
     (tmp_path / "list.txt").write_text("key 3\n")
@@ -67,13 +67,13 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_mistakes_are_one_sentence(make_store, tmp_path):
+def test_invalid_lists_are_reported(make_store, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xff")
-    for name, reason in (("none.txt", "No such file or directory"), ("bytes.txt", "it is not UTF-8 text")):
-        with pytest.raises(UserError) as mistake:
+    for name, reason in (("none.txt", "No such file or directory"), ("bytes.txt", "not UTF-8")):
+        with pytest.raises(UserError) as error:
             Exclusions.read([tmp_path / name])
-        end = "give --exclude a file with a key in each line."
-        assert str(mistake.value) == f"{tmp_path / name} cannot be read ({reason}); {end}"
+        end = "--exclude needs a text file with one key per line."
+        assert str(error.value) == f"{tmp_path / name} cannot be read: {reason}. {end}"
     (tmp_path / "all.txt").write_text("\n".join(f"key {row}" for row in range(299)))
     with pytest.raises(UserError, match=r"has 1 pair to train on, .* captions raw that no list excludes"):
         make_plan([make_store("a")], QUICK, exclude=[tmp_path / "all.txt"])

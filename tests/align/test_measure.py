@@ -130,5 +130,5 @@ def test_values_that_are_no_numbers_are_refused_and_files_that_cannot_be_written
     poison(path)
     result = CliRunner().invoke(app, ["measure", str(path)])
     assert str(result.exception) == (
-        f"{path} has features that are no numbers, in rows that are ok; check with `sail-extract verify`."
+        f"{path} contains NaN or inf in rows marked ok. Check it with `sail-extract verify`."
     )

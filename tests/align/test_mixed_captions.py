@@ -1,4 +1,4 @@
-"""Stores with different captions are trained on together: each row draws from the captions of its own store."""
+"""Training on stores with different captions: each row samples from the captions of its own store."""
 
 import itertools
 import json
@@ -52,44 +52,44 @@ def served(stream, state, count):
         ([["raw"], ["long"]], None, 1, [["raw"], ["long"]]),
     ],
 )
-def test_each_store_is_read_for_the_captions_that_it_has(there, asked, positives, chosen):
+def test_choose_captions_uses_what_each_store_has(there, asked, positives, chosen):
     assert choose_captions(PATHS, there, asked, positives) == chosen
 
 
 @pytest.mark.parametrize(
-    ("there", "asked", "positives", "sentence"),
+    ("there", "asked", "positives", "message"),
     [
         (
             THERE,
             ["raw", "long"],
             None,
-            "b.zarr has no features of caption 'long'; it has raw; give --captions raw, which all stores have, or "
-            "--positives 1 to draw from what each store has.",
+            "b.zarr has no features of caption 'long'. It has raw. Use --captions raw, which all stores have, or "
+            "--positives 1 to sample from the captions of each store.",
         ),
         (
             [["raw"], ["long"]],
             None,
             None,
-            "No caption is in all stores (a.zarr has raw; b.zarr has long); give --positives 1 to draw from what each "
-            "store has.",
+            "No caption is in all stores: a.zarr has raw; b.zarr has long. Use --positives 1 to sample from the "
+            "captions of each store.",
         ),
-        (THERE, ["raw", "wrong"], 1, "a.zarr has no features of caption 'wrong'; it has raw, short, long."),
-        (THERE, ["short", "long"], 1, "b.zarr has no features of caption 'short'; it has raw."),
-        ([["raw"], []], None, 1, "b.zarr has no text features; make some with `sail-extract run`."),
+        (THERE, ["raw", "wrong"], 1, "a.zarr has no features of caption 'wrong'. It has raw, short, long."),
+        (THERE, ["short", "long"], 1, "b.zarr has no features of caption 'short'. It has raw."),
+        ([["raw"], []], None, 1, "b.zarr has no text features. Create some with `sail-extract run`."),
     ],
 )
-def test_what_cannot_be_read_together_is_refused(there, asked, positives, sentence):
-    with pytest.raises(UserError) as refused:
+def test_choose_captions_rejects_stores_that_do_not_fit(there, asked, positives, message):
+    with pytest.raises(UserError) as error:
         choose_captions(PATHS, there, asked, positives)
-    assert str(refused.value) == sentence
+    assert str(error.value) == message
 
 
-def test_more_positives_than_a_store_has_are_refused(mixed):
+def test_make_plan_rejects_more_positives_than_a_store_has(mixed):
     with pytest.raises(UserError, match=r"--positives 2 is more than the captions of .*few.zarr: raw; give at most 1"):
         make_plan(mixed, {"positives": 2})
 
 
-def test_which_captions_are_used_is_said(mixed):
+def test_notes_name_unused_and_missing_captions(mixed):
     many, _, few = mixed
     plan, notes = make_plan([many, few], {})
     assert plan.record()["captions"] == ["raw"]
@@ -107,9 +107,7 @@ def test_which_captions_are_used_is_said(mixed):
     start=st.integers(0, 9),
     buffer_rows=st.sampled_from([16, 50, 400]),
 )
-def test_a_batch_is_the_same_from_any_state_with_any_number_of_ranks(
-    mixed, positives, batch_size, seed, start, buffer_rows
-):
+def test_batches_do_not_depend_on_start_state_or_ranks(mixed, positives, batch_size, seed, start, buffer_rows):
     pairs = open_pairs(mixed[: 4 - positives], positives=positives)
 
     def parts(state, **ranks):
@@ -126,7 +124,7 @@ def test_a_batch_is_the_same_from_any_state_with_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("positives", [1, 2])
-def test_every_row_comes_once_an_epoch_with_captions_of_its_own(mixed, positives):
+def test_epoch_serves_each_row_once_with_its_own_captions(mixed, positives):
     pairs = open_pairs(mixed[: 4 - positives], positives=positives)
     captions_of = {}  # row's number → its store and its captions (C, D)
     for each in pairs:
@@ -146,15 +144,15 @@ def test_every_row_comes_once_an_epoch_with_captions_of_its_own(mixed, positives
     assert {name for count, name in drawn if count == 3} == set(WEIGHTS)
 
 
-def test_blocks_have_all_captions_of_their_store(mixed):
+def test_scan_yields_all_captions_of_each_store(mixed):
     pairs = open_pairs(mixed, positives=1)
     with stream_of(pairs, 1) as stream:
-        blocks = [block.texts[:, :, 0] for block in stream.blocks()]
+        blocks = [block.texts[:, :, 0] for block in stream.scan()]
     assert [block.shape for block in blocks] == [(3, 149), (2, 79), (1, 89)]
     assert all((block == block[0]).all() for block in blocks)
 
 
-def test_a_fit_learns_from_both_and_when_stopped_ends_as_one_that_was_not(make_store, tmp_path, monkeypatch):
+def test_fit_on_mixed_stores_learns_and_resumes_exactly(make_store, tmp_path, monkeypatch):
     stores = [make_store("many", rows=250, captions={"raw": (), "long": ()}), make_store("one", rows=250, first=1_000)]
     options = {"positives": 1, "head": "linear", "lr": 3e-3, "dim": 8, "batch_size": 50, "steps": 40, "held_out": 0.2}
     runs, step = [], trainer.train_step
@@ -177,7 +175,7 @@ def test_a_fit_learns_from_both_and_when_stopped_ends_as_one_that_was_not(make_s
     assert whole == stopped
 
 
-def test_held_out_pairs_are_scored_with_what_all_have_or_else_with_the_first(mixed, make_store):
+def test_held_out_pairs_use_shared_captions_or_else_the_first(mixed, make_store):
     plan, _ = make_plan(mixed, {"positives": 1})
     assert [each.captions for each in plan.scored] == [("raw",)] * 3
     other = make_store("other", rows=50, captions={"short": ()}, first=1_500)

@@ -1,4 +1,4 @@
-"""Every usable row once an epoch, in an order that is a function of seed and batch number alone."""
+"""The stream serves each usable row once per epoch, in an order that depends only on seed and batch number."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def stream_of(paths, batch_size=10, seed=0, buffer_rows=64, rows=None, **ranks):
 
 
 def served(stream, state, count):
-    """Return copies of `count` batches from a state on, for a stream writes over its own, and end the stream."""
+    """Return copies of `count` batches from a state on (a stream reuses its buffers), and close the stream."""
     with stream:
         batches = itertools.islice(stream.batches(state), count)
         return [Batch(batch.images.clone(), batch.texts.clone()) for batch, _ in batches]
@@ -46,7 +46,7 @@ def numbers(batches):
     return [int(row) for batch in batches for row in batch.images[:, 0]]
 
 
-def test_every_row_is_served_once_an_epoch_and_captions_stay_with_their_image(make_numbered):
+def test_epoch_serves_each_row_once_with_its_captions(make_numbered):
     stream = stream_of([make_numbered(rows=300, captions={"raw": (), "long": ()})])
     batches = epoch(stream)
     assert sorted(numbers(batches)) == list(range(300))
@@ -58,7 +58,7 @@ def test_every_row_is_served_once_an_epoch_and_captions_stay_with_their_image(ma
             assert torch.equal(caption[:, 0], batch.images[:, 0])
 
 
-def test_a_row_that_lacks_its_image_or_a_caption_is_never_served(make_numbered):
+def test_rows_without_image_or_caption_are_never_served(make_numbered):
     path = make_numbered(rows=100, bad=[3, 50], captions={"raw": [7], "long": [50, 99]})
     stream = stream_of([path], batch_size=8)
     assert stream.rows == 96
@@ -67,7 +67,7 @@ def test_a_row_that_lacks_its_image_or_a_caption_is_never_served(make_numbered):
     assert all(batch.images.isfinite().all() and batch.texts.isfinite().all() for batch in batches)
 
 
-def test_the_rest_of_an_epoch_is_dropped_and_differs_between_epochs(make_numbered):
+def test_rows_dropped_at_the_end_differ_by_epoch(make_numbered):
     path = make_numbered(rows=105)
     served = [set(numbers(epoch(stream_of([path]), number))) for number in range(2)]
     assert [len(rows) for rows in served] == [100, 100]
@@ -79,7 +79,7 @@ def pair_of_stores(make_numbered):
     return [make_numbered("one", rows=150), make_numbered("two", rows=70, first=1000, shard_rows=32, chunk_rows=8)]
 
 
-def test_two_stores_are_mixed(pair_of_stores):
+def test_batches_mix_two_stores(pair_of_stores):
     stream = stream_of(pair_of_stores, batch_size=22, buffer_rows=96)
     batches = epoch(stream)
     assert sorted(numbers(batches)) == [*range(150), *range(1000, 1070)]
@@ -88,14 +88,14 @@ def test_two_stores_are_mixed(pair_of_stores):
         assert 0 < from_second < 22
 
 
-def test_seeds_and_epochs_give_other_batches_and_the_same_give_the_same(make_numbered):
+def test_batches_depend_on_seed_and_epoch(make_numbered):
     path = make_numbered(rows=100)
     orders = [numbers(epoch(stream_of([path], seed=seed), number)) for seed in (0, 1) for number in (0, 1)]
     assert len(set(map(tuple, orders))) == 4
     assert numbers(epoch(stream_of([path]))) == orders[0]
 
 
-def test_the_rows_of_a_batch_are_in_the_order_of_the_disk(pair_of_stores):
+def test_rows_of_a_batch_are_in_disk_order(pair_of_stores):
     for batch in epoch(stream_of(pair_of_stores, batch_size=40)):
         assert numbers([batch]) == sorted(numbers([batch]))
 
@@ -107,7 +107,7 @@ def test_the_rows_of_a_batch_are_in_the_order_of_the_disk(pair_of_stores):
     part=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_whatever_rows_are_chosen_come_once_an_epoch(pair_of_stores, density, buffer_rows, part, seed):
+def test_any_choice_of_rows_is_served_once_per_epoch(pair_of_stores, density, buffer_rows, part, seed):
     random = np.random.default_rng(seed)
     rows = [random.random(size) < density for size in (150, 70)]
     rows[1][random.integers(70)] = True
@@ -121,7 +121,7 @@ def test_whatever_rows_are_chosen_come_once_an_epoch(pair_of_stores, density, bu
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 30), batch_size=st.integers(4, 70), buffer_rows=st.sampled_from([16, 50, 400]))
-def test_a_stream_goes_on_from_any_state_with_any_number_of_ranks(pair_of_stores, start, batch_size, buffer_rows):
+def test_stream_resumes_from_any_state_with_any_number_of_ranks(pair_of_stores, start, batch_size, buffer_rows):
     stream = partial(stream_of, pair_of_stores, batch_size, 1, buffer_rows)
     with stream() as whole:
         states = [StreamState.start(), *(state for _, state in itertools.islice(whole.batches(), start + 4))]
@@ -137,7 +137,7 @@ def test_a_stream_goes_on_from_any_state_with_any_number_of_ranks(pair_of_stores
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_batch_is_valid_until_the_next_but_one_is_asked_for(make_numbered):
+def test_batch_stays_valid_until_the_next_but_one(make_numbered):
     path = make_numbered(rows=100)
     expected = epoch(stream_of([path]))
     with stream_of([path]) as stream:
@@ -150,7 +150,7 @@ def test_a_batch_is_valid_until_the_next_but_one_is_asked_for(make_numbered):
         assert len({batch.images.data_ptr() for batch, _ in itertools.islice(stream.batches(), 9)}) == PREFETCH + 1
 
 
-def test_what_is_read_and_waited_for_is_counted(make_numbered):
+def test_stream_counts_bytes_and_waiting_time(make_numbered):
     stream = stream_of([make_numbered(rows=100)])
     epoch(stream)
     assert stream.bytes_read == 100 * (12 + 8) * 2
@@ -158,7 +158,7 @@ def test_what_is_read_and_waited_for_is_counted(make_numbered):
 
 
 def compress(path):
-    """Replace a store's features by the same in compressed shards."""
+    """Rewrite the features of a store as compressed shards."""
     for features in [array.parent for array in path.glob("*/**/features/zarr.json")]:
         values = zarr.open_array(features, mode="r")
         kept = values[:], values.shards, values.chunks
@@ -167,7 +167,7 @@ def compress(path):
 
 
 @pytest.mark.parametrize("zarrs", [True, False])
-def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pair_of_stores, monkeypatch, zarrs):
+def test_compressed_stores_give_the_same_batches_and_decode_each_chunk_once(pair_of_stores, monkeypatch, zarrs):
     if zarrs:
         pytest.importorskip("zarrs")
     else:
@@ -191,7 +191,7 @@ def test_other_stores_give_the_same_batches_from_chunks_that_are_decoded_once(pa
     assert most <= 2 * 2 * (64 // 8 + 1)
 
 
-def test_a_damaged_shard_ends_the_stream_with_a_sentence(make_store):
+def test_damaged_shard_ends_the_stream(make_store):
     path = make_store()
     (shard,) = path.glob("image/*/features/c/1/0")
     content = bytearray(shard.read_bytes())
@@ -201,27 +201,27 @@ def test_a_damaged_shard_ends_the_stream_with_a_sentence(make_store):
         epoch(stream_of([path]))
 
 
-def test_a_failure_to_look_ahead_ends_the_stream_too(make_numbered, monkeypatch):
+def test_failed_look_ahead_ends_the_stream(make_numbered, monkeypatch):
     monkeypatch.setattr("sail_align.align.data.sampler.Order.in_next_buffer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         epoch(stream_of([make_numbered(rows=100)]))
 
 
-def test_the_disk_is_asked_anew_for_what_blocks_have_read(make_numbered, monkeypatch):
+def test_batches_request_chunks_again_after_a_scan(make_numbered, monkeypatch):
     asked = []
     monkeypatch.setattr(FeatureArray, "expect", lambda self, chunks: asked.extend(chunks))
     with stream_of([make_numbered(rows=100)], batch_size=100) as stream:
-        list(stream.blocks())
+        list(stream.scan())
         asked.clear()
         next(stream.batches())
         assert {*range(7)} <= {*asked}
 
 
-def test_blocks_are_every_row_once_in_order(pair_of_stores):
-    assert numbers(stream_of(pair_of_stores).blocks()) == [*range(150), *range(1000, 1070)]
+def test_scan_yields_each_row_once_in_order(pair_of_stores):
+    assert numbers(stream_of(pair_of_stores).scan()) == [*range(150), *range(1000, 1070)]
 
 
-def test_held_out_rows_depend_on_their_keys_alone(make_store):
+def test_held_out_rows_depend_only_on_keys(make_store):
     stores = [make_store("one", rows=900), make_store("two", rows=400, first=1000)]
 
     def held_keys(paths):
@@ -242,12 +242,12 @@ def test_held_out_rows_depend_on_their_keys_alone(make_store):
     ("rows", "fraction", "expected"),
     [(300, 0.0, 0), (300, 0.01, 60), (900, 0.05, 100), (900, 0.2, 180), (4, 0.05, 0), (8_000, 0.45, 3_600)],
 )
-def test_the_number_of_held_out_rows_is_bounded(make_store, rows, fraction, expected):
+def test_number_of_held_out_rows_is_bounded(make_store, rows, fraction, expected):
     pairs = open_pairs([make_store(rows=rows, shard_rows=4_096, chunk_rows=1_024)])
     (held,) = split_held_out(pairs, [pairs[0].usable()], fraction)
     assert held.sum() == expected
 
 
-def test_a_batch_that_cannot_be_filled_is_refused(make_store):
+def test_stream_rejects_fewer_rows_than_a_batch(make_store):
     with pytest.raises(ValueError, match="9 rows do not fill a batch of 10"):
         stream_of([make_store(rows=100)], rows=[np.arange(100) < 9])

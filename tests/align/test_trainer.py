@@ -245,8 +245,8 @@ def test_captions_that_few_rows_have_are_not_taken_unasked(make_store):
     with pytest.raises(UserError) as mistake:
         make_plan([path], {})
     assert str(mistake.value) == (
-        "Only 0 of 60 rows with an image have all of the captions c0, c1, c2, and the rarest, c2, is in 30 rows; "
-        "choose with --captions which to train on."
+        "Only 0 of 60 rows with an image have all captions (c0, c1, c2). The rarest is c2, in 30 rows. "
+        "Choose captions to train on with --captions."
     )
     plan, _ = make_plan([path], {}, captions=["c0", "c1"])
     assert plan.training_rows + plan.held_out_rows == 50
@@ -273,7 +273,7 @@ def test_features_that_are_no_numbers_are_told_from_a_rate_that_is_too_high(make
     keys = make_plan([path], {})[0].held_out[0]
     poison(path, ~keys)
     for start, sentence in (
-        ("random", "has features that are no numbers"),
+        ("random", "contains NaN or inf in rows marked ok"),
         ("closed-form", "hold values that are no n"),
     ):
         plan, run = begin([path], tmp_path / start, start=start, steps=3)
@@ -281,7 +281,7 @@ def test_features_that_are_no_numbers_are_told_from_a_rate_that_is_too_high(make
             fit(plan, run, device=CPU, quiet=True)
     poison(path, keys)
     plan, run = begin([path], tmp_path / "scored", steps=3)
-    with pytest.raises(UserError, match="has features that are no numbers"):
+    with pytest.raises(UserError, match="contains NaN or inf in rows marked ok"):
         fit(plan, run, device=CPU, quiet=True)
 
 
