@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sail_align.align.analysis.trials import spread
 from sail_align.align.data.loader import Batch, Stream
 from sail_align.align.data.pairs import Half, Pairs, open_pairs, read_rows
-from sail_align.align.stats.tables import markdown_table
+from sail_align.align.stats.tables import markdown_table, mean_std
 from sail_align.align.train.initial import build_model
 from sail_align.align.train.plan import Plan, make_plan
 from sail_align.align.train.step import Stepper, make_optimizer, train_step
@@ -63,7 +62,7 @@ def main() -> None:
             full = found[list(BUFFERS)[-1]]
             for name, scores in found.items():
                 differences = [one["r1"] - other["r1"] for one, other in zip(scores, full, strict=True)]
-                cells = [spread([each[way] for each in scores]) for way in ("t2i_r1", "i2t_r1", "r1")]
+                cells = [mean_std([each[way] for each in scores]) for way in ("t2i_r1", "i2t_r1", "r1")]
                 difference = "" if scores is full else f"{mean(differences):+.1f} ± {stdev(differences):.1f}"
                 lines.append((order, name, *cells, difference))
                 print(*lines[-1], flush=True)

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sail_align.align.analysis.trials import finished_run, read_scored, retrieve, spread
+from sail_align.align.analysis.trials import Retrieved, Trial, read_scored
 from sail_align.align.data.pairs import open_pairs
 from sail_align.align.stats.charts import line_chart
-from sail_align.align.stats.tables import markdown_table
+from sail_align.align.stats.tables import markdown_table, mean_std
 from sail_align.align.train.plan import make_plan
 
 BATCHES = (128, 512, 1_900)
@@ -85,16 +85,14 @@ def main() -> None:
     results: dict[str, list[tuple[Cell, list[dict[str, float]]]]] = {name: [] for name in asked.grids}
     for name in results:
         for cell in GRIDS[name]:
-            seeds = []
+            plan, _ = make_plan([asked.features], {**recipe, **cell.options}, captions=[asked.captions])
+            trial, seeds = Trial(name, plan), []
             for seed in range(asked.seeds):
-                plan, _ = make_plan(
-                    [asked.features], {**recipe, **cell.options, "seed": seed}, captions=[asked.captions]
-                )
-                run, _ = finished_run(plan, asked.out / "runs", name, device=torch.device("cpu"), quiet=True)
-                found = retrieve(run, *features, torch.device("cpu"))
+                run, _ = trial.run(asked.out / "runs", seed, device=torch.device("cpu"), quiet=True)
+                found = Retrieved.by(run, *features, torch.device("cpu"))
                 seeds.append({"r1": (found.t2i_r1 + found.i2t_r1) / 2, **course(run.path)})
             results[name].append((cell, seeds))
-            print(f"{name} {cell}: R@1 {spread([each['r1'] for each in seeds])}", flush=True)
+            print(f"{name} {cell}: R@1 {mean_std([each['r1'] for each in seeds])}", flush=True)
     text = "\n\n".join(table(name, found) for name, found in results.items())
     (asked.out / "stability.md").write_text(f"{text}\n\nMean R@1 of both ways in %, chance {chance:.1f}.\n")
     record = {
@@ -137,7 +135,7 @@ def table(name: str, found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -
                 f"{cell.stands_for:,}",
                 f"{cell.temperature}" if cell.temperature == "auto" else f"{cell.temperature:g}",
                 f"{mean['b']:.1f}",
-                spread([each["r1"] for each in seeds]),
+                mean_std([each["r1"] for each in seeds]),
                 f"{mean['mass_start']:.3g}",
                 f"{mean['mass_end']:.3g}",
                 f"{mean['image_rank']:.0f}",

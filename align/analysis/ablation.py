@@ -1,7 +1,8 @@
-"""The paper's ablation, step by step, on any store: which head, loss and captions are worth how much."""
+"""The paper's ablation, step by step, on any store: the effect of the head, the loss and the captions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,16 @@ import torch
 
 from sail_align.align.analysis.trials import (
     FORMAT,
-    Retrieved,
-    Say,
+    Echo,
     Trial,
+    TrialResult,
     base_recipe,
-    finished_run,
     held_out_by_all,
     read_scored,
-    require_room,
-    retrieve,
-    spread,
+    run_trials,
 )
 from sail_align.align.stats.charts import dot_chart
-from sail_align.align.stats.tables import markdown_table
-from sail_align.align.train.collapse import collapse_of
+from sail_align.align.stats.tables import markdown_table, mean_std
 from sail_align.align.train.plan import make_plan
 
 RAW, LONG = "raw", "long"
@@ -31,9 +28,9 @@ RAW, LONG = "raw", "long"
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder: options beside the recipe that all rungs share, and the kinds of captions trained on.
+    """One step of the ladder: its options beside the shared recipe, and the kinds of captions to train on.
 
-    `paper` is R@1 text → image and image → text that the paper reports (2.2 M pairs of CC3M, scored on COCO).
+    `paper` is the R@1 that the paper reports, text → image and image → text (2.2 M pairs of CC3M, scored on COCO).
     """
 
     name: str
@@ -57,89 +54,78 @@ LADDER = (
 
 
 @dataclass(frozen=True)
-class Climbed:
-    """A rung with its runs: for each caption that was scored, what every seed retrieved, and which seeds collapsed."""
+class LadderResult:
+    """The results of all rungs, scored on the same held-out pairs. `about` is the request, ready for JSON."""
 
-    rung: Rung
-    digests: Sequence[str]
-    retrieved: Mapping[str, Sequence[Retrieved]]
-    collapsed: Sequence[bool]
-
-    @property
-    def label(self) -> str:
-        """The rung's name, and if the training of a seed collapsed, of how many."""
-        count = sum(self.collapsed)
-        return self.rung.name + (f" (collapsed {count}/{len(self.collapsed)})" if count else "")
-
-    def recalls(self, caption: str) -> tuple[list[float], list[float]]:
-        """Return R@1 by seed, text → image and image → text, in percent."""
-        found = self.retrieved[caption]
-        return [each.t2i_r1 for each in found], [each.i2t_r1 for each in found]
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """All rungs climbed, scored on the same `pairs` held-out pairs; `about` is what was asked for, JSON-able."""
-
-    climbed: Sequence[Climbed]
-    captions: Sequence[str]
-    pairs: int
-    seeds: int
+    rungs: Sequence[Rung]
+    results: Sequence[TrialResult]
     about: Mapping[str, Any]
 
     @property
+    def captions(self) -> list[str]:
+        """Captions that the rungs are scored on."""
+        return list(self.results[0].retrieved)
+
+    @property
+    def pairs(self) -> int:
+        """Number of held-out pairs."""
+        return self.results[0].pairs
+
+    @property
     def chance(self) -> float:
-        """R@1 of guessing, in percent."""
+        """R@1 of a random guess in percent."""
         return 100 / self.pairs
 
     def table(self) -> str:
         """Return R@1 in percent, mean ± standard deviation over the seeds, as Markdown."""
-        ways = [f"{caption}: {way} R@1" for caption in self.captions for way in ("T2I", "I2T")]
+        columns = [f"{caption}: {way} R@1" for caption in self.captions for way in ("T2I", "I2T")]
         rows = []
-        for each in self.climbed:
-            cells = [spread(values) for caption in self.captions for values in each.recalls(caption)]
-            rows.append((each.label, *cells, "{:.1f} / {:.1f}".format(*each.rung.paper)))
-        return markdown_table(("rung", *ways, "paper, CC3M → COCO"), rows)
+        for rung, result in zip(self.rungs, self.results, strict=True):
+            cells = [mean_std(values) for caption in self.captions for values in result.recalls(caption)]
+            rows.append((result.label, *cells, "{:.1f} / {:.1f}".format(*rung.paper)))
+        return markdown_table(("rung", *columns, "paper, CC3M → COCO"), rows)
 
     def explanation(self) -> str:
-        """Say in a paragraph what the table's numbers are."""
-        seeds = f"mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else "one seed"
-        collapsed = any(any(each.collapsed) for each in self.climbed)
-        return (
-            f"R@1 in % on {self.pairs:,} pairs that no rung trained on (chance {self.chance:.2f}), by the caption that "
-            f"is looked up or looked for; {seeds}. The last column is the paper's, text → image / image → text."
-        ) + (" Where training collapsed the numbers tell of the recipe, not of the rung: lower --lr." * collapsed)
+        """Explain the numbers of the table in a paragraph."""
+        seeds = len(self.results[0].digests)
+        over_seeds = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+        text = (
+            f"R@1 in % on {self.pairs:,} pairs that no rung was trained on (chance {self.chance:.2f}), by caption; "
+            f"{over_seeds}. The last column has the paper's numbers, text → image / image → text."
+        )
+        if any(any(result.collapsed) for result in self.results):
+            text += " The numbers of collapsed runs reflect the recipe, not the rung. Lower --lr."
+        return text
 
     def chart(self) -> str:
-        """Draw R@1 by rung, on the first caption, as SVG."""
+        """Draw R@1 by rung on the first caption; return the SVG."""
         series = {}
         for way, name in enumerate(("text → image", "image → text")):
-            values = [each.recalls(self.captions[0])[way] for each in self.climbed]
+            values = [result.recalls(self.captions[0])[way] for result in self.results]
             series[name] = [(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0) for v in values]
-        return dot_chart([each.label for each in self.climbed], series, f"R@1 (%), captions {self.captions[0]}")
+        labels = [result.label for result in self.results]
+        return dot_chart(labels, series, f"R@1 (%), captions {self.captions[0]}")
 
     def record(self) -> dict[str, Any]:
-        """Return all numbers as JSON-able data."""
+        """Return all numbers, ready for JSON."""
+        ways = ("t2i_r1", "i2t_r1")
         rungs = [
             {
-                "name": each.rung.name,
-                "options": dict(each.rung.options),
-                "captions": list(each.rung.captions),
-                "runs": list(each.digests),
-                "collapsed": list(each.collapsed),
-                "scores": {
-                    caption: dict(zip(("t2i_r1", "i2t_r1"), each.recalls(caption), strict=True))
-                    for caption in self.captions
-                },
-                "paper": dict(zip(("t2i_r1", "i2t_r1"), each.rung.paper, strict=True)),
+                "name": rung.name,
+                "options": dict(rung.options),
+                "captions": list(rung.captions),
+                "runs": result.digests,
+                "collapsed": result.collapsed,
+                "scores": {caption: dict(zip(ways, result.recalls(caption), strict=True)) for caption in self.captions},
+                "paper": dict(zip(ways, rung.paper, strict=True)),
             }
-            for each in self.climbed
+            for rung, result in zip(self.rungs, self.results, strict=True)
         ]
-        shared = {"pairs": self.pairs, "chance": self.chance, "seeds": self.seeds}
+        shared = {"pairs": self.pairs, "chance": self.chance, "seeds": len(self.results[0].digests)}
         return {"format": FORMAT, "protocol": "ladder-1", **self.about, **shared, "rungs": rungs}
 
 
-def climb(
+def run_ladder(
     stores: Sequence[Path],
     folder: Path,
     given: Mapping[str, Any],
@@ -147,68 +133,54 @@ def climb(
     kinds: Mapping[str, str],
     seeds: int,
     device: torch.device,
-    say: Say,
+    echo: Echo,
     quiet: bool = False,
     image_encoder: str | None = None,
     text_encoder: str | None = None,
-) -> Ladder:
-    """Train every rung with every seed under a folder, or take the runs that are there; score them.
+) -> LadderResult:
+    """Train and score each rung with each seed. Finished runs are reused.
 
     Args:
         stores: At least one.
-        folder: Where the runs go.
-        given: Options of a fit that all rungs share, over those of `base_recipe`.
-        kinds: Which of the stores' captions are `raw` and, if there are such, `long`; rungs of the others are left out.
-        seeds: Runs a rung.
-        device: Where to train.
-        say: Takes a sentence after each run.
-        quiet: No progress bars.
-        image_encoder: Which encoder's images, where a store holds several.
-        text_encoder: The same for texts.
+        folder: Folder for the runs.
+        given: Fit options that all rungs share; they override those of `base_recipe`.
+        kinds: The stores' captions of kind `raw` and, if there are any, `long`. Rungs of a missing kind are left out.
+        seeds: Number of runs of each rung.
+        device: Device to train on.
+        echo: Called with a line after each run.
+        quiet: Show no progress bars.
+        image_encoder: Image encoder to use if a store has more than one.
+        text_encoder: Text encoder to use if a store has more than one.
 
     Raises:
-        UserError: The disk is too full, or an option or a store cannot be used; found before the first fit.
+        UserError: The disk has too little free space, or an option or a store cannot be used. Raised before the first
+            fit.
     """
     recipe = base_recipe(stores, given)
-    trials, rungs = [], [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
+    rungs = [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
+    trials = []
     for rung in rungs:
-        captions = [kinds[kind] for kind in rung.captions]
         plan, notes = make_plan(
             stores,
             {**recipe, **rung.options},
-            captions=captions,
+            captions=[kinds[kind] for kind in rung.captions],
             image_encoder=image_encoder,
             text_encoder=text_encoder,
         )
+        for note in notes if not trials else ():
+            echo(f"note: {note}")
         trials.append(Trial(rung.name, plan))
-        for note in notes if rung is rungs[0] else ():
-            say(f"note: {note}")
-    require_room(trials, folder, seeds, say)
     scored = held_out_by_all(trials)
     features = {
         trial.plan.pairs[0].captions[0]: read_scored(trial.plan.pairs, scored)
         for trial in trials
         if len(trial.plan.pairs[0].captions) == 1
     }
-    digests: list[list[str]] = [[] for _ in rungs]
-    retrieved: list[dict[str, list[Retrieved]]] = [{caption: [] for caption in features} for _ in rungs]
-    collapsed: list[list[bool]] = [[] for _ in rungs]
-    for seed in range(seeds):
-        for number, trial in enumerate(trials):
-            run, there = finished_run(trial.seeded(seed), folder, trial.name, device=device, quiet=quiet)
-            digests[number].append(run.digest)
-            collapsed[number].append(collapse_of(run.path, run.settings["lr"]) is not None)
-            for caption, (image_ND, text_ND) in features.items():
-                retrieved[number][caption].append(retrieve(run, image_ND, text_ND, device))
-            found = "; ".join(f"{c} {r[-1].t2i_r1:.1f} / {r[-1].i2t_r1:.1f}" for c, r in retrieved[number].items())
-            place = f"{seed * len(trials) + number + 1}/{seeds * len(trials)}"
-            remarks = f"{', collapsed' if collapsed[number][-1] else ''}{' (was there)' if there else ''}"
-            say(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {found}{remarks}")
+    results = run_trials(trials, repeat(features), folder, seeds=seeds, device=device, echo=echo, quiet=quiet)
     about = {
         "stores": [str(each.store.path) for each in trials[0].plan.pairs],
         "store_digests": [each.store.digest for each in trials[0].plan.pairs],
         "captions": dict(kinds),
         "recipe": recipe,
     }
-    climbed = [Climbed(*each) for each in zip(rungs, digests, retrieved, collapsed, strict=True)]
-    return Ladder(climbed, list(features), sum(int(rows.sum()) for rows in scored), seeds, about)
+    return LadderResult(rungs, results, about)

@@ -1,6 +1,6 @@
-"""How alike a store's image and text features are before any training: of a sample of rows, in bounded memory."""
+"""How well a store's image and text features are aligned before training, measured on a sample of rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ HEADER = ("image", "text", "caption", "rows", "mutual k-NN (chance)", "CKA", "CC
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One image encoder with one caption of one text encoder; recall and its interval in percent.
+class PairAlignment:
+    """Measurements of an image encoder with one caption of a text encoder; recall and its interval in percent.
 
-    `rows` are those of the `drawn` ones that both sides have. `mutual_knn` and `cka` are over all `rows`; the closed
-    form is computed from those that are not held out.
+    `rows` of the `drawn` rows have features on both sides. `mutual_knn` and `cka` use all `rows`. The closed form is
+    computed from the rows that are not held out.
     """
 
     image: str
@@ -51,15 +51,15 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Stretches of a store's rows, evenly likely anywhere, and the hash of each row's key (n,)."""
+class RowSample:
+    """Spans of a store's rows, drawn uniformly, and the hashes (n,) of the rows' keys."""
 
     spans: Sequence[tuple[int, int]]
     hashes: NDArray[np.uint64]
 
     @classmethod
-    def draw(cls, store: Store, rows: int, seed: int) -> "Sample":
-        """Draw about `rows` rows, in whole stretches; all of a store that has no more."""
+    def draw(cls, store: Store, rows: int, seed: int) -> "RowSample":
+        """Draw about `rows` rows in whole spans, or all rows of a smaller store."""
         starts = np.arange(0, store.rows, SPAN_ROWS)
         count = min(len(starts), -(-rows // SPAN_ROWS))
         chosen = np.sort(np.random.default_rng(seed).permutation(starts)[:count]).tolist()
@@ -67,47 +67,81 @@ class Sample:
         return cls(spans, np.concatenate([key_hashes(store.index(["key"], *span)["key"]) for span in spans]))
 
     def read(self, array: FeatureArray) -> tuple[Half, NDArray[np.bool_]]:
-        """Return the features (n, D) of the rows, and which of them are there."""
+        """Return the features (n, D) of the rows, and a mask of those that exist."""
         features, status = zip(*(array.read(*span) for span in self.spans), strict=True)
         return np.concatenate(features), np.concatenate(status) == Status.OK
 
 
-def measure(store: Store, *, rows: int, neighbours: int, held_out: float, seed: int) -> Iterator[Measure]:
-    """Yield the measures of every image encoder with every caption of every text encoder.
+@dataclass(frozen=True)
+class StoreAlignment:
+    """Measurements of all combinations of a store's encoders and captions. `options` is how they were requested."""
+
+    store: Store
+    pairs: Sequence[PairAlignment]
+    options: Mapping[str, Any]
+
+    def table(self) -> str:
+        """Return a Markdown table with a row per combination."""
+        rows = [
+            (
+                each.image,
+                each.text,
+                each.caption,
+                f"{each.rows:,}",
+                f"{each.mutual_knn:.3f} ({each.mutual_knn_chance:.3f})",
+                f"{each.cka:z.3f}",
+                _recall(each.t2i_r1, each.t2i_interval),
+                _recall(each.i2t_r1, each.i2t_interval),
+                f"{each.chance:.2f}",
+            )
+            for each in self.pairs
+        ]
+        return markdown_table(HEADER, rows, words=3)
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers, the options and the store's digest, ready for JSON."""
+        store = {"store": str(self.store.path), "store_digest": self.store.digest}
+        shown = {"rows": self.pairs[0].drawn, **self.options, "measures": [asdict(each) for each in self.pairs]}
+        return {"format": FORMAT, "protocol": "measure-1", **store, **shown}
+
+
+def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, seed: int) -> StoreAlignment:
+    """Measure the alignment of each image encoder with each caption of each text encoder.
 
     Args:
-        store: It need not be complete: rows that are not there are left out.
-        rows: Of the sample, about: see `Measure.drawn`.
+        store: Store to measure. It may be incomplete: rows without features are left out.
+        rows: Approximate size of the sample; `PairAlignment.drawn` has the exact one.
         neighbours: k of the mutual k-NN.
-        held_out: Fraction of the sample to score the closed form on. Where the sample is the whole store, they are the
-            rows that `sail-align fit --held-out` keeps out too.
-        seed: Of the sample.
+        held_out: Fraction of the sample to score the closed form on. If the sample is the whole store, these are the
+            rows that `sail-align fit --held-out` holds out as well.
+        seed: Seed of the sample.
 
     Raises:
-        UserError: There is nothing to pair, a pair has fewer than 50 rows, or a feature is no number.
+        UserError: There is nothing to pair, a pair has fewer than 50 rows, or a feature is NaN or inf.
     """
     texts = [(name, node, array) for name in store.captions for node, array in store.texts(name).items()]
     if not texts or not store.images():
-        raise UserError(f"{store.path} has not both image and text features; make them with `sail-extract run`.")
-    sample = Sample.draw(store, rows, seed)
+        raise UserError(f"{store.path} needs image and text features. Create the missing ones with `sail-extract run`.")
+    sample, pairs = RowSample.draw(store, rows, seed), []
     for image, image_array in store.images().items():
-        image_ND, image_there = sample.read(image_array)
+        image_ND, image_ok = sample.read(image_array)
         for caption, text, text_array in texts:
-            text_ND, text_there = sample.read(text_array)
-            both = image_there & text_there
+            text_ND, text_ok = sample.read(text_array)
+            both = image_ok & text_ok
             if both.sum() < (least := max(MIN_ROWS, neighbours + 1)):
                 raise UserError(
-                    f"{image_array.path} and {text_array.path} of {store.path} have {both.sum()} of {len(both)} rows "
-                    f"together, and it takes {least}; see `sail-extract status`, or raise --rows."
+                    f"{image_array.path} and {text_array.path} of {store.path} have only {both.sum()} of {len(both)} "
+                    f"rows in common; {least} are needed. See `sail-extract status`, or raise --rows."
                 )
             sides = image_ND[both], text_ND[both]
             if not all(np.isfinite(side).all() for side in sides):
                 raise not_finite([store])
-            found = _measure(*sides, sample.hashes[both], neighbours, held_out)
-            yield Measure(image, text, caption, len(both), **found)
+            scores = _scores(*sides, sample.hashes[both], neighbours, held_out)
+            pairs.append(PairAlignment(image, text, caption, len(both), **scores))
+    return StoreAlignment(store, pairs, {"neighbours": neighbours, "held_out": held_out, "seed": seed})
 
 
-def _measure(
+def _scores(
     image_ND: Half, text_ND: Half, hash_N: NDArray[np.uint64], neighbours: int, held_out: float
 ) -> dict[str, Any]:
     rows, count = len(image_ND), held_out_count(len(image_ND), held_out)
@@ -147,31 +181,6 @@ def _embed(linear_map: LinearMap, features_ND: Half) -> NDArray[np.float32]:
     normed = F.layer_norm(features, features.shape[-1:])
     embedded: NDArray[np.float32] = F.normalize(normed @ linear_map.weight.T + linear_map.bias).float().numpy()
     return embedded
-
-
-def table(measures: Sequence[Measure]) -> str:
-    """Return a table, a line a measure, as they come."""
-    lines = [
-        (
-            each.image,
-            each.text,
-            each.caption,
-            f"{each.rows:,}",
-            f"{each.mutual_knn:.3f} ({each.mutual_knn_chance:.3f})",
-            f"{each.cka:z.3f}",
-            _recall(each.t2i_r1, each.t2i_interval),
-            _recall(each.i2t_r1, each.i2t_interval),
-            f"{each.chance:.2f}",
-        )
-        for each in measures
-    ]
-    return markdown_table(HEADER, lines, words=3)
-
-
-def report(store: Store, measures: Sequence[Measure], **asked: Any) -> dict[str, Any]:
-    """Return the measures as JSON-able data, with how they were asked for and the store they are of."""
-    about = {"format": FORMAT, "protocol": "measure-1", "store": str(store.path), "store_digest": store.digest}
-    return {**about, **asked, "measures": [asdict(each) for each in measures]}
 
 
 def _recall(percent: float, interval: tuple[float, float]) -> str:

@@ -1,4 +1,4 @@
-"""The linear alignment probe: which frozen encoders are brought together best by linear heads of one fixed recipe.
+"""The linear alignment probe: rank frozen encoders by how well linear heads of one fixed recipe align them.
 
 Zhang et al., *Assessing and Learning Alignment of Unimodal Vision and Language Models* (2024). The recipe is that of
 their released script: linear heads, sigmoid loss, Lion with a weight decay of 1e-7, warm-up over 10 % of the steps.
@@ -14,20 +14,16 @@ import torch
 
 from sail_align.align.analysis.trials import (
     FORMAT,
-    Retrieved,
-    Say,
+    Echo,
     Trial,
+    TrialResult,
     base_recipe,
-    finished_run,
     held_out_by_all,
     read_scored,
-    require_room,
-    retrieve,
-    spread,
+    run_trials,
 )
-from sail_align.align.data.pairs import Pairs
 from sail_align.align.stats.bootstrap import mean_interval
-from sail_align.align.stats.tables import markdown_table
+from sail_align.align.stats.tables import markdown_table, mean_std
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
@@ -47,161 +43,164 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """Names its runs."""
+        """Name of its runs."""
         return f"{self.store.stem} {self.image} {self.text} {self.caption}"
+
+    @classmethod
+    def select(
+        cls,
+        stores: Sequence[Path],
+        image_encoders: Sequence[str],
+        text_encoders: Sequence[str],
+        captions: Sequence[str],
+    ) -> list["Combination"]:
+        """Return the requested combinations of the stores. An empty list of names selects all of them.
+
+        Raises:
+            UserError: A path is not a store, or there is no such combination.
+        """
+        available = []
+        for path in stores:
+            store = Store.open(path)
+            texts = [(caption, node) for caption in store.captions for node in store.texts(caption)]
+            available += [cls(path, image, text, caption) for image in store.images() for caption, text in texts]
+        requested = {"image": image_encoders, "text": text_encoders, "caption": captions}
+        paths = ", ".join(map(str, stores))
+        for side, names in requested.items() if available else ():
+            known = dict.fromkeys(getattr(each, side) for each in available)
+            if missing := next((name for name in names if name not in known), None):
+                kind = side if side == "caption" else f"{side} encoder"
+                raise UserError(f"{paths} has no features of {kind} {missing!r}. Available: {', '.join(known)}.")
+        found = [
+            each
+            for each in available
+            if all(not names or getattr(each, side) in names for side, names in requested.items())
+        ]
+        if not found:
+            raise UserError(
+                f"{paths} has no such combination of image features, text features and caption. See `sail-extract "
+                "status`."
+            )
+        return found
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What linear heads made of a combination: of every seed, on `pairs` held-out pairs."""
+class ProbeScore:
+    """The result of linear heads on a combination."""
 
     combination: Combination
-    pairs: int
-    digests: Sequence[str]
-    retrieved: Sequence[Retrieved]
+    result: TrialResult
+
+    @property
+    def recalls(self) -> tuple[list[float], list[float]]:
+        """R@1 by seed in percent, text → image and image → text."""
+        return self.result.recalls(self.combination.caption)
 
     @property
     def r1_by_seed(self) -> list[float]:
-        """R@1 in percent, the mean over both ways."""
-        return [(each.t2i_r1 + each.i2t_r1) / 2 for each in self.retrieved]
+        """R@1 by seed in percent, the mean of both ways."""
+        return [(t2i + i2t) / 2 for t2i, i2t in zip(*self.recalls, strict=True)]
 
     @property
     def r1(self) -> float:
-        """Its mean over the seeds."""
+        """Mean of `r1_by_seed`."""
         return float(np.mean(self.r1_by_seed))
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its 95 % bootstrap interval over the held-out pairs."""
-        hits_N = np.mean([[each.text_to_image, each.image_to_text] for each in self.retrieved], axis=(0, 1))
+        """95 % bootstrap interval of `r1` over the held-out pairs."""
+        retrieved = self.result.retrieved[self.combination.caption]
+        hits_N = np.mean([[each.text_to_image, each.image_to_text] for each in retrieved], axis=(0, 1))
         low, high = mean_interval(hits_N)
         return 100 * low, 100 * high
 
 
-def combinations(
-    stores: Sequence[Path], image_encoders: Sequence[str], text_encoders: Sequence[str], captions: Sequence[str]
-) -> list[Combination]:
-    """Return those of the stores' combinations that are asked for; nothing asked of a kind asks for all of it.
+@dataclass(frozen=True)
+class ProbeResult:
+    """Scores of all combinations, the best first. `recipe` has the options of the fits."""
 
-    Raises:
-        UserError: A path is no store, or there is no such combination.
-    """
-    there = []
-    for path in stores:
-        store = Store.open(path)
-        texts = [(caption, node) for caption in store.captions for node in store.texts(caption)]
-        there += [Combination(path, image, text, caption) for image in store.images() for caption, text in texts]
-    asked = {"image": image_encoders, "text": text_encoders, "caption": captions}
-    for side, names in asked.items() if there else ():
-        known = dict.fromkeys(getattr(each, side) for each in there)
-        if lacking := next((name for name in names if name not in known), None):
-            what = side if side == "caption" else f"{side} encoder"
-            has = f"{' with '.join(map(str, stores))} has no features of {what} {lacking!r}"
-            raise UserError(f"{has}; it has {', '.join(known)}.")
-    found = [each for each in there if all(not asked[side] or getattr(each, side) in asked[side] for side in asked)]
-    if not found:
-        raise UserError(
-            f"{', '.join(map(str, stores))} has no such image features, captions and text features together; see "
-            "`sail-extract status` for what is there."
-        )
-    return found
+    scores: Sequence[ProbeScore]
+    recipe: Mapping[str, Any]
+
+    def table(self) -> str:
+        """Return the ranking as Markdown."""
+        rows = []
+        for rank, score in enumerate(self.scores, start=1):
+            which, pairs = score.combination, score.result.pairs
+            low, high = score.interval
+            mean = f"{mean_std(score.r1_by_seed)} ({low:.1f} – {high:.1f})"
+            names = (str(rank), which.store.stem, which.image, which.text, which.caption)
+            rows.append((*names, f"{pairs:,}", *map(mean_std, score.recalls), mean, f"{100 / pairs:.2f}"))
+        return markdown_table(HEADER, rows, words=5)
+
+    def record(self) -> dict[str, Any]:
+        """Return all numbers, ready for JSON."""
+        ranking = [
+            {
+                "store": str(score.combination.store),
+                "store_digest": Store.open(score.combination.store).digest,
+                "image": score.combination.image,
+                "text": score.combination.text,
+                "caption": score.combination.caption,
+                "pairs": score.result.pairs,
+                "chance": 100 / score.result.pairs,
+                "r1": score.r1,
+                "interval": score.interval,
+                "t2i_r1": score.recalls[0],
+                "i2t_r1": score.recalls[1],
+                "runs": score.result.digests,
+            }
+            for score in self.scores
+        ]
+        return {"format": FORMAT, "protocol": "probe-1", "recipe": self.recipe, "ranking": ranking}
 
 
-def probe(
-    asked: Sequence[Combination],
+def run_probe(
+    combinations: Sequence[Combination],
     folder: Path,
     given: Mapping[str, Any],
     *,
     seeds: int,
     device: torch.device,
-    say: Say,
+    echo: Echo,
     quiet: bool = False,
-) -> list[Probed]:
-    """Train linear heads for each combination under a folder, or take the runs that are there; return them ranked.
+) -> ProbeResult:
+    """Train and score linear heads for each combination. Finished runs are reused.
 
-    Combinations of one store are scored on the same held-out pairs. The best is the first.
+    Combinations of one store are scored on the same held-out pairs.
+
+    Args:
+        combinations: At least one.
+        folder: Folder for the runs.
+        given: Fit options; they override those of the recipe.
+        seeds: Number of runs of each combination.
+        device: Device to train on.
+        echo: Called with a line after each run.
+        quiet: Show no progress bars.
 
     Raises:
-        UserError: The disk is too full, or an option or an array cannot be used; found before the first fit.
+        UserError: The disk has too little free space, or an option or an array cannot be used. Raised before the first
+            fit.
     """
-    trials: dict[Combination, Trial] = {}
-    for each in asked:
-        options = {**base_recipe([each.store], given), **RECIPE}
+    trials: list[Trial] = []
+    by_store: dict[Path, list[Trial]] = {}
+    for each in combinations:
         plan, notes = make_plan(
             [each.store],
-            {**options, **given},
+            {**base_recipe([each.store], given), **RECIPE, **given},
             captions=[each.caption],
             image_encoder=each.image,
             text_encoder=each.text,
         )
         for note in notes if not trials else ():
-            say(f"note: {note}")
-        trials[each] = Trial(each.name, plan)
-    require_room(list(trials.values()), folder, seeds, say)
-    scored = {
-        store: held_out_by_all([trial for each, trial in trials.items() if each.store == store])
-        for store in dict.fromkeys(each.store for each in asked)
-    }
-    probed = []
-    for number, (each, trial) in enumerate(trials.items(), start=1):
-        pairs: Sequence[Pairs] = trial.plan.pairs
-        image_ND, text_ND = read_scored(pairs, scored[each.store])
-        digests, retrieved = [], []
-        for seed in range(seeds):
-            run, there = finished_run(trial.seeded(seed), folder, each.name, device=device, quiet=quiet)
-            digests.append(run.digest)
-            retrieved.append(retrieve(run, image_ND, text_ND, device))
-            found = f"{retrieved[-1].t2i_r1:.1f} / {retrieved[-1].i2t_r1:.1f}{' (was there)' if there else ''}"
-            say(f"{number}/{len(trials)} {each.name}, seed {seed}: T2I / I2T R@1 {found}")
-        probed.append(Probed(each, len(image_ND), digests, retrieved))
-    return sorted(probed, key=lambda one: -one.r1)
-
-
-def table(probed: Sequence[Probed]) -> str:
-    """Return the ranking as Markdown."""
-    rows = []
-    for rank, each in enumerate(probed, start=1):
-        low, high = each.interval
-        of = each.combination
-        recalls = [spread([one.t2i_r1 for one in each.retrieved]), spread([one.i2t_r1 for one in each.retrieved])]
-        mean = f"{spread(each.r1_by_seed)} ({low:.1f} – {high:.1f})"
-        rows.append(
-            (
-                f"{rank}",
-                of.store.stem,
-                of.image,
-                of.text,
-                of.caption,
-                f"{each.pairs:,}",
-                *recalls,
-                mean,
-                f"{100 / each.pairs:.2f}",
-            )
-        )
-    return markdown_table(HEADER, rows, words=5)
-
-
-def record(probed: Sequence[Probed], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all numbers as JSON-able data."""
-    return {
-        "format": FORMAT,
-        "protocol": "probe-1",
-        "recipe": {**RECIPE, **given},
-        "ranking": [
-            {
-                "store": str(each.combination.store),
-                "store_digest": Store.open(each.combination.store).digest,
-                "image": each.combination.image,
-                "text": each.combination.text,
-                "caption": each.combination.caption,
-                "pairs": each.pairs,
-                "chance": 100 / each.pairs,
-                "r1": each.r1,
-                "interval": each.interval,
-                "t2i_r1": [one.t2i_r1 for one in each.retrieved],
-                "i2t_r1": [one.i2t_r1 for one in each.retrieved],
-                "runs": list(each.digests),
-            }
-            for each in probed
-        ],
-    }
+            echo(f"note: {note}")
+        trials.append(Trial(each.name, plan))
+        by_store.setdefault(each.store, []).append(trials[-1])
+    scored = {store: held_out_by_all(of_store) for store, of_store in by_store.items()}
+    features = (  # read when their turn comes
+        {each.caption: read_scored(trial.plan.pairs, scored[each.store])}
+        for each, trial in zip(combinations, trials, strict=True)
+    )
+    results = run_trials(trials, features, folder, seeds=seeds, device=device, echo=echo, quiet=quiet)
+    scores = [ProbeScore(each, result) for each, result in zip(combinations, results, strict=True)]
+    return ProbeResult(sorted(scores, key=lambda score: -score.r1), {**RECIPE, **given})

@@ -1,9 +1,9 @@
-"""Fits that are compared with each other: one recipe but for what is compared, scored on the same held-out rows."""
+"""Fits that are compared with each other: one recipe except for what is compared, scored on the same held-out rows."""
 
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import decisive, is_run
 from sail_align.align.settings import COMPARED_HELD_OUT, PAPER_ROWS
 from sail_align.align.stats.metrics import ranks
+from sail_align.align.train.collapse import collapse_of
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.trainer import fit
 from sail_align.extract.errors import UserError
@@ -26,50 +27,111 @@ from sail_align.extract.system.files import canonical_json
 
 FORMAT = 1
 WARMUP = 0.1
-"""Of the steps, as in the script that the paper's authors released: a sudden start can collapse the sigmoid loss."""
+"""Fraction of the steps, as in the script of the paper's authors: a sudden start can collapse the sigmoid loss."""
 SMALL = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
-"""From a random start on thousands of pairs, where the paper's rate leaves a head untrained."""
-BLOCK = 1_024
+"""For random initial weights and thousands of pairs, where the paper's learning rate would leave a head untrained."""
+EMBED_ROWS = 1_024
 
-Hits = NDArray[np.bool_]
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
+"""Prints a line of progress."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Hits (N,): which held-out captions rank their own image first, and which images their own caption."""
+
+    text_to_image: NDArray[np.bool_]
+    image_to_text: NDArray[np.bool_]
+
+    @classmethod
+    @torch.no_grad()
+    def by(cls, run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> "Retrieved":
+        """Embed pairs with the heads of a run and rank each item among all others."""
+        model = run.model.to(device)
+
+        def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
+            starts = range(0, len(features_ND), EMBED_ROWS)
+            batches = (torch.from_numpy(features_ND[start : start + EMBED_ROWS]) for start in starts)
+            return np.concatenate([encode(batch_BD.to(device)).cpu().numpy() for batch_BD in batches])
+
+        image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
+        image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
+        return cls(text_ranks == 0, image_ranks == 0)
+
+    @property
+    def t2i_r1(self) -> float:
+        """Text-to-image recall@1 in percent."""
+        return 100 * float(self.text_to_image.mean())
+
+    @property
+    def i2t_r1(self) -> float:
+        """Image-to-text recall@1 in percent."""
+        return 100 * float(self.image_to_text.mean())
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe by its name, and its plan with the first seed."""
+    """A named recipe and its plan, which is run with one or several seeds."""
 
     name: str
     plan: Plan
 
     def seeded(self, seed: int) -> Plan:
-        """Return the plan with another seed."""
+        """Return the plan with a seed."""
         return replace(self.plan, settings=replace(self.plan.settings, seed=seed))
+
+    def find_run(self, folder: Path, seed: int) -> tuple[Path, bool]:
+        """Return the path of a run under a folder, and whether it is finished.
+
+        The path ends with a digest of everything that decides the weights, so other options give another run.
+        """
+        record = self.seeded(seed).record()
+        digest = hashlib.sha256(canonical_json(decisive(record))).hexdigest()[:8]
+        words = re.sub(r"\W+", "-", self.name.replace("×", "x")).strip("-")
+        path = folder / f"{words}-seed{seed}-{digest}"
+        return path, is_run(path) and (saved := read_checkpoint(path)) is not None and bool(saved.record["finished"])
+
+    def run(self, folder: Path, seed: int, *, device: torch.device, quiet: bool) -> tuple[Run, bool]:
+        """Return the finished run of a seed, and whether it was finished before. An unfinished run is resumed.
+
+        Only the last checkpoint of the run is kept, which is the one that is scored.
+        """
+        path, finished = self.find_run(folder, seed)
+        if not finished:
+            plan = self.seeded(seed)
+            fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, keep=1, on_collapse="warn")
+            for best in checkpoint_folders(path, "best"):
+                discard(best)
+        return load_run(path), finished
 
 
 @dataclass(frozen=True)
-class Retrieved:
-    """Which of the held-out captions find their image first, and which images their caption, (N,) each."""
+class TrialResult:
+    """The runs of a trial in the order of their seeds, scored on `pairs` held-out pairs of each caption."""
 
-    text_to_image: Hits
-    image_to_text: Hits
-
-    @property
-    def t2i_r1(self) -> float:
-        """Recall@1 text → image in percent."""
-        return 100 * float(self.text_to_image.mean())
+    name: str
+    pairs: int
+    digests: list[str]
+    collapsed: list[bool]
+    retrieved: Mapping[str, list[Retrieved]]
 
     @property
-    def i2t_r1(self) -> float:
-        """Recall@1 image → text in percent."""
-        return 100 * float(self.image_to_text.mean())
+    def label(self) -> str:
+        """The trial's name, with the number of collapsed runs if there are any."""
+        count = sum(self.collapsed)
+        return self.name + (f" (collapsed {count}/{len(self.collapsed)})" if count else "")
+
+    def recalls(self, caption: str) -> tuple[list[float], list[float]]:
+        """Return R@1 by seed in percent, text → image and image → text."""
+        hits = self.retrieved[caption]
+        return [each.t2i_r1 for each in hits], [each.i2t_r1 for each in hits]
 
 
 def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a fit from a random start: the paper's, `SMALL` on stores of few rows, and what was given.
+    """Return the options of a fit from random initial weights: the paper's, or `SMALL` for few rows, then those given.
 
     Raises:
-        UserError: A path is no store.
+        UserError: A path is not a store.
     """
     few = sum(Store.open(path).rows for path in stores) < PAPER_ROWS
     shared = {"preset": "paper", "held_out": COMPARED_HELD_OUT, "warmup": WARMUP}
@@ -79,96 +141,88 @@ def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, A
     return recipe | dict(given)
 
 
-def finished_run(plan: Plan, folder: Path, name: str, *, device: torch.device, quiet: bool) -> tuple[Run, bool]:
-    """Return a plan's finished run under a folder, and whether it was there already; one that was begun goes on.
+def run_trials(
+    trials: Sequence[Trial],
+    features: Iterable[Mapping[str, tuple[Half, Half]]],
+    folder: Path,
+    *,
+    seeds: int,
+    device: torch.device,
+    echo: Echo,
+    quiet: bool,
+) -> list[TrialResult]:
+    """Train each trial with each seed, unless its run is finished, and score the runs.
 
-    Of a run's checkpoints only the last is kept, which is what is scored.
-    """
-    path, there = _look_up(plan, folder, name)
-    if not there:
-        fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, keep=1, on_collapse="warn")
-        for best in checkpoint_folders(path, "best"):
-            discard(best)
-    return load_run(path), there
-
-
-def require_room(trials: Sequence[Trial], folder: Path, seeds: int, say: Say) -> None:
-    """Say how much of the disk the runs under a folder take that are still to be trained.
-
-    Each leaves its heads. While it is trained, its checkpoint and its best heads lie beside the ones that they replace.
+    Args:
+        trials: At least one.
+        features: Images (N, D_I) and texts (N, D_T) to score each trial on, by caption.
+        folder: Folder for the runs.
+        seeds: Number of runs of each trial.
+        device: Device to train on.
+        echo: Called with a line after each run.
+        quiet: Show no progress bars.
 
     Raises:
-        UserError: The disk has not so much left.
+        UserError: The disk has too little free space.
     """
-    lasting, passing = 0, 0
-    for trial in trials:
-        with torch.device("meta"):
-            heads = sum(4 * each.numel() for each in trial.plan.architecture.build().parameters())
-        left = sum(not _look_up(trial.seeded(seed), folder, trial.name)[1] for seed in range(seeds))
-        states = 2 if trial.plan.settings.optimizer == "adamw" else 1
-        lasting += left * heads
-        passing = max(passing, (2 * (1 + states) + 1) * heads) if left else passing
-    if not lasting:
-        return
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    need, free = lasting + passing, shutil.disk_usage(there).free
-    if need > free:
-        raise UserError(
-            f"The runs under {folder} take up to {_gigabytes(need)} and the disk has {_gigabytes(free)} left; free "
-            "some, name another --out, or give fewer --seeds."
-        )
-    say(f"The runs under {folder} take up to {_gigabytes(need)}, of which {_gigabytes(lasting)} stay.")
-
-
-def _gigabytes(size: int) -> str:
-    """Write a number of bytes for people."""
-    return f"{size / 1e9:.3g} GB"
-
-
-def _look_up(plan: Plan, folder: Path, name: str) -> tuple[Path, bool]:
-    """Return where a plan's run is, and whether it is there and finished.
-
-    Its name ends with a digest of all that decides its weights: with other options it is another run.
-    """
-    digest = hashlib.sha256(canonical_json(decisive(plan.record()))).hexdigest()[:8]
-    words = re.sub(r"\W+", "-", name.replace("×", "x")).strip("-")
-    path = folder / f"{words}-seed{plan.settings.seed}-{digest}"
-    return path, is_run(path) and (saved := read_checkpoint(path)) is not None and bool(saved.record["finished"])
+    _check_disk(trials, folder, seeds, echo)
+    results = []
+    for number, (trial, sides_of) in enumerate(zip(trials, features, strict=False)):
+        pairs = len(next(iter(sides_of.values()))[0])
+        result = TrialResult(trial.name, pairs, [], [], {caption: [] for caption in sides_of})
+        for seed in range(seeds):
+            run, was_finished = trial.run(folder, seed, device=device, quiet=quiet)
+            result.digests.append(run.digest)
+            result.collapsed.append(collapse_of(run.path, run.settings["lr"]) is not None)
+            for caption, sides in sides_of.items():
+                result.retrieved[caption].append(Retrieved.by(run, *sides, device))
+            scores = "; ".join(f"{c} {r[-1].t2i_r1:.1f} / {r[-1].i2t_r1:.1f}" for c, r in result.retrieved.items())
+            place = f"{number * seeds + seed + 1}/{len(trials) * seeds}"
+            remarks = f"{', collapsed' if result.collapsed[-1] else ''}{' (already finished)' if was_finished else ''}"
+            echo(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {scores}{remarks}")
+        results.append(result)
+    return results
 
 
 def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:
-    """Return the rows of each store that every trial keeps out: none of them has trained on any.
+    """Return the rows of each store that all trials hold out, so that none of them was trained on.
 
     Raises:
-        UserError: There is none.
+        UserError: There are no such rows.
     """
     masks = [np.logical_and.reduce(rows) for rows in zip(*(each.plan.held_out for each in trials), strict=True)]
     if not any(rows.any() for rows in masks):
-        raise UserError("No pairs are held out by all of these fits, so there is nothing to score; raise --held-out.")
+        raise UserError("These fits have no held-out pairs in common, so there is nothing to score. Raise --held-out.")
     return masks
 
 
 def read_scored(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
-    """Return the images (N, D_I), and the texts (N, D_T) of the first caption, of the rows to score on."""
+    """Return the images (N, D_I) and the texts (N, D_T) of the first caption of some rows."""
     images, texts = read_rows([each.only(each.captions[:1]) for each in pairs], rows)
     return images, texts[0]
 
 
-@torch.no_grad()
-def retrieve(run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> Retrieved:
-    """Embed pairs with a run's heads and look each up among all the others."""
-    model = run.model.to(device)
+def _check_disk(trials: Sequence[Trial], folder: Path, seeds: int, echo: Echo) -> None:
+    """Print the disk space that the missing runs need, or raise `UserError` if there is not enough.
 
-    def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
-        starts = range(0, len(features_ND), BLOCK)
-        blocks = (torch.from_numpy(features_ND[start : start + BLOCK]) for start in starts)
-        return np.concatenate([encode(block.to(device)).cpu().numpy() for block in blocks])
-
-    image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
-    image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
-    return Retrieved(text_ranks == 0, image_ranks == 0)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation over the seeds; the value alone for one seed."""
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    Each run leaves its heads. During training, its checkpoint and its best heads exist beside those that they replace.
+    """
+    kept, temporary = 0, 0
+    for trial in trials:
+        missing = sum(not trial.find_run(folder, seed)[1] for seed in range(seeds))
+        if missing:
+            with torch.device("meta"):
+                heads = sum(4 * each.numel() for each in trial.plan.architecture.build().parameters())
+            states = 2 if trial.plan.settings.optimizer == "adamw" else 1
+            kept += missing * heads
+            temporary = max(temporary, (2 * (1 + states) + 1) * heads)
+    if not kept:
+        return
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    need, free = kept + temporary, shutil.disk_usage(there).free
+    if need > free:
+        raise UserError(
+            f"The disk of {folder} has too little space: the runs need up to {need / 1e9:.3g} GB, "
+            f"{free / 1e9:.3g} GB are free. Free some space, pass another --out, or use fewer --seeds."
+        )
+    echo(f"The runs under {folder} need up to {need / 1e9:.3g} GB, of which {kept / 1e9:.3g} GB are kept.")

@@ -72,7 +72,7 @@ def ladder(
         held_out=held_out,
     )
 
-    from sail_align.align.analysis.ablation import LONG, RAW, climb
+    from sail_align.align.analysis.ablation import LONG, RAW, run_ladder
     from sail_align.align.runs.claim import default_path
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.store.store import Store
@@ -84,23 +84,23 @@ def ladder(
     else:
         typer.echo(f"note: {features[0]} has no long captions: the rungs with them are left out (--long names others).")
     with _stoppable(folder):
-        climbed = climb(
+        result = run_ladder(
             features,
             folder / "runs",
             given,
             kinds=kinds,
             seeds=seeds,
             device=Runtime.of(device, "float32").device,
-            say=typer.echo,
+            echo=typer.echo,
             quiet=quiet,
             image_encoder=image_encoder,
             text_encoder=text_encoder,
         )
-    typer.echo(f"\n{climbed.table()}\n\n{climbed.explanation()}")
+    typer.echo(f"\n{result.table()}\n\n{result.explanation()}")
     contents = {
-        "ladder.md": f"{climbed.table()}\n\n{climbed.explanation()}\n",
-        "ladder.json": json.dumps(climbed.record(), indent=1, ensure_ascii=False),
-        "ladder.svg": climbed.chart(),
+        "ladder.md": f"{result.table()}\n\n{result.explanation()}\n",
+        "ladder.json": json.dumps(result.record(), indent=1, ensure_ascii=False),
+        "ladder.svg": result.chart(),
     }
     with report_write_errors(folder):
         for name, content in contents.items():
@@ -133,21 +133,21 @@ def probe(
     """Train linear heads for every image encoder, text encoder and caption; rank them. Goes on after a stop."""
     given = _given(features, lr=lr, batch_size=batch_size, epochs=epochs, steps=steps, dim=dim, held_out=held_out)
 
-    from sail_align.align.analysis import probe as probing
+    from sail_align.align.analysis.probe import Combination, run_probe
     from sail_align.align.runs.claim import default_path
     from sail_align.extract.encoders.runtime import Runtime
 
     folder = out or default_path(features, "probe")
     names = [name.strip() for name in captions.split(",")] if captions else []
-    asked = probing.combinations(features, image_encoder or [], text_encoder or [], names)
+    asked = Combination.select(features, image_encoder or [], text_encoder or [], names)
     where = Runtime.of(device, "float32").device
     with _stoppable(folder):
-        probed = probing.probe(asked, folder / "runs", given, seeds=seeds, device=where, say=typer.echo, quiet=quiet)
+        result = run_probe(asked, folder / "runs", given, seeds=seeds, device=where, echo=typer.echo, quiet=quiet)
     typer.echo(
-        f"\n{probing.table(probed)}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both ways; "
+        f"\n{result.table()}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both ways; "
         "± is over the seeds, the interval over the pairs: encoders whose intervals overlap widely are not told apart."
     )
-    content = json.dumps(probing.record(probed, given), indent=1, ensure_ascii=False)
+    content = json.dumps(result.record(), indent=1, ensure_ascii=False)
     with report_write_errors(folder):
         write_atomically(folder / "probe.json", content.encode())
     typer.echo(f"wrote {folder / 'probe.json'}")
@@ -206,21 +206,20 @@ def measure(
         raise UserError("There is no store to measure; name one, as in: sail-align measure features/demo.zarr.")
     require_store(store)
 
-    from sail_align.align.analysis import measure as measuring
+    from sail_align.align.analysis.measure import measure_store
     from sail_align.extract.store.store import Store
 
     opened = Store.open(store)
-    asked: dict[str, Any] = {"neighbours": neighbours, "held_out": held_out, "seed": seed}
-    measures = list(measuring.measure(opened, rows=rows, **asked))
-    typer.echo(measuring.table(measures))
-    drawn, count = measures[0].drawn, measures[0].held_out
+    result = measure_store(opened, rows=rows, neighbours=neighbours, held_out=held_out, seed=seed)
+    typer.echo(result.table())
+    drawn, count = result.pairs[0].drawn, result.pairs[0].held_out
     typer.echo(
         f"{drawn:,} of {opened.rows:,} rows, seed {seed}. Mutual k-NN: share of the {neighbours} "
         "nearest rows that image and text have in common. CKA: linear, unbiased HSIC; 0 is chance. Both by cosine. "
         f"CCA: closed form of the others, R@1 in % on {count:,} held-out pairs, with a 95 % bootstrap interval."
     )
     if out:
-        content = measuring.report(opened, measures, rows=drawn, **asked)
+        content = result.record()
         with report_write_errors(out):
             write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
         typer.echo(f"wrote {out}")

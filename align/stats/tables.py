@@ -1,36 +1,37 @@
-"""Tables in Markdown that also read well on a terminal, and the numbers in them."""
+"""Markdown tables that also read well on a terminal, and the numbers in them."""
 
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 Sign = Literal["-", "+"]
-"""What a number stands with: a minus where it is below 0, or a plus too where it is above."""
+"""`-` marks negative numbers only, `+` positive numbers too."""
 
 
 def number(value: float, *, beside: float | None = None, sign: Sign = "-") -> str:
-    """Return a percentage or a rank with one digit; small ones keep two, so that chance does not read as none.
+    """Format a percentage or a rank with one digit, or with two if it is small, so that chance does not read as 0.
 
-    What stands `beside` another number, as an interval does, gets as many digits as that one.
+    A number `beside` another one, such as the bound of an interval, gets as many digits as that one.
     """
     digits = 2 if 0 < abs(value if beside is None else beside) < 0.995 else 1
     return f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 
 def interval(bounds: Sequence[float] | None, value: float | None = None, *, sign: Sign = "-") -> str:
-    """Return an interval, with the digits of its value; a dash where there is none."""
+    """Format an interval with the digits of its value, or a dash if there is no interval."""
     return " – ".join(number(bound, beside=value, sign=sign) for bound in bounds) if bounds else "–"
 
 
+def mean_std(values: Sequence[float]) -> str:
+    """Format the mean ± standard deviation of several runs; of one run, the value alone."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Return rows under a header, columns padded to one width; the first `words` columns to the left, others right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
+    """Return rows under a header as Markdown with padded columns. The first `words` columns are aligned left."""
+    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
     rule = ["-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
+    formats = [f"<{width}" if column < words else f">{width}" for column, width in enumerate(widths)]
+    lines = [" | ".join(map(format, cells, formats)) for cells in (header, rule, *rows)]
+    return "\n".join(f"| {line} |" for line in lines)

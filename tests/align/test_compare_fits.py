@@ -1,4 +1,4 @@
-"""sail-align ladder and probe: what they train, that a stop loses nothing, and what they say and write."""
+"""The ladder and probe commands: what they train, resuming, and their output."""
 
 import json
 import re
@@ -13,10 +13,9 @@ import torch
 from fakes import identity
 from typer.testing import CliRunner
 
-from sail_align.align.analysis import ablation as ladder
-from sail_align.align.analysis import trials
+from sail_align.align.analysis import ablation, trials
 from sail_align.align.analysis.ablation import LADDER
-from sail_align.align.analysis.trials import Trial, base_recipe, finished_run, held_out_by_all
+from sail_align.align.analysis.trials import Trial, base_recipe, held_out_by_all
 from sail_align.align.cli import app
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
@@ -33,7 +32,7 @@ def typed(*words):
     return CliRunner().invoke(app, [*map(str, words)])
 
 
-def test_the_rungs_are_the_papers_and_differ_by_one_step_each():
+def test_rungs_are_the_papers_and_differ_by_one_step():
     assert [rung.paper for rung in LADDER] == [
         (11.1, 13.5), (8.0, 10.7), (11.5, 17.4), (16.1, 22.5), (25.4, 36.0), (26.2, 36.7), (31.4, 44.2), (32.9, 45.4),
     ]  # fmt: skip
@@ -47,7 +46,7 @@ def test_the_rungs_are_the_papers_and_differ_by_one_step_each():
         assert (before.captions == after.captions) == (step != {"captions"})
 
 
-def test_every_rung_is_trained_with_every_seed_and_scored_on_pairs_that_none_has_seen(make_store, tmp_path):
+def test_ladder_trains_each_rung_with_each_seed_and_scores_unseen_pairs(make_store, tmp_path):
     path = make_store("photos", captions={"raw": [], "long": range(40)})
     out = tmp_path / "ladder"
     done = typed("ladder", "--features", path, "--out", out, "--seeds", 2, *QUICK)
@@ -60,8 +59,8 @@ def test_every_rung_is_trained_with_every_seed_and_scored_on_pairs_that_none_has
     assert len(settings) == 16
     heads = [file.stat().st_size for file in (out / "runs").rglob("*.safetensors")]
     assert len(heads) == 16  # of each run the last ones only, which are scored
-    stays = re.search(r"take up to [\d.]+ GB, of which ([\d.]+) GB stay", done.output)
-    assert float(stays[1]) * 1e9 == pytest.approx(sum(heads), rel=0.1)
+    kept = re.search(r"need up to [\d.]+ GB, of which ([\d.]+) GB are kept", done.output)
+    assert float(kept[1]) * 1e9 == pytest.approx(sum(heads), rel=0.1)
     assert {each["seed"] for each in settings} == {0, 1}
     assert {(each["head"], each["expansion"]) for each in settings} >= {("mlp", 4), ("glu", 4), ("glu", 8)}
     assert {tuple(each["captions"]) for each in settings} == {("raw",), ("long",), ("raw", "long")}
@@ -74,13 +73,13 @@ def test_every_rung_is_trained_with_every_seed_and_scored_on_pairs_that_none_has
     assert "collapsed" not in table
     assert table in done.output
     assert re.search(r"\| linear, InfoNCE +\| +[\d.]+ ± [\d.]+ \|", table)
-    assert f"on {record['pairs']} pairs that no rung trained on (chance {100 / record['pairs']:.2f})" in table
+    assert f"on {record['pairs']} pairs that no rung was trained on (chance {100 / record['pairs']:.2f})" in table
     drawn = ElementTree.parse(out / "ladder.svg")
     names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert [name for name in names if name in {rung.name for rung in LADDER}] == [rung.name for rung in LADDER]
 
 
-def test_a_stopped_ladder_goes_on_and_trains_nothing_twice(make_store, tmp_path, monkeypatch):
+def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, monkeypatch):
     path = make_store("photos")
     words = ["ladder", "--features", path, "--out", tmp_path / "ladder", "--seeds", 1, *QUICK]
     fit, calls = trials.fit, []
@@ -97,7 +96,7 @@ def test_a_stopped_ladder_goes_on_and_trains_nothing_twice(make_store, tmp_path,
     assert done.exit_code == 0, done.output
     assert calls[3] == calls[4]  # the fourth began again, the first three were there
     assert len(calls) == 4 + 3
-    assert [line.endswith("(was there)") for line in done.output.splitlines() if re.match(r"\d/6", line)] == [
+    assert [line.endswith("(already finished)") for line in done.output.splitlines() if re.match(r"\d/6", line)] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
     scores = (tmp_path / "ladder/ladder.json").read_bytes()
@@ -108,9 +107,9 @@ def test_a_stopped_ladder_goes_on_and_trains_nothing_twice(make_store, tmp_path,
     assert len(calls) == 13  # another recipe: other runs
 
 
-def test_a_collapsed_rung_says_so(make_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(ladder, "LADDER", LADDER[3:5])
-    monkeypatch.setattr(ladder, "collapse_of", lambda run, _: "it has" if "sigmoid" in run.name else None)
+def test_collapsed_runs_are_marked(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "LADDER", LADDER[3:5])
+    monkeypatch.setattr(trials, "collapse_of", lambda run, _: "it has" if "sigmoid" in run.name else None)
     words = ["ladder", "--features", make_store("photos"), "--out", tmp_path / "l", "--seeds", 2, *QUICK]
     done = typed(*words)
     assert re.findall(r"\d/4 (.+), seed (\d): .+, collapsed\n", done.output) == [("+ sigmoid", "0"), ("+ sigmoid", "1")]
@@ -118,12 +117,12 @@ def test_a_collapsed_rung_says_so(make_store, tmp_path, monkeypatch):
     assert [rung["collapsed"] for rung in record["rungs"]] == [[False, False], [True, True]]
     for name in ("ladder.md", "ladder.svg"):
         assert "+ sigmoid (collapsed 2/2)" in (tmp_path / "l" / name).read_text()
-    assert "the numbers tell of the recipe, not of the rung: lower --lr." in done.output
+    assert "collapsed runs reflect the recipe, not the rung. Lower --lr." in done.output
 
 
-def test_a_collapse_is_read_from_a_runs_log(make_store, tmp_path):
+def test_collapse_is_detected_in_the_log(make_store, tmp_path):
     plan, _ = make_plan([make_store("photos")], {"preset": "small", "head": "linear", "steps": 2})
-    run, _ = finished_run(plan, tmp_path, "linear", device=torch.device("cpu"), quiet=True)
+    run, _ = Trial("linear", plan).run(tmp_path, 0, device=torch.device("cpu"), quiet=True)
     assert collapse_of(run.path, 1e-3) is None
     log = run.path / "metrics.jsonl"
     *before, last = log.read_text().splitlines()
@@ -132,7 +131,7 @@ def test_a_collapse_is_read_from_a_runs_log(make_store, tmp_path):
     assert "collapsed at step 2" in collapse_of(run.path, 1e-3)
 
 
-def test_where_there_are_no_long_captions_their_rungs_are_left_out_and_said(make_store, tmp_path):
+def test_rungs_with_long_captions_are_skipped_if_there_are_none(make_store, tmp_path):
     path = make_store("photos", captions={"c0": [], "c1": []})
     words = ["ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK]
     missing = typed(*words)
@@ -144,7 +143,7 @@ def test_where_there_are_no_long_captions_their_rungs_are_left_out_and_said(make
     assert "8/8 + multi-positive, seed 0" in typed(*words, "--raw", "c0", "--long", "c1").output
 
 
-def test_mistakes_are_found_before_the_first_fit(make_store, tmp_path, monkeypatch):
+def test_invalid_requests_are_rejected_before_the_first_fit(make_store, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("fitted"))
     path = make_store("photos")
     words = ["--features", path, "--out", tmp_path / "l"]
@@ -156,14 +155,14 @@ def test_mistakes_are_found_before_the_first_fit(make_store, tmp_path, monkeypat
         ("--image-encoder", "image encoder", "fake-image"),
         ("--text-encoder", "text encoder", "fake-text"),
     ):
-        said = f"{path} has no features of {what} 'foo'; it has {known}."
-        assert str(typed("probe", *words, option, "foo").exception) == said
+        message = f"{path} has no features of {what} 'foo'. Available: {known}."
+        assert str(typed("probe", *words, option, "foo").exception) == message
     assert "is not a feature store" in str(typed("probe", "--features", "no.zarr").exception)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
-    assert re.search(r"take up to [\d.]+ GB and the disk has 1e-05 GB left", str(typed("ladder", *words).exception))
+    assert re.search(r"need up to [\d.]+ GB, 1e-05 GB are free", str(typed("ladder", *words).exception))
 
 
-def test_the_recipe_is_the_papers_except_where_pairs_are_few(make_store, monkeypatch):
+def test_base_recipe_adapts_to_few_pairs(make_store, monkeypatch):
     path = make_store("photos")
     assert base_recipe([path], {"steps": 9})["lr"] == trials.SMALL["lr"]
     assert "epochs" not in base_recipe([path], {"steps": 9})
@@ -171,15 +170,15 @@ def test_the_recipe_is_the_papers_except_where_pairs_are_few(make_store, monkeyp
     assert base_recipe([path], {"lr": 1e-4}) == {"preset": "paper", "held_out": 0.2, "warmup": 0.1, "lr": 1e-4}
 
 
-def test_nothing_to_score_is_a_sentence(make_store):
+def test_held_out_by_all_rejects_disjoint_rows(make_store):
     plan, _ = make_plan([make_store("photos")], {})
     nothing = replace(plan, held_out=[np.zeros_like(plan.held_out[0])])
-    with pytest.raises(UserError, match="nothing to score; raise --held-out"):
+    with pytest.raises(UserError, match=r"nothing to score\. Raise --held-out"):
         held_out_by_all([Trial("one", plan), Trial("other", nothing)])
 
 
 def second_image_encoder(path, noise):
-    """Add an encoder that sees the same with much noise."""
+    """Add an encoder with the same features and much noise."""
     store = Store.open(path)
     same = identity("image", dim=12)
     array = store.add_image(replace(same, spec=replace(same.spec, id="noisy")))
@@ -190,7 +189,7 @@ def second_image_encoder(path, noise):
         array.write(shard, features[span], status[span])
 
 
-def test_the_probe_ranks_encoders_by_what_linear_heads_make_of_them(make_store, tmp_path):
+def test_probe_ranks_encoders(make_store, tmp_path):
     path = make_store("photos", rows=500, captions={"raw": [], "long": []})
     second_image_encoder(path, noise=8)
     words = ["probe", "--features", path, "--out", tmp_path / "probe", "--quiet", "--dim", 64, "--device", "cpu"]
@@ -208,12 +207,12 @@ def test_the_probe_ranks_encoders_by_what_linear_heads_make_of_them(make_store, 
         file.read_text() for file in (tmp_path / "probe/runs").glob("*/settings.json")))}  # fmt: skip
     assert settings == ("linear", 1e-7, 0.1, "sigmoid")
     only = typed(*words, "--image-encoder", "noisy", "--captions", "raw", "--seeds", 2)
-    assert "(was there)" in only.output
-    assert "1/1 photos noisy fake-text raw, seed 0" in only.output
+    assert "(already finished)" in only.output
+    assert "1/2 photos noisy fake-text raw, seed 0" in only.output
     assert re.search(r"[\d.]+ ± [\d.]+ \([\d.]+ – [\d.]+\)", only.output)  # over seeds and over pairs
 
 
-def test_what_a_run_retrieves_is_what_its_fit_scored(make_store, tmp_path):
+def test_ladder_scores_equal_those_of_the_fits(make_store, tmp_path):
     path = make_store("photos")
     assert typed("ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK).exit_code == 0
     record = json.loads((tmp_path / "l/ladder.json").read_text())
@@ -223,7 +222,7 @@ def test_what_a_run_retrieves_is_what_its_fit_scored(make_store, tmp_path):
         assert rung["scores"]["raw"] == {"t2i_r1": [last["t2i_r1"]], "i2t_r1": [last["i2t_r1"]]}
 
 
-def test_a_table_is_padded_markdown():
+def test_markdown_table_pads_columns():
     assert markdown_table(("name", "n"), [("a", "1"), ("long one", "1,000")]) == (
         "| name     |     n |\n| -------- | ----: |\n| a        |     1 |\n| long one | 1,000 |"
     )

@@ -1,4 +1,4 @@
-"""What a store's features tell before training, against a fit of the same closed form, and as typed."""
+"""Alignment of a store's features before training, compared with a closed-form fit, and the command."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ from fakes import identity
 from typer.testing import CliRunner
 
 from sail_align.align.analysis import measure as measuring
-from sail_align.align.analysis.measure import Sample, measure
+from sail_align.align.analysis.measure import RowSample, measure_store
 from sail_align.align.cli import app
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
@@ -21,12 +21,12 @@ def typed(*words):
     return CliRunner().invoke(app, [*map(str, words)])
 
 
-def test_the_closed_forms_recall_is_that_of_a_fit_with_the_same_rows_held_out(make_store, tmp_path):
+def test_recall_equals_that_of_a_cca_fit(make_store, tmp_path):
     path = make_store("photos", rows=600, bad=[3, 77])
     words = ["fit", "--features", path, "--out", tmp_path / "run", "--head", "cca", "--held-out", 0.2, "--quiet"]
     assert typed(*words).exit_code == 0
     fitted = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    (found,) = measure(Store.open(path), **ASKED)
+    (found,) = measure_store(Store.open(path), **ASKED).pairs
     assert (found.rows, found.held_out) == (598, 120)
     assert found.t2i_r1 == pytest.approx(fitted["t2i_r1"])
     assert found.i2t_r1 == pytest.approx(fitted["i2t_r1"])
@@ -34,10 +34,10 @@ def test_the_closed_forms_recall_is_that_of_a_fit_with_the_same_rows_held_out(ma
     assert found.chance == pytest.approx(100 / 120)
 
 
-def test_captions_that_belong_are_told_from_those_that_do_not(make_store):
+def test_matching_captions_score_higher_than_shifted_ones(make_store):
     path = make_store("photos", rows=600, captions={"raw": (), "long": range(300)})
     store = Store.open(path)
-    raw, long = measure(store, **ASKED)
+    raw, long = measure_store(store, **ASKED).pairs
     assert (raw.caption, raw.rows, long.caption, long.rows) == ("raw", 600, "long", 300)
     for found in (raw, long):
         assert found.mutual_knn > 10 * found.mutual_knn_chance
@@ -48,13 +48,13 @@ def test_captions_that_belong_are_told_from_those_that_do_not(make_store):
     for shard in array.shards:
         span = slice(*array.span(shard))
         array.write(shard, np.roll(features, 7, axis=0)[span], status[span])
-    shifted, _ = measure(Store.open(path), **ASKED)
+    shifted, _ = measure_store(Store.open(path), **ASKED).pairs
     assert shifted.mutual_knn < 3 * shifted.mutual_knn_chance
     assert abs(shifted.cka) < 0.1
     assert shifted.t2i_r1 < 6 * shifted.chance
 
 
-def test_every_image_encoder_is_paired_with_every_text(make_store):
+def test_each_image_encoder_is_measured_with_each_caption(make_store):
     path = make_store("photos", captions={"raw": (), "long": ()})
     store = Store.open(path)
     same = identity("image", dim=12)
@@ -63,26 +63,26 @@ def test_every_image_encoder_is_paired_with_every_text(make_store):
     for shard in array.shards:
         span = slice(*array.span(shard))
         array.write(shard, features[span], status[span])
-    found = list(measure(Store.open(path), **ASKED))
+    found = measure_store(Store.open(path), **ASKED).pairs
     assert [(each.image, each.caption) for each in found] == [
         (image, caption) for image in ("fake-image", "other-image") for caption in ("raw", "long")
     ]
     assert found[0].cka == found[2].cka
 
 
-def test_a_sample_is_of_stretches_from_anywhere_and_known_by_its_seed(make_store, monkeypatch):
+def test_sample_depends_on_its_seed_and_covers_whole_spans(make_store, monkeypatch):
     monkeypatch.setattr(measuring, "SPAN_ROWS", 16)
     store = Store.open(make_store("photos", rows=1_000, numbered=True))
-    one, same, other = (Sample.draw(store, 100, seed) for seed in (0, 0, 1))
+    one, same, other = (RowSample.draw(store, 100, seed) for seed in (0, 0, 1))
     assert one.spans == same.spans != other.spans
     assert len(one.spans) == 7
     assert len(one.hashes) == sum(stop - start for start, stop in one.spans)
     numbers = one.read(store.image())[0][:, 0]
     assert numbers.tolist() == [row for span in one.spans for row in range(*span)]
-    assert Sample.draw(store, 5_000, 3).spans[-1] == (992, 1_000)
+    assert RowSample.draw(store, 5_000, 3).spans[-1] == (992, 1_000)
 
 
-def test_the_command_prints_a_table_and_writes_json(make_store, tmp_path):
+def test_command_prints_a_table_and_writes_json(make_store, tmp_path):
     path = make_store("photos")
     result = typed("measure", path, "--out", tmp_path / "measure.json")
     assert result.exit_code == 0, result.output
@@ -97,7 +97,7 @@ def test_the_command_prints_a_table_and_writes_json(make_store, tmp_path):
     assert content["measures"][0]["rows"] == 300
 
 
-def test_what_was_looked_at_is_said_where_whole_stretches_are_not_what_was_asked_for(make_store, tmp_path):
+def test_actual_sample_size_is_reported(make_store, tmp_path):
     path = make_store("photos", rows=600)
     result = typed("measure", path, "--rows", 300, "--out", tmp_path / "measure.json")
     _, _, line, about, *_ = result.output.splitlines()
@@ -109,18 +109,18 @@ def test_what_was_looked_at_is_said_where_whole_stretches_are_not_what_was_asked
     assert (content["measures"][0]["drawn"], content["measures"][0]["rows"]) == (drawn, drawn)
 
 
-def test_what_cannot_be_measured_is_a_sentence(make_store):
+def test_command_rejects_stores_it_cannot_measure(make_store):
     few = typed("measure", make_store("few", rows=40)).exception
     assert isinstance(few, UserError)
-    assert "have 40 of 40 rows together, and it takes 50" in str(few)
+    assert "have only 40 of 40 rows in common; 50 are needed" in str(few)
     for words in (["no.zarr"], ["--features", "no.zarr"]):
         assert "no.zarr is not a feature store" in str(typed("measure", *words).exception)
     assert str(typed("measure", "a", "--features", "b").exception) == "a and --features b are two stores; give one."
     assert "There is no store to measure; name one" in str(typed("measure").exception)
-    assert "has not both image and text features" in str(typed("measure", make_store("t", captions={})).exception)
+    assert "needs image and text features" in str(typed("measure", make_store("t", captions={})).exception)
 
 
-def test_values_that_are_no_numbers_are_refused_and_files_that_cannot_be_written_said(make_store, poison, tmp_path):
+def test_non_finite_features_and_unwritable_files_are_reported(make_store, poison, tmp_path):
     path = make_store("photos")
     sound = CliRunner().invoke(app, ["measure", str(path), "--out", str(tmp_path)])
     assert str(sound.exception) == f"--out {tmp_path} is a folder; name a file."
