@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from sail_align.extract.data import CaptionTables, Part, Sample
-from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, samples_table
+from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, Index
 from sail_align.extract.store.recaptions import RecaptionReport, join_captions
 from sail_align.extract.store.store import Store
 
@@ -90,7 +90,7 @@ def write_plainly(folder: Path, rows: int) -> None:
     for start in range(0, rows, FILE_ROWS):
         writer = None
         for group in range(start, min(start + FILE_ROWS, rows), GROUP_ROWS):
-            table = samples_table(list(samples_of(group, min(group + GROUP_ROWS, start + FILE_ROWS, rows))), ["raw"])
+            table = Index.table(list(samples_of(group, min(group + GROUP_ROWS, start + FILE_ROWS, rows))), ["raw"])
             writer = writer or pq.ParquetWriter(folder / "plain.parquet", table.schema, compression="zstd")
             writer.write_table(table)
         if writer:

@@ -153,7 +153,7 @@ def run(
         typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.sentence}")
         following = "sail-extract doctor" if broken else following
     name = quote(str(store.path))
-    if failed := sum(array.failed for array in store.images().values()):
+    if failed := sum(sum(array.failed_counts.values()) for array in store.images().values()):
         typer.echo(f"{failed:,} images could not be encoded; `sail-extract status --failed {name}` lists them.")
     if worker == "1/1":
         typer.echo(f"Next: {following} {name}")
@@ -254,7 +254,7 @@ def status(
         raise UserError("--out has no effect without --failed; add it.")
     require_store(store)
 
-    from sail_align.extract.store.failed import describe_failed, write_failed
+    from sail_align.extract.quality.failed import describe_failed, write_failed
     from sail_align.extract.store.store import Store
 
     opened = Store.open(store)

@@ -1,21 +1,19 @@
-"""Small index files, and processes that die while they write them."""
+"""Small index files, and processes that are killed while they write them."""
 
 import os
 import signal
 from pathlib import Path
 
-from sail_align.extract.store import build_index as indexing
-from sail_align.extract.store import index, recaptions, store
-from sail_align.extract.store import open_or_create as reopening
+from sail_align.extract.store import build_index, index, recaptions
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL where a process of its own would be too slow."""
+    """Simulates SIGKILL without the cost of a process."""
 
 
 def shrink(set_attribute=setattr):
     """Make index files of 32 rows in groups of 8."""
-    for module in (index, indexing, recaptions, reopening, store):
+    for module in (index, build_index, recaptions):
         for name, value in {"FILE_ROWS": 32, "GROUP_ROWS": 8}.items():
             if hasattr(module, name):
                 set_attribute(module, name, value)
@@ -26,7 +24,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def die_at_write(left: int) -> None:
-    """Die by SIGKILL just before this process opens a file for writing or renames one for the n-th time."""
+    """Kill this process before it opens a file for writing or renames one after `left` such operations."""
 
     def dying(method):
         def wrapper(self, *args, **kwargs):

@@ -240,7 +240,7 @@ class Stream:
         for source, pairs in enumerate(self._pairs if new else ()):
             numbers = [self._chunks[chunk][1] for chunk in new if self._chunks[chunk][0] == source]
             for array in pairs.arrays:
-                array.expect(numbers)
+                array.prefetch(numbers)
 
     def _gather(self, batch: Batch, numbers: Numbers, drawn: Numbers | None = None) -> list[Future[None]]:
         """Start to copy rows into a batch.

@@ -16,7 +16,6 @@ from sail_align.extract.executor.encode import Advance, ArrayTask
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Shard, cores
 from sail_align.extract.executor.worker import Share
-from sail_align.extract.store.failed import failed_counts
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
@@ -60,7 +59,7 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
     store = job.open_store(quiet=quiet)
     encoder = job.image
     if encoder is None or not any(
-        failed_counts(array) for array in store.images().values() if encoder.matches(array.identity.spec)
+        array.failed_counts for array in store.images().values() if encoder.matches(array.identity.spec)
     ):
         return RetrySummary()
     try:
@@ -84,7 +83,7 @@ def retry_images(
     summary = RetrySummary()
     with report_write_errors(store.path, during_run=True):
         task = ArrayTask.for_images(store, source, encoder, cores())
-        failed = sum(failed_counts(task.array).values())
+        failed = sum(task.array.failed_counts.values())
         with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
             try:
                 for number in (share or Share()).shards(task.array):

@@ -1,12 +1,12 @@
-"""The index of a store on disk: parquet files of 65,536 rows, one row a sample, in row groups of 8,192.
+"""The index of a store on disk: parquet files of 65,536 rows, one row per sample, in row groups of 8,192.
 
 Columns: key, image (a location that the source can open), label (−1: none), mask, url (where the image came from), and
-`caption.<name>`, null where the sample has no such caption.
+`caption.<name>`, null if the sample has no such caption.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,15 +18,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sail_align.extract.data import Part, Sample
-from sail_align.extract.system.files import broken, canonical_json, is_remote, write_atomically
+from sail_align.extract.system.files import canonical_json, is_remote, report_read_errors, write_atomically
 
 FILE_ROWS = 65_536
 GROUP_ROWS = 8_192
-"""Rows that are read and written at a time, so that long captions never fill the memory."""
+"""Rows that are read and written at a time, so that long captions do not fill the memory."""
 
 FIELDS = pa.schema(
     [("key", pa.string()), ("image", pa.string()), ("label", pa.int32()), ("mask", pa.string()), ("url", pa.string())]
 )
+RECORD = "sources.json"
+
+Stamp = tuple[str, int, int]
+"""A file's name, its size in bytes, and its modification time in nanoseconds; −1 for a file that does not exist.
+
+A part without files has one stamp with its own name."""
 
 
 def caption_column(name: str) -> str:
@@ -34,69 +40,97 @@ def caption_column(name: str) -> str:
     return f"caption.{name}"
 
 
-def index_file(folder: Path, number: int) -> Path:
-    """Return the path of one file of the index."""
-    return folder / f"part-{number:05d}.parquet"
-
-
-def samples_table(samples: Sequence[Sample], captions: Sequence[str]) -> pa.Table:
-    """Return samples as rows of an index."""
-    columns = [pa.array([getattr(s, name) for s in samples], FIELDS.field(name).type) for name in FIELDS.names]
-    columns += [pa.array([sample.captions.get(name) for sample in samples], pa.string()) for name in captions]
-    return pa.table(columns, names=[*FIELDS.names, *map(caption_column, captions)])
-
-
-def write_index_file(path: Path, tables: Iterable[pa.Table]) -> str:
-    """Write one file, each table a row group, whole or not at all; return its SHA-256."""
-    content, writer = BytesIO(), None
-    for table in tables:
-        writer = writer or pq.ParquetWriter(content, table.schema, compression="zstd")
-        writer.write_table(table)
-    if writer is None:
-        raise ValueError(f"no rows for {path}")
-    writer.close()
-    write_atomically(path, content.getbuffer())
-    return hashlib.sha256(content.getbuffer()).hexdigest()
-
-
-def read_index(folder: Path, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return rows start … stop − 1 (at least one), reading only the row groups that hold them.
-
-    Raises:
-        UserError: A file is not there, or cannot be read.
-    """
-    tables = []
-    for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):
-        first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
-        groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
-        path = index_file(folder, number)
-        try:
-            with pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
-                table = file.read_row_groups(list(groups), columns=columns)
-        except (OSError, pa.ArrowException) as problem:
-            raise broken(path, problem) from problem
-        tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
-    return pa.concat_tables(tables)
-
-
 def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return a 64-bit hash of each text; the same text has the same hash in this process only."""
+    """Return a 64-bit hash of each text. Hashes differ between processes."""
     return np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
-Stamp = tuple[str, int, int]
-"""A file's name, size in bytes, and time of last change in nanoseconds; −1 for a file that is not there.
+def file_stamps(files: Iterable[Path]) -> list[Stamp]:
+    """Return the stamps of files. They do not contain folders, so the data set may be moved as a whole."""
+    stamps = []
+    for file in files:
+        try:
+            status = file.stat()
+            stamps.append((file.name, status.st_size, status.st_mtime_ns))
+        except FileNotFoundError:
+            stamps.append((file.name, -1, -1))
+    return stamps
 
-A part without files is known by its own name."""
 
-RECORD = "sources.json"
+class Index:
+    """The parquet files of an index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def file(self, number: int) -> Path:
+        """Return the path of one file."""
+        return self.folder / f"part-{number:05d}.parquet"
+
+    @staticmethod
+    def table(samples: Sequence[Sample], captions: Sequence[str]) -> pa.Table:
+        """Return samples as rows of an index."""
+        columns = [pa.array([getattr(s, name) for s in samples], FIELDS.field(name).type) for name in FIELDS.names]
+        columns += [pa.array([sample.captions.get(name) for sample in samples], pa.string()) for name in captions]
+        return pa.table(columns, names=[*FIELDS.names, *map(caption_column, captions)])
+
+    def write(self, number: int, tables: Iterable[pa.Table]) -> str:
+        """Write one file, each table a row group, whole or not at all. Returns its SHA-256."""
+        content, writer = BytesIO(), None
+        for table in tables:
+            writer = writer or pq.ParquetWriter(content, table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer is None:
+            raise ValueError(f"no rows for {self.file(number)}")
+        writer.close()
+        write_atomically(self.file(number), content.getbuffer())
+        return hashlib.sha256(content.getbuffer()).hexdigest()
+
+    def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return rows start … stop − 1 (at least one), reading only the row groups that hold them.
+
+        Raises:
+            UserError: A file is missing or cannot be read.
+        """
+        tables = []
+        for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):
+            first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
+            groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
+            path = self.file(number)
+            with (
+                report_read_errors(path),
+                pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file,
+            ):
+                table = file.read_row_groups(list(groups), columns=columns)
+            tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
+        return pa.concat_tables(tables)
+
+    def samples(self, start: int, stop: int, captions: Sequence[str]) -> Iterator[Sample]:
+        """Yield rows start … stop − 1 as samples with these captions, reading one row group at a time."""
+        columns = [*FIELDS.names, *map(caption_column, captions)]
+        for first in range(start, stop, GROUP_ROWS):
+            for row in self.read(first, min(first + GROUP_ROWS, stop), columns).to_pylist():
+                texts = {name: row.pop(caption_column(name)) for name in captions}
+                yield Sample(captions={name: text for name, text in texts.items() if text is not None}, **row)
+
+    def columns(self, name: str, files: int) -> Iterator[list[Any]]:
+        """Yield one column of the first files, a file at a time."""
+        for number in range(files):
+            with self.file(number).open("rb") as file:
+                yield pq.read_table(file, columns=[name])[name].to_pylist()
 
 
 @dataclass
 class IndexRecord:
-    """`rows` and `stamps` go by the source's parts, `digests` by the index files that are written.
+    """The sources of an index, kept beside it as sources.json.
 
-    `made_of` is a digest of what the index is to hold. `tables` are the stamps of the caption tables that were joined.
+    Attributes:
+        made_of: Digest of everything that decides which samples the index holds.
+        stamps: Stamps of the files of each part of the source.
+        rows: Number of samples read from each part.
+        digests: SHA-256 of each index file that is written.
+        tables: Stamps of the caption tables that were joined.
+        complete: Whether all samples are in index files.
     """
 
     made_of: str
@@ -108,41 +142,22 @@ class IndexRecord:
 
     @classmethod
     def begin(cls, made_of: Any, parts: Sequence[Part]) -> "IndexRecord":
-        """Return the record of an index of which nothing is written."""
+        """Return the record of an index of which nothing is written yet."""
         digest = hashlib.sha256(canonical_json(made_of)).hexdigest()
-        return cls(digest, [stamps(part.files) or [(part.name, -1, -1)] for part in parts], [0] * len(parts), [], [])
+        stamps = [file_stamps(part.files) or [(part.name, -1, -1)] for part in parts]
+        return cls(digest, stamps, [0] * len(parts), [], [])
 
     @classmethod
     def read(cls, folder: Path) -> "IndexRecord | None":
-        """Read the record of an index, None if there is none that can be read."""
+        """Return the record of an index, None if it is missing or damaged."""
         try:
             content = json.loads((folder / RECORD).read_bytes())
-            content["stamps"] = [_stamps(files) for files in content["stamps"]]
-            content["tables"] = _stamps(content["tables"])
+            content["stamps"] = [list(map(tuple, stamps)) for stamps in content["stamps"]]
+            content["tables"] = list(map(tuple, content["tables"]))
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, folder: Path) -> None:
-        """Write the record; call it after the index file that it tells of."""
+        """Write the record. Call it after writing the index file that it lists."""
         write_atomically(folder / RECORD, canonical_json(asdict(self)))
-
-    def same_source(self, other: "IndexRecord") -> bool:
-        """Whether both are of one index, out of files with the same stamps."""
-        return self.made_of == other.made_of and self.stamps == other.stamps
-
-
-def stamps(files: Iterable[Path]) -> list[Stamp]:
-    """Return the files' stamps. Folders do not count, so that the data may be moved as a whole."""
-    found = []
-    for file in files:
-        try:
-            status = file.stat()
-            found.append((file.name, status.st_size, status.st_mtime_ns))
-        except FileNotFoundError:
-            found.append((file.name, -1, -1))
-    return found
-
-
-def _stamps(content: list[list[Any]]) -> list[Stamp]:
-    return [(name, size, changed) for name, size, changed in content]

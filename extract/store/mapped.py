@@ -1,8 +1,8 @@
-"""Raw shards of local files, read by mapping them into memory: a chunk is a view of the file, and nothing is copied.
+"""Uncompressed shards of local files, mapped into memory: a chunk is a view of the file, and nothing is copied.
 
-A shard of zarr's sharding codec is its inner chunks, one behind the other, and at its end an index: for each chunk its
-offset and its length in bytes (two little-endian uint64, both 2⁶⁴ − 1 where the chunk is all fill value and absent),
-then their CRC32C. Source: the zarr v3 specification of `sharding_indexed`.
+A shard of zarr's sharding codec holds its inner chunks one after another, followed by an index: for each chunk its
+offset and its length in bytes (two little-endian uint64, both 2⁶⁴ − 1 if the chunk is all fill value and absent), then
+the CRC32C of these. Source: the zarr v3 specification of `sharding_indexed`.
 """
 
 import os
@@ -24,11 +24,11 @@ from zarr.codecs.sharding import ShardingCodecIndexLocation
 from zarr.core.metadata import ArrayV3Metadata
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import broken
+from sail_align.extract.system.files import report_read_errors
 
 ABSENT = -1
 READ_AHEAD = 1 << 17
-"""Bytes a request: the kernel cuts a longer one down to the device's read-ahead, and this is the least common one."""
+"""Bytes per request. The kernel shortens longer requests to the device's read-ahead; 128 kB is its usual minimum."""
 
 
 class _Shard(NamedTuple):
@@ -38,13 +38,16 @@ class _Shard(NamedTuple):
 
 
 class MappedChunks:
-    """The inner chunks of one array. A shard is mapped when one of its chunks is first asked for.
+    """The inner chunks of one array. A shard is mapped when one of its chunks is first used.
 
-    No file stays open: a store of many millions of rows has more shards than a process may have files.
+    No file stays open: a store of many millions of rows has more shards than a process may open files.
+
+    Args:
+        array: An array that `supports` accepts.
+        file_of: Function that returns a shard's file, None if the shard holds fill values only.
     """
 
     def __init__(self, array: "zarr.Array[Any]", file_of: Callable[[int], Path | None]):
-        """Take an array for which `can_map` holds, and where each shard is: None if it has fill values only."""
         self._shape = (array.chunks[0], *array.shape[1:])
         self._rows = array.shape[0]
         self._dtype = array.dtype
@@ -53,6 +56,22 @@ class MappedChunks:
         self._bytes = int(np.prod(self._shape)) * array.dtype.itemsize
         self._file_of = file_of
         self._shards: dict[int, _Shard | None] = {}
+
+    @staticmethod
+    def supports(array: "zarr.Array[Any]") -> bool:
+        """Whether an array's chunks are stored as they are in memory, each with whole rows."""
+        metadata = array.metadata
+        if not isinstance(metadata, ArrayV3Metadata) or len(metadata.codecs) != 1:
+            return False
+        (codec,) = metadata.codecs
+        return (
+            isinstance(codec, ShardingCodec)
+            and codec.index_location == ShardingCodecIndexLocation.end
+            and codec.index_codecs == (BytesCodec(endian=Endian.little), Crc32cCodec())
+            and codec.codecs in ((BytesCodec(endian=Endian.little),), (BytesCodec(endian=None),))
+            and array.dtype == array.dtype.newbyteorder("<")
+            and codec.chunk_shape[1:] == array.shape[1:]
+        )
 
     def __getitem__(self, number: int) -> NDArray[Any]:
         """Return the rows of a chunk (n, …), read-only. Raises `UserError` if its shard is damaged."""
@@ -65,46 +84,44 @@ class MappedChunks:
         return mapped.content[start : start + self._bytes].view(self._dtype).reshape(self._shape)[:rows]
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Return rows start … stop − 1 (n, …), at least one. Raises `UserError` as above."""
+        """Return a copy of rows start … stop − 1 (n, …), at least one. Raises `UserError` if a shard is damaged."""
         size = self._shape[0]
         first = start // size
         chunks = [self[number] for number in range(first, -(-stop // size))]
         chunks[0] = chunks[0][start - first * size :]
         return np.concatenate(chunks)[: stop - start]
 
-    def expect(self, numbers: list[int]) -> None:
-        """Have the system read these chunks from the disk, without waiting for it. They are in rising order."""
-        if sys.platform != "linux":  # others read ahead by their own rules
+    def prefetch(self, numbers: list[int]) -> None:
+        """Make the system read these chunks, in rising order, from the disk without waiting for it."""
+        if sys.platform != "linux":  # no posix_fadvise, no RWF_NOWAIT
             return
         for shard, inside in groupby(numbers, lambda number: number // self._per_shard):
             if mapped := self._shard(shard):
                 with mapped.path.open("rb", buffering=0) as file:
                     for start in (mapped.offsets[number % self._per_shard] for number in inside):
-                        if start != ABSENT and not _cached(file.fileno(), start):
-                            _read_ahead(file.fileno(), start, start + self._bytes)
+                        if start != ABSENT and not _is_cached(file.fileno(), start):
+                            stop = start + self._bytes
+                            for at in range(start, stop, READ_AHEAD):
+                                length = min(READ_AHEAD, stop - at)
+                                os.posix_fadvise(file.fileno(), at, length, os.POSIX_FADV_WILLNEED)
 
     def forget(self, shard: int) -> None:
-        """Map a shard anew when it is asked for next: its file is another one now."""
+        """Map a shard again on its next use: its file has been replaced."""
         self._shards.pop(shard, None)
 
     def _shard(self, shard: int) -> _Shard | None:
         if shard not in self._shards:
-            self._shards[shard] = self._map(shard)
+            path = self._file_of(shard)
+            self._shards[shard] = None if path is None else self._map(path)
         return self._shards[shard]
 
-    def _map(self, shard: int) -> _Shard | None:
-        """Map a shard's file and check its index; None if it has fill values only, and so no file."""
-        path = self._file_of(shard)
-        if path is None:
-            return None
-        try:
-            with pa.memory_map(str(path)) as file:
-                content = np.frombuffer(file.read_buffer(), np.uint8)  # lives on when the file is closed
-        except OSError as problem:
-            raise broken(path, problem) from problem
+    def _map(self, path: Path) -> _Shard:
+        """Map a shard's file and check its index."""
+        with report_read_errors(path), pa.memory_map(str(path)) as file:
+            content = np.frombuffer(file.read_buffer(), np.uint8)  # stays valid when the file is closed
         size = 16 * self._per_shard
         if len(content) < size + 4:
-            raise _damaged(path, f"it has {len(content):,} bytes and its index alone has {size + 4:,}")
+            raise _damaged(path, f"it has {len(content):,} bytes, fewer than its index of {size + 4:,} bytes")
         index = content[-size - 4 : -4].tobytes()
         if google_crc32c.value(index) != int.from_bytes(content[-4:].tobytes(), "little"):
             raise _damaged(path, "the index at its end does not match its checksum")
@@ -115,41 +132,21 @@ class MappedChunks:
             elif length == self._bytes and start + length <= len(content) - size - 4:
                 offsets.append(start)
             else:
-                raise _damaged(path, f"its index names {length:,} bytes at {start:,} for a chunk of {self._bytes:,}")
+                raise _damaged(
+                    path, f"its index lists {length:,} bytes at {start:,}, expected a chunk of {self._bytes:,} bytes"
+                )
         return _Shard(path, content, offsets)
 
 
-def can_map(array: "zarr.Array[Any]") -> bool:
-    """Whether an array's chunks lie in its shards as they are in memory, each with whole rows."""
-    metadata = array.metadata
-    if not isinstance(metadata, ArrayV3Metadata) or len(metadata.codecs) != 1:
-        return False
-    (codec,) = metadata.codecs
-    return (
-        isinstance(codec, ShardingCodec)
-        and codec.index_location == ShardingCodecIndexLocation.end
-        and codec.index_codecs == (BytesCodec(endian=Endian.little), Crc32cCodec())
-        and codec.codecs in ((BytesCodec(endian=Endian.little),), (BytesCodec(endian=None),))
-        and array.dtype == array.dtype.newbyteorder("<")
-        and codec.chunk_shape[1:] == array.shape[1:]
-    )
-
-
-def _cached(file: int, at: int) -> bool:
-    """Whether the byte at a place is in memory: what lies behind it was read with it, and rarely left it before it."""
+def _is_cached(file: int, at: int) -> bool:
+    """Whether a chunk's first byte is in the page cache. The rest was read with it and is rarely evicted earlier."""
     try:
         return os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
-    except OSError:  # it would have to be waited for, or the file system cannot tell
+    except OSError:  # reading would block, or the file system does not support the flag
         return False
-
-
-def _read_ahead(file: int, start: int, stop: int) -> None:
-    for at in range(start, stop, READ_AHEAD):
-        os.posix_fadvise(file, at, min(READ_AHEAD, stop - at), os.POSIX_FADV_WILLNEED)
 
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(
-        f"{path} is damaged: {what}; take back its commit with `sail-extract verify --discard` and run the extraction "
-        "again."
+        f"{path} is damaged: {what}. Discard its commit with `sail-extract verify --discard` and rerun the extraction."
     )

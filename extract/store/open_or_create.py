@@ -1,4 +1,4 @@
-"""Open or make the store of a manifest: has the source the same samples still? Only changed parts are read for it."""
+"""Opening the store of a manifest, or creating it, and checking that its source still has the same samples."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,21 +9,21 @@ from typing import NoReturn
 from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.store.index import GROUP_ROWS, IndexRecord, Stamp, stamps
+from sail_align.extract.store.index import IndexRecord, Stamp, file_stamps
 from sail_align.extract.store.recaptions import RecaptionReport
-from sail_align.extract.store.store import Store
+from sail_align.extract.store.store import INDEX, Store
 from sail_align.extract.system.files import file_digest
 from sail_align.extract.system.progress import progress
 
 
 def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: bool = False) -> Store:
-    """Open the store of a manifest's samples, or make it.
+    """Open the store of a manifest's samples, or create it.
 
     Raises:
-        UserError: The path holds the store of another manifest or of other samples, or something else.
+        UserError: The path holds something else, or the store of another manifest or of other samples.
     """
     if not (path / "zarr.json").exists():
-        with suppress(StoreExistsError):  # another process was quicker
+        with suppress(StoreExistsError):  # another process was faster
             return Store.create(
                 path,
                 dataset=manifest.name,
@@ -33,102 +33,103 @@ def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: boo
                 recaptions=source.recaptions,
                 quiet=quiet,
             )
-    store = open_made_from(path, manifest)
-    require_samples(store, source, quiet=quiet)
+    store = open_existing(path, manifest)
+    _SourceCheck(store, source).run(quiet)
     return store
 
 
-def open_made_from(path: Path, manifest: Manifest) -> Store:
-    """Open the store of a manifest's samples; whether the source still has these is not asked.
+def open_existing(path: Path, manifest: Manifest) -> Store:
+    """Open the store of a manifest's samples, without checking whether its source still has them.
 
     Raises:
-        UserError: The path holds the store of another manifest, or something else.
+        UserError: The path holds something else, or the store of another manifest.
     """
-    store, made_from = Store.open(path), manifest.rows
-    if (recorded := store.attributes["manifest"]) != made_from:
-        field = next(name for name in (*made_from, *recorded) if made_from.get(name) != recorded.get(name))
+    store, expected = Store.open(path), manifest.rows
+    if (recorded := store.attributes["manifest"]) != expected:
+        field = next(name for name in (*expected, *recorded) if expected.get(name) != recorded.get(name))
         raise UserError(
-            f"{path} was made from a manifest whose {field} is {recorded.get(field)!r}, now it is "
-            f"{made_from.get(field)!r}; name another --out."
+            f"{path} was made from another manifest: its {field} is {recorded.get(field)!r}, now it is "
+            f"{expected.get(field)!r}. Pass another --out."
         )
     return store
 
 
-def require_samples(store: Store, source: Source, *, quiet: bool) -> None:
-    """Compare the samples of each part whose files have other stamps than when they were read, and keep the new stamps.
+class _SourceCheck:
+    """Compares the samples of a store with those that its source has now."""
 
-    A part without files, such as the demo's, is trusted: the manifest says all about it. A store without a record of
-    its source is compared whole.
+    def __init__(self, store: Store, source: Source):
+        self.store, self.source = store, source
+        self.own_captions = [name for name in store.captions if name in source.captions]
 
-    Raises:
-        UserError: A sample differs; the sentence names the changed file and the first such row.
-    """
-    folder, parts = store.path / "index", source.parts()
-    now = IndexRecord.begin(store.attributes["manifest"], parts)
-    before = IndexRecord.read(folder)
-    now.tables = _require_tables(store, source, before)
-    if before and (before.stamps, before.tables) == (now.stamps, now.tables):
-        return
-    known = list(zip(before.rows, before.stamps, strict=True)) if before else []
-    start = 0
-    with progress(store.rows, "comparing samples", quiet=quiet, delay=1) as bar:
-        for number, (part, stamped) in enumerate(zip(parts, now.stamps, strict=True)):
-            rows, old = known[number] if number < len(known) else (None, [])
-            if rows is None or old != stamped:
-                changed = [file for file, stamp in zip(part.files, stamped, strict=False) if stamp not in old]
-                rows = _compare(store, source, part, start, rows, changed or list(part.files))
-            bar.update(rows)
-            now.rows[number] = rows
-            start += rows
-    if start < store.rows:
-        _refuse(store, start, store.samples(start, start + 1)[0], None, [])
-    now.digests, now.complete = store.attributes["index_sha256"], True
-    if before:
-        now.made_of = before.made_of
-    now.write(folder)
+    def run(self, quiet: bool) -> None:
+        """Compare the samples of each part whose files have changed since they were read, and record the new stamps.
 
+        A part without files, such as the demo's, is trusted: its name identifies its samples. A store without a record
+        of its source is compared completely.
 
-def _require_tables(store: Store, source: Source, before: IndexRecord | None) -> list[Stamp]:
-    """Return the stamps of the caption tables that were joined, which must be those that are there now."""
-    if source.recaptions is None:
-        return []
-    files = source.recaptions.files
-    now = stamps(files)
-    if before is None or before.tables != now:
-        report = RecaptionReport.read(store.path / "index")
-        for file, joined in zip_longest(files, report.tables if report else []):
-            if file is None or joined is None or joined != [file.name, file_digest(file)]:
-                raise UserError(
-                    f"{store.path} holds captions of another {file.name if file else joined[0]} than there is now; "
-                    "name another --out."
-                )
-    return now
+        Raises:
+            UserError: A sample differs; the message names the changed file and the first such row.
+        """
+        store, folder, parts = self.store, self.store.path / INDEX, self.source.parts()
+        now = IndexRecord.begin(store.attributes["manifest"], parts)
+        before = IndexRecord.read(folder)
+        now.tables = self._require_tables(before)
+        if before and (before.stamps, before.tables) == (now.stamps, now.tables):
+            return
+        known = list(zip(before.rows, before.stamps, strict=True)) if before else []
+        start = 0
+        with progress(store.rows, "comparing samples", quiet=quiet, delay=1) as bar:
+            for number, (part, stamps) in enumerate(zip(parts, now.stamps, strict=True)):
+                rows, old = known[number] if number < len(known) else (None, [])
+                if rows is None or old != stamps:
+                    changed = [file for file, stamp in zip(part.files, stamps, strict=False) if stamp not in old]
+                    rows = self.compare(part, start, rows, changed or list(part.files))
+                bar.update(rows)
+                now.rows[number] = rows
+                start += rows
+        if start < store.rows:
+            self._reject(start, store.samples(start, start + 1)[0], None, [])
+        now.digests, now.complete = store.attributes["index_sha256"], True
+        if before:
+            now.made_of = before.made_of
+        now.write(folder)
 
+    def compare(self, part: Part, start: int, expected: int | None, changed: list[Path]) -> int:
+        """Compare a part with the rows from `start`. Returns how many samples it has: `expected` if that is known."""
+        stored, samples, row = self._stored(start), part.read(), start
+        stop = None if expected is None else start + expected
+        while True:
+            new = next(samples, None)
+            if new is None and stop in (None, row):
+                return row - start
+            old = next(stored, None)
+            if old != new or row == stop:
+                self._reject(row, old, new, changed)
+            row += 1
 
-def _compare(store: Store, source: Source, part: Part, start: int, expected: int | None, changed: list[Path]) -> int:
-    """Return how many samples a part has; it must have the `expected` number if that is known."""
-    stored, samples, row = _stored(store, source, start), part.read(), start
-    stop = None if expected is None else start + expected
-    while True:
-        new = next(samples, None)
-        if new is None and stop in (None, row):
-            return row - start
-        old = next(stored, None)
-        if old != new or row == stop:
-            _refuse(store, row, old, new, changed)
-        row += 1
+    def _stored(self, start: int) -> Iterator[Sample]:
+        return self.store.index_files.samples(start, self.store.rows, self.own_captions)
 
+    def _require_tables(self, before: IndexRecord | None) -> list[Stamp]:
+        """Return the stamps of the caption tables. Raises `UserError` unless they are those that were joined."""
+        if self.source.recaptions is None:
+            return []
+        files = self.source.recaptions.files
+        now = file_stamps(files)
+        if before is None or before.tables != now:
+            report = RecaptionReport.read(self.store.path / INDEX)
+            for file, joined in zip_longest(files, report.tables if report else []):
+                if file is None or joined is None or joined != [file.name, file_digest(file)]:
+                    name = file.name if file else joined[0]
+                    raise UserError(
+                        f"{self.store.path} has captions of {name}, which has changed since. Pass another --out."
+                    )
+        return now
 
-def _stored(store: Store, source: Source, start: int) -> Iterator[Sample]:
-    captions = [name for name in store.captions if name in source.captions]
-    for first in range(start, store.rows, GROUP_ROWS):
-        yield from store.samples(first, min(first + GROUP_ROWS, store.rows), captions)
-
-
-def _refuse(store: Store, row: int, old: Sample | None, new: Sample | None, changed: list[Path]) -> NoReturn:
-    there, here = ("no sample" if sample is None else f"sample {sample.key!r}" for sample in (old, new))
-    where = " or ".join(map(str, changed)) or "the data set"
-    raise UserError(
-        f"{store.path} has {there} in row {row} where {where} has {here} now, or another caption of it; "
-        "name another --out."
-    )
+    def _reject(self, row: int, old: Sample | None, new: Sample | None, changed: list[Path]) -> NoReturn:
+        stored, current = ("no sample" if sample is None else f"sample {sample.key!r}" for sample in (old, new))
+        where = " or ".join(map(str, changed)) or "the data set"
+        raise UserError(
+            f"{self.store.path} has {stored} in row {row}, but {where} now has {current}, or another caption of it. "
+            "Pass another --out."
+        )

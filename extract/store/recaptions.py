@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.tabular import read_captions
-from sail_align.extract.store.index import FIELDS, FILE_ROWS, caption_column, index_file, text_hashes, write_index_file
+from sail_align.extract.store.index import FIELDS, FILE_ROWS, Index, caption_column, text_hashes
 from sail_align.extract.system.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.system.progress import progress
 
@@ -94,7 +94,8 @@ def join_captions(
     spill = folder / "spill"
     shutil.rmtree(spill, ignore_errors=True)
     spill.mkdir()
-    samples = _Samples.of(folder, files, tables.field)
+    index = Index(folder)
+    samples = _Samples.of(index, files, tables.field)
     streamed = _stream(samples, tables, spill, quiet)
     if not any(spill.iterdir()):
         raise UserError(
@@ -105,8 +106,8 @@ def join_captions(
     digests = []
     with progress(rows, "attaching captions", quiet=quiet, delay=1) as bar:
         for number in range(files):
-            file, start = index_file(folder, number), number * FILE_ROWS
-            digests.append(write_index_file(file, attached.to(file, start, _spilled(spill, number))))
+            start = number * FILE_ROWS
+            digests.append(index.write(number, attached.to(index.file(number), start, _spilled(spill, number))))
             bar.update(min(FILE_ROWS, rows - start))
     shutil.rmtree(spill)
     joined = int(attached.joined.sum())
@@ -141,11 +142,9 @@ class _Samples:
     claims: NDArray[np.int64]
 
     @classmethod
-    def of(cls, folder: Path, files: int, field: str) -> "_Samples":
+    def of(cls, index: Index, files: int, field: str) -> "_Samples":
         hashes, rows = [], []
-        for number in range(files):
-            with index_file(folder, number).open("rb") as file:
-                names = pq.read_table(file, columns=[field])[field].to_pylist()
+        for number, names in enumerate(index.columns(field, files)):
             named = np.fromiter(map(bool, names), bool, len(names))
             hashes.append(text_hashes(names)[named])
             rows.append(np.flatnonzero(named) + number * FILE_ROWS)

@@ -1,22 +1,23 @@
-"""The feature store, format version 1. This file and features.py are all that knows the layout on disk.
+"""The feature store, format version 1. This package alone knows its layout on disk.
 
     cc12m.zarr/
       zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, index digests
-      index/part-00000.parquet …         one row a sample: key, image, label, mask, url, captions by name
-      index/sources.json                 what the index was read from: rows a part, stamps of its files
-      index/recaptions.json              where captions were joined: from which tables, to how many images
+      index/part-00000.parquet …         one row per sample: key, image, label, mask, url, captions by name
+      index/sources.json                 the sources of the index: rows per part, stamps of their files
+      index/recaptions.json              only if captions were joined: from which tables, to how many images
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
       text/<encoder>/<caption>/{features,status}
-      commits/<array path>/<shard>.json  written last: a shard without a valid marker does not exist for any reader
-      leases/…                           who writes what just now; gone when nobody does
+      commits/<array path>/<shard>.json  written last: readers ignore a shard without a valid marker
+      leases/…                           who is writing what; removed when nobody is
 
-Row i of every array is sample i of the index. A shard is written once, whole, by one writer.
+Row i of every array is sample i of the index. A shard is written whole, once, by one writer.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,23 +28,24 @@ import pyarrow as pa
 from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.encoders.base import Identity, require_same
 from sail_align.extract.errors import StoreExistsError, UserError
-from sail_align.extract.store.build_index import write_index
-from sail_align.extract.store.features import FeatureArray, read_identity
-from sail_align.extract.store.index import FIELDS, GROUP_ROWS, caption_column, index_file, read_index
+from sail_align.extract.store.build_index import build_index
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.index import Index
 from sail_align.extract.system.files import (
+    NOT_A_STORE,
     as_path,
-    broken,
     canonical_json,
     file_digest,
-    made_folder,
-    no_store,
+    is_remote,
     remove_tree,
+    report_read_errors,
+    report_write_errors,
     write_atomically,
 )
 from sail_align.extract.system.leases import Leases
 from sail_align.extract.system.progress import note
 
-FORMAT = 1
+STORE_FORMAT = 1
 SHARD_ROWS = 65_536
 CHUNK_ROWS = 1_024
 LEASES, INDEX, ARRAY = "leases", "index", "array"
@@ -52,7 +54,19 @@ CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class Store:
-    """A store on disk. Make one with `create`, open one with `open`."""
+    """A store on disk. Create one with `create`, open one with `open`.
+
+    Attributes:
+        path: The store's folder or URL.
+        attributes: The attributes of its root, as in zarr.json.
+        rows: Number of samples.
+        shard_rows: Rows per shard.
+        chunk_rows: Rows per inner chunk of a shard.
+        dataset: Name of the data set.
+        captions: Names of the captions.
+        leases: Leases on what this process writes.
+        index_files: The files of the index.
+    """
 
     def __init__(self, path: Path, attributes: dict[str, Any]):
         self.path = path
@@ -63,6 +77,7 @@ class Store:
         self.dataset: str = attributes["dataset"]
         self.captions: tuple[str, ...] = tuple(attributes["captions"])
         self.leases = Leases(path / LEASES)
+        self.index_files = Index(path / INDEX)
 
     @classmethod
     def create(
@@ -80,118 +95,110 @@ class Store:
     ) -> "Store":
         """Write the index of a new store and, last, the attributes that make the folder a store.
 
-        An index that was begun and not finished is gone on with, if it was of the same manifest and files.
+        An unfinished index of the same manifest and files is resumed.
 
-        Sizes default to shards of 65,536 rows in chunks of 1,024, and to less for small data sets, so that some work is
-        committed every minute there too.
+        Args:
+            path: Folder or URL of the store.
+            dataset: Name of the data set.
+            manifest: Description of the samples, recorded in the store.
+            parts: The samples, in order.
+            captions: Names of the samples' own captions.
+            recaptions: Tables of further captions.
+            shard_rows: Rows per shard. Defaults to 65,536, and to fewer for small data sets, so that some work is
+                committed every minute there too.
+            chunk_rows: Rows per chunk; a divisor of `shard_rows`. Defaults to 1,024 or `shard_rows` if that is less.
+            quiet: Show no progress bars.
 
         Raises:
-            StoreExistsError: The store is there, or another process was at it already; its end was waited for.
-            UserError: The folder holds something else, there is no sample, a key occurs twice, or a caption's name
-                cannot name a folder.
+            StoreExistsError: The store exists, or another process has just created it.
+            UserError: The folder holds something else, there are no samples, a key occurs twice, or a caption's name
+                cannot be the name of a folder.
         """
         path = as_path(path)
-        occupied = path.exists() and not (
-            path.is_dir() and all(UNFINISHED.fullmatch(file.name) for file in path.iterdir())
-        )
-        if (path / "zarr.json").exists():  # looked for last: another process may be making the store
-            raise StoreExistsError(f"{path} is a store already; name another path or remove it.")
+        existed = path.exists()
+        occupied = existed and not (path.is_dir() and all(UNFINISHED.fullmatch(file.name) for file in path.iterdir()))
+        if (path / "zarr.json").exists():  # checked last: another process may be creating the store
+            raise StoreExistsError(f"{path} is already a store. Pass another path or remove it.")
         if occupied:
-            raise UserError(f"{path} exists and is not a feature store; name another --out.")
+            raise UserError(f"{path} exists and is not a feature store. Pass another --out.")
         names = [*captions, *(recaptions.captions if recaptions else ())]
         for name in names:
             if not CAPTION_NAME.fullmatch(name):
-                raise UserError(f"Caption name {name!r} may hold only letters, digits, '_' and '-'; rename it.")
-        waiting = partial(note, f"{path}: another run is building the index; waiting for it.")
-        with made_folder(path), Leases(path / LEASES).hold(INDEX, waiting):
-            if (path / "zarr.json").exists():
-                raise StoreExistsError(f"{path} has just been made by another run; open it.")
-            (path / "index").mkdir(exist_ok=True)
-            samples_of = {name: value for name, value in manifest.items() if name != "recaptions"}
-            made_of = [FORMAT, samples_of, list(captions)]
-            index = write_index(path / "index", made_of, parts, captions, recaptions, quiet=quiet)
-            rows = sum(index.rows)
-            if rows == 0:
-                remove_tree(path / "index")
-                raise UserError(f"Data set {dataset!r} has no samples; check the manifest's files and split.")
-            shard_rows = shard_rows or _shard_rows(rows)
-            chunk_rows = chunk_rows or min(CHUNK_ROWS, shard_rows)
-            if shard_rows % chunk_rows:
-                raise UserError(f"A shard of {shard_rows} rows is no multiple of its chunks of {chunk_rows} rows.")
-            attributes = {
-                "format": FORMAT,
-                "dataset": dataset,
-                "manifest": manifest,
-                "rows": rows,
-                "shard_rows": shard_rows,
-                "chunk_rows": chunk_rows,
-                "captions": names,
-                "index_sha256": index.digests,
-            }
-            root = {"zarr_format": 3, "node_type": "group", "attributes": {"sail": attributes}}
-            write_atomically(path / "zarr.json", canonical_json(root))
-            return cls(path, attributes)
+                raise UserError(f"Caption name {name!r} is invalid: expected letters, digits, '_' and '-'. Rename it.")
+        with report_write_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        waiting = partial(note, f"{path}: waiting for another run that is building the index.")
+        try:
+            with Leases(path / LEASES).hold(INDEX, waiting):
+                if (path / "zarr.json").exists():
+                    raise StoreExistsError(f"{path} has just been created by another run. Open it.")
+                (path / INDEX).mkdir(exist_ok=True)
+                samples_of = {name: value for name, value in manifest.items() if name != "recaptions"}
+                made_of = [STORE_FORMAT, samples_of, list(captions)]
+                index = build_index(path / INDEX, made_of, parts, captions, recaptions, quiet=quiet)
+                rows = sum(index.rows)
+                if rows == 0:
+                    remove_tree(path / INDEX)
+                    raise UserError(f"Data set {dataset!r} has no samples. Check the manifest's files and split.")
+                shard_rows = shard_rows or _shard_rows(rows)
+                chunk_rows = chunk_rows or min(CHUNK_ROWS, shard_rows)
+                if shard_rows % chunk_rows:
+                    raise UserError(f"shard_rows is {shard_rows}, which is not a multiple of chunk_rows, {chunk_rows}.")
+                attributes = {
+                    "format": STORE_FORMAT,
+                    "dataset": dataset,
+                    "manifest": manifest,
+                    "rows": rows,
+                    "shard_rows": shard_rows,
+                    "chunk_rows": chunk_rows,
+                    "captions": names,
+                    "index_sha256": index.digests,
+                }
+                _write_group(path, {"sail": attributes})
+                return cls(path, attributes)
+        except Exception:
+            if not existed and not is_remote(path):
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            raise
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
         """Open an existing store.
 
         Raises:
-            UserError: The path is not a store, or one of a later format, or it cannot be read.
+            UserError: The path is not a store, has a newer format, or cannot be read.
         """
         path = as_path(path)
-        try:
-            attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
-            if (version := attributes["format"]) != FORMAT:
-                raise UserError(f"{path} has store format {version!r}, this version reads {FORMAT}; update sail-align.")
-            return cls(path, attributes)
-        except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
-            raise no_store(path) from problem
-        except (OSError, ValueError) as problem:  # a disk that is gone, or not ours: the store may well be there
-            raise broken(path / "zarr.json", problem) from problem
+        with report_read_errors(path / "zarr.json"):
+            try:
+                attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
+                if (version := attributes["format"]) != STORE_FORMAT:
+                    raise UserError(f"{path} has store format {version!r}, expected {STORE_FORMAT}. Update sail-align.")
+                return cls(path, attributes)
+            except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
+                raise UserError(NOT_A_STORE.format(path=path)) from problem
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
         """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`."""
-        stop = self.rows if stop is None else stop
-        return read_index(self.path / "index", start, stop, columns)
+        return self.index_files.read(start, self.rows if stop is None else stop, columns)
 
     def samples(self, start: int, stop: int, captions: Sequence[str] | None = None) -> list[Sample]:
-        """Return rows start … stop − 1 of the index as samples, with these captions of theirs (default: all)."""
-        names = self.captions if captions is None else tuple(captions)
-        columns = [*FIELDS.names, *map(caption_column, names)]
-        samples: list[Sample] = []
-        for first in range(start, stop, GROUP_ROWS):
-            samples += [
-                Sample(
-                    key=row["key"],
-                    image=row["image"],
-                    captions={name: text for name in names if (text := row[caption_column(name)]) is not None},
-                    label=row["label"],
-                    mask=row["mask"],
-                    url=row["url"],
-                )
-                for row in self.index(columns, first, min(first + GROUP_ROWS, stop)).to_pylist()
-            ]
-        return samples
+        """Return rows start … stop − 1 of the index as samples, with the given captions (default: all)."""
+        return list(self.index_files.samples(start, stop, self.captions if captions is None else captions))
 
     def images(self) -> dict[str, FeatureArray]:
-        """The image arrays by encoder node name."""
-        return {
-            node.name: self._array(f"image/{node.name}", node)
-            for node in self._nodes("image")
-            if FeatureArray.exists(node)
-        }
+        """Return the image arrays by encoder node name."""
+        nodes = (node for node in self._nodes("image") if FeatureArray.exists(node))
+        return {node.name: self._array(f"image/{node.name}") for node in nodes}
 
     def texts(self, caption: str) -> dict[str, FeatureArray]:
-        """The arrays of one caption by encoder node name."""
-        return {
-            node.name: self._array(f"text/{node.name}/{caption}", node)
-            for node in self._nodes("text")
-            if FeatureArray.exists(node / caption)
-        }
+        """Return the arrays of one caption by encoder node name."""
+        nodes = (node for node in self._nodes("text") if FeatureArray.exists(node / caption))
+        return {node.name: self._array(f"text/{node.name}/{caption}") for node in nodes}
 
     def arrays(self) -> list[FeatureArray]:
-        """All arrays, images first."""
+        """Return all arrays, images first."""
         return [*self.images().values(), *chain.from_iterable(self.texts(name).values() for name in self.captions)]
 
     def image(self, encoder: str | None = None) -> FeatureArray:
@@ -203,44 +210,52 @@ class Store:
         return self._pick(self.texts(caption), f"text features of caption {caption!r}", encoder)
 
     def add_image(self, identity: Identity) -> FeatureArray:
-        """Return the image array of this encoder, made if it is not there. Raises `UserError` for another's node."""
+        """Return the image array of an encoder, creating it if needed. Raises `UserError` if its node is another's."""
         return self._add("image", identity, "")
 
     def add_text(self, identity: Identity, caption: str) -> FeatureArray:
-        """Return a caption's array of this encoder, made if it is not there. Raises `UserError` for another's node."""
+        """Return a caption's array of an encoder, creating it if needed. Raises `UserError` as `add_image`."""
         return self._add("text", identity, caption)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the index's digests and all markers: what a checkpoint records."""
+        """SHA-256 over the digests of the index and all markers, which a checkpoint records."""
         return self.digest_of(self.arrays())
 
     def digest_of(self, arrays: Sequence[FeatureArray]) -> str:
-        """Return the SHA-256 over the index's digests and the markers of some arrays."""
+        """Return the SHA-256 over the digests of the index and the markers of some arrays."""
         digest = hashlib.sha256(canonical_json(self.attributes["index_sha256"]))
         for array in arrays:
             digest.update(canonical_json([array.path, sorted(array.markers.items())]))
         return digest.hexdigest()
 
     def committed_paths(self) -> set[str]:
-        """Return the paths of all arrays that have a marker, whether they are there or not."""
+        """Return the paths of all arrays that have a marker, even if the array itself is missing."""
         commits = self.path / "commits"
         skipped = len(commits.as_posix()) + 1
         return {marker.parent.as_posix()[skipped:] for marker in commits.rglob("*.json")}
 
-    def damaged_index_files(self) -> list[str]:
-        """Recompute the index files' hashes; return those that are not as they were written."""
-        return [
-            str(file)
-            for part, expected in enumerate(self.attributes["index_sha256"])
-            if file_digest(file := index_file(self.path / "index", part)) != expected
-        ]
+    def damaged_index_files(self) -> list[Path]:
+        """Return the index files that do not have the digest recorded in the store."""
+        files = ((self.index_files.file(part), digest) for part, digest in enumerate(self.attributes["index_sha256"]))
+        return [file for file, digest in files if file_digest(file) != digest]
 
     def _nodes(self, modality: str) -> list[Path]:
         return sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)
 
-    def _array(self, path: str, node: Path) -> FeatureArray:
-        return FeatureArray(self.path, path, read_identity(node))
+    def _array(self, path: str) -> FeatureArray:
+        modality, encoder, *_ = path.split("/")
+        return FeatureArray(self.path, path, self._identity(self.path / modality / encoder))
+
+    def _identity(self, node: Path) -> Identity:
+        path = node / "zarr.json"
+        with report_read_errors(path):
+            attributes = json.loads(path.read_bytes())["attributes"]
+            identity = Identity.from_json(attributes)
+            recorded = attributes["fingerprint"]
+        if identity.spec.fingerprint != recorded:
+            raise UserError(f"{path} is damaged: its fingerprint is {recorded}. Restore it or make the store again.")
+        return identity
 
     def _pick(self, arrays: dict[str, FeatureArray], what: str, encoder: str | None) -> FeatureArray:
         if encoder is not None and encoder in arrays:
@@ -248,35 +263,32 @@ class Store:
         if encoder is None and len(arrays) == 1:
             return next(iter(arrays.values()))
         asked = f"of encoder {encoder!r} " if encoder else ""
-        there = ", ".join(arrays) or "none"
-        raise UserError(
-            f"{self.path} has no single array of {what} {asked}(encoders there: {there}); name one of them."
-        )
+        existing = ", ".join(arrays) or "none"
+        raise UserError(f"{self.path} has no single array of {what} {asked}(encoders: {existing}). Name one of them.")
 
     def _add(self, modality: str, identity: Identity, caption: str) -> FeatureArray:
-        node = self.path / modality / node_name(identity.spec.id)
-        folder = node / caption if caption else node
-        path = "/".join(filter(None, (modality, node.name, caption)))
+        encoder = re.sub(r"[^\w.@+-]+", "-", identity.spec.id)  # hf:org/model@rev → hf-org-model@rev
+        path = "/".join(filter(None, (modality, encoder, caption)))
+        node, folder = self.path / modality / encoder, self.path / path
         if not FeatureArray.exists(folder):
-            with self.leases.hold(f"{modality}/{node.name}/{ARRAY}", waiting=lambda: None):
+            with self.leases.hold(f"{modality}/{encoder}/{ARRAY}", waiting=lambda: None):
                 if not FeatureArray.exists(folder):
-                    self._lay_out(node, folder, identity)
-        require_same(identity, read_identity(node), where=str(self.path))
-        return self._array(path, node)
+                    self._create_array(node, folder, identity)
+        require_same(identity, self._identity(node), where=str(self.path))
+        return self._array(path)
 
-    def _lay_out(self, node: Path, folder: Path, identity: Identity) -> None:
-        """Write what makes a folder an array, in an order that lets it be taken up after any part."""
+    def _create_array(self, node: Path, folder: Path, identity: Identity) -> None:
+        """Create an array in an order that can be resumed after any step."""
         if (node / "zarr.json").exists():
-            require_same(identity, read_identity(node), where=str(self.path))
+            require_same(identity, self._identity(node), where=str(self.path))
         groups: dict[Path, dict[str, Any]] = {folder: {}, node: identity.to_json()}  # an image array is its node
         for group, attributes in groups.items():
             if not (group / "zarr.json").exists():
-                content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-                write_atomically(group / "zarr.json", canonical_json(content))
+                _write_group(group, attributes)
         FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
 
     def tidy(self) -> None:
-        """Remove what killed processes left: leases of what is done. The others' are taken over in time."""
+        """Remove leases that killed processes left on finished work. Those on unfinished work are taken over later."""
         arrays = {array.path: array for array in self.arrays()}
         for name in self.leases.names():
             path, _, what = name.rpartition("/")
@@ -285,11 +297,11 @@ class Store:
         self.leases.tidy()
 
 
-def node_name(encoder_id: str) -> str:
-    """Return an encoder's id as the name of its node: `hf:org/model@rev` → `hf-org-model@rev`."""
-    return re.sub(r"[^\w.@+-]+", "-", encoder_id)
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    write_atomically(folder / "zarr.json", canonical_json(content))
 
 
 def _shard_rows(rows: int) -> int:
-    """Return the power of two that cuts a data set into at least eight shards, between 256 and 65,536 rows."""
+    """Return the power of two that splits a data set into at least eight shards, from 256 to 65,536 rows."""
     return max(256, min(SHARD_ROWS, 1 << max(rows // 8, 1).bit_length() - 1))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their digests."""
+"""Files that are written whole or not at all, their digests, and readable errors."""
 
 import errno
 import glob
@@ -14,76 +14,69 @@ from typing import Any, cast
 
 from sail_align.extract.errors import UserError
 
+NOT_A_STORE = "{path} is not a feature store. Make one with `sail-extract run`."
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def as_path(location: str | Path) -> Path:
-    """Return a place to keep a store: a local path, or for a URL such as `s3://bucket/x.zarr` what acts like one.
+    """Return the path of a store: a local one, or a path-like object for a URL such as `s3://bucket/x.zarr`.
 
     Raises:
-        UserError: It is a URL and universal_pathlib, or the file system behind it, is not installed.
+        UserError: The location is a URL, and universal_pathlib or the file system for it is not installed.
     """
-    if "://" not in str(location) or not isinstance(location, str):
-        return Path(location) if isinstance(location, str) else location
+    if not isinstance(location, str):
+        return location
+    if "://" not in location:
+        return Path(location)
     try:
         from upath import UPath
 
-        remote: Any = UPath(location, use_listings_cache=False)  # others write there too
-        remote.fs  # noqa: B018 (loads what the protocol needs)
+        remote: Any = UPath(location, use_listings_cache=False)  # other processes write there too
+        remote.fs  # noqa: B018 (imports the file system)
     except (ImportError, ValueError) as problem:
         raise UserError(
-            f"{location} cannot be used ({problem}); install 'sail-align[remote]' and what fsspec needs for it."
+            f"{location} cannot be used ({problem}). Install 'sail-align[remote]' and the fsspec package for this URL."
         ) from problem
     return cast(Path, remote)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path came from a URL."""
+    """Whether a path was made from a URL."""
     return not isinstance(path, Path)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it, if it is there."""
+    """Remove a folder with its content, if it exists."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
         cast(Any, folder).rmdir(recursive=True)
 
 
-@contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, if it is not there; one that was made and in which a failure leaves nothing is removed again.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    there = folder.exists()
-    with report_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except Exception:
-        if not there and not is_remote(folder):  # object storage knows no empty folders
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-        raise
-
-
 def canonical_json(value: Any) -> bytes:
-    """Return JSON that is the same bytes for the same value."""
+    """Return JSON whose bytes are the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def write_atomically(path: Path, content: bytes | memoryview, *, below: Path | None = None) -> None:
-    """Write a whole file under a temporary name and rename it, so that no reader ever sees a part of it.
+def write_atomically(path: Path, content: bytes | memoryview | None, *, below: Path | None = None) -> None:
+    """Write a whole file under a temporary name and rename it, so that no reader ever sees part of it.
 
-    What a killed writer of the same file left behind is removed; one that is alive then tries again. On object storage
-    a file is put whole or not at all.
+    Temporary files of killed writers of the same file are removed. If that hits a live writer, it tries again. Object
+    storage writes whole objects anyway.
+
+    Args:
+        path: The file.
+        content: Its content, or None to remove the file.
+        below: Create missing folders only below this one.
 
     Raises:
-        FileNotFoundError: The folder `below`, under which alone folders may be made, is gone.
+        FileNotFoundError: The folder `below` does not exist.
     """
+    if content is None:
+        path.unlink(missing_ok=True)
+        _remove_leftovers(path)
+        return
     if is_remote(path):
         path.write_bytes(bytes(content))
         return
@@ -92,7 +85,7 @@ def write_atomically(path: Path, content: bytes | memoryview, *, below: Path | N
     else:
         for folder in reversed([each for each in path.parents if each != below and each.is_relative_to(below)]):
             folder.mkdir(exist_ok=True)
-    remove_leftovers(path)  # once, or two slow writers would take each other's files away without end
+    _remove_leftovers(path)  # only once: two slow writers could delete each other's files forever
     written = False
     while not written:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -101,76 +94,65 @@ def write_atomically(path: Path, content: bytes | memoryview, *, below: Path | N
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # another writer removed it
                 temporary.replace(path)
                 written = True
         finally:
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk before anything written later: after a power cut, no marker alone."""
-    with suppress(OSError):  # not every system knows this
-        descriptor = os.open(folder, os.O_RDONLY)
+    # Sync the folder too: after a power cut, a marker must not be there without the files written before it.
+    with suppress(OSError):  # not supported everywhere
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of writers of this file that were killed."""
-    if is_remote(path):
-        return
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+def _remove_leftovers(path: Path) -> None:
+    if not is_remote(path):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str | None:
-    """Return the SHA-256 of a file, None if there is no such file. Raises `UserError` if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
-    except OSError as problem:
-        raise broken(path, problem) from problem
+    """Return the SHA-256 of a file, None if it does not exist. Raises `UserError` if it cannot be read."""
+    with report_read_errors(path):
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
 
 
 def require_store(path: Path) -> None:
-    """Refuse what is plainly no store, before the seconds that reading one takes to load.
-
-    Raises:
-        UserError: There is no zarr.json.
-    """
+    """Raise `UserError` if a local path is not a store, before torch and zarr are imported to open it."""
     try:
         if not is_remote(path):
             (path / "zarr.json").lstat()
     except (FileNotFoundError, NotADirectoryError) as problem:
-        raise no_store(path) from problem
-    except OSError:  # opening it says more
+        raise UserError(NOT_A_STORE.format(path=path)) from problem
+    except OSError:  # `Store.open` reports it
         return
 
 
-def no_store(path: Path) -> UserError:
-    """Return what to raise of a path that is no store."""
-    return UserError(f"{path} is not a feature store; make one with `sail-extract run`.")
+@contextmanager
+def report_read_errors(path: Path) -> Iterator[None]:
+    """Turn the errors that reading a file of a store may raise into a `UserError`.
 
-
-def broken(path: Path, problem: Exception) -> UserError:
-    """Return what to raise of a store's file that cannot be read: the system refuses, or it is not what was written."""
-    if (
-        isinstance(problem, OSError)
-        and not isinstance(problem, FileNotFoundError)
-        and (problem.errno or type(problem) is not OSError)  # pyarrow's is neither, and says damage
-    ):
-        reason = os.strerror(problem.errno) if problem.errno else problem  # object storage gives no number
-        return UserError(f"{path} cannot be read ({reason}); mend that and try again.")
-    return UserError(
-        f"{path} is missing or damaged; restore it, or run the extraction again, after `sail-extract verify --discard` "
-        "if it is a file of features."
-    )
+    Its text depends on whether the system refuses to read the file or the content is not what was written.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as problem:
+        # An OSError without errno is pyarrow's and means damage; its subclasses without one come from object storage.
+        refused = isinstance(problem, OSError) and (problem.errno or type(problem) is not OSError)
+        if refused and not isinstance(problem, FileNotFoundError):
+            reason = os.strerror(problem.errno) if isinstance(problem, OSError) and problem.errno else problem
+            raise UserError(f"{path} cannot be read ({reason}). Fix this and try again.") from problem
+        raise UserError(
+            f"{path} is missing or damaged. Restore it or rerun the extraction, after `sail-extract verify --discard` "
+            "if it is a file of features."
+        ) from problem
 
 
 @contextmanager
@@ -196,6 +178,5 @@ def report_write_errors(path: Path, *, during_run: bool = False) -> Iterator[Non
         if during_run and not denied:
             raise
         what, remedy = (problem.filename, "Change its permissions or pass") if denied else (path, "Pass")
-        raise UserError(
-            f"{what} cannot be written ({problem.strerror or problem}). {remedy} another --out."
-        ) from problem
+        reason = problem.strerror or problem
+        raise UserError(f"{what} cannot be written ({reason}). {remedy} another --out.") from problem

@@ -176,7 +176,7 @@ def test_compressed_stores_give_the_same_batches_and_decode_each_chunk_once(pair
     for path in pair_of_stores:
         compress(path)
     stream = stream_of(pair_of_stores)
-    pipeline = stream._pairs[0].image._features.async_array.codec_pipeline
+    pipeline = stream._pairs[0].image._features.zarr.async_array.codec_pipeline
     assert type(pipeline).__name__ == ("ZarrsCodecPipeline" if zarrs else "BatchedCodecPipeline")
     read, most = [], 0
     original = FeatureArray.chunk
@@ -209,7 +209,7 @@ def test_failed_look_ahead_ends_the_stream(make_numbered, monkeypatch):
 
 def test_batches_request_chunks_again_after_a_scan(make_numbered, monkeypatch):
     asked = []
-    monkeypatch.setattr(FeatureArray, "expect", lambda self, chunks: asked.extend(chunks))
+    monkeypatch.setattr(FeatureArray, "prefetch", lambda self, chunks: asked.extend(chunks))
     with stream_of([make_numbered(rows=100)], batch_size=100) as stream:
         list(stream.scan())
         asked.clear()

@@ -39,7 +39,7 @@ def test_resume_rejects_another_manifest(pictures):
     run(pictures)
     path = pictures / "pictures.yaml"
     path.write_text(path.read_text().replace("long: story", "long: caption"))
-    with pytest.raises(UserError, match="made from a manifest whose source"):
+    with pytest.raises(UserError, match="made from another manifest: its source"):
         run(pictures)
 
 

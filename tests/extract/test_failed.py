@@ -69,7 +69,7 @@ def test_shards_without_failures_are_not_read(store, monkeypatch):
 
 
 def original(array, start, stop):
-    return np.asarray(array._status[start:stop])
+    return np.asarray(array._status.zarr[start:stop])
 
 
 def test_mistakes_are_one_sentence(store, tmp_path):

@@ -17,8 +17,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import open_source
 from sail_align.extract.store import index
-from sail_align.extract.store import open_or_create as reopening
-from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.open_or_create import _SourceCheck, open_or_create
 from sail_align.extract.store.store import Store
 
 
@@ -74,7 +73,6 @@ def test_an_index_stopped_anywhere_and_run_again_is_byte_identical(tmp_path_fact
 
         with pytest.MonkeyPatch.context() as patch:
             if kind == "write":
-                patch.setattr("sail_align.extract.store.index.write_atomically", write)
                 patch.setattr("sail_align.extract.store.index.write_atomically", write)
             try:
                 create(folder / "stopped.zarr", parts_of(sizes, folder, count if kind == "sample" else lambda *_: None))
@@ -132,7 +130,7 @@ def test_spans_across_files_and_groups_are_the_rows_asked_for(tmp_path):
 @pytest.mark.parametrize("hashes", ["own", "all the same"])
 def test_keys_are_told_apart_by_themselves_and_not_by_their_hashes(tmp_path, monkeypatch, hashes):
     if hashes == "all the same":
-        monkeypatch.setattr("sail_align.extract.store.build_index.hash", lambda _: 7, raising=False)
+        monkeypatch.setattr("sail_align.extract.store.index.hash", lambda _: 7, raising=False)
     create(tmp_path / "good.zarr", parts_of([40, 40], tmp_path))
     twice = [*parts_of([40, 40], tmp_path), Part.of([Sample("z", ""), Sample("1/7", "")])]
     with pytest.raises(UserError, match="'1/7' occurs more than once"):
@@ -182,8 +180,13 @@ def tables(pictures):
 def parts_read(monkeypatch) -> list[str]:
     """The names of the parts whose samples are compared from here on."""
     read = []
-    compare = reopening._compare
-    monkeypatch.setattr(reopening, "_compare", lambda s, o, part, *a: read.append(part.name) or compare(s, o, part, *a))
+    compare = _SourceCheck.compare
+
+    def spy(self, part, *arguments):
+        read.append(part.name)
+        return compare(self, part, *arguments)
+
+    monkeypatch.setattr(_SourceCheck, "compare", spy)
     return read
 
 
@@ -207,36 +210,40 @@ def test_a_file_that_only_looks_changed_is_read_once_and_alone(tables, monkeypat
 @pytest.mark.parametrize(
     ("table", "change", "said"),
     [
-        ("c", lambda text: text.replace("picture 300,", "another picture,"), r"row 300 where \S+/c-cap\S+ has sample"),
+        (
+            "c",
+            lambda text: text.replace("picture 300,", "another picture,"),
+            r"row 300, but \S+/c-cap\S+ now has sa",
+        ),
         (
             "a",
             lambda text: text[: text.index("249.png")],
-            r"'249.png' in row 249 where \S+/a-captions.csv has no sample",
+            r"'249.png' in row 249, but \S+/a-captions.csv now has no sample",
         ),
         (
             "c",
             lambda text: text[: text.index("599.png")],
-            r"'599.png' in row 599 where \S+/c-captions.csv has no sample",
+            r"'599.png' in row 599, but \S+/c-captions.csv now has no sample",
         ),
         (
             "a",
             lambda text: text + "x.png,one more,,0\n",
-            r"'250.png' in row 250 where \S+/a-captions.csv has .*'x.png'",
+            r"'250.png' in row 250, but \S+/a-captions.csv now has .*'x.png'",
         ),
         (
             "b",
             lambda text: text + "x.png,one more,,0\n",
-            r"'250.png' in row 250 where \S+/b-captions.csv has .*'x.png'",
+            r"'250.png' in row 250, but \S+/b-captions.csv now has .*'x.png'",
         ),
         (
             "c",
             lambda text: text + "x.png,one more,,0\n",
-            r"no sample in row 600 where \S+/c-captions.csv has .*'x.png'",
+            r"no sample in row 600, but \S+/c-captions.csv now has .*'x.png'",
         ),
         (
             "d",
             lambda text: "image,caption,story\nx.png,,\n",
-            r"no sample in row 600 where \S+/d-captions.csv has .*'x.p",
+            r"no sample in row 600, but \S+/d-captions.csv now has .*'x.p",
         ),
     ],
 )
@@ -255,5 +262,5 @@ def test_a_table_that_is_gone_is_refused_and_a_lost_record_means_that_all_is_com
     open_pictures(tables, "s.zarr")
     assert len(read) == 3
     (tables / "c-captions.csv").unlink()
-    with pytest.raises(UserError, match=r"'250.png' in row 250 where the data set has no sample"):
+    with pytest.raises(UserError, match=r"'250.png' in row 250, but the data set now has no sample"):
         open_pictures(tables, "s.zarr")

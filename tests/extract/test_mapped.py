@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
-from sail_align.extract.store.mapped import MappedChunks, can_map
+from sail_align.extract.store.mapped import MappedChunks
 
 ROWS, DIM, SHARD, CHUNK = 300, 4, 64, 16
 
@@ -39,7 +39,7 @@ def lay_out(store):
 
 
 def shard_file(array, shard, name="features") -> Path:
-    return array._shard_files(shard)[name]
+    return array._arrays[name].shard_file(shard)
 
 
 def same(ours, theirs):
@@ -48,7 +48,7 @@ def same(ours, theirs):
 
 def test_every_chunk_is_what_zarr_reads(array):
     assert array.mapped
-    by_zarr = zarr.open_array(array._folder / "features", mode="r")
+    by_zarr = zarr.open_array(array._features.folder, mode="r")
     shard_file(array, 3).parent.mkdir(parents=True)
     shard_file(array, 3).write_bytes(b"half written")  # a shard without a marker is not looked at
     for number in range(-(-ROWS // CHUNK)):
@@ -64,7 +64,7 @@ def test_every_chunk_is_what_zarr_reads(array):
 @given(start=st.integers(0, ROWS), stop=st.integers(0, ROWS))
 def test_any_rows_are_what_zarr_reads(array, start, stop):
     stop = max(start, stop)
-    expected = [zarr.open_array(array._folder / name, mode="r")[start:stop] for name in ("features", "status")]
+    expected = [zarr.open_array(array._arrays[name].folder, mode="r")[start:stop] for name in ("features", "status")]
     features, status = array.read(start, stop)
     assert same(features, expected[0])
     assert same(status, expected[1])
@@ -82,14 +82,14 @@ def test_any_rows_are_what_zarr_reads(array, start, stop):
     ids=["compressed", "big-endian", "half rows", "no shards", "index first"],
 )
 def test_arrays_of_another_form_are_read_through_zarr(array, form):
-    folder = array._folder / "features"
+    folder = array._features.folder
     expected, status = array.read()
     shutil.rmtree(folder)
     layout = {"dtype": "float16", "shards": (SHARD, DIM), "chunks": (CHUNK, DIM), **form}
     zarr.create_array(folder, shape=(ROWS, DIM), fill_value=np.nan, **layout)[:] = expected
     other = FeatureArray(array._store, array.path, array.identity)
     assert not other.mapped
-    assert not can_map(zarr.open_array(folder, mode="r"))
+    assert not MappedChunks.supports(zarr.open_array(folder, mode="r"))
     if (other.shard_rows, other.chunk_rows) == (SHARD, CHUNK):
         assert same(other.read()[0].astype(np.float16), expected)
         assert same(other.read()[1], status)
@@ -107,7 +107,7 @@ def test_damage_to_an_array_that_is_decoded_is_said_and_not_read_as_fill_values(
     else:
         monkeypatch.setattr("sail_align.extract.store.features.find_spec", lambda _: None)
     values, _ = array.read()
-    folder = array._folder / "features"
+    folder = array._features.folder
     shutil.rmtree(folder)
     zarr.create_array(folder, data=values, shards=(SHARD, DIM), chunks=(CHUNK, DIM), fill_value=np.nan)
     file = shard_file(array, 1)
@@ -128,15 +128,15 @@ def test_a_flipped_byte_in_the_index_is_damage(array, name, byte):
     content[-byte] ^= 0x10
     file.write_bytes(content)
     again = FeatureArray(array._store, array.path, array.identity)
-    with pytest.raises(UserError, match="is damaged: the index at its end does not match its checksum; take back"):
+    with pytest.raises(UserError, match=r"is damaged: the index at its end does not match its checksum\. Discard"):
         again.read(64, 128)
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda content: content[:40], "it has 40 bytes and its index alone has 68"),
-        (lambda content: content[128:], "its index names 128 bytes at 384 for a chunk of 128"),
+        (lambda content: content[:40], "it has 40 bytes, fewer than its index of 68 bytes"),
+        (lambda content: content[128:], "its index lists 128 bytes at 384, expected a chunk of 128 bytes"),
     ],
 )
 def test_a_shortened_file_is_damage(array, damage, sentence):
@@ -158,9 +158,9 @@ def test_a_shard_that_is_written_again_is_mapped_again(array):
 def test_no_file_stays_open(array):
     open_files = len(os.listdir("/proc/self/fd"))
     array.read()
-    array.expect([0, 1, 4, 9, 18])
+    array.prefetch([0, 1, 4, 9, 18])
     assert len(os.listdir("/proc/self/fd")) == open_files
-    assert len(array._mapped["features"]._shards) == 4
+    assert len(array._features.mapped._shards) == 4
 
 
 def test_a_file_that_cannot_be_read_is_named(array, monkeypatch):
@@ -168,6 +168,6 @@ def test_a_file_that_cannot_be_read_is_named(array, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pyarrow.memory_map", refuse)
-    features = zarr.open_array(array._folder / "features", mode="r")
-    with pytest.raises(UserError, match=r"1/0 cannot be read \(Permission denied\); mend that and try again"):
+    features = zarr.open_array(array._features.folder, mode="r")
+    with pytest.raises(UserError, match=r"1/0 cannot be read \(Permission denied\)\. Fix this and try again"):
         MappedChunks(features, lambda shard: shard_file(array, shard))[4]

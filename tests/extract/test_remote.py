@@ -1,5 +1,7 @@
 """A store at a URL has the same bytes as a local one; what is written are whole objects only."""
 
+import re
+
 import pytest
 from fakes import FakeChoice
 
@@ -11,7 +13,7 @@ from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.quality.verify import verify_store
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import as_path, broken
+from sail_align.extract.system.files import as_path, report_read_errors
 from sail_align.extract.system.leases import Leases
 
 pytest.importorskip("upath")
@@ -89,20 +91,21 @@ def test_a_heartbeat_brings_no_lease_back(url):
 
 
 @pytest.mark.parametrize(
-    ("problem", "said"),
+    ("problem", "message"),
     [
-        (PermissionError("Access Denied"), "cannot be read (Access Denied); mend that and try again."),
-        (TimeoutError("no answer"), "cannot be read (no answer); mend that and try again."),
+        (PermissionError("Access Denied"), "cannot be read (Access Denied). Fix this and try again."),
+        (TimeoutError("no answer"), "cannot be read (no answer). Fix this and try again."),
         (
             FileNotFoundError("s.zarr/zarr.json"),
-            "is missing or damaged; restore it, or run the extraction again, after",
+            "is missing or damaged. Restore it or rerun the extraction, after",
         ),
         (
             OSError("Couldn't deserialize thrift"),
-            "is missing or damaged; restore it, or run the extraction again, after",
+            "is missing or damaged. Restore it or rerun the extraction, after",
         ),
     ],
 )
-def test_what_object_storage_refuses_is_not_called_damaged(url, problem, said):
+def test_what_object_storage_refuses_is_not_called_damaged(url, problem, message):
     """Its file systems raise errors that have no number."""
-    assert str(broken(as_path(url), problem)).startswith(f"{url} {said}")
+    with pytest.raises(UserError, match=re.escape(f"{url} {message}")), report_read_errors(as_path(url)):
+        raise problem

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.quality.verify import verify_store
-from sail_align.extract.store.store import Store, node_name
+from sail_align.extract.store.store import Store
 
 ROWS = 1_000
 
@@ -262,5 +263,7 @@ def test_small_sets_get_small_shards_and_large_ones_the_full_size(tmp_path):
     assert [shard_rows(rows) for rows in (1, 3_000, 70_000)] == [256, 256, 8_192]
 
 
-def test_node_names_are_folder_names():
-    assert node_name("hf:facebook/dinov2-base@abc.cls+mean") == "hf-facebook-dinov2-base@abc.cls+mean"
+def test_encoder_id_becomes_a_folder_name(store):
+    other = identity("image")
+    spec = replace(other.spec, id="hf:facebook/dinov2-base@abc.cls+mean")
+    assert store.add_image(replace(other, spec=spec)).path == "image/hf-facebook-dinov2-base@abc.cls+mean"

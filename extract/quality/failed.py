@@ -14,18 +14,12 @@ from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
 
 SHOWN = 20
-"""Rows that a reader sees of each array."""
+"""Rows shown of each array."""
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "url", "image", "array", "status")])
 
 
-def failed_counts(array: FeatureArray) -> dict[str, int]:
-    """Return the number of an array's failed rows by status label, from its markers alone."""
-    failures = {status.label for status in Status if status.failed}
-    return {label: count for label, count in sorted(array.counts.items()) if label in failures}
-
-
 def failed_rows(store: Store, array: FeatureArray) -> Iterator[pa.Table]:
-    """Yield the failed rows of an array as tables of `SCHEMA`, a shard at a time; shards without any are not read."""
+    """Yield the failed rows of an array as tables of `SCHEMA`, one per shard. Shards without any are not read."""
     failures = [status for status in Status if status.failed]
     for shard, marker in sorted(array.markers.items()):
         if not any(status.label in marker["counts"] for status in failures):
@@ -33,23 +27,15 @@ def failed_rows(store: Store, array: FeatureArray) -> Iterator[pa.Table]:
         start, stop = array.span(shard)
         status = array.read_status(start, stop)
         rows = np.flatnonzero(np.isin(status, failures))
-        named = store.index(["key", "url", "image"], start, stop).take(rows)
-        yield pa.table(
-            {
-                "key": named["key"],
-                "url": named["url"],
-                "image": named["image"],
-                "array": pa.array([array.path] * len(rows), pa.string()),
-                "status": pa.array([Status(value).label for value in status[rows]], pa.string()),
-            },
-            schema=SCHEMA,
-        )
+        table = store.index(["key", "url", "image"], start, stop).take(rows)
+        columns = [*table.columns, [array.path] * len(rows), [Status(value).label for value in status[rows]]]
+        yield pa.table(columns, schema=SCHEMA)
 
 
 def describe_failed(store: Store) -> Iterator[str]:
-    """Yield lines for a reader: each array's counts by reason, and its first `SHOWN` failed rows."""
+    """Yield lines of text: each array's counts by status, and its first `SHOWN` failed rows."""
     for array in store.arrays():
-        counts = failed_counts(array)
+        counts = array.failed_counts
         total = sum(counts.values())
         reasons = f": {', '.join(f'{count:,} {label}' for label, count in counts.items())}" if counts else ""
         yield f"{array.path}: {total:,} of {array.rows:,} rows failed{reasons}"
@@ -60,7 +46,7 @@ def describe_failed(store: Store) -> Iterator[str]:
 
 
 def write_failed(store: Store, path: Path) -> int:
-    """Write the failed rows of all arrays as one parquet file, whole or not at all; return their number.
+    """Write the failed rows of all arrays to a parquet file, atomically. Returns their number.
 
     Raises:
         UserError: The file cannot be written.
