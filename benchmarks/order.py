@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sail_align.align.data.loader import Batch, Stream
 from sail_align.align.data.pairs import Half, Pairs, open_pairs, read_rows
-from sail_align.align.stats.tables import markdown_table, mean_std
+from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.initial import build_model
 from sail_align.align.train.plan import Plan, make_plan
 from sail_align.align.train.step import Stepper, make_optimizer, train_step
@@ -68,7 +68,7 @@ def main() -> None:
                 print(*lines[-1], flush=True)
     header = ("rows on disk", "buffer", "T2I R@1", "I2T R@1", "mean R@1", "less the full permutation's")
     chance = 100 / len(test.images)
-    print(f"\n{markdown_table(header, lines, words=2)}\n\n{len(images):,} pairs, {size} a chunk, chance {chance:.1f}.")
+    print(f"\n{format_table(header, lines, 'll')}\n\n{len(images):,} pairs, {size} a chunk, chance {chance:.1f}.")
 
 
 def trained(plan: Plan, buffer_rows: int, test: Batch) -> dict[str, float]:

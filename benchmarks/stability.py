@@ -29,7 +29,7 @@ import torch
 from sail_align.align.analysis.trials import Retrieved, Trial, read_scored
 from sail_align.align.data.pairs import open_pairs
 from sail_align.align.stats.charts import line_chart
-from sail_align.align.stats.tables import markdown_table, mean_std
+from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
 
 BATCHES = (128, 512, 1_900)
@@ -142,7 +142,7 @@ def table(name: str, found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -
                 f"{mean['text_rank']:.0f}",
             )
         )
-    return markdown_table(header, rows, words=0)
+    return format_table(header, rows, "r")
 
 
 def chart(found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:

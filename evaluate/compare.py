@@ -1,15 +1,15 @@
-"""Two runs or more on the same items: the difference of each number, drawn on the same bootstrap samples for all."""
+"""Comparison of runs on the same items: the difference of each score, over bootstrap draws that both runs share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
-from sail_align.evaluate.results.metric import Measure, Unit
-from sail_align.evaluate.results.scores import Record, load_outcomes, read_scores
+from sail_align.evaluate.results.metric import Metric, Unit
+from sail_align.evaluate.results.scores import Record, RunScores
+from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError
 
 Set = tuple[str, str]
@@ -18,10 +18,18 @@ Set = tuple[str, str]
 
 @dataclass(frozen=True)
 class Difference:
-    """One number of two runs, in per cent or a rank.
+    """One score of two runs, in per cent or a rank.
 
-    `interval` is the 95 % paired bootstrap interval of second − first. `p` is twice the smaller share of the draws on
-    either side of no difference (at most 1): small where the draws agree on which run is ahead.
+    Attributes:
+        dataset: Name of the set.
+        protocol: Id of the protocol.
+        label: Label of the metric.
+        unit: Unit of the values.
+        first: Score of the first run.
+        second: Score of the second run.
+        interval: 95 % paired bootstrap interval of second − first.
+        p: Twice the smaller share of the draws on either side of no difference, at most 1. It is small if the draws
+            agree on which run is better.
     """
 
     dataset: str
@@ -36,31 +44,44 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside the first one: the differences, and sentences on sets that cannot be compared."""
+    """The differences between two runs, and messages on sets that cannot be compared."""
 
-    run: Path
     differences: list[Difference]
     refusals: list[str]
 
+    @classmethod
+    def between(cls, first: RunScores, second: RunScores) -> "Comparison":
+        """Compare two runs on all sets and protocols that both have.
 
-def compare_runs(runs: Sequence[Path]) -> Iterator[Comparison]:
-    """Yield the comparison of each further run with the first.
-
-    Raises:
-        UserError: A run has no scores or no outcomes, or two runs have no score in common.
-    """
-    first, *others = runs
-    for other in others:
-        yield _compare(first, other)
+        Raises:
+            UserError: Outcomes are missing, or nothing can be compared.
+        """
+        ours, theirs = _by_set(first), _by_set(second)
+        if not ours.keys() & theirs.keys():
+            raise UserError(
+                f"{first.path} (scored on {_list_sets(ours)}) and {second.path} (on {_list_sets(theirs)}) have no set "
+                "in common. Score both on one with `sail-eval`."
+            )
+        differences: list[Difference] = []
+        refusals: dict[Set, str] = {}
+        for which in dict.fromkeys([*ours, *theirs]):
+            pairs = [(a, b) for a in ours.get(which, []) for b in theirs.get(which, []) if a.key == b.key]
+            if not pairs:
+                refusals[which] = _explain_refusal(first, ours.get(which, []), second, theirs.get(which, []))
+            for mine, other in pairs:
+                differences += _differences(first, mine, second, other)
+        if not differences:
+            raise UserError(next(message for which, message in refusals.items() if which in ours and which in theirs))
+        return cls(differences, list(refusals.values()))
 
 
 def paired_difference(
-    first: Sequence[Measure], second: Sequence[Measure], items: int
+    first: Sequence[Metric], second: Sequence[Metric], items: int
 ) -> list[tuple[tuple[float, float], float]]:
-    """Return interval and p of second − first, for each of two runs' measures of the same items."""
+    """Return the interval and p of second − first, for each of two runs' metrics of the same items."""
     count = len(first)
-    values_RM = bootstrap([measure.of for measure in (*first, *second)], items)
-    scale_M = np.array([measure.scale for measure in first])
+    values_RM = bootstrap([metric.compute for metric in (*first, *second)], items)
+    scale_M = np.array([metric.scale for metric in first])
     difference_RM = (values_RM[:, count:] - values_RM[:, :count]) * scale_M
     return [(interval(difference_R), _p(difference_R)) for difference_R in difference_RM.T]
 
@@ -71,67 +92,39 @@ def _p(difference_R: NDArray[np.float64]) -> float:
     return min(1.0, 2 * float(smaller_side + 1) / (with_value + 1))
 
 
-def _compare(first: Path, second: Path) -> Comparison:
-    ours, theirs = _scored(first), _scored(second)
-    common = ours.keys() & theirs.keys()
-    if not common:
-        raise UserError(
-            f"{first} (scored on {_names(ours)}) and {second} (on {_names(theirs)}) have no set in common; score both "
-            "on one with `sail-eval`."
-        )
-    differences: list[Difference] = []
-    refusals: dict[Set, str] = {}
-    for which in dict.fromkeys([*ours, *theirs]):
-        pairs = [(mine, other) for mine in ours.get(which, []) for other in theirs.get(which, []) if _same(mine, other)]
-        if not pairs:
-            refusals[which] = _why_not(which, first, ours.get(which, []), second, theirs.get(which, []))
-        for mine, other in pairs:
-            differences += _differences(first, mine, second, other)
-    if not differences:
-        raise UserError(next(sentence for which, sentence in refusals.items() if which in common))
-    return Comparison(second, differences, list(refusals.values()))
-
-
-def _names(scored: dict[Set, list[Record]]) -> str:
-    return ", ".join(f"{dataset} ({task})" for dataset, task in scored) or "nothing"
-
-
-def _scored(run: Path) -> dict[Set, list[Record]]:
-    """Return a run's scores by set and task: one for each protocol."""
+def _by_set(scores: RunScores) -> dict[Set, list[Record]]:
+    """Return the scores by set and task, one record for each protocol."""
     found: dict[Set, list[Record]] = {}
-    for record in read_scores(run)["records"]:
-        if "error" not in record:
-            found.setdefault((record["dataset"], record["task"]), []).append(record)
+    for record in scores.scored:
+        found.setdefault((record["dataset"], record["task"]), []).append(record)
     return found
 
 
-def _same(first: Record, second: Record) -> bool:
-    return bool(first["protocol"] == second["protocol"] and first["data"]["digest"] == second["data"]["digest"])
+def _list_sets(scored: dict[Set, list[Record]]) -> str:
+    return ", ".join(f"{dataset} ({task})" for dataset, task in scored) or "nothing"
 
 
-def _why_not(which: Set, first: Path, ours: list[Record], second: Path, theirs: list[Record]) -> str:
-    dataset, task = which
+def _explain_refusal(first: RunScores, ours: list[Record], second: RunScores, theirs: list[Record]) -> str:
+    record = (ours or theirs)[-1]
+    name = f"{record['dataset']} ({record['task']})"
     if not ours or not theirs:
         has, lacks = (first, second) if ours else (second, first)
-        return f"{dataset} ({task}) was scored with {has} and not with {lacks}."
+        return f"{name} was scored with {has.path} and not with {lacks.path}."
     mine, other = ours[-1], theirs[-1]
     if mine["protocol"] != other["protocol"]:
         return (
-            f"{dataset} ({task}) was scored by two protocols, {mine['protocol']} for {first} and {other['protocol']} "
-            f"for {second}; score both by one."
+            f"{name} was scored by two protocols, {mine['protocol']} for {first.path} and {other['protocol']} for "
+            f"{second.path}. Score both by one."
         )
     rows, digests = ([record["data"][what] for record in (mine, other)] for what in ("rows", "digest"))
     return (
-        f"{dataset} ({task}) were other data for {first} ({rows[0]:,} rows, digest {digests[0][:12]}) than for "
-        f"{second} ({rows[1]:,}, {digests[1][:12]}); score both on one."
+        f"{name} had other data for {first.path} ({rows[0]:,} rows, digest {digests[0][:12]}) than for {second.path} "
+        f"({rows[1]:,}, {digests[1][:12]}). Score both on one."
     )
 
 
-def _differences(first: Path, mine: Record, second: Path, other: Record) -> Iterator[Difference]:
-    from sail_align.evaluate.tasks import PROTOCOLS  # with torch, for which a mistake need not wait
-
-    measures = PROTOCOLS[mine["task"]].measures
-    our, their = (measures(load_outcomes(run, record)) for run, record in ((first, mine), (second, other)))
-    found = paired_difference(our, their, mine["items"])
+def _differences(first: RunScores, mine: Record, second: RunScores, other: Record) -> Iterator[Difference]:
+    metrics = find_task(mine["task"]).metrics
+    found = paired_difference(metrics(first.outcomes(mine)), metrics(second.outcomes(other)), mine["items"])
     for a, b, (bounds, p) in zip(mine["metrics"], other["metrics"], found, strict=True):
         yield Difference(mine["dataset"], mine["protocol"], a["label"], a["unit"], a["value"], b["value"], bounds, p)

@@ -1,7 +1,7 @@
-"""Models that embed pictures and texts by themselves, scored like a run: rows to compare with.
+"""The models that are scored: runs with their own encoders, and OpenCLIP models to compare them with.
 
-RUNS/<model>/encoders.json   both towers' identities, so that scoring cached features loads neither
-RUNS/<model>/settings.json   the model's name; scores.json and report.html come beside it, as in a run
+RUNS/<model>/encoders.json   identities of both towers, so that scoring cached features loads neither
+RUNS/<model>/settings.json   the model's name; scores.json and report.html are written beside it, as in a run
 """
 
 import hashlib
@@ -13,10 +13,12 @@ from typing import cast
 
 from torch import Tensor
 
+from sail_align.align.hub.folder import read_hub_folder
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
+from sail_align.align.runs import checkpoint
 from sail_align.align.runs.checkpoint import Run
-from sail_align.align.runs.folder import read_json
+from sail_align.align.runs.folder import is_export, is_run, read_json, require_run, run_of
 from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder
 from sail_align.extract.encoders.runtime import Runtime
@@ -27,28 +29,58 @@ from sail_align.extract.system.files import canonical_json, write_atomically
 PREFIX = "open_clip:"
 
 
+class RunError(UserError):
+    """A fault of the run, with which no other set could be scored either."""
+
+    @classmethod
+    def diverged(cls, run: Run) -> "RunError":
+        """Return the error for embeddings that are not finite."""
+        return cls(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
+
+
+def load_scored(run: Path | None, model: str | None, device: str) -> Run:
+    """Load what is scored: a run, one of its checkpoints, an exported folder, or a model. Default: the newest run.
+
+    Raises:
+        UserError: Both are given, or what is given is none of these or is damaged.
+    """
+    if run and model:
+        raise UserError(f"--run {run} and --model {model} exclude each other. Remove one.")
+    if model:
+        return load_open_clip(model, device=device)
+    if run and is_export(run):
+        return read_hub_folder(run)
+    if run:
+        require_run(run)
+        if not is_run(run_of(run)):
+            raise UserError(f"{run} is a checkpoint outside its run. Move it back into that run's checkpoints/.")
+    return checkpoint.load_run(run or checkpoint.newest_run())
+
+
 class NoHead(Head):
-    """Features of a tower are embeddings already; only their length is still to be made 1."""
+    """The head of a model whose features are embeddings already, up to their length."""
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Return the features."""
         return features_BD
 
 
-def comparison(reference: str, *, device: str = "cpu", root: Path = Path("runs")) -> Run:
-    """Return a model as if it were a run; its scores go into a folder under `root` that is named after it.
+def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("runs")) -> Run:
+    """Return an OpenCLIP model in the form of a run. Its scores go into a folder under `root` that is named after it.
 
     Args:
         reference: `open_clip:<model>@<weights>` or `open_clip:<folder>`.
-        device: Where its towers are tried when it is scored for the first time.
-        root: The folder of runs.
+        device: Device on which its towers are tried when it is scored for the first time.
+        root: Folder of the runs.
 
     Raises:
-        UserError: It is no such reference, or the model cannot be had.
+        UserError: The reference is invalid, or the model cannot be loaded.
     """
     if not reference.startswith(PREFIX):
-        raise UserError(f"--model {reference!r} is none of OpenCLIP's; write open_clip:<model>@<weights>.")
-    folder = root / _name(reference)
+        raise UserError(f"--model {reference!r} is invalid: expected open_clip:<model>@<weights>.")
+    path = Path(reference.removeprefix(PREFIX)).expanduser()
+    name = path.resolve().name if path.is_dir() else path.name
+    folder = root / ("open_clip-" + re.sub(r"[^\w.-]+", "-", name))
     if not (folder / "settings.json").is_file():
         towers = {
             "image": load_image_encoder(reference, device=device).identity.to_json(),
@@ -58,28 +90,19 @@ def comparison(reference: str, *, device: str = "cpu", root: Path = Path("runs")
         write_atomically(folder / "settings.json", json.dumps({"model": reference}, indent=1).encode())
     settings, towers = (read_json(folder / f"{name}.json", f"remove {folder}") for name in ("settings", "encoders"))
     if settings.get("model") != reference:
-        raise UserError(f"{folder} is there already, for {settings.get('model')!r}; rename that folder.")
+        raise UserError(f"{folder} exists and is of the model {settings.get('model')!r}. Rename that folder.")
     image, text = (Identity.from_json(towers[side]) for side in ("image", "text"))
     digest = hashlib.sha256(canonical_json([image.spec.fingerprint, text.spec.fingerprint])).hexdigest()
     heads = AlignmentModel(NoHead(image.spec.dim, 0.0), NoHead(text.spec.dim, 0.0))
     return Run(folder, heads.eval(), image, text, settings, digest)
 
 
-def _name(reference: str) -> str:
-    """Return a name for a model's folder: `open_clip-ViT-L-14-laion2b_s32b_b82k`."""
-    path = Path(reference.removeprefix(PREFIX)).expanduser()
-    named = path.resolve().name if path.is_dir() else path.name
-    return "open_clip-" + re.sub(r"[^\w.-]+", "-", named)
-
-
-class RunError(UserError):
-    """The fault is the run's: no other set could be scored with it either."""
-
-
 class Encoders:
-    """A run's own encoders, loaded when first used: a set that is encoded already needs neither.
+    """The encoders of a run, loaded when first used. A set that is encoded already needs neither.
 
-    The run's heads go to the same device; `auto` is a GPU if there is one.
+    Args:
+        run: The run. Its heads are moved to the device.
+        device: `auto` is a GPU if there is one.
     """
 
     def __init__(self, run: Run, device: str = "cpu"):
@@ -89,19 +112,19 @@ class Encoders:
 
     @cached_property
     def image(self) -> VisionEncoder:
-        """The image encoder that the run records; another one is refused."""
+        """The image encoder that the run records. Any other is rejected."""
         return cast(VisionEncoder, self._load(self.run.image))
 
     @cached_property
     def text(self) -> TextEncoder:
-        """The text encoder that the run records; another one is refused."""
+        """The text encoder that the run records. Any other is rejected."""
         return cast(TextEncoder, self._load(self.run.text))
 
     def _load(self, recorded: Identity) -> VisionEncoder | TextEncoder:
         if "config" in recorded.spec.source and not recorded.location:
             raise RunError(
                 f"{self.run.path} was trained with the {recorded.spec.modality} encoder {recorded.spec.id} of a local "
-                "folder, which an export leaves behind; score the run itself."
+                "folder, which is not part of an export. Score the run itself."
             )
         try:
             return load_recorded(recorded, device=str(self.device))
@@ -109,13 +132,13 @@ class Encoders:
             raise RunError(f"The encoder of {self.run.path} cannot be used: {problem}") from problem
 
 
-def saw_the_demo(run: Run) -> bool:
-    """Whether a run was trained on the demo's drawings, by its stores; one that is gone is known by its name."""
-    return any(_dataset(Path(path)) == "demo" for path in run.settings.get("stores", []))
-
-
-def _dataset(store: Path) -> str:
-    try:
-        return Store.open(store).dataset
-    except UserError:
-        return store.stem
+def trained_on_demo(run: Run) -> bool:
+    """Return whether a run was trained on the demo, by its stores. A store that is gone is recognised by its name."""
+    for path in map(Path, run.settings.get("stores", [])):
+        try:
+            dataset = Store.open(path).dataset
+        except UserError:
+            dataset = path.stem
+        if dataset == "demo":
+            return True
+    return False

@@ -17,47 +17,31 @@ Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
 
 
-TaskKind = Literal["classification", "retrieval", "representation", "winoground", "mmvp", "segmentation"]
+class TaskSettings(Strict):
+    """The task that an evaluation set is made for, and the settings of its protocol.
 
+    `sail-eval` has the kinds of tasks and rejects fields that the kind ignores.
 
-Variant = Literal["authors-normalisation", "maskclip", "whole-image"]
-"""Departures from the paper's protocol of segmentation; each gives the numbers another protocol id."""
-
-
-_BY_CLASSES: tuple[TaskKind, ...] = ("classification", "segmentation")
-_BY_CAPTIONS: tuple[TaskKind, ...] = ("retrieval", "representation", "winoground", "mmvp")
-_KINDS: dict[str, tuple[TaskKind, ...]] = {
-    "templates": _BY_CLASSES,
-    "variants": ("segmentation",),
-    "background": ("segmentation",),
-    "captions": _BY_CAPTIONS,
-    "prompt": _BY_CAPTIONS,
-}
-"""The tasks that a field says something to; given to another, it would be passed over in silence."""
-
-
-class Task(Strict):
-    """What an evaluation set measures.
-
-    `templates` hold one `{}` for the class name, or name a published list (`open_clip:imagenet-80`); `captions` default
-    to all, and each goes into `prompt`. `split` says which part of a data set the files are where the source does not.
-    For segmentation, `variants` depart from the paper's protocol, and pixels to which no class has a probability of
-    `background` take the class of that name.
+    Attributes:
+        kind: Name of the task.
+        templates: Prompts with one `{}` for the class name, or the name of a published list (`open_clip:imagenet-80`).
+        captions: Names of the captions to use. Default: all.
+        prompt: Text with one `{}` that each caption is put into.
+        split: Split of the data set that the files belong to, if the source does not name it.
+        variants: Departures from the task's own protocol, by name.
+        background: Probability below which a pixel belongs to the class "background".
     """
 
-    kind: TaskKind
+    kind: NonEmpty
     templates: Annotated[list[Template], Field(min_length=1)] | NonEmpty = Field(default=["a photo of a {}."])
     captions: list[str] | None = None
     prompt: Template = "{}"
     split: NonEmpty | None = None
-    variants: list[Variant] = Field(default=[])
+    variants: list[NonEmpty] = Field(default=[])
     background: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
-    def _fields_go_with_kind(self) -> "Task":
-        for field in sorted(self.model_fields_set):
-            if self.kind not in _KINDS.get(field, (self.kind,)):
-                raise ValueError(f"{field!r} belongs to tasks of kind {' or '.join(_KINDS[field])}, not {self.kind}")
+    def _captions_differ(self) -> "TaskSettings":
         if self.captions and len(set(self.captions)) < len(self.captions):
             raise ValueError(f"'captions' names one twice: {', '.join(self.captions)}")
         return self
@@ -98,7 +82,7 @@ class Manifest(Strict):
     get: str
     source: Source
     recaptions: Recaptions | None = None
-    task: Task | None = None
+    task: TaskSettings | None = None
     download: Download | None = None
     encoders: Encoders = Encoders()
     expected_rows: int | None = Field(default=None, gt=0)
@@ -112,7 +96,7 @@ class Manifest(Strict):
             raise ValueError("'recaptions' belongs to manifests whose purpose is 'train'")
         return self
 
-    def scored_as(self, kind: TaskKind) -> "Manifest":
+    def scored_as(self, kind: str) -> "Manifest":
         """Return an evaluation set under another kind of task."""
         return self.model_copy(update={"task": self.task and self.task.model_copy(update={"kind": kind})})
 

@@ -20,7 +20,7 @@ from sail_align.align.analysis.trials import (
     run_trials,
 )
 from sail_align.align.stats.charts import dot_chart
-from sail_align.align.stats.tables import markdown_table, mean_std
+from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
 
 RAW, LONG = "raw", "long"
@@ -83,7 +83,7 @@ class LadderResult:
         for rung, result in zip(self.rungs, self.results, strict=True):
             cells = [mean_std(values) for caption in self.captions for values in result.recalls(caption)]
             rows.append((result.label, *cells, "{:.1f} / {:.1f}".format(*rung.paper)))
-        return markdown_table(("rung", *columns, "paper, CC3M → COCO"), rows)
+        return format_table(("rung", *columns, "paper, CC3M → COCO"), rows)
 
     def explanation(self) -> str:
         """Explain the numbers of the table in a paragraph."""

@@ -14,7 +14,7 @@ from sail_align.align.model.closed_form import LinearMap, Moments, regularised_c
 from sail_align.align.settings import CLOSED_FORM_DIM
 from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import cka_by_row, mutual_knn, ranks, unit_rows
-from sail_align.align.stats.tables import markdown_table
+from sail_align.align.stats.tables import format_table
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
@@ -96,7 +96,7 @@ class StoreAlignment:
             )
             for each in self.pairs
         ]
-        return markdown_table(HEADER, rows, words=3)
+        return format_table(HEADER, rows, "lll")
 
     def record(self) -> dict[str, Any]:
         """Return the numbers, the options and the store's digest, ready for JSON."""

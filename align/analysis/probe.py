@@ -23,7 +23,7 @@ from sail_align.align.analysis.trials import (
     run_trials,
 )
 from sail_align.align.stats.bootstrap import mean_interval
-from sail_align.align.stats.tables import markdown_table, mean_std
+from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
@@ -131,7 +131,7 @@ class ProbeResult:
             mean = f"{mean_std(score.r1_by_seed)} ({low:.1f} – {high:.1f})"
             names = (str(rank), which.store.stem, which.image, which.text, which.caption)
             rows.append((*names, f"{pairs:,}", *map(mean_std, score.recalls), mean, f"{100 / pairs:.2f}"))
-        return markdown_table(HEADER, rows, words=5)
+        return format_table(HEADER, rows, "lllll")
 
     def record(self) -> dict[str, Any]:
         """Return all numbers, ready for JSON."""

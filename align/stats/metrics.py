@@ -1,10 +1,13 @@
 """Metrics that need nothing but embeddings: numpy in, numbers out."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Embeddings = NDArray[np.floating]
 Ranks = NDArray[np.int64]
@@ -21,7 +24,7 @@ difference that is `TIE` to within these 1e-7 falls to either side: by it, one r
 
 
 def ranks(
-    images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer], device: str | torch.device = "cpu"
+    images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer], device: "str | torch.device" = "cpu"
 ) -> tuple[Ranks, Ranks]:
     """Rank both ways; text j is right for image `owner_M[j]`, an image may own several texts.
 
@@ -32,6 +35,8 @@ def ranks(
     Returns:
         Ranks of each image's best text (N,) and of each text's image (M,). An image that owns no text ranks last, M.
     """
+    import torch
+
     order_M = np.argsort(owner_M, kind="stable")  # right pairs then lie along the diagonal, few tiles have any
     sorted_M = owner_M[order_M]
     right_M = _right_scores(images_NE, texts_ME, owner_M)[order_M]

@@ -1,9 +1,10 @@
-"""Markdown tables that also read well on a terminal, and the numbers in them."""
+"""Tables in Markdown and for a terminal, and the numbers in them."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from tabulate import tabulate
 
 Sign = Literal["-", "+"]
 """`-` marks negative numbers only, `+` positive numbers too."""
@@ -28,10 +29,21 @@ def mean_std(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Return rows under a header as Markdown with padded columns. The first `words` columns are aligned left."""
-    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
-    rule = ["-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    formats = [f"<{width}" if column < words else f">{width}" for column, width in enumerate(widths)]
-    lines = [" | ".join(map(format, cells, formats)) for cells in (header, rule, *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+def format_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    align: str = "l",
+    *,
+    style: Literal["pipe", "simple"] = "pipe",
+) -> str:
+    """Return rows under a header, with padded columns.
+
+    Args:
+        header: Headings. They may have several lines.
+        rows: Cells.
+        align: `l` or `r` for each column. Columns beyond its end are aligned to the right.
+        style: `pipe` for Markdown, `simple` for a terminal.
+    """
+    sides = {"l": "left", "r": "right"}
+    colalign = [sides[side] for side in align.ljust(len(header), "r")]
+    return tabulate(rows, header, style, disable_numparse=True, colalign=colalign if rows else None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from sail_align.evaluate.report.overview import Panel
+from sail_align.evaluate.tasks.task import find_task
 
 RADIUS = 140
 LETTERS = 19
@@ -31,12 +32,12 @@ def radar_chart(panel: Panel) -> Markup | None:
     """Draw the scores of a table's rows from 0 in the middle to 100 at the rim, one axis a column.
 
     Chance is a line too. What papers report are dots, on the axes that they can be compared on. A line has a gap where
-    its run has no score. Measures of representation are left out: more of them is not better at a task.
+    its run has no score. Diagnostic tasks are left out.
 
     Returns:
         The chart; None with fewer than three axes, with those of one set only, and if no run has a score on each.
     """
-    axes = [place for place, column in enumerate(panel.columns) if column.record["task"] != "representation"]
+    axes = [place for place, column in enumerate(panel.columns) if not find_task(column.record["task"]).diagnostic]
     shown = [(row, [row.cells[place][0] for place in axes]) for row in panel.rows]
     whole = any(row.kind == "run" and None not in values for row, values in shown)
     if len(axes) < 3 or len({panel.columns[place].mark for place in axes}) < 2 or not whole:

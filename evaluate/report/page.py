@@ -1,9 +1,8 @@
 """The report of runs: one self-contained page from what their folders hold."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,10 @@ from sail_align.align.runs.folder import run_of, scores_folder
 from sail_align.align.stats.charts import Points, line_chart
 from sail_align.align.stats.tables import interval, number
 from sail_align.evaluate.report.charts import marker, radar_chart, score_bar
-from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, cells, comma_separated, latex, markdown
-from sail_align.evaluate.report.overview import (
-    Key,
-    Overview,
-    ScoredRun,
-    metric_of,
-    overview,
-    read_runs,
-    records_by_key,
-    style_of,
-)
-from sail_align.evaluate.results.scores import Record, examples_path, settings_of, unexpected
+from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, markdown
+from sail_align.evaluate.report.overview import Overview
+from sail_align.evaluate.results.scores import Record, RunScores
+from sail_align.evaluate.tasks.task import all_tasks
 from sail_align.extract.system.files import write_atomically
 
 ROWS = 12
@@ -132,35 +123,6 @@ def _as_table(lines: Sequence[Points]) -> list[list[str]]:
     ]
 
 
-TASKS = {
-    "classification": (
-        "Zero-shot classification",
-        "Below each picture the three classes whose prompts are closest to it, with their cosine.",
-    ),
-    "retrieval": (
-        "Retrieval, text to image",
-        "The five images closest to a caption, best first, with their cosine; the caption's own image is framed.",
-    ),
-    "representation": (
-        "Images and captions as spaces",
-        "How much of an image's neighbourhood its caption has too, before and behind the heads.",
-    ),
-    "winoground": (
-        "Pairs of images and captions",
-        "Text is right if each image prefers its own caption, image if each caption prefers its own image. A model "
-        "that knows the words but not their order prefers one caption for both images, and so falls below chance.",
-    ),
-    "mmvp": (
-        "Pairs of images that look alike to CLIP",
-        "A pair is right if each of its two statements has the higher cosine with its own image.",
-    ),
-    "segmentation": (
-        "Zero-shot segmentation",
-        "Each pixel takes the class whose prompts are closest to its patch; pixels without a true class do not count.",
-    ),
-}
-"""Title of a task's section, and how to read its examples."""
-
 Compared = tuple[dict[str, Any], list[dict[str, Any] | None]]
 """A metric, and that of every run."""
 
@@ -184,36 +146,18 @@ class Card:
 
 
 def write_report(run: Path) -> Path:
-    """Write the report of a run that has been scored into it; return its path.
+    """Write the report of a run into its folder. Return its path.
 
     Raises:
         UserError: The run has no scores.
     """
     path = scores_folder(run) / "report.html"
-    write_atomically(path, page(read_runs([run])).encode())
+    write_atomically(path, page(Overview(RunScores.read_all([run]))).encode())
     return path
 
 
-def side_by_side(runs: Sequence[ScoredRun], suffix: str) -> str:
-    """Return runs in the format of a file's ending.
-
-    Raises:
-        ValueError: There is no such format.
-    """
-    match suffix:
-        case ".html":
-            return page(runs)
-        case ".md":
-            return markdown(overview(runs))
-        case ".tex":
-            return latex(overview(runs))
-        case ".csv":
-            return comma_separated(runs)
-    raise ValueError(f"no report has the ending {suffix!r}")
-
-
-def page(runs: Sequence[ScoredRun]) -> str:
-    """Return the page of one run, or of several side by side."""
+def page(overview: Overview) -> str:
+    """Return the HTML page of one run, or of several side by side."""
     pages = Environment(
         loader=PackageLoader("sail_align.evaluate.report", "."),
         autoescape=True,
@@ -221,44 +165,51 @@ def page(runs: Sequence[ScoredRun]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(number=number, interval=interval, unexpected=unexpected, short=lambda digest: digest[:12])
-    shown = overview(runs)
-    settings = [settings_of(run.path) for run in runs]
+    pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
+    runs = overview.runs
     about: list[dict[str, Any]] = [
         {
             "name": run.name,
-            "style": style_of(place),
-            "summary": summary(run.scores, own),
-            "settings": flat(own),
+            "style": overview.style(place),
+            "summary": summary(run.content, run.settings),
+            "settings": flat(run.settings),
             "curves": training_curves(run_of(run.path)),
-            "records": run.records,
+            "records": run.scored,
         }
-        for place, (run, own) in enumerate(zip(runs, settings, strict=True))
+        for place, run in enumerate(runs)
     ]
     return pages.get_template("report.html.j2").render(
         title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
         runs=about,
         terms=list(dict.fromkeys(term for run in about for term, _, _ in run["summary"])),
-        shown=shown,
-        cells=cells,
-        radars=list(filter(None, map(radar_chart, shown.panels))),
+        shown=overview,
+        radars=list(filter(None, map(radar_chart, overview.panels))),
         marker=marker,
-        cards=_cards(shown),
-        scores=_scores(runs, shown.marks),
-        tasks=TASKS,
-        sections=_sections(runs, shown.marks),
+        cards=_cards(overview),
+        scores=_scores(overview),
+        tasks=all_tasks(),
+        sections=_sections(overview),
         reported=REPORTED,
         how_to_read=HOW_TO_READ,
         score_bar=score_bar,
     )
 
 
-def _cards(shown: Overview) -> list[Card]:
-    """Return a card for each protocol and set; a table never splits one."""
+FORMATS: dict[str, Callable[[Overview], str]] = {
+    ".html": page,
+    ".md": markdown,
+    ".tex": latex,
+    ".csv": comma_separated,
+}
+"""Writers of several runs, by the ending of the file."""
+
+
+def _cards(overview: Overview) -> list[Card]:
+    """Return a card for each protocol and set."""
     cards = []
-    for panel in shown.panels:
-        texts = [cells(row) for row in panel.rows]
-        for mark, group in groupby(enumerate(panel.columns), key=lambda each: each[1].mark):
+    for panel in overview.panels:
+        texts = [row.texts for row in panel.rows]
+        for group in panel.groups:
             bars = []
             for place, column in group:
                 chance = column.metric["chance"]
@@ -269,48 +220,47 @@ def _cards(shown: Overview) -> list[Card]:
                     if row.kind != "chance" and value is not None
                 ]
                 bars.append(Bars(column.label, number(chance), drawn))
-            cards.append(Card(column.record, mark, bars))
+            cards.append(Card(column.record, column.mark, bars))
     return cards
 
 
-def _scores(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[tuple[str, Record, list[Compared]]]:
+def _scores(overview: Overview) -> list[tuple[str, Record, list[Compared]]]:
     """Return for each protocol and set its mark, a record, and of each of its metrics that of every run."""
     found = []
-    for key, records in records_by_key(runs).items():
-        record = next(filter(None, records))
-        metrics = [(metric, [metric_of(own, metric["name"]) for own in records]) for metric in record["metrics"]]
-        found.append((marks[key], record, metrics))
+    for key, records in overview.records.items():
+        record = overview.any_record(key)
+        metrics = [
+            (metric, [own.metric(metric["name"]) if own else None for own in records]) for metric in record["metrics"]
+        ]
+        found.append((overview.marks[key], record, metrics))
     return found
 
 
-def _sections(runs: Sequence[ScoredRun], marks: Mapping[Key, str]) -> list[dict[str, Any]]:
-    """Return for each task what there is to look at: of each set of each run, examples and details."""
+def _sections(overview: Overview) -> list[dict[str, Any]]:
+    """Return for each task the examples and details of each set of each run."""
     sections = []
-    for task, (title, how_to_read) in TASKS.items():
+    for task in all_tasks().values():
         parts = [
             {
                 "run": run.name,
-                "style": style_of(place),
+                "style": overview.style(place),
                 "record": record,
-                "mark": marks[key],
-                "groups": _groups(run.path, record),
+                "mark": overview.marks[key],
+                "groups": _groups(run, record),
                 "kinds": record["details"].get("by_tag") or record["details"].get("by_category") or {},
             }
-            for key, records in records_by_key(runs).items()
-            for place, (run, record) in enumerate(zip(runs, records, strict=True))
-            if record and record["task"] == task
+            for key, records in overview.records.items()
+            for place, (run, record) in enumerate(zip(overview.runs, records, strict=True))
+            if record and record["task"] == task.kind
         ]
         if parts := [part for part in parts if part["groups"] or part["kinds"]]:
-            sections.append({"task": task, "title": title, "how_to_read": how_to_read, "parts": parts})
+            sections.append({"task": task, "parts": parts})
     return sections
 
 
-def _groups(run: Path, record: Record) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return a record's examples under headings: what was right, what was wrong, and what is neither."""
-    path = examples_path(run, record)
-    examples: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.is_file() else []
+def _groups(run: RunScores, record: Record) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the examples of a record under headings, without empty groups."""
     headings = {True: "Right", False: "Wrong", None: ""}
-    grouped = [
-        (heading, [example for example in examples if example["right"] is right]) for right, heading in headings.items()
-    ]
-    return [(heading, found) for heading, found in grouped if found]
+    examples = run.examples(record)
+    groups = [(heading, [each for each in examples if each["right"] is right]) for right, heading in headings.items()]
+    return [(heading, found) for heading, found in groups if found]

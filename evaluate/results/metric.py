@@ -1,4 +1,4 @@
-"""What a task returns: outcomes by item, the numbers they make with chance and interval, and examples to look at."""
+"""Outcomes of a task, the scores computed from them, and examples for the report."""
 
 import base64
 import io
@@ -13,31 +13,35 @@ from PIL import Image
 from sail_align.align.stats.bootstrap import Statistic, bootstrap, interval
 
 Outcomes = Mapping[str, NDArray[Any]]
-"""What came out by item, by name: hits, ranks …; saved beside the scores, so that two runs can be compared."""
+"""Arrays by name with one entry per item (hits, ranks …). They are saved with the scores, to compare runs."""
 Unit = Literal["%", "rank"]
 Mark = Literal["right", "wrong", ""]
 PICTURE_SIDE = 256
 
 
 @dataclass(frozen=True)
-class Measure:
-    """How one number of a task comes from its outcomes; `of` and `chance` are fractions where the unit is per cent."""
+class Metric:
+    """A number computed from outcomes.
+
+    `compute` takes how often each item counts, (N,). Where the unit is per cent, it returns a fraction, and `chance` is
+    one.
+    """
 
     name: str
     label: str
     chance: float
-    of: Statistic
+    compute: Statistic
     unit: Unit = "%"
 
     @property
     def scale(self) -> float:
-        """What values are multiplied by to be shown."""
+        """Factor from computed values to displayed ones."""
         return 100.0 if self.unit == "%" else 1.0
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One number, in per cent or a rank from 1, beside what guessing would give and its 95 % interval over items."""
+class Score:
+    """The value of a metric, with its chance level and its 95 % interval over items: per cent, or a rank from 1."""
 
     name: str
     label: str
@@ -47,37 +51,42 @@ class Metric:
     unit: Unit = "%"
 
 
-def summarise(measures: Sequence[Measure], items: int) -> tuple[Metric, ...]:
-    """Return the metrics of all items, with intervals over the same bootstrap draws of them."""
-    values_RM = bootstrap([measure.of for measure in measures], items)
+def compute_scores(metrics: Sequence[Metric], items: int) -> tuple[Score, ...]:
+    """Return the scores over all items. Their intervals share the bootstrap draws."""
+    values_RM = bootstrap([metric.compute for metric in metrics], items)
     once_N = np.ones(items)
-    metrics = []
-    for column, measure in enumerate(measures):
-        low, high = interval(values_RM[:, column] * measure.scale)
-        value, chance = measure.of(once_N) * measure.scale, measure.chance * measure.scale
-        metrics.append(Metric(measure.name, measure.label, value, chance, (low, high), measure.unit))
-    return tuple(metrics)
+    scores = []
+    for metric, values_R in zip(metrics, values_RM.T, strict=True):
+        low, high = interval(values_R * metric.scale)
+        value, chance = metric.compute(once_N) * metric.scale, metric.chance * metric.scale
+        scores.append(Score(metric.name, metric.label, value, chance, (low, high), metric.unit))
+    return tuple(scores)
 
 
 @dataclass(frozen=True)
-class Note:
-    """A line beside a picture: a text, a number if there is one, whether it is right, and a colour for a legend."""
+class Annotation:
+    """A line of text beside a picture, with a value, a mark, and a colour if it belongs to a legend."""
 
     text: str
     value: str = ""
     mark: Mark = ""
     colour: str = ""
 
+    @classmethod
+    def answer(cls, text: str, value: str, *, chosen: bool, right: bool) -> "Annotation":
+        """Return one of several answers, marked if it is right or if it was chosen and is wrong."""
+        return cls(text, value, "right" if right else "wrong" if chosen else "")
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of an example; `alt` says what it shows to who cannot see it."""
+    """A picture of an example. `alt` describes it to readers who cannot see it."""
 
     image: Image.Image
     alt: str
     caption: str = ""
     mark: Mark = ""
-    notes: tuple[Note, ...] = ()
+    notes: tuple[Annotation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the picture as a small data URL with its texts."""
@@ -97,15 +106,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """One case of a task: what was asked, whether the answer was right (None: neither), and pictures."""
+    """One case of a task: the question, whether the answer was right (None: neither), and pictures."""
 
     title: str
     right: bool | None
     pictures: tuple[Picture, ...]
-    legend: tuple[Note, ...] = ()
+    legend: tuple[Annotation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the example as JSON-able data, pictures included."""
+        """Return the example with its pictures as JSON-able data."""
         return {
             "title": self.title,
             "right": self.right,
@@ -116,28 +125,27 @@ class Example:
 
 @dataclass(frozen=True)
 class Result:
-    """What one protocol measured on one data set.
+    """Outcomes, examples and scores of one protocol on one data set.
 
-    `items` is what the intervals resample: images, or pairs. `masks` is a digest of all masks' pixels, "" without any.
+    Attributes:
+        items: Number of images or pairs, which the intervals resample.
+        outcomes: What came out for each item.
+        examples: Cases for the report.
+        details: Further numbers for the report, as JSON-able data.
+        masks: Digest of the pixels of all masks. Empty if there are none.
+        scores: Computed from the outcomes by `EvaluationTask.score`.
     """
 
     items: int
-    metrics: tuple[Metric, ...]
-    examples: tuple[Example, ...]
     outcomes: Outcomes
+    examples: Sequence[Example] = ()
     details: dict[str, Any] = field(default_factory=dict)
     masks: str = ""
-
-
-def mark(chosen: bool, right: bool) -> Mark:
-    """Return the mark of one answer among several: what is right, and what was wrongly chosen."""
-    if right:
-        return "right"
-    return "wrong" if chosen else ""
+    scores: tuple[Score, ...] = ()
 
 
 def pick_examples(hits_N: NDArray[np.bool_], each: int) -> list[int]:
-    """Return up to `each` rows that were right, then as many that were wrong, spread evenly over the rows."""
+    """Return up to `each` rows that are right, then as many that are wrong, both spread evenly over the rows."""
     chosen: list[int] = []
     for rows in (np.flatnonzero(hits_N), np.flatnonzero(~hits_N)):
         positions = np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)

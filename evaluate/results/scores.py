@@ -1,142 +1,189 @@
-"""`scores.json` of a run: numbers with protocol, chance, interval, and where they come from."""
+"""`scores.json` of a run: scores with their protocol, chance level, interval and provenance."""
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sail_align.align.runs.folder import CONFIG, is_export, name_of, read_file, read_json, run_of, scores_folder
-from sail_align.evaluate.results.metric import Result
-from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import Manifest
-from sail_align.extract.system.files import write_atomically
-from sail_align.extract.system.progress import note
-
-if TYPE_CHECKING:  # a report reads scores, and need not wait for torch
-    from sail_align.align.runs.checkpoint import Run
-    from sail_align.evaluate.dataset import EvaluationSet
-    from sail_align.extract.encoders.base import Identity
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sail_align.evaluate.results.metric import Outcomes
+from sail_align.align.runs.folder import CONFIG, is_export, name_of, read_file, read_json, run_of, scores_folder
+from sail_align.evaluate.results.metric import Outcomes, Result
+from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.progress import note
+
+if TYPE_CHECKING:  # a report reads scores without waiting for torch
+    from sail_align.align.runs.checkpoint import Run
+    from sail_align.evaluate.dataset import EvaluationSet
+    from sail_align.extract.manifest import Manifest
 
 SCHEMA = 2
-AGAIN = "remove it and evaluate again"
+REMEDY = "remove it and evaluate again"
 LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr", "open-clip-torch", "clip-benchmark")
 
-Record = dict[str, Any]
+Key = tuple[str, str]
+"""Protocol id and data digest: scores are comparable if these are equal."""
 
 
-def score_record(data: "EvaluationSet", protocol: str, result: Result, seconds: float) -> Record:
-    """Return one set's scores as a record of `scores.json`: what was measured, how, on what, with what.
+class Record(dict[str, Any]):
+    """The scores of one set under one protocol, or the error that prevented them, as `scores.json` has them."""
 
-    Args:
-        data: The set; its stores and the time it took to fill them are part of the record.
-        protocol: The protocol's id.
-        result: What was measured.
-        seconds: How long it took, encoding included.
+    @property
+    def error(self) -> str:
+        """Why the set could not be scored. Empty if it was."""
+        return str(self.get("error", ""))
+
+    @property
+    def key(self) -> Key:
+        """What the scores of another run must share to be compared with these."""
+        return self["protocol"], self["data"]["digest"]
+
+    @property
+    def mismatch(self) -> str:
+        """Message on counts that differ from the published set's. Empty if there are none."""
+        data = self.get("data", {})
+        counts = [
+            f"{data[what]:,} {what}, not {data[f'expected_{what}']:,}"
+            for what in ("rows", "captions")
+            if data.get(f"expected_{what}") not in (None, data.get(what))
+        ]
+        return f"{self['dataset']} has {' and '.join(counts)}: its scores are of another set." if counts else ""
+
+    def metric(self, name: str) -> dict[str, Any] | None:
+        """Return the score of a metric, or None if the record has none of that name."""
+        return next((metric for metric in self.get("metrics", ()) if metric["name"] == name), None)
+
+    @property
+    def _file_name(self) -> str:
+        protocol = hashlib.sha256(self.get("protocol", "").encode()).hexdigest()[:8]
+        return f"{self['dataset']}-{self['task']}-{protocol}"
+
+    @property
+    def _signature(self) -> dict[str, str]:
+        return {"protocol": self["protocol"], "data": self["data"]["digest"], "run": self["run"]}
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """What evaluation left in the folder of a run, of a checkpoint or of an export.
+
+    Attributes:
+        path: The run, checkpoint or export.
+        name: Name for tables, which no other run beside it has.
+        content: Content of `scores.json`.
     """
-    stores = data.stores.items()
-    encoders = {"image": data.run.image, "text": data.run.text}
-    return {
-        **_about(data.manifest),
-        "protocol": protocol,
-        "items": result.items,
-        "data": _data(data, result.masks),
-        "metrics": [asdict(metric) for metric in result.metrics],
-        "details": result.details,
-        "run": data.run.digest,
-        "encoders": {side: identity.spec.fingerprint for side, identity in encoders.items()},
-        "stores": {name: {"path": str(store.path), "digest": store.digest} for name, store in stores},
-        "versions": _versions(),
-        "seconds": round(seconds, 2),
-        "encoding_seconds": round(data.encoding_seconds, 2),
-    }
 
+    path: Path
+    name: str
+    content: dict[str, Any]
 
-def error_record(manifest: Manifest, problem: Exception) -> Record:
-    """Return the record of a set that could not be scored."""
-    return {**_about(manifest), "error": " ".join(str(problem).split())}
+    @classmethod
+    def read(cls, path: Path, name: str | None = None) -> "RunScores":
+        """Read the scores of a run.
 
+        Raises:
+            UserError: There are none, or they are damaged or of another schema.
+        """
+        file = scores_folder(path) / "scores.json"
+        if not file.is_file():
+            raise UserError(f"{path} has no scores.json. Run `sail-eval all --run {path}` first.")
+        content = read_json(file, REMEDY)
+        if content.get("schema") != SCHEMA:
+            raise UserError(
+                f"{file} is invalid: got schema {content.get('schema')!r}, expected {SCHEMA}. Evaluate again."
+            )
+        return cls(path, name_of(path) if name is None else name, content)
 
-def failed(records: list[Record]) -> bool:
-    """Whether a record is an error."""
-    return any("error" in record for record in records)
+    @classmethod
+    def read_all(cls, paths: Sequence[Path]) -> list["RunScores"]:
+        """Read the scores of runs, each once. Runs whose folders have the same name are named by their paths.
 
+        Raises:
+            UserError: A run has no valid scores.
+        """
+        paths = list({scores_folder(path).resolve(): path for path in paths}.values())
+        names = [name_of(path) for path in paths]
+        return [
+            cls.read(path, name if names.count(name) == 1 else str(path))
+            for path, name in zip(paths, names, strict=True)
+        ]
 
-def unexpected(record: Record) -> str:
-    """Return a sentence on a set with other counts than expected: its scores are not the published set's. Else ""."""
-    data = record.get("data", {})
-    found = [
-        f"{data[what]:,} {what}, not {data[f'expected_{what}']:,}"
-        for what in ("rows", "captions")
-        if data.get(f"expected_{what}") not in (None, data.get(what))
-    ]
-    return f"{record['dataset']} has {' and '.join(found)}: its scores are of another set." if found else ""
+    @property
+    def records(self) -> list[Record]:
+        """The records of all sets, including errors."""
+        return [Record(record) for record in self.content["records"]]
 
+    @property
+    def scored(self) -> list[Record]:
+        """The records of the sets that were scored."""
+        return [record for record in self.records if not record.error]
 
-def open_scores(run: "Run") -> None:
-    """Make the folder for the scores of a run.
+    @property
+    def unfinished(self) -> str:
+        """How far training was when the run was scored. Empty at its end."""
+        return str(self.content["run"].get("unfinished", ""))
 
-    Of a checkpoint or an export it gets what that says of itself, with its digests: it may be removed.
-    """
-    folder = scores_folder(run.path)
-    if folder != run.path:
-        said = read_file(run.path / (CONFIG if is_export(run.path) else "model.json"), "score another one")
-        write_atomically(folder / "checkpoint.json", said)
+    @property
+    def label(self) -> str:
+        """The name, with how far training was if it was not finished."""
+        return f"{self.name} ({self.unfinished})" if self.unfinished else self.name
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run.
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """Return the settings of a run, a checkpoint or an export that has scores.
+        Raises:
+            UserError: They are missing or damaged.
+        """
+        copied = scores_folder(self.path) / "checkpoint.json"
+        if copied.is_file():
+            return dict(read_json(copied, REMEDY)["settings"])
+        return read_json(self.path / "settings.json", "name a run's folder")
 
-    Raises:
-        UserError: They are not there, or damaged.
-    """
-    said = scores_folder(path) / "checkpoint.json"
-    if said.is_file():
-        return dict(read_json(said, AGAIN)["settings"])
-    return read_json(path / "settings.json", "name a run's folder")
+    def examples(self, record: Record) -> list[dict[str, Any]]:
+        """Return the examples of a record, as `Example.to_json` wrote them."""
+        path = self.examples_path(record)
+        return list(json.loads(path.read_bytes())) if path.is_file() else []
 
+    def examples_path(self, record: Record) -> Path:
+        """Return the path of a record's examples."""
+        return scores_folder(self.path) / "examples" / f"{record._file_name}.json"
 
-def merge_score(run: "Run", record: Record) -> None:
-    """Put a record into the run's `scores.json`, in the place of an older one of the same set and protocol.
+    def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
+        """Return the outcomes of a record.
 
-    An error takes no score's place, and gives way to any. Scores of another checkpoint, of other encoders or of another
-    schema are dropped; the run's folder may have another name by now.
-    """
-    head = {
-        "schema": SCHEMA,
-        "run": {
-            "name": name_of(run.path),
-            "digest": run.digest,
-            "unfinished": unfinished(run),
-        },
-        "encoders": {"image": _encoder(run.image), "text": _encoder(run.text)},
-    }
-    path = scores_path(run.path)
-    with _alone(path.parent):
-        older = read_json(path, AGAIN) if path.exists() else {}
-        there: list[Record] = older.get("records", [])
-        kept = there if _of_same_weights(older, head) else []
-        if len(kept) < len(there):
-            note(f"{path}: {len(there)} scores of another checkpoint, encoder or version give way.")
-        content = {**head, "records": _merged(kept, record)}
-        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        Raises:
+            UserError: They are missing, damaged, or of another evaluation than the record.
+        """
+        path = scores_folder(self.path) / "outcomes" / f"{record._file_name}.safetensors"
+        remedy = (
+            f"Score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {self.path}`."
+        )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if file.metadata() != record._signature:
+                    raise UserError(f"{path} is of another evaluation than the scores. {remedy}")
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except FileNotFoundError as problem:
+            raise UserError(f"{path} is missing, but a comparison needs it. {remedy}") from problem
+        except (OSError, SafetensorError) as problem:
+            raise UserError(f"{path} cannot be read ({problem}). {remedy}") from problem
 
 
 def unfinished(run: "Run") -> str:
-    """Return how far a run is that has not been trained to its end; "" for one that has, and for a named checkpoint.
+    """Return how far the training of a run is. Empty at its end, and for a named checkpoint.
 
-    An export may be of a chosen checkpoint: of it only the step is known.
+    An export may be of any checkpoint. Only its step is known.
     """
     if run.finished or run_of(run.path) != run.path:
         return ""
@@ -144,86 +191,98 @@ def unfinished(run: "Run") -> str:
     return step if is_export(run.path) else f"unfinished: {step}"
 
 
-def named(name: str, scores: dict[str, Any]) -> str:
-    """Return a run's name, with how far it was when it was scored if that was not its end."""
-    unfinished = scores["run"].get("unfinished")
-    return f"{name} ({unfinished})" if unfinished else name
+class ScoreWriter:
+    """Adds records to the scores of a run.
 
-
-def read_scores(run: Path) -> dict[str, Any]:
-    """Read the `scores.json` of a run.
-
-    Raises:
-        UserError: There is none, or it is damaged or of another schema.
+    The folder of a checkpoint or an export gets a copy of its metadata, because its weights may be removed.
     """
-    path = scores_path(run)
-    if not path.is_file():
-        raise UserError(f"{run} has no scores.json; run `sail-eval all --run {run}` first.")
-    scores = read_json(path, AGAIN)
-    if scores.get("schema") != SCHEMA:
-        raise UserError(f"{path} has schema {scores.get('schema')!r}, this version reads {SCHEMA}; evaluate again.")
-    return scores
+
+    def __init__(self, run: "Run"):
+        self.run = run
+        self.folder = scores_folder(run.path)
+        if self.folder != run.path:
+            metadata = read_file(run.path / (CONFIG if is_export(run.path) else "model.json"), "score another one")
+            write_atomically(self.folder / "checkpoint.json", metadata)
+
+    def add(self, data: "EvaluationSet", protocol: str, result: Result, seconds: float) -> Record:
+        """Write the scores of a set with its examples and outcomes. Return the record.
+
+        Args:
+            data: The set.
+            protocol: Id of the protocol.
+            result: Scores, examples and outcomes.
+            seconds: Duration of the evaluation, including encoding.
+        """
+        stores = data.stores.items()
+        encoders = {"image": self.run.image, "text": self.run.text}
+        record = Record(
+            **_describe(data.manifest),
+            protocol=protocol,
+            items=result.items,
+            data=data.describe(result.masks),
+            metrics=[asdict(score) for score in result.scores],
+            details=result.details,
+            run=self.run.digest,
+            encoders={side: identity.spec.fingerprint for side, identity in encoders.items()},
+            stores={name: {"path": str(store.path), "digest": store.digest} for name, store in stores},
+            versions=_versions(),
+            seconds=round(seconds, 2),
+            encoding_seconds=round(data.encoding_seconds, 2),
+        )
+        examples = json.dumps([example.to_json() for example in result.examples])
+        write_atomically(self.folder / "examples" / f"{record._file_name}.json", examples.encode())
+        outcomes = save(_compact(result.outcomes), record._signature)
+        write_atomically(self.folder / "outcomes" / f"{record._file_name}.safetensors", outcomes)
+        self.merge(record)
+        return record
+
+    def add_error(self, manifest: "Manifest", problem: Exception) -> Record:
+        """Write that a set could not be scored. Return the record."""
+        record = Record(**_describe(manifest), error=" ".join(str(problem).split()))
+        self.merge(record)
+        return record
+
+    def merge(self, record: Record) -> None:
+        """Put a record into `scores.json`, in place of an older one of the same set and protocol.
+
+        An error never replaces scores, and any record replaces an error. Scores of another checkpoint, of other
+        encoders or of another schema are dropped. The folder of the run may have been renamed.
+        """
+        encoders = {
+            side: {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}
+            for side, spec in (("image", self.run.image.spec), ("text", self.run.text.spec))
+        }
+        run = {"name": name_of(self.run.path), "digest": self.run.digest, "unfinished": unfinished(self.run)}
+        path = self.folder / "scores.json"
+        with _lock(self.folder):
+            older = read_json(path, REMEDY) if path.exists() else {}
+            records = [Record(each) for each in older.get("records", [])]
+            same = (older.get("schema"), older.get("encoders")) == (SCHEMA, encoders)
+            if records and not (same and older["run"]["digest"] == self.run.digest):
+                note(f"{path}: {len(records)} scores of another checkpoint, encoder or version are replaced.")
+                records = []
+            content = {"schema": SCHEMA, "run": run, "encoders": encoders, "records": _merge(records, record)}
+            write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
-def scores_path(run: Path) -> Path:
-    """Return where the scores of a run, or of one of its checkpoints, are."""
-    return scores_folder(run) / "scores.json"
-
-
-def examples_path(run: Path, record: Record) -> Path:
-    """Return where the examples of one set under one protocol are, for the report."""
-    return scores_folder(run) / "examples" / f"{_file_name(record)}.json"
-
-
-def outcomes_path(run: Path, record: Record) -> Path:
-    """Return where the outcomes by item of one set under one protocol are, for comparisons."""
-    return scores_folder(run) / "outcomes" / f"{_file_name(record)}.safetensors"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let no other process into the same block for this folder: of two that read, add and write, one would be lost."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _file_name(record: Record) -> str:
-    told_apart = hashlib.sha256(record.get("protocol", "").encode()).hexdigest()[:8]
-    return f"{record['dataset']}-{record['task']}-{told_apart}"
-
-
-def _merged(records: list[Record], new: Record) -> list[Record]:
-    """Return records with a new one in its place."""
+def _merge(records: list[Record], new: Record) -> list[Record]:
     same_set = [each for each in records if (each["dataset"], each["task"]) == (new["dataset"], new["task"])]
-    if "error" in new and any("error" not in each for each in same_set):
+    if new.error and not all(each.error for each in same_set):
         return records
-    replaced = [each for each in same_set if "error" in each or each["protocol"] == new.get("protocol")]
+    replaced = [each for each in same_set if each.error or each["protocol"] == new.get("protocol")]
     place = records.index(replaced[0]) if replaced else len(records)
     kept = [each for each in records if each not in replaced]
     return [*kept[:place], new, *kept[place:]]
 
 
-def _data(data: "EvaluationSet", masks: str) -> dict[str, Any]:
-    """Return what a set has, and what its manifest expects of it."""
-    from sail_align.evaluate.dataset import digest_of
-
-    samples, about = data.samples, data.manifest
-    return {
-        "digest": digest_of([data.digest, masks]) if masks else data.digest,
-        "rows": len(samples),
-        "expected_rows": about.expected_rows,
-        "captions": sum(len(sample.captions) for sample in samples),
-        "expected_captions": about.expected_captions,
-    }
+def _describe(manifest: "Manifest") -> dict[str, Any]:
+    if manifest.task is None:
+        raise ValueError(f"{manifest.name} is not an evaluation set")
+    return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind}
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that are installed; those of the extra `eval` may not be."""
+    """Return the versions of the libraries that are installed. Those of the extra `eval` may be missing."""
     found = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -231,52 +290,23 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _of_same_weights(older: dict[str, Any], head: dict[str, Any]) -> bool:
-    same = all(older.get(name) == head[name] for name in ("schema", "encoders"))
-    return same and older["run"]["digest"] == head["run"]["digest"]
+def _compact(outcomes: Outcomes) -> dict[str, NDArray[Any]]:
+    """Return the outcomes with integers in the smallest type that holds them."""
+    compact = {}
+    for name, values in outcomes.items():
+        if values.dtype.kind in "iu" and values.size:
+            values = values.astype(np.result_type(*map(np.min_scalar_type, (values.min(), values.max()))))
+        compact[name] = np.ascontiguousarray(values)
+    return compact
 
 
-def _about(manifest: Manifest) -> Record:
-    if manifest.task is None:
-        raise ValueError(f"{manifest.name} is no evaluation set")
-    return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind}
-
-
-def _encoder(identity: "Identity") -> dict[str, Any]:
-    spec = identity.spec
-    return {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}
-
-
-def save_outcomes(run: Path, record: Record, outcomes: Outcomes) -> None:
-    """Write a record's outcomes into the run, integers in the smallest type that holds them."""
-    compact = {name: np.ascontiguousarray(_compact(values)) for name, values in outcomes.items()}
-    write_atomically(outcomes_path(run, record), save(compact, _signature(record)))
-
-
-def load_outcomes(run: Path, record: Record) -> dict[str, NDArray[Any]]:
-    """Read the outcomes of a record of the run.
-
-    Raises:
-        UserError: They are not there, damaged, or of another evaluation than the record.
-    """
-    path = outcomes_path(run, record)
-    again = f"score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {run}`."
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, so that no record is lost when two processes add one."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with safe_open(path, framework="numpy") as file:
-            if file.metadata() != _signature(record):
-                raise UserError(f"{path} is of another evaluation than the scores; {again}")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError as problem:
-        raise UserError(f"{path} is not there, which a comparison needs; {again}") from problem
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{path} cannot be read ({problem}); {again}") from problem
-
-
-def _signature(record: Record) -> dict[str, str]:
-    return {"protocol": record["protocol"], "data": record["data"]["digest"], "run": record["run"]}
-
-
-def _compact(values: NDArray[Any]) -> NDArray[Any]:
-    if values.dtype.kind not in "iu" or not values.size:
-        return values
-    return values.astype(np.result_type(np.min_scalar_type(values.min()), np.min_scalar_type(values.max())))
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

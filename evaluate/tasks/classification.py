@@ -1,42 +1,32 @@
 """Zero-shot classification: the class whose prompts are closest to the image.
 
-Radford et al. 2021 (CLIP), section 3.1: per class, the prompts' unit embeddings are averaged and normalised again;
-prediction by cosine. A tie counts as wrong, except among classes of one name (two of ImageNet's published names occur
-twice): as with the argmax behind published numbers, the first of them has all their images.
+Radford et al. 2021 (CLIP), section 3.1: the unit embeddings of a class's prompts are averaged and normalised again, and
+the class with the highest cosine is predicted. A tie counts as wrong, except among classes of one name (two of
+ImageNet's published names occur twice). There the first class gets all images, as argmax does in published numbers.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.align.stats.metrics import TIE
-from sail_align.evaluate.dataset import Embeddings, EvaluationSet
-from sail_align.evaluate.results.metric import (
-    Example,
-    Measure,
-    Note,
-    Outcomes,
-    Picture,
-    Result,
-    mark,
-    pick_examples,
-    summarise,
-)
-from sail_align.evaluate.tasks.base import Protocol, classes_part, templates_part
+from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result, pick_examples
 from sail_align.evaluate.tasks.metrics import mean_per_class, ranking, top_k_hits
-from sail_align.extract.errors import UserError
+from sail_align.evaluate.tasks.task import EvaluationTask
+
+if TYPE_CHECKING:
+    from sail_align.evaluate.dataset import Embeddings, EvaluationSet
 
 CONFUSIONS = 10
-"""A record names so many pairs of classes that were mistaken most often."""
+"""Number of most frequent confusions in the details."""
 
 
-def evaluate(data: EvaluationSet) -> Result:
-    """Score top-1, top-5 and mean-per-class accuracy."""
+def evaluate(data: "EvaluationSet") -> Result:
+    """Return top-1 and top-5 hits of each image, and the most frequent confusions."""
     labels_N = np.array([sample.label for sample in data.samples])
-    if (labels_N < 0).any():
-        raise UserError(f"{data.manifest.name} has rows without a label; give its source classes, as in class-folder.")
     classes = data.source.classes
     scores_NC = data.images() @ data.class_embeddings().T
     scores_NC[:, [classes.index(name) < label for label, name in enumerate(classes)]] -= 2 * TIE
@@ -46,23 +36,23 @@ def evaluate(data: EvaluationSet) -> Result:
         "label": labels_N,
         "classes": np.array([len(classes)]),
     }
-    examples = tuple(_example(data, scores_NC, row) for row in pick_examples(outcomes["top1"], each=4))
     details = {
         "classes": len(classes),
         "distinct_class_names": len(set(classes)),
         "confusions": _confusions(classes, labels_N, scores_NC.argmax(axis=1)),
     }
-    return Result(len(labels_N), summarise(measures(outcomes), len(labels_N)), examples, outcomes, details)
+    examples = [_example(data, scores_NC, row) for row in pick_examples(outcomes["top1"], each=4)]
+    return Result(len(labels_N), outcomes, examples, details)
 
 
-def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
-    """Return what is measured, of hits `top1` and `top5` (N,), each row's `label`, and the number of `classes`."""
+def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
+    """Return the metrics of hits `top1` and `top5` (N,), the `label` of each row, and the number of `classes`."""
     top1_N, top5_N, labels_N = (outcomes[name] for name in ("top1", "top5", "label"))
     (classes,) = outcomes["classes"].tolist()
     return (
-        Measure("top1", "top-1", 1 / classes, lambda drawn_N: weighted_mean(top1_N, drawn_N)),
-        Measure("top5", "top-5", min(5 / classes, 1.0), lambda drawn_N: weighted_mean(top5_N, drawn_N)),
-        Measure(
+        Metric("top1", "top-1", 1 / classes, lambda drawn_N: weighted_mean(top1_N, drawn_N)),
+        Metric("top5", "top-5", min(5 / classes, 1.0), lambda drawn_N: weighted_mean(top5_N, drawn_N)),
+        Metric(
             "mean_per_class", "mean per class", 1 / classes, lambda drawn_N: mean_per_class(top1_N, labels_N, drawn_N)
         ),
     )
@@ -71,27 +61,24 @@ def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
 def _confusions(
     classes: Sequence[str], labels_N: NDArray[np.intp], best_N: NDArray[np.intp]
 ) -> list[dict[str, str | int]]:
-    """Return the pairs of a class and another that most of its images were taken for, how many, and of how many."""
+    """Return the most frequent pairs of a class and another class predicted for its images, with their counts."""
     images_C = np.bincount(labels_N, minlength=len(classes))
     wrong_2W = np.stack([labels_N, best_N])[:, labels_N != best_N]
     pairs_2P, counts_P = np.unique(wrong_2W, axis=1, return_counts=True)
     most = np.argsort(-counts_P, kind="stable")[:CONFUSIONS]
     return [
-        {
-            "truth": classes[label],
-            "taken_for": classes[best],
-            "count": int(count),
-            "of": int(images_C[label]),
-        }
+        {"truth": classes[label], "taken_for": classes[best], "count": int(count), "of": int(images_C[label])}
         for (label, best), count in zip(pairs_2P.T[most].tolist(), counts_P[most], strict=True)
     ]
 
 
-def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
+def _example(data: "EvaluationSet", scores_NC: "Embeddings", row: int) -> Example:
     sample, classes = data.samples[row], data.source.classes
     best = ranking(scores_NC[row], sample.label)[:3].tolist()
     guesses = tuple(
-        Note(classes[label], f"{scores_NC[row, label]:.2f}", mark(label == best[0], label == sample.label))
+        Annotation.answer(
+            classes[label], f"{scores_NC[row, label]:.2f}", chosen=label == best[0], right=label == sample.label
+        )
         for label in best
     )
     name = classes[sample.label]
@@ -99,11 +86,17 @@ def _example(data: EvaluationSet, scores_NC: Embeddings, row: int) -> Example:
     return Example(name, best[0] == sample.label, (picture,))
 
 
-PROTOCOL = Protocol(
-    name="classification/prompt-ensemble@2",
-    parts=lambda data: (classes_part(data), templates_part(data)),
+TASK = EvaluationTask(
+    kind="classification",
+    summary="Zero-shot classification. Top-1, top-5, mean per class.",
+    title="Zero-shot classification",
+    how_to_read="Below each picture: the three classes whose prompts are closest to it, with their cosine.",
+    protocol="classification/prompt-ensemble@2",
+    needs=frozenset({"labels"}),
     evaluate=evaluate,
-    measures=measures,
+    metrics=metrics,
+    headlines=("top1",),
+    gallery="narrow",
     variants={
         "openai-80": {"templates": "open_clip:imagenet-80"},
         "openai-7": {"templates": "open_clip:imagenet-7"},

@@ -1,4 +1,4 @@
-"""Segmentation masks laid over their image in class colours."""
+"""Segmentation masks drawn over their image in class colours."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +19,22 @@ PALETTE = (
     (204, 255, 102),
     (238, 102, 255),
 )
-"""Far apart for those too who lack a kind of cone, the first ones most."""
+"""Colours that also differ for colour-blind readers, the first ones most."""
 REST = (120, 120, 120)
 
 
 def class_colours(truth_C: NDArray[np.number], predicted_C: NDArray[np.number]) -> Colours:
-    """Return colours for the classes of one image: the true ones by size, then the largest that are only predicted."""
+    """Return colours for the classes of one image: the true ones by size, then those that are only predicted."""
     order = np.lexsort((-predicted_C, -truth_C))
-    there = [int(label) for label in order if truth_C[label] or predicted_C[label]]
-    return dict(zip(there, PALETTE, strict=False))
+    present = [int(label) for label in order if truth_C[label] or predicted_C[label]]
+    return dict(zip(present, PALETTE, strict=False))
 
 
 def overlay(image: Image.Image, labels: NDArray[np.integer], colours: Colours, strength: float = 0.65) -> Image.Image:
-    """Return the image in grey with each pixel tinted by its class; ignored pixels stay grey, other classes darken."""
+    """Return the image in grey with each pixel tinted by its class.
+
+    Ignored pixels stay grey. Classes without a colour are darkened.
+    """
     grey = image.convert("L").resize((labels.shape[1], labels.shape[0])).convert("RGB")
     tint = np.full((*labels.shape, 3), REST, dtype=np.float64)
     for label, colour in colours.items():

@@ -1,22 +1,26 @@
-"""How alike images and captions lie in their spaces: before the heads, as the encoders give them, and behind the heads.
+"""Similarity of the image and caption spaces, before the heads (raw) and after them (aligned).
 
-Mutual k-NN (Huh et al. 2024): the share of a row's k nearest rows, by cosine, that are the same among images and among
-captions; k is ten, or half of the others where they are fewer than twenty. CKA (Kornblith et al. 2019) with the
-unbiased estimator, of rows of unit length, times 100. Each image counts with its first caption; of a large set, 5,000
-images spread evenly over it. It takes no test of its own: any retrieval set will do.
+Mutual k-NN (Huh et al. 2024) is the share of a row's k nearest rows, by cosine, that are the same among images and
+captions. k is 10, or half the number of other rows if there are fewer than 20. CKA (Kornblith et al. 2019) is
+computed with the unbiased estimator from rows of unit length, times 100. Each image counts with its first caption. Of a
+large set, 5,000 images spread evenly over it are used. The task has no data sets of its own: it scores retrieval sets.
 """
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.align.stats.metrics import cka_by_row, mutual_knn, unit_rows
-from sail_align.evaluate.dataset import EvaluationSet
-from sail_align.evaluate.results.metric import Measure, Outcomes, Result, summarise
-from sail_align.evaluate.tasks.base import Protocol, TooSmallError, captions_part
+from sail_align.evaluate.results.metric import Metric, Outcomes, Result
+from sail_align.evaluate.tasks.task import EvaluationTask, TooSmallError
+
+if TYPE_CHECKING:
+    from sail_align.evaluate.dataset import EvaluationSet
 
 K = 10
-ROWS = 5_000
-LEAST = 5
+MAX_ROWS = 5_000
+MIN_ROWS = 5
 LABELS = {
     "knn_raw": "raw mutual k-NN",
     "knn_aligned": "aligned mutual k-NN",
@@ -25,16 +29,16 @@ LABELS = {
 }
 
 
-def evaluate(data: EvaluationSet) -> Result:
-    """Score mutual k-NN and CKA of raw and of aligned features."""
+def evaluate(data: "EvaluationSet") -> Result:
+    """Return the contribution of each row to mutual k-NN and CKA, of raw and of aligned features."""
     texts = data.texts()
     with_caption_N, first_N = np.unique(texts.rows, return_index=True)
-    if len(with_caption_N) < LEAST:
+    if len(with_caption_N) < MIN_ROWS:
         raise TooSmallError(
-            f"{data.manifest.name} has {len(with_caption_N)} images with a caption; representation takes {LEAST}."
+            f"{data.manifest.name} has {len(with_caption_N)} images with a caption. Representation needs {MIN_ROWS}."
         )
     k = min(K, (len(with_caption_N) - 1) // 2)
-    chosen = np.linspace(0, len(with_caption_N) - 1, min(ROWS, len(with_caption_N))).astype(int)
+    chosen = np.linspace(0, len(with_caption_N) - 1, min(MAX_ROWS, len(with_caption_N))).astype(int)
     images, captions = with_caption_N[chosen], first_N[chosen]
     outcomes = {"k": np.array([k])}
     for which, image_ND, text_ND in (
@@ -43,24 +47,31 @@ def evaluate(data: EvaluationSet) -> Result:
     ):
         outcomes[f"knn_{which}"] = mutual_knn(image_ND, text_ND, k)
         outcomes[f"cka_{which}"] = cka_by_row(unit_rows(image_ND), unit_rows(text_ND))
-    return Result(len(images), summarise(measures(outcomes), len(images)), (), outcomes, {"k": k})
+    return Result(len(images), outcomes, details={"k": k})
 
 
-def measures(outcomes: Outcomes) -> tuple[Measure, ...]:
-    """Return what is measured, of each row's part in each number, (N,), and `k`."""
+def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
+    """Return the metrics of each row's contributions (N,) and `k`."""
     (k,) = outcomes["k"].tolist()
 
-    def mean(name: str) -> Measure:
+    def mean(name: str) -> Metric:
         values_N = outcomes[name]
         chance = k / (len(values_N) - 1) if name.startswith("knn") else 0.0
-        return Measure(name, LABELS[name], chance, lambda drawn_N: weighted_mean(values_N, drawn_N))
+        return Metric(name, LABELS[name], chance, lambda drawn_N: weighted_mean(values_N, drawn_N))
 
     return tuple(map(mean, LABELS))
 
 
-PROTOCOL = Protocol(
-    name="representation/first-caption@1",
-    parts=lambda data: (captions_part(data),),
+TASK = EvaluationTask(
+    kind="representation",
+    summary="Mutual k-NN and CKA of a retrieval set, before and after the heads.",
+    title="Images and captions as spaces",
+    how_to_read="The share of an image's neighbourhood that its caption has too, before and after the heads.",
+    protocol="representation/first-caption@1",
+    needs=frozenset({"captions"}),
     evaluate=evaluate,
-    measures=measures,
+    metrics=metrics,
+    headlines=("knn_aligned", "cka_aligned"),
+    diagnostic=True,
+    also_scores=("retrieval",),
 )

@@ -19,7 +19,7 @@ from sail_align.align.analysis.trials import Trial, base_recipe, held_out_by_all
 from sail_align.align.cli import app
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
-from sail_align.align.stats.tables import markdown_table
+from sail_align.align.stats.tables import format_table
 from sail_align.align.train.collapse import collapse_of
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
@@ -222,7 +222,7 @@ def test_ladder_scores_equal_those_of_the_fits(make_store, tmp_path):
         assert rung["scores"]["raw"] == {"t2i_r1": [last["t2i_r1"]], "i2t_r1": [last["i2t_r1"]]}
 
 
-def test_markdown_table_pads_columns():
-    assert markdown_table(("name", "n"), [("a", "1"), ("long one", "1,000")]) == (
-        "| name     |     n |\n| -------- | ----: |\n| a        |     1 |\n| long one | 1,000 |"
+def test_table_pads_columns():
+    assert format_table(("name", "n"), [("a", "1"), ("long one", "1,000")]) == (
+        "| name     |     n |\n|:---------|------:|\n| a        |     1 |\n| long one | 1,000 |"
     )

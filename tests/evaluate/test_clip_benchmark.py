@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate import clip_benchmark
 from sail_align.evaluate.cli import app
-from sail_align.evaluate.results.scores import read_scores
+from sail_align.evaluate.results.scores import RunScores
 from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
 from sail_align.extract.errors import UserError
 
@@ -42,7 +42,7 @@ def theirs(run, folder, *words):
 def ours(run, task, manifest):
     result = CliRunner().invoke(app, [task, str(manifest), "--run", str(run), "--device", "cpu", "--quiet"])
     assert result.exit_code == 0, (result.output, result.exception)
-    (record,) = read_scores(run)["records"]
+    (record,) = RunScores.read(run).records
     return {metric["name"]: metric["value"] / 100 for metric in record["metrics"]}
 
 

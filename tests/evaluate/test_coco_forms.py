@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sail_align.evaluate.compare import compare_runs
+from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.formats import score_table
+from sail_align.evaluate.results.scores import RunScores
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
@@ -108,4 +109,4 @@ def test_neither_is_compared_with_the_other(records, run, tmp_path):
     scores["records"] = [{**own, "dataset": "coco-karpathy"}]
     (other / "scores.json").write_text(json.dumps(scores))
     with pytest.raises(UserError, match=r"coco-karpathy .retrieval. was scored by two protocols, .*split=test"):
-        list(compare_runs([run.path, other]))
+        Comparison.between(RunScores.read(run.path), RunScores.read(other))

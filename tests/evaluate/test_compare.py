@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +11,19 @@ from typer.testing import CliRunner
 
 from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.cli import app
-from sail_align.evaluate.compare import Comparison, Difference, compare_runs, paired_difference
+from sail_align.evaluate.compare import Comparison, Difference, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.formats import difference_table
-from sail_align.evaluate.results.metric import Measure
-from sail_align.evaluate.results.scores import load_outcomes, read_scores
-from sail_align.evaluate.tasks import PROTOCOLS
-from sail_align.evaluate.tasks.retrieval import measures
+from sail_align.evaluate.results.metric import Metric
+from sail_align.evaluate.results.scores import RunScores
+from sail_align.evaluate.tasks.retrieval import metrics as retrieval_metrics
+from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
 
 def share(hits):
-    return [Measure("hits", "hits", 0.5, lambda drawn: weighted_mean(hits, drawn))]
+    return [Metric("hits", "hits", 0.5, lambda drawn: weighted_mean(hits, drawn))]
 
 
 def test_paired_interval_equals_a_loop_over_the_same_draws():
@@ -43,7 +42,9 @@ def test_paired_interval_equals_a_loop_over_the_same_draws():
 def test_draws_without_a_value_do_not_make_a_difference_sure():
     """Of three images one has a caption: three draws of ten ask nothing, and say nothing of which run is ahead."""
     first, second = (
-        measures({"image_rank": np.array([rank, 1, 1]), "text_rank": np.array([rank]), "owner": np.array([0])})[:1]
+        retrieval_metrics(
+            {"image_rank": np.array([rank, 1, 1]), "text_rank": np.array([rank]), "owner": np.array([0])}
+        )[:1]
         for rank in (0, 1)
     )
     generator = np.random.default_rng(0)
@@ -54,11 +55,11 @@ def test_draws_without_a_value_do_not_make_a_difference_sure():
 
 def test_what_is_kept_by_item_gives_the_scores_again(scored):
     """To the digit, though integers are kept in the smallest type that holds them."""
-    records = read_scores(scored)["records"]
-    assert len(records) == 4
-    for record in records:
-        kept = PROTOCOLS[record["task"]].measures(load_outcomes(scored, record))
-        values = [measure.of(np.ones(record["items"])) * measure.scale for measure in kept]
+    scores = RunScores.read(scored)
+    assert len(scores.records) == 4
+    for record in scores.records:
+        metrics = find_task(record["task"]).metrics(scores.outcomes(record))
+        values = [metric.compute(np.ones(record["items"])) * metric.scale for metric in metrics]
         assert values == [metric["value"] for metric in record["metrics"]]
 
 
@@ -72,6 +73,10 @@ def test_pairs_tell_what_two_intervals_cannot():
     [((low, _), p)] = paired_difference(share(np.arange(100) < 50), share(np.arange(100) < 58), 100)
     assert low > 0
     assert p < 0.01
+
+
+def compare(first, second):
+    return Comparison.between(RunScores.read(first.path), RunScores.read(second.path))
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ def two_runs(world, run):
 
 def test_differences_of_all_sets_that_both_runs_scored(two_runs):
     run, other, _, _ = two_runs
-    (comparison,) = compare_runs([run.path, other.path])
+    comparison = compare(run, other)
     found = {(each.dataset, each.label): each for each in comparison.differences}
     assert found["squares", "top-1"].first == 100
     assert found["squares", "top-1"].second == pytest.approx(100 / 3)
@@ -117,7 +122,7 @@ def test_a_difference_has_a_true_minus_and_none_at_nothing():
         Difference("x", "p", "top-1", "%", 50.0, 50.0 + by, bounds, 0.5)
         for by, bounds in zip((-1.6, -0.004, 0.0), drawn, strict=True)
     ]
-    lines = difference_table(Comparison(Path("b"), found, [])).splitlines()[2:]
+    lines = difference_table(Comparison(found, [])).splitlines()[2:]
     assert [re.split(r"\s{2,}", line.strip())[-3:-1] for line in lines] == [
         ["−1.6", "−3.0 – −0.3"],
         ["+0.00", "−1.20 – +0.04"],
@@ -140,19 +145,19 @@ def test_another_protocol_is_not_compared(two_runs):
     squares.write_text(squares.read_text().replace("kind: classification", "kind: classification\n  templates: ['{}']"))
     score(other, squares)
     with pytest.raises(UserError, match=r"squares \(classification\) was scored by two protocols, .*photo.* and .*{}"):
-        list(compare_runs([run.path, other.path]))
+        compare(run, other)
 
 
 def test_runs_of_no_set_in_common_are_refused_in_one_sentence(two_runs):
     run, other, _, _ = two_runs
     for which, tasks in ((run, {"classification"}), (other, {"retrieval", "representation"})):
-        scores = read_scores(which.path)
+        scores = RunScores.read(which.path).content
         kept = [record for record in scores["records"] if record["task"] in tasks]
         (which.path / "scores.json").write_text(json.dumps({**scores, "records": kept}))
     with pytest.raises(UserError) as refused:
-        list(compare_runs([run.path, other.path]))
+        compare(run, other)
     one, two = f"{run.path} (scored on squares (classification))", f"{other.path} (on caps (retrieval))"
-    assert str(refused.value) == f"{one} and {two} have no set in common; score both on one with `sail-eval`."
+    assert str(refused.value) == f"{one} and {two} have no set in common. Score both on one with `sail-eval`."
 
 
 def test_other_data_are_not_compared(two_runs):
@@ -161,17 +166,17 @@ def test_other_data_are_not_compared(two_runs):
     scores = json.loads(path.read_bytes())
     scores["records"][0]["data"]["digest"] = "f" * 64
     path.write_text(json.dumps(scores))
-    (comparison,) = compare_runs([run.path, other.path])
+    comparison = compare(run, other)
     assert {each.dataset for each in comparison.differences} == {"caps"}
-    assert "squares (classification) were other data" in difference_table(comparison)
+    assert "squares (classification) had other data" in difference_table(comparison)
 
 
 def test_outcomes_that_are_not_the_scores_are_refused(two_runs):
     run, other, _, _ = two_runs
     for file in (other.path / "outcomes").iterdir():
         shutil.copy(run.path / "outcomes" / file.name, file)
-    with pytest.raises(UserError, match="is of another evaluation than the scores; score squares again"):
-        list(compare_runs([run.path, other.path]))
+    with pytest.raises(UserError, match=r"is of another evaluation than the scores\. Score squares again"):
+        compare(run, other)
     shutil.rmtree(other.path / "outcomes")
-    with pytest.raises(UserError, match="is not there, which a comparison needs"):
-        list(compare_runs([run.path, other.path]))
+    with pytest.raises(UserError, match="is missing, but a comparison needs it"):
+        compare(run, other)

@@ -19,7 +19,7 @@ from tiny_open_clip import save_open_clip  # noqa: E402
 from sail_align.align.runs.checkpoint import newest_run  # noqa: E402
 from sail_align.align.stats.metrics import ranks  # noqa: E402
 from sail_align.evaluate.cli import app  # noqa: E402
-from sail_align.evaluate.results.scores import read_scores  # noqa: E402
+from sail_align.evaluate.results.scores import RunScores  # noqa: E402
 from sail_align.extract.errors import UserError  # noqa: E402
 
 RUN = Path("runs/open_clip-tiny")
@@ -36,7 +36,7 @@ def scored(*words):
 
 
 def metrics():
-    return {metric["name"]: metric["value"] for record in read_scores(RUN)["records"] for metric in record["metrics"]}
+    return {metric["name"]: metric["value"] for record in RunScores.read(RUN).records for metric in record["metrics"]}
 
 
 def embed(model, pictures, texts):
@@ -68,7 +68,7 @@ def test_all_tasks_share_the_stores_and_the_report_names_the_model(model, tmp_pa
     photos, shades = write_captioned(tmp_path / "photos"), write_classes(tmp_path / "shades")
     first = scored("all", "--manifest", str(photos), "--manifest", str(shades))
     assert first.exit_code == 0, (first.output, first.exception)
-    tasks = [record["task"] for record in read_scores(RUN)["records"]]
+    tasks = [record["task"] for record in RunScores.read(RUN).records]
     assert tasks == ["retrieval", "classification", "representation"]
     report = (RUN / "report.html").read_text()
     assert "open_clip:tiny" in report
@@ -86,7 +86,7 @@ def test_segmentation_by_the_models_own_patches(model, tmp_path, protocol):
     manifest = write_halves(tmp_path / "halves")
     result = scored("segmentation", str(manifest), *(["--protocol", protocol] if protocol else []))
     assert result.exit_code == 0, (result.output, result.exception)
-    (record,) = read_scores(RUN)["records"]
+    (record,) = RunScores.read(RUN).records
     assert ("/last-attention=none/" in record["protocol"]) == (protocol == "maskclip")
 
     photo = Image.open(tmp_path / "halves" / "images" / "0.png").resize((448, 448), Image.Resampling.BILINEAR)
@@ -165,6 +165,6 @@ def test_it_is_no_run_to_go_on_with(model, tmp_path):
 def test_a_mistake_is_one_sentence(model, tmp_path):
     manifest = str(write_captioned(tmp_path / "photos"))
     both = CliRunner().invoke(app, ["retrieval", manifest, "--run", "runs/x", "--model", "open_clip:tiny"])
-    assert str(both.exception) == "--run runs/x and --model open_clip:tiny are two things to score; leave one out."
+    assert str(both.exception) == "--run runs/x and --model open_clip:tiny exclude each other. Remove one."
     other = CliRunner().invoke(app, ["retrieval", manifest, "--model", "clip"])
-    assert "is none of OpenCLIP's; write open_clip:<model>@<weights>" in str(other.exception)
+    assert "is invalid: expected open_clip:<model>@<weights>" in str(other.exception)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from typing import get_args
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from sail_align.align.model.alignment import Architecture
 from sail_align.align.runs.checkpoint import load_run, save_checkpoint
 from sail_align.evaluate import cli
 from sail_align.evaluate.results.reported import Reported
-from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.tasks.task import all_tasks
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import TaskKind, packaged_manifests
+from sail_align.extract.manifest import packaged_manifests
 
 
 @pytest.fixture
@@ -46,10 +45,10 @@ def squares(world):
     return world.class_folders("squares", [("red", "red"), ("green", "green")], {"kind": "classification"})
 
 
-def test_there_is_one_command_for_each_task_kind():
-    assert set(cli.TASKS) == set(PROTOCOLS) == set(get_args(TaskKind))
-    known = {kind: tuple(protocol.variants) for kind, protocol in PROTOCOLS.items() if protocol.variants}
-    assert known == cli.VARIANTS
+def test_each_task_has_a_command():
+    commands = {command.name for command in cli.app.registered_commands}
+    assert set(all_tasks()) == commands - {"all", "clip-benchmark", "report", "compare"}
+    assert len(all_tasks()) == 6
 
 
 def test_help_answers_within_a_second_without_torch():
@@ -110,7 +109,7 @@ def test_scores_of_an_earlier_checkpoint_are_dropped(sail_eval, squares, run):
     older["records"][0]["dataset"] = "another"
     path.write_text(json.dumps(older))
     _, _, said = sail_eval("classification", squares, "--quiet")
-    assert f"{path}: 1 scores of another checkpoint, encoder or version give way." in said
+    assert f"{path}: 1 scores of another checkpoint, encoder or version are replaced." in said
     assert [record["dataset"] for record in json.loads(path.read_bytes())["records"]] == ["squares"]
 
 
@@ -120,7 +119,7 @@ def test_a_corrupt_set_is_an_error_of_its_own(sail_eval, squares, world, run, tm
     code, out, _ = sail_eval("all", "--manifest", broken, "--manifest", squares, "--quiet")
     assert code == 1
     row = next(line for line in out.splitlines() if line.startswith("broken"))
-    assert "ERROR: 1 of 2 images of broken cannot be used; the first is 'red/0.png' (undecodable)" in row
+    assert "ERROR: 1 of 2 images of broken cannot be used. The first is 'red/0.png' (undecodable)" in row
     assert any(line.split()[:4] == ["squares", "classification", "2", "top-1"] for line in out.splitlines())
     assert "not scored" in (run.path / "report.html").read_text()
 
@@ -129,13 +128,13 @@ def test_a_set_too_small_for_the_representation_is_no_fault(sail_eval, world, ru
     few = world.squares("few", [("red", "red"), ("green", "green")], {"kind": "retrieval"})
     code, out, err = sail_eval("all", "--manifest", few, "--quiet")
     assert code == 0
-    assert "left out: few has 2 images with a caption; representation takes 5." in err
+    assert "skipped: few has 2 images with a caption. Representation needs 5." in err
     assert "ERROR" not in out
     assert [record["task"] for record in json.loads((run.path / "scores.json").read_bytes())["records"]] == [
         "retrieval"
     ]
     code, _, err = sail_eval("representation", few, "--quiet")
-    assert (code, err) == (2, "error: few has 2 images with a caption; representation takes 5.\n")
+    assert (code, err) == (2, "error: few has 2 images with a caption. Representation needs 5.\n")
 
 
 def test_one_tasks_command_ends_at_a_mistake_with_what_was_scored_before_it(sail_eval, squares, world, run, tmp_path):
@@ -230,21 +229,21 @@ def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["retrieval", "SQUARES"], "Manifest 'squares' is for classification; use `sail-eval classification`."),
+        (["retrieval", "SQUARES"], "Manifest 'squares' is for classification. Use `sail-eval classification`."),
         (["retrieval", "no-such"], "No manifest 'no-such'"),
         (
             ["classification", "SQUARES", "--protocol", "openai-8"],
-            "has no protocol 'openai-8' to be scored by",
+            "Protocol 'openai-8' of squares is invalid: expected openai-80 or",
         ),
-        (["compare", "RUN"], "One run cannot be compared; name another beside"),
+        (["compare", "RUN"], "One run cannot be compared: got only"),
         (
             ["classification", "SQUARES", "--data-root", "nowhere"],
-            "'squares' are not under nowhere; `sail-extract check /",
+            "'squares' are not under nowhere. See `sail-extract check /",
         ),
-        (["report", "RUN"], "has no scores.json; run `sail-eval all --run"),
+        (["report", "RUN"], "has no scores.json. Run `sail-eval all --run"),
         (
             ["report", "SCORED", "--out", "table.docx"],
-            "No report has the ending '.docx'; name a file that ends in .html,",
+            "--out table.docx is invalid: expected a file that ends in .html,",
         ),
         (["report", "SCORED", "--out", "/dev/null/table.md"], "/dev/null/table.md cannot be written ("),
         (["all", "--manifest", "SQUARES", "--device", "cuda:9"], "Device 'cuda:9' is not available here"),
@@ -268,7 +267,7 @@ def test_a_training_manifest_is_no_evaluation_set(sail_eval, squares):
     squares.write_text(yaml.safe_dump({**content, "purpose": "train"}))
     code, _, err = sail_eval("all", "--manifest", squares)
     assert code == 2
-    assert "is for training; give one with purpose 'evaluate'" in err
+    assert "is for training. Give one with purpose 'evaluate'" in err
 
 
 @pytest.fixture
@@ -286,10 +285,10 @@ def test_all_with_nothing_here_says_how_to_get_each_set(sail_eval, packaged, run
     code, out, _ = sail_eval("all", "--quiet")
     assert code == 0
     assert out.splitlines() == [
-        "not here; each command says what it is and how to get it:",
+        "not here; each command shows what the set is and how to get it:",
         "  sail-extract check far",
         "  sail-extract check demo-pairs",
-        "nothing to score: get one of these, or describe pictures of yours (docs/data.md) for --manifest.",
+        "nothing to score: get one of these, or describe your own pictures (docs/data.md) for --manifest.",
     ]
     assert not (run.path / "scores.json").exists()
 
@@ -297,11 +296,11 @@ def test_all_with_nothing_here_says_how_to_get_each_set(sail_eval, packaged, run
 def test_the_demos_sets_are_for_runs_that_saw_the_demo(sail_eval, squares, packaged, run):
     code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
     assert code == 0
-    assert "left out: demo-pairs. They are drawings, and nothing says that this run was trained on them" in out
+    assert "skipped: demo-pairs. They are drawings, and this run does not seem to be trained on the demo" in out
     assert "on squares\n" in out
     run.settings["stores"] = ["elsewhere/demo.zarr"]
     _, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
-    assert "left out" not in out
+    assert "skipped" not in out
     assert "on demo-pairs, squares\n" in out
 
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.evaluate.compare import compare_runs
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.results import scores
-from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.manifest import find_manifest
 
@@ -20,7 +19,7 @@ DAMAGE = {
     "gone": None,
     "a bit": lambda content: content[: (at := len(content) // 3)] + bytes([content[at] ^ 64]) + content[at + 1 :],
 }
-REMEDIES = ("remove that folder", "run the extraction again", "exists and is not a feature store")
+REMEDIES = ("Remove that folder", "run the extraction again", "exists and is not a feature store")
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def test_a_damaged_store_is_the_fault_of_that_set_alone(world, score, caps, squa
     metadata.write_text("{")
     damaged, whole = score(caps, squares)
     assert f"{metadata.parents[4]} cannot be used (" in damaged["error"]
-    assert damaged["error"].endswith("; remove that folder.")
+    assert damaged["error"].endswith(". Remove that folder.")
     assert whole["metrics"][0]["value"] == 100
 
 
@@ -103,8 +102,8 @@ def test_a_sample_that_is_listed_twice_is_refused(world, monkeypatch):
     data = world.open(world.halves("seg", [("red", "green")], {"kind": "segmentation"}))
     samples = list(data.source.samples())
     monkeypatch.setattr(data.source, "samples", lambda: iter(2 * samples))
-    with pytest.raises(UserError, match=r"seg has two samples of the key '000\.png'"):
-        PROTOCOLS["segmentation"].evaluate(data)
+    with pytest.raises(UserError, match=r"seg has two samples with the key '000\.png'"):
+        find_task("segmentation").score(data)
 
 
 def test_an_encoder_that_fails_is_the_fault_of_that_set_alone(world, score, caps, squares, monkeypatch):
@@ -141,11 +140,11 @@ def test_other_masks_under_the_same_names_are_other_data(world, score, run, tmp_
 def test_ties_are_wrong_in_the_examples_too(world):
     """Two equal images: either caption's own image is not ahead of the other."""
     manifest = world.squares("twins", [("red", "red"), ("red", "red or so")], {"kind": "retrieval"})
-    result = PROTOCOLS["retrieval"].evaluate(world.open(manifest))
+    result = find_task("retrieval").score(world.open(manifest))
     assert [example.right for example in result.examples] == [False, False]
     assert [example.pictures[1].mark for example in result.examples] == ["right", "right"]
     classes = world.class_folders("same", [("red like", "red"), ("red as", "red")], {"kind": "classification"})
-    result = PROTOCOLS["classification"].evaluate(world.open(classes))
+    result = find_task("classification").score(world.open(classes))
     assert [example.right for example in result.examples] == [False, False]
 
 
@@ -155,7 +154,7 @@ def test_templates_that_differ_by_a_hyphen_or_a_blank_are_other_protocols(world)
     for number, template in enumerate(templates):
         task = {"kind": "classification", "templates": [template]}
         data = world.open(world.class_folders(f"c{number}", [("red", "red")], task))
-        ids.add(PROTOCOLS["classification"].id(data).split("/templates=")[1])
+        ids.add(find_task("classification").protocol_id(data).split("/templates=")[1])
     assert "a-photo-of-{}" in ids
     assert len(ids) == len(templates)
 
@@ -164,12 +163,14 @@ def test_processes_that_score_one_run_lose_no_record(run, monkeypatch):
     write = scores.write_atomically
     monkeypatch.setattr(scores, "write_atomically", lambda *given: (threading.Event().wait(0.02), write(*given)))
     records = [{"dataset": f"set-{number}", "task": "retrieval", "protocol": "p"} for number in range(8)]
-    threads = [threading.Thread(target=scores.merge_score, args=(run, record)) for record in records]
+    threads = [
+        threading.Thread(target=scores.ScoreWriter(run).merge, args=(scores.Record(record),)) for record in records
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = scores.read_scores(run.path)["records"]
+    found = scores.RunScores.read(run.path).records
     assert sorted(record["dataset"] for record in found) == [record["dataset"] for record in records]
 
 
@@ -177,6 +178,6 @@ def test_processes_that_score_one_run_lose_no_record(run, monkeypatch):
 def test_damaged_scores_are_said(run, score, squares, content):
     path = run.path / "scores.json"
     path.write_text(content)
-    for read in (lambda: score(squares), lambda: list(compare_runs([run.path, run.path]))):
+    for read in (lambda: score(squares), lambda: scores.RunScores.read(run.path)):
         with pytest.raises(UserError, match=r"scores.json is not what was written; remove it and evaluate again"):
             read()

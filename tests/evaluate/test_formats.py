@@ -10,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sail_align.evaluate.report.formats import cells, comma_separated, latex, markdown, score_table, text
-from sail_align.evaluate.report.overview import HEADLINES, WIDTH, overview, read_runs
-from sail_align.evaluate.report.page import TASKS
+from sail_align.evaluate.report.formats import comma_separated, latex, markdown, score_table, text
+from sail_align.evaluate.report.overview import WIDTH, Overview
 from sail_align.evaluate.results.reported import reported
-from sail_align.evaluate.results.scores import SCHEMA
-from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.results.scores import SCHEMA, RunScores
+from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import class_names as published
 
@@ -66,7 +65,7 @@ def runs(tmp_path):
             paths[-1].mkdir(parents=True, exist_ok=True)
             scores = {"schema": SCHEMA, "run": {"name": name, "digest": "r" * 64, "unfinished": ""}, "records": own}
             (paths[-1] / "scores.json").write_text(json.dumps(scores))
-        return read_runs(paths)
+        return RunScores.read_all(paths)
 
     return write
 
@@ -80,13 +79,13 @@ def test_the_papers_protocols_are_those_of_the_packaged_manifests():
 
     def measured(name, variant=None):
         about, _ = find_manifest(name)
-        rule = PROTOCOLS[about.task.kind]
+        rule = find_task(about.task.kind)
         about = rule.variant(about, variant) if variant else about
         named = getattr(about.source, "classes", None) or []
         names = published.class_names if ":" in named else lambda table: list(published.label_names(table).values())
         source = SimpleNamespace(classes=names(named) if named else [])
         items = about.expected_rows // (2 if about.task.kind in ("winoground", "mmvp") else 1)
-        return rule.id(SimpleNamespace(manifest=about, task=about.task, source=source)), items
+        return rule.protocol_id(SimpleNamespace(manifest=about, task=about.task, source=source)), items
 
     sets = ("imagenet1k", "coco-karpathy", "flickr30k", "winoground", "mmvp", "voc20-authors")
     ours = {measured(name) for name in sets} | {
@@ -95,30 +94,26 @@ def test_the_papers_protocols_are_those_of_the_packaged_manifests():
     assert {(protocol, items) for model in reported() for protocol, _, items in model.scores} == ours
 
 
-def test_each_task_has_headlines_and_a_section():
-    assert set(HEADLINES) == set(TASKS) == set(PROTOCOLS)
-
-
 def test_the_papers_models_stand_beside_the_same_protocol_alone(runs):
     other = record(
         "winoground", WINOGROUND + "/prompt=a-{}", [metric(name, 1.0) for name in ("text", "image", "group")]
     )
-    rows = rows_of(overview(runs(ours=[winoground(), other])))
+    rows = rows_of(Overview(runs(ours=[winoground(), other])))
     assert [value for value, _ in rows["SAIL, 7.4M pairs"].cells] == [33.25, 13, 11, None, None, None]
     assert [value for value, _ in rows["ours"].cells] == [30.5, 12.25, 9.0, 1.0, 1.0, 1.0]
     assert [value for value, _ in rows["chance"].cells][:3] == [25, 25, 100 / 6]
 
 
 def test_a_set_with_other_counts_is_not_the_papers(runs):
-    shown = overview(runs(ours=[winoground(rows=798)]))
+    shown = Overview(runs(ours=[winoground(rows=798)]))
     assert not shown.with_reported
     assert shown.faults == ["winoground has 798 rows, not 800: its scores are of another set."]
-    assert not overview(runs(ours=[winoground(items=3, rows=6, expected=None)])).with_reported
+    assert not Overview(runs(ours=[winoground(items=3, rows=6, expected=None)])).with_reported
 
 
 def test_two_protocols_or_other_data_are_two_columns(runs):
     of_other_data = record("winoground", WINOGROUND, winoground()["metrics"], digest="b" * 64)
-    shown = overview(runs(a=[top1("openai-80"), winoground()], b=[top1("class-name", 50.0), of_other_data]))
+    shown = Overview(runs(a=[top1("openai-80"), winoground()], b=[top1("class-name", 50.0), of_other_data]))
     assert [row.cells[0][0] for row in shown.panels[0].rows[:2]] == [61.2, None]
     rows = [row for panel in shown.panels for row in panel.rows if row.name in ("a", "b")]
     assert all(sum(row.cells[at][0] is not None for row in rows[:2]) == 1 for at in range(len(rows[0].cells)))
@@ -129,7 +124,7 @@ def test_many_columns_are_several_tables_and_a_protocol_stays_whole(runs):
     many = [
         winoground() | {"protocol": f"winoground/strict@1/set{i}/captions=all", "dataset": f"set{i}"} for i in range(40)
     ]
-    shown = overview(runs(ours=many))
+    shown = Overview(runs(ours=many))
     assert sum(len(panel.columns) for panel in shown.panels) == 120
     for panel in shown.panels:
         assert len(panel.columns) <= WIDTH
@@ -139,7 +134,7 @@ def test_many_columns_are_several_tables_and_a_protocol_stays_whole(runs):
 
 def test_markdown_has_every_cell_where_it_belongs(runs):
     error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": "a|b is corrupt"}
-    shown = markdown(overview(runs(**{NASTY: [winoground(), error]})))
+    shown = markdown(Overview(runs(**{NASTY: [winoground(), error]})))
     table = [line for line in shown.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
     assert {len(row) for row in cells} == {4}
@@ -155,7 +150,7 @@ def test_markdown_has_every_cell_where_it_belongs(runs):
 
 
 def test_text_is_aligned(runs):
-    lines = text(overview(runs(ours=[winoground()]))).splitlines()
+    lines = text(Overview(runs(ours=[winoground()]))).splitlines()
     assert lines[0].split() == ["winoground"] * 3
     assert lines[1].split() == ["model", "text", "(a)", "image", "(a)", "group", "(a)"]
     assert lines[3].startswith("ours ")
@@ -164,7 +159,7 @@ def test_text_is_aligned(runs):
 
 
 def test_latex_escapes_what_would_not_compile(runs):
-    written = latex(overview(runs(**{NASTY: [winoground()], "other": [top1()]})))
+    written = latex(Overview(runs(**{NASTY: [winoground()], "other": [top1()]})))
     assert r"50\% \& a\_b \#1\textbar{}\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}\textless{}b" in written
     assert r"\multicolumn{3}{c}{winoground$^{a}$} & \multicolumn{1}{c}{birds$^{b}$} \\" in written
     assert r"\cmidrule(lr){2-4} \cmidrule(lr){5-5}" in written
@@ -183,7 +178,7 @@ def test_latex_escapes_what_would_not_compile(runs):
 
 def test_latex_puts_a_label_of_several_words_into_two_lines(runs):
     labelled = record("winoground", WINOGROUND, [metric("text", 1.0, label="a b→c R@1"), metric("image", 2.0)])
-    assert r"model & \shortstack[r]{a b$\to$c\\R@1} & image \\" in latex(overview(runs(ours=[labelled])))
+    assert r"model & \shortstack[r]{a b$\to$c\\R@1} & image \\" in latex(Overview(runs(ours=[labelled])))
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not on PATH")
@@ -191,7 +186,7 @@ def test_latex_puts_a_label_of_several_words_into_two_lines(runs):
 def test_latex_compiles_and_no_table_is_wider_than_the_text(runs, tmp_path, encoding):
     wide = [top1(f"t{number}") | {"dataset": f"a set with a long name, {number}"} for number in range(9)]
     error = {"dataset": "coco", "title": "C", "task": "retrieval", "error": f'{NASTY} "quoted" is – not … there'}
-    written = latex(overview(runs(**{f'{NASTY}"ü': [winoground(), *wide, error], "other": [top1()]})))
+    written = latex(Overview(runs(**{f'{NASTY}"ü': [winoground(), *wide, error], "other": [top1()]})))
     packages = re.search(r"\\usepackage{.*?}", written)[0]
     head = rf"\documentclass{{article}}\usepackage[{encoding}]{{fontenc}}{packages}\begin{{document}}"
     (tmp_path / "page.tex").write_text(f"{head}\n{written}\\end{{document}}")
@@ -203,7 +198,9 @@ def test_latex_compiles_and_no_table_is_wider_than_the_text(runs, tmp_path, enco
 
 def test_csv_has_one_row_for_each_run_set_and_metric(runs):
     error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": 'a "broken", file'}
-    rows = list(csv.DictReader(io.StringIO(comma_separated(runs(**{NASTY: [winoground(), error]}, b=[top1()])))))
+    rows = list(
+        csv.DictReader(io.StringIO(comma_separated(Overview(runs(**{NASTY: [winoground(), error]}, b=[top1()])))))
+    )
     measured = [row for row in rows if row["origin"] == "measured"]
     assert [(row["model"], row["data set"], row["metric"]) for row in measured] == [
         (NASTY, "winoground", "text"),
@@ -227,15 +224,15 @@ def test_csv_has_one_row_for_each_run_set_and_metric(runs):
 
 def test_csv_says_what_is_unfinished_and_which_set_is_another(runs):
     (ours,) = runs(ours=[winoground(rows=798)])
-    ours.scores["run"]["unfinished"] = "unfinished: step 1 of 9"
-    rows = list(csv.DictReader(io.StringIO(comma_separated([ours]))))
+    ours.content["run"]["unfinished"] = "unfinished: step 1 of 9"
+    rows = list(csv.DictReader(io.StringIO(comma_separated(Overview([ours])))))
     assert {row["origin"] for row in rows} == {"measured, unfinished: step 1 of 9"}
     assert {row["note"] for row in rows} == {"winoground has 798 rows, not 800: its scores are of another set."}
 
 
 def test_a_table_leaves_out_a_run_that_has_none_of_its_scores(runs):
     other = [top1(f"t{number}") for number in range(WIDTH)]
-    first, *_, last = overview(runs(a=[winoground()], b=other)).panels
+    first, *_, last = Overview(runs(a=[winoground()], b=other)).panels
     assert [row.name for row in first.rows if row.kind == "run"] == ["a", "b"]
     assert [row.name for row in last.rows if row.kind == "run"] == ["b"]
 
@@ -249,8 +246,8 @@ def test_a_set_of_two_tasks_is_noted_once(runs):
     ("value", "bounds", "said"), [(61.2, [60.8, 61.6], "61.2 ± 0.4"), (0.2, [0.1, 0.36], "0.20 ± 0.13")]
 )
 def test_an_interval_has_the_digits_of_its_score(runs, value, bounds, said):
-    shown = overview(runs(ours=[record("mmvp", "mmvp/a/b", [metric("pairs", value, interval=bounds)])]))
-    assert cells(rows_of(shown)["ours"]) == [said]
+    shown = Overview(runs(ours=[record("mmvp", "mmvp/a/b", [metric("pairs", value, interval=bounds)])]))
+    assert rows_of(shown)["ours"].texts == [said]
 
 
 def test_runs_of_one_name_are_told_apart_and_one_named_twice_is_one(tmp_path):
@@ -259,6 +256,6 @@ def test_runs_of_one_name_are_told_apart_and_one_named_twice_is_one(tmp_path):
         path.mkdir(parents=True)
         scores = {"schema": SCHEMA, "run": {"unfinished": "unfinished: step 1 of 9"}, "records": [top1()]}
         (path / "scores.json").write_text(json.dumps(scores))
-    assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
-    assert [run.name for run in read_runs([paths[0], tmp_path / "b" / ".." / "a" / "run"])] == ["run"]
-    assert "run (unfinished: step 1 of 9)" in rows_of(overview(read_runs(paths[:1])))
+    assert [run.name for run in RunScores.read_all(paths)] == [str(path) for path in paths]
+    assert [run.name for run in RunScores.read_all([paths[0], tmp_path / "b" / ".." / "a" / "run"])] == ["run"]
+    assert "run (unfinished: step 1 of 9)" in rows_of(Overview(RunScores.read_all(paths[:1])))

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sail_align.align.cli import app as align
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate.cli import app as evaluate
-from sail_align.evaluate.results.scores import read_scores
+from sail_align.evaluate.results.scores import RunScores
 
 
 def test_an_imported_run_is_scored_and_its_report_says_where_it_is_from(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_an_imported_run_is_scored_and_its_report_says_where_it_is_from(tmp_path
         evaluate, ["retrieval", str(manifest), "--run", "runs/sail", "--device", "cpu", "--quiet"]
     )
     assert scored.exit_code == 0, scored.output
-    scores = read_scores(Path("runs/sail"))
+    scores = RunScores.read(Path("runs/sail")).content
     assert scores["run"]["digest"] == load_run("runs/sail").digest
     assert scores["records"][0]["items"] == 12
     report = Path("runs/sail/report.html").read_text()

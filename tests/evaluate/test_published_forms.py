@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.evaluate.tasks import PROTOCOLS
+from sail_align.evaluate.tasks.task import find_task
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 def scores(world, name, source, task):
     data = world.open(world.manifest(name, source, task))
-    result = PROTOCOLS[task["kind"]].evaluate(data)
-    return result, {metric.name: metric.value for metric in result.metrics}
+    result = find_task(task["kind"]).score(data)
+    return result, {metric.name: metric.value for metric in result.scores}
 
 
 def square(colour):
@@ -95,7 +95,7 @@ def test_mmvps_pairs_count_only_whole(world):
         "Colour": (2, 50.0),
         "Count": (1, 0.0),
     }
-    assert result.metrics[0].chance == 25
+    assert result.scores[0].chance == 25
 
 
 def test_palette_masks_of_voc(world):
@@ -148,10 +148,10 @@ def test_imagenets_folders_and_its_relatives(world, monkeypatch):
             (world.folder / name / folder).mkdir(parents=True)
             square(colour).save(world.folder / name / folder / "x.JPEG", quality=100)
         data = world.open(world.manifest(name, source, task))
-        result = PROTOCOLS["classification"].evaluate(data)
-        assert [metric.value for metric in result.metrics] == [100, 100, 100]
-        assert result.metrics[0].chance == pytest.approx(100 / 3)  # chosen among the classes that the set has
-        assert PROTOCOLS["classification"].id(data) == (
+        result = find_task("classification").score(data)
+        assert [metric.value for metric in result.scores] == [100, 100, 100]
+        assert result.scores[0].chance == pytest.approx(100 / 3)  # chosen among the classes that the set has
+        assert find_task("classification").protocol_id(data) == (
             f"classification/prompt-ensemble@2/{name}/classes=open_clip:imagenet:3/templates=open_clip:imagenet-80"
         )
 

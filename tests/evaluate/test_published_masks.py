@@ -15,7 +15,7 @@ from segmentation_reference import reference_scores
 
 from sail_align.evaluate import cli
 from sail_align.evaluate.models import Encoders
-from sail_align.evaluate.tasks.windows import scaled_size
+from sail_align.evaluate.segmenter import scaled_size
 from sail_align.extract.sources.class_names import templates as published_templates
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "coco-mini"
@@ -115,7 +115,7 @@ def test_a_variant_stands_beside_the_protocol_that_it_departs_from(sail_eval):
     windows = [[part for part in record["protocol"].split("/") if "windows=" in part] for record in records]
     assert windows == [["windows=448-by-224"], ["windows=none"]]
     _, said = sail_eval("voc20", "--protocol", "sideways", code=2)
-    assert "voc20 has no protocol 'sideways'" in said
+    assert "Protocol 'sideways' of voc20 is invalid" in said
 
 
 def test_miou_of_voc_is_that_of_the_protocol_written_down(sail_eval, published, run):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sail_align.evaluate.report.charts import LETTERS, RADIUS, SHAPES, radar_chart
-from sail_align.evaluate.report.overview import Column, Panel, Row, style_of
+from sail_align.evaluate.report.overview import Column, Overview, Panel, Row
 
 
 def panel(*rows, names=("imagenet", "coco", "ade", "voc"), task="classification"):
@@ -19,7 +19,7 @@ def panel(*rows, names=("imagenet", "coco", "ade", "voc"), task="classification"
 
 
 def run(*values, name="ours", place=0):
-    return name, "run", style_of(place), values
+    return name, "run", Overview.style(place), values
 
 
 CHANCE = ("chance", "chance", "chance", (25.0, 0.1, 1.0, 5.0))
@@ -66,7 +66,7 @@ def test_what_papers_report_are_dots_where_it_can_be_compared():
 
 
 def test_runs_have_shapes_of_their_own_and_text_is_escaped():
-    assert len(set(SHAPES.values())) == len(SHAPES) == len({style_of(place) for place in range(20)}) + 1
+    assert len(set(SHAPES.values())) == len(SHAPES) == len({Overview.style(place) for place in range(20)}) + 1
     nasty = "<b>&" + "long " * 9
     chart = radar_chart(panel(run(1.0, 1.0, 1.0, name=nasty), CHANCE, names=(nasty, "b", "c")))
     assert "<b>" not in chart

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sail_align.evaluate.report.overview import read_runs
+from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.report.page import page as page_of
 from sail_align.evaluate.report.page import write_report
-from sail_align.evaluate.results.scores import examples_path
+from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.overlay import PALETTE, REST
 from sail_align.extract.errors import UserError
 
@@ -181,9 +181,9 @@ def test_the_examples_of_a_set_stand_together_run_by_run(scored):
     scores["records"].append(retrieval | {"protocol": "retrieval/other@1/caps"})
     (scored / "scores.json").write_text(json.dumps(scores))
     (examples,) = scored.glob("examples/caps-retrieval-*.json")
-    shutil.copy(examples, examples_path(scored, scores["records"][-1]))
+    shutil.copy(examples, RunScores.read(scored).examples_path(RunScores.read(scored).records[-1]))
     shutil.copytree(scored, scored.with_name("other"))
-    html = page_of(read_runs([scored, scored.with_name("other")]))
+    html = page_of(Overview(RunScores.read_all([scored, scored.with_name("other")])))
     headings = re.findall(r"<h3>caps <small>\((\w)\) <svg.*?</svg>(.*?)</small>", html)
     assert headings == [("b", "colours-linear"), ("b", "other"), ("e", "colours-linear"), ("e", "other")]
 

@@ -84,7 +84,7 @@ def test_a_checkpoints_scores_stand_beside_the_runs_and_outlive_it(saved, square
 def test_a_checkpoint_that_was_taken_out_of_its_run_is_refused(saved, squares, tmp_path):
     shutil.copytree(saved[1], "kept")
     result = CliRunner().invoke(app, ["classification", str(squares), "--run", "kept"])
-    assert str(result.exception) == "kept is a checkpoint away from its run; put it back into that run's checkpoints/."
+    assert str(result.exception) == "kept is a checkpoint outside its run. Move it back into that run's checkpoints/."
 
 
 def export(run, folder="hub", form="hub-folder"):
@@ -137,6 +137,6 @@ def test_an_encoder_that_an_export_leaves_behind_is_named(run):
     spec = replace(run.image.spec, source={"config": "0"})
     encoders = Encoders(replace(run, image=replace(run.image, spec=spec)))
     with pytest.raises(
-        RunError, match="with the image encoder colour-image of a local folder, which an export leaves behind"
+        RunError, match="with the image encoder colour-image of a local folder, which is not part of an export"
     ):
         _ = encoders.image

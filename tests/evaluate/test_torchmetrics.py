@@ -20,8 +20,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=40, deadline=None)
 
 
-def values_of(measures, items):
-    return {measure.name: measure.of(np.ones(items)) for measure in measures}
+def values_of(metrics, items):
+    return {metric.name: metric.compute(np.ones(items)) for metric in metrics}
 
 
 @few
@@ -33,7 +33,7 @@ def test_recall_both_ways_is_the_hit_rate(images, captions, seed):
     image_NE = unit_rows(generator.normal(size=(images, 8)))
     text_ME = unit_rows(generator.normal(size=(captions, 8)) + image_NE[owner_M])
     found = dict(zip(("image_rank", "text_rank"), ranks(image_NE, text_ME, owner_M), strict=True))
-    values = values_of(retrieval.measures({**found, "owner": owner_M}), images)
+    values = values_of(retrieval.metrics({**found, "owner": owner_M}), images)
     scores_NM = torch.from_numpy(image_NE @ text_ME.T)
     right_NM = torch.from_numpy(owner_M == np.arange(images)[:, None])
     for way, scores_QI, right_QI in (("i2t", scores_NM, right_NM), ("t2i", scores_NM.T, right_NM.T)):
@@ -73,7 +73,7 @@ def test_segmentations_scores_are_theirs(classes, pictures, seed):
     given_both = torch.from_numpy(predicted_NHW.astype(np.int64)), torch.from_numpy(truth_NHW.astype(np.int64))
     iou_C = multiclass_jaccard_index(*given_both, classes, average="none", ignore_index=IGNORED)
     np.testing.assert_allclose(iou_per_class(*(count.sum(axis=0) for count in counts)), iou_C, atol=1e-6)
-    values = values_of(segmentation.measures(outcomes), pictures)
+    values = values_of(segmentation.metrics(outcomes), pictures)
     miou = multiclass_jaccard_index(*given_both, classes, average="macro", ignore_index=IGNORED)
     accuracy = multiclass_accuracy(*given_both, classes, average="micro", ignore_index=IGNORED)
     assert values["miou"] == pytest.approx(miou.item(), abs=1e-6)

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from segmentation_reference import assert_labels_agree, reference_scores
 
-from sail_align.evaluate.tasks import windows
-from sail_align.evaluate.tasks.segmentation import _Segmenter
-from sail_align.evaluate.tasks.windows import axis_matrix, label_pixels, scaled_size, spans
+from sail_align.evaluate import segmenter
+from sail_align.evaluate.segmenter import Segmenter, axis_matrix, label_pixels, scaled_size, spans
 
 
 @pytest.mark.parametrize(
@@ -35,13 +34,13 @@ def test_one_matrix_an_axis_is_the_protocol(size, patch, target, monkeypatch):
     assert_labels_agree(labels, expected)
 
     threshold = 0.9
-    unsure = (expected * windows.BACKGROUND_SCALE).softmax(dim=0).amax(dim=0) < threshold
+    unsure = (expected * segmenter.BACKGROUND_SCALE).softmax(dim=0).amax(dim=0) < threshold
     assert 0.02 < unsure.float().mean() < 0.98
     with_background = label_pixels(grid, *matrices, threshold)
     assert ((with_background == 7) == unsure).float().mean() > 0.999
     assert torch.equal(with_background[with_background < 7], labels[with_background < 7])
 
-    monkeypatch.setattr(windows, "BAND_NUMBERS", 5000)  # other bands, the same labels
+    monkeypatch.setattr(segmenter, "BAND_NUMBERS", 5000)  # other bands, the same labels
     assert (label_pixels(grid, *matrices) == labels).float().mean() > 0.999
 
 
@@ -69,7 +68,7 @@ def test_a_picture_is_labelled_as_the_protocol_written_down_says(world, size, tm
     coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "seg" / "images" / "000.png")
     data = world.open(manifest)
-    labels = torch.from_numpy(_Segmenter(data).label(data.samples[0], size[::-1]))
+    labels = torch.from_numpy(Segmenter(data).label(data.samples[0], size[::-1]))
 
     image = Image.open(tmp_path / "seg" / "images" / "000.png")
     factor = min(448 / min(size), 2048 / max(size))

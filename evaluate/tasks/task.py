@@ -1,0 +1,195 @@
+"""The declaration of an evaluation task, and the tasks of this folder."""
+
+import difflib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sail_align.evaluate.results.metric import Metric, Outcomes, Result, compute_scores
+from sail_align.extract.errors import UserError
+
+if TYPE_CHECKING:  # the commands derive from the declarations, and `--help` does not wait for torch
+    from sail_align.evaluate.dataset import EvaluationSet
+    from sail_align.extract.manifest import Manifest, TaskSettings
+
+Data = Literal["labels", "captions", "masks", "pairs"]
+
+FIELDS: dict[str, set[Data]] = {
+    "templates": {"labels", "masks"},
+    "captions": {"captions"},
+    "prompt": {"captions"},
+    "background": {"masks"},
+}
+"""Fields of a manifest's `task` that are read only by tasks that need one of these kinds of data."""
+
+
+class TooSmallError(UserError):
+    """A valid set with too few samples for a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """One kind of evaluation: its protocol, its metrics, and how the report shows it.
+
+    The command, the tables and the section of the report derive from this declaration. It is read before torch is
+    imported, so `evaluate` imports what needs torch.
+
+    Attributes:
+        kind: Name of the task in manifests, commands and scores.json.
+        summary: Help text of `sail-eval KIND`.
+        title: Heading of the task's section in the report.
+        how_to_read: Explanation of the examples in that section.
+        protocol: Name of the rules, with a version that is raised whenever they would give other numbers.
+        needs: Data that a set must have. In "pairs", rows 2k and 2k + 1 belong together.
+        evaluate: Returns the outcomes and examples of one set.
+        metrics: Returns the metrics of the outcomes. It is also called for outcomes read from disk, to compare runs.
+        headlines: Names of the metrics that papers put into their tables.
+        gallery: Width of the examples in the report.
+        diagnostic: Whether the task describes the embeddings rather than a use of them. It has no examples then and is
+            left out of the radar chart.
+        variants: Other protocols by name, each as the fields of the manifest's `task` that it changes.
+        protocol_parts: Returns what decides the numbers besides the rules, the class names, prompts and captions.
+        also_scores: Other kinds of task whose sets this task can score.
+    """
+
+    kind: str
+    summary: str
+    title: str
+    how_to_read: str
+    protocol: str
+    needs: frozenset[Data]
+    evaluate: Callable[["EvaluationSet"], Result]
+    metrics: Callable[[Outcomes], Sequence[Metric]]
+    headlines: tuple[str, ...]
+    gallery: Literal["narrow", "middle", "wide"] = "wide"
+    diagnostic: bool = False
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    protocol_parts: Callable[["TaskSettings"], Sequence[str]] = lambda settings: ()
+    also_scores: tuple[str, ...] = ()
+
+    def score(self, data: "EvaluationSet") -> Result:
+        """Evaluate a set and compute its scores.
+
+        Raises:
+            UserError: The set lacks data that the task needs.
+        """
+        self._require_data(data)
+        result = self.evaluate(data)
+        return replace(result, scores=compute_scores(self.metrics(result.outcomes), result.items))
+
+    def check_manifest(self, manifest: "Manifest") -> None:
+        """Raise `UserError` if a manifest has fields or variants that this task would ignore."""
+        settings = manifest.task
+        fields = settings.model_fields_set if settings else set()
+        for name in sorted(fields & FIELDS.keys()):
+            if not FIELDS[name] & self.needs:
+                raise UserError(
+                    f"Field 'task.{name}' of {manifest.name} is invalid: {self.kind} ignores it. Remove it."
+                )
+        known = [name for changes in self.variants.values() for name in changes.get("variants", ())]
+        for name in settings.variants if settings else ():
+            if name not in known:
+                expected = f"expected {' or '.join(known)}" if known else f"{self.kind} has none"
+                raise UserError(f"Field 'task.variants' of {manifest.name} is invalid: got {name!r}, {expected}.")
+
+    def variant(self, manifest: "Manifest", name: str) -> "Manifest":
+        """Return a manifest under the protocol of that name.
+
+        Raises:
+            UserError: The task has no such protocol.
+        """
+        if name not in self.variants or manifest.task is None:
+            known = " or ".join(self.variants) or "none"
+            raise UserError(f"Protocol {name!r} of {manifest.name} is invalid: expected {known}.")
+        return manifest.model_copy(update={"task": manifest.task.model_copy(update=dict(self.variants[name]))})
+
+    def protocol_id(self, data: "EvaluationSet") -> str:
+        """Return the exact protocol of a set. Two scores are comparable if theirs are equal.
+
+        `classification/prompt-ensemble@2/imagenet1k/split=val/classes=open_clip:imagenet:1000/…`.
+        """
+        split = data.task.split or getattr(data.manifest.source, "split", None)
+        parts = [self.protocol, data.manifest.name]
+        parts += [f"split={getattr(split, 'keep', split)}"] if split else []
+        parts += self.protocol_parts(data.task)
+        parts += [_classes(data), _templates(data)] if self.needs & {"labels", "masks"} else []
+        parts += [_captions(data)] if "captions" in self.needs else []
+        return "/".join(parts)
+
+    def _require_data(self, data: "EvaluationSet") -> None:
+        name, samples = data.manifest.name, data.samples
+        captions = sum(len(sample.captions) for sample in samples)
+        if "labels" in self.needs and any(sample.label < 0 for sample in samples):
+            raise UserError(f"{name} has rows without a label. Give its source classes, as in class-folder.")
+        if "masks" in self.needs and not all(sample.mask for sample in samples):
+            raise UserError(f"{name} has rows without a mask. Give its source masks, as in mask-folder.")
+        if "captions" in self.needs and not captions:
+            raise UserError(f"{name} has no captions. Give its source 'captions'.")
+        if "pairs" in self.needs and len(data.captions) != 1:
+            raise UserError(f"{name} has {len(data.captions)} captions per row. Name one in task.captions.")
+        if "pairs" in self.needs and (captions != len(samples) or captions % 2):
+            raise UserError(f"{name} has {len(samples)} images and {captions} captions. Each pair needs two of both.")
+
+
+@cache
+def all_tasks() -> Mapping[str, EvaluationTask]:
+    """Return the tasks by kind: the `TASK` of each module in this folder that has one."""
+    modules = [
+        import_module(f"{__package__}.{each.name}") for each in pkgutil.iter_modules([str(Path(__file__).parent)])
+    ]
+    tasks: list[EvaluationTask] = [module.TASK for module in modules if hasattr(module, "TASK")]
+    return {task.kind: task for task in tasks}
+
+
+def find_task(kind: str) -> EvaluationTask:
+    """Return the task of a kind.
+
+    Raises:
+        UserError: There is no such task. The message names the most similar one.
+    """
+    tasks = all_tasks()
+    if kind not in tasks:
+        near = difflib.get_close_matches(kind, tasks, n=1)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"Task kind {kind!r} is invalid: expected {', '.join(tasks)}.{guess}")
+    return tasks[kind]
+
+
+def _classes(data: "EvaluationSet") -> str:
+    """Return the origin and number of the class names, and their digest unless a library publishes them."""
+    from sail_align.evaluate.dataset import digest_of
+    from sail_align.extract.sources.class_names import LIBRARIES
+
+    named, classes = getattr(data.manifest.source, "classes", None), data.source.classes
+    origin = named if isinstance(named, str) else "listed" if named else "source"
+    is_published = isinstance(named, str) and named.startswith(LIBRARIES)
+    return f"classes={origin}:{len(classes)}" + ("" if is_published else f":{digest_of(classes)[:8]}")
+
+
+def _templates(data: "EvaluationSet") -> str:
+    from sail_align.evaluate.dataset import digest_of
+
+    named = data.task.templates
+    if isinstance(named, str):
+        return f"templates={named}"
+    return f"templates={_hyphenate(named[0]) if len(named) == 1 else f'listed:{len(named)}:{digest_of(named)[:8]}'}"
+
+
+def _captions(data: "EvaluationSet") -> str:
+    """Return the captions that are used, and the prompt that they are put into."""
+    first = getattr(data.manifest.source, "captions", None)
+    names = "+".join(data.task.captions or []) or (f"first-{first}" if isinstance(first, int) else "all")
+    return f"captions={names}" + ("" if data.task.prompt == "{}" else f"/prompt={_hyphenate(data.task.prompt)}")
+
+
+def _hyphenate(text: str) -> str:
+    """Return a prompt with hyphens for spaces, followed by a digest if another prompt would read the same."""
+    from sail_align.evaluate.dataset import digest_of
+
+    hyphenated = re.sub(r"[\s/]", "-", text)
+    return hyphenated if hyphenated.replace("-", " ") == text else f"{hyphenated}:{digest_of(text)[:8]}"
