@@ -1,8 +1,7 @@
-"""The report of runs: one self-contained page from what their folders hold."""
+"""The report of runs: one self-contained HTML page."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +12,104 @@ from markupsafe import Markup
 from sail_align.align.runs.folder import run_of, scores_folder
 from sail_align.align.stats.charts import Points, line_chart
 from sail_align.align.stats.tables import interval, number
-from sail_align.evaluate.report.charts import marker, radar_chart, score_bar
+from sail_align.evaluate.report.charts import MARKERS, radar_chart
 from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, markdown
 from sail_align.evaluate.report.overview import Overview
-from sail_align.evaluate.results.scores import Record, RunScores
+from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.task import all_tasks
 from sail_align.extract.system.files import write_atomically
 
-ROWS = 12
-"""A curve as a table has at most so many rows."""
+CURVE_ROWS = 12
+"""Maximum number of rows of a curve as a table."""
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Lines over the steps of a run, as a chart and as a table: step and values, "" where a line has none."""
+def write_report(run: Path) -> Path:
+    """Write the report of a run into its folder. Return its path.
 
-    title: str
-    lines: Mapping[str, Points]
-    chart: Markup
-    table: Sequence[Sequence[str]]
+    Raises:
+        UserError: The run has no scores.
+    """
+    path = scores_folder(run) / "report.html"
+    write_atomically(path, html(Overview(RunScores.read_all([run]))).encode())
+    return path
 
 
-def training_curves(run: Path) -> list[Curves]:
-    """Return the loss and the held-out recall, those that have two points or more."""
-    path = run / "metrics.jsonl"
-    lines_and_rest = path.read_text().split("\n") if path.is_file() else [""]
-    entries = [json.loads(line) for line in lines_and_rest[:-1]]  # a killed run may leave part of a line
+def html(overview: Overview) -> str:
+    """Return the HTML page of one run, or of several side by side."""
+    environment = Environment(
+        loader=PackageLoader("sail_align.evaluate.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
+    runs = [
+        {
+            "name": run.name,
+            "style": overview.style(place),
+            "summary": summarise_run(run.content, settings := run.settings),
+            "settings": flatten(settings),
+            "curves": training_curves(run_of(run.path) / "metrics.jsonl"),
+            "records": run.scored,
+        }
+        for place, run in enumerate(overview.runs)
+    ]
+    names = [run.name for run in overview.runs]
+    return environment.get_template("report.html.j2").render(
+        title=" and ".join(names) if len(names) < 3 else f"{len(names)} runs",
+        runs=runs,
+        overview=overview,
+        radars=[Markup(chart) for panel in overview.panels if (chart := radar_chart(panel))],
+        markers={style: text for style, (_, text) in MARKERS.items()},
+        tasks=all_tasks(),
+        sections=_sections(overview),
+        reported=REPORTED,
+        how_to_read=HOW_TO_READ,
+    )
+
+
+FORMATS: dict[str, Callable[[Overview], str]] = {
+    ".html": html,
+    ".md": markdown,
+    ".tex": latex,
+    ".csv": comma_separated,
+}
+"""Formats of a report on several runs, by the ending of the file."""
+
+
+def training_curves(log: Path) -> list[dict[str, Any]]:
+    """Return the loss and the held-out recall over the steps of a run, each as a chart and as a table.
+
+    Curves with fewer than two points are left out.
+    """
+    *lines, _ = log.read_text().split("\n") if log.is_file() else [""]  # a killed run may leave part of a line
+    entries = [json.loads(line) for line in lines]
 
     def points(kind: str, field: str) -> Points:
         return [(entry["step"], entry[field]) for entry in entries if entry["kind"] == kind and field in entry]
 
-    wanted = (
-        ("Loss", "loss", {"training": points("train", "loss"), "held out": points("heldout", "loss")}),
-        (
-            "Held-out R@1",
-            "R@1 (%)",
-            {"text→image": points("heldout", "t2i_r1"), "image→text": points("heldout", "i2t_r1")},
-        ),
-    )
+    loss = {"training": points("train", "loss"), "held out": points("heldout", "loss")}
+    recall = {"text→image": points("heldout", "t2i_r1"), "image→text": points("heldout", "i2t_r1")}
     curves = []
-    for title, label, lines in wanted:
-        drawn = {name: line for name, line in lines.items() if len(line) > 1}
-        if drawn:
-            chart = line_chart(drawn, "step", label, allow_log=label == "loss", inline=True)
-            curves.append(Curves(title, drawn, Markup(chart), _as_table(list(drawn.values()))))
+    for title, label, series in (("Loss", "loss", loss), ("Held-out R@1", "R@1 (%)", recall)):
+        drawn = {name: line for name, line in series.items() if len(line) > 1}
+        if not drawn:
+            continue
+        fewest = min(drawn.values(), key=len)
+        chosen = np.linspace(0, len(fewest) - 1, min(CURVE_ROWS, len(fewest))).astype(int)
+        values = [dict(line) for line in drawn.values()]
+        table = [
+            [f"{step:,g}", *(f"{each[step]:.4g}" if step in each else "–" for each in values)]
+            for step in dict.fromkeys(fewest[place][0] for place in chosen)
+        ]
+        chart = line_chart(drawn, "step", label, allow_log=label == "loss", inline=True)
+        curves.append({"title": title, "names": list(drawn), "chart": Markup(chart), "table": table})
     return curves
 
 
-def summary(scores: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return what the run is, as (term, value, detail)."""
+def summarise_run(scores: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return encoders, heads, training data and checkpoint of a run as (term, value, detail)."""
     facts = [
         (
             f"{modality} encoder",
@@ -98,12 +146,12 @@ def summary(scores: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tupl
     ]
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested settings as dotted names and values in words."""
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as dotted names and values as text."""
     rows: list[tuple[str, str]] = []
     for name, value in settings.items():
         if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{name}.")
+            rows += flatten(value, f"{prefix}{name}.")
         elif isinstance(value, list):
             rows.append((prefix + name, ", ".join(map(str, value)) or "–"))
         else:
@@ -111,156 +159,24 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
-def _as_table(lines: Sequence[Points]) -> list[list[str]]:
-    """Return step and values of some steps, of those that most of the lines have."""
-    fewest = min(lines, key=len)
-    chosen = np.linspace(0, len(fewest) - 1, min(ROWS, len(fewest))).astype(int)
-    values = [dict(line) for line in lines]
-    steps = [fewest[place][0] for place in chosen]
-    return [
-        [f"{step:,g}", *(f"{each[step]:.4g}" if step in each else "–" for each in values)]
-        for step in dict.fromkeys(steps)
-    ]
-
-
-Compared = tuple[dict[str, Any], list[dict[str, Any] | None]]
-"""A metric, and that of every run."""
-
-
-@dataclass(frozen=True)
-class Bars:
-    """One headline metric: every model's score as name, text and bar."""
-
-    label: str
-    chance: str
-    models: Sequence[tuple[str, str, Markup]]
-
-
-@dataclass(frozen=True)
-class Card:
-    """The headline metrics of one protocol on one data set: a record of it, and its note's mark."""
-
-    record: Record
-    mark: str
-    measures: Sequence[Bars]
-
-
-def write_report(run: Path) -> Path:
-    """Write the report of a run into its folder. Return its path.
-
-    Raises:
-        UserError: The run has no scores.
-    """
-    path = scores_folder(run) / "report.html"
-    write_atomically(path, page(Overview(RunScores.read_all([run]))).encode())
-    return path
-
-
-def page(overview: Overview) -> str:
-    """Return the HTML page of one run, or of several side by side."""
-    pages = Environment(
-        loader=PackageLoader("sail_align.evaluate.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
-    runs = overview.runs
-    about: list[dict[str, Any]] = [
-        {
-            "name": run.name,
-            "style": overview.style(place),
-            "summary": summary(run.content, run.settings),
-            "settings": flat(run.settings),
-            "curves": training_curves(run_of(run.path)),
-            "records": run.scored,
-        }
-        for place, run in enumerate(runs)
-    ]
-    return pages.get_template("report.html.j2").render(
-        title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
-        runs=about,
-        terms=list(dict.fromkeys(term for run in about for term, _, _ in run["summary"])),
-        shown=overview,
-        radars=list(filter(None, map(radar_chart, overview.panels))),
-        marker=marker,
-        cards=_cards(overview),
-        scores=_scores(overview),
-        tasks=all_tasks(),
-        sections=_sections(overview),
-        reported=REPORTED,
-        how_to_read=HOW_TO_READ,
-        score_bar=score_bar,
-    )
-
-
-FORMATS: dict[str, Callable[[Overview], str]] = {
-    ".html": page,
-    ".md": markdown,
-    ".tex": latex,
-    ".csv": comma_separated,
-}
-"""Writers of several runs, by the ending of the file."""
-
-
-def _cards(overview: Overview) -> list[Card]:
-    """Return a card for each protocol and set."""
-    cards = []
-    for panel in overview.panels:
-        texts = [row.texts for row in panel.rows]
-        for group in panel.groups:
-            bars = []
-            for place, column in group:
-                chance = column.metric["chance"]
-                drawn = [
-                    (row.name, text[place], score_bar(value, chance, bounds, row.style))
-                    for row, text in zip(panel.rows, texts, strict=True)
-                    for value, bounds in (row.cells[place],)
-                    if row.kind != "chance" and value is not None
-                ]
-                bars.append(Bars(column.label, number(chance), drawn))
-            cards.append(Card(column.record, column.mark, bars))
-    return cards
-
-
-def _scores(overview: Overview) -> list[tuple[str, Record, list[Compared]]]:
-    """Return for each protocol and set its mark, a record, and of each of its metrics that of every run."""
-    found = []
-    for key, records in overview.records.items():
-        record = overview.any_record(key)
-        metrics = [
-            (metric, [own.metric(metric["name"]) if own else None for own in records]) for metric in record["metrics"]
-        ]
-        found.append((overview.marks[key], record, metrics))
-    return found
-
-
 def _sections(overview: Overview) -> list[dict[str, Any]]:
     """Return for each task the examples and details of each set of each run."""
     sections = []
     for task in all_tasks().values():
-        parts = [
-            {
-                "run": run.name,
-                "style": overview.style(place),
-                "record": record,
-                "mark": overview.marks[key],
-                "groups": _groups(run, record),
-                "kinds": record["details"].get("by_tag") or record["details"].get("by_category") or {},
-            }
-            for key, records in overview.records.items()
-            for place, (run, record) in enumerate(zip(overview.runs, records, strict=True))
-            if record and record["task"] == task.kind
-        ]
-        if parts := [part for part in parts if part["groups"] or part["kinds"]]:
+        parts = []
+        for key, records in overview.records.items():
+            for place, (run, record) in enumerate(zip(overview.runs, records, strict=True)):
+                if not record or record["task"] != task.kind:
+                    continue
+                examples = run.examples(record)
+                headings = {"Right": True, "Wrong": False, "": None}
+                groups = {
+                    name: [each for each in examples if each["right"] is right] for name, right in headings.items()
+                }
+                kinds = record["details"].get("by_tag") or record["details"].get("by_category") or {}
+                if examples or kinds:
+                    part = {"run": run.name, "style": overview.style(place), "record": record, "kinds": kinds}
+                    parts.append(part | {"mark": overview.marks[key], "groups": groups})
+        if parts:
             sections.append({"task": task, "parts": parts})
     return sections
-
-
-def _groups(run: RunScores, record: Record) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the examples of a record under headings, without empty groups."""
-    headings = {True: "Right", False: "Wrong", None: ""}
-    examples = run.examples(record)
-    groups = [(heading, [each for each in examples if each["right"] is right]) for right, heading in headings.items()]
-    return [(heading, found) for heading, found in groups if found]

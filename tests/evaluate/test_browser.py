@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 
 from sail_align.evaluate.report.overview import Overview
-from sail_align.evaluate.report.page import page, write_report
+from sail_align.evaluate.report.page import html, write_report
 from sail_align.evaluate.results.scores import RunScores
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -73,7 +73,7 @@ def two(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     scores["records"].append({"dataset": "broken", "title": "B", "task": "mmvp", "error": "<b>no such file</b>"})
     (scored / "scores.json").write_text(json.dumps(scores))
-    return page(Overview(RunScores.read_all([scored, other])))
+    return html(Overview(RunScores.read_all([scored, other])))
 
 
 def test_the_page_opens_without_a_complaint_and_shows_its_pictures_and_tables(scored, opened):

@@ -221,7 +221,7 @@ def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path
     shutil.copytree(run.path, tmp_path / "other")
     code, out, _ = sail_eval("report", run.path, tmp_path / "other")
     assert code == 0
-    assert [line.split() for line in out.splitlines()[:2]] == [["squares"], ["model", "top-1", "(a)"]]
+    assert [line.split() for line in out.splitlines()[:2]] == [["model", "squares"], ["top-1", "(a)"]]
     assert out.count("100.0 ± 0.0") == 2
     assert f"wrote {tmp_path / 'other' / 'report.html'}" in out
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sail_align.evaluate.report.overview import Overview
-from sail_align.evaluate.report.page import page as page_of
+from sail_align.evaluate.report.page import html as html_of
 from sail_align.evaluate.report.page import write_report
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.overlay import PALETTE, REST
@@ -183,8 +183,8 @@ def test_the_examples_of_a_set_stand_together_run_by_run(scored):
     (examples,) = scored.glob("examples/caps-retrieval-*.json")
     shutil.copy(examples, RunScores.read(scored).examples_path(RunScores.read(scored).records[-1]))
     shutil.copytree(scored, scored.with_name("other"))
-    html = page_of(Overview(RunScores.read_all([scored, scored.with_name("other")])))
-    headings = re.findall(r"<h3>caps <small>\((\w)\) <svg.*?</svg>(.*?)</small>", html)
+    html = html_of(Overview(RunScores.read_all([scored, scored.with_name("other")])))
+    headings = re.findall(r"<h3>caps <small>\((\w)\) <span.*?</span>(.*?)</small>", html)
     assert headings == [("b", "colours-linear"), ("b", "other"), ("e", "colours-linear"), ("e", "other")]
 
 
