@@ -63,13 +63,13 @@ def evaluate_all(
 ) -> None:
     """Score a run on all packaged sets whose data are here, and on those of --manifest."""
     own = _find_sets(manifest or [], data_root)
+    scored = load_scored(run, model, device)
 
-    from sail_align.evaluate.models import load_scored, trained_on_demo
+    from sail_align.evaluate.models import trained_on_demo
     from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
     from sail_align.extract.schema import DemoSource
 
-    scored = load_scored(run, model, device)
     packaged = [find_manifest(name, data_root) for name in packaged_manifests()]
     packaged = [(about, root) for about, root in packaged if about.task]
     here = [(about, root) for about, root in packaged if is_here(about, root)]
@@ -115,9 +115,6 @@ def _add_command(task: EvaluationTask) -> None:
         sets = _find_sets(manifests, data_root, task)
         if protocol:
             sets = [(task.variant(about, protocol), root) for about, root in sets]
-
-        from sail_align.evaluate.models import load_scored
-
         scored = load_scored(run, model, device)
         _evaluate(scored, not (run or model), sets, features_dir, device, quiet, stop_at_fault=True)
 
@@ -201,6 +198,34 @@ def compare(runs: ScoredRuns) -> None:
     for other in others:
         table = difference_table(Comparison.between(first, other))
         typer.echo(f"first: {first.label}, second: {other.label}\n{table}")
+
+
+def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
+    """Load what is scored: a run, one of its checkpoints, an exported folder, or a model. Default: the newest run.
+
+    Raises:
+        UserError: Both are given, or what is given is none of these or is damaged.
+    """
+    from sail_align.align.runs.folder import is_export, is_run, require_run, run_of
+
+    if run and model:
+        raise UserError(f"--run {run} and --model {model} exclude each other. Remove one.")
+    if model:
+        from sail_align.evaluate.models import load_open_clip
+
+        return load_open_clip(model, device=device)
+    if run and is_export(run):
+        from sail_align.align.hub.folder import read_hub_folder
+
+        return read_hub_folder(run)
+    if run:
+        require_run(run)
+        if not is_run(run_of(run)):
+            raise UserError(f"{run} is a checkpoint outside its run. Move it back into that run's checkpoints/.")
+
+    from sail_align.align.runs.checkpoint import load_run, newest_run
+
+    return load_run(run or newest_run())
 
 
 def _evaluate(

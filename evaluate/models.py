@@ -13,12 +13,10 @@ from typing import cast
 
 from torch import Tensor
 
-from sail_align.align.hub.folder import read_hub_folder
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
-from sail_align.align.runs import checkpoint
 from sail_align.align.runs.checkpoint import Run
-from sail_align.align.runs.folder import is_export, is_run, read_json, require_run, run_of
+from sail_align.align.runs.folder import read_json
 from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder
 from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder
 from sail_align.extract.encoders.runtime import Runtime
@@ -36,25 +34,6 @@ class RunError(UserError):
     def diverged(cls, run: Run) -> "RunError":
         """Return the error for embeddings that are not finite."""
         return cls(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
-
-
-def load_scored(run: Path | None, model: str | None, device: str) -> Run:
-    """Load what is scored: a run, one of its checkpoints, an exported folder, or a model. Default: the newest run.
-
-    Raises:
-        UserError: Both are given, or what is given is none of these or is damaged.
-    """
-    if run and model:
-        raise UserError(f"--run {run} and --model {model} exclude each other. Remove one.")
-    if model:
-        return load_open_clip(model, device=device)
-    if run and is_export(run):
-        return read_hub_folder(run)
-    if run:
-        require_run(run)
-        if not is_run(run_of(run)):
-            raise UserError(f"{run} is a checkpoint outside its run. Move it back into that run's checkpoints/.")
-    return checkpoint.load_run(run or checkpoint.newest_run())
 
 
 class NoHead(Head):

@@ -28,12 +28,16 @@ finally:
         ("extract", "status no.zarr", "no.zarr is not a feature store"),
         ("extract", "verify no.zarr", "no.zarr is not a feature store"),
         ("extract", "overlap no.zarr no.zarr", "no.zarr is not a feature store"),
-        ("evaluate", "report runs/no --out scores.pdf", "No report has the ending '.pdf'"),
+        ("evaluate", "report runs/no --out scores.pdf", "--out scores.pdf is invalid"),
         ("evaluate", "report runs/no", "runs/no has no scores.json"),
         ("evaluate", "compare runs/no runs/none", "runs/no has no scores.json"),
         ("evaluate", "all --run runs/no", "runs/no is not a run"),
-        ("evaluate", "classification demo-objects --protocol opneai-7", "has no protocol 'opneai-7'"),
-        ("evaluate", "clip-benchmark runs/no --dataset wds/coco --dataset_root no", "--dataset_root no is not there"),
+        (
+            "evaluate",
+            "classification demo-objects --protocol opneai-7",
+            "Protocol 'opneai-7' of demo-objects is invalid",
+        ),
+        ("evaluate", "clip-benchmark runs/no --dataset wds/coco --dataset_root no", "--dataset_root no does not exist"),
     ],
 )
 def test_nothing_is_loaded_for_a_mistake(tmp_path, stage, words, said):

@@ -76,7 +76,7 @@ def two(scored):
     return html(Overview(RunScores.read_all([scored, other])))
 
 
-def test_the_page_opens_without_a_complaint_and_shows_its_pictures_and_tables(scored, opened):
+def test_page_opens_without_errors(scored, opened):
     found, console = opened(write_report(scored).read_text())
     assert (found["problems"], console) == ([], [])
     assert len(found["pictures"]) == 3 + 3 * 3 + 2 + 4
@@ -87,7 +87,7 @@ def test_the_page_opens_without_a_complaint_and_shows_its_pictures_and_tables(sc
     assert found["charts"]
 
 
-def test_two_runs_stand_side_by_side(two, opened):
+def test_two_runs_side_by_side_open_without_errors(two, opened):
     found, console = opened(two)
     assert (found["problems"], console) == ([], [])
     assert len(found["pictures"]) == 2 * (3 + 3 * 3 + 2 + 4)
@@ -101,7 +101,7 @@ def in_frame(html):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_window_scrolls_only_down_in_either_scheme(two, opened, scheme):
+def test_narrow_window_does_not_scroll_sideways(two, opened, scheme):
     found, console = opened(in_frame(two), f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}")
     assert (found["problems"], console) == ([], [])
     wide, shown = found["width"]
@@ -110,7 +110,7 @@ def test_a_narrow_window_scrolls_only_down_in_either_scheme(two, opened, scheme)
     assert (sum(channels) > 3 * 128) == (scheme == "light")
 
 
-def test_what_is_too_wide_would_be_found(opened):
+def test_probe_detects_wide_content(opened):
     found, _ = opened(in_frame('<div style="width: 450px">x</div>'))
     assert found["width"][0] > 400
 
@@ -124,7 +124,7 @@ def test_what_is_too_wide_would_be_found(opened):
         ("<script>console.error('mind this')</script>", "mind this"),
     ],
 )
-def test_a_faulty_page_would_be_found(opened, fault, complaint):
+def test_probe_detects_faults(opened, fault, complaint):
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY} img-src data:">'
     found, console = opened(f"<html><head>{policy}</head>{fault}</html>")
     assert any(complaint in said for said in chain(found["problems"], console))

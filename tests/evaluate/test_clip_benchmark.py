@@ -93,13 +93,13 @@ def test_classification_agrees(run, tmp_path):
     assert 0 < mine["top1"] < 1
 
 
-def test_another_model_cannot_be_chosen_beside_the_run(run):
+def test_options_that_choose_another_model_are_rejected(run):
     for words in (["--model_type", "open_clip"], ["--pretrained=openai"], ["--model", "x"], ["--pretrained_m", "x"]):
         result = CliRunner().invoke(app, ["clip-benchmark", str(run), *words])
-        assert str(result.exception) == f"{words[0]} chooses another model than {run}; leave it out."
+        assert str(result.exception) == f"{words[0]} chooses another model than {run}. Remove it."
 
 
-def test_without_clip_benchmark_a_sentence_says_what_to_install(run, monkeypatch):
+def test_missing_clip_benchmark_names_the_extra(run, monkeypatch):
     def import_module(name):
         raise ImportError(name)
 
@@ -109,7 +109,7 @@ def test_without_clip_benchmark_a_sentence_says_what_to_install(run, monkeypatch
     assert "pip install 'sail-align[eval]'" in str(problem)
 
 
-def test_their_loader_finds_ours(run):
+def test_clip_benchmark_loads_the_registered_model(run):
     pytest.importorskip("clip_benchmark.models", reason="clip-benchmark is not installed")
     from clip_benchmark.models import load_clip
 

@@ -74,7 +74,7 @@ def records(world, run, coco, monkeypatch):
     return {(record["dataset"], record["task"]): record for record in scored}
 
 
-def test_the_two_sets_have_their_own_counts_protocols_and_digests(records):
+def test_both_sets_have_own_counts_protocols_and_digests(records):
     karpathy, own = records["coco-karpathy", "retrieval"], records["coco-val2017", "retrieval"]
     assert karpathy["protocol"] == "retrieval/any-positive@1/coco-karpathy/split=test/captions=all"
     assert own["protocol"] == "retrieval/any-positive@1/coco-val2017/split=val2017/captions=first-5"
@@ -87,7 +87,7 @@ def test_the_two_sets_have_their_own_counts_protocols_and_digests(records):
     assert chance["t2i_median_rank"] == 30
 
 
-def test_representation_is_a_record_of_its_own(records, run):
+def test_representation_has_its_own_record(records, run):
     record = records["coco-karpathy", "representation"]
     assert record["protocol"] == "representation/first-caption@1/coco-karpathy/split=test/captions=all"
     found = {metric["name"]: metric for metric in record["metrics"]}
@@ -100,7 +100,7 @@ def test_representation_is_a_record_of_its_own(records, run):
     assert [(each["dataset"], each["task"]) for each in kept] == list(records)
 
 
-def test_neither_is_compared_with_the_other(records, run, tmp_path):
+def test_different_splits_are_not_compared(records, run, tmp_path):
     """As if another run had scored val2017 under Karpathy's name."""
     other = tmp_path / "other"
     shutil.copytree(run.path, other)

@@ -39,7 +39,7 @@ def test_paired_interval_equals_a_loop_over_the_same_draws():
     assert p == pytest.approx(2 * (min(below, above) + 1) / 1001, abs=0.01)
 
 
-def test_draws_without_a_value_do_not_make_a_difference_sure():
+def test_draws_without_a_value_do_not_lower_p():
     """Of three images one has a caption: three draws of ten ask nothing, and say nothing of which run is ahead."""
     first, second = (
         retrieval_metrics(
@@ -53,7 +53,7 @@ def test_draws_without_a_value_do_not_make_a_difference_sure():
     assert paired_difference(first, second, 3) == [((-100.0, -100.0), pytest.approx(2 / (asked + 1)))]
 
 
-def test_what_is_kept_by_item_gives_the_scores_again(scored):
+def test_saved_outcomes_reproduce_the_scores(scored):
     """To the digit, though integers are kept in the smallest type that holds them."""
     scores = RunScores.read(scored)
     assert len(scores.records) == 4
@@ -63,12 +63,12 @@ def test_what_is_kept_by_item_gives_the_scores_again(scored):
         assert values == [metric["value"] for metric in record["metrics"]]
 
 
-def test_a_run_does_not_differ_from_itself():
+def test_run_does_not_differ_from_itself():
     hits = np.arange(40) % 3 == 0
     assert paired_difference(share(hits), share(hits), 40) == [((0.0, 0.0), 1.0)]
 
 
-def test_pairs_tell_what_two_intervals_cannot():
+def test_paired_difference_is_significant_where_intervals_overlap():
     """Two models of 60 and 62 right of 100, whose intervals overlap; on no item is the second behind the first."""
     [((low, _), p)] = paired_difference(share(np.arange(100) < 50), share(np.arange(100) < 58), 100)
     assert low > 0
@@ -102,7 +102,7 @@ def two_runs(world, run):
     return run, other, squares, score
 
 
-def test_differences_of_all_sets_that_both_runs_scored(two_runs):
+def test_differences_cover_all_common_sets(two_runs):
     run, other, _, _ = two_runs
     comparison = compare(run, other)
     found = {(each.dataset, each.label): each for each in comparison.differences}
@@ -116,7 +116,7 @@ def test_differences_of_all_sets_that_both_runs_scored(two_runs):
     assert "(less is better)" in table
 
 
-def test_a_difference_has_a_true_minus_and_none_at_nothing():
+def test_differences_have_signs():
     drawn = (-3.04, -0.26), (-1.2, 0.04), (-0.04, 1.0)
     found = [
         Difference("x", "p", "top-1", "%", 50.0, 50.0 + by, bounds, 0.5)
@@ -130,7 +130,7 @@ def test_a_difference_has_a_true_minus_and_none_at_nothing():
     ]
 
 
-def test_an_unfinished_run_is_said_to_be_so(two_runs):
+def test_compare_marks_unfinished_runs(two_runs):
     run, other, _, _ = two_runs
     path = other.path / "scores.json"
     scores = json.loads(path.read_bytes())
@@ -139,7 +139,7 @@ def test_an_unfinished_run_is_said_to_be_so(two_runs):
     assert output.startswith(f"first: {run.path}, second: {other.path} (unfinished: step 84 of 139)\n")
 
 
-def test_another_protocol_is_not_compared(two_runs):
+def test_different_protocols_are_not_compared(two_runs):
     run, other, squares, score = two_runs
     (other.path / "scores.json").unlink()
     squares.write_text(squares.read_text().replace("kind: classification", "kind: classification\n  templates: ['{}']"))
@@ -148,7 +148,7 @@ def test_another_protocol_is_not_compared(two_runs):
         compare(run, other)
 
 
-def test_runs_of_no_set_in_common_are_refused_in_one_sentence(two_runs):
+def test_runs_without_a_common_set_are_rejected(two_runs):
     run, other, _, _ = two_runs
     for which, tasks in ((run, {"classification"}), (other, {"retrieval", "representation"})):
         scores = RunScores.read(which.path).content
@@ -160,7 +160,7 @@ def test_runs_of_no_set_in_common_are_refused_in_one_sentence(two_runs):
     assert str(refused.value) == f"{one} and {two} have no set in common. Score both on one with `sail-eval`."
 
 
-def test_other_data_are_not_compared(two_runs):
+def test_different_data_are_not_compared(two_runs):
     run, other, _, _ = two_runs
     path = other.path / "scores.json"
     scores = json.loads(path.read_bytes())
@@ -171,7 +171,7 @@ def test_other_data_are_not_compared(two_runs):
     assert "squares (classification) had other data" in difference_table(comparison)
 
 
-def test_outcomes_that_are_not_the_scores_are_refused(two_runs):
+def test_outcomes_of_another_evaluation_are_rejected(two_runs):
     run, other, _, _ = two_runs
     for file in (other.path / "outcomes").iterdir():
         shutil.copy(run.path / "outcomes" / file.name, file)

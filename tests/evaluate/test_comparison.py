@@ -50,7 +50,7 @@ def embed(model, pictures, texts):
         return F.normalize(model.encode_image(pixels_BCHW), dim=-1), F.normalize(model.encode_text(tokens_BT), dim=-1)
 
 
-def test_classification_is_the_models_own(model, tmp_path):
+def test_classification_equals_the_model_itself(model, tmp_path):
     manifest = write_classes(tmp_path / "shades")
     result = scored("classification", str(manifest))
     assert result.exit_code == 0, (result.output, result.exception)
@@ -64,7 +64,7 @@ def test_classification_is_the_models_own(model, tmp_path):
     assert metrics()["top1"] == pytest.approx(100 * right_N.float().mean().item())
 
 
-def test_all_tasks_share_the_stores_and_the_report_names_the_model(model, tmp_path):
+def test_all_tasks_share_stores_and_report_names_the_model(model, tmp_path):
     photos, shades = write_captioned(tmp_path / "photos"), write_classes(tmp_path / "shades")
     first = scored("all", "--manifest", str(photos), "--manifest", str(shades))
     assert first.exit_code == 0, (first.output, first.exception)
@@ -81,7 +81,7 @@ def test_all_tasks_share_the_stores_and_the_report_names_the_model(model, tmp_pa
 
 
 @pytest.mark.parametrize("protocol", [None, "maskclip"])
-def test_segmentation_by_the_models_own_patches(model, tmp_path, protocol):
+def test_segmentation_equals_the_model_itself(model, tmp_path, protocol):
     """A square photo is one window: the forward pass, the cosines and the pixels written out."""
     manifest = write_halves(tmp_path / "halves")
     result = scored("segmentation", str(manifest), *(["--protocol", protocol] if protocol else []))
@@ -141,7 +141,7 @@ def captions(column):
         return [row[column] for row in csv.DictReader(file)]
 
 
-def test_a_second_time_no_tower_is_loaded(model, tmp_path, monkeypatch):
+def test_second_evaluation_loads_no_tower(model, tmp_path, monkeypatch):
     manifest = write_captioned(tmp_path / "photos")
     assert scored("retrieval", str(manifest)).exit_code == 0
     before = metrics()
@@ -155,14 +155,14 @@ def test_a_second_time_no_tower_is_loaded(model, tmp_path, monkeypatch):
     assert metrics() == before
 
 
-def test_it_is_no_run_to_go_on_with(model, tmp_path):
+def test_model_is_not_the_newest_run(model, tmp_path):
     scored("retrieval", str(write_captioned(tmp_path / "photos")))
     assert json.loads((RUN / "settings.json").read_bytes()) == {"model": "open_clip:tiny"}
     with pytest.raises(UserError, match="There is no run"):
         newest_run()
 
 
-def test_a_mistake_is_one_sentence(model, tmp_path):
+def test_invalid_model_options_are_rejected(model, tmp_path):
     manifest = str(write_captioned(tmp_path / "photos"))
     both = CliRunner().invoke(app, ["retrieval", manifest, "--run", "runs/x", "--model", "open_clip:tiny"])
     assert str(both.exception) == "--run runs/x and --model open_clip:tiny exclude each other. Remove one."

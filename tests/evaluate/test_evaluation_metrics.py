@@ -39,16 +39,16 @@ LABELS = np.array([0, 0, 1, 3])
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, [1, 0, 0, 0]), (2, [1, 1, 1, 0]), (3, [1, 1, 1, 0]), (4, [1, 1, 1, 1])]
 )
-def test_top_k_hits_count_a_tie_as_behind(k, expected):
+def test_top_k_hits_count_a_tie_as_a_miss(k, expected):
     assert top_k_hits(SCORES, LABELS, k).tolist() == [bool(hit) for hit in expected]
 
 
-def test_equal_or_nan_scores_are_no_hit():
+def test_equal_or_nan_scores_are_misses():
     assert not top_k_hits(np.zeros((3, 5)), np.array([0, 1, 2]), 4).any()
     assert not top_k_hits(np.full((3, 5), np.nan), np.array([0, 1, 2]), 4).any()
 
 
-def test_the_first_of_a_ranking_is_right_where_it_is_a_hit():
+def test_ranking_agrees_with_top_k_hits():
     scores = np.random.default_rng(4).integers(0, 4, (200, 5)) / 3  # small integers: many ties
     labels = np.random.default_rng(5).integers(0, 5, 200)
     for k in (1, 3):
@@ -57,7 +57,7 @@ def test_the_first_of_a_ranking_is_right_where_it_is_a_hit():
     assert ranking(np.array([0.1, 0.9, 0.5]), 1).tolist() == [1, 2, 0]
 
 
-def test_mean_per_class_weighs_classes_alike():
+def test_mean_per_class_weights_classes_equally():
     hits, labels = np.array([True, True, True, False, False]), np.array([0, 0, 0, 0, 2])
     assert mean_per_class(hits, labels) == pytest.approx((3 / 4 + 0) / 2)
 
@@ -86,7 +86,7 @@ def test_pair_hits_on_hand_made_scores(scores, text, image):
     assert [bool(hit[0]) for hit in pair_hits(np.array([scores]))] == [text, image, text and image]
 
 
-def test_pair_chance_is_the_share_of_the_24_orders_of_four_scores():
+def test_pair_chance_is_exact():
     from sail_align.evaluate.tasks.winoground import CHANCE
 
     orders = np.array(list(permutations(range(4))), dtype=float).reshape(-1, 2, 2)
@@ -107,12 +107,12 @@ def test_confusion_matrix_equals_a_loop_over_pixels():
     assert (confusion_matrix(truth, predicted, 4) == expected).all()
 
 
-def test_confusion_matrix_refuses_a_value_that_is_no_class():
+def test_confusion_matrix_rejects_an_unknown_class():
     with pytest.raises(ValueError, match="mask value 7 where there are 3 classes"):
         confusion_matrix(np.array([[0, 7]], dtype=np.uint8), np.zeros((1, 2), dtype=int), 3)
 
 
-def test_an_image_of_ignored_pixels_counts_nothing():
+def test_ignored_pixels_are_not_counted():
     assert confusion_matrix(np.full((2, 2), IGNORED, dtype=np.uint8), np.zeros((2, 2), dtype=int), 3).sum() == 0
 
 
@@ -125,7 +125,7 @@ def test_iou_by_hand():
     assert mean_iou(hits, truth, predicted) == pytest.approx((3 / 4 + 2 / 4) / 2)
 
 
-def test_chance_iou_is_what_random_labels_get():
+def test_chance_iou_equals_random_labels():
     generator = np.random.default_rng(1)
     truth = generator.choice(4, size=400_000, p=[0.6, 0.3, 0.1, 0.0]).astype(np.uint8)
     confusion = confusion_matrix(truth, generator.integers(0, 4, truth.shape), 4)
@@ -140,11 +140,11 @@ def test_chance_recall_equals_its_closed_form(items, positives, k):
     assert chance_recall(items, np.array(positives), k) == pytest.approx(1 - sum(misses) / len(misses))
 
 
-def test_chance_recall_with_one_positive_is_k_of_n():
+def test_chance_recall_with_one_positive_is_k_over_n():
     assert chance_recall(500, np.ones(7, dtype=int), 10) == pytest.approx(0.02)
 
 
-def test_bootstrap_interval_is_seeded_and_close_to_the_normal_one():
+def test_bootstrap_interval_is_seeded_and_close_to_normal():
     hits = np.arange(400) % 4 == 0
     mean = [lambda drawn: weighted_mean(hits, drawn)]
     low, high = interval(bootstrap(mean, 400)[:, 0])
@@ -161,7 +161,7 @@ def test_bootstrap_draws_items_with_replacement():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 2**32 - 1))
-def test_weighted_median_equals_that_of_repeated_values(values, seed):
+def test_weighted_median_equals_repeated_values(values, seed):
     weights = np.random.default_rng(seed).integers(0, 4, len(values))
     repeated = np.repeat(values, weights)
     expected = np.median(repeated) if len(repeated) else math.nan
@@ -169,7 +169,7 @@ def test_weighted_median_equals_that_of_repeated_values(values, seed):
 
 
 @pytest.mark.parametrize(("items", "positives"), [(7, [1, 1]), (24, [1]), (40, [5, 5, 6]), (9, [9, 1])])
-def test_chance_ranks_are_those_of_random_rankings(items, positives):
+def test_chance_ranks_equal_random_rankings(items, positives):
     """All placements of the right items are equally likely; their best place, counted out."""
     best = []
     for p in positives:
@@ -180,7 +180,7 @@ def test_chance_ranks_are_those_of_random_rankings(items, positives):
     assert chance_median_rank(items, np.array(positives)) == np.argmax(np.cumsum(odds) >= 0.5 - 1e-12) + 1
 
 
-def test_top_k_and_mean_per_class_equal_scikit_learns():
+def test_top_k_and_mean_per_class_equal_scikit_learn():
     from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
     generator = np.random.default_rng(2)

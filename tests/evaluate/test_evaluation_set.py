@@ -42,7 +42,7 @@ def squares(world):
     return world.class_folders("squares", [("red", "red"), ("green", "green")], {"kind": "classification"})
 
 
-def test_damage_to_cached_features_is_mended_or_said_and_never_scored(world, caps):
+def test_damaged_features_are_never_scored(world, caps):
     """Every file of both stores, damaged in four ways: the same embeddings, or a sentence."""
 
     def embeddings_or_sentence():
@@ -72,7 +72,7 @@ def test_damage_to_cached_features_is_mended_or_said_and_never_scored(world, cap
     assert mended > len(files)
 
 
-def test_a_damaged_store_is_the_fault_of_that_set_alone(world, score, caps, squares):
+def test_damaged_store_fails_only_its_set(world, score, caps, squares):
     score(caps)
     (metadata,) = (world.folder / "features" / "eval").glob("caps-captions-*/text/*/text/features/zarr.json")
     metadata.write_text("{")
@@ -82,7 +82,7 @@ def test_a_damaged_store_is_the_fault_of_that_set_alone(world, score, caps, squa
     assert whole["metrics"][0]["value"] == 100
 
 
-def test_the_captions_of_a_source_are_not_looked_up_for_each_sample(world, caps):
+def test_source_captions_are_not_read_per_sample(world, caps):
     """Some sources count the captions of all their samples for it: quadratic, 20 s for the 5,000 images of COCO."""
     data, asked = world.open(caps), []
 
@@ -97,7 +97,7 @@ def test_the_captions_of_a_source_are_not_looked_up_for_each_sample(world, caps)
     assert len(asked) <= 3
 
 
-def test_a_sample_that_is_listed_twice_is_refused(world, monkeypatch):
+def test_duplicate_samples_are_rejected(world, monkeypatch):
     """Segmentation keeps no store of images, which would refuse it."""
     data = world.open(world.halves("seg", [("red", "green")], {"kind": "segmentation"}))
     samples = list(data.source.samples())
@@ -106,7 +106,7 @@ def test_a_sample_that_is_listed_twice_is_refused(world, monkeypatch):
         find_task("segmentation").score(data)
 
 
-def test_an_encoder_that_fails_is_the_fault_of_that_set_alone(world, score, caps, squares, monkeypatch):
+def test_failing_encoder_fails_only_its_set(world, score, caps, squares, monkeypatch):
     text = type(world.open(caps).encoders.text)
     encode = text.encode
 
@@ -124,7 +124,7 @@ def test_an_encoder_that_fails_is_the_fault_of_that_set_alone(world, score, caps
     assert failed.value.__cause__ is not failed.value
 
 
-def test_other_masks_under_the_same_names_are_other_data(world, score, run, tmp_path):
+def test_changed_masks_change_the_data_digest(world, score, run, tmp_path):
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     (first,) = score(manifest)
     assert score(manifest)[0]["data"] == first["data"]
@@ -137,7 +137,7 @@ def test_other_masks_under_the_same_names_are_other_data(world, score, run, tmp_
     assert second["data"]["digest"] != first["data"]["digest"]
 
 
-def test_ties_are_wrong_in_the_examples_too(world):
+def test_ties_are_wrong_in_examples(world):
     """Two equal images: either caption's own image is not ahead of the other."""
     manifest = world.squares("twins", [("red", "red"), ("red", "red or so")], {"kind": "retrieval"})
     result = find_task("retrieval").score(world.open(manifest))
@@ -148,7 +148,7 @@ def test_ties_are_wrong_in_the_examples_too(world):
     assert [example.right for example in result.examples] == [False, False]
 
 
-def test_templates_that_differ_by_a_hyphen_or_a_blank_are_other_protocols(world):
+def test_similar_templates_have_different_protocol_ids(world):
     ids = set()
     templates = ["a photo of {}", "a photo-of {}", "a photo  of {}", "a photo of {} ", "a/photo of {}"]
     for number, template in enumerate(templates):
@@ -159,7 +159,7 @@ def test_templates_that_differ_by_a_hyphen_or_a_blank_are_other_protocols(world)
     assert len(ids) == len(templates)
 
 
-def test_processes_that_score_one_run_lose_no_record(run, monkeypatch):
+def test_concurrent_writers_lose_no_record(run, monkeypatch):
     write = scores.write_atomically
     monkeypatch.setattr(scores, "write_atomically", lambda *given: (threading.Event().wait(0.02), write(*given)))
     records = [{"dataset": f"set-{number}", "task": "retrieval", "protocol": "p"} for number in range(8)]
@@ -175,7 +175,7 @@ def test_processes_that_score_one_run_lose_no_record(run, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_damaged_scores_are_said(run, score, squares, content):
+def test_damaged_scores_are_rejected(run, score, squares, content):
     path = run.path / "scores.json"
     path.write_text(content)
     for read in (lambda: score(squares), lambda: scores.RunScores.read(run.path)):

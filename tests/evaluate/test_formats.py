@@ -74,7 +74,7 @@ def rows_of(shown, panel=0):
     return {row.name: row for row in shown.panels[panel].rows}
 
 
-def test_the_papers_protocols_are_those_of_the_packaged_manifests():
+def test_reported_protocols_match_packaged_manifests():
     """Were one of ours to change, the paper's numbers would stand beside nothing; this finds it."""
 
     def measured(name, variant=None):
@@ -94,7 +94,7 @@ def test_the_papers_protocols_are_those_of_the_packaged_manifests():
     assert {(protocol, items) for model in reported() for protocol, _, items in model.scores} == ours
 
 
-def test_the_papers_models_stand_beside_the_same_protocol_alone(runs):
+def test_reported_scores_need_the_same_protocol(runs):
     other = record(
         "winoground", WINOGROUND + "/prompt=a-{}", [metric(name, 1.0) for name in ("text", "image", "group")]
     )
@@ -104,14 +104,14 @@ def test_the_papers_models_stand_beside_the_same_protocol_alone(runs):
     assert [value for value, _ in rows["chance"].cells][:3] == [25, 25, 100 / 6]
 
 
-def test_a_set_with_other_counts_is_not_the_papers(runs):
+def test_reported_scores_need_the_same_counts(runs):
     shown = Overview(runs(ours=[winoground(rows=798)]))
     assert not shown.with_reported
     assert shown.faults == ["winoground has 798 rows, not 800: its scores are of another set."]
     assert not Overview(runs(ours=[winoground(items=3, rows=6, expected=None)])).with_reported
 
 
-def test_two_protocols_or_other_data_are_two_columns(runs):
+def test_other_protocols_or_data_get_own_columns(runs):
     of_other_data = record("winoground", WINOGROUND, winoground()["metrics"], digest="b" * 64)
     shown = Overview(runs(a=[top1("openai-80"), winoground()], b=[top1("class-name", 50.0), of_other_data]))
     assert [row.cells[0][0] for row in shown.panels[0].rows[:2]] == [61.2, None]
@@ -120,7 +120,7 @@ def test_two_protocols_or_other_data_are_two_columns(runs):
     assert len({mark for mark, _ in shown.notes}) == 4
 
 
-def test_many_columns_are_several_tables_and_a_protocol_stays_whole(runs):
+def test_wide_tables_are_split_between_protocols(runs):
     many = [
         winoground() | {"protocol": f"winoground/strict@1/set{i}/captions=all", "dataset": f"set{i}"} for i in range(40)
     ]
@@ -132,7 +132,7 @@ def test_many_columns_are_several_tables_and_a_protocol_stays_whole(runs):
     assert [mark for mark, _ in shown.notes][25:28] == ["z", "aa", "ab"]
 
 
-def test_markdown_has_every_cell_where_it_belongs(runs):
+def test_markdown_cells_are_in_place_and_escaped(runs):
     error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": "a|b is corrupt"}
     shown = markdown(Overview(runs(**{NASTY: [winoground(), error]})))
     table = [line for line in shown.splitlines() if line.startswith("|")]
@@ -158,7 +158,7 @@ def test_text_is_aligned(runs):
     assert len(ends) == 1
 
 
-def test_latex_escapes_what_would_not_compile(runs):
+def test_latex_is_escaped(runs):
     written = latex(Overview(runs(**{NASTY: [winoground()], "other": [top1()]})))
     assert r"50\% \& a\_b \#1\textbar{}\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}\textless{}b" in written
     assert r"\multicolumn{3}{c}{winoground$^{a}$} & \multicolumn{1}{c}{birds$^{b}$} \\" in written
@@ -176,14 +176,14 @@ def test_latex_escapes_what_would_not_compile(runs):
     assert written.isascii()
 
 
-def test_latex_puts_a_label_of_several_words_into_two_lines(runs):
+def test_latex_stacks_labels_of_several_words(runs):
     labelled = record("winoground", WINOGROUND, [metric("text", 1.0, label="a b→c R@1"), metric("image", 2.0)])
     assert r"model & \shortstack[r]{a b$\to$c\\R@1} & image \\" in latex(Overview(runs(ours=[labelled])))
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not on PATH")
 @pytest.mark.parametrize("encoding", ["OT1", "T1"])
-def test_latex_compiles_and_no_table_is_wider_than_the_text(runs, tmp_path, encoding):
+def test_latex_compiles_within_the_text_width(runs, tmp_path, encoding):
     wide = [top1(f"t{number}") | {"dataset": f"a set with a long name, {number}"} for number in range(9)]
     error = {"dataset": "coco", "title": "C", "task": "retrieval", "error": f'{NASTY} "quoted" is – not … there'}
     written = latex(Overview(runs(**{f'{NASTY}"ü': [winoground(), *wide, error], "other": [top1()]})))
@@ -196,7 +196,7 @@ def test_latex_compiles_and_no_table_is_wider_than_the_text(runs, tmp_path, enco
     assert "Overfull" not in ended.stdout
 
 
-def test_csv_has_one_row_for_each_run_set_and_metric(runs):
+def test_csv_has_one_row_per_run_set_and_metric(runs):
     error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": 'a "broken", file'}
     rows = list(
         csv.DictReader(io.StringIO(comma_separated(Overview(runs(**{NASTY: [winoground(), error]}, b=[top1()])))))
@@ -222,7 +222,7 @@ def test_csv_has_one_row_for_each_run_set_and_metric(runs):
     assert {row["protocol"] for row in told.values()} == {WINOGROUND}
 
 
-def test_csv_says_what_is_unfinished_and_which_set_is_another(runs):
+def test_csv_notes_unfinished_runs_and_other_sets(runs):
     (ours,) = runs(ours=[winoground(rows=798)])
     ours.content["run"]["unfinished"] = "unfinished: step 1 of 9"
     rows = list(csv.DictReader(io.StringIO(comma_separated(Overview([ours])))))
@@ -230,14 +230,14 @@ def test_csv_says_what_is_unfinished_and_which_set_is_another(runs):
     assert {row["note"] for row in rows} == {"winoground has 798 rows, not 800: its scores are of another set."}
 
 
-def test_a_table_leaves_out_a_run_that_has_none_of_its_scores(runs):
+def test_tables_omit_runs_without_scores(runs):
     other = [top1(f"t{number}") for number in range(WIDTH)]
     first, *_, last = Overview(runs(a=[winoground()], b=other)).panels
     assert [row.name for row in first.rows if row.kind == "run"] == ["a", "b"]
     assert [row.name for row in last.rows if row.kind == "run"] == ["b"]
 
 
-def test_a_set_of_two_tasks_is_noted_once(runs):
+def test_note_on_a_set_appears_once(runs):
     (ours,) = runs(ours=[winoground(rows=798), top1() | {"dataset": "winoground"} | winoground(rows=798)])
     assert score_table(ours.records).count("note: winoground has 798 rows, not 800") == 1
 
@@ -245,12 +245,12 @@ def test_a_set_of_two_tasks_is_noted_once(runs):
 @pytest.mark.parametrize(
     ("value", "bounds", "said"), [(61.2, [60.8, 61.6], "61.2 ± 0.4"), (0.2, [0.1, 0.36], "0.20 ± 0.13")]
 )
-def test_an_interval_has_the_digits_of_its_score(runs, value, bounds, said):
+def test_interval_has_the_digits_of_its_score(runs, value, bounds, said):
     shown = Overview(runs(ours=[record("mmvp", "mmvp/a/b", [metric("pairs", value, interval=bounds)])]))
     assert rows_of(shown)["ours"].texts == [said]
 
 
-def test_runs_of_one_name_are_told_apart_and_one_named_twice_is_one(tmp_path):
+def test_runs_have_unique_names_and_appear_once(tmp_path):
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for path in paths:
         path.mkdir(parents=True)

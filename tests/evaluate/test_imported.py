@@ -12,7 +12,7 @@ from sail_align.evaluate.cli import app as evaluate
 from sail_align.evaluate.results.scores import RunScores
 
 
-def test_an_imported_run_is_scored_and_its_report_says_where_it_is_from(tmp_path, monkeypatch):
+def test_imported_run_is_scored_and_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image, text = save_encoders(tmp_path)
     file = save_released(tmp_path / "sail.pt", released_tensors())

@@ -43,7 +43,7 @@ def coco(world):
     return {"root": ".", "images": "."}
 
 
-def test_one_folder_of_coco_gives_two_sets(world, coco):
+def test_coco_folder_gives_two_sets(world, coco):
     own = {**coco, "kind": "coco-captions", "annotations": "captions.json", "images": "val"}
     (world.folder / "coco-own").symlink_to(world.folder / "coco")
     result, values = scores(world, "coco-own", own, {"kind": "retrieval"})
@@ -53,7 +53,7 @@ def test_one_folder_of_coco_gives_two_sets(world, coco):
     assert (result.items, result.details["captions"], values["i2t_r1"]) == (2, 12, 100)
 
 
-def test_winograds_examples(world):
+def test_winoground_examples(world):
     folder = world.folder / "winoground"
     (folder / "images").mkdir(parents=True)
     lines = []
@@ -74,7 +74,7 @@ def test_winograds_examples(world):
     }
 
 
-def test_mmvps_pairs_count_only_whole(world):
+def test_mmvp_pairs_count_only_if_both_statements_are_right(world):
     """Category by category, with the statements in the manifest's prompt."""
     folder = world.folder / "mmvp"
     pairs = [("Colour", "red", "green", "red", "green"), ("Colour", "blue", "red", "blue", "blue")]
@@ -98,7 +98,7 @@ def test_mmvps_pairs_count_only_whole(world):
     assert result.scores[0].chance == 25
 
 
-def test_palette_masks_of_voc(world):
+def test_voc_palette_masks(world):
     folder = world.folder / "voc"
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
@@ -117,7 +117,7 @@ def test_palette_masks_of_voc(world):
     assert values == {"miou": 100, "pixel_accuracy": 100}
 
 
-def test_clip_benchmarks_tars_with_openais_templates(world):
+def test_clip_benchmark_tars_with_openai_templates(world):
     folder = world.folder / "wds_colours" / "test"
     folder.mkdir(parents=True)
     (folder.parent / "classnames.txt").write_text("\n".join(COLOURS))
@@ -136,7 +136,7 @@ def test_clip_benchmarks_tars_with_openais_templates(world):
     assert (result.items, values["top1"], values["mean_per_class"]) == (4, 100, 100)
 
 
-def test_imagenets_folders_and_its_relatives(world, monkeypatch):
+def test_imagenet_folders_and_variants(world, monkeypatch):
     """WordNet ids, some of them as in ImageNet-A and -R, and numbers as in ImageNet-V2, which sort in another order."""
     names = ["grey"] * 1000
     names[0], names[2], names[10] = "red", "green", "blue"  # tench, great white shark, brambling
@@ -156,7 +156,7 @@ def test_imagenets_folders_and_its_relatives(world, monkeypatch):
         )
 
 
-def test_published_names_may_hold_one_name_twice(world, monkeypatch):
+def test_published_names_may_repeat(world, monkeypatch):
     monkeypatch.setattr("sail_align.extract.sources.class_names.class_names", lambda _: ["red", "red", "green"])
     for folder, colour in (("n01", "red"), ("n02", "red"), ("n03", "green")):
         (world.folder / "val" / folder).mkdir(parents=True)

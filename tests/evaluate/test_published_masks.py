@@ -94,7 +94,7 @@ def sail_eval(world, run, published, monkeypatch, capsys, tmp_path):
     return call
 
 
-def test_the_published_forms_are_scored_by_their_packaged_manifests(sail_eval):
+def test_packaged_manifests_score_the_published_forms(sail_eval):
     records, out = sail_eval("voc20", "voc20-authors", "voc21", "ade20k", "coco-stuff")
     found = {record["dataset"]: record for record in records}
     for name, classes in (("voc20", 20), ("voc21", 21), ("ade20k", 150), ("coco-stuff", 171)):
@@ -109,7 +109,7 @@ def test_the_published_forms_are_scored_by_their_packaged_manifests(sail_eval):
     assert set(found["voc21"]["details"]["iou"]) == {"background", *found["voc20"]["details"]["iou"]}
 
 
-def test_a_variant_stands_beside_the_protocol_that_it_departs_from(sail_eval):
+def test_variant_adds_a_record(sail_eval):
     sail_eval("voc20")
     records, _ = sail_eval("voc20", "--protocol", "whole-image")
     windows = [[part for part in record["protocol"].split("/") if "windows=" in part] for record in records]
@@ -118,7 +118,7 @@ def test_a_variant_stands_beside_the_protocol_that_it_departs_from(sail_eval):
     assert "Protocol 'sideways' of voc20 is invalid" in said
 
 
-def test_miou_of_voc_is_that_of_the_protocol_written_down(sail_eval, published, run):
+def test_voc_miou_equals_a_plain_implementation(sail_eval, published, run):
     """From the files to the number without our windows, masks and metrics: mIoU by a loop over classes."""
     (record,), _ = sail_eval("voc20")
     names = {label: name for name, label in labels_of("voc-20").items()}

@@ -54,7 +54,7 @@ def page(scored):
     return Page(write_report(scored).read_text())
 
 
-def test_nothing_is_loaded_from_elsewhere(page):
+def test_page_is_self_contained(page):
     for tag, attributes in page.tags:
         for name in ("src", "href", "data", "srcset"):
             assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes[name][:80])
@@ -62,7 +62,7 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert not page.all("link")
 
 
-def test_every_picture_is_whole_and_has_an_alternative_text(page):
+def test_pictures_are_valid_and_have_alt_text(page):
     pictures = page.all("img")
     assert len(pictures) == 3 + 3 * 3 + 2 + 4
     for picture in pictures:
@@ -71,7 +71,7 @@ def test_every_picture_is_whole_and_has_an_alternative_text(page):
         assert image.size == (int(picture["width"]), int(picture["height"]))
 
 
-def test_the_table_has_chance_and_interval_of_every_metric(page, run):
+def test_table_has_chance_and_interval_of_every_metric(page, run):
     text = " ".join(" ".join(page.text).split())
     for record in json.loads((run.path / "scores.json").read_bytes())["records"]:
         assert f"n = {record['items']}" in text
@@ -80,7 +80,7 @@ def test_the_table_has_chance_and_interval_of_every_metric(page, run):
             assert re.search(rf"{re.escape(metric['label'])} \S+ {metric['value']:.1f} {low:.1f} – {high:.1f}", text)
 
 
-def test_the_head_of_the_page_says_what_was_trained_on_what(page):
+def test_header_describes_the_run(page):
     text = " ".join(" ".join(page.text).split())
     for fact in (
         "colour-image",
@@ -92,7 +92,7 @@ def test_the_head_of_the_page_says_what_was_trained_on_what(page):
         assert fact in text
 
 
-def test_headings_are_in_order_and_tables_name_their_cells(page):
+def test_headings_and_tables_are_accessible(page):
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -102,7 +102,7 @@ def test_headings_are_in_order_and_tables_name_their_cells(page):
     assert dict(page.tags)["html"]["lang"] == "en"
 
 
-def test_a_keyboard_reaches_the_scores_and_all_that_scrolls(page):
+def test_keyboard_reaches_all_content(page):
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"] for attributes in page.all("a")]
     assert links[0] == "#main"
@@ -113,7 +113,7 @@ def test_a_keyboard_reaches_the_scores_and_all_that_scrolls(page):
             assert attributes["aria-label"]
 
 
-def test_confusions_are_counted(page):
+def test_confusions_are_listed(page):
     assert "blue red 1 of 1" in " ".join(" ".join(page.text).split())
 
 
@@ -128,7 +128,7 @@ def test_scores_by_kind_are_a_table(scored):
     assert "kind pairs text group object & relation 1 50.0 25.0 – 75.0 0.0 0.0 – 0.0" in text
 
 
-def test_only_what_was_scored_is_shown_of_a_run_with_nothing_else(scored):
+def test_run_with_scores_only_has_a_report(scored):
     """No curves, no examples, no interval, a set that failed."""
     shutil.rmtree(scored / "examples")
     (scored / "metrics.jsonl").unlink()
@@ -143,7 +143,7 @@ def test_only_what_was_scored_is_shown_of_a_run_with_nothing_else(scored):
     assert "gone (mmvp) was not scored with colours-linear: <i>no file</i>" in text
 
 
-def test_a_run_of_which_no_set_could_be_scored_says_so(scored):
+def test_run_without_scores_has_a_report(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     scores["records"] = [{"dataset": "gone", "title": "G", "task": "mmvp", "error": "no file"}]
     (scored / "scores.json").write_text(json.dumps(scores))
@@ -152,13 +152,13 @@ def test_a_run_of_which_no_set_could_be_scored_says_so(scored):
     assert "gone (mmvp) was not scored with colours-linear: no file" in "".join(page.text)
 
 
-def test_a_folder_without_settings_is_refused_in_a_sentence(scored):
+def test_folder_without_settings_is_rejected(scored):
     (scored / "settings.json").unlink()
     with pytest.raises(UserError, match=r"settings\.json cannot be read"):
         write_report(scored)
 
 
-def test_no_two_cards_and_no_two_sets_of_scores_have_one_title(scored):
+def test_cards_and_sets_have_unique_titles(scored):
     """A retrieval set is scored as two tasks, and any set under several protocols."""
     scores = json.loads((scored / "scores.json").read_bytes())
     (retrieval,) = (record for record in scores["records"] if record["task"] == "retrieval")
@@ -175,7 +175,7 @@ def test_no_two_cards_and_no_two_sets_of_scores_have_one_title(scored):
     assert sum("(e) representation" in heading for heading in cards) == 1
 
 
-def test_the_examples_of_a_set_stand_together_run_by_run(scored):
+def test_examples_are_grouped_by_set_then_run(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     (retrieval,) = (record for record in scores["records"] if record["task"] == "retrieval")
     scores["records"].append(retrieval | {"protocol": "retrieval/other@1/caps"})
@@ -188,7 +188,7 @@ def test_the_examples_of_a_set_stand_together_run_by_run(scored):
     assert headings == [("b", "colours-linear"), ("b", "other"), ("e", "colours-linear"), ("e", "other")]
 
 
-def test_a_set_that_is_not_the_published_one_says_so_where_its_scores_stand(scored):
+def test_incomplete_set_is_marked_beside_its_scores(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     scores["records"][0]["data"]["expected_rows"] = 50_000
     (scored / "scores.json").write_text(json.dumps(scores))
@@ -213,7 +213,7 @@ def contrast(first, second):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_marks_can_be_told_from_what_is_behind_them(scheme):
+def test_contrast_meets_wcag_aa(scheme):
     """4.5 for text, 3 for what is drawn: the levels of WCAG's AA."""
     sheet = (resources.files("sail_align.evaluate.report") / "report.css").read_text()
     light, dark = sheet.split("@media (prefers-color-scheme: dark)", 1)
@@ -237,7 +237,7 @@ CONES = {
 
 
 @pytest.mark.parametrize("cones", CONES)
-def test_the_colours_of_classes_differ_for_every_eye(cones):
+def test_class_colours_differ_for_colour_blind_readers(cones):
     """In CIELAB 2.3 is a difference that can just be seen."""
 
     def lab(colour):
@@ -258,22 +258,22 @@ def test_curves_are_drawn_from_the_metrics_file(page):
     assert charts[1:] == ["loss over step", "R@1 (%) over step"]
 
 
-def test_captions_are_shown_as_text_and_not_as_markup(page):
+def test_captions_are_escaped(page):
     assert "red <b>&" in "".join(page.text)
     assert not page.all("b")
 
 
-def test_a_run_without_curves_has_a_report(page, run):
+def test_run_without_curves_has_a_report(page, run):
     (run.path / "metrics.jsonl").unlink()
     assert "loss over step" not in write_report(run.path).read_text()
 
 
-def test_a_last_line_that_a_kill_cut_is_left_out(page, run):
+def test_truncated_last_log_line_is_ignored(page, run):
     whole = write_report(run.path).read_bytes()
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
     assert write_report(run.path).read_bytes() == whole
 
 
-def test_the_page_is_small(page, run):
+def test_page_is_small(page, run):
     assert Path(run.path / "report.html").stat().st_size < 200_000

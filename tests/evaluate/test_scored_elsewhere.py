@@ -50,7 +50,7 @@ def score(manifest, path):
     return typed("classification", manifest, "--run", path, "--device", "cpu", "--quiet")
 
 
-def test_a_checkpoints_scores_stand_beside_the_runs_and_outlive_it(saved, squares):
+def test_checkpoint_scores_outlive_the_checkpoint(saved, squares):
     run, best = saved
     score(squares, run)
     before = (run / "scores.json").read_bytes()
@@ -81,7 +81,7 @@ def test_a_checkpoints_scores_stand_beside_the_runs_and_outlive_it(saved, square
     assert "<title>glu, step 4: zero-shot" in (run / "scores" / best.name / "report.html").read_text()
 
 
-def test_a_checkpoint_that_was_taken_out_of_its_run_is_refused(saved, squares, tmp_path):
+def test_checkpoint_outside_its_run_is_rejected(saved, squares, tmp_path):
     shutil.copytree(saved[1], "kept")
     result = CliRunner().invoke(app, ["classification", str(squares), "--run", "kept"])
     assert str(result.exception) == "kept is a checkpoint outside its run. Move it back into that run's checkpoints/."
@@ -92,7 +92,7 @@ def export(run, folder="hub", form="hub-folder"):
     return Path(folder)
 
 
-def test_an_exported_folder_scores_what_the_run_does_and_stays_as_it_is(saved, squares):
+def test_export_scores_like_its_run_and_is_not_modified(saved, squares):
     run, _ = saved
     score(squares, run)
     hub = export(run)
@@ -125,7 +125,7 @@ def test_an_exported_folder_scores_what_the_run_does_and_stays_as_it_is(saved, s
         ("config.json", None, "hub is not a run; make one with `sail-align fit`."),
     ],
 )
-def test_a_folder_that_is_no_whole_export_is_refused_in_a_sentence(saved, squares, file, content, sentence):
+def test_incomplete_export_is_rejected(saved, squares, file, content, sentence):
     hub = export(saved[0])
     (hub / file).unlink() if content is None else (hub / file).write_bytes(content)
     result = CliRunner().invoke(app, ["classification", str(squares), "--run", "hub"])
@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_whole_export_is_refused_in_a_sentence(saved, square
     assert str(result.exception) == sentence
 
 
-def test_an_encoder_that_an_export_leaves_behind_is_named(run):
+def test_encoder_missing_from_an_export_is_named(run):
     spec = replace(run.image.spec, source={"config": "0"})
     encoders = Encoders(replace(run, image=replace(run.image, spec=spec)))
     with pytest.raises(

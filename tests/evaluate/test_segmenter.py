@@ -21,7 +21,7 @@ from sail_align.evaluate.segmenter import Segmenter, axis_matrix, label_pixels, 
         ((500, 700), 14, (333, 500)),  # windows in both directions, as no picture of this protocol has them
     ],
 )
-def test_one_matrix_an_axis_is_the_protocol(size, patch, target, monkeypatch):
+def test_axis_matrices_equal_the_protocol(size, patch, target, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     down, across = (spans(side) for side in size)
     h, w = (-(-(axis[0][1] - axis[0][0]) // patch) for axis in (down, across))
@@ -44,7 +44,7 @@ def test_one_matrix_an_axis_is_the_protocol(size, patch, target, monkeypatch):
     assert (label_pixels(grid, *matrices) == labels).float().mean() > 0.999
 
 
-def test_windows_end_with_the_picture():
+def test_windows_end_at_the_picture_edge():
     assert spans(448) == ((0, 448),)
     assert spans(300) == ((0, 300),)
     assert spans(449) == ((0, 448), (1, 449))
@@ -56,12 +56,12 @@ def test_windows_end_with_the_picture():
     ("size", "expected"),
     [((640, 480), (597, 448)), ((480, 640), (448, 597)), ((100, 100), (448, 448)), ((4000, 400), (2048, 205))],
 )
-def test_the_short_side_is_448_unless_the_long_one_would_pass_2048(size, expected):
+def test_scaled_size(size, expected):
     assert scaled_size(*size) == expected
 
 
 @pytest.mark.parametrize("size", [(90, 61), (40, 130), (330, 33)])
-def test_a_picture_is_labelled_as_the_protocol_written_down_says(world, size, tmp_path):
+def test_labels_equal_a_plain_implementation(world, size, tmp_path):
     """From the file to the labels: resizing, windows, frames, embedding, cosines, all of it once more."""
     generator = np.random.default_rng(1)
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation", "templates": ["{}", "{} red"]})

@@ -27,7 +27,7 @@ def chances(result):
     return {metric.name: metric.chance / 100 for metric in result.scores}
 
 
-def test_classification_counts_the_class_with_the_closest_prompts(world):
+def test_classification_predicts_the_closest_class(world):
     squares = [("red", "red"), ("red", "pink"), ("green", "green"), ("yellow", "yellow")]  # pink is closest to red
     result = evaluate(world.open(world.class_folders("colours", squares, {"kind": "classification"})))
     assert values(result) == {"top1": 1.0, "top5": 1.0, "mean_per_class": 1.0}
@@ -41,7 +41,7 @@ def test_classification_errors_and_chance(world):
     assert sorted(example.right for example in result.examples) == [False, True, True, True]
 
 
-def test_templates_are_averaged_per_class_as_unit_vectors(world):
+def test_class_embeddings_average_unit_vectors(world):
     task = {"kind": "classification", "templates": ["{}", "{} red"]}
     data = world.open(world.class_folders("colours", [("green", "green"), ("blue", "blue")], task))
     for row, (r, g, b) in zip(data.class_embeddings(), [(-1, -1, 1), (-1, 1, -1)], strict=True):  # blue before green
@@ -51,7 +51,7 @@ def test_templates_are_averaged_per_class_as_unit_vectors(world):
         np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-6)
 
 
-def test_retrieval_finds_any_of_an_images_captions(world):
+def test_retrieval_accepts_any_caption_of_an_image(world):
     rows = [("red", ["red", "cyan"]), ("green", ["green"]), ("blue", ["blue"])]  # cyan is closer to both others
     result = evaluate(world.open(world.squares("caps", rows, {"kind": "retrieval"}, captions="caption")))
     assert values(result)["i2t_r1"] == 1.0
@@ -62,13 +62,13 @@ def test_retrieval_finds_any_of_an_images_captions(world):
     assert result.details == {"captions": 4}
 
 
-def test_retrieval_uses_only_the_captions_that_the_task_names(world):
+def test_retrieval_uses_only_the_named_captions(world):
     rows = [("red", ["red", "cyan"]), ("green", ["green"]), ("blue", ["blue"])]
     manifest = world.squares("caps", rows, {"kind": "retrieval", "captions": ["c0"]}, captions="caption")
     assert values(evaluate(world.open(manifest)))["t2i_r1"] == 1.0
 
 
-def test_recall_of_captions_and_its_interval_against_a_loop():
+def test_recall_interval_equals_a_loop():
     """Images are resampled with all their captions."""
     generator = np.random.default_rng(3)
     owner = generator.integers(0, 40, 150)
@@ -101,13 +101,13 @@ def test_winoground_reads_rows_in_pairs(world):
     assert values(result) == {"text": 0.25, "image": 0.5, "group": 0.25}
 
 
-def test_winoground_refuses_an_odd_number_of_rows(world):
+def test_winoground_rejects_an_odd_number_of_rows(world):
     manifest = world.squares("pairs", [("red", "red")] * 3, {"kind": "winoground"})
     with pytest.raises(UserError, match="pairs has 3 images and 3 captions"):
         evaluate(world.open(manifest))
 
 
-def test_segmentation_of_two_halves_is_exact_but_for_the_border_between_patches(world):
+def test_segmentation_of_two_halves_is_exact(world):
     result = evaluate(world.open(world.halves("seg", [("red", "green"), ("blue", "yellow")], {"kind": "segmentation"})))
     assert values(result)["pixel_accuracy"] == 1.0
     assert values(result)["miou"] == 1.0
@@ -115,7 +115,7 @@ def test_segmentation_of_two_halves_is_exact_but_for_the_border_between_patches(
     assert set(result.details["iou"]) == {"red", "green", "blue", "yellow"}
 
 
-def test_a_pixel_without_a_probable_class_is_background(world, tmp_path):
+def test_improbable_pixels_are_background(world, tmp_path):
     """A grey half is as far from one colour as from another."""
     task = {"kind": "segmentation", "background": 0.5}
     manifest = world.halves("seg", [("red", "green")], task)
@@ -135,7 +135,7 @@ def test_a_pixel_without_a_probable_class_is_background(world, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(60, 30), (30, 60)])
-def test_a_picture_in_one_piece_and_in_windows_of_one_colour_a_patch_agree(world, size, tmp_path):
+def test_whole_image_and_windows_agree(world, size, tmp_path):
     """Patches of this encoder see nothing but themselves, so that windows only average what is equal."""
     for name, variants in (("448-by-224", []), ("none", ["whole-image"])):
         manifest = world.halves(name, [("red", "green")], {"kind": "segmentation", "variants": variants})
@@ -164,7 +164,7 @@ def test_variants_reach_the_encoder_and_the_protocol_id(world, monkeypatch):
     assert [255 * std for std in seen[0]["normalisation"].std] == pytest.approx([68.501, 66.632, 70.323])
 
 
-def test_examples_are_segmented_once_and_go_from_the_best_to_the_worst(world, monkeypatch):
+def test_examples_are_segmented_once_and_sorted(world, monkeypatch):
     calls = []
     label = segmenter.Segmenter.label
     monkeypatch.setattr(
@@ -179,7 +179,7 @@ def test_examples_are_segmented_once_and_go_from_the_best_to_the_worst(world, mo
     assert [example.title for example in result.examples] == ["pixel accuracy 100.0"] * 4 + ["pixel accuracy 50.0"]
 
 
-def test_the_confusion_of_all_images_gives_the_scores(world):
+def test_segmentation_scores_use_the_total_confusion(world):
     """mIoU, accuracy and their intervals once more, by a loop over classes and draws."""
     generator = np.random.default_rng(0)
     truth, predicted = generator.integers(0, 4, (2, 30, 50))
@@ -203,14 +203,14 @@ def test_the_confusion_of_all_images_gives_the_scores(world):
     assert metrics[1].value == pytest.approx(100 * (truth == predicted).mean())
 
 
-def test_segmentation_names_a_mask_that_cannot_be_read(world, tmp_path):
+def test_unreadable_mask_is_named(world, tmp_path):
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     (tmp_path / "seg" / "masks" / "000.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"Mask '000.png' of seg cannot be read"):
         evaluate(world.open(manifest))
 
 
-def test_a_mask_that_does_not_lie_on_its_photo_is_refused(world, tmp_path):
+def test_mask_of_another_shape_is_rejected(world, tmp_path):
     """Such as that of a photo whose EXIF data turn it."""
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     turned = Image.Exif()
@@ -223,7 +223,7 @@ def test_a_mask_that_does_not_lie_on_its_photo_is_refused(world, tmp_path):
     assert values(evaluate(world.open(manifest)))["miou"] == 1.0
 
 
-def test_segmentation_without_a_pixel_to_count_is_refused(world, tmp_path):
+def test_masks_without_classes_are_rejected(world, tmp_path):
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     Image.new("L", (32, 32), 255).save(tmp_path / "seg" / "masks" / "000.png")
     with pytest.raises(UserError, match="No mask of seg has a pixel of a listed class"):
@@ -231,13 +231,13 @@ def test_segmentation_without_a_pixel_to_count_is_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize("kind", all_tasks())
-def test_a_set_without_samples_is_refused(world, kind):
+def test_set_without_samples_is_rejected(world, kind):
     manifest = world.squares("none", [], {"kind": kind}, masks="images", classes={0: "red"})
     with pytest.raises(UserError, match="none has no samples"):
         evaluate(world.open(manifest))
 
 
-def test_a_second_evaluation_loads_no_encoder(world, loaded):
+def test_second_evaluation_loads_no_encoder(world, loaded):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     first = evaluate(world.open(manifest))
     assert loaded == ["text", "image"] or loaded == ["image", "text"]
@@ -246,7 +246,7 @@ def test_a_second_evaluation_loads_no_encoder(world, loaded):
     assert loaded == []
 
 
-def test_another_head_reuses_features_and_another_pooling_does_not(world, run, loaded):
+def test_features_are_shared_between_heads_but_not_poolings(world, run, loaded):
     manifest = world.squares("caps", [("red", "red"), ("green", "green")], {"kind": "retrieval"})
     evaluate(world.open(manifest))
     loaded.clear()
@@ -264,7 +264,7 @@ def test_another_head_reuses_features_and_another_pooling_does_not(world, run, l
     assert loaded == ["text"]
 
 
-def test_encoding_that_was_stopped_is_finished(world, loaded):
+def test_stopped_encoding_is_completed(world, loaded):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     data = world.open(manifest)
     evaluate(data)
@@ -274,7 +274,7 @@ def test_encoding_that_was_stopped_is_finished(world, loaded):
     assert loaded == ["image"]
 
 
-def test_a_store_of_other_samples_is_refused(world, tmp_path):
+def test_store_of_other_samples_is_rejected(world, tmp_path):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     evaluate(world.open(manifest))
     Image.new("RGB", (4, 4)).save(tmp_path / "colours" / "green" / "new.png")
@@ -282,7 +282,7 @@ def test_a_store_of_other_samples_is_refused(world, tmp_path):
         evaluate(world.open(manifest))
 
 
-def test_another_template_is_encoded_beside_the_first(world):
+def test_templates_have_separate_stores(world):
     task = {"kind": "classification"}
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], task)
     first = world.open(manifest)
@@ -294,7 +294,7 @@ def test_another_template_is_encoded_beside_the_first(world):
     assert first.stores["images"].path == second.stores["images"].path
 
 
-def test_the_same_names_in_another_folder_are_other_images(world, tmp_path):
+def test_folders_have_separate_image_stores(world, tmp_path):
     manifest = world.class_folders("here", [("red", "red"), ("green", "green")], {"kind": "classification"})
     assert values(evaluate(world.open(manifest)))["top1"] == 1.0
     world.class_folders("there", [("red", "green"), ("green", "red")], {"kind": "classification"})
@@ -303,14 +303,14 @@ def test_the_same_names_in_another_folder_are_other_images(world, tmp_path):
     assert values(evaluate(world.open(moved)))["top1"] == 0.0
 
 
-def test_two_classes_of_one_name_are_refused(world):
+def test_duplicate_class_names_are_rejected(world):
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     manifest.write_text(manifest.read_text().replace("1: green", "1: red"))
     with pytest.raises(UserError, match="seg has two classes named 'red'"):
         evaluate(world.open(manifest))
 
 
-def test_a_store_of_another_encoder_is_refused(world, run, tmp_path):
+def test_store_of_another_encoder_is_rejected(world, run, tmp_path):
     """Folder names carry fingerprints; a store moved under another's name is still found out."""
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     data = world.open(manifest)
@@ -323,7 +323,7 @@ def test_a_store_of_another_encoder_is_refused(world, run, tmp_path):
         evaluate(world.open(manifest, other))
 
 
-def test_an_unreadable_image_is_named_and_read_again_once_mended(world, tmp_path):
+def test_unreadable_image_is_named_and_retried(world, tmp_path):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     picture = tmp_path / "colours" / "red" / "0.png"
     good = picture.read_bytes()
@@ -334,20 +334,20 @@ def test_an_unreadable_image_is_named_and_read_again_once_mended(world, tmp_path
     assert values(evaluate(world.open(manifest)))["top1"] == 1.0
 
 
-def test_a_diverged_head_is_refused(world, run):
+def test_diverged_head_is_rejected(world, run):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     run.model.encode_image = lambda features_BD: features_BD * float("nan")
     with pytest.raises(UserError, match="Its training has diverged"):
         evaluate(world.open(manifest))
 
 
-def test_a_caption_that_the_set_lacks_is_named(world):
+def test_unknown_caption_is_named(world):
     manifest = world.squares("caps", [("red", "red")], {"kind": "retrieval", "captions": ["long"]})
     with pytest.raises(UserError, match=r"caps has no caption 'long', only raw"):
         evaluate(world.open(manifest))
 
 
-def test_an_image_without_a_caption_is_found_but_does_not_ask():
+def test_image_without_caption_is_not_a_query():
     """Ranks as `align.metrics.ranks` gives them: the image that owns no text ranks last."""
     outcomes = {"image_rank": np.array([0, 0, 2]), "text_rank": np.array([0, 1]), "owner": np.array([0, 1])}
     metrics = {metric.name: metric for metric in compute_scores(retrieval_metrics(outcomes), 3)}
@@ -364,7 +364,7 @@ def test_an_image_without_a_caption_is_found_but_does_not_ask():
         ("winoground", "words has 2 captions per row. Name one"),
     ],
 )
-def test_a_set_that_does_not_fit_its_task_is_refused(world, kind, sentence):
+def test_unsuitable_set_is_rejected(world, kind, sentence):
     manifest = world.squares("words", [("red", ["red", "pink"])] * 2, {"kind": kind}, captions="caption")
     with pytest.raises(UserError, match=sentence):
         evaluate(world.open(manifest))

@@ -26,7 +26,7 @@ def values_of(metrics, items):
 
 @few
 @given(st.integers(2, 30), st.integers(1, 60), SEEDS)
-def test_recall_both_ways_is_the_hit_rate(images, captions, seed):
+def test_recall_equals_torchmetrics(images, captions, seed):
     """An image may own several captions, or none: then it is there to be found, and does not ask."""
     generator = np.random.default_rng(seed)
     owner_M = generator.integers(0, images, captions)
@@ -46,7 +46,7 @@ def test_recall_both_ways_is_the_hit_rate(images, captions, seed):
 
 @few
 @given(st.integers(2, 12), st.integers(1, 6), SEEDS)
-def test_accuracies_are_theirs(classes, each, seed):
+def test_accuracies_equal_torchmetrics(classes, each, seed):
     generator = np.random.default_rng(seed)
     labels_N = np.concatenate([np.arange(classes), generator.integers(0, classes, classes * each)])
     scores_NC = generator.normal(size=(len(labels_N), classes)) + 2 * np.eye(classes)[labels_N]
@@ -60,7 +60,7 @@ def test_accuracies_are_theirs(classes, each, seed):
 
 @few
 @given(st.integers(2, 9), st.integers(1, 5), SEEDS)
-def test_segmentations_scores_are_theirs(classes, pictures, seed):
+def test_segmentation_scores_equal_torchmetrics(classes, pictures, seed):
     generator = np.random.default_rng(seed)
     truth_NHW = generator.integers(0, classes, (pictures, 7, 11)).astype(np.uint8)
     truth_NHW[0, 0] = np.arange(11) % classes  # each class occurs: they give one that is only predicted a share
