@@ -50,7 +50,7 @@ def register() -> None:
     models.TYPE2FUNC[MODEL_TYPE] = load_sail
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
-    # Version 1.6 calls float() on arrays with one element, which new NumPy rejects. Give its module one that accepts them.
+    # Version 1.6 calls float() on arrays with one element, which new NumPy rejects. Give it one that accepts them.
     vars(_clip_benchmark("metrics.zeroshot_classification"))["float"] = _number
 
 

@@ -35,7 +35,7 @@ finally:
         (
             "evaluate",
             "classification demo-objects --protocol opneai-7",
-            "Protocol 'opneai-7' of demo-objects is invalid",
+            "Protocol 'opneai-7' of demo-objects",
         ),
         ("evaluate", "clip-benchmark runs/no --dataset wds/coco --dataset_root no", "--dataset_root no does not exist"),
     ],

@@ -77,8 +77,8 @@ def mean_iou(hits_C: Numbers, truth_C: Numbers, predicted_C: Numbers) -> float:
 def chance_mean_iou(truth_pixels_C: Ints) -> float:
     """Return the mIoU of labels drawn uniformly at random, from the pixels of each true class (C,).
 
-    For a class with a share p of the pixels, the share of hits is p / C and that of the union p + 1 / C − p / C. This is
-    exact in the limit of many pixels. Classes that do not occur are left out, as in `mean_iou`.
+    For a class with a share p of the pixels, the share of hits is p / C and that of the union p + 1 / C − p / C. This
+    is exact in the limit of many pixels. Classes that do not occur are left out, as in `mean_iou`.
     """
     share_C = truth_pixels_C[truth_pixels_C > 0] / truth_pixels_C.sum()
     classes = len(truth_pixels_C)
