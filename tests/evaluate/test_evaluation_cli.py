@@ -206,7 +206,7 @@ def test_out_writes_the_format_of_its_ending(sail_eval, squares, run, tmp_path, 
     assert "other" in written
 
 
-def test_reported_scores_are_printed(sail_eval, squares, run, monkeypatch):
+def test_scores_of_papers_are_printed(sail_eval, squares, run, monkeypatch):
     assert "reported" not in sail_eval("all", "--manifest", squares, "--quiet")[1]
     (record,) = json.loads((run.path / "scores.json").read_bytes())["records"]
     told = (Reported("Theirs", "a table", {(record["protocol"], "top1", 2): 33.25}),)

@@ -108,7 +108,7 @@ def test_confusion_matrix_equals_a_loop_over_pixels():
 
 
 def test_confusion_matrix_rejects_an_unknown_class():
-    with pytest.raises(ValueError, match="mask value 7 where there are 3 classes"):
+    with pytest.raises(ValueError, match="mask value 7, expected one of 3 classes"):
         confusion_matrix(np.array([[0, 7]], dtype=np.uint8), np.zeros((1, 2), dtype=int), 3)
 
 
