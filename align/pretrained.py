@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from sail_align.align.hub.folder import CARD, WEIGHTS, read_hub_folder
 from sail_align.align.runs.checkpoint import Run, load_run
 from sail_align.align.runs.folder import CONFIG, is_run, is_whole
-from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import load_recorded
 from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.text import TextEncoder
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.encoders.weights import download
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.images import upright_rgb

@@ -26,8 +26,8 @@ from sail_align.align.model.alignment import Architecture
 from sail_align.align.runs.checkpoint import save_checkpoint
 from sail_align.align.settings import FitSettings
 from sail_align.align.stats.metrics import TILE, ranks
-from sail_align.extract.encoders.base import Identity
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.manifest import find_manifest
 
 SAIL_EVAL = Path(sys.executable).parent / "sail-eval"
@@ -71,7 +71,7 @@ def main() -> None:
 
 def checkpoints(folder: Path, manifests: list[str], data_root: str | None, image: str, text: str) -> None:
     """Score two runs on the sets, and print what each took."""
-    encoders = load_image_encoder(image).identity, load_text_encoder(text).identity
+    encoders = ImageEncoderConfig(image).load().identity, TextEncoderConfig(text).load().identity
     runs = [untrained_run(folder / f"run-{seed}", *encoders, seed=seed) for seed in (1, 2)]
     where = ["--data-root", data_root] if data_root else []
     print("| set | rows | first checkpoint | of that encoding | second checkpoint | ratio |\n|---|---|---|---|---|---|")

@@ -32,10 +32,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from sail_align.extract.data import Part
-from sail_align.extract.encoders.base import VisionEncoder
 from sail_align.extract.encoders.catalogue import VISION, find_text
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
-from sail_align.extract.encoders.preprocessing import resize_and_crop
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.encoders.weights import fetch
 from sail_align.extract.executor.run import extract
 from sail_align.extract.schema import TableSource as Table
@@ -79,7 +78,7 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
     table = Table(kind="table", files="table.csv", images=str(folder.resolve()), captions={"raw": "caption"})
     source = TableSource(table, root)
     samples = list(source.samples())
-    encoder = load_image_encoder(IMAGE)
+    encoder = ImageEncoderConfig(IMAGE).load()
     pixels_BHWC = torch.stack([encoder.preprocess(source.image(sample.image)) for sample in samples])
 
     def encode() -> None:
@@ -112,7 +111,7 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
 
 def measure_texts(texts: list[str], repeats: int) -> None:
     """Compare sorted with unsorted batches."""
-    encoder = load_text_encoder(TEXT)
+    encoder = TextEncoderConfig(TEXT).load()
     folder = fetch(find_text(TEXT).origin).path
     plain = partial(unsorted, AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval())
     times = by_turns({"unsorted": lambda: plain(texts), "sorted": lambda: encoder.encode(texts)}, repeats)
@@ -169,7 +168,7 @@ def _decode_into(memory: str, size: int, row: int, file: Path) -> None:
     if memory not in _attached:
         _attached[memory] = shared_memory.SharedMemory(memory)
     place = np.ndarray((size, size, 3), np.uint8, _attached[memory].buf, row * size * size * 3)
-    place[:] = np.asarray(resize_and_crop(read_image(file), VISION[IMAGE].preprocessing))
+    place[:] = np.asarray(VISION[IMAGE].preprocessing.resize_and_crop(read_image(file)))
 
 
 def _consume(results: Iterator[None]) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from sail_align.extract.data import Part, Sample
-from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.store.store import Store
 
 DIMS = {"image": 2_048, "raw": 1_024, "long": 1_024}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sail_align.evaluate.models import Encoders, RunError
 from sail_align.extract.data import Part, Sample, Status
-from sail_align.extract.encoders.base import Identity, require_same
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import Manifest, TaskSettings
@@ -196,7 +196,7 @@ class EvaluationSet:
         if not same:
             raise UserError(f"{path} has other samples than {self.manifest.name} now. Remove that folder.")
         for array in arrays:
-            require_same(identity, array.identity, where=str(path))
+            identity.check_matches(array.identity, where=str(path))
             for shard in [shard for shard in array.markers if array.changed(shard)]:
                 array.discard(shard)  # damaged: it is encoded again
         if not arrays or not all(array.complete for array in arrays):

@@ -17,9 +17,11 @@ from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import read_json
-from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder
-from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder
+from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig, load_recorded
 from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.text import TextEncoder
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import canonical_json, write_atomically
@@ -62,8 +64,8 @@ def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("ru
     folder = root / ("open_clip-" + re.sub(r"[^\w.-]+", "-", name))
     if not (folder / "settings.json").is_file():
         towers = {
-            "image": load_image_encoder(reference, device=device).identity.to_json(),
-            "text": load_text_encoder(reference, device=device).identity.to_json(),
+            "image": ImageEncoderConfig(reference).load(device).identity.to_json(),
+            "text": TextEncoderConfig(reference).load(device).identity.to_json(),
         }
         write_atomically(folder / "encoders.json", json.dumps(towers, indent=1).encode())
         write_atomically(folder / "settings.json", json.dumps({"model": reference}, indent=1).encode())

@@ -18,8 +18,7 @@ from torch import Tensor
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.models import RunError
 from sail_align.extract.data import Sample
-from sail_align.extract.encoders.catalogue import Normalisation
-from sail_align.extract.encoders.preprocessing import margins, to_pixels
+from sail_align.extract.encoders.preprocessing import Normalisation, margins, to_pixels
 from sail_align.extract.errors import UserError
 
 SHORT_SIDE, LONG_SIDE = 448, 2048

@@ -80,11 +80,9 @@ def run(
         how = f"`sail-extract check {manifest}` says how to get them"
         raise UserError(f"The data of {manifest!r} are not under {root}; {how}.")
 
-    from sail_align.extract.encoders.catalogue import find_text, find_vision
-    from sail_align.extract.encoders.load import require_files
-    from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
+    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.executor.job import Job, NamedImageEncoder, NamedTextEncoder
+    from sail_align.extract.executor.job import Job, recorded_text_encoder
     from sail_align.extract.executor.local import LocalExecutor
     from sail_align.extract.executor.retry import retry_failed
     from sail_align.extract.executor.run import Executor, run_job
@@ -99,7 +97,7 @@ def run(
         if captions or image_encoder or retry:
             raise UserError("--add-captions leaves images alone; leave out --captions, --image-encoder and --retry.")
         known, chosen = Store.open(path).captions, add_captions.split(",")
-        if not text_encoder and (recorded := NamedTextEncoder.recorded(Store.open(path))):
+        if not text_encoder and (recorded := recorded_text_encoder(Store.open(path))):
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
         known = open_source(about, root).all_captions
@@ -109,10 +107,13 @@ def run(
         if name not in known:
             raise UserError(f"{about.name} has no caption {name!r}; it has {', '.join(known) or 'none'}.")
     Runtime.of(device, precision)
-    encoders = [find_vision(image_name), *([find_text(text_name)] if names else [])]
-    require_known_image_pooling(image_pooling, image_name)
+    image = text = None
+    if not add_captions:
+        image = ImageEncoderConfig(
+            image_name, image_pooling, precision, trust_remote_code, compiled, fast_jpeg=fast_jpeg
+        )
     if names:
-        require_text_pooling(text_pooling or find_text(text_name).pooling, text_name)
+        text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled)
     share = Share.parse(worker)
     executor: Executor = LocalExecutor.choose(workers, device)
     if engine == "ray":
@@ -122,15 +123,14 @@ def run(
     elif engine != "local" or ray_address:
         raise UserError(f"--engine {engine!r}: there are local and ray, and --ray-address goes with ray.")
     elif not (path / "zarr.json").exists():
-        require_files(*encoders)  # of no use is a store that nothing can fill
+        for encoder in filter(None, (image, text)):
+            encoder.download()  # before the store is created
     job = Job(
         manifest=about,
         data_root=root,
         store=path,
-        image=None
-        if add_captions
-        else NamedImageEncoder(image_name, image_pooling, precision, trust_remote_code, compiled, fast_jpeg),
-        text=NamedTextEncoder(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None,
+        image=image,
+        text=text,
         captions=names,
     )
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sail_align.extract.encoders.base import EncoderSpec, Identity
+from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.errors import UserError
 
 
@@ -23,7 +23,7 @@ def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float =
 class FakeVision:
     """Features are the mean of each channel and 1."""
 
-    stride, size, batch_size, least = 1, 8, 32, 0
+    stride, size, batch_size, min_jpeg_side = 1, 8, 32, 0
 
     def __init__(self, **changes):
         self.identity = identity("image", **changes)

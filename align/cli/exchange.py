@@ -40,12 +40,12 @@ def import_released(
     from sail_align.align.hub.released import CLAMP, read_released
     from sail_align.align.runs.checkpoint import save_checkpoint
     from sail_align.align.runs.claim import claim_run
-    from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.system.files import report_write_errors
 
     released = read_released(file)
-    image = load_image_encoder(names[0], pooling=image_pooling, device=device).identity
-    text = load_text_encoder(names[1], pooling=text_pooling, device=device).identity
+    image = ImageEncoderConfig(names[0], pooling=image_pooling).load(device).identity
+    text = TextEncoderConfig(names[1], pooling=text_pooling).load(device).identity
     released.require_encoders(image, text)
     if released.needs_clamp:
         typer.echo(

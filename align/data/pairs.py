@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from sail_align.align.data.captions import choose_captions
 from sail_align.extract.data import Status
-from sail_align.extract.encoders.base import require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import FILE_ROWS
@@ -104,9 +103,9 @@ def open_pairs(
             raise UserError(f"{path} holds the same data as {first_with[digest]}. Give each store once.")
         first_with[digest] = path
         first = opened[0] if opened else pairs
-        require_same(pairs.image.identity, first.image.identity, where=str(first.store.path))
+        pairs.image.identity.check_matches(first.image.identity, where=str(first.store.path))
         for array in pairs.texts:
-            require_same(array.identity, first.texts[0].identity, where=str(first.store.path))
+            array.identity.check_matches(first.texts[0].identity, where=str(first.store.path))
         opened.append(pairs)
     return opened
 

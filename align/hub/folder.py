@@ -16,7 +16,7 @@ from safetensors.torch import save
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.runs.checkpoint import Run, load_weights
 from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_file, read_json, record_digest
-from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import report_write_errors, write_atomically
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import damaged, read_json, run_of, scores_folder
 from sail_align.align.stats.tables import interval, number
-from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.identity import Identity
 
 _TASK = "zero-shot-image-classification"
 """The hub's word for models that compare pictures with texts."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
 from sail_align.align.model.heads import GLUHead
-from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 
 CLAMP = 1_000

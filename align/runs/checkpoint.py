@@ -38,7 +38,7 @@ from sail_align.align.runs.folder import (
     record_digest,
     require_run,
 )
-from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
 

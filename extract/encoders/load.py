@@ -1,188 +1,227 @@
-"""Load a frozen encoder by its name, or again as a store or a run recorded it."""
+"""Load a frozen encoder by its name, or the one that a store or a run recorded."""
 
 import re
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from sail_align.extract.encoders.base import Identity, TextEncoder, VisionEncoder, require_same
+from PIL import Image
+from torch import nn
+
 from sail_align.extract.encoders.catalogue import (
-    Folder,
     Hub,
-    OpenClipText,
-    OpenClipVision,
+    OpenClipTower,
     Package,
-    PackagedEfficientNet,
     TextEntry,
     TimmVision,
+    TransformersText,
     TransformersVision,
     VisionEntry,
     find_text,
     find_vision,
 )
-from sail_align.extract.encoders.open_clip_models import OpenClipTextEncoder, OpenClipVisionEncoder, load_open_clip
-from sail_align.extract.encoders.pooling import require_known_image_pooling, require_text_pooling
+from sail_align.extract.encoders.identity import EncoderSpec, Identity
+from sail_align.extract.encoders.open_clip_models import OpenClipBackbone, OpenClipTextEncoder, load_open_clip
+from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, check_pooling
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.timm_models import (
-    packaged_efficientnet,
-    timm_backbone,
-    timm_origin,
-    timm_preprocessing,
-)
-from sail_align.extract.encoders.transformers_load import load_pretrained
-from sail_align.extract.encoders.transformers_text import FrozenTextEncoder, TextSettings
-from sail_align.extract.encoders.transformers_vision import TransformersBackbone, published_preprocessing
-from sail_align.extract.encoders.vision import Backbone, FrozenVisionEncoder
-from sail_align.extract.encoders.weights import Checkpoint, fetch
-from sail_align.extract.errors import UserError
+from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder
+from sail_align.extract.encoders.timm_models import fetch_timm, load_timm
+from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained, read_preprocessing
+from sail_align.extract.encoders.vision import Backbone, VisionEncoder
+from sail_align.extract.encoders.weights import EncoderFiles, fetch
 
 
-def load_image_encoder(
-    name: str,
-    *,
-    pooling: str | None = None,
-    device: str = "cpu",
-    precision: str = "float32",
-    trust_remote_code: bool = False,
-    compiled: bool = False,
-    fast_jpeg: bool = False,
-) -> VisionEncoder:
-    """Load an image encoder.
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which encoder to load and how to run it. Small and picklable, so it can be sent to a worker.
 
-    Args:
-        name: One of `catalogue.VISION`, `hf:<repository or folder>[@<revision>]`, `timm:<model>` or
-            `open_clip:<model>@<weights>`.
-        pooling: `cls`, `mean` or `cls+mean`. Default: the catalogue's; a network without class token has only `mean`.
-        device: Where it runs; `auto` takes a GPU if there is one.
+    Attributes:
+        name: A name in the catalogue, or a reference (see `catalogue`).
+        pooling: `cls`, `mean` or `cls+mean` for images, `cls`, `mean` or `last` for texts. None takes the catalogue's
+            pooling, or the only one of a network.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
         trust_remote_code: Let an `hf:` repository at a full commit hash run its own code, if transformers lacks it.
-        compiled: Let torch.compile translate the network; what it computes differs by rounding.
-        fast_jpeg: Decode large JPEGs at reduced scale. It is a part of the encoder's preprocessing, and of its spec.
+        compiled: Compile the network with torch.compile. Features change by rounding.
 
     Raises:
-        UserError: One of these values is wrong, or the weights cannot be had.
+        UserError: The name is unknown, or the encoder does not have the pooling.
     """
-    require_known_image_pooling(pooling, name)
-    runtime = Runtime.of(device, precision, compiled=compiled)
-    return _image_encoder(name, find_vision(name), pooling, runtime, trust_remote_code, fast_jpeg)
+
+    name: str
+    pooling: str | None = None
+    precision: str = "float32"
+    trust_remote_code: bool = False
+    compiled: bool = False
+
+    _poolings: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        entry = self.entry
+        allowed = (entry.pooling,) if isinstance(entry, OpenClipTower) else self._poolings
+        pooling = self.pooling or entry.pooling
+        # An image encoder without class token needs no choice, but whether it has one is known only after loading.
+        if pooling is not None or isinstance(entry, TransformersText):
+            check_pooling(pooling, allowed, self.name)
+
+    @classmethod
+    def recorded(cls, identity: Identity) -> Self:
+        """Return the config of an encoder that a store or a run recorded."""
+        spec = identity.spec
+        name = spec.id
+        if identity.location:
+            name = f"{'open_clip' if spec.source['loader'] == 'open_clip' else 'hf'}:{identity.location}"
+        elif name.startswith("hf:"):
+            name = f"{name}@{spec.source['revision']}"
+        return cls(name, spec.pooling, spec.precision)
+
+    @property
+    def entry(self) -> VisionEntry | TextEntry:
+        """The encoder's entry in the catalogue, or what its reference means."""
+        raise NotImplementedError
+
+    def download(self) -> None:
+        """Download the encoder's files if they are not here. Files of OpenCLIP are only downloaded when it loads them.
+
+        Raises:
+            UserError: The files are not available.
+        """
+        entry = self.entry
+        if isinstance(entry, TimmVision):
+            fetch_timm(entry)
+        elif not isinstance(entry, OpenClipTower):
+            fetch(entry.origin)
+
+    def matches(self, spec: EncoderSpec) -> bool:
+        """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
+        entry = self.entry
+        revision = getattr(entry.origin, "revision", None)
+        return (
+            spec.id in (self.name, self.name.partition("@")[0])
+            and spec.precision == self.precision
+            and (self.pooling or entry.pooling) in (None, spec.pooling)
+            and revision in (None, spec.source.get("revision"))
+        )
+
+    def _load_transformers(self, origin: Hub | Path | Package) -> tuple[EncoderFiles, nn.Module]:
+        files = fetch(origin, with_code=self.trust_remote_code)
+        # Remote code runs only at a full commit hash: a branch can change after the user trusted it.
+        is_pinned = isinstance(origin, Hub) and re.fullmatch(r"[0-9a-f]{40}", origin.revision or "") is not None
+        return files, load_pretrained(files, allow_code=self.trust_remote_code and is_pinned)
+
+    def _id(self, files: EncoderFiles) -> str:
+        """Return the name without its revision. A local folder is named by its kind and weights instead of its path."""
+        is_open_clip = files.source["loader"] == "open_clip"
+        if files.location:
+            kind = "open_clip:folder" if is_open_clip else f"folder:{files.config.get('model_type', 'model')}"
+            return f"{kind}-{files.digest[:8]}"
+        return self.name if is_open_clip else self.name.partition("@")[0]
 
 
-def load_text_encoder(
-    name: str,
-    *,
-    pooling: str | None = None,
-    device: str = "cpu",
-    precision: str = "float32",
-    trust_remote_code: bool = False,
-    compiled: bool = False,
-) -> TextEncoder:
-    """Load a text encoder: one of `catalogue.TEXT` or `hf:<repository or folder>[@<revision>]`.
+@dataclass(frozen=True)
+class ImageEncoderConfig(EncoderConfig):
+    """Which image encoder to load and how to run it.
 
-    `pooling` is `cls`, `mean` or `last`, by default the catalogue's. The rest, and what is raised, is that of
-    `load_image_encoder`.
+    Attributes:
+        fast_jpeg: Decode large JPEGs at reduced scale. This is a part of the preprocessing, and so of the spec.
     """
-    runtime = Runtime.of(device, precision, compiled=compiled)
-    return _text_encoder(name, find_text(name), pooling, runtime, trust_remote_code)
+
+    fast_jpeg: bool = False
+
+    _poolings: ClassVar[tuple[str, ...]] = IMAGE_POOLINGS
+
+    @classmethod
+    def recorded(cls, identity: Identity) -> Self:
+        """Return the config of an encoder that a store or a run recorded."""
+        return replace(super().recorded(identity), fast_jpeg="jpeg_least" in identity.spec.preprocessing)
+
+    @property
+    def entry(self) -> VisionEntry:
+        """The encoder's entry in the catalogue, or what its reference means."""
+        return find_vision(self.name)
+
+    def matches(self, spec: EncoderSpec) -> bool:
+        """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
+        return super().matches(spec) and self.fast_jpeg == ("jpeg_least" in spec.preprocessing)
+
+    def load(self, device: str = "cpu", *, entry: VisionEntry | None = None) -> VisionEncoder:
+        """Load the encoder.
+
+        Args:
+            device: Where it runs. `auto` is a GPU if there is one.
+            entry: Replaces that of the catalogue.
+
+        Raises:
+            UserError: The device or precision is not available, or the weights are not.
+        """
+        runtime = Runtime.of(device, self.precision, compiled=self.compiled)
+        entry = entry or self.entry
+        backbone: Backbone
+        resize: Callable[[Image.Image], Image.Image] | None = None
+        match entry:
+            case TransformersVision():
+                files, model = self._load_transformers(entry.origin)
+                preprocessing = entry.preprocessing or read_preprocessing(files.read_json("preprocessor_config.json"))
+                backbone = TransformersBackbone(model, preprocessing.crop)
+            case TimmVision():
+                files, backbone, preprocessing = load_timm(entry)
+            case OpenClipTower():
+                towers, _, files = load_open_clip(entry.origin)
+                backbone = tower = OpenClipBackbone(towers.visual)
+                preprocessing, resize = tower.preprocessing, tower.resize
+        return VisionEncoder(
+            self._id(files),
+            files,
+            backbone,
+            preprocessing,
+            self.pooling or entry.pooling,
+            runtime,
+            fast_jpeg=self.fast_jpeg,
+            resize=resize,
+        )
+
+
+class TextEncoderConfig(EncoderConfig):
+    """Which text encoder to load and how to run it."""
+
+    _poolings: ClassVar[tuple[str, ...]] = TEXT_POOLINGS
+
+    @property
+    def entry(self) -> TextEntry:
+        """The encoder's entry in the catalogue, or what its reference means."""
+        return find_text(self.name)
+
+    def load(self, device: str = "cpu", *, entry: TextEntry | None = None) -> TextEncoder:
+        """Load the encoder; see `ImageEncoderConfig.load`."""
+        runtime = Runtime.of(device, self.precision, compiled=self.compiled)
+        entry = entry or self.entry
+        if isinstance(entry, OpenClipTower):
+            towers, tokenizer, files = load_open_clip(entry.origin)
+            return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
+        pooling = check_pooling(self.pooling or entry.pooling, TEXT_POOLINGS, self.name)
+        files, model = self._load_transformers(entry.origin)
+        return TransformersTextEncoder(self._id(files), files, model, pooling, runtime, entry.prefix, entry.token_limit)
 
 
 def load_recorded(
     identity: Identity, device: str = "cpu", *, trust_remote_code: bool = False
 ) -> VisionEncoder | TextEncoder:
-    """Load the encoder that a store or a run recorded: the same revision, pooling and precision.
+    """Load the encoder that a store or a run recorded, with the same revision, pooling and precision.
 
     Raises:
-        EncoderChangedError: What is found under its name is another encoder, or gives another golden vector.
-        UserError: It cannot be had.
+        EncoderChangedError: The encoder under the recorded name has another spec or golden vector.
+        UserError: It is not available.
     """
-    spec = identity.spec
-    kind = "open_clip" if spec.source["loader"] == "open_clip" else "hf"
-    name = f"{kind}:{identity.location}" if identity.location else spec.id
-    runtime = Runtime.of(device, spec.precision)
-    same: dict[str, Any] = {}
-    if spec.source["loader"] == "hub":
-        same["origin"] = Hub(spec.source["repository"], spec.source["revision"])
+    source = identity.spec.source
+    pinned: Any = {}
+    if source["loader"] == "hub":
+        pinned["origin"] = Hub(source["repository"], source["revision"])
     encoder: VisionEncoder | TextEncoder
-    if spec.modality == "image":
-        entry, fast_jpeg = replace(find_vision(name), **same), "jpeg_least" in spec.preprocessing
-        encoder = _image_encoder(name, entry, spec.pooling, runtime, trust_remote_code, fast_jpeg)
+    if identity.spec.modality == "image":
+        image = replace(ImageEncoderConfig.recorded(identity), trust_remote_code=trust_remote_code)
+        encoder = image.load(device, entry=replace(image.entry, **pinned))
     else:
-        encoder = _text_encoder(name, replace(find_text(name), **same), spec.pooling, runtime, trust_remote_code)
-    require_same(encoder.identity, identity, where="the record")
+        text = replace(TextEncoderConfig.recorded(identity), trust_remote_code=trust_remote_code)
+        encoder = text.load(device, entry=replace(text.entry, **pinned))
+    encoder.identity.check_matches(identity, where="the record")
     return encoder
-
-
-def require_files(*entries: VisionEntry | TextEntry) -> None:
-    """Find the encoders' files, downloading those that are not here; OpenCLIP's are found as they are loaded.
-
-    Raises:
-        UserError: They cannot be had.
-    """
-    for entry in entries:
-        match entry:
-            case OpenClipVision() | OpenClipText():
-                pass
-            case TimmVision():
-                fetch(entry.origin or timm_origin(entry.model))
-            case _:
-                fetch(entry.origin)
-
-
-def _image_encoder(
-    name: str, entry: VisionEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool, fast_jpeg: bool
-) -> FrozenVisionEncoder:
-    backbone: Backbone
-    match entry:
-        case OpenClipVision():
-            _require_own_pooling(name, pooling, entry.pooling)
-            model, _, checkpoint = load_open_clip(entry.origin)
-            return OpenClipVisionEncoder(
-                _open_clip_id(name, checkpoint), checkpoint, model, runtime, fast_jpeg=fast_jpeg
-            )
-        case TransformersVision():
-            checkpoint = fetch(entry.origin, with_code=trust_remote_code)
-            how = entry.preprocessing or published_preprocessing(checkpoint.read_json("preprocessor_config.json"))
-            model = load_pretrained(checkpoint, allow_code=_allow_code(entry.origin, trust_remote_code))
-            backbone = TransformersBackbone(model, how.crop)
-        case TimmVision():
-            how = timm_preprocessing(entry.model)
-            checkpoint = fetch(entry.origin or timm_origin(entry.model))
-            backbone = timm_backbone(checkpoint, entry.model)
-        case PackagedEfficientNet():
-            how = entry.preprocessing
-            checkpoint = fetch(entry.origin)
-            backbone = packaged_efficientnet(checkpoint.path, entry.model)
-    pooling = pooling or entry.pooling
-    return FrozenVisionEncoder(_id(name, checkpoint), checkpoint, backbone, how, pooling, runtime, fast_jpeg=fast_jpeg)
-
-
-def _text_encoder(
-    name: str, entry: TextEntry, pooling: str | None, runtime: Runtime, trust_remote_code: bool
-) -> FrozenTextEncoder | OpenClipTextEncoder:
-    if isinstance(entry, OpenClipText):
-        _require_own_pooling(name, pooling, entry.pooling)
-        towers, tokenizer, checkpoint = load_open_clip(entry.origin)
-        return OpenClipTextEncoder(_open_clip_id(name, checkpoint), checkpoint, towers, tokenizer, runtime)
-    settings = TextSettings(require_text_pooling(pooling or entry.pooling, name), entry.prefix, entry.token_limit)
-    checkpoint = fetch(entry.origin, with_code=trust_remote_code)
-    model = load_pretrained(checkpoint, allow_code=_allow_code(entry.origin, trust_remote_code))
-    return FrozenTextEncoder(_id(name, checkpoint), checkpoint, model, settings, runtime)
-
-
-def _allow_code(origin: Package | Hub | Folder, trusted: bool) -> bool:
-    """Remote code is run only where the user trusts it, and only at a commit: a branch can change under that trust."""
-    return trusted and isinstance(origin, Hub) and re.fullmatch(r"[0-9a-f]{40}", origin.revision or "") is not None
-
-
-def _require_own_pooling(name: str, pooling: str | None, own: str) -> None:
-    if pooling not in (None, own):
-        raise UserError(f"{name} pools as it was trained to, which is called {own!r} here, not {pooling!r}.")
-
-
-def _open_clip_id(name: str, checkpoint: Checkpoint) -> str:
-    return f"open_clip:folder-{checkpoint.digest[:8]}" if checkpoint.location else name
-
-
-def _id(name: str, checkpoint: Checkpoint) -> str:
-    """Return the name without its revision; of a local folder, whose name says nothing, the kind and the weights."""
-    if checkpoint.location:
-        return f"folder:{checkpoint.config.get('model_type', 'model')}-{checkpoint.digest[:8]}"
-    return name.partition("@")[0]

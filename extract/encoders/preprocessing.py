@@ -1,4 +1,6 @@
-"""From a picture to a network's input."""
+"""From an image to the input of a network."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -6,48 +8,75 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sail_align.extract.encoders.catalogue import ImagePreprocessing
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of RGB values in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, pixels_BHWC: Tensor) -> Tensor:
+        """Normalise uint8 pixels of any size on their device: (B, 3, H, W) float32, channels last in memory."""
+        batch, height, width, channels = pixels_BHWC.shape
+        # By rows: four times as fast on a CPU as by pixels, whose three values are too few for vector instructions.
+        mean, std = (torch.tensor(values, device=pixels_BHWC.device).repeat(width) for values in (self.mean, self.std))
+        rows = pixels_BHWC.reshape(batch, height, width * channels).float().div_(255).sub_(mean).div_(std)
+        return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """Resize with Pillow, crop the centre, and normalise.
+
+    Attributes:
+        crop: Height and width of the result.
+        resize: Length of the short side before the crop. None squashes the image to `crop` × `crop`.
+        interpolation: Name of a `PIL.Image.Resampling` in lower case.
+        mean: See `Normalisation`.
+        std: See `Normalisation`.
+    """
+
+    crop: int
+    resize: int | None
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Return the image as `crop` × `crop` pixels.
+
+        Only the pixels inside the crop are computed, so an image of 1 × 10,000 needs no more memory than any other.
+        Compared with resizing the whole image first, single pixels differ by the rounding of Pillow's two passes.
+        """
+        resampling = Image.Resampling[self.interpolation.upper()]
+        if self.resize is None:
+            return image.resize((self.crop, self.crop), resampling)
+        width, height = image.size
+        # The long side and an odd margin are rounded down, as in the image processors of transformers.
+        resized = [self.resize * side // min(width, height) for side in (width, height)]
+        left, top = ((side - self.crop) // 2 for side in resized)
+        scale_x, scale_y = width / resized[0], height / resized[1]
+        box = (left * scale_x, top * scale_y, (left + self.crop) * scale_x, (top + self.crop) * scale_y)
+        return image.resize((self.crop, self.crop), resampling, box=box)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """Return an RGB picture's own bytes, (H, W, 3) uint8."""
+    """Return the pixels of an image as RGB, (H, W, 3) uint8."""
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
-def resize_and_crop(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
-    """Return a picture of `crop` × `crop`.
-
-    Only what the crop keeps is computed, so that a picture of 1 × 10,000 needs no more memory than another; against
-    resizing all of it first, single pixels differ by the rounding of Pillow's two passes.
-    """
-    filter_ = Image.Resampling[how.interpolation.upper()]
-    if how.resize is None:
-        return image.resize((how.crop, how.crop), filter_)
-    width, height = image.size
-    # The long side and an odd margin are rounded down, as in the processors that transformers models come with.
-    resized = [how.resize * side // min(width, height) for side in (width, height)]
-    left, top = ((side - how.crop) // 2 for side in resized)
-    across, down = width / resized[0], height / resized[1]
-    box = (left * across, top * down, (left + how.crop) * across, (top + how.crop) * down)
-    return image.resize((how.crop, how.crop), filter_, box=box)
-
-
 def margins(side: int, multiple: int) -> tuple[int, int]:
-    """Return how many pixels to add before and after `side` so that it becomes a multiple; an odd one goes after."""
+    """Return the padding before and after `side` up to the next multiple. If it is odd, the larger part comes after."""
     missing = -side % multiple
     return missing // 2, missing - missing // 2
 
 
-def normalize(pixels_BHWC: Tensor, how: ImagePreprocessing) -> Tensor:
-    """Normalise uint8 pixels of any size on their device: (B, 3, H, W) float32, channels last in memory."""
-    batch, height, width, channels = pixels_BHWC.shape
-    # By rows: four times as fast on a CPU as by pixels, whose three numbers are too few for its vectors.
-    mean, std = (torch.tensor(values, device=pixels_BHWC.device).repeat(width) for values in (how.mean, how.std))
-    rows = pixels_BHWC.reshape(batch, height, width * channels).float().div_(255).sub_(mean).div_(std)
-    return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def frame(pixels_BCHW: Tensor, multiple: int) -> Tensor:
-    """Put normalised pixels into an even frame of zeros, up to the next multiple of both sides."""
-    down, across = (margins(side, multiple) for side in pixels_BCHW.shape[-2:])
-    return F.pad(pixels_BCHW, (*across, *down)) if any((*across, *down)) else pixels_BCHW
+def pad_to_multiple(pixels_BCHW: Tensor, multiple: int) -> Tensor:
+    """Pad normalised pixels with zeros on all sides, up to the next multiple of both sides (see `margins`)."""
+    vertical, horizontal = (margins(side, multiple) for side in pixels_BCHW.shape[-2:])
+    padding = (*horizontal, *vertical)
+    return F.pad(pixels_BCHW, padding) if any(padding) else pixels_BCHW

@@ -1,6 +1,6 @@
-"""Where and in which precision a network runs: what differs between a CPU and a GPU is here."""
+"""The device and the precision that a network runs with. Differences between CPU and GPU are confined to this file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,49 +9,12 @@ from torch import Tensor, nn
 
 from sail_align.extract.errors import UserError
 
-
-def largest_batch(encode: Callable[[int], object], limit: int) -> int:
-    """Return how many items a device's memory takes: 1, 2, 4 … are tried up to `limit`, itself a power of two.
-
-    A quarter is left free where memory ran out, for what varies between batches.
-
-    Raises:
-        UserError: Not even one fits.
-    """
-    fits = 0
-    while fits < limit:
-        try:
-            encode(fits * 2 or 1)
-        except torch.OutOfMemoryError as problem:
-            if not fits:
-                raise UserError(
-                    "The encoder does not fit into the device's memory; use --precision bfloat16."
-                ) from problem
-            torch.cuda.empty_cache()
-            return max(fits * 3 // 4, 1)
-        fits = fits * 2 or 1
-    return fits
-
-
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items of like length together: the positions of each batch, shortest items first.
-
-    A batch padded to its longest item has at most `budget` cells, unless one item alone has more.
-    """
-    batches: list[list[int]] = [[]]
-    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[position] > budget:
-            batches.append([])
-        batches[-1].append(position)
-    return batches if lengths else []
-
-
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device, and the precision of weights and activations. What the device cannot do fails; nothing falls back."""
+    """A device, and the precision of weights and activations. There is no fallback to another device or precision."""
 
     device: torch.device
     precision: str
@@ -59,19 +22,19 @@ class Runtime:
 
     @classmethod
     def of(cls, device: str, precision: str, *, compiled: bool = False) -> "Runtime":
-        """Check a user's choice; the device `auto` is a GPU if there is one.
+        """Check a user's choice. The device `auto` is a GPU if there is one.
 
         Raises:
-            UserError: There is no such precision, or no such device here.
+            UserError: The precision is unknown, or this machine lacks the device.
         """
         if precision not in PRECISIONS:
-            raise UserError(f"Unknown precision {precision!r}; use one of: {', '.join(PRECISIONS)}.")
+            raise UserError(f"Unknown precision {precision!r}. Choose one of: {', '.join(PRECISIONS)}.")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as problem:
-            raise UserError(f"Device {device!r} is not available here; use auto or cpu.") from problem
+            raise UserError(f"Device {device!r} is not available on this machine. Use auto or cpu.") from problem
         return cls(torch.device(device), precision, compiled)
 
     @property
@@ -86,26 +49,43 @@ class Runtime:
             frozen.compile()
         return frozen
 
+    @staticmethod
+    def host_buffer(*shape: int) -> Tensor:
+        """Return uninitialised uint8 memory on the CPU. It is page-locked if this process uses a GPU (see `upload`)."""
+        cuda: Any = torch.cuda  # `is_initialized` has no type hints
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=cuda.is_initialized())
+
     def upload(self, batch: Tensor) -> Tensor:
-        """Copy a batch to the device; a GPU fetches it out of `batch_memory` while the CPU goes on."""
+        """Copy a batch to the device. From a `host_buffer` to a GPU, the copy is asynchronous."""
         return batch.to(self.device, non_blocking=True)
 
     def batch_size(self, encode: Callable[[int], object], *, on_cpu: int, at_most: int) -> int:
-        """Return how many items are best encoded at once: on a GPU as many as fit, found by trying."""
-        return largest_batch(encode, at_most) if self.device.type == "cuda" else on_cpu
+        """Return the number of items to encode at once.
 
+        On a GPU it is found by trying 1, 2, 4 … items. If memory runs out, the largest batch that fitted is reduced by
+        a quarter, because batches vary.
 
-def batch_memory(*shape: int) -> Tensor:
-    """Return memory for a batch of bytes; it is page-locked where this process uses a GPU."""
-    cuda: Any = torch.cuda  # has no type hints there
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=cuda.is_initialized())
+        Args:
+            encode: Encodes this many items.
+            on_cpu: What to return for a CPU.
+            at_most: Largest number to try on a GPU, a power of two.
 
-
-def can_compile(device: str) -> bool:
-    """Tell whether torch.compile works here: it needs a C++ compiler, or for a GPU Triton."""
-    runtime = Runtime.of(device, "float32")
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=runtime.device))
-    except (RuntimeError, OSError):
-        return False
-    return True
+        Raises:
+            UserError: Not even one item fits.
+        """
+        if self.device.type != "cuda":
+            return on_cpu
+        fits = 0
+        while fits < at_most:
+            attempt = fits * 2 or 1
+            try:
+                encode(attempt)
+            except torch.OutOfMemoryError as problem:
+                if not fits:
+                    raise UserError(
+                        "The encoder does not fit into the device's memory. Use --precision bfloat16."
+                    ) from problem
+                torch.cuda.empty_cache()
+                return max(fits * 3 // 4, 1)
+            fits = attempt
+        return fits

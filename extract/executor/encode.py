@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.extract.data import Sample, Source, Status, UnreadableImageError
-from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
-from sail_align.extract.encoders.runtime import batch_memory
+from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.text import TextEncoder
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 
@@ -125,14 +126,14 @@ def _decode(
 
     def decode(sample: Sample, pixels_HWC: NDArray[np.uint8]) -> Status:
         try:
-            pixels_HWC[:] = encoder.preprocess(source.image(sample.image, encoder.least)).numpy()
+            pixels_HWC[:] = encoder.preprocess(source.image(sample.image, encoder.min_jpeg_side)).numpy()
             return Status.OK
         except UnreadableImageError as problem:
             pixels_HWC[:] = 0
             return problem.status
 
     size = min(encoder.batch_size, len(samples))
-    buffers = [batch_memory(size, encoder.size, encoder.size, 3) for _ in range(1 + AHEAD)]
+    buffers = [Runtime.host_buffer(size, encoder.size, encoder.size, 3) for _ in range(1 + AHEAD)]
     waiting: deque[tuple[int, Iterator[Status], Tensor]] = deque()
 
     def finish_oldest() -> tuple[int, NDArray[np.uint8], Tensor]:

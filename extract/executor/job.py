@@ -1,14 +1,15 @@
 """A picklable description of one extraction, from which any process can open source, store and encoders."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from sail_align.extract.data import Source
-from sail_align.extract.encoders.base import EncoderSpec, TextEncoder, VisionEncoder
-from sail_align.extract.encoders.catalogue import TextEntry, VisionEntry, find_text, find_vision
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.encoders.identity import EncoderSpec
+from sail_align.extract.encoders.load import TextEncoderConfig
+from sail_align.extract.encoders.text import TextEncoder
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.executor.encode import Advance, ArrayTask, EncodedRows
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import Manifest
@@ -29,67 +30,6 @@ class EncoderChoice(Protocol[Encoder]):
 
     def matches(self, spec: EncoderSpec) -> bool:
         """Return whether `load` would return the encoder of this spec, as far as is known without loading it."""
-
-
-@dataclass(frozen=True)
-class _NamedEncoder:
-    name: str
-    pooling: str | None = None
-    precision: str = "float32"
-    trust_remote_code: bool = False
-    compiled: bool = False
-
-    def _matches(self, spec: EncoderSpec, entry: VisionEntry | TextEntry) -> bool:
-        revision = getattr(entry.origin, "revision", None)
-        return (
-            spec.id in (self.name, self.name.partition("@")[0])
-            and spec.precision == self.precision
-            and (self.pooling or entry.pooling) in (None, spec.pooling)
-            and revision in (None, spec.source.get("revision"))
-        )
-
-
-@dataclass(frozen=True)
-class NamedImageEncoder(_NamedEncoder):
-    """An image encoder by its name and options, which are those of `load_image_encoder`."""
-
-    fast_jpeg: bool = False
-
-    def load(self, device: str) -> VisionEncoder:
-        """Load the encoder. Raises `UserError` if it is not available."""
-        return load_image_encoder(**asdict(self), device=device)
-
-    def matches(self, spec: EncoderSpec) -> bool:
-        """Return whether name, pooling, precision, pinned revision and JPEG decoding are those of the spec."""
-        return self._matches(spec, find_vision(self.name)) and self.fast_jpeg == ("jpeg_least" in spec.preprocessing)
-
-
-@dataclass(frozen=True)
-class NamedTextEncoder(_NamedEncoder):
-    """A text encoder by its name and options, which are those of `load_text_encoder`."""
-
-    @classmethod
-    def recorded(cls, store: Store) -> "NamedTextEncoder | None":
-        """Return the text encoder of a store, or None unless it has exactly one."""
-        found = {
-            array.identity.spec.id: array.identity for name in store.captions for array in store.texts(name).values()
-        }
-        if len(found) != 1:
-            return None
-        ((name, identity),) = found.items()
-        if identity.location:
-            name = f"hf:{identity.location}"
-        elif name.startswith("hf:"):
-            name = f"{name}@{identity.spec.source['revision']}"
-        return cls(name, identity.spec.pooling, identity.spec.precision)
-
-    def load(self, device: str) -> TextEncoder:
-        """Load the encoder. Raises `UserError` if it is not available."""
-        return load_text_encoder(**asdict(self), device=device)
-
-    def matches(self, spec: EncoderSpec) -> bool:
-        """Return whether name, pooling, precision and pinned revision are those of the spec."""
-        return self._matches(spec, find_text(self.name))
 
 
 @dataclass(frozen=True)
@@ -151,6 +91,12 @@ class Job:
             encoder = self.text.load(device)
             tasks += [ArrayTask.for_captions(store, name, encoder) for name in self.captions]
         return tasks
+
+
+def recorded_text_encoder(store: Store) -> TextEncoderConfig | None:
+    """Return the text encoder of a store, or None unless it has exactly one."""
+    found = {array.identity.spec.id: array.identity for name in store.captions for array in store.texts(name).values()}
+    return TextEncoderConfig.recorded(*found.values()) if len(found) == 1 else None
 
 
 def _completed(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sail_align.extract.data import Source, Status
-from sail_align.extract.encoders.base import VisionEncoder
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.errors import UserError
 from sail_align.extract.executor.encode import Advance, ArrayTask
 from sail_align.extract.executor.job import Job

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sail_align.extract.data import Source
-from sail_align.extract.encoders.base import TextEncoder, VisionEncoder
+from sail_align.extract.encoders.text import TextEncoder
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.executor.encode import ArrayTask
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Summary, Tally, cores

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.extract.data import Status
-from sail_align.extract.encoders.base import require_same
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import FILE_ROWS
@@ -72,7 +71,7 @@ def find_overlap(
             stores are the same.
     """
     ours, theirs = train.image(encoder), evaluation.image(encoder)
-    require_same(theirs.identity, ours.identity, where=str(train.path))
+    theirs.identity.check_matches(ours.identity, where=str(train.path))
     for store, array in ((train, ours), (evaluation, theirs)):
         if not array.complete:
             raise UserError(f"The images of {store.path} are not complete; finish them with `sail-extract run`.")

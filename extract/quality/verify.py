@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sail_align.extract.encoders.base import EncoderChangedError, Identity
+from sail_align.extract.encoders.identity import EncoderChangedError, Identity
 from sail_align.extract.encoders.load import load_recorded
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store

@@ -15,7 +15,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.data import Status
-from sail_align.extract.encoders.base import Identity
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.store.mapped import MappedChunks
 from sail_align.extract.system.files import (
     canonical_json,

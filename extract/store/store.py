@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from sail_align.extract.data import CaptionTables, Part, Sample
-from sail_align.extract.encoders.base import Identity, require_same
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.store.build_index import build_index
 from sail_align.extract.store.features import FeatureArray
@@ -274,13 +274,13 @@ class Store:
             with self.leases.hold(f"{modality}/{encoder}/{ARRAY}", waiting=lambda: None):
                 if not FeatureArray.exists(folder):
                     self._create_array(node, folder, identity)
-        require_same(identity, self._identity(node), where=str(self.path))
+        identity.check_matches(self._identity(node), where=str(self.path))
         return self._array(path)
 
     def _create_array(self, node: Path, folder: Path, identity: Identity) -> None:
         """Create an array in an order that can be resumed after any step."""
         if (node / "zarr.json").exists():
-            require_same(identity, self._identity(node), where=str(self.path))
+            identity.check_matches(self._identity(node), where=str(self.path))
         groups: dict[Path, dict[str, Any]] = {folder: {}, node: identity.to_json()}  # an image array is its node
         for group, attributes in groups.items():
             if not (group / "zarr.json").exists():

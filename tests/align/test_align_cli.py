@@ -195,7 +195,7 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
     )
     other = make_store("other", image=identity("image", dim=12, pooling="cls"))
     assert mistake("--features", good, "--features", other).startswith(
-        f"{good} was made with encoder 'fake-image' whose pooling is 'mean', but here it is 'cls'"
+        f"Encoder 'fake-image' has changed: {good} was made with pooling 'mean', got 'cls'"
     )
     assert mistake("--features", good, "--device", "cuda:99").startswith("Device 'cuda:99' is not available here")
     tiny = make_store("tiny", rows=1)

@@ -18,8 +18,8 @@ from sail_align.align.hub.model_card import model_card
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.runs.folder import record_digest
 from sail_align.evaluate.cli import app as evaluation
-from sail_align.extract.encoders.base import EncoderChangedError
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.encoders.identity import EncoderChangedError
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.errors import UserError
 
 TEXTS = ["a red cat", "the dog sleeps on the green bench", "a"]
@@ -28,7 +28,9 @@ TEXTS = ["a red cat", "the dog sleeps on the green bench", "a"]
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     image, text = save_encoders(tmp_path_factory.mktemp("encoders"))
-    return load_image_encoder(f"hf:{image}", pooling="cls+mean"), load_text_encoder(f"hf:{text}", pooling="mean")
+    return ImageEncoderConfig(f"hf:{image}", pooling="cls+mean").load(), TextEncoderConfig(
+        f"hf:{text}", pooling="mean"
+    ).load()
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def test_a_repository_of_the_hub_is_read_like_a_folder(run, folders, pictures, m
 
 
 def test_encoders_that_packages_ship_need_no_more_than_the_folder(tmp_path):
-    image, text = load_image_encoder("efficientnet-lite0"), load_text_encoder("minilm-l6")
+    image, text = ImageEncoderConfig("efficientnet-lite0").load(), TextEncoderConfig("minilm-l6").load()
     run = save_run(tmp_path / "packaged", image.identity, text.identity, expansion=1)
     export(run, "--out", str(tmp_path / "hub"))
     model = pretrained.load(tmp_path / "hub", device="cpu")

@@ -20,8 +20,8 @@ from sail_align.align.settings import FitSettings
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.models import Encoders
-from sail_align.extract.encoders.base import EncoderSpec, Identity
-from sail_align.extract.encoders.preprocessing import frame
+from sail_align.extract.encoders.identity import EncoderSpec, Identity
+from sail_align.extract.encoders.preprocessing import pad_to_multiple
 from sail_align.extract.manifest import find_manifest
 
 COLOURS = {
@@ -42,7 +42,7 @@ def identity(modality, weights="0"):
 class ColourVision:
     """Features are mean colours in [−1, 1]; patches of 4 × 4 pixels."""
 
-    stride, size, batch_size, least = 4, 16, 32, 0
+    stride, size, batch_size, min_jpeg_side = 4, 16, 32, 0
     identity = identity("image")
 
     def preprocess(self, image):
@@ -52,7 +52,7 @@ class ColourVision:
         return (pixels_BHWC / 127.5 - 1).mean(dim=(1, 2))
 
     def encode_dense(self, pixels_BHWC, *, normalisation=None, last_attention=True):
-        pixels_BCHW = frame(pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1, self.stride)
+        pixels_BCHW = pad_to_multiple(pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1, self.stride)
         return F.avg_pool2d(pixels_BCHW, self.stride).permute(0, 2, 3, 1)
 
 

@@ -13,7 +13,7 @@ from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate import clip_benchmark
 from sail_align.evaluate.cli import app
 from sail_align.evaluate.results.scores import RunScores
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.errors import UserError
 
 ROWS = 30
@@ -23,7 +23,10 @@ ROWS = 30
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image, text = save_encoders(tmp_path / "encoders")
-    image, text = load_image_encoder(f"hf:{image}", pooling="cls+mean"), load_text_encoder(f"hf:{text}", pooling="mean")
+    image, text = (
+        ImageEncoderConfig(f"hf:{image}", pooling="cls+mean").load(),
+        TextEncoderConfig(f"hf:{text}", pooling="mean").load(),
+    )
     return save_run(Path("runs/photos-glu"), image.identity, text.identity)
 
 

@@ -149,7 +149,7 @@ def test_second_evaluation_loads_no_tower(model, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a tower was loaded")
 
-    for name in ("models.load_image_encoder", "models.load_text_encoder", "models.load_recorded"):
+    for name in ("models.ImageEncoderConfig", "models.TextEncoderConfig", "models.load_recorded"):
         monkeypatch.setattr(f"sail_align.evaluate.{name}", load)
     assert scored("retrieval", str(manifest)).exit_code == 0
     assert metrics() == before

@@ -319,7 +319,7 @@ def test_store_of_another_encoder_is_rejected(world, run, tmp_path):
     path = data.stores["images"].path
     fingerprint, another = (each.image.spec.fingerprint[:8] for each in (run, other))
     path.rename(path.with_name(path.name.replace(fingerprint, another)))
-    with pytest.raises(UserError, match="weights is '0', but here it is '1'"):
+    with pytest.raises(UserError, match="weights '0', got '1'"):
         evaluate(world.open(manifest, other))
 
 

@@ -1,4 +1,4 @@
-"""How much is encoded at once, against a memory that is counted."""
+"""Batch sizes, with a simulated memory of limited size."""
 
 from itertools import chain, pairwise
 
@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from tiny_models import save_image_processor, save_randomised, save_tokenizer
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
-from sail_align.extract.encoders.runtime import Runtime, largest_batch, pack
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
+from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.text import pack
 from sail_align.extract.errors import UserError
 
+GPU = Runtime(torch.device("cuda"), "float32")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 class Memory:
-    """Takes so many items, and remembers what was tried."""
+    """Encodes at most `room` items, and records what was tried."""
 
     def __init__(self, room: int):
         self.room = room
@@ -32,20 +34,20 @@ class Memory:
 @pytest.mark.parametrize(
     ("room", "largest"), [(1, 1), (2, 1), (3, 1), (5, 3), (100, 48), (255, 96), (256, 256), (10**6, 256)]
 )
-def test_the_batch_is_doubled_until_memory_runs_out_and_a_quarter_is_left(room, largest):
+def test_batch_is_doubled_until_memory_runs_out_then_reduced_by_a_quarter(room, largest):
     memory = Memory(room)
-    assert largest_batch(memory, limit=256) == largest
+    assert GPU.batch_size(memory, on_cpu=32, at_most=256) == largest
     assert memory.tried == [2**i for i in range(len(memory.tried))]
     assert max(memory.tried) <= 256
 
 
-def test_an_encoder_for_which_there_is_no_room_is_one_sentence():
+def test_batch_size_reports_that_not_even_one_item_fits():
     with pytest.raises(UserError, match="does not fit into the device's memory"):
-        largest_batch(Memory(0), limit=256)
+        GPU.batch_size(Memory(0), on_cpu=32, at_most=256)
 
 
 @given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 500))
-def test_batches_hold_each_item_once_and_keep_to_the_budget(lengths, budget):
+def test_pack_keeps_every_item_once_and_the_budget(lengths, budget):
     batches = pack(lengths, budget)
     assert sorted(chain.from_iterable(batches)) == list(range(len(lengths)))
     for batch in batches:
@@ -59,7 +61,8 @@ def test_batches_hold_each_item_once_and_keep_to_the_budget(lengths, budget):
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """Batches are found as on a GPU; it takes 100 pictures or tokens."""
+    """Find batch sizes as on a GPU whose memory holds 100 images or tokens."""
+    original = Runtime.batch_size
 
     def batch_size(runtime, encode, *, on_cpu, at_most):
         memory = Memory(100)
@@ -68,21 +71,21 @@ def small_gpu(monkeypatch):
             memory(items)
             encode(items)
 
-        return largest_batch(attempt, at_most)
+        return original(GPU, attempt, on_cpu=on_cpu, at_most=at_most)
 
     monkeypatch.setattr(Runtime, "batch_size", batch_size)
 
 
-def test_pictures_are_tried_in_the_encoders_own_size(tmp_path, small_gpu):
+def test_image_batch_size_is_found_with_images_of_the_encoders_size(tmp_path, small_gpu):
     save_randomised(ViTModel(ViTConfig(**TINY, intermediate_size=64, image_size=56, patch_size=14)), tmp_path)
     save_image_processor(tmp_path)
-    assert load_image_encoder(f"hf:{tmp_path}", pooling="cls").batch_size == 48
+    assert ImageEncoderConfig(f"hf:{tmp_path}", pooling="cls").load().batch_size == 48
 
 
-def test_a_batch_of_short_texts_is_larger_than_one_of_long_texts(tmp_path, small_gpu):
+def test_batches_of_short_texts_are_larger(tmp_path, small_gpu):
     save_randomised(BertModel(BertConfig(**TINY, vocab_size=32, intermediate_size=64)), tmp_path)
     save_tokenizer(tmp_path)
-    encoder = load_text_encoder(f"hf:{tmp_path}", pooling="mean")
+    encoder = TextEncoderConfig(f"hf:{tmp_path}", pooling="mean").load()
     done = []
     encoder.encode(["the dog"] * 30 + ["the dog runs on the grass and the cat sleeps under a bench"] * 6, done.append)
     assert encoder.token_budget == 48

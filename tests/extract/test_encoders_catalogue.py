@@ -1,4 +1,4 @@
-"""Names, and what is said to a user whose name, pooling, precision or device is wrong."""
+"""Names and references of encoders, their files, and the errors for invalid ones."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,6 @@ from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.catalogue import (
     TEXT,
     VISION,
-    Folder,
     Hub,
     TimmVision,
     TransformersText,
@@ -19,13 +18,13 @@ from sail_align.extract.encoders.catalogue import (
     find_text,
     find_vision,
 )
-from sail_align.extract.encoders.load import load_image_encoder, load_text_encoder
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.encoders.weights import fetch
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Encoders
 
 
-def test_the_papers_pair_is_the_default_of_a_manifest():
+def test_manifest_defaults_to_the_papers_encoders():
     default = Encoders()
     image, text = find_vision(default.image), find_text(default.text)
     assert (image.origin, image.pooling) == (Hub("facebook/dinov2-large"), "cls+mean")
@@ -34,57 +33,62 @@ def test_the_papers_pair_is_the_default_of_a_manifest():
 
 
 @pytest.mark.parametrize("entry", [*VISION.values(), *TEXT.values()])
-def test_every_entry_says_its_pooling(entry):
+def test_every_entry_has_a_pooling(entry):
     assert entry.pooling is not None
 
 
-def test_references_name_anything_else(tmp_path):
+def test_references(tmp_path):
     assert find_vision("hf:owner/model") == TransformersVision(Hub("owner/model"))
     assert find_text("hf:owner/model@v2") == TransformersText(Hub("owner/model", "v2"))
-    assert find_text(f"hf:{tmp_path}") == TransformersText(Folder(Path(tmp_path)))
+    assert find_text(f"hf:{tmp_path}") == TransformersText(Path(tmp_path))
     assert find_vision("timm:resnet18.a1_in1k") == TimmVision("resnet18.a1_in1k")
 
 
 @pytest.mark.parametrize(
-    ("find", "name", "sentence"),
+    ("find", "name", "message"),
     [
-        (find_vision, "dinov2-larg", "Unknown image encoder 'dinov2-larg'; did you mean 'dinov2-large'"),
-        (find_text, "gte-lage", "Unknown text encoder 'gte-lage'; did you mean 'gte-large'"),
+        (find_vision, "dinov2-larg", "Unknown image encoder 'dinov2-larg'. Did you mean 'dinov2-large'"),
+        (find_text, "gte-lage", "Unknown text encoder 'gte-lage'. Did you mean 'gte-large'"),
         (find_vision, "gte-large", "Unknown image encoder 'gte-large'"),
         (find_text, "timm:resnet18", "Unknown text encoder"),
-        (find_text, "hf:./no/such/folder", "neither a folder that exists nor a repository"),
-        (find_vision, "hf:model", "neither a folder that exists nor a repository"),
+        (find_text, "hf:./no/such/folder", "neither an existing folder nor a repository"),
+        (find_vision, "hf:model", "neither an existing folder nor a repository"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_known_ones(find, name, sentence):
-    with pytest.raises(UserError, match=sentence) as refused:
+def test_unknown_name_is_rejected_with_the_known_ones(find, name, message):
+    with pytest.raises(UserError, match=message) as error:
         find(name)
-    if "Unknown" in sentence:
-        assert all(known in str(refused.value) for known in (VISION if find is find_vision else TEXT))
+    if "Unknown" in message:
+        assert all(known in str(error.value) for known in (VISION if find is find_vision else TEXT))
 
 
 @pytest.mark.parametrize(
-    ("load", "settings", "sentence"),
+    ("config", "options", "device", "message"),
     [
-        (load_image_encoder, {"pooling": "max"}, "has no pooling 'max'; use one of: cls, mean, cls\\+mean"),
-        (load_text_encoder, {"pooling": "cls+mean"}, "has no pooling 'cls\\+mean'; use one of: cls, mean, last"),
-        (load_image_encoder, {"precision": "float8"}, "Unknown precision 'float8'; use one of: float32"),
-        (load_text_encoder, {"device": "gpu"}, "Device 'gpu' is not available here"),
+        (ImageEncoderConfig, {"pooling": "max"}, "cpu", r"no pooling 'max'. Choose one of: cls, mean, cls\+mean"),
+        (
+            TextEncoderConfig,
+            {"pooling": "cls+mean"},
+            "cpu",
+            "has no pooling 'cls\\+mean'. Choose one of: cls, mean, last",
+        ),
+        (ImageEncoderConfig, {"precision": "float8"}, "cpu", "Unknown precision 'float8'. Choose one of: float32"),
+        (TextEncoderConfig, {}, "gpu", "Device 'gpu' is not available on this machine"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_anything_is_fetched(load, settings, sentence, monkeypatch):
+def test_invalid_option_is_rejected_before_any_download(config, options, device, message, monkeypatch):
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: pytest.fail("downloads"))
-    name = "dinov2-large" if load is load_image_encoder else "gte-large"
-    with pytest.raises(UserError, match=sentence):
-        load(name, **settings)
+    name = "dinov2-large" if config is ImageEncoderConfig else "gte-large"
+    with pytest.raises(UserError, match=message):
+        config(name, **options).load(device)
 
 
-def test_an_unknown_timm_model_is_answered_with_similar_ones():
-    with pytest.raises(UserError, match="timm has no model 'resnet81'; did you mean"):
-        load_image_encoder("timm:resnet81")
+def test_unknown_timm_model_is_rejected_with_similar_ones():
+    with pytest.raises(UserError, match=r"timm has no model 'resnet81'. Did you mean"):
+        ImageEncoderConfig("timm:resnet81").load()
 
 
-def test_a_repository_is_recorded_by_its_commit(tmp_path, monkeypatch):
+def test_repository_is_recorded_with_its_commit(tmp_path, monkeypatch):
     commit = "c" * 40
     snapshot = tmp_path / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -96,44 +100,44 @@ def test_a_repository_is_recorded_by_its_commit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("failure", "sentence"),
+    ("failure", "message"),
     [
-        (HFValidationError("bad"), "No repository 'owner/model'"),
-        (LocalEntryNotFoundError("offline"), "cannot be had and is not in the local cache"),
-        (RepositoryNotFoundError("404", response=Mock()), "No repository 'owner/model' at revision 'v9'"),
+        (HFValidationError("bad"), "Repository 'owner/model' .*does not exist"),
+        (LocalEntryNotFoundError("offline"), "cannot be downloaded and is not in the local cache"),
+        (RepositoryNotFoundError("404", response=Mock()), "Repository 'owner/model' at revision 'v9' does not exist"),
     ],
 )
-def test_a_repository_that_cannot_be_had_is_one_sentence(failure, sentence, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_unavailable_repository_is_rejected(failure, message, monkeypatch):
+    def fail(*args, **kwargs):
         raise failure
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=sentence):
+    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
+    with pytest.raises(UserError, match=message):
         fetch(Hub("owner/model", "v9"))
 
 
-def test_the_digest_of_sharded_weights_depends_on_every_shard_and_their_order(tmp_path):
+def test_digest_of_sharded_weights_depends_on_every_shard_and_their_order(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     first, second = tmp_path / "model-1-of-2.safetensors", tmp_path / "model-2-of-2.safetensors"
     digests = set()
     for contents in ((b"a", b"b"), (b"b", b"a"), (b"a", b"c"), (b"ab", b"")):
         for file, content in zip((first, second), contents, strict=True):
             file.write_bytes(content)
-        digests.add(fetch(Folder(tmp_path)).digest)
+        digests.add(fetch(tmp_path).digest)
     assert len(digests) == 4
 
 
 @pytest.mark.parametrize(
-    ("files", "sentence"),
+    ("files", "message"),
     [
         ({}, "has no config.json"),
-        ({"config.json": "[1]"}, "holds list where a JSON object is expected"),
+        ({"config.json": "[1]"}, "got list, expected a JSON object"),
         ({"config.json": "{"}, "is not valid JSON"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "has no .safetensors file, and pickled weights are not"),
     ],
 )
-def test_a_folder_that_is_no_model_is_one_sentence(files, sentence, tmp_path):
+def test_invalid_model_folder_is_rejected(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=sentence):
-        load_text_encoder(f"hf:{tmp_path}", pooling="cls")
+    with pytest.raises(UserError, match=message):
+        TextEncoderConfig(f"hf:{tmp_path}", pooling="cls").load()

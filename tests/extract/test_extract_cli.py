@@ -23,7 +23,7 @@ def edit(manifest: Path, old: str, new: str) -> None:
             "",
             "",
             ["--image-encoder", "dinov2-larg"],
-            "Unknown image encoder 'dinov2-larg'; did you mean",
+            "Unknown image encoder 'dinov2-larg'. Did you mean",
         ),
         ("", "", ["--text-encoder", "gte"], "Unknown text encoder 'gte'"),
         ("", "", [*PACKAGED, "--captions", "raw,short"], "pictures has no caption 'short'; it has raw, long."),
@@ -81,7 +81,7 @@ def test_run_status_and_verify(pictures, typed):
 
     code, _, err = typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--text-pooling", "cls")
     assert code == 2
-    assert "whose pooling is 'mean', but here it is 'cls'" in err
+    assert "was made with pooling 'mean', got 'cls'" in err
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_captions_and_encoders_are_added_without_the_images(pictures, typed, mon
     assert typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--captions", "raw")[0] == 0
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     shutil.move(pictures / "images", pictures / "elsewhere")
-    monkeypatch.setattr("sail_align.extract.executor.job.load_image_encoder", None)
+    monkeypatch.setattr("sail_align.extract.encoders.load.ImageEncoderConfig.load", None)
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", "--add-captions", "long")
     assert code == 0
     assert "text/minilm-l6/long: 3/3 shards, dim 384: 1 missing, 599 ok" in printed

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sail_align.extract.data import Status, UnreadableImageError
-from sail_align.extract.encoders.catalogue import ImagePreprocessing
-from sail_align.extract.encoders.preprocessing import resize_and_crop
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.executor.encode import encode_images
 from sail_align.extract.schema import ClassFolderSource as ClassFolder
 from sail_align.extract.sources.class_folder import ClassFolderSource
@@ -213,7 +212,9 @@ def test_cutting_while_resizing_is_cutting_after_it(how):
     """To rounding: Pillow resizes one direction first and rounds to whole levels in between."""
     for path in sorted((PHOTOS / "coco-mini/images").iterdir())[::8]:
         image = read_image(path)
-        ours, theirs = (np.asarray(do(image, how), dtype=int) for do in (resize_and_crop, whole_then_cut))
+        ours, theirs = (
+            np.asarray(cropped, dtype=int) for cropped in (how.resize_and_crop(image), whole_then_cut(image, how))
+        )
         assert np.abs(ours - theirs).mean() < 0.3
         assert (np.abs(ours - theirs) > 1).mean() < 0.01
 
@@ -223,7 +224,7 @@ def test_cutting_while_resizing_is_cutting_after_it(how):
 def test_any_shape_is_resized_in_little_memory(size, how):
     image = Image.new("RGB", size, RED)
     before = getrusage(RUSAGE_SELF).ru_maxrss
-    resized = resize_and_crop(image, how)
+    resized = how.resize_and_crop(image)
     assert getrusage(RUSAGE_SELF).ru_maxrss - before < 100_000  # KB; all of the first one enlarged takes 1.5 GB
     assert resized.size == (how.crop, how.crop)
     assert (np.asarray(resized) == RED).all()

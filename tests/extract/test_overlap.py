@@ -85,7 +85,7 @@ def test_the_command_prints_count_and_pairs_and_writes_the_list(stores, tmp_path
 def test_what_cannot_be_compared_is_refused(stores, tmp_path):
     train, *_ = stores
     few = np.ones((300, DIM))
-    with pytest.raises(UserError, match="whose pooling is 'mean', but here it is 'cls'"):
+    with pytest.raises(UserError, match="made with pooling 'mean', got 'cls'"):
         find_overlap(train, make(tmp_path, few, name="other", pooling="cls"), quiet=True)
     with pytest.raises(UserError, match=r"unfinished\.zarr are not complete"):
         find_overlap(train, make(tmp_path, few, name="unfinished", commit=False), quiet=True)

@@ -192,7 +192,7 @@ def test_adding_a_caption_leaves_every_other_file_alone(store):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"pooling": "cls"}, "whose pooling is 'mean', but here it is 'cls'"), ({"golden": -1.0}, "fixed test input")],
+    [({"pooling": "cls"}, "made with pooling 'mean', got 'cls'"), ({"golden": -1.0}, "fixed input")],
 )
 def test_another_encoder_of_the_same_name_is_refused(store, changes, said):
     store.add_image(identity("image"))

@@ -1,0 +1,97 @@
+"""The identity of an encoder: what determines its features, and how a changed encoder is detected."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from sail_align.extract.errors import UserError
+
+GOLDEN_TEXT = "Two brown dogs chase a red ball across the wet grass, and a child in a yellow coat watches them."
+"""Input of the golden vector of text encoders."""
+GOLDEN_COSINE = 0.999
+"""Lowest cosine of the golden vectors of one encoder on a CPU and a GPU, or in float32 and bfloat16."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything that determines an encoder's output. Encoders with equal specs give equal features.
+
+    Attributes:
+        id: Name in the catalogue, or reference, without its revision.
+        modality: What it encodes.
+        source: Where the weights come from: loader, repository or package, revision.
+        weights: SHA-256 of the weights.
+        preprocessing: Steps before the network: size, crop and mean, or prefix and token limit.
+        pooling: How token features become one vector.
+        precision: Name of the dtype of weights and activations.
+        dim: Number of features.
+    """
+
+    id: str
+    modality: Literal["image", "text"]
+    source: dict[str, str]
+    weights: str
+    preprocessing: dict[str, Any]
+    pooling: str
+    precision: str
+    dim: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of the spec. It does not cover library versions and golden vectors."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class EncoderChangedError(UserError):
+    """An encoder differs from the one that a store or a run was made with."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A spec and what is recorded with it in a store's encoder node and in a run's checkpoint.
+
+    Attributes:
+        spec: What determines the output.
+        golden: Features of a fixed input. They reveal changes that no field of the spec shows.
+        versions: Versions of the libraries, by package.
+        location: Path of a local model folder, to find it again. Empty for all other encoders.
+    """
+
+    spec: EncoderSpec
+    golden: list[float]
+    versions: dict[str, str]
+    location: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-able data, including the fingerprint for readers."""
+        return {**asdict(self), "fingerprint": self.spec.fingerprint}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Identity":
+        """Read a record that `to_json` returned."""
+        return cls(EncoderSpec(**record["spec"]), record["golden"], record["versions"], record["location"])
+
+    def check_matches(self, recorded: "Identity", where: str) -> None:
+        """Check that this is the encoder that `where` was made with.
+
+        Raises:
+            EncoderChangedError: A field of the spec differs, or the specs are equal and the golden vectors are not.
+        """
+        found, expected = asdict(self.spec), asdict(recorded.spec)
+        for name, value in expected.items():
+            if found[name] != value:
+                raise EncoderChangedError(
+                    f"Encoder {recorded.spec.id!r} has changed: {where} was made with {name} {value!r}, got "
+                    f"{found[name]!r}. Use the same encoder, or another store."
+                )
+        cosine = torch.cosine_similarity(torch.tensor(self.golden), torch.tensor(recorded.golden), dim=0).item()
+        if not cosine >= GOLDEN_COSINE:  # also true for NaN
+            raise EncoderChangedError(
+                f"Encoder {recorded.spec.id!r} has changed: its features of a fixed input have a cosine of "
+                f"{cosine:.4f} with those that {where} was made with, expected at least {GOLDEN_COSINE}. Compare the "
+                f"library versions {self.versions} with {recorded.versions}."
+            )

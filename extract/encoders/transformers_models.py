@@ -1,0 +1,236 @@
+"""Models of transformers: loading every tensor from the checkpoint, and the backbone of image encoders."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, GteConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing
+from sail_align.extract.encoders.vision import Backbone
+from sail_align.extract.encoders.weights import EncoderFiles
+from sail_align.extract.errors import UserError
+
+# GTE was first published with code of its own (`model_type` "new"), whose config has other fields than transformers'
+# GteConfig. The config is translated field by field, so that no remote code runs; transformers renames the tensors.
+# A field that is not listed below has no known translation and is rejected.
+
+# Fields with the same name and meaning in both configs.
+_SHARED = frozenset(
+    {
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_norm_eps",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "pad_token_id",
+        "type_vocab_size",
+        "vocab_size",
+    }
+)
+# Fields that select another architecture, with the only value that GteConfig's model implements.
+_FIXED = {
+    "layer_norm_type": "layer_norm",
+    "position_embedding_type": "rope",
+    "logn_attention_scale": False,
+    "logn_attention_clip1": False,
+}
+# Fields that describe how the original code runs or how it was saved, but not what it computes.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "id2label",
+        "label2id",
+        "model_type",
+        "pack_qkv",
+        "torch_dtype",
+        "transformers_version",
+        "unpad_inputs",
+        "use_memory_efficient_attention",
+    }
+)
+# Defaults of the original config that differ from those of GteConfig.
+_DEFAULTS = {"vocab_size": 30528, "max_position_embeddings": 2048, "pad_token_id": 0}
+
+
+def translate_gte_config(config: dict[str, Any]) -> GteConfig:
+    """Translate the `config.json` of a GTE model in its original form.
+
+    Raises:
+        UserError: A field is unknown, or asks for something that the native model does not implement.
+    """
+    unknown = sorted(config.keys() - _SHARED - _FIXED.keys() - _WITHOUT_EFFECT - {"rope_theta", "rope_scaling"})
+    if unknown:
+        field = unknown[0]
+        raise UserError(
+            f"The GTE config is invalid: its field {field!r} with value {config[field]!r} has no translation. Use a "
+            "checkpoint in the native form (model_type 'gte')."
+        )
+    for field, value in _FIXED.items():
+        if config.get(field, value) != value:
+            raise UserError(f"The GTE config is invalid: {field} is {config[field]!r}; only {value!r} can be loaded.")
+    shared = {field: config[field] for field in _SHARED & config.keys()}
+    settings = {**_DEFAULTS, **shared}
+    theta, scaling = float(config.get("rope_theta", 10_000.0)), config.get("rope_scaling")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if scaling is not None:
+        if scaling.keys() != {"type", "factor"} or scaling["type"] != "ntk":
+            raise UserError(
+                f"The GTE config is invalid: rope_scaling is {scaling!r}; only type 'ntk' with a factor can be loaded."
+            )
+        # The original's fixed NTK scaling by f has the rotary frequencies (θ·f)^(−2i/d) · f^(−2/d) for head size d.
+        # These are the frequencies of base θ·f, all divided by f^(2/d), which is "linear" scaling in transformers.
+        factor = float(scaling["factor"])
+        head_dim = settings.get("hidden_size", 768) // settings.get("num_attention_heads", 12)
+        rope = {"rope_type": "linear", "rope_theta": theta * factor, "factor": factor ** (2 / head_dim)}
+    return GteConfig(**settings, rope_parameters=rope)
+
+
+def load_pretrained(files: EncoderFiles, *, allow_code: bool) -> nn.Module:
+    """Load the base model of a checkpoint in float32.
+
+    Args:
+        files: A folder in the form of `save_pretrained`.
+        allow_code: Run the repository's own code if transformers does not have the architecture.
+
+    Raises:
+        UserError: The architecture is unknown, or tensors are missing or of another shape. transformers would
+            initialise those at random.
+    """
+    config, is_remote = _read_config(files, allow_code)
+    with _no_progress_bar():
+        model, loading = AutoModel.from_pretrained(
+            files.path,
+            config=config,
+            dtype="float32",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=is_remote,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, with all missing ones
+        )
+    # The pooler is a layer after the token states that no pooling here uses.
+    lost = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    lost += sorted(str(key) for key, *_ in loading["mismatched_keys"])
+    if lost:
+        raise UserError(
+            f"The weights in {files.path} do not match its config: {len(lost)} tensors are missing or of another "
+            f"shape, the first is {lost[0]}. Use the config that belongs to the weights."
+        )
+    network: nn.Module = model
+    return network
+
+
+def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfig, bool]:
+    """Return a checkpoint's config, and whether it is of an architecture in the repository's own code."""
+    kind, code = files.config.get("model_type"), files.config.get("auto_map", {})
+    if kind == "new":  # GTE in its original form
+        return translate_gte_config(files.config), False
+    with suppress(ValueError):  # transformers does not have the architecture
+        return AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False), False
+    if not code:
+        raise UserError(f"{files.path} has model_type {kind!r}, which the installed transformers lacks. Update it.")
+    if not allow_code:
+        raise UserError(
+            f"{files.path} has model_type {kind!r}, which needs its own code to run. To trust it, pass "
+            "--trust-remote-code and pin the commit: hf:<owner>/<name>@<40-digit commit>."
+        )
+    elsewhere = [reference for reference in code.values() if "--" in str(reference)]
+    if elsewhere:
+        raise UserError(
+            f"The code {elsewhere[0]!r} is in another repository, which no revision pins. Copy it into this one."
+        )
+    return AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=True), True
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hide transformers' progress bar for the tensors of a file, which takes seconds and clutters logs."""
+    bars: Any = logging  # has no type hints
+    was_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            bars.enable_progress_bar()
+
+
+class TransformersBackbone(Backbone):
+    """A transformers vision model up to its last tokens or feature map.
+
+    The last h · w tokens are the patches. If there are more, the first one is the class token; any others are registers
+    between the two and are ignored.
+    """
+
+    library = "transformers"
+
+    def __init__(self, model: Any, size: int):
+        super().__init__()
+        if getattr(model, "main_input_name", None) != "pixel_values":
+            raise UserError(f"{type(model).__name__} takes more than pixels. Use an encoder of images alone.")
+        self.model: Any = model
+        accepted = inspect.signature(model.forward).parameters
+        # ViT and related models reject other sizes than their own without this option; DINOv2 and DINOv3 accept them.
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        with torch.inference_mode():
+            features = self._features(torch.zeros(1, 3, size, size))
+        if features.ndim == 4:
+            self.stride, self.has_cls = size // features.shape[-1], False
+        else:
+            patch = model.config.patch_size
+            self.stride = patch if isinstance(patch, int) else patch[0]
+            self.has_cls = features.shape[1] > (size // self.stride) ** 2
+
+    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the class token, if there is one, and the map of patches."""
+        features = self._features(pixels_BCHW)
+        if features.ndim == 4:
+            return None, features.permute(0, 2, 3, 1)
+        height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
+        patches_BhwD = features[:, -height * width :].reshape(len(features), height, width, -1)
+        return (features[:, 0] if self.has_cls else None), patches_BhwD
+
+    def _features(self, pixels_BCHW: Tensor) -> Tensor:
+        features: Tensor = self.model(pixels_BCHW, **self._options).last_hidden_state
+        return features
+
+
+def read_preprocessing(config: dict[str, Any]) -> ImagePreprocessing:
+    """Read a `preprocessor_config.json`.
+
+    Raises:
+        UserError: It asks for anything but resizing, centre cropping and normalising to squares, or lacks a value.
+    """
+    size, crop = config.get("size", {}), config.get("crop_size", {})
+    try:
+        interpolation = Image.Resampling(config["resample"]).name.lower()
+        mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+        if config.get("do_center_crop"):
+            height, width, resize = crop["height"], crop["width"], size["shortest_edge"]
+        else:
+            height, width, resize = size["height"], size["width"], None
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(
+            f"preprocessor_config.json with size {size!r} and crop_size {crop!r} has an unknown form ({problem!r}). "
+            "Use an encoder of the catalogue, or a timm one."
+        ) from problem
+    if height != width:
+        raise UserError(
+            f"preprocessor_config.json is invalid: got images of {crop or size}, only squares are supported."
+        )
+    return ImagePreprocessing(height, resize, interpolation, mean, std)
