@@ -48,7 +48,8 @@ def main() -> None:
     for precision in asked.precisions:
         for size in asked.sizes:
             print(time_row(size, precision, asked.repeats, dense=not asked.no_dense), flush=True)
-    print(f"\nelementwise parts: {losses.compile_failure() or 'compiled'}; {torch.get_num_threads()} threads")
+    failure = losses._repel.failure or losses._softmax.failure
+    print(f"\nelementwise parts: {failure or 'compiled'}; {torch.get_num_threads()} threads")
     for size in asked.memory:
         for precision in asked.precisions:
             command = [sys.executable, __file__, "--peak-of", str(size), "--precisions", precision]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sail_align.align.data.pairs import Half, held_out_count, key_hashes, not_finite
-from sail_align.align.model.closed_form import LinearMap, Moments, regularised_cca
+from sail_align.align.model.closed_form import Moments
 from sail_align.align.settings import CLOSED_FORM_DIM
 from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import cka_by_row, mutual_knn, ranks, unit_rows
@@ -167,20 +167,15 @@ def _scores(
 def _closed_form(
     image_ND: Half, text_ND: Half, fitted: NDArray[np.int64], tested: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the tested rows' embeddings (T, E) of both sides under the CCA of the fitted rows."""
+    """Return the embeddings (T, E) of the tested rows of both sides, using the CCA of the fitted rows."""
     moments = Moments(image_ND.shape[1], text_ND.shape[1])
     for start in range(0, len(fitted), 1_024):
         block = fitted[start : start + 1_024]
         moments.add(torch.from_numpy(image_ND[block]), torch.from_numpy(text_ND[block])[None])
-    found = regularised_cca(moments, min(CLOSED_FORM_DIM, image_ND.shape[1], text_ND.shape[1]))
-    return _embed(found.image, image_ND[tested]), _embed(found.text, text_ND[tested])
-
-
-def _embed(linear_map: LinearMap, features_ND: Half) -> NDArray[np.float32]:
-    features = torch.from_numpy(features_ND).double()
-    normed = F.layer_norm(features, features.shape[-1:])
-    embedded: NDArray[np.float32] = F.normalize(normed @ linear_map.weight.T + linear_map.bias).float().numpy()
-    return embedded
+    image_map, text_map, _ = moments.cca(min(CLOSED_FORM_DIM, image_ND.shape[1], text_ND.shape[1]))
+    x_TE = F.normalize(image_map(torch.from_numpy(image_ND[tested])))
+    y_TE = F.normalize(text_map(torch.from_numpy(text_ND[tested])))
+    return x_TE.float().numpy(), y_TE.float().numpy()
 
 
 def _recall(percent: float, interval: tuple[float, float]) -> str:

@@ -1,4 +1,4 @@
-"""The trained part of the model: two heads, the temperature and the bias."""
+"""The trained part of the model: two heads, a temperature and a bias."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class AlignmentModel(nn.Module):
-    """Maps frozen image and text features into one space: `x = L2(head_I(image))`, `y = L2(head_T(text))`.
+    """Map frozen image and text features into a shared space: `x = L2(head_I(image))`, `y = L2(head_T(text))`.
 
-    The similarity's scale is t = exp(τ); τ is `log_scale`, kept in [0, ln 100]. Both τ and the bias b are learned and
-    belong to the loss alone: embeddings and their ranking do not depend on them.
+    The loss scales similarities by t = exp(τ) and adds the bias b. τ is `log_scale`, kept in [0, ln 100]. Both are
+    learned, but only the loss uses them: embeddings and their ranking do not depend on them.
     """
 
     def __init__(self, image_head: Head, text_head: Head, *, scale: float = 20.0, bias: float = -10.0):
@@ -27,22 +27,22 @@ class AlignmentModel(nn.Module):
         self.bias = nn.Parameter(torch.tensor(float(bias)))
 
     def encode_image(self, features_BD: Tensor) -> Tensor:
-        """Return (…, E) float32, L2-normalised, for image features (…, D) of any float type."""
+        """Return unit-norm float32 embeddings (…, E) of image features (…, D) of any float type."""
         return F.normalize(self.image_head(features_BD.float()), dim=-1)
 
     def encode_text(self, features_BD: Tensor) -> Tensor:
-        """Return (…, E) float32, L2-normalised, for text features (…, D) of any float type."""
+        """Return unit-norm float32 embeddings (…, E) of text features (…, D) of any float type."""
         return F.normalize(self.text_head(features_BD.float()), dim=-1)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Bring τ back into [0, ln 100] after an optimiser's step."""
+        """Clamp τ to [0, ln 100] after an optimiser step."""
         self.log_scale.clamp_(0, MAX_LOG_SCALE)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that decides the shape of a model, and so what a checkpoint must record to build it again."""
+    """The settings that determine the shape of a model; a checkpoint records them to rebuild it."""
 
     head: HeadKind
     image_dim: int
@@ -55,7 +55,7 @@ class Architecture:
     image_power: float = 1.0
 
     def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
-        """Return a fresh model; its weights come from torch's global random state."""
+        """Return a new model with random weights, drawn from torch's global random state."""
         sides = ((self.image_dim, self.image_dropout), (self.text_dim, self.text_dropout))
         heads = [
             make_head(self.head, input_dim, self.dim, expansion=self.expansion, dropout=dropout)

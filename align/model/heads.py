@@ -1,12 +1,13 @@
-"""Heads: what maps a frozen encoder's features into the shared space.
+"""Heads map the features of a frozen encoder into the shared space.
 
-Every head is power → LayerNorm → body (→ plus a linear path), and its output is not yet normalised.
+A head is power → LayerNorm → body, plus an optional linear path beside the body. Its output is not L2-normalised.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,20 +15,20 @@ from sail_align.align.model.fused import gated_linear, normed_linear
 
 HeadKind = Literal["linear", "mlp", "glu"]
 OfInput = Callable[[nn.Linear], Tensor]
-"""Applies a layer to the input of a head's body: the normalised features."""
+"""Applies a layer to the normalised features, which are the input of a head's body."""
 
 
 class Head(nn.Module):
-    """LayerNorm, dropout on the normalised features, then what a subclass does with them; hidden units drop out too.
+    """Base class of heads: power, LayerNorm and dropout, then the body of a subclass. Hidden units drop out too.
 
-    Features (…, input_dim) become (…, output_dim). Weights start Xavier-uniform, biases at zero. Where `power`
-    is not 1, features go through `signed_power` before all else.
+    Maps features (…, input_dim) to (…, output_dim). Initial weights are Xavier-uniform and initial biases zero.
+    `power` is the exponent of `apply_power`.
     """
 
     power = 1.0
 
     out: nn.Linear
-    """The layer that writes the output: every subclass has one."""
+    """The output layer, which each subclass has."""
 
     def __init__(self, input_dim: int, dropout: float):
         super().__init__()
@@ -36,16 +37,16 @@ class Head(nn.Module):
         self.linear_path: nn.Linear | None = None
 
     def body(self, of_input: OfInput) -> Tensor:
-        """Map the normalised features, to which `of_input` applies a layer, to (…, output_dim)."""
+        """Return the output (…, output_dim); `of_input` applies a layer to the normalised features."""
         raise NotImplementedError
 
     @property
     def kept_units(self) -> int:
-        """Number of activations of one row that its backward pass needs at most; two are LayerNorm's."""
+        """Maximum number of activations per row that the backward pass needs, two of them for LayerNorm."""
         return 2 + self._kept_of(self.norm.normalized_shape[0])
 
     def _kept_of(self, units: int) -> int:
-        """Return what is kept of a layer's units: what came in, what goes on, and what dropout drew between them."""
+        """Return the activations kept of a layer's units: before and after, and the dropout mask if there is one."""
         return (3 if self.dropout.p else 2) * units
 
     def forward(self, features_BD: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class Head(nn.Module):
         *leading, input_dim = features_BD.shape
         features_BD = features_BD.reshape(-1, input_dim)
         if self.power != 1:
-            features_BD = signed_power(features_BD.to(self.norm.weight.dtype), self.power)
+            features_BD = self.apply_power(features_BD.to(self.norm.weight.dtype))
         of_input: OfInput
         if self.training and not self.dropout.p and not features_BD.requires_grad:
             of_input = partial(_normed_linear, features_BD, self.norm)
@@ -65,10 +66,18 @@ class Head(nn.Module):
             out_BE = out_BE + of_input(self.linear_path)
         return out_BE.reshape(*leading, -1)
 
-    def add_linear_path(self) -> nn.Linear:
-        """Add a linear map beside the body, whose own output starts at zero; return the map.
+    def apply_power(self, features_BD: Tensor) -> Tensor:
+        """Return `sign(x) |x|^power` of each feature.
 
-        What the linear path starts from (a closed-form map) is then what the whole head starts from.
+        A power below 1 shortens the long tail of rectified features, in which a few large values dominate the others
+        (the "power normalisation" of Perronnin et al., 2010, with a power of 0.5).
+        """
+        return features_BD if self.power == 1 else features_BD.sign() * features_BD.abs() ** self.power
+
+    def add_linear_path(self) -> nn.Linear:
+        """Add and return a linear map beside the body, whose initial output becomes zero.
+
+        The whole head then starts as the linear path, such as a closed-form map.
         """
         self.linear_path = nn.Linear(self.norm.normalized_shape[0], self.out.out_features)
         nn.init.zeros_(self.out.weight)
@@ -107,8 +116,8 @@ class MLPHead(Head):
 class GLUHead(Head):
     """`W_out (relu6(W_a x) ⊙ W_b x)`, with `expansion` × input_dim hidden units: the paper's head.
 
-    The authors' program also clamps both branches to ±1000. LayerNorm bounds the input and relu6 one branch, so in
-    float32 the clamp changes nothing within reach, and it is left out, as in the paper's formula.
+    The authors' code also clamps both branches to ±1000. LayerNorm bounds the input and relu6 bounds one branch, so the
+    clamp has no effect in practice. It is left out, as in the paper's formula.
     """
 
     def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4):
@@ -121,6 +130,17 @@ class GLUHead(Head):
     def kept_units(self) -> int:  # noqa: D102
         return super().kept_units + self._kept_of(self.gate.out_features)
 
+    @torch.no_grad()
+    def value_bound(self) -> float:
+        """Return an upper bound of the absolute values of the value branch, for any features.
+
+        A vector after LayerNorm is γ ⊙ u + β with |u| ≤ √D, so unit j of `W x + b` is within
+        √D · |W_j ⊙ γ| + |W_j · β + b_j|.
+        """
+        gamma_D, beta_D, weight_HD = self.norm.weight, self.norm.bias, self.value.weight
+        swing_H = (weight_HD * gamma_D).norm(dim=1) * len(gamma_D) ** 0.5
+        return float((swing_H + (weight_HD @ beta_D + self.value.bias).abs()).max())
+
     def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
         gate_BH, value_BH = of_input(self.gate), self.dropout(of_input(self.value))
         if self.training:
@@ -129,17 +149,8 @@ class GLUHead(Head):
         return out_BE
 
 
-def signed_power(features_BD: Tensor, power: float) -> Tensor:
-    """Return `sign(x) |x|^power` of each feature; the features themselves for 1.
-
-    Below 1 it narrows the long tail of rectified features, in which a few large ones drown the others (the "power
-    normalisation" of Perronnin et al., 2010, there with 0.5).
-    """
-    return features_BD if power == 1 else features_BD.sign() * features_BD.abs() ** power
-
-
 def make_head(kind: HeadKind, input_dim: int, output_dim: int, *, expansion: int = 4, dropout: float = 0.0) -> Head:
-    """Return a head by its kind; `expansion` is for those with hidden units."""
+    """Return a head of a kind. Only heads with hidden units use `expansion`."""
     if kind == "linear":
         return LinearHead(input_dim, output_dim, dropout)
     hidden_heads: dict[str, type[MLPHead | GLUHead]] = {"mlp": MLPHead, "glu": GLUHead}

@@ -6,8 +6,7 @@ import torch
 
 from sail_align.align.data.loader import Stream
 from sail_align.align.model.alignment import MAX_LOG_SCALE, AlignmentModel
-from sail_align.align.model.closed_form import Moments, regularised_cca, start_from
-from sail_align.align.model.heads import signed_power
+from sail_align.align.model.closed_form import Moments
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import batch_loss, embed
@@ -78,9 +77,9 @@ def _start_from_closed_form(
     moments = Moments(plan.architecture.image_dim, plan.architecture.text_dim, device)
     with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
         for block in stream.scan():
-            images = signed_power(block.images.to(device).float(), plan.settings.image_power)
+            images = model.image_head.apply_power(block.images.to(device).float())
             moments.add(images, block.texts.to(device))
             bar.update(len(block.images))
-    found = regularised_cca(moments, plan.settings.dim, plan.settings.ridge)
-    start_from(model.image_head, found.image)
-    start_from(model.text_head, found.text)
+    image_map, text_map, _ = moments.cca(plan.settings.dim, plan.settings.ridge)
+    image_map.copy_to(model.image_head)
+    text_map.copy_to(model.text_head)

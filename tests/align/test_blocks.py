@@ -1,4 +1,4 @@
-"""Losses by blocks are the dense formulas, with their gradients, in every precision; parts add up to the whole."""
+"""Blockwise losses and gradients equal the dense formulas in each precision, and parts add up to the whole."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ ROUNDING = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Make blocks of at most four rows and columns, so that small batches have several, and edges."""
-    monkeypatch.setitem(blocks.BLOCK, "cpu", 4)
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 4)
 
 
 def batch(captions=2, size=11, dim=8, seed=0, dtype=torch.float32, scale=20.0, bias=-10.0):
@@ -59,7 +59,7 @@ def assert_agree(found, expected, rounding):
 @BOTH
 @settings(max_examples=50, deadline=None)
 @given(captions=st.integers(1, 3), size=st.integers(2, 14), dim=st.integers(1, 9), seed=st.integers(0, 99))
-def test_any_shape_agrees_with_the_dense_formula_in_float64(loss, dense, captions, size, dim, seed):
+def test_any_shape_agrees_with_the_dense_formula(loss, dense, captions, size, dim, seed):
     inputs = batch(captions, size, dim, seed)
     assert_agree(values_and_gradients(loss, inputs), dense(*as_float64(inputs)), 30 * ROUNDING[torch.float32])
 
@@ -67,7 +67,7 @@ def test_any_shape_agrees_with_the_dense_formula_in_float64(loss, dense, caption
 @BOTH
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("bias", [-300.0, 0.0, 300.0])
-def test_extreme_logits(loss, dense, scale, bias):
+def test_extreme_logits_agree(loss, dense, scale, bias):
     inputs = batch(scale=scale, bias=bias)
     largest = scale + abs(bias)
     assert_agree(values_and_gradients(loss, inputs), dense(*as_float64(inputs)), largest * ROUNDING[torch.float32])
@@ -75,7 +75,7 @@ def test_extreme_logits(loss, dense, scale, bias):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_embeddings_in_half_precision(loss, dense, dtype):
+def test_half_precision_embeddings_agree(loss, dense, dtype):
     inputs = batch(size=40, dim=32, dtype=dtype)
     found = values_and_gradients(loss, inputs)
     assert found[0]["total"].dtype == torch.float32
@@ -84,7 +84,7 @@ def test_embeddings_in_half_precision(loss, dense, dtype):
 
 
 @BOTH
-def test_autocast_takes_products_in_half_precision_and_gives_float32(loss, dense):
+def test_autocast_uses_half_precision_products_and_returns_float32(loss, dense):
     inputs = batch(size=40, dim=32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = values_and_gradients(loss, inputs)
@@ -110,7 +110,7 @@ def test_float64_stays_float64(loss, dense):
 
 
 @BOTH
-def test_weights_multiply_the_losses_of_the_caption_sets(loss, dense):
+def test_weights_multiply_the_losses_of_caption_sets(loss, dense):
     inputs, weights = batch(captions=3), (1.0, 0.25, 0.0)
     found = values_and_gradients(loss, inputs, weights=weights)
     assert_agree(found, dense(*as_float64(inputs), weights=weights), 30 * ROUNDING[torch.float32])
@@ -131,7 +131,7 @@ def add_up(loss, inputs, parts):
     image_BE, text_CBE, *others = inputs
     options = [{"first": part.start} for part in parts]
     if loss is infonce_loss:
-        # A first round lets every part say what it would send to the others.
+        # A first round collects what each part would send to the others.
         sent = []
         for part, option in zip(parts, options, strict=True):
             loss(image_BE, text_CBE[:, part], *others, **option, across=lambda tensor: sent.append(tensor) or tensor)
@@ -144,7 +144,7 @@ def add_up(loss, inputs, parts):
 
 
 @BOTH
-def test_without_gradients_only_similarities_are_multiplied(loss, dense, monkeypatch):
+def test_no_gradient_products_without_gradients(loss, dense, monkeypatch):
     inputs = batch()
     expected = loss(*inputs)
     monkeypatch.setattr(blocks, "_add_product", None)
@@ -155,17 +155,17 @@ def test_without_gradients_only_similarities_are_multiplied(loss, dense, monkeyp
 
 
 @BOTH
-def test_gradients_are_taken_once_and_have_none_of_their_own(loss, dense):
+def test_gradients_are_available_once_and_without_second_derivatives(loss, dense):
     inputs = batch()
     total = loss(*inputs).total
     gradient, *_ = torch.autograd.grad(2 * total, inputs, create_graph=True)
     assert not gradient.requires_grad
-    with pytest.raises(RuntimeError, match="have been taken already"):
+    with pytest.raises(RuntimeError, match="have been used already"):
         total.backward()
 
 
 @BOTH
-def test_not_a_number_is_not_hidden(loss, dense):
+def test_nan_propagates_to_the_loss(loss, dense):
     image_BE, *others = batch()
     with torch.no_grad():
         image_BE[3, 0] = torch.nan
@@ -173,16 +173,16 @@ def test_not_a_number_is_not_hidden(loss, dense):
 
 
 @BOTH
-def test_what_does_not_fit_is_refused(loss, dense):
+def test_loss_rejects_texts_without_image_and_missing_weights(loss, dense):
     inputs = batch(captions=2, size=5)
-    with pytest.raises(ValueError, match="5 texts from row 1 on do not all have one of 5 images"):
+    with pytest.raises(ValueError, match="need images 1 to 5, but there are only 5 images"):
         loss(*inputs, first=1)
-    with pytest.raises(ValueError, match="2 caption sets have 1 weights"):
+    with pytest.raises(ValueError, match="Got 1 weights for 2 caption sets"):
         loss(*inputs, weights=[1.0])
 
 
 def test_half_precision_keeps_gradients_that_dividing_first_would_lose(monkeypatch):
-    monkeypatch.setitem(blocks.BLOCK, "cpu", 2_048)
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 2_048)
     # A part of the paper's batch, the start of training, and a loss scaler's usual factor.
     batch_size, texts, loss_scale = 36_864, 32, 2.0**16
     image_BE, text_CBE, log_scale, bias = batch(captions=1, size=batch_size, dim=64, dtype=torch.float16)

@@ -1,10 +1,10 @@
-"""The closed form is canonical correlation analysis, however its pairs arrive."""
+"""The closed form is canonical correlation analysis, for any order and blocks of pairs."""
 
 import numpy as np
 import pytest
 import torch
 
-from sail_align.align.model.closed_form import Moments, regularised_cca
+from sail_align.align.model.closed_form import Moments
 from sail_align.extract.errors import UserError
 
 IMAGE_DIM, TEXT_DIM = 9, 6
@@ -48,14 +48,14 @@ def by_eigenproblem(image_ND, text_CND, dim, ridge):
 
 
 @pytest.mark.parametrize("ridge", [0.5, 2.0])
-def test_it_solves_the_generalised_eigenproblem(ridge):
+def test_cca_solves_the_generalised_eigenproblem(ridge):
     image_ND, text_CND = pairs()
-    form = regularised_cca(moments_of(image_ND, text_CND), 4, ridge)
+    image_map, text_map, found = moments_of(image_ND, text_CND).cca(4, ridge)
     expected_x, expected_y, correlations = by_eigenproblem(image_ND, text_CND, 4, ridge)
-    np.testing.assert_allclose(form.correlations, correlations, rtol=1e-8)
+    np.testing.assert_allclose(found, correlations, rtol=1e-8)
     for features, linear_map, expected in [
-        (np.concatenate([normed(image_ND)] * 2), form.image, expected_x),
-        (np.concatenate(list(normed(text_CND))), form.text, expected_y),
+        (np.concatenate([normed(image_ND)] * 2), image_map, expected_x),
+        (np.concatenate(list(normed(text_CND))), text_map, expected_y),
     ]:
         output = features @ linear_map.weight.numpy().T + linear_map.bias.numpy()
         assert np.mean(np.sum(output**2, axis=1)) == pytest.approx(1)
@@ -70,41 +70,41 @@ def test_it_solves_the_generalised_eigenproblem(ridge):
 
 def test_both_sides_agree_in_sign():
     image_ND, text_CND = pairs()
-    form = regularised_cca(moments_of(image_ND, text_CND), 3)
-    x = normed(image_ND) @ form.image.weight.numpy().T + form.image.bias.numpy()
-    y = normed(text_CND[0]) @ form.text.weight.numpy().T + form.text.bias.numpy()
+    image_map, text_map, _ = moments_of(image_ND, text_CND).cca(3)
+    x = normed(image_ND) @ image_map.weight.numpy().T + image_map.bias.numpy()
+    y = normed(text_CND[0]) @ text_map.weight.numpy().T + text_map.bias.numpy()
     assert (np.sum(x * y, axis=0) > 0).all()
 
 
 def test_blocks_and_the_order_of_rows_do_not_matter():
     image_ND, text_CND = pairs()
     order = torch.randperm(len(image_ND), generator=torch.Generator().manual_seed(0))
-    whole = regularised_cca(moments_of(image_ND, text_CND), 5)
-    blocks = regularised_cca(moments_of(image_ND[order], text_CND[:, order], block=37), 5)
-    torch.testing.assert_close(blocks.correlations, whole.correlations)
-    torch.testing.assert_close(blocks.image.weight.abs(), whole.image.weight.abs(), rtol=1e-6, atol=1e-9)
+    whole_map, _, whole = moments_of(image_ND, text_CND).cca(5)
+    blocks_map, _, blocks = moments_of(image_ND[order], text_CND[:, order], block=37).cca(5)
+    torch.testing.assert_close(blocks, whole)
+    torch.testing.assert_close(blocks_map.weight.abs(), whole_map.weight.abs(), rtol=1e-6, atol=1e-9)
 
 
-def test_captions_said_twice_change_nothing():
+def test_repeated_captions_change_nothing():
     image_ND, text_CND = pairs(captions=1)
-    once = regularised_cca(moments_of(image_ND, text_CND), 4)
-    twice = regularised_cca(moments_of(image_ND, text_CND.repeat(2, 1, 1)), 4)
-    torch.testing.assert_close(twice.correlations, once.correlations)
+    *_, once = moments_of(image_ND, text_CND).cca(4)
+    *_, twice = moments_of(image_ND, text_CND.repeat(2, 1, 1)).cca(4)
+    torch.testing.assert_close(twice, once)
 
 
-def test_fewer_pairs_than_dimensions_are_enough():
+def test_cca_works_with_fewer_pairs_than_dimensions():
     image_ND, text_CND = pairs(rows=4)
-    form = regularised_cca(moments_of(image_ND, text_CND), TEXT_DIM)
-    assert form.image.weight.isfinite().all()
-    assert (form.correlations <= 1).all()
+    image_map, _, correlations = moments_of(image_ND, text_CND).cca(TEXT_DIM)
+    assert image_map.weight.isfinite().all()
+    assert (correlations <= 1).all()
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_features_that_are_the_same_in_all_rows_are_refused(side):
+def test_cca_rejects_features_that_are_equal_in_all_rows(side):
     image_ND, text_CND = pairs()
     if side == "image":
         image_ND = image_ND[:1].expand_as(image_ND)
     else:
         text_CND = text_CND[:1, :1].expand_as(text_CND)
-    with pytest.raises(UserError, match=f"The {side} features do not differ from row to row"):
-        regularised_cca(moments_of(image_ND, text_CND, block=37), 4)
+    with pytest.raises(UserError, match=f"The {side} features are equal in all rows"):
+        moments_of(image_ND, text_CND, block=37).cca(4)

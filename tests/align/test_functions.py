@@ -1,4 +1,4 @@
-"""The heads' own backward passes are autograd's, in float64, and hold fewer activations."""
+"""The custom backward passes equal autograd in float64 and keep fewer activations."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_those_of_the_formula(case):
+def test_values_and_gradients_equal_the_formula(case):
     function, formula, shapes = CASES[case]
     ours, theirs = arguments(*shapes), arguments(*shapes)
     if case == "normed":
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_the_formula(case):
 
 
 def kept_numbers(head, x):
-    """Count what the backward pass of a head holds besides its weights."""
+    """Count the numbers that the backward pass of a head keeps besides its weights."""
     weights = {parameter.data_ptr() for parameter in head.parameters()}
     kept = {}
 
@@ -61,14 +61,14 @@ def kept_numbers(head, x):
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "glu"])
 @pytest.mark.parametrize("dropout", [0, 0.5])
-def test_a_head_holds_no_more_than_it_says(kind, dropout):
+def test_heads_keep_at_most_kept_units(kind, dropout):
     rows, head = 16, make_head(kind, 32, 8, dropout=dropout)
     assert 0 < kept_numbers(head, torch.randn(rows, 32)) <= rows * head.kept_units
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "glu"])
 @pytest.mark.parametrize("linear_path", [False, True])
-def test_a_head_trains_with_the_gradients_of_its_formula(kind, linear_path):
+def test_training_gradients_equal_autograd(kind, linear_path):
     torch.manual_seed(0)
     head = make_head(kind, 6, 3).double()
     if linear_path:

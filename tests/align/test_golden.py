@@ -1,4 +1,4 @@
-"""Heads, losses and every gradient agree with the authors' program on a small head of their released form."""
+"""Heads, losses and gradients agree with the authors' code on a small head in their released format."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sail_align.align.model.heads import GLUHead
 from sail_align.align.model.loss import sigmoid_loss
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is missing")
 
 RENAMED = {
     "mapping_network.f1": "gate",
@@ -55,7 +55,7 @@ def loss_of(model, expected, *captions):
     return sigmoid_loss(model.encode_image(expected["image"]), text_CBE, model.log_scale, model.bias).total
 
 
-def test_outputs(model, expected):
+def test_outputs_agree(model, expected):
     outputs = {
         "image_out": model.encode_image(expected["image"]),
         "text_out": model.encode_text(expected["text"]),
@@ -65,12 +65,12 @@ def test_outputs(model, expected):
         close(ours, torch.nn.functional.normalize(expected[name], dim=-1))
 
 
-def test_losses_where_theirs_averages_two_captions_and_eq_2_sums_them(model, expected):
+def test_losses_agree_up_to_the_factor_of_two_captions(model, expected):
     close(loss_of(model, expected, "text"), expected["loss_one"])
     close(loss_of(model, expected, "text", "extra_text") / 2, expected["loss_two"])
 
 
-def test_every_gradient(model, expected):
+def test_gradients_agree(model, expected):
     (loss_of(model, expected, "text", "extra_text") / 2).backward()
     released = [name.removeprefix("grad.") for name in expected if name.startswith("grad.")]
     assert {our_name(name) for name in released} == {name for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The heads are the paper's, in size, in cost and in what they compute."""
+"""The heads have the size, cost and output of the paper's."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.model.closed_form import LinearMap, start_from
+from sail_align.align.model.closed_form import LinearMap
 from sail_align.align.model.heads import make_head
 
 IMAGE_DIM, TEXT_DIM, DIM = 2048, 1024, 1024
@@ -20,7 +20,7 @@ HEAD_KINDS = ["linear", "mlp", "glu"]
 @pytest.mark.parametrize(
     ("kind", "millions", "megaflops"), [("linear", 3.15, 6.3), ("mlp", 33.57, 67.1), ("glu", 54.6, 109.1)]
 )
-def test_sizes_and_costs_are_those_of_table_1(kind, millions, megaflops):
+def test_sizes_and_costs_equal_table_1(kind, millions, megaflops):
     with torch.device("meta"):
         heads = [make_head(kind, dim, DIM) for dim in (IMAGE_DIM, TEXT_DIM)]
         norms = sum(p.numel() for head in heads for p in head.norm.parameters())
@@ -33,7 +33,7 @@ def test_sizes_and_costs_are_those_of_table_1(kind, millions, megaflops):
     assert flops.get_total_flops() / 1e6 == pytest.approx(megaflops, abs=0.06)
 
 
-def test_a_glu_head_is_its_formula():
+def test_glu_head_equals_its_formula():
     torch.manual_seed(0)
     head = make_head("glu", 6, 3, expansion=2)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_a_glu_head_is_its_formula():
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
-def test_weights_start_xavier_uniform_and_biases_at_zero(kind):
+def test_initial_weights_are_xavier_uniform_and_biases_zero(kind):
     torch.manual_seed(0)
     for name, parameter in make_head(kind, 64, 32).named_parameters():
         if name.endswith("bias"):
@@ -61,11 +61,11 @@ def test_weights_start_xavier_uniform_and_biases_at_zero(kind):
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
-def test_a_head_started_from_a_linear_map_computes_it_and_can_learn(kind):
+def test_head_computes_a_copied_linear_map_and_can_learn(kind):
     torch.manual_seed(0)
     head = make_head(kind, 8, 4)
     given_map = LinearMap(torch.randn(4, 8).double(), torch.randn(4).double())
-    start_from(head, given_map)
+    given_map.copy_to(head)
     x = torch.randn(10, 8)
     normed = torch.nn.functional.layer_norm(x, (8,)).double()
     torch.testing.assert_close(head(x).double(), normed @ given_map.weight.T + given_map.bias, rtol=1e-5, atol=1e-5)
@@ -75,13 +75,13 @@ def test_a_head_started_from_a_linear_map_computes_it_and_can_learn(kind):
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(HEAD_KINDS), st.floats(0.1, 100), st.floats(-10, 10))
-def test_layer_norm_makes_a_head_blind_to_a_features_scale_and_offset(kind, scale, offset):
+def test_heads_ignore_scale_and_offset_of_features(kind, scale, offset):
     torch.manual_seed(0)
     head, x = make_head(kind, 8, 4), 10 * torch.randn(3, 8)
     torch.testing.assert_close(head(scale * x + offset), head(x), rtol=1e-3, atol=1e-3)
 
 
-def test_a_power_bends_the_images_alone_and_keeps_their_signs():
+def test_power_applies_to_images_and_keeps_signs():
     architecture = Architecture("glu", image_dim=3, text_dim=3, dim=2, expansion=1)
     plain, bent = (replace(architecture, image_power=power).build() for power in (1.0, 0.5))
     bent.load_state_dict(plain.state_dict())
@@ -90,7 +90,7 @@ def test_a_power_bends_the_images_alone_and_keeps_their_signs():
     assert torch.equal(bent.encode_text(x), plain.encode_text(x))
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_only_in_training():
     torch.manual_seed(0)
     head, x = make_head("glu", 8, 4, dropout=0.5), torch.randn(3, 8)
     assert not torch.equal(head(x), head(x))

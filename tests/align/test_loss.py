@@ -1,4 +1,4 @@
-"""The losses are their formulas, in float32 and at the ends of its range."""
+"""The losses equal their formulas, in float32 and at extreme values."""
 
 import math
 from functools import partial
@@ -35,13 +35,13 @@ def by_double_loop(image_BE, text_CBE, log_scale, bias):
 
 
 @pytest.mark.parametrize("captions", [1, 2, 5])
-def test_sigmoid_loss_is_the_double_loop(captions):
+def test_sigmoid_loss_equals_the_double_loop(captions):
     inputs = batch(captions)
     assert sigmoid_loss(*inputs).total.item() == pytest.approx(by_double_loop(*inputs), rel=1e-5)
     assert sigmoid_loss(*inputs, divisor="batch").total.item() == pytest.approx(7 * by_double_loop(*inputs), rel=1e-5)
 
 
-def test_infonce_is_the_mean_of_both_cross_entropies_summed_over_captions():
+def test_infonce_equals_the_mean_of_both_cross_entropies():
     image_BE, text_CBE, log_scale, bias = batch(3)
     expected = 0.0
     for text_BE in text_CBE:
@@ -53,14 +53,14 @@ def test_infonce_is_the_mean_of_both_cross_entropies_summed_over_captions():
 @LOSSES
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(range(7)), captions=st.integers(1, 3))
-def test_permuting_the_batch_leaves_the_loss(loss, order, captions):
+def test_loss_does_not_depend_on_the_order_of_the_batch(loss, order, captions):
     image_BE, text_CBE, log_scale, bias = batch(captions)
     permuted = loss(image_BE[order], text_CBE[:, order], log_scale, bias).total
     torch.testing.assert_close(permuted, loss(image_BE, text_CBE, log_scale, bias).total, rtol=1e-5, atol=0)
 
 
 @LOSSES
-def test_the_same_captions_twice_give_exactly_twice_the_loss(loss):
+def test_repeated_captions_double_the_loss(loss):
     image_BE, text_CBE, log_scale, bias = batch(1)
     once = loss(image_BE, text_CBE, log_scale, bias).total
     assert loss(image_BE, text_CBE.repeat(2, 1, 1), log_scale, bias).total == 2 * once
@@ -90,11 +90,11 @@ def trained(divisor, optimizer_of):
 
 
 @pytest.mark.parametrize("optimizer", [Lion, partial(torch.optim.AdamW, eps=0.0)], ids=["lion", "adamw without ε"])
-def test_both_divisors_train_alike_under_lion_and_but_for_its_epsilon_under_adamw(optimizer):
+def test_divisors_train_alike_with_lion_and_with_adamw_without_epsilon(optimizer):
     assert torch.equal(trained("pairs", optimizer), trained("batch", optimizer))
 
 
-def test_adamw_tells_the_divisors_apart_where_gradients_are_as_small_as_its_epsilon():
+def test_divisors_differ_with_adamw_if_gradients_are_as_small_as_epsilon():
     # 1/|B|² makes gradients |B| times smaller: ε then takes a larger share of each step.
     start, *found = (
         trained(divisor, partial(torch.optim.AdamW, eps=eps, weight_decay=0))

@@ -114,9 +114,9 @@ def test_compiled_heads_change_no_bit_and_are_compiled_once_for_all_sizes(monkey
 def test_the_heads_compiled_parts_are_the_same_to_the_bit_in_half_precision():
     gate_BH, value_BH, inner_BH = (4 * torch.randn(3, 33, 40)).bfloat16()
     inner = inner_BH.clone()
-    assert torch.equal(functions._gated(gate_BH, value_BH), functions._gated.quick(gate_BH, value_BH))
+    assert torch.equal(functions._gated(gate_BH, value_BH), functions._gated.compiled(gate_BH, value_BH))
     backward = functions._gated_backward
-    assert torch.equal(backward(gate_BH, value_BH, inner_BH), backward.quick(gate_BH, value_BH, inner))
+    assert torch.equal(backward(gate_BH, value_BH, inner_BH), backward.compiled(gate_BH, value_BH, inner))
     assert torch.equal(inner, inner_BH)
 
 
