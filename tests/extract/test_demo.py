@@ -1,4 +1,4 @@
-"""The embedded demo is reproducible and keeps its parts apart."""
+"""The embedded demo: reproducible, with separate parts."""
 
 import hashlib
 import re
@@ -14,11 +14,12 @@ from sail_align.extract.data import IGNORED
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import packaged_manifests, read_manifest
 from sail_align.extract.sources.demo.drawing import CLUTTER, paint, paint_mask
-from sail_align.extract.sources.demo.objects import Object, all_objects, scene_only_objects, unseen_objects
+from sail_align.extract.sources.demo.objects import Object, load_objects
 from sail_align.extract.sources.demo.scenes import Group, Picture, Scene
 from sail_align.extract.sources.demo.source import SIDE, DemoSource
 
 PARTS = ("train", "retrieval", "objects", "unseen", "pairs", "segmentation")
+ALL_OBJECTS = (*load_objects()["seen"], *load_objects()["unseen"])
 FINGERPRINT = """
 import hashlib, sys
 from sail_align.extract.sources.demo.source import DemoSource
@@ -40,7 +41,7 @@ def scenes(source: DemoSource) -> list[Scene]:
     return [source.scene(sample.image) for sample in source.samples()]
 
 
-def test_another_process_composes_and_paints_the_same():
+def test_demo_is_equal_in_another_process():
     def run(hash_seed: str) -> str:
         return subprocess.run(
             [sys.executable, "-c", FINGERPRINT, "retrieval", "pairs", "segmentation"],
@@ -55,7 +56,7 @@ def test_another_process_composes_and_paints_the_same():
     assert run("2") == first
 
 
-def test_pixels_do_not_depend_on_the_order_of_asking(parts: dict[str, DemoSource]):
+def test_pixels_do_not_depend_on_the_order_of_requests(parts: dict[str, DemoSource]):
     def digest(image: Image.Image) -> str:
         return hashlib.sha256(image.tobytes()).hexdigest()
 
@@ -67,14 +68,14 @@ def test_pixels_do_not_depend_on_the_order_of_asking(parts: dict[str, DemoSource
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_manifest_says_how_many_rows_there_are(part: str, parts: dict[str, DemoSource]):
-    described = [read_manifest(path) for path in packaged_manifests().values()]
-    (manifest,) = [each for each in described if each.source.kind == "demo" and each.source.part == part]
+def test_manifest_has_the_number_of_rows(part: str, parts: dict[str, DemoSource]):
+    manifests = [read_manifest(path) for path in packaged_manifests().values()]
+    (manifest,) = [each for each in manifests if each.source.kind == "demo" and each.source.part == part]
     keys = [sample.key for sample in parts[part].samples()]
     assert len(set(keys)) == len(keys) == manifest.expected_rows
 
 
-def test_images_are_upright_rgb(parts: dict[str, DemoSource]):
+def test_images_are_rgb(parts: dict[str, DemoSource]):
     for part, source in parts.items():
         image = source.image(f"{part}/0")
         assert (image.mode, image.size) == ("RGB", (SIDE, SIDE))
@@ -85,9 +86,9 @@ def test_no_scene_is_in_two_parts(parts: dict[str, DemoSource]):
     assert len(set(every)) == len(every)
 
 
-def test_unseen_objects_are_in_no_scene_and_no_caption_of_the_other_parts(parts: dict[str, DemoSource]):
-    names = "|".join(re.escape(name) for thing in unseen_objects() for name in thing.names)
-    drawings = {drawing for thing in unseen_objects() for drawing in thing.drawings}
+def test_unseen_objects_are_in_no_other_part(parts: dict[str, DemoSource]):
+    names = "|".join(re.escape(name) for thing in load_objects()["unseen"] for name in thing.names)
+    drawings = {drawing for thing in load_objects()["unseen"] for drawing in thing.drawings}
     for part in set(PARTS) - {"unseen"}:
         for scene in scenes(parts[part]):
             assert drawings.isdisjoint(picture.drawing for group in scene.groups for picture in group.pictures)
@@ -96,25 +97,25 @@ def test_unseen_objects_are_in_no_scene_and_no_caption_of_the_other_parts(parts:
                 assert not re.search(rf"\b({names})(s|es)?\b", caption), caption
 
 
-def test_clutter_is_no_object():
-    assert set(CLUTTER).isdisjoint(drawing for thing in all_objects() for drawing in thing.drawings)
+def test_clutter_shows_no_object():
+    assert set(CLUTTER).isdisjoint(drawing for thing in ALL_OBJECTS for drawing in thing.drawings)
 
 
 def test_no_two_objects_share_a_name_or_a_drawing():
     for attribute in ("names", "drawings"):
-        used = Counter(word for thing in all_objects() for word in getattr(thing, attribute))
+        used = Counter(word for thing in ALL_OBJECTS for word in getattr(thing, attribute))
         assert [word for word, count in used.items() if count > 1] == []
 
 
-def test_training_never_shows_a_scene_only_object_without_another_beside_it(parts: dict[str, DemoSource]):
+def test_training_shows_scene_only_objects_only_with_others(parts: dict[str, DemoSource]):
     alone = {scene.groups[0].thing for scene in scenes(parts["train"]) if len(scene.groups) == 1}
     together = {group.thing for scene in scenes(parts["train"]) for group in scene.groups if len(scene.groups) > 1}
-    assert alone.isdisjoint(scene_only_objects())
-    assert together.issuperset(scene_only_objects())
+    assert alone.isdisjoint(load_objects()["scene-only"])
+    assert together.issuperset(load_objects()["scene-only"])
 
 
 @pytest.mark.parametrize("part", ["objects", "unseen"])
-def test_labels_name_the_one_object_of_the_picture(part: str, parts: dict[str, DemoSource]):
+def test_labels_name_the_object_in_the_image(part: str, parts: dict[str, DemoSource]):
     source = parts[part]
     for sample in source.samples():
         (group,) = source.scene(sample.image).groups
@@ -128,7 +129,7 @@ def disc(name: str, x: float, y: float, size: float) -> Group:
     return Group(thing, (Picture("full_moon", x, y, size, angle=0, flip=False, brightness=1, saturation=1),))
 
 
-def test_a_mask_is_where_the_geometry_puts_a_drawing_and_the_topmost_wins():
+def test_mask_shows_the_topmost_drawing():
     below, above = disc("below", 0.4, 0.5, 0.4), disc("above", 0.6, 0.5, 0.3)
     mask = paint_mask(Scene((below, above), "plain", "white", seed=0), 200)
     rows, columns = np.mgrid[0.5:200, 0.5:200]
@@ -141,7 +142,7 @@ def test_a_mask_is_where_the_geometry_puts_a_drawing_and_the_topmost_wins():
     assert mask[5, 5] == IGNORED
 
 
-def test_a_mask_covers_the_pixels_that_the_objects_changed(parts: dict[str, DemoSource]):
+def test_mask_covers_the_pixels_of_the_objects(parts: dict[str, DemoSource]):
     source = parts["segmentation"]
     for sample in list(source.samples())[:10]:
         scene, mask = source.scene(sample.image), source.mask(sample.mask)
@@ -154,7 +155,7 @@ def test_a_mask_covers_the_pixels_that_the_objects_changed(parts: dict[str, Demo
         assert covered[changed].mean() > 0.8  # the rest: half-transparent edges
 
 
-def test_a_missing_package_is_a_sentence_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+def test_missing_package_is_reported_with_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"'resvg_py'.*pip install 'sail-align\[demo\]'"):
         DemoSource("train")

@@ -1,4 +1,4 @@
-"""Captions of the demo are true: read back by a small grammar of their own, each agrees with the scene's geometry."""
+"""Captions of the demo, parsed by an independent grammar, agree with the geometry of their scenes."""
 
 import re
 from collections import Counter
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from sail_align.extract.sources.demo.captions import plural, with_article
-from sail_align.extract.sources.demo.objects import seen_objects
+from sail_align.extract.sources.demo.objects import load_objects
 from sail_align.extract.sources.demo.scenes import COLOURS, Group, Picture, Scene
 from sail_align.extract.sources.demo.source import DemoSource
 
-THINGS = {form: thing for thing in seen_objects() for name in thing.names for form in (name, plural(name))}
+THINGS = {form: thing for thing in load_objects()["seen"] for name in thing.names for form in (name, plural(name))}
 NAME = "|".join(sorted(map(re.escape, THINGS), key=len, reverse=True))
 COUNTS = {"a": 1, "an": 1, "the": 1, "two": 2, "a couple of": 2, "three": 3, "four": 4}
 PHRASE = re.compile(rf"\b({'|'.join(sorted(COUNTS, key=len, reverse=True))}) (?:(big|large|small|little) )?({NAME})\b")
@@ -29,11 +29,11 @@ class Mention(NamedTuple):
     group: Group
     size: str
     before: str
-    """The words between the mention before and this one."""
+    """The words since the previous mention."""
 
 
 def read(caption: str, scene: Scene) -> list[Mention]:
-    """Find what a caption mentions; fails where the scene does not hold it in that number."""
+    """Return what a caption mentions; fail if the scene does not contain it in that number."""
     found = list(PHRASE.finditer(caption))
     mentions = []
     for before, match in zip([None, *found], found, strict=False):
@@ -60,13 +60,13 @@ def pairs() -> DemoSource:
     return DemoSource("pairs")
 
 
-def test_short_captions_count_right_what_they_name(source: DemoSource):
+def test_raw_captions_count_correctly(source: DemoSource):
     for sample in source.samples():
         scene = source.scene(sample.image)
         assert len(read(sample.captions["raw"], scene)) == min(2, len(scene.groups))
 
 
-def test_long_captions_name_everything_and_where_it_is(source: DemoSource):
+def test_long_captions_name_everything_and_its_layout(source: DemoSource):
     for sample in source.samples():
         caption, scene = sample.captions["long"], source.scene(sample.image)
         subject, *others = read(caption, scene)
@@ -76,40 +76,40 @@ def test_long_captions_name_everything_and_where_it_is(source: DemoSource):
 
 
 def test_sizes_in_long_captions_are_the_extremes_of_the_scene(source: DemoSource):
-    said = 0
+    found = 0
     for sample in source.samples():
         scene = source.scene(sample.image)
         sizes = [picture.size for group in scene.groups for picture in group.pictures]
         for mention in read(sample.captions["long"], scene):
             if mention.size:
-                said += 1
+                found += 1
                 assert max(sizes) >= 1.5 * min(sizes)
                 extreme = max(sizes) if mention.size in ("big", "large") else min(sizes)
                 assert mention.group.pictures[0].size == extreme
-    assert said > 50
+    assert found > 50
 
 
-def test_the_place_of_a_lone_object_is_where_its_centre_is(source: DemoSource):
-    lone = [sample for sample in source.samples() if picture_alone(source.scene(sample.image))]
-    assert len(lone) > 10
-    for sample in lone:
+def test_position_of_a_single_object_is_that_of_its_centre(source: DemoSource):
+    single = [sample for sample in source.samples() if only_picture(source.scene(sample.image))]
+    assert len(single) > 10
+    for sample in single:
         (words,) = re.findall(r" (?:in|at|on) the ([a-z ]+?)(?: on a |$)", sample.captions["long"])
-        picture = picture_alone(source.scene(sample.image))
+        picture = only_picture(source.scene(sample.image))
         x, y = picture.x - 0.5, picture.y - 0.5
         true = {"top": y < 0, "bottom": y > 0, "left": x < 0, "right": x > 0, "middle": max(abs(x), abs(y)) <= 0.1}
         assert all(true[word] for word in words.split()), sample.captions["long"]
 
 
-def picture_alone(scene: Scene) -> Picture | None:
+def only_picture(scene: Scene) -> Picture | None:
     pictures = [picture for group in scene.groups for picture in group.pictures]
     return pictures[0] if len(pictures) == 1 else None
 
 
-def test_the_background_has_the_colour_that_the_caption_says():
+def test_background_has_the_colour_of_the_caption():
     source = DemoSource("train")
-    told = [sample for sample in source.samples() if "background" in sample.captions["long"]][:12]
+    samples = [sample for sample in source.samples() if "background" in sample.captions["long"]][:12]
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), float)
-    for sample in told:
+    for sample in samples:
         pattern, colour = re.search(r"on a (\w+) (\w+) background", sample.captions["long"]).groups()
         assert source.scene(sample.image).pattern == pattern
         border = np.asarray(source.image(sample.image), float)[:3].reshape(-1, 3).mean(0)
@@ -118,7 +118,7 @@ def test_the_background_has_the_colour_that_the_caption_says():
         assert colour in {names[index] for index in closest}, (sample.captions["long"], border)
 
 
-def test_a_short_caption_of_the_retrieval_part_fits_one_scene_only():
+def test_raw_caption_of_retrieval_fits_only_one_scene():
     source = DemoSource("retrieval")
     scenes = [source.scene(sample.image) for sample in source.samples()]
     shown = [{group.thing for group in scene.groups} for scene in scenes]
@@ -127,14 +127,14 @@ def test_a_short_caption_of_the_retrieval_part_fits_one_scene_only():
         assert [other for other, things in enumerate(shown) if named <= things] == [row]
 
 
-def test_pairs_swap_the_roles_of_the_same_words(pairs: DemoSource):
+def test_captions_of_a_pair_have_the_same_words(pairs: DemoSource):
     for first, second in list(pairwise(pairs.samples()))[::2]:
         captions = first.captions["raw"], second.captions["raw"]
         assert captions[0] != captions[1]
         assert Counter(captions[0].split()) == Counter(captions[1].split())
 
 
-def test_each_caption_of_a_pair_is_true_of_its_own_scene_and_false_of_the_other(pairs: DemoSource):
+def test_caption_of_a_pair_is_true_only_of_its_own_scene(pairs: DemoSource):
     samples = list(pairs.samples())
     for row, sample in enumerate(samples):
         own, other = pairs.scene(sample.image), pairs.scene(samples[row ^ 1].image)
@@ -166,10 +166,10 @@ def check_pair(caption: str, scene: Scene) -> None:
         ("toothbrush", "toothbrushes"),
     ],
 )
-def test_plurals(one: str, many: str):
+def test_plural(one: str, many: str):
     assert plural(one) == many
 
 
 @pytest.mark.parametrize("phrase", ["a dog", "an apple", "a unicorn", "an hourglass", "an old man", "a T-shirt"])
-def test_articles_follow_the_sound(phrase: str):
+def test_with_article_follows_the_sound(phrase: str):
     assert with_article(phrase.partition(" ")[2]) == phrase

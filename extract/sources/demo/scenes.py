@@ -1,4 +1,4 @@
-"""Composes the demo's scenes: which objects, how many, where and how large. Geometry only; no pixels, no words."""
+"""The scenes of the demo as geometry: which objects, how many, where and how large."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +19,18 @@ COLOURS = {
     "grey": (178, 180, 184),
     "white": (250, 250, 248),
 }
+CLEAR_DISTANCE = 0.2
+"""Smallest distance along one axis at which two groups have a spatial relation, as a fraction of the scene's side."""
+CLEAR_RATIO = 1.5
+"""Smallest ratio of sizes at which the largest group is called big and the smallest one small."""
 
 _SIZES = {1: (0.34, 0.72), 2: (0.24, 0.48), 3: (0.22, 0.38), 4: (0.2, 0.32)}
-"""The range of sizes by how many pictures share the scene."""
+"""Range of sizes, by the number of pictures in the scene."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing in a scene. `x`, `y` (its centre) and `size` (its longer side) are parts of the scene's side."""
+    """One drawing in a scene. `x`, `y` (its centre) and `size` (its longer side) are fractions of the scene's side."""
 
     drawing: str
     x: float
@@ -40,91 +44,82 @@ class Picture:
 
 @dataclass(frozen=True)
 class Group:
-    """Objects of one name in a scene, drawn alike and equally large: a dog, two apples."""
+    """Objects of one name in a scene, with the same drawing and size, such as two apples."""
 
     thing: Object
     pictures: tuple[Picture, ...]
 
     @property
     def size(self) -> float:
-        """The size of each."""
+        """The size of each picture."""
         return self.pictures[0].size
+
+    def relation_to(self, other: "Group") -> str | None:
+        """Return `left`, `right`, `above` or `below` if the groups are wholly and clearly apart along an axis."""
+        x, y = self._gap(other, "x"), self._gap(other, "y")
+        if max(abs(x), abs(y)) < CLEAR_DISTANCE:
+            return None
+        if abs(x) > abs(y):
+            return "left" if x > 0 else "right"
+        return "above" if y > 0 else "below"
+
+    def _gap(self, other: "Group", axis: str) -> float:
+        """Return the distance between the groups along an axis, negative if `other` comes first, 0 if they overlap."""
+        ours: list[float] = [getattr(picture, axis) for picture in self.pictures]
+        theirs: list[float] = [getattr(picture, axis) for picture in other.pictures]
+        return max(0.0, min(theirs) - max(ours)) or min(0.0, max(theirs) - min(ours))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Groups on a background; a later group is painted over an earlier one. `seed` fixes the background's details."""
+    """Groups on a background; later ones are painted over earlier ones. `seed` fixes the details of the background."""
 
     groups: tuple[Group, ...]
     pattern: str
     colour: str
     seed: int
 
+    @classmethod
+    def compose(cls, things: Sequence[Object], counts: Sequence[int], rng: Random) -> "Scene":
+        """Place `counts[i]` pictures of `things[i]` at random, with little overlap."""
+        centres: list[tuple[float, float]] = []
+        while not centres:
+            low, high = _SIZES[sum(counts)]
+            sizes = [rng.uniform(low, high) for _ in counts]
+            centres = _place([size for size, count in zip(sizes, counts, strict=True) for _ in range(count)], rng)
+        remaining = iter(centres)
+        groups = []
+        for thing, count, size in zip(things, counts, sizes, strict=True):
+            drawing = rng.choice(thing.drawings)
+            pictures = tuple(_vary(drawing, *next(remaining), size, rng) for _ in range(count))
+            groups.append(Group(thing, pictures))
+        return cls(tuple(groups), rng.choice(PATTERNS), rng.choice(list(COLOURS)), rng.getrandbits(32))
 
-def compose(things: Sequence[Object], counts: Sequence[int], rng: Random) -> Scene:
-    """Place `counts[i]` pictures of `things[i]` at random, so that neighbours overlap a little at most."""
-    while True:
-        sizes = _draw_sizes(counts, rng)
-        centres = _place([size for size, count in zip(sizes, counts, strict=True) for _ in range(count)], rng)
-        if centres:
-            break
-    spots = iter(centres)
-    groups = tuple(
-        Group(thing, tuple(_picture(drawing, next(spots), size, rng) for _ in range(count)))
-        for thing, count, size in zip(things, counts, sizes, strict=True)
-        for drawing in [rng.choice(thing.drawings)]
-    )
-    return Scene(groups, rng.choice(PATTERNS), rng.choice(list(COLOURS)), rng.getrandbits(32))
+    def swap(self, *attributes: str) -> "Scene":
+        """Return the scene with these attributes of its two pictures swapped, such as `x` and `y`, or `size`."""
+        (first,), (second,) = (group.pictures for group in self.groups)
+        swapped = (
+            replace(picture, **{name: getattr(other, name) for name in attributes})
+            for picture, other in ((first, second), (second, first))
+        )
+        groups = (replace(group, pictures=(new,)) for group, new in zip(self.groups, swapped, strict=True))
+        return replace(self, groups=tuple(groups))
 
+    def is_inside(self) -> bool:
+        """Return whether no picture extends over the border."""
+        pictures = [picture for group in self.groups for picture in group.pictures]
+        return all(p.size / 2 <= min(p.x, p.y) and max(p.x, p.y) <= 1 - p.size / 2 for p in pictures)
 
-def draw_counts(rng: Random) -> list[int]:
-    """Draw how many pictures each group of a scene has; one to four in all."""
-    counts = [1]
-    for _ in range(rng.choices([0, 1, 2, 3], weights=[15, 35, 30, 20])[0]):
-        if rng.random() < 0.3:
-            counts[-1] += 1
-        else:
-            counts.append(1)
-    return counts
-
-
-def draw_things(first: Object, count: int, pool: Sequence[Object], rng: Random) -> list[Object]:
-    """Return `first` and others of the pool; in half of all scenes of its own kind, so that look-alikes meet."""
-    kin = [thing for thing in pool if thing.kind == first.kind and thing is not first]
-    others = kin if rng.random() < 0.5 else [thing for thing in pool if thing is not first]
-    return [first, *rng.sample(others, count - 1)]
-
-
-def swap_places(scene: Scene) -> Scene:
-    """Return the same scene with the pictures of its two groups in each other's place, each keeping its size."""
-    (first,), (second,) = (group.pictures for group in scene.groups)
-    return _with_pictures(scene, replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y))
-
-
-def swap_sizes(scene: Scene) -> Scene:
-    """Return the same scene with the pictures of its two groups in each other's size, each keeping its place."""
-    (first,), (second,) = (group.pictures for group in scene.groups)
-    return _with_pictures(scene, replace(first, size=second.size), replace(second, size=first.size))
-
-
-def is_inside(scene: Scene) -> bool:
-    """Whether no picture reaches over the scene's border."""
-    pictures = [picture for group in scene.groups for picture in group.pictures]
-    return all(p.size / 2 <= min(p.x, p.y) and max(p.x, p.y) <= 1 - p.size / 2 for p in pictures)
-
-
-def _with_pictures(scene: Scene, *pictures: Picture) -> Scene:
-    groups = tuple(replace(group, pictures=(new,)) for group, new in zip(scene.groups, pictures, strict=True))
-    return replace(scene, groups=groups)
-
-
-def _draw_sizes(counts: Sequence[int], rng: Random) -> list[float]:
-    low, high = _SIZES[sum(counts)]
-    return [rng.uniform(low, high) for _ in counts]
+    def clear_sizes(self) -> dict[Group, str]:
+        """Return `small` and `big` for the smallest and the largest group, if their sizes clearly differ."""
+        ordered = sorted(self.groups, key=lambda group: group.size)
+        if ordered[-1].size < CLEAR_RATIO * ordered[0].size:
+            return {}
+        return {ordered[0]: "small", ordered[-1]: "big"}
 
 
 def _place(sizes: Sequence[float], rng: Random) -> list[tuple[float, float]]:
-    """Return a centre for each size; none where the pictures did not fit."""
+    """Return a centre for each size, or none if the pictures did not fit."""
     centres: list[tuple[float, float]] = []
     for size in sizes:
         margin = 0.05 + size / 2
@@ -141,12 +136,12 @@ def _place(sizes: Sequence[float], rng: Random) -> list[tuple[float, float]]:
     return centres
 
 
-def _picture(drawing: str, centre: tuple[float, float], size: float, rng: Random) -> Picture:
+def _vary(drawing: str, x: float, y: float, size: float, rng: Random) -> Picture:
     return Picture(
-        drawing=drawing,
-        x=centre[0],
-        y=centre[1],
-        size=size,
+        drawing,
+        x,
+        y,
+        size,
         angle=rng.gauss(0, 14),
         flip=rng.random() < 0.5,
         brightness=rng.uniform(0.8, 1.15),

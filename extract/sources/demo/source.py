@@ -1,4 +1,4 @@
-"""The embedded demo as a source: scenes composed from OpenMoji drawings when asked for, nothing on disk."""
+"""The embedded demo as a source: scenes composed from OpenMoji drawings on request, with nothing on disk."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -8,44 +8,45 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.data import IGNORED, Part, Sample, Source
-from sail_align.extract.sources.demo.drawing import paint, paint_mask, require_drawings
-from sail_align.extract.sources.demo.parts import IMAGES_A_CLASS, Row, class_objects, rows
+from sail_align.extract.sources.demo.drawing import PACKAGES, import_package, paint, paint_mask
+from sail_align.extract.sources.demo.parts import IMAGES_PER_CLASS, Row, class_objects, rows
 from sail_align.extract.sources.demo.scenes import Scene
 
 SIDE = 256
-"""Pixels a side, of every image."""
+"""Height and width of every image."""
 
 _CAPTIONS = {"train": ("raw", "long"), "retrieval": ("raw", "long"), "pairs": ("raw",)}
 
 
 class DemoSource(Source):
-    """One part of the demo: the same scenes, captions and pixels in every process and in any order.
+    """One part of the demo, with the same scenes, captions and pixels in every process and in any order.
 
-    - `train`: scenes of seen objects. Caption `raw` is short, names at most two things and no layout; `long` names
+    - `train`: scenes of seen objects. Caption `raw` is short and names at most two things without layout; `long` names
       everything, with counts and layout.
-    - `retrieval`: other scenes of the same objects, each of whose captions fits one scene only.
-    - `objects`: one object a picture, of the classes that training shows beside others only.
-    - `unseen`: one object a picture, of classes that no training scene or caption holds.
+    - `retrieval`: other scenes of the same objects. The captions of each fit no other scene.
+    - `objects`: one object per image, of the classes that training shows only together with others.
+    - `unseen`: one object per image, of classes that are in no training scene or caption.
     - `pairs`: rows 2k and 2k + 1 show two objects with swapped roles, and their captions swap the same words.
-    - `segmentation`: scenes with exact masks; the background is `IGNORED`.
+    - `segmentation`: scenes with exact masks. The background is `IGNORED`.
     """
 
     def __init__(self, part: str):
-        require_drawings()
+        for package in PACKAGES:
+            import_package(package)
         self.part = part
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The names of the part's captions; none for a part that is about classes."""
+        """The names of the part's captions; empty for parts with classes."""
         return _CAPTIONS.get(self.part, ())
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of what labels or mask values stand for; none for a part that is about captions."""
+        """The names that labels or mask values stand for; empty for parts with captions."""
         return tuple(thing.name for thing in class_objects(self.part))
 
     def parts(self) -> Sequence[Part]:
-        """All in one; keys and locations are `<part>/<row>`."""
+        """Return one part. Keys and locations are `<part>/<row>`."""
         return [Part(self.part, self._samples)]
 
     def image(self, location: str, least: int = 0) -> Image.Image:
@@ -53,7 +54,7 @@ class DemoSource(Source):
         return paint(self.scene(location), SIDE)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
-        """Return the class index at each pixel of a scene, (SIDE, SIDE), the topmost drawing's."""
+        """Return the class index of the topmost drawing at each pixel, (SIDE, SIDE)."""
         scene = self.scene(location)
         classes = class_objects(self.part)
         class_of_group = np.full(256, IGNORED, np.uint8)
@@ -61,13 +62,13 @@ class DemoSource(Source):
         return class_of_group[paint_mask(scene, SIDE)]
 
     def scene(self, location: str) -> Scene:
-        """Return what a location's picture shows, as geometry."""
+        """Return the scene at a location."""
         return self._rows[int(location.removeprefix(f"{self.part}/"))][0]
 
     def _samples(self) -> Iterator[Sample]:
         for row, (_, captions) in enumerate(self._rows):
             key = f"{self.part}/{row}"
-            label = row // IMAGES_A_CLASS if self.part in ("objects", "unseen") else -1
+            label = row // IMAGES_PER_CLASS if self.part in ("objects", "unseen") else -1
             yield Sample(key, key, captions, label, key if self.part == "segmentation" else "")
 
     @cached_property
