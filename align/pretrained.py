@@ -105,7 +105,7 @@ class PretrainedModel(nn.Module):
         """
         if not isinstance(picture, Image.Image):
             raise TypeError(f"A picture is a PIL image, and {picture!r} is none; open a file with PIL.Image.open.")
-        return self._image.preprocess(upright_rgb(picture))
+        return self._image.preprocess(upright_rgb(picture.copy()))
 
     def tokenizer(self, texts: str | Sequence[str]) -> Tensor:
         """Return the tokens of texts, (B, T) int64, for `encode_text` alone."""

@@ -1,7 +1,8 @@
-"""How fast is an index built, opened and joined by URL, in how much memory? Beside a plain pyarrow write of its rows.
+"""Time and peak memory of building an index, reading it, and joining captions to it by URL.
 
-The samples are synthetic: keys, image locations, URLs and captions of 80 characters. Every step runs in a process of
-its own, so that its peak memory is its own. `--rows 12900000` is the size of CC12M; the default is quick.
+Building is compared with a plain pyarrow write of the same rows, and the join with one query in DuckDB if that is
+installed. The samples are synthetic: keys, image locations, URLs and captions of 80 characters. Every step runs in its
+own process, so that peak memories are separate. `--rows 12900000` is the size of CC12M; the default is quick.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,12 @@ def main() -> None:
         shown("open, read a shard", min(rows, FILE_ROWS), partial(read, folder / "index.zarr"))
         in_a_process(partial(write_recaptions, folder / "recaptions.csv", rows))
         gigabytes = (folder / "recaptions.csv").stat().st_size / 1e9
-        joined = shown("join captions by URL", rows, partial(join, folder / "index.zarr", folder / "recaptions.csv"))
+        table = folder / "recaptions.csv"
+        if find_spec("duckdb"):
+            duckdb = shown("join in DuckDB", rows, partial(join_in_duckdb, folder, rows, table))
+        joined = shown("join captions by URL", rows, partial(join, folder / "index.zarr", table))
+        if find_spec("duckdb"):
+            print(f"join / join in DuckDB = {joined / duckdb:.2f}", flush=True)
         print(f"join / build = {joined / built:.2f}, {gigabytes:.1f} GB of captions", flush=True)
         print("\n".join(RecaptionReport.read(folder / "index.zarr" / "index").lines()))  # type: ignore[union-attr]
 
@@ -85,6 +92,15 @@ def url(row: int) -> str:
     return f"https://images{row % 977}.example.org/{row * 2_654_435_761 % 2**32:08x}/{row}".ljust(76, "p") + ".jpg"
 
 
+def words(row: int, length: int) -> str:
+    """Return pseudo-random text, which compresses about as real captions do."""
+    start = row * 7_919 % (len(TEXT) - length)
+    return TEXT[start : start + length]
+
+
+TEXT = " ".join(f"{number:x}" for number in np.random.default_rng(0).integers(0, 50_000, 300_000))
+
+
 def write_plainly(folder: Path, rows: int) -> None:
     """Write the same table in the same files, from the same Python objects, and nothing besides."""
     for start in range(0, rows, FILE_ROWS):
@@ -117,6 +133,43 @@ def join(path: Path, table: Path) -> None:
     join_captions(path / "index", -(-rows // FILE_ROWS), rows, ["raw"], tables, quiet=True)
 
 
+def join_in_duckdb(folder: Path, rows: int, table: Path) -> None:
+    """Join the same captions in DuckDB, and write the rows in their order to one parquet file.
+
+    The first row of each URL counts. Unlike the project's own join, this stops at bytes that are not UTF-8, counts
+    nothing, and writes other files.
+    """
+    import duckdb
+
+    parts = [str(path) for path in sorted((folder / "index.zarr" / "index").glob("*.parquet"))]
+    columns = dict.fromkeys(("Image Path", *CAPTIONS.values()), "VARCHAR")
+    dialect = "auto_detect=false, delim=',', quote='\"', escape='\"', header=true, new_line='\\n', strict_mode=true"
+    config = {"memory_limit": "500MB", "threads": 2, "temp_directory": str(folder / "duckdb")}
+    with duckdb.connect(str(folder / "join.duckdb"), config=config) as database:
+        database.execute(
+            f"CREATE TABLE captions AS SELECT *, row_number() OVER () AS number FROM read_csv('{table}', {dialect}, "
+            f"columns={columns})"
+        )
+        database.execute(
+            f"""COPY (
+                WITH first AS (
+                    SELECT sample.file_index, sample.file_row_number, min(number) AS number
+                    FROM read_parquet({parts}, file_row_number=true) sample
+                    JOIN captions ON url = "Image Path"
+                    GROUP BY ALL
+                )
+                SELECT sample.*, captions.*
+                FROM read_parquet({parts}, file_row_number=true) sample
+                LEFT JOIN first USING (file_index, file_row_number)
+                LEFT JOIN captions USING (number)
+                ORDER BY file_index, file_row_number
+            ) TO '{folder / "joined.parquet"}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {GROUP_ROWS})"""
+        )
+    joined = pq.ParquetFile(folder / "joined.parquet").metadata.num_rows
+    if joined != rows:
+        raise ValueError(f"joined {joined} rows, expected {rows}")
+
+
 def write_recaptions(path: Path, rows: int) -> None:
     """Write DreamLIP-form captions of nine in ten images, and of as many others, in another order."""
     order = np.random.default_rng(0).permutation(rows)
@@ -126,8 +179,8 @@ def write_recaptions(path: Path, rows: int) -> None:
             numbers = [int(row) + (rows if row % 10 == 0 else 0) for row in order[start : start + FILE_ROWS]]
             columns = [
                 [url(row) for row in numbers],
-                [f"A long description of picture {row}, ".ljust(500, "y") for row in numbers],
-                [f"A short one of {row}".ljust(80, "z") for row in numbers],
+                [f"A long description of picture {row}, {words(row, 460)}" for row in numbers],
+                [f"A short one of {row}, {words(row, 60)}" for row in numbers],
             ]
             writer.write_table(pa.table(columns, schema=schema))
 

@@ -37,10 +37,9 @@ from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConf
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.encoders.weights import fetch
 from sail_align.extract.executor.run import extract
-from sail_align.extract.schema import TableSource as Table
 from sail_align.extract.sources.demo.source import DemoSource
 from sail_align.extract.sources.images import read_image
-from sail_align.extract.sources.table import TableSource
+from sail_align.extract.sources.table import TableConfig
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.memory import keep_freed_memory, wait_without_spinning
@@ -75,8 +74,8 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
     folder = photos or save_pictures(root / "images", images)
     files = sorted(path for path in folder.resolve().iterdir() if path.is_file())[:images]
     (root / "table.csv").write_text("image,caption\n" + "".join(f"{path.name},words\n" for path in files))
-    table = Table(kind="table", files="table.csv", images=str(folder.resolve()), captions={"raw": "caption"})
-    source = TableSource(table, root)
+    table = TableConfig(kind="table", files="table.csv", images=str(folder.resolve()), captions={"raw": "caption"})
+    source = table.open(root)
     samples = list(source.samples())
     encoder = ImageEncoderConfig(IMAGE).load()
     pixels_BHWC = torch.stack([encoder.preprocess(source.image(sample.image)) for sample in samples])

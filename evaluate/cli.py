@@ -66,14 +66,13 @@ def evaluate_all(
     scored = load_scored(run, model, device)
 
     from sail_align.evaluate.models import trained_on_demo
-    from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
-    from sail_align.extract.schema import DemoSource
+    from sail_align.extract.sources.demo.source import DemoConfig
 
     packaged = [find_manifest(name, data_root) for name in packaged_manifests()]
     packaged = [(about, root) for about, root in packaged if about.task]
-    here = [(about, root) for about, root in packaged if is_here(about, root)]
-    demo = [about.name for about, _ in here if isinstance(about.source, DemoSource) and not trained_on_demo(scored)]
+    here = [(about, root) for about, root in packaged if about.is_here(root)]
+    demo = [about.name for about, _ in here if isinstance(about.source, DemoConfig) and not trained_on_demo(scored)]
     sets = [(about, root) for about, root in here if about.name not in demo] + own
     if missing := [about.name for about, root in packaged if (about, root) not in here]:
         typer.echo("not here; each command shows what the set is and how to get it:")
@@ -262,7 +261,6 @@ def _find_sets(references: list[str], data_root: str | None, task: EvaluationTas
     Raises:
         UserError: A manifest is invalid, is for another task, or its data are missing.
     """
-    from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest
 
     sets = []
@@ -276,7 +274,7 @@ def _find_sets(references: list[str], data_root: str | None, task: EvaluationTas
         find_task(kind).check_manifest(about)
         if task and kind != task.kind:
             raise UserError(f"Manifest {about.name!r} is for {kind}. Use `sail-eval {kind}`.")
-        if not is_here(about, root):
+        if not about.is_here(root):
             raise UserError(f"The data of {about.name!r} are not under {root}. See `sail-extract check {reference}`.")
         sets.append((about, root))
     return sets

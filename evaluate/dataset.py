@@ -22,8 +22,8 @@ from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import Manifest, TaskSettings
-from sail_align.extract.schema import DemoSource
-from sail_align.extract.sources import class_names, open_source
+from sail_align.extract.sources import class_names
+from sail_align.extract.sources.config import FilesConfig
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 
@@ -65,11 +65,11 @@ class EvaluationSet:
         self.manifest = manifest
         self.encoders = encoders
         self.run = encoders.run
-        self.source = open_source(manifest, data_root)
+        self.source = manifest.open_source(data_root)
         self.stores: dict[str, Store] = {}
         self.encoding_seconds = 0.0
         self._folder = folder
-        self._root = None if isinstance(manifest.source, DemoSource) else (data_root / manifest.source.root).resolve()
+        self._root = (data_root / manifest.source.root).resolve() if isinstance(manifest.source, FilesConfig) else None
         self.quiet = quiet
 
     @property

@@ -68,7 +68,6 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set into a store of features. Run it again to go on after a stop."""
-    from sail_align.extract.check import is_here
     from sail_align.extract.manifest import find_manifest, packaged_manifests
 
     if retry not in (None, "failed"):
@@ -76,7 +75,7 @@ def run(
     if retry and workers not in ("auto", "1"):
         raise UserError("--retry works in one process; leave --workers out, or share the shards with --worker N/OF.")
     about, root = find_manifest(manifest, data_root)
-    if not add_captions and manifest in packaged_manifests() and not is_here(about, root):
+    if not add_captions and manifest in packaged_manifests() and not about.is_here(root):
         how = f"`sail-extract check {manifest}` says how to get them"
         raise UserError(f"The data of {manifest!r} are not under {root}; {how}.")
 
@@ -88,7 +87,6 @@ def run(
     from sail_align.extract.executor.run import Executor, run_job
     from sail_align.extract.executor.worker import Share
     from sail_align.extract.quality.doctor import Verdict, diagnose_complete
-    from sail_align.extract.sources import open_source
     from sail_align.extract.store.store import Store
 
     path = out or Path("features") / f"{about.name}.zarr"
@@ -100,7 +98,7 @@ def run(
         if not text_encoder and (recorded := recorded_text_encoder(Store.open(path))):
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
-        known = open_source(about, root).all_captions
+        known = about.open_source(root).all_captions
         chosen = captions.split(",") if captions else list(about.encoders.captions or known)
     names = tuple(name.strip() for name in chosen)
     for name in names:
@@ -197,7 +195,7 @@ def check(
     data_root: DataRoot = None,
 ) -> None:
     """Say what of a data set is missing, and how to get it. Exits 1 if it is not ready."""
-    from sail_align.extract.check import is_here, look
+    from sail_align.extract.check import check as check_data_set
     from sail_align.extract.manifest import find_manifest, packaged_manifests
 
     if manifest is None:
@@ -205,15 +203,15 @@ def check(
             about, root = find_manifest(name, data_root)
             kind = about.task.kind if about.task else about.purpose
             rows = f"{about.expected_rows:,}" if about.expected_rows else ""
-            there = "here   " if is_here(about, root) else "missing"
+            there = "here   " if about.is_here(root) else "missing"
             typer.echo(f"{there}  {name:<18} {kind:<15} {rows:>10}  {about.title}")
         typer.echo("`sail-extract check NAME` looks closer, and says how to get what is missing.")
         return
     about, root = find_manifest(manifest, data_root)
     typer.echo(f"{about.name}: {about.title}\nlicence: {about.licence}\ndata root: {root}")
     ready = True
-    for finding in look(about, root):
-        typer.echo(f"  {'ok ' if finding.good else 'NOT'}  {finding.what}")
+    for finding in check_data_set(about, root):
+        typer.echo(f"  {'ok ' if finding.good else 'NOT'}  {finding.text}")
         ready &= finding.good
     if not ready:
         typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")

@@ -1,31 +1,37 @@
-"""What a source of samples is."""
+"""Data that flows through an extraction: samples, the parts they are read in, and their sources."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sail_align.extract.errors import UserError
+
+IGNORED = 255
+"""Value of mask pixels that belong to no class."""
+
 
 class Status(IntEnum):
-    """Stored as uint8; every value but `OK` means that the row's features are NaN."""
+    """Outcome of encoding a row, stored as uint8. The features of a row are NaN unless it is `OK`."""
 
     OK = 0
     PENDING = 1
-    """Its shard has not been written."""
+    """The row's shard has not been written yet."""
     MISSING = 2
-    """The image file is not there, or the sample has no such caption."""
+    """There is no image file, or the sample lacks this caption."""
     UNDECODABLE = 3
-    """The bytes are no image that can be decoded, or no text: the caption holds U+FFFD."""
+    """The bytes are not an image that can be decoded, or the caption contains U+FFFD."""
     TOO_LARGE = 4
-    """More pixels than the limit."""
+    """The image has more pixels than the limit."""
     NON_FINITE = 5
-    """The encoder's output held NaN or infinity, or left float16's range."""
+    """The encoder's output contains NaN or infinity, or exceeds the range of float16."""
 
     @property
     def failed(self) -> bool:
@@ -34,17 +40,29 @@ class Status(IntEnum):
 
     @property
     def label(self) -> str:
-        """The name in reports and markers: `too-large`."""
+        """The name in reports and markers, such as `too-large`."""
         return self.name.lower().replace("_", "-")
+
+
+class UnreadableImageError(Exception):
+    """An image cannot be used. Its row gets the `status` of this error."""
+
+    def __init__(self, status: Status, reason: str):
+        super().__init__(reason)
+        self.status = status
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a store: where its image is and what is said about it. Holds no pixels.
+    """One row of a store, without its pixels.
 
-    `key` is unique in the data set. `image` and `mask` are locations that the source itself can open ("" if there is
-    none). `captions` maps a caption's name to its text; a caption that a sample lacks is left out. `label` indexes the
-    source's `classes`, −1 if the sample has no label. `url` is where the image was downloaded from, "" where unknown.
+    Attributes:
+        key: Unique in the data set.
+        image: Location of the image, which only its source can open; "" if there is none.
+        captions: Text of each caption by the caption's name. Captions that the sample lacks are left out.
+        label: Index into the source's `classes`; −1 if the sample has no label.
+        mask: Location of the segmentation mask; "" if there is none.
+        url: Address from which the image was downloaded; "" if unknown.
     """
 
     key: str
@@ -57,11 +75,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a source's samples, such as what one table or one tar gives.
+    """A consecutive range of a source's samples, such as those of one table or one tar.
 
-    `read` yields the same samples in the same order each time. `files` are what they are read from: while none of these
-    has changed, the samples need not be read again; where there are none, while the part has the same name. `name` is
-    unique in the source.
+    Attributes:
+        name: Unique in the source.
+        read: Yields the samples. Every call yields the same samples in the same order.
+        files: The files that the samples are read from. While these are unchanged, the samples are not read again. A
+            part without files counts as unchanged while its name is the same.
     """
 
     name: str
@@ -70,14 +90,21 @@ class Part:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Part":
-        """Return a part of samples that are there already."""
+        """Return a part of samples that are in memory."""
         digest = hashlib.sha256("\n".join(map(repr, samples)).encode("utf-8", "surrogatepass"))
         return cls(f"samples {digest.hexdigest()}", lambda: iter(samples))
 
 
 @dataclass(frozen=True)
 class CaptionTables:
-    """Tables whose `captions` (name → column) join the samples whose `field` is what a row has in `column`."""
+    """Tables of further captions, joined to the samples of a source.
+
+    Attributes:
+        files: The tables, in the order in which they are read.
+        field: Field of the samples to join by.
+        column: Column of the tables to join by.
+        captions: Column of each caption, by the caption's name.
+    """
 
     files: tuple[Path, ...]
     field: Literal["url", "key"]
@@ -85,50 +112,53 @@ class CaptionTables:
     captions: Mapping[str, str]
 
 
-class Source(Protocol):
-    """Samples in a fixed order, and the pixels behind them.
-
-    `captions` names every caption that a sample may have, `classes` what labels and mask values stand for: label i is
-    `classes[i]`, and a mask pixel holds i, or `IGNORED` where it counts for nothing. `recaptions` are tables of further
-    captions, which samples get in the index of a store.
-    """
+class Source(ABC):
+    """Samples in a fixed order, and access to their pixels."""
 
     recaptions: CaptionTables | None = None
+    """Tables whose captions are joined to the samples in the index of a store."""
 
     @property
-    def captions(self) -> tuple[str, ...]: ...  # noqa: D102
+    def captions(self) -> tuple[str, ...]:
+        """The names of all captions that a sample may have."""
+        return ()
+
     @property
-    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes. Label i and mask value i stand for `classes[i]`."""
+        return ()
 
     @property
     def all_captions(self) -> tuple[str, ...]:
-        """The captions of a store's rows: the samples' own, and those that join them."""
+        """The names of the captions of a store: the samples' own, and those joined from tables."""
         return (*self.captions, *(self.recaptions.captions if self.recaptions else ()))
 
+    @abstractmethod
     def parts(self) -> Sequence[Part]:
-        """Return the parts, in the order of the samples; none of their samples is read for it."""
+        """Return the parts in the order of the samples, without reading any sample."""
 
     def samples(self) -> Iterator[Sample]:
-        """Yield all samples, part after part."""
+        """Yield all samples, part by part."""
         for part in self.parts():
             yield from part.read()
 
+    @abstractmethod
     def image(self, location: str, least: int = 0) -> Image.Image:
-        """Open an image as upright RGB. Raises `UnreadableImageError` with the row's status.
+        """Open an image as upright RGB.
 
-        With `least`, one whose sides keep at least so many pixels may be smaller than it is: see `read_image`.
+        Args:
+            location: The `image` of a sample.
+            least: If given, the image may be decoded at a smaller scale, as long as both sides keep at least this many
+                pixels; see `read_image`.
+
+        Raises:
+            UnreadableImageError: The image is missing or cannot be decoded.
         """
 
     def mask(self, location: str) -> NDArray[np.uint8]:
-        """Open a segmentation mask, (H, W) of class indices."""
+        """Open a segmentation mask.
 
-
-IGNORED = 255
-
-
-class UnreadableImageError(Exception):
-    """A sample's image cannot be used; `status` says why, and its row keeps that status."""
-
-    def __init__(self, status: Status, reason: str):
-        super().__init__(reason)
-        self.status = status
+        Returns:
+            Class indices, (H, W); `IGNORED` where a pixel belongs to no class.
+        """
+        raise UserError(f"This source has no masks: got {location!r}. Use kind 'mask-folder', or 'table' with 'masks'.")

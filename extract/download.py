@@ -1,10 +1,9 @@
 """Download the images of a training set with img2dataset, from the URLs in its table of captions.
 
-The table itself is not handed to img2dataset, which reads it whole and takes a line break inside a caption for the end
-of a row: a list of only URLs and raw captions is made from it first.
+img2dataset does not get the table itself, because it reads a table whole and mistakes a line break in a caption for the
+end of a row. It gets a list of URLs and raw captions that is made from the table.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,8 @@ import pyarrow.parquet as pq
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Download, Manifest
-from sail_align.extract.sources.tabular import read_batches
+from sail_align.extract.sources.table_files import read_batches
+from sail_align.extract.system.files import read_json
 from sail_align.extract.system.progress import progress
 
 SETTINGS = {
@@ -33,99 +33,99 @@ SETTINGS = {
     "timeout": 20,
     "incremental_mode": "incremental",
 }
-"""The tars hold JPEGs whose short side is `image_size` at most, each with its URL and the SHA-256 of the file as it was
-on the web. Finished tars are kept by a later call, others are downloaded again."""
+"""Options of img2dataset. The tars contain JPEGs whose short side is at most `image_size`, each with its URL and the
+SHA-256 of the original file. A later call keeps finished tars and downloads the others again."""
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """URLs in the list, those of them in finished tars, and images that came (by the reports beside the tars)."""
+    """Progress of a download.
+
+    Attributes:
+        listed: Number of URLs in the list.
+        tried: Number of URLs in finished tars, by the reports beside the tars.
+        downloaded: Number of images in finished tars.
+    """
 
     listed: int
     tried: int
-    came: int
+    downloaded: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Downloaded":
+        """Return the progress of the download into a folder; `listed` is 0 if it has not started."""
+        url_list = _url_list(folder)
+        if not url_list.exists():
+            return cls(listed=0, tried=0, downloaded=0)
+        tried = downloaded = 0
+        for path in folder.glob("*_stats.json"):
+            remedy = "unless it is being written, remove it, and the next `sail-extract download` repeats its tar"
+            report = read_json(path, remedy)
+            try:
+                tried += int(report["count"])
+                downloaded += int(report["successes"])
+            except (ValueError, KeyError, TypeError) as problem:
+                raise UserError(f"{path} is not a report of img2dataset; {remedy}.") from problem
+        return cls(pq.read_metadata(url_list).num_rows, tried, downloaded)
 
     def __str__(self) -> str:
-        share = f" ({self.came / self.tried:.1%})" if self.tried else ""
-        return f"{self.came:,} images came of {self.tried:,} URLs{share}; {self.listed - self.tried:,} are still to try"
+        share = f" ({self.downloaded / self.tried:.1%})" if self.tried else ""
+        left = self.listed - self.tried
+        return f"{self.downloaded:,} images from {self.tried:,} URLs{share}; {left:,} URLs left"
 
 
 def download_images(
     manifest: Manifest, data_root: Path, *, processes: int, threads: int, quiet: bool = False
 ) -> Downloaded:
-    """Run img2dataset on the URLs of a manifest's table; call it again to go on after a stop.
+    """Run img2dataset on the URLs of a manifest's table. Another call resumes a stopped download.
 
     Args:
-        manifest: It says under `download` where the URLs are and where the images go.
-        data_root: What these paths lie under.
-        processes: Of img2dataset.
-        threads: Downloads at a time, a process.
-        quiet: No progress bar over the table; img2dataset's own messages stay.
+        manifest: A manifest with the field `download`.
+        data_root: Folder that the paths in the manifest are relative to.
+        processes: Number of processes of img2dataset.
+        threads: Number of simultaneous downloads per process.
+        quiet: Hide the progress bar over the table. The messages of img2dataset stay.
 
     Raises:
-        UserError: The manifest has no `download`, the table is not there, or img2dataset is not installed or fails.
+        UserError: The manifest has no `download`, the table is missing, or img2dataset is not installed or fails.
     """
-    about = manifest.download
-    if about is None:
-        raise UserError(f"{manifest.name} does not come by img2dataset; `sail-extract check {manifest.name}` says how.")
-    table, folder = data_root / about.table, data_root / about.folder
+    settings = manifest.download
+    hint = f"`sail-extract check {manifest.name}` shows how to get it"
+    if settings is None:
+        raise UserError(f"{manifest.name} is not downloaded with img2dataset; {hint}.")
+    table, folder = data_root / settings.table, data_root / settings.folder
     if not table.is_file():
-        raise UserError(f"{table} is not there; `sail-extract check {manifest.name}` says how to get it.")
-    command = [_img2dataset(), str(_url_list(about, table, folder, quiet)), f"--output_folder={folder}"]
-    command += [f"--image_size={about.image_size}", f"--processes_count={processes}", f"--thread_count={threads}"]
+        raise UserError(f"{table} is missing; {hint}.")
+    # img2dataset may be installed in another environment than this one.
+    search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    program = shutil.which("img2dataset", path=search_path)
+    if program is None:
+        raise UserError("img2dataset is not installed: pip install 'sail-align[download]'.")
+    _write_url_list(settings, table, folder, quiet)
+    command = [program, str(_url_list(folder)), f"--output_folder={folder}", f"--image_size={settings.image_size}"]
+    command += [f"--processes_count={processes}", f"--thread_count={threads}"]
     command += [f"--{name}={value}" for name, value in SETTINGS.items()]
     folder.mkdir(parents=True, exist_ok=True)
     if code := subprocess.run(command, check=False).returncode:
-        raise UserError(f"img2dataset ended with exit code {code}; its messages are above, the same command goes on.")
-    return _tally(folder)
+        raise UserError(f"img2dataset failed with exit code {code}, see above. Rerun the same command to resume.")
+    return Downloaded.read(folder)
 
 
-def tally(folder: Path) -> Downloaded | None:
-    """Return how far the download into a folder is; None where none was begun."""
-    return _tally(folder) if _list_beside(folder).exists() else None
-
-
-def _tally(folder: Path) -> Downloaded:
-    listed = pq.read_metadata(_list_beside(folder)).num_rows
-    reports = [_report(path) for path in folder.glob("*_stats.json")]
-    return Downloaded(listed, sum(tried for tried, _ in reports), sum(came for _, came in reports))
-
-
-def _report(path: Path) -> tuple[int, int]:
-    """Return how many URLs of a tar were tried, and how many images came."""
-    try:
-        report = json.loads(path.read_bytes())
-        return int(report["count"]), int(report["successes"])
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"{path} is no report of img2dataset's, unless it is being written; remove it, and the next `sail-extract "
-            "download` gets its tar anew."
-        ) from problem
-
-
-def _list_beside(folder: Path) -> Path:
+def _url_list(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-urls.parquet")
 
 
-def _url_list(about: Download, table: Path, folder: Path, quiet: bool) -> Path:
-    """Write the list of URLs beside the folder of images, once: a list in another order would mix up finished tars."""
-    path = _list_beside(folder)
+def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) -> None:
+    """Write the list of URLs beside the folder of images, unless it exists: another order would mix finished tars."""
+    path = _url_list(folder)
     if path.exists():
-        return path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    columns = [settings.url, settings.caption]
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
     with pq.ParquetWriter(temporary, schema) as writer, progress(None, "URLs", unit="URL", quiet=quiet) as bar:
-        for batch in read_batches(table, [about.url, about.caption]):
-            writer.write_table(batch.select([about.url, about.caption]).rename_columns(["url", "caption"]).cast(schema))
+        for batch in read_batches(table, columns):
+            writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
             bar.update(len(batch))
     temporary.replace(path)
-    return path
-
-
-def _img2dataset() -> str:
-    """Return the program, beside this Python or on the path: it may as well live in an environment of its own."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if program := shutil.which("img2dataset", path=places):
-        return program
-    raise UserError("img2dataset is not installed: pip install 'sail-align[download]'.")

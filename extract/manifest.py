@@ -1,17 +1,22 @@
 """A data set as a validated object: one YAML file in `data_manifests/`, or one of the user's own."""
 
 import difflib
+import importlib
 import os
+import pkgutil
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from sail_align.extract import sources
+from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.schema import NonEmpty, Recaptions, Source, Strict
+from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
+from sail_align.extract.sources.table_files import Recaptions
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
@@ -48,7 +53,7 @@ class TaskSettings(Strict):
 
 
 class Encoders(Strict):
-    """What `sail-extract run` uses where the command names nothing else: the paper's pair, and all captions."""
+    """Defaults of `sail-extract run`: the paper's pair of encoders, and all captions."""
 
     image: str = "dinov2-large"
     text: str = "gte-large"
@@ -56,10 +61,14 @@ class Encoders(Strict):
 
 
 class Download(Strict):
-    """Where `sail-extract download` finds the images' URLs, and where it puts them; paths are under the data root.
+    """Settings of `sail-extract download`. Paths are under the data root.
 
-    `url` and `caption` are columns of `table`. `folder` becomes one of tars, whose JPEGs have a short side of
-    `image_size` pixels at most.
+    Attributes:
+        table: Table with the addresses of the images.
+        url: Column of the addresses.
+        caption: Column of the captions.
+        folder: Folder for the downloaded tars.
+        image_size: Largest short side of the saved JPEGs, in pixels.
     """
 
     table: NonEmpty
@@ -69,10 +78,26 @@ class Download(Strict):
     image_size: int = Field(default=256, ge=32)
 
 
-class Manifest(Strict):
-    """A data set: what it is for, where its files are, what to expect of it, and how to get it.
+def _source_configs() -> list[type[SourceConfig]]:
+    """Return the description of each kind of source, from all modules of `sources`."""
+    for module in pkgutil.iter_modules(sources.__path__, f"{sources.__name__}."):
+        importlib.import_module(f"{module.name}.source" if module.ispkg else module.name)
+    subclasses = list(SourceConfig.__subclasses__())
+    for subclass in subclasses:  # grows meanwhile
+        subclasses += subclass.__subclasses__()
+    return [each for each in subclasses if "kind" in each.model_fields]
 
-    `get` says it in commands, for a data root of `data`.
+
+if TYPE_CHECKING:
+    AnySourceConfig = SourceConfig
+else:
+    AnySourceConfig = Annotated[Union[tuple(_source_configs())], Field(discriminator="kind")]  # noqa: UP007
+
+
+class Manifest(Strict):
+    """A data set: its purpose, its files, the expected counts, and how to get it.
+
+    `get` lists the commands that download the data set to the data root `data`.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -80,7 +105,7 @@ class Manifest(Strict):
     title: str
     licence: str
     get: str
-    source: Source
+    source: AnySourceConfig
     recaptions: Recaptions | None = None
     task: TaskSettings | None = None
     download: Download | None = None
@@ -89,7 +114,7 @@ class Manifest(Strict):
     expected_captions: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _fields_go_with_purpose(self) -> "Manifest":
+    def _require_fields_of_purpose(self) -> "Manifest":
         if (self.purpose == "evaluate") != (self.task is not None):
             raise ValueError("'task' belongs to, and only to, a manifest whose purpose is 'evaluate'")
         if self.purpose == "evaluate" and self.recaptions:
@@ -102,9 +127,32 @@ class Manifest(Strict):
 
     @property
     def rows(self) -> dict[str, Any]:
-        """What decides the rows of a store: a store is made from this and goes on only with the same."""
+        """The fields that decide the rows of a store. A store is only resumed with the same fields."""
         fields = {"name", "source"} | ({"recaptions"} if self.recaptions else set())
         return self.model_dump(mode="json", include=fields)
+
+    def requirements(self, data_root: Path) -> dict[str, bool]:
+        """Return the files, folders and packages that the data set needs, and whether each is present."""
+        found = self.source.requirements(data_root)
+        return found | (self.recaptions.requirements(data_root) if self.recaptions else {})
+
+    def is_here(self, data_root: Path) -> bool:
+        """Whether everything that the data set needs is present. No file is opened."""
+        return all(self.requirements(data_root).values())
+
+    def open_source(self, data_root: Path) -> Source:
+        """Open the source, with the tables of further captions if there are any.
+
+        Raises:
+            UserError: Files are missing or do not match the description.
+        """
+        source = self.source.open(data_root)
+        if self.recaptions:
+            source.recaptions = self.recaptions.open(data_root)
+            for name in self.recaptions.captions:
+                if name in source.captions:
+                    raise UserError(f"{self.name} already has a caption {name!r}. Rename it under 'recaptions'.")
+        return source
 
 
 def packaged_manifests() -> dict[str, Path]:
@@ -115,24 +163,25 @@ def packaged_manifests() -> dict[str, Path]:
 
 
 def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifest, Path]:
-    """Return the manifest that a packaged name or a path means, and the data root that its files lie under.
+    """Read a manifest by its packaged name or its path, and find its data root.
 
-    The data root is `data_root`, else `$SAIL_DATA_ROOT`, else `./data` for a packaged manifest and the manifest's own
-    folder for a file of the user's.
+    The data root is `data_root`, else `$SAIL_DATA_ROOT`, else `./data` for a packaged manifest and the folder of the
+    file for any other.
 
     Raises:
-        UserError: There is no such manifest, or it is not valid.
+        UserError: The manifest does not exist or is invalid.
     """
-    path = Path(reference)
-    packaged = packaged_manifests()
+    path, packaged = Path(reference), packaged_manifests()
+    is_file_name = path.suffix in {".yaml", ".yml"}
     if reference in packaged:
         path, default_root = packaged[reference], Path("data")
-    elif path.suffix in {".yaml", ".yml"} and path.is_file():
+    elif is_file_name and path.is_file():
         default_root = path.parent
-    elif path.suffix in {".yaml", ".yml"}:
-        raise UserError(f"{reference} is not there; give the path of a manifest, or a packaged one's name.")
+    elif is_file_name:
+        raise UserError(f"{reference} is missing. Give the path of a manifest, or the name of a packaged one.")
     else:
-        raise UserError(f"No manifest {reference!r}; give a path to a .yaml file or one of: {', '.join(packaged)}.")
+        names = ", ".join(packaged)
+        raise UserError(f"Manifest {reference!r} is unknown. Give a path to a .yaml file, or one of: {names}.")
     root = data_root or os.environ.get("SAIL_DATA_ROOT")
     return read_manifest(path), Path(root) if root else default_root
 
@@ -141,40 +190,41 @@ def read_manifest(path: Path) -> Manifest:
     """Read and validate one manifest.
 
     Raises:
-        UserError: The file is not YAML, or a field is missing, unknown or of the wrong form; the sentence names file,
-            field and value.
+        UserError: The file is not YAML, or a field is missing, unknown or invalid. The message names file, field and
+            value.
     """
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}.") from problem
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {content!r} where a mapping of fields is expected.")
+        raise UserError(f"{path} is invalid: got {content!r}, expected a mapping of fields.")
     try:
         return Manifest.model_validate(content)
     except ValidationError as problem:
-        raise UserError(f"{path}: {_first_problem(problem, content)}") from problem
+        raise UserError(f"{path}: {_describe_first(problem)}") from problem
 
 
-def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
-    """Say in a sentence what the first validation error is about, with a likely field name for a typing slip."""
-    # A misspelt field is both unknown and missing: the unknown one says more.
+def _describe_first(error: ValidationError) -> str:
+    """Describe the first validation error. For an unknown value, suggest the nearest valid one."""
+    # A misspelt field is both unknown and missing. The unknown one makes the more helpful message.
     problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in problem["loc"]) or "the manifest"
+    field, value = ".".join(map(str, problem["loc"])), problem["input"]
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {field!r} with value {problem['input']!r}; remove or correct it."
+        return f"field {field!r} is unknown: got value {value!r}. Remove or correct it."
     if problem["type"] == "missing":
-        return f"field {field!r} is missing; add it."
+        return f"field {field!r} is missing. Add it."
     if problem["type"] == "union_tag_not_found":
-        return f"field '{field}.kind' is missing; add it."
+        return f"field '{field}.kind' is missing. Add it."
     if problem["type"] in ("union_tag_invalid", "literal_error"):
         context = problem["ctx"]
         if "tag" in context:
-            field, value, known = f"{field}.kind", context["tag"], context["expected_tags"]
+            field, value, expected = f"{field}.kind", context["tag"], context["expected_tags"]
         else:
-            value, known = problem["input"], context["expected"]
-        names = re.findall("'(.+?)'", known) or [known]
+            expected = context["expected"]
+        names = re.findall("'(.+?)'", expected) or [expected]
         near = difflib.get_close_matches(str(value), names, n=1)
-        guess = f"did you mean {near[0]!r}? It" if near else "it"
-        return f"field {field!r} is {value!r}; {guess} can be {', '.join(names)}."
-    return f"field {field!r} is {problem['input']!r}: {problem['msg']}." if problem["loc"] else f"{problem['msg']}."
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        return f"field {field!r} is invalid: got {value!r}, expected {', '.join(names)}.{guess}"
+    return f"field {field!r} is invalid: got {value!r}. {message}." if field else f"{message}."

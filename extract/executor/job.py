@@ -13,7 +13,6 @@ from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.executor.encode import Advance, ArrayTask, EncodedRows
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.sources import open_source
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.open_or_create import open_existing, open_or_create
 from sail_align.extract.store.store import Store
@@ -59,7 +58,7 @@ class Job:
 
     def open_source(self) -> Source:
         """Open the data set. Raises `UserError` if that fails."""
-        return open_source(self.manifest, self.data_root)
+        return self.manifest.open_source(self.data_root)
 
     def open_store(self, *, quiet: bool = False) -> Store:
         """Open the store, or create it. An existing store is opened without its source if the job has no images.

@@ -1,210 +1,227 @@
-"""What sources have in common whose samples one file of annotations lists, beside a folder of images."""
+"""Sources whose samples are listed in one annotation file beside a folder of images.
+
+Kinds: `coco-captions`, `karpathy`, `winoground` and `mmvp`, each in its published form.
+"""
 
 import csv
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
-from sail_align.extract import schema
 from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import UserError
+from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import read_image_in
+from sail_align.extract.system.files import read_json
 
 
-class AnnotatedImages(Source):
+@dataclass(frozen=True)
+class Annotations:
+    """Content of an annotation file. Keys and locations are paths under the folder of images, unless noted."""
+
+    samples: list[Sample]
+    captions: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def numbered(cls, samples: Sequence[tuple[str, list[str], str]]) -> "Annotations":
+        """Return samples given as image, captions and URL. Captions are named c0, c1, …; empty ones are left out."""
+        numbered = [
+            Sample(key=image, image=image, captions={f"c{i}": text for i, text in enumerate(texts) if text}, url=url)
+            for image, texts, url in samples
+        ]
+        most = max((len(sample.captions) for sample in numbered), default=0)
+        return cls(numbered, tuple(f"c{i}" for i in range(most)))
+
+
+class AnnotatedConfig(FilesConfig, SourceConfig):
+    """Base class of these kinds."""
+
+    file_field: ClassVar[str] = "annotations"
+    """The field with the path of the annotation file."""
+    images: str
+
+    @property
+    def file(self) -> str:
+        """The path of the annotation file under `root`."""
+        return str(getattr(self, self.file_field))
+
+    @property
+    def needs(self) -> list[str]:
+        """The annotation file and the folder of images."""
+        return [self.file, self.images]
+
+    def open(self, data_root: Path) -> "AnnotatedSource":
+        """Open the source."""
+        return AnnotatedSource(self, data_root)
+
+    @abstractmethod
+    def read(self, path: Path) -> Annotations:
+        """Read the annotation file.
+
+        Raises:
+            KeyError, TypeError, ValueError: A field is missing or of another form.
+        """
+
+
+class AnnotatedSource(Source):
     """Images in a folder, listed with their captions in a file that is read as a whole.
-
-    Keys and locations are paths under the folder of images.
 
     Raises:
         UserError: The file or the folder is missing, or the file is not of the published form.
     """
 
-    def __init__(self, annotations: Path, images: Path):
-        for path in (annotations, images):
+    def __init__(self, config: AnnotatedConfig, data_root: Path):
+        self._config = config
+        self._file = data_root / config.root / config.file
+        self._images = data_root / config.root / config.images
+        for path in (self._file, self._images):
             if not path.exists():
-                raise UserError(f"{path} is not there; correct the manifest's source or set --data-root.")
-        self._annotations = annotations
-        self._images = images
-
-    @abstractmethod
-    def _read(self) -> list[Sample]:
-        """Return the samples; a field that is missing or of another form raises KeyError, TypeError or ValueError."""
+                raise UserError(f"{path} is missing. Correct the manifest's source or set --data-root.")
 
     @cached_property
-    def _samples(self) -> list[Sample]:
+    def _annotations(self) -> Annotations:
         try:
-            samples = self._read()
+            annotations = self._config.read(self._file)
         except (KeyError, TypeError, ValueError) as problem:
             reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-            raise UserError(f"{self._annotations} is not of the published form ({reason}).") from problem
-        if not samples:
-            raise UserError(f"{self._annotations} gives no sample; correct the manifest's source.")
-        return samples
+            raise UserError(f"{self._file} is not of the published form ({reason}).") from problem
+        if not annotations.samples:
+            raise UserError(f"{self._file} contains no samples. Correct the manifest's source.")
+        return annotations
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """c0, c1, … for as many captions as any image has."""
-        return tuple(f"c{i}" for i in range(max(len(sample.captions) for sample in self._samples)))
+        """The captions' names: `raw`, or c0, c1, … up to the most captions of any image."""
+        return self._annotations.captions
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """None, unless the annotations sort the samples into kinds."""
-        return ()
+        """The categories of the samples, if the file has any."""
+        return self._annotations.classes
 
     def parts(self) -> Sequence[Part]:
-        """One part: the file of annotations."""
-        return [Part(self._annotations.name, lambda: iter(self._samples), (self._annotations,))]
+        """Return one part, the annotation file."""
+        return [Part(self._file.name, lambda: iter(self._annotations.samples), (self._file,))]
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its path under the folder of images."""
         return read_image_in(self._images, location, least=least)
 
-    def mask(self, location: str) -> NDArray[np.uint8]:
-        """Raise `UserError`: these sources have captions, not masks."""
-        raise UserError(f"{self._annotations} comes without masks ({location!r} asked for); use 'mask-folder'.")
 
+class CocoCaptionsConfig(AnnotatedConfig):
+    """COCO's own captions JSON (`captions_val2017.json`) and a folder of images.
 
-def numbered(texts: Sequence[str]) -> dict[str, str]:
-    """Return captions by name, c0, c1, …; an empty one keeps its number and is left out."""
-    return {f"c{i}": text for i, text in enumerate(texts) if text}
+    Images are sorted by id. Each keeps its first `captions` captions by annotation id, named c0, c1, …. The file itself
+    lists both in no particular order.
+    """
 
+    kind: Literal["coco-captions"]
+    annotations: NonEmpty
+    captions: Annotated[int, Field(gt=0)] = 5
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `UserError` if it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise UserError(f"{path} is not valid JSON: {problem}.") from problem
-
-
-class CocoCaptionsSource(AnnotatedImages):
-    """Images by id, each with its first captions by annotation id: the file lists both in no order of its own."""
-
-    def __init__(self, description: schema.CocoCaptionsSource, data_root: Path):
-        root = data_root / description.root
-        super().__init__(root / description.annotations, root / description.images)
-        self._kept = description.captions
-
-    def _read(self) -> list[Sample]:
-        content = read_json(self._annotations)
+    def read(self, path: Path) -> Annotations:
+        """Read the annotation file."""
+        content = read_json(path)
         texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
             texts[annotation["image_id"]].append(annotation["caption"].strip())
-        return [
-            Sample(
-                key=image["file_name"],
-                image=image["file_name"],
-                captions=numbered(texts[image["id"]][: self._kept]),
-                url=image.get("coco_url", ""),
-            )
-            for image in sorted(content["images"], key=lambda each: each["id"])
-        ]
+        images = sorted(content["images"], key=lambda each: each["id"])
+        return Annotations.numbered(
+            [(image["file_name"], texts[image["id"]][: self.captions], image.get("coco_url", "")) for image in images]
+        )
 
 
-class KarpathySource(AnnotatedImages):
-    """The images of one split, in the file's order, with all their captions: five, some of COCO's six or seven.
+class KarpathyConfig(AnnotatedConfig):
+    """Karpathy's JSON (`dataset_coco.json`, `dataset_flickr30k.json`): one split, with all captions of each image.
 
-    An image lies in its `filepath` (COCO's `val2014`) under the folder of images, or directly there without one.
+    Images keep the order of the file; most have five captions, some of COCO's six or seven. An image lies in its
+    `filepath` (COCO's `val2014`) under the folder of images, or directly in that folder if it has none.
     """
 
-    def __init__(self, description: schema.KarpathySource, data_root: Path):
-        root = data_root / description.root
-        super().__init__(root / description.annotations, root / description.images)
-        self._split = description.split
+    kind: Literal["karpathy"]
+    annotations: NonEmpty
+    split: NonEmpty = "test"
 
-    def _read(self) -> list[Sample]:
-        images = read_json(self._annotations)["images"]
-        kept = [image for image in images if image["split"] == self._split]
+    def read(self, path: Path) -> Annotations:
+        """Read the annotation file."""
+        images = read_json(path)["images"]
+        kept = [image for image in images if image["split"] == self.split]
         if not kept:
             splits = ", ".join(sorted({image["split"] for image in images}))
-            raise UserError(f"{self._annotations} has no split {self._split!r}; it has {splits}.")
-        samples = []
-        for image in kept:
-            path = (Path(image.get("filepath", "")) / image["filename"]).as_posix()
-            texts = [sentence["raw"].strip() for sentence in image["sentences"]]
-            samples.append(Sample(key=path, image=path, captions=numbered(texts)))
-        return samples
+            raise UserError(f"{path} has no split {self.split!r}. Its splits are {splits}.")
+        return Annotations.numbered(
+            [
+                (
+                    (Path(image.get("filepath", "")) / image["filename"]).as_posix(),
+                    [sentence["raw"].strip() for sentence in image["sentences"]],
+                    "",
+                )
+                for image in kept
+            ]
+        )
 
 
-KINDS = ("Object", "Relation", "Both")
-"""What the two captions swap, `collapsed_tag` in the file; a sample's label."""
+class WinogroundConfig(AnnotatedConfig):
+    """Winoground as published: `examples.jsonl` and a folder of images.
 
-
-class WinogroundSource(AnnotatedImages):
-    """Rows 2k and 2k + 1 are image 0 with caption 0, and image 1 with caption 1, of example k.
-
-    Keys are `<id>/0` and `<id>/1`.
+    Rows 2k and 2k + 1 are image 0 with caption 0, and image 1 with caption 1, of example k. Keys are `<id>/0` and
+    `<id>/1`. The label is what the two captions swap.
     """
 
-    def __init__(self, description: schema.WinogroundSource, data_root: Path):
-        root = data_root / description.root
-        super().__init__(root / description.examples, root / description.images)
+    file_field = "examples"
+    swapped: ClassVar = ("Object", "Relation", "Both")
+    """Values of `collapsed_tag` in the file."""
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """One."""
-        return ("raw",)
+    kind: Literal["winoground"]
+    examples: NonEmpty = "examples.jsonl"
+    images: str = "images"
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """What the captions of an example swap."""
-        return KINDS
-
-    def _read(self) -> list[Sample]:
-        with self._annotations.open(encoding="utf-8") as lines:
+    def read(self, path: Path) -> Annotations:
+        """Read the annotation file."""
+        with path.open(encoding="utf-8") as lines:
             examples = [json.loads(line) for line in lines if line.strip()]
-        return [
+        samples = [
             Sample(
                 key=f"{example['id']}/{side}",
-                image=_file_name(example[f"image_{side}"]),
+                image=example[f"image_{side}"].removesuffix(".png") + ".png",  # published without the ending
                 captions={"raw": example[f"caption_{side}"]},
-                label=KINDS.index(example["collapsed_tag"]),
+                label=self.swapped.index(example["collapsed_tag"]),
             )
             for example in sorted(examples, key=lambda each: each["id"])
             for side in (0, 1)
         ]
+        return Annotations(samples, ("raw",), self.swapped)
 
 
-def _file_name(image: str) -> str:
-    """The examples name images without their ending."""
-    return image if image.endswith(".png") else f"{image}.png"
+class MmvpConfig(AnnotatedConfig):
+    """MMVP-VLM as published: `Questions.csv` and a folder of images by category.
 
-
-class MmvpSource(AnnotatedImages):
-    """Rows 2k and 2k + 1 are a pair: two images that look alike to CLIP, and what is said of each.
-
-    The file's columns are question id, category and statement; the image is `<category>/<id>.jpg`, in the folder of the
-    pair's first row, as in the authors' own evaluation. A sample's label is its category. The statements stand as they
-    are in the file: the protocol's "a photo of" is the task's business.
+    Rows 2k and 2k + 1 are a pair: two images that look alike to CLIP, and a statement about each. The columns are
+    question id, category and statement. The image is `<category>/<id>.jpg`, in the folder of the pair's first row, as
+    in the authors' own evaluation. The label is the category. Statements are kept as they are in the file, because the
+    task adds the protocol's "a photo of".
     """
 
-    def __init__(self, description: schema.MmvpSource, data_root: Path):
-        root = data_root / description.root
-        super().__init__(root / description.questions, root / description.images)
+    file_field = "questions"
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """One."""
-        return ("raw",)
+    kind: Literal["mmvp"]
+    questions: NonEmpty = "Questions.csv"
+    images: str = "MLLM_VLM Images"
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The categories, in the file's order."""
-        return tuple(dict.fromkeys(str(Path(sample.image).parent) for sample in self._samples))
-
-    def _read(self) -> list[Sample]:
-        with self._annotations.open(encoding="utf-8-sig", newline="") as file:
+    def read(self, path: Path) -> Annotations:
+        """Read the annotation file."""
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if row][1:]
         if len(rows) % 2:
-            raise ValueError(f"{len(rows)} rows make no pairs")
+            raise ValueError(f"{len(rows)} rows cannot be split into pairs")
         categories = list(dict.fromkeys(category.strip() for _, category, _ in rows[::2]))
         samples = []
         for row, (question, _, statement) in enumerate(rows):
@@ -212,4 +229,4 @@ class MmvpSource(AnnotatedImages):
             image = f"{category}/{int(question)}.jpg"
             label = categories.index(category)
             samples.append(Sample(key=image, image=image, captions={"raw": statement.strip()}, label=label))
-        return samples
+        return Annotations(samples, ("raw",), tuple(categories))

@@ -1,116 +1,140 @@
-"""Source kind `mask-folder`: images and semantic masks of the same names, as ADE20K, VOC and COCO-Stuff come."""
+"""Source kind `mask-folder`: images and semantic masks of the same names, the form of ADE20K, VOC and COCO-Stuff."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from sail_align.extract.data import IGNORED, Part, Sample, Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.schema import MaskFolderSource as Description
 from sail_align.extract.sources.class_names import label_names
+from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import read_image_in, read_mask
 
+MaskValue = Annotated[int, Field(ge=0, le=255)]
+
 NO_CLASS = -1
-LOOKED_AT = 16
-"""Masks that are read when the source is opened. One may by chance hold only values that both numberings have."""
+PROBED_MASKS = 16
+"""Number of masks that are read when the source is opened. A single mask may contain only values that are valid in both
+numberings."""
+
+
+class MaskFolderConfig(FilesConfig, SourceConfig):
+    """A folder of images and one of masks (PNGs of one channel or a palette) with the same names.
+
+    `names` is a file that lists the images to use, one name without ending per line. Without it, all images that have a
+    mask are used. `classes` maps labels to names, or names a packaged table of them (`ade20k-150`). A mask holds
+    label − `label_offset`. Pixels whose value is in `ignored` belong to no class. Any other value is an error, because
+    it means that the masks do not match the manifest.
+    """
+
+    kind: Literal["mask-folder"]
+    images: str
+    masks: str
+    names: str | None = None
+    classes: dict[MaskValue, str] | NonEmpty
+    label_offset: int = 0
+    ignored: list[MaskValue] = Field(default=[])
+
+    @property
+    def needs(self) -> list[str]:
+        """The folders of images and masks, and the list of names."""
+        return [self.images, self.masks, *([self.names] if self.names else [])]
+
+    def open(self, data_root: Path) -> "MaskFolderSource":
+        """Open the source."""
+        return MaskFolderSource(self, data_root)
 
 
 class MaskFolderSource(Source):
-    """Images with masks, in the order of the list of names, or sorted. Keys and locations are file names.
+    """Images with masks, sorted or in the order of the list of names. Keys and locations are file names.
 
-    Some masks are read at once: those of another numbering are refused before anything is encoded.
+    Some masks are read when the source is opened, so that masks with another numbering are rejected before anything is
+    encoded.
 
     Raises:
-        UserError: A folder or the list is missing, a listed image or mask is not there, no mask can hold a class's
-            label, or a mask that was read is not of the described form.
+        UserError: A folder or the list is missing, a listed image or mask is missing, no mask can hold the label of a
+            class, or a probed mask is not of the described form.
     """
 
-    def __init__(self, description: Description, data_root: Path):
-        root = data_root / description.root
-        self._images, self._masks = root / description.images, root / description.masks
-        self._list = root / description.names if description.names else None
+    def __init__(self, config: MaskFolderConfig, data_root: Path):
+        root = data_root / config.root
+        self._images, self._masks = root / config.images, root / config.masks
+        self._list = root / config.names if config.names else None
         for path in (self._images, self._masks, self._list):
             if path and not path.exists():
-                raise UserError(f"{path} is not there; correct the manifest's source or set --data-root.")
-        labels = description.classes
-        self._classes = label_names(labels) if isinstance(labels, str) else labels
+                raise UserError(f"{path} is missing. Correct the manifest's source or set --data-root.")
+        self._classes = label_names(config.classes) if isinstance(config.classes, str) else config.classes
+        self._offset = config.label_offset
         self._index = np.full(256, NO_CLASS, dtype=np.int16)
-        self._index[description.ignored] = IGNORED
-        for index, label in enumerate(self._classes):
-            value = label - description.label_offset
-            if not 0 <= value <= 255 or value in description.ignored:
+        self._index[config.ignored] = IGNORED
+        for index, (label, name) in enumerate(self._classes.items()):
+            value = label - self._offset
+            if not 0 <= value <= 255 or value in config.ignored:
                 raise UserError(
-                    f"Class {self._classes[label]!r} has label {label}, so that masks hold {value}, which is ignored "
-                    "or no value from 0 to 255; correct 'classes', 'label_offset' or 'ignored'."
+                    f"Class {name!r} is invalid: its mask value would be {value} (label {label}), expected 0 to 255 "
+                    "and not ignored. Correct 'classes', 'label_offset' or 'ignored'."
                 )
             self._index[value] = index
-        self._offset = description.label_offset
-        for place in sorted(set(np.linspace(0, len(self._samples) - 1, LOOKED_AT).astype(int).tolist())):
-            self.mask(self._samples[place].mask)
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """None."""
-        return ()
+        probed = np.linspace(0, len(self._samples) - 1, PROBED_MASKS).astype(int)
+        for row in sorted(set(probed.tolist())):
+            self.mask(self._samples[row].mask)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the labels, in the manifest's or the table's order."""
+        """The names of the labels, in the order of the manifest or the table."""
         return tuple(self._classes.values())
 
     def parts(self) -> Sequence[Part]:
-        """One part: the list of names, or the folder of masks."""
-        return [Part("masks", self._read, (self._list or self._masks,))]
+        """Return one part, the list of names or the folder of masks."""
+        return [Part("masks", lambda: iter(self._samples), (self._list or self._masks,))]
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image by its name under the folder of images."""
         return read_image_in(self._images, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
-        """Open a mask as class indices.
+        """Open a mask as class indices, (H, W).
 
         Raises:
-            UserError: It holds a value that is neither a class nor ignored.
+            UserError: A value is neither a class nor ignored.
         """
         values = read_mask(self._masks / location)
-        found = self._index[values]
-        if (found == NO_CLASS).any():
-            value = int(values[found == NO_CLASS][0])
+        indices = self._index[values]
+        unknown = values[indices == NO_CLASS]
+        if unknown.size:
             raise UserError(
-                f"Mask {self._masks / location} holds {value}, which is neither a class nor ignored; these masks are "
-                "numbered in another way than the manifest's 'classes', 'label_offset' and 'ignored' say"
-                f"{self._another_numbering(values)}."
+                f"Mask {self._masks / location} contains the value {unknown[0]}, which is neither a class nor ignored. "
+                f"Correct 'classes', 'label_offset' and 'ignored' in the manifest{self._suggest_numbering(values)}."
             )
-        return found.astype(np.uint8)
+        return indices.astype(np.uint8)
 
-    def _another_numbering(self, values: NDArray[np.uint8]) -> str:
-        """Say whether a mask that was refused is one of labels as they stand, or of labels less one."""
+    def _suggest_numbering(self, values: NDArray[np.uint8]) -> str:
+        """Suggest the label offset that would fit a rejected mask, if one of the two common ones does."""
         for offset, unlabelled in ((0, 0), (1, 255)):
             known = {*(label - offset for label in self._classes), unlabelled}
             if offset != self._offset and {*np.unique(values).tolist()} <= known:
-                return f" (label_offset: {offset} with ignored: [{unlabelled}] would fit this one)"
+                return f" (label_offset: {offset} with ignored: [{unlabelled}] fits this mask)"
         return ""
 
     @cached_property
     def _samples(self) -> list[Sample]:
         images = {path.stem: path.name for path in self._images.iterdir() if not path.name.startswith(".")}
         masks = {path.stem for path in self._masks.glob("*.png")}
-        names = _lines(self._list) if self._list else sorted(masks)
+        if self._list:
+            lines = self._list.read_text(encoding="utf-8-sig").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
+        else:
+            names = sorted(masks)
         for name in names:
             if name not in images or name not in masks:
                 folder = self._masks if name in images else self._images
-                raise UserError(f"{folder} has no picture {name!r}; the data set is not complete.")
+                raise UserError(f"{folder} has no picture {name!r}. The data set is incomplete.")
         if not names:
-            raise UserError(f"No mask in {self._masks}; expected PNGs with the names of the images.")
+            raise UserError(f"{self._masks} contains no masks. Expected PNGs with the names of the images.")
         return [Sample(key=images[name], image=images[name], mask=f"{name}.png") for name in names]
-
-    def _read(self) -> Iterator[Sample]:
-        return iter(self._samples)
-
-
-def _lines(path: Path) -> list[str]:
-    return [name for line in path.read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]

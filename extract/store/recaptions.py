@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.tabular import read_captions
+from sail_align.extract.sources.table_files import read_captions
 from sail_align.extract.store.index import FIELDS, FILE_ROWS, Index, caption_column, text_hashes
 from sail_align.extract.system.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.system.progress import progress

@@ -59,6 +59,27 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: A UTF-8 file.
+        remedy: What the user can do about an invalid file, as the end of the message.
+
+    Raises:
+        UserError: The file cannot be read, or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read ({problem.strerror}); {remedy}.") from problem
+    except ValueError as problem:
+        raise UserError(f"{path} is not valid JSON ({problem}); {remedy}.") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is invalid: got {type(content).__name__}, expected a JSON object; {remedy}.")
+    return content
+
+
 def write_atomically(path: Path, content: bytes | memoryview | None, *, below: Path | None = None) -> None:
     """Write a whole file under a temporary name and rename it, so that no reader ever sees part of it.
 

@@ -1,5 +1,5 @@
-"""sail-extract download: the real img2dataset on a small server, its tars joined with captions of DreamLIP's form, and
-what is said where it cannot run.
+"""sail-extract download: the real img2dataset on a small server, its tars joined with captions in DreamLIP's form, and
+the error messages.
 """
 
 import csv
@@ -17,16 +17,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from sail_align.extract.download import tally
+from sail_align.extract.download import Downloaded
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.sources import open_source
 from sail_align.extract.store.open_or_create import open_or_create
 
 COLUMNS = ["raw_caption"] + [f"{length}{by}_captions" for by in ("IB", "SV", "LLA") for length in ("short", "long")]
 """DreamLIP's, after `Image Path`."""
 
-PRETENDER = """#!{python}
+FAKE_PROGRAM = """#!{python}
 import json, os, sys
 folder = next(word.split("=")[1] for word in sys.argv if word.startswith("--output_folder="))
 print(json.dumps(sys.argv[1:]), file=open(os.path.join(folder, "called.json"), "w"))
@@ -77,22 +76,22 @@ recaptions:
 """
 
 
-def pretend(tmp_path: Path, monkeypatch, code: int = 0) -> None:
-    """Put a program in img2dataset's place that says how it was called."""
+def install_fake(tmp_path: Path, monkeypatch, code: int = 0) -> None:
+    """Replace img2dataset by a program that records how it was called."""
     program = tmp_path / "bin" / "img2dataset"
     program.parent.mkdir()
-    program.write_text(PRETENDER.format(python=sys.executable, code=code))
+    program.write_text(FAKE_PROGRAM.format(python=sys.executable, code=code))
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "elsewhere" / "python"))
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_img2dataset_is_called_with_a_list_of_urls_and_its_reports_are_added_up(web, typed, tmp_path, monkeypatch):
+def test_calls_img2dataset_and_sums_its_reports(web, typed, tmp_path, monkeypatch):
     _, manifest, urls = web
-    pretend(tmp_path, monkeypatch)
+    install_fake(tmp_path, monkeypatch)
     code, out, _ = typed("download", str(manifest), "--processes", "3", "--quiet")
     assert code == 0
-    assert out == f"some: 7 images came of 10 URLs (70.0%); 3 are still to try\nNext: sail-extract run {manifest}\n"
+    assert out == f"some: 7 images from 10 URLs (70.0%); 3 URLs left\nNext: sail-extract run {manifest}\n"
     listed, *options = json.loads((tmp_path / "some" / "called.json").read_text())
     assert {"--processes_count=3", "--thread_count=64", "--image_size=128", "--output_format=webdataset"} < set(options)
     rows = pq.read_table(listed).to_pylist()
@@ -100,20 +99,20 @@ def test_img2dataset_is_called_with_a_list_of_urls_and_its_reports_are_added_up(
     assert rows[-1]["caption"] == "raw_caption of 0,\nin two lines"
 
 
-def test_a_report_that_is_cut_is_named(web, typed, tmp_path, monkeypatch):
+def test_names_truncated_report(web, typed, tmp_path, monkeypatch):
     _, manifest, _ = web
-    pretend(tmp_path, monkeypatch)
+    install_fake(tmp_path, monkeypatch)
     typed("download", str(manifest), "--quiet")
     report = next((tmp_path / "some").glob("*_stats.json"))
     report.write_text(report.read_text()[:-5])
-    with pytest.raises(UserError, match=r"_stats\.json is no report of img2dataset's, unless it is being written"):
-        tally(tmp_path / "some")
+    with pytest.raises(UserError, match=r"_stats\.json is not valid JSON .*; unless it is being written"):
+        Downloaded.read(tmp_path / "some")
 
 
-def test_the_list_of_urls_is_made_once(web, typed, tmp_path, monkeypatch):
-    """Finished tars are known by their number, so the list must not change under them."""
+def test_url_list_is_written_once(web, typed, tmp_path, monkeypatch):
+    """Finished tars are known by their number, so the list must not change."""
     _, manifest, _ = web
-    pretend(tmp_path, monkeypatch)
+    install_fake(tmp_path, monkeypatch)
     typed("download", str(manifest), "--quiet")
     before = (tmp_path / "some-urls.parquet").read_bytes()
     (tmp_path / "captions.csv").write_text("Image Path,raw_caption\nhttp://other,other\n")
@@ -122,26 +121,26 @@ def test_the_list_of_urls_is_made_once(web, typed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"download": None}, "some does not come by img2dataset; `sail-extract check some` says how."),
-        ({"table": "other.csv"}, "other.csv is not there; `sail-extract check some` says how to get it."),
-        ({"url": "URL"}, "captions.csv has no column 'URL'; its columns are Image Path, raw_caption"),
-        ({}, "img2dataset ended with exit code 5; its messages are above, the same command goes on."),
+        ({"download": None}, "some is not downloaded with img2dataset; `sail-extract check some` shows how to get it."),
+        ({"table": "other.csv"}, "other.csv is missing; `sail-extract check some` shows how to get it."),
+        ({"url": "URL"}, "captions.csv has no column 'URL'. Its columns are Image Path, raw_caption"),
+        ({}, "img2dataset failed with exit code 5, see above. Rerun the same command to resume."),
     ],
 )
-def test_a_mistake_is_one_sentence(web, typed, tmp_path, monkeypatch, change, said):
+def test_error_messages(web, typed, tmp_path, monkeypatch, change, message):
     _, manifest, _ = web
-    pretend(tmp_path, monkeypatch, code=5)
+    install_fake(tmp_path, monkeypatch, code=5)
     content = yaml.safe_load(MANIFEST)
     content["download"] = None if "download" in change else content["download"] | change
     manifest.write_text(yaml.safe_dump(content))
     code, _, err = typed("download", str(manifest), "--quiet")
     assert (code, err.count("\n")) == (2, 1)
-    assert said in err
+    assert message in err
 
 
-def test_without_img2dataset_the_command_that_installs_it_is_said(web, typed, tmp_path, monkeypatch):
+def test_missing_img2dataset_names_the_extra(web, typed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = typed("download", str(web[1]))
@@ -150,20 +149,20 @@ def test_without_img2dataset_the_command_that_installs_it_is_said(web, typed, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("img2dataset"), reason="img2dataset is not installed (extra download)")
-def test_the_real_img2datasets_tars_get_their_captions_by_url(web, typed):
+def test_tars_of_real_img2dataset_join_by_url(web, typed):
     root, manifest, urls = web
     code, out, _ = typed("download", str(manifest), "--processes", "1", "--threads", "4", "--quiet")
     assert code == 0
-    assert "some: 12 images came of 13 URLs (92.3%); 0 are still to try" in out
+    assert "some: 12 images from 13 URLs (92.3%); 0 URLs left" in out
     written = (root / "some" / "00000.tar").stat().st_mtime_ns
     assert typed("download", str(manifest), "--processes", "1", "--quiet")[0] == 0
     assert (root / "some" / "00000.tar").stat().st_mtime_ns == written
 
     code, out, _ = typed("check", str(manifest))
-    assert (code, "  ok   12 of these have a url, by which captions join: raw, long\n" in out) == (0, True)
+    assert (code, "  ok   12 of these have a url to join captions by: raw, long\n" in out) == (0, True)
 
     about, data_root = find_manifest(str(manifest))
-    source = open_source(about, data_root)
+    source = about.open_source(data_root)
     store = open_or_create(root / "some.zarr", about, source, quiet=True)
     rows = store.index(["image", "url", "caption.raw", "caption.long"], 0, store.rows).to_pylist()
     assert {row["url"] for row in rows} == set(urls[:12])
@@ -171,6 +170,6 @@ def test_the_real_img2datasets_tars_get_their_captions_by_url(web, typed):
         number = urls.index(row["url"])
         image = source.image(row["image"])
         assert min(image.size) == 128
-        assert abs(image.getpixel((60, 60))[0] - 20 * number) < 5  # the photo that the captions speak of
+        assert abs(image.getpixel((60, 60))[0] - 20 * number) < 5  # the photo of these captions
         assert row["caption.long"] == f"longSV_captions of {number},\nin two lines"
         assert row["caption.raw"] == f"raw_caption of {number},\nin two lines"

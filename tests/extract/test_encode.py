@@ -7,15 +7,12 @@ from fakes import FakeText, FakeVision
 
 from sail_align.extract.data import Status
 from sail_align.extract.executor.encode import encode_images, encode_texts
-from sail_align.extract.schema import TableSource as Table
-from sail_align.extract.sources.table import TableSource
+from sail_align.extract.sources.table import TableConfig
 
 
 @pytest.fixture
 def source(pictures):
-    return TableSource(
-        Table(kind="table", files="captions.csv", images="images", captions={"raw": "caption"}), pictures
-    )
+    return TableConfig(kind="table", files="captions.csv", images="images", captions={"raw": "caption"}).open(pictures)
 
 
 def test_unreadable_images_do_not_shift_rows(source):

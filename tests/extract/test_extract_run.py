@@ -8,14 +8,13 @@ from fakes import FakeText, FakeVision
 from sail_align.extract.errors import UserError
 from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.sources import open_source
 from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.store import Store
 
 
 def run(root: Path, out: str = "s.zarr"):
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
-    source = open_source(manifest, data_root)
+    source = manifest.open_source(data_root)
     store = open_or_create(root / out, manifest, source)
     return extract(store, source, image=FakeVision(), text=FakeText(), captions=source.captions, quiet=True)
 
@@ -53,7 +52,7 @@ def test_resume_rejects_other_samples(pictures):
 
 def test_progress_includes_shards_of_an_earlier_run(pictures, capfd):
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
-    source = open_source(manifest, root)
+    source = manifest.open_source(root)
     store = open_or_create(pictures / "s.zarr", manifest, source)
     extract(store, source, image=FakeVision(), text=None, captions=[])
     store.image().discard(0)

@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 from tars import grey, picture
 
-from sail_align.extract.data import Status, UnreadableImageError
+from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.schema import HuggingFaceSource as Description
 from sail_align.extract.sources import hugging_face
-from sail_align.extract.sources.hugging_face import HuggingFaceSource
+from sail_align.extract.sources.hugging_face import HuggingFaceConfig
 
 ROWS = 7
 
@@ -55,12 +54,12 @@ def saved(tmp_path_factory):
     return root
 
 
-def source(data_root, **fields) -> HuggingFaceSource:
+def source(data_root, **fields) -> Source:
     fields = {"root": "photos", "captions": {"raw": "title"}} | fields
-    return HuggingFaceSource(Description(kind="hugging-face", **fields), data_root)
+    return HuggingFaceConfig(kind="hugging-face", **fields).open(data_root)
 
 
-def test_rows_saved_to_disk_are_samples(saved):
+def test_data_set_saved_to_disk(saved):
     photos = source(saved, url="link", label="label")
     samples = list(photos.samples())
     assert [(s.key, s.image) for s in samples] == [(str(i), str(i)) for i in range(ROWS)]
@@ -75,13 +74,13 @@ def test_rows_saved_to_disk_are_samples(saved):
 
 
 @pytest.mark.parametrize(("row", "status"), [(2, Status.MISSING), (3, Status.UNDECODABLE)])
-def test_an_image_that_cannot_be_used_says_why(saved, row, status):
+def test_status_of_unreadable_images(saved, row, status):
     with pytest.raises(UnreadableImageError) as problem:
         source(saved).image(str(row))
     assert problem.value.status is status
 
 
-def test_a_column_of_lists_and_one_of_text_become_numbered_captions(saved):
+def test_numbered_captions(saved):
     lists = source(saved, captions="sentences")
     assert lists.captions == ("c0", "c1")
     found = [dict(s.captions) for s in lists.samples()]
@@ -92,7 +91,7 @@ def test_a_column_of_lists_and_one_of_text_become_numbered_captions(saved):
     assert next(alone.samples()).captions == {"c0": "title 0"}
 
 
-def test_parts_are_stretches_of_rows(saved, monkeypatch):
+def test_parts_are_ranges_of_rows(saved, monkeypatch):
     expected = list(source(saved, captions="sentences").samples())
     monkeypatch.setattr(hugging_face, "PART_ROWS", 3)
     photos = source(saved, captions="sentences")
@@ -101,11 +100,11 @@ def test_parts_are_stretches_of_rows(saved, monkeypatch):
     assert [s.key for s in source(saved, captions={}).samples()] == [s.key for s in expected]
 
 
-def test_a_data_set_saved_without_splits_is_used_whole(saved):
+def test_data_set_without_splits(saved):
     assert len(list(source(saved, root="alone").samples())) == ROWS
 
 
-def test_a_name_is_loaded_by_the_library(tmp_path, monkeypatch):
+def test_data_set_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "named").mkdir()
     rows().to_parquet(tmp_path / "named" / "test.parquet")
@@ -115,7 +114,7 @@ def test_a_name_is_loaded_by_the_library(tmp_path, monkeypatch):
     assert grey(named.image("6")) == 6
 
 
-def test_images_that_rows_name_by_path_are_opened_there(tmp_path, monkeypatch):
+def test_images_stored_as_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "images"
     folder.mkdir()
@@ -132,20 +131,20 @@ def test_images_that_rows_name_by_path_are_opened_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"root": "nowhere"}, "Data set .*nowhere cannot be opened"),
-        ({"split": "test"}, "photos has no split 'test'; it has train"),
-        ({"image": "picture"}, "no column 'picture'; it has image, title"),
-        ({"image": "title"}, r"Column 'title' holds Value\('string'\); cast it to an Image"),
+        ({"split": "test"}, "photos has no split 'test'. Its splits are train"),
+        ({"image": "picture"}, "no column 'picture'. Its columns are image, title"),
+        ({"image": "title"}, r"Column 'title' is invalid: got Value\('string'\). Cast it to an Image"),
         ({"captions": {"raw": "captoin"}}, "no column 'captoin'"),
-        ({"captions": {"raw": "sentences"}}, "'sentences' holds lists; write `captions: sentences`"),
-        ({"captions": "number"}, "'number' holds int64; captions are text"),
-        ({"label": "number"}, "labels are numbers, named by the data set"),
-        ({"label": "title", "classes": ["a"]}, "labels are numbers, named by the data set"),
-        ({"label": "number", "classes": ["a", "b"]}, "The label of row 2 is 2; the 2 classes count from 0"),
+        ({"captions": {"raw": "sentences"}}, "'sentences' contains lists. Write `captions: sentences`"),
+        ({"captions": "number"}, "'number' is invalid: got int64, expected text"),
+        ({"label": "number"}, "expected numbers with class names"),
+        ({"label": "title", "classes": ["a"]}, "expected numbers with class names"),
+        ({"label": "number", "classes": ["a", "b"]}, "Label of row 2 is invalid: got 2, expected 0 to 1"),
     ],
 )
-def test_what_does_not_fit_is_said(saved, fields, said):
-    with pytest.raises(UserError, match=said):
+def test_rejects_wrong_description(saved, fields, message):
+    with pytest.raises(UserError, match=message):
         list(source(saved, **fields).samples())

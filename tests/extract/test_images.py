@@ -16,8 +16,7 @@ from PIL import Image
 from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.executor.encode import encode_images
-from sail_align.extract.schema import ClassFolderSource as ClassFolder
-from sail_align.extract.sources.class_folder import ClassFolderSource
+from sail_align.extract.sources.class_folder import ClassFolderConfig
 from sail_align.extract.sources.images import PIXEL_LIMIT, read_image
 
 # Pillow warns of what it mends in damaged files.
@@ -48,7 +47,7 @@ def difference(image: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean())
 
 
-def test_a_shard_of_faults_counts_each_and_encodes_the_rest(tmp_path):
+def test_shard_with_unreadable_images(tmp_path):
     folder = tmp_path / "all" / "one"
     folder.mkdir(parents=True)
     files = {
@@ -69,7 +68,7 @@ def test_a_shard_of_faults_counts_each_and_encodes_the_rest(tmp_path):
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    source = ClassFolderSource(ClassFolder(kind="class-folder", root="all"), tmp_path)
+    source = ClassFolderConfig(kind="class-folder", root="all").open(tmp_path)
     samples = list(source.samples())
     features, status = encode_images(samples, source, FakeVision(), 2, lambda rows: None)
     found = {sample.key.removeprefix("one/"): Status(value) for sample, value in zip(samples, status, strict=True)}
@@ -84,7 +83,7 @@ def test_a_shard_of_faults_counts_each_and_encodes_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.jpg", "good.jpg/other.jpg", "x" * 5_000, "null\0.jpg", "circle.jpg"])
-def test_a_name_under_which_no_file_can_be_costs_only_its_row(tmp_path, name):
+def test_impossible_file_name_is_missing(tmp_path, name):
     (tmp_path / "good.jpg").write_bytes(JPEG)
     (tmp_path / "circle.jpg").symlink_to("circle.jpg")
     with pytest.raises(UnreadableImageError) as problem:
@@ -92,17 +91,17 @@ def test_a_name_under_which_no_file_can_be_costs_only_its_row(tmp_path, name):
     assert problem.value.status is Status.MISSING
 
 
-def test_content_decides_and_not_the_name(tmp_path):
+def test_format_is_detected_by_content(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(photo(), "PNG"))
     assert difference(read_image(tmp_path / "a.jpg"), photo()) == 0
 
 
-def test_four_inks_are_read_as_the_colours_they_print():
+def test_cmyk_colours():
     red = read_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95))
     assert difference(red, Image.new("RGB", (16, 16), RED)) < 2
 
 
-def test_sixteen_bits_keep_their_brightness():
+def test_16_bits_keep_their_brightness():
     grey = read_image(encoded(Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)), "PNG"))
     assert np.unique(np.asarray(grey)).tolist() == [40_000 // 257]
 
@@ -131,35 +130,35 @@ def test_transparent_pixels_are_white(content):
     assert (pixels[:, 4:] == WHITE).all()
 
 
-def test_half_transparent_grey_is_mixed_with_white():
+def test_half_transparent_grey_is_blended_with_white():
     pixels = np.asarray(read_image(encoded(Image.new("LA", (4, 4), (0, 128)), "PNG")))
     assert np.unique(pixels).tolist() == [127]
 
 
 @pytest.mark.parametrize("format_", ["GIF", "WEBP"])
-def test_of_an_animation_the_first_frame_is_read(format_):
+def test_animation_gives_first_frame(format_):
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE, BLUE)]
     first = read_image(encoded(frames[0], format_, save_all=True, append_images=frames[1:]))
     assert difference(first, frames[0]) < 2
 
 
-def test_a_turned_picture_stands_upright():
+def test_applies_exif_rotation():
     upright = read_image(encoded(photo(), "JPEG", quality=95, exif=TURNED))
     assert difference(upright, photo().transpose(Image.Transpose.ROTATE_270)) < 3
 
 
-def test_broken_exif_data_do_not_cost_the_picture():
+def test_broken_exif_data_are_ignored():
     exif = TURNED.tobytes()
     for cut in range(0, len(exif), 3):
         assert read_image(encoded(photo(), "JPEG", exif=exif[:cut])).width in (48, 64)
 
 
-def test_no_program_is_run_for_a_picture():
+def test_starts_no_external_program():
     with pytest.raises(UnreadableImageError):
         read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
-def test_the_limit_is_set_and_its_last_pixel_allowed():
+def test_pixel_limit():
     assert 0 < PIXEL_LIMIT <= 100_000_000
     too_large = encoded(Image.new("1", (PIXEL_LIMIT // 10_000 + 1, 10_000)), "PNG")
     with pytest.raises(UnreadableImageError) as problem:
@@ -170,7 +169,7 @@ def test_the_limit_is_set_and_its_last_pixel_allowed():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0, 1))
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
-def test_damaged_bytes_are_read_or_refused_and_nothing_else(format_, seed, flips, kept):
+def test_damaged_bytes_raise_only_unreadable(format_, seed, flips, kept):
     chance = random.Random(seed)
     content = bytearray(DAMAGED[format_])
     for _ in range(flips):
@@ -208,7 +207,7 @@ def whole_then_cut(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
 @pytest.mark.parametrize("how", CROPS)
-def test_cutting_while_resizing_is_cutting_after_it(how):
+def test_crop_while_resizing_equals_crop_after(how):
     """To rounding: Pillow resizes one direction first and rounds to whole levels in between."""
     for path in sorted((PHOTOS / "coco-mini/images").iterdir())[::8]:
         image = read_image(path)
@@ -221,7 +220,7 @@ def test_cutting_while_resizing_is_cutting_after_it(how):
 
 @pytest.mark.parametrize("size", [(1, 10_000), (20_000, 2), (1, 1), (2, 3), (9_000, 5_000)])
 @pytest.mark.parametrize("how", CROPS)
-def test_any_shape_is_resized_in_little_memory(size, how):
+def test_resizes_any_shape_in_little_memory(size, how):
     image = Image.new("RGB", size, RED)
     before = getrusage(RUSAGE_SELF).ru_maxrss
     resized = how.resize_and_crop(image)
@@ -241,13 +240,13 @@ def test_any_shape_is_resized_in_little_memory(size, how):
         ((1280, 960), 0, (1280, 960)),
     ],
 )
-def test_a_jpeg_is_reduced_only_as_far_as_asked_and_only_exactly(size, least, read):
+def test_reduces_jpeg_exactly(size, least, read):
     content = encoded(photo(*size), "JPEG")
     assert read_image(content, least=least).size == read
     assert read_image(encoded(photo(*size), "PNG"), least=least).size == size
 
 
-def test_a_reduced_jpeg_is_turned_all_the_same():
+def test_reduced_jpeg_is_rotated():
     reduced = read_image(encoded(photo(256, 128), "JPEG", quality=95, exif=TURNED), least=64)
     assert reduced.size == (64, 128)
     whole = read_image(encoded(photo(256, 128), "JPEG", quality=95, exif=TURNED))

@@ -1,4 +1,4 @@
-"""An index is the same bytes however often its building was stopped; a source is read again only if it changed."""
+"""Building an index is resumable byte for byte, and a source is read again only if it changed."""
 
 import os
 import shutil
@@ -15,7 +15,6 @@ from interrupted import Killed, contents, shrink
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.sources import open_source
 from sail_align.extract.store import index
 from sail_align.extract.store.open_or_create import _SourceCheck, open_or_create
 from sail_align.extract.store.store import Store
@@ -30,7 +29,7 @@ def small_files():
 
 
 def parts_of(sizes, folder, read=lambda part, row: None):
-    """Parts of so many samples each, read from a file each; `read` is told of every sample."""
+    """Return parts of the given sizes, each with a file. `read` is called for every sample."""
 
     def samples(part, size):
         for row in range(size):
@@ -56,7 +55,7 @@ def create(path, parts, **changes):
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=5).filter(any),
     deaths=st.lists(st.tuples(st.sampled_from(["sample", "write"]), st.integers(1, 120)), max_size=4),
 )
-def test_an_index_stopped_anywhere_and_run_again_is_byte_identical(tmp_path_factory, sizes, deaths):
+def test_stopped_index_resumes_byte_identically(tmp_path_factory, sizes, deaths):
     folder = tmp_path_factory.mktemp("index")
     whole = create(folder / "whole.zarr", parts_of(sizes, folder))
     for kind, after in deaths:
@@ -95,7 +94,7 @@ def stop_in(path, folder, sizes, part, row):
         create(path, parts_of(sizes, folder, die))
 
 
-def test_parts_that_are_done_are_not_read_again(tmp_path):
+def test_complete_parts_are_not_read_again(tmp_path):
     stop_in(tmp_path / "s.zarr", tmp_path, [40, 40, 40], part=2, row=30)  # rows 0 … 95 are in files
     seen = []
     create(tmp_path / "s.zarr", parts_of([40, 40, 40], tmp_path, lambda *at: seen.append(at)))
@@ -103,7 +102,7 @@ def test_parts_that_are_done_are_not_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["manifest", "captions", "file", "parts"])
-def test_an_index_of_anything_else_is_begun_anew(tmp_path, change):
+def test_other_index_starts_over(tmp_path, change):
     stop_in(tmp_path / "s.zarr", tmp_path, [40, 40], part=1, row=39)
     parts = parts_of([30, 40], tmp_path)
     changes = {}
@@ -119,7 +118,7 @@ def test_an_index_of_anything_else_is_begun_anew(tmp_path, change):
     assert keys == [f"0/{i}" for i in range(30)] + [f"1/{i}" for i in range(40)]
 
 
-def test_spans_across_files_and_groups_are_the_rows_asked_for(tmp_path):
+def test_reads_rows_across_files_and_groups(tmp_path):
     made = create(tmp_path / "s.zarr", parts_of([100], tmp_path))
     for start, stop in [(0, 1), (7, 9), (31, 33), (5, 97), (64, 100), (99, 100)]:
         assert made.index(["key"], start, stop)["key"].to_pylist() == [f"0/{i}" for i in range(start, stop)]
@@ -128,7 +127,7 @@ def test_spans_across_files_and_groups_are_the_rows_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("hashes", ["own", "all the same"])
-def test_keys_are_told_apart_by_themselves_and_not_by_their_hashes(tmp_path, monkeypatch, hashes):
+def test_duplicate_keys_despite_colliding_hashes(tmp_path, monkeypatch, hashes):
     if hashes == "all the same":
         monkeypatch.setattr("sail_align.extract.store.index.hash", lambda _: 7, raising=False)
     create(tmp_path / "good.zarr", parts_of([40, 40], tmp_path))
@@ -150,10 +149,10 @@ test_indexing.open_pictures(Path(sys.argv[1]), "killed.zarr")
 
 def open_pictures(root: Path, out: str) -> Store:
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
-    return open_or_create(root / out, manifest, open_source(manifest, data_root), quiet=True)
+    return open_or_create(root / out, manifest, manifest.open_source(data_root), quiet=True)
 
 
-def test_an_index_killed_at_many_points_is_byte_identical(pictures):
+def test_killed_index_resumes_byte_identically(pictures):
     open_pictures(pictures, "whole.zarr")
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
     for point in (3, 6, 21, 40):
@@ -190,13 +189,13 @@ def parts_read(monkeypatch) -> list[str]:
     return read
 
 
-def test_files_with_unchanged_stamps_are_not_read_again(tables, monkeypatch):
+def test_unchanged_files_are_not_read_again(tables, monkeypatch):
     read = parts_read(monkeypatch)
     open_pictures(tables, "s.zarr")
     assert read == []
 
 
-def test_a_file_that_only_looks_changed_is_read_once_and_alone(tables, monkeypatch):
+def test_touched_file_is_read_once(tables, monkeypatch):
     read = parts_read(monkeypatch)
     os.utime(tables / "c-captions.csv", ns=(1, 1))
     before = contents(tables / "s.zarr")
@@ -208,7 +207,7 @@ def test_a_file_that_only_looks_changed_is_read_once_and_alone(tables, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("table", "change", "said"),
+    ("table", "change", "message"),
     [
         (
             "c",
@@ -247,14 +246,14 @@ def test_a_file_that_only_looks_changed_is_read_once_and_alone(tables, monkeypat
         ),
     ],
 )
-def test_a_changed_source_is_refused_with_the_file_and_the_first_row(tables, table, change, said):
+def test_changed_source_names_file_and_first_row(tables, table, change, message):
     file = tables / f"{table}-captions.csv"
     file.write_text(change(file.read_text() if file.exists() else ""))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         open_pictures(tables, "s.zarr")
 
 
-def test_a_table_that_is_gone_is_refused_and_a_lost_record_means_that_all_is_compared(tables, monkeypatch):
+def test_rejects_missing_table_and_compares_all_without_record(tables, monkeypatch):
     read = parts_read(monkeypatch)
     (tables / "s.zarr/index/sources.json").unlink()
     open_pictures(tables, "s.zarr")

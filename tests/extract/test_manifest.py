@@ -1,4 +1,4 @@
-"""A manifest's mistakes are named: file, field and value."""
+"""Error messages about manifests name file, field and value."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from sail_align.extract.manifest import find_manifest, packaged_manifests, read_
 
 
 @pytest.mark.parametrize("name", packaged_manifests())
-def test_every_packaged_manifest_is_valid_and_named_after_its_file(name):
+def test_packaged_manifests_are_valid(name):
     manifest, _ = find_manifest(name)
     assert manifest.name == name
     assert manifest.licence
@@ -15,29 +15,29 @@ def test_every_packaged_manifest_is_valid_and_named_after_its_file(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             ("kind: table", "kind: tabel"),
-            "yaml: field 'source.kind' is 'tabel'; did you mean 'table'\\? It can be table, .*, demo\\.$",
+            "yaml: field 'source.kind' is invalid: got 'tabel', expected .*demo, .*\\. Did you mean 'table'\\?$",
         ),
         (("kind: table", "files: a.csv"), "field 'source.kind' is missing"),
-        (("images: images", "imagse: images"), "unknown field 'source.table.imagse' with value 'images'"),
+        (("images: images", "imagse: images"), "field 'source.table.imagse' is unknown: got value 'images'"),
         (
             ("purpose: train", "purpose: training"),
-            "'purpose' is 'training'; did you mean 'train'\\? It can be train, evaluate\\.$",
+            "'purpose' is invalid: got 'training', expected train, evaluate\\. Did you mean 'train'\\?$",
         ),
-        (("purpose: train", "porpose: train"), "unknown field 'porpose' with value 'train'"),
+        (("purpose: train", "porpose: train"), "field 'porpose' is unknown: got value 'train'"),
         (("licence: none", ""), "field 'licence' is missing"),
-        (("name: pictures", "name: Pictures!"), "field 'name' is 'Pictures!'"),
+        (("name: pictures", "name: Pictures!"), "field 'name' is invalid: got 'Pictures!'"),
         (("purpose: train", "purpose: evaluate"), "'task' belongs to"),
         (("source:", "source: ["), "is not valid YAML"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_names_file_field_and_value(pictures, change, said):
+def test_invalid_manifest_names_file_field_and_value(pictures, change, message):
     path = pictures / "pictures.yaml"
     path.write_text(path.read_text().replace(*change))
-    with pytest.raises(UserError, match=said) as mistake:
+    with pytest.raises(UserError, match=message) as mistake:
         read_manifest(path)
     assert "pictures.yaml" in str(mistake.value)
     assert "\n" not in str(mistake.value)
@@ -57,14 +57,14 @@ def test_any_kind_of_task_is_accepted(pictures):
     assert read_manifest(path).task.kind == "counting"
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"No manifest 'dmeo'.*demo"):
+def test_unknown_name_lists_known_ones():
+    with pytest.raises(UserError, match=r"Manifest 'dmeo' is unknown.*demo"):
         find_manifest("dmeo")
-    with pytest.raises(UserError, match=r"photso\.yaml is not there"):
+    with pytest.raises(UserError, match=r"photso\.yaml is missing"):
         find_manifest("photso.yaml")
 
 
-def test_the_flag_comes_before_the_variable_and_that_before_the_manifests_folder(pictures, monkeypatch):
+def test_precedence_of_data_roots(pictures, monkeypatch):
     path = str(pictures / "pictures.yaml")
     assert find_manifest(path)[1] == pictures
     monkeypatch.setenv("SAIL_DATA_ROOT", "/from/variable")

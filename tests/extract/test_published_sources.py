@@ -1,4 +1,4 @@
-"""Data sets in the form in which they are published, built small."""
+"""Small data sets in their published forms."""
 
 import csv
 import json
@@ -11,7 +11,6 @@ from PIL import Image
 from sail_align.extract.data import IGNORED, Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.sources import open_source
 from sail_align.extract.sources.class_names import class_names, label_names, templates, wordnet_ids
 
 CLASSES = Path(__file__).parents[2] / ".." / "shared" / "classes"
@@ -19,7 +18,7 @@ CLASSES = Path(__file__).parents[2] / ".." / "shared" / "classes"
 
 def opened(data_root: Path, **source) -> Source:
     fields = {"name": "made", "purpose": "train", "title": "Made", "licence": "none", "get": "made by a test"}
-    return open_source(Manifest.model_validate({**fields, "source": source}), data_root)
+    return Manifest.model_validate({**fields, "source": source}).open_source(data_root)
 
 
 def picture(path: Path, colour=(200, 30, 30)) -> None:
@@ -41,7 +40,7 @@ def coco(tmp_path):
     return tmp_path
 
 
-def test_coco_captions_are_the_first_five_of_each_image_by_id(coco):
+def test_coco_keeps_five_captions_by_id(coco):
     source = opened(coco, kind="coco-captions", annotations="captions.json", images="val2017")
     four, nine = source.samples()
     assert source.captions == ("c0", "c1", "c2", "c3", "c4")
@@ -64,7 +63,7 @@ def karpathy(root: Path, filepath: str | None) -> None:
 
 
 @pytest.mark.parametrize(("filepath", "key"), [("val2014", "val2014/b.jpg"), (None, "b.jpg")])
-def test_karpathys_split_keeps_all_captions_of_its_images_in_order(tmp_path, filepath, key):
+def test_karpathy_keeps_all_captions_in_order(tmp_path, filepath, key):
     karpathy(tmp_path, filepath)
     source = opened(tmp_path, kind="karpathy", annotations="dataset.json", images=".", split="test")
     first, second = source.samples()
@@ -75,19 +74,19 @@ def test_karpathys_split_keeps_all_captions_of_its_images_in_order(tmp_path, fil
     assert source.image(first.image).mode == "RGB"
 
 
-def test_a_split_that_is_not_there_is_said(tmp_path):
+def test_rejects_unknown_split(tmp_path):
     karpathy(tmp_path, None)
-    with pytest.raises(UserError, match="has no split 'tset'; it has restval, test"):
+    with pytest.raises(UserError, match=r"has no split 'tset'\. Its splits are restval, test"):
         list(opened(tmp_path, kind="karpathy", annotations="dataset.json", images=".", split="tset").samples())
 
 
-def test_winograds_rows_are_two_by_two_in_order_of_id(tmp_path):
+def test_winoground_rows_are_pairs_by_id(tmp_path):
     lines = []
     for example in (1, 0):
         sides = {f"image_{side}": f"ex_{example}_img_{side}" for side in (0, 1)}
-        said = {f"caption_{side}": f"caption {side} of {example}" for side in (0, 1)}
+        message = {f"caption_{side}": f"caption {side} of {example}" for side in (0, 1)}
         tags = {"tag": "Noun", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": ["Object", "Both"][example]}
-        lines.append(json.dumps({"id": example, **sides, **said, **tags}))
+        lines.append(json.dumps({"id": example, **sides, **message, **tags}))
         for side in (0, 1):
             picture(tmp_path / "images" / f"ex_{example}_img_{side}.png", colour=(example, side, 0))
     (tmp_path / "examples.jsonl").write_text("\n".join(lines) + "\n")
@@ -99,7 +98,7 @@ def test_winograds_rows_are_two_by_two_in_order_of_id(tmp_path):
     assert source.image(samples[3].image).getpixel((0, 0)) == (1, 1, 0)
 
 
-def test_mmvps_pairs_lie_in_the_folder_of_their_category(tmp_path):
+def test_mmvp_pairs_are_in_folders_of_categories(tmp_path):
     categories = ["Camera Perspective", "Color"]
     with (tmp_path / "Questions.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -127,7 +126,7 @@ def test_mmvps_pairs_lie_in_the_folder_of_their_category(tmp_path):
         ("mmvp", "questions", "id,type,statement\n1,Color,one\n"),
     ],
 )
-def test_a_file_of_another_form_is_one_sentence(tmp_path, kind, file, content):
+def test_rejects_annotations_of_another_form(tmp_path, kind, file, content):
     (tmp_path / "images").mkdir()
     (tmp_path / "made.json").write_text(content)
     with pytest.raises(UserError, match=r"made\.json is not of the published form") as problem:
@@ -136,7 +135,7 @@ def test_a_file_of_another_form_is_one_sentence(tmp_path, kind, file, content):
 
 
 def masks(root: Path, values: list[list[int]], palette: bool = False) -> None:
-    """Three pictures; the mask of each holds one row of `values` in each pixel row."""
+    """Write one picture per row of `values`. Each pixel row of its mask equals that row."""
     for i, row in enumerate(values):
         picture(root / "images" / f"p{i}.jpg")
         mask = Image.fromarray(np.array([row] * 6, dtype=np.uint8))
@@ -146,7 +145,7 @@ def masks(root: Path, values: list[list[int]], palette: bool = False) -> None:
         mask.save(root / "masks" / f"p{i}.png")
 
 
-def test_ade20ks_labels_begin_at_one_and_zero_is_ignored(tmp_path):
+def test_ade20k_ignores_zero(tmp_path):
     masks(tmp_path, [[0, 1, 150], [3, 0, 0]])
     source = opened(tmp_path, kind="mask-folder", images="images", masks="masks", classes="ade20k-150", ignored=[0])
     samples = list(source.samples())
@@ -155,7 +154,7 @@ def test_ade20ks_labels_begin_at_one_and_zero_is_ignored(tmp_path):
     assert (len(source.classes), source.classes[0], source.classes[149]) == (150, "wall", "flag")
 
 
-def test_vocs_palette_is_read_as_indices_for_the_names_of_its_list(tmp_path):
+def test_voc_reads_palette_indices(tmp_path):
     masks(tmp_path, [[0, 1, 20], [255, 15, 0], [4, 4, 4]], palette=True)
     (tmp_path / "val.txt").write_text("p1\np0\n")
     fields = {"images": "images", "masks": "masks", "names": "val.txt", "ignored": [0, 255]}
@@ -174,7 +173,7 @@ def test_vocs_palette_is_read_as_indices_for_the_names_of_its_list(tmp_path):
     }
 
 
-def test_coco_stuffs_masks_hold_the_label_less_one(tmp_path):
+def test_coco_stuff_shifts_labels(tmp_path):
     masks(tmp_path, [[0, 181, 255]])
     fields = {"images": "images", "masks": "masks", "classes": "coco-stuff-171", "label_offset": 1}
     source = opened(tmp_path, kind="mask-folder", ignored=[255], **fields)
@@ -183,34 +182,34 @@ def test_coco_stuffs_masks_hold_the_label_less_one(tmp_path):
 
 
 @pytest.mark.parametrize("value", [182, 11])
-def test_masks_of_another_numbering_are_refused_by_the_first_file(tmp_path, value):
-    """182 is the label of wood as it stands, 11 that of the street sign less one, which no mask holds."""
+def test_rejects_masks_of_another_numbering(tmp_path, value):
+    """182 is the unshifted label of wood; 11 is the label of street sign less one, which occurs in no mask."""
     masks(tmp_path, [[0, value, 255]])
     fields = {"images": "images", "masks": "masks", "classes": "coco-stuff-171", "label_offset": 1}
-    with pytest.raises(UserError, match=f"holds {value}, which is neither a class nor ignored"):
+    with pytest.raises(UserError, match=f"contains the value {value}, which is neither a class nor ignored"):
         opened(tmp_path, kind="mask-folder", ignored=[255], **fields)
 
 
-def test_masks_of_labels_as_they_stand_are_told_from_those_of_labels_less_one(tmp_path):
-    """The first masks could be either; 44 is a bottle as it stands, and of no class (45) if it is that less one."""
+def test_suggests_the_label_offset_that_fits(tmp_path):
+    """The first masks fit both numberings. 44 is the unshifted label of bottle; as a label less one it has no class."""
     masks(tmp_path, [[0, 1, 2], [0, 2, 0], [0, 44, 3]])
     fields = {"images": "images", "masks": "masks", "classes": "coco-stuff-171"}
     with pytest.raises(
-        UserError, match=r"p2.png holds 44.* \(label_offset: 0 with ignored: \[0\] would fit this one\)"
+        UserError, match=r"p2.png contains the value 44.* \(label_offset: 0 with ignored: \[0\] fits this mask\)"
     ):
         opened(tmp_path, kind="mask-folder", label_offset=1, ignored=[255], **fields)
     source = opened(tmp_path, kind="mask-folder", ignored=[0], **fields)
     np.testing.assert_array_equal(source.mask("p0.png")[0], [IGNORED, 0, 1])
 
 
-def test_a_listed_picture_that_is_missing_is_named(tmp_path):
+def test_rejects_missing_listed_picture(tmp_path):
     masks(tmp_path, [[0, 1]])
     (tmp_path / "val.txt").write_text("p0\np7\n")
-    with pytest.raises(UserError, match="images has no picture 'p7'; the data set is not complete"):
+    with pytest.raises(UserError, match=r"images has no picture 'p7'\. The data set is incomplete"):
         opened(tmp_path, kind="mask-folder", images="images", masks="masks", names="val.txt", classes={0: "a", 1: "b"})
 
 
-def test_a_listed_name_may_hold_spaces_and_the_list_a_byte_order_mark(tmp_path):
+def test_listed_names_with_spaces_and_byte_order_mark(tmp_path):
     masks(tmp_path, [[0, 1]])
     for folder, ending in (("images", "jpg"), ("masks", "png")):
         (tmp_path / folder / f"p0.{ending}").rename(tmp_path / folder / f"my picture.{ending}")
@@ -221,27 +220,29 @@ def test_a_listed_name_may_hold_spaces_and_the_list_a_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"label_offset": 1}, {"label_offset": -1}, {"ignored": [0]}, {"ignored": [255]}])
-def test_a_class_that_no_mask_can_hold_is_refused(tmp_path, fields):
+def test_rejects_class_without_possible_mask_value(tmp_path, fields):
     masks(tmp_path, [[0, 0]])
-    with pytest.raises(UserError, match=r"Class '(first|last)' has label (0|255), so that masks hold (-1|0|255|256)"):
+    with pytest.raises(
+        UserError, match=r"Class '(first|last)' is invalid: its mask value would be (-1|0|255|256) \(label (0|255)\)"
+    ):
         opened(
             tmp_path, kind="mask-folder", images="images", masks="masks", classes={0: "first", 255: "last"}, **fields
         )
 
 
-def test_a_folder_without_images_is_no_class_unless_the_manifest_lists_it(tmp_path):
-    """A store beside the classes would come between their labels."""
+def test_rejects_folder_without_images_unless_listed(tmp_path):
+    """A store beside the classes would shift their labels."""
     for name in ("cat", "zebra"):
         picture(tmp_path / name / "0.jpg")
     assert opened(tmp_path, kind="class-folder").classes == ("cat", "zebra")
     (tmp_path / "features").mkdir()
-    with pytest.raises(UserError, match="features holds no image, so it is no class"):
+    with pytest.raises(UserError, match="features contains no images"):
         opened(tmp_path, kind="class-folder")
     listed = opened(tmp_path, kind="class-folder", classes={"cat": "cat", "features": "trait", "zebra": "zebra"})
     assert [sample.label for sample in listed.samples()] == [0, 2]
 
 
-def test_folders_take_published_names_in_sorted_order_or_are_refused(tmp_path):
+def test_sorted_folders_get_published_names(tmp_path):
     for i in range(1000):
         (tmp_path / "val" / f"n{i:08}").mkdir(parents=True)
     picture(tmp_path / "val" / "n00000002" / "x.JPEG")
@@ -249,17 +250,17 @@ def test_folders_take_published_names_in_sorted_order_or_are_refused(tmp_path):
     (sample,) = source.samples()
     assert source.classes[sample.label] == "great white shark"
     (tmp_path / "val" / "another").mkdir()
-    with pytest.raises(UserError, match="There are 1001 folders, but open_clip:imagenet names 1000 classes"):
+    with pytest.raises(UserError, match="Got 1001 folders, but open_clip:imagenet names 1000 classes"):
         opened(tmp_path, kind="class-folder", root="val", classes="open_clip:imagenet")
 
 
-def test_the_wordnet_ids_are_those_of_imagenets_labels():
+def test_wordnet_ids_match_timm():
     from timm.data import ImageNetInfo
 
     assert wordnet_ids() == ImageNetInfo("imagenet-1k").label_names()
 
 
-def test_folders_of_some_wordnet_ids_keep_their_names(tmp_path):
+def test_folders_of_some_wordnet_ids(tmp_path):
     """ImageNet-A and -R have 200 of the 1,000 classes: labels count those, names stay the same."""
     for folder in ("n02119022", "n01498041", "n12267677"):
         picture(tmp_path / folder / "x.JPEG")
@@ -268,7 +269,7 @@ def test_folders_of_some_wordnet_ids_keep_their_names(tmp_path):
     assert [(sample.key, sample.label) for sample in source.samples()][1] == ("n02119022/x.JPEG", 1)
 
 
-def test_numbered_folders_are_labels_whatever_their_order(tmp_path):
+def test_numbered_folders_sort_by_number(tmp_path):
     """ImageNet-V2's folders are 0 … 999: sorted as text, 10 would come before 2."""
     for folder in ("10", "2", "0", "999"):
         picture(tmp_path / folder / "x.jpeg")
@@ -277,14 +278,14 @@ def test_numbered_folders_are_labels_whatever_their_order(tmp_path):
     assert [sample.key for sample in source.samples()] == ["0/x.jpeg", "2/x.jpeg", "10/x.jpeg", "999/x.jpeg"]
 
 
-def test_published_templates_have_one_gap_each():
+def test_published_templates_have_one_placeholder():
     assert templates("open_clip:imagenet-80")[0] == "a bad photo of a {}."
     assert len(templates("open_clip:imagenet-80")) == 80
     assert all(template.count("{}") == 1 for template in templates("open_clip:imagenet-80"))
     assert len(templates("open_clip:imagenet-7")) == 7
 
 
-def test_clip_benchmarks_lists_are_read_without_its_code():
+def test_clip_benchmark_lists():
     pytest.importorskip("clip_benchmark", reason="clip-benchmark is not installed (extra eval)")
     assert templates("clip_benchmark:food101") == ["a photo of {}, a type of food."]
     assert len(class_names("clip_benchmark:pets")) == 37
@@ -294,24 +295,24 @@ def test_clip_benchmarks_lists_are_read_without_its_code():
 
 @pytest.mark.parametrize("resolve", [class_names, templates])
 @pytest.mark.parametrize("reference", ["open_clip:imagnet", "imagenet", "no_such:thing"])
-def test_an_unknown_reference_names_the_known_ones(resolve, reference):
+def test_rejects_unknown_reference(resolve, reference):
     with pytest.raises(UserError, match=f"{reference}.*open_clip:imagenet.* or clip_benchmark:"):
         resolve(reference)
 
 
-def test_a_library_that_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
+def test_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip.zero_shot_metadata", None)
-    with pytest.raises(UserError, match=r"open_clip, which is not installed: pip install 'sail-align\[eval\]'"):
+    with pytest.raises(UserError, match=r"open_clip need a package: pip install 'sail-align\[eval\]'"):
         templates("open_clip:imagenet-80")
 
 
-def test_an_unknown_table_of_labels_lists_the_known_ones():
+def test_rejects_unknown_table_of_labels():
     with pytest.raises(UserError, match=r"'ade20k'.*ade20k-150, coco-stuff-171, voc-20, voc-20-authors, voc-21"):
         label_names("ade20k")
 
 
 @pytest.mark.skipif(not CLASSES.is_dir(), reason="the tables of class names are not beside the repository")
-def test_the_171_labels_are_those_of_the_182_that_occur():
+def test_coco_stuff_171_labels():
     with (CLASSES / "coco-stuff-182.tsv").open() as file:
         all_labels = {int(row["label"]): row["name"] for row in csv.DictReader(file, delimiter="\t")}
     absent = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}

@@ -1,4 +1,4 @@
-"""Captions that join by URL are those of a dictionary in memory, whatever is missing, twice or empty."""
+"""Captions joined by URL or key, compared with a join by a dictionary in memory."""
 
 import csv
 import json
@@ -17,13 +17,12 @@ from interrupted import Killed, contents, shrink
 from tars import img2dataset_members, write_tar
 from typer.testing import CliRunner
 
-from sail_align.extract.check import is_here, look
+from sail_align.extract.check import check
 from sail_align.extract.cli import app
 from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.sources import open_source
-from sail_align.extract.sources import tabular as tables
+from sail_align.extract.sources import table_files
 from sail_align.extract.store import index, recaptions
 from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.recaptions import RecaptionReport
@@ -36,7 +35,7 @@ def small_files():
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr)
         patch.setattr(recaptions, "SPILL_BYTES", 500)
-        patch.setattr(tables, "BATCH_ROWS", 5)
+        patch.setattr(table_files, "BATCH_ROWS", 5)
         yield
 
 
@@ -69,20 +68,20 @@ def join(folder: Path, samples, files, field="url") -> Store:
 
 
 def expected(names, rows):
-    """The independent implementation: each row of `names` its captions, and how many caption rows came to what."""
-    captions, fate = {}, {"joined": 0, "no_image": 0, "duplicates": 0, "empty": 0}
+    """An independent implementation: the captions of each row of `names`, and the number of caption rows by outcome."""
+    captions, outcomes = {}, {"joined": 0, "no_image": 0, "duplicates": 0, "empty": 0}
     for name, *texts in rows:
         kept = {kind: text for kind, text in zip(CAPTIONS, texts, strict=True) if text and text.strip()}
         if not name or not kept:
-            fate["empty"] += 1
+            outcomes["empty"] += 1
         elif name not in names:
-            fate["no_image"] += 1
+            outcomes["no_image"] += 1
         elif name in captions:
-            fate["duplicates"] += 1
+            outcomes["duplicates"] += 1
         else:
             captions[name] = kept
-            fate["joined"] += 1
-    return [captions.get(name, {}) for name in names], fate
+            outcomes["joined"] += 1
+    return [captions.get(name, {}) for name in names], outcomes
 
 
 # Of two letters: no two of these collide both by the first and by the last, as 'c' and 'cc' would.
@@ -99,7 +98,7 @@ WORDS = st.sampled_from(["", " ", "a", "some words", 'é\n,"quoted"'])
     field=st.sampled_from(["url", "key"]),
 )
 @example(names=["ab"] * 70, rows=[("ab", "", " "), ("ab", "a", ""), ("ab", "", "a")] * 9, cut=3, field="url")
-def test_the_join_is_that_of_a_dictionary(hashes, tmp_path_factory, names, rows, cut, field):
+def test_join_matches_dictionary(hashes, tmp_path_factory, names, rows, cut, field):
     folder = tmp_path_factory.mktemp("join")
     if field == "key":
         names = list(dict.fromkeys(names))
@@ -108,30 +107,30 @@ def test_the_join_is_that_of_a_dictionary(hashes, tmp_path_factory, names, rows,
         for i, name in enumerate(names)
     ]
     files = [write_table(folder / "a.csv", rows[:cut]), write_table(folder / "b.parquet", rows[cut:])]
-    captions, fate = expected(names, rows)
+    captions, outcomes = expected(names, rows)
     with pytest.MonkeyPatch.context() as patch:
         if hashes == "colliding":  # by the first letter; read backwards, by the last
             patch.setattr(index, "hash", lambda text: ord((text + " ")[0]), raising=False)
-        if not fate["joined"] and hashes == "own":
+        if not outcomes["joined"] and hashes == "own":
             with pytest.raises(UserError, match=f"None of {len(rows)} caption rows has the {field}"):
                 join(folder, samples, files, field)
             return
         try:
             store = join(folder, samples, files, field)
         except UserError:
-            assert not fate["joined"]
+            assert not outcomes["joined"]
             return
     stored = store.samples(0, store.rows)
     assert [sample.captions for sample in stored] == [{"raw": str(i)} | more for i, more in enumerate(captions)]
     assert [(sample.key, sample.url) for sample in stored] == [(sample.key, sample.url) for sample in samples]
     report = RecaptionReport.read(store.path / "index")
-    assert report.joined == fate["joined"]
+    assert report.joined == outcomes["joined"]
     assert report.found == sum(map(bool, captions))
     assert report.captions == {kind: sum(kind in more for more in captions) for kind in CAPTIONS}
     assert (report.images, report.nameless) == (len(names), names.count(""))
     assert report.rows == len(rows) == report.joined + report.no_image + report.duplicates + report.empty
     if hashes == "own":
-        assert {kind: getattr(report, kind) for kind in fate} == fate
+        assert {kind: getattr(report, kind) for kind in outcomes} == outcomes
     assert {file.name for file in (store.path / "index").iterdir() if "part" not in file.name} == {
         "sources.json",
         "recaptions.json",
@@ -163,10 +162,10 @@ def recaptioned(pictures):
 
 def open_pictures(root: Path, out="s.zarr") -> Store:
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
-    return open_or_create(root / out, manifest, open_source(manifest, data_root), quiet=True)
+    return open_or_create(root / out, manifest, manifest.open_source(data_root), quiet=True)
 
 
-def test_all_seven_captions_of_dreamlip_join_the_pictures_of_a_manifest(recaptioned):
+def test_join_of_dreamlip_captions(recaptioned):
     store = open_pictures(recaptioned)
     assert store.captions == ("own", *SEVEN)
     for i, sample in enumerate(store.samples(0, 600)):
@@ -174,11 +173,11 @@ def test_all_seven_captions_of_dreamlip_join_the_pictures_of_a_manifest(recaptio
         assert sample.captions == {"own": f"picture {i}"} | joined
     report = RecaptionReport.read(store.path / "index")
     assert (report.found, report.rows, report.no_image, report.duplicates) == (480, 520, 40, 0)
-    said = "\n".join(report.lines())
-    assert "480 of 600 images (80.0%) found captions by url, 7.00 each" in said
-    assert "40 no such image, 0 with the url of a row before, 0 empty" in said
+    message = "\n".join(report.lines())
+    assert "480 of 600 images (80.0%) found captions by url, 7.00 each" in message
+    assert "40 no such image, 0 with the url of a row before, 0 empty" in message
     printed = CliRunner().invoke(app, ["status", str(store.path)]).output
-    assert said in printed
+    assert message in printed
 
 
 KILLED = """
@@ -192,7 +191,7 @@ test_recaptions.open_pictures(Path(sys.argv[1]), "killed.zarr")
 """
 
 
-def test_a_join_killed_at_many_points_is_byte_identical(recaptioned):
+def test_killed_join_resumes_byte_identically(recaptioned):
     open_pictures(recaptioned, "whole.zarr")
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
     for point in (60, 30, 44):  # in the base files, in the join, before the last file
@@ -202,7 +201,7 @@ def test_a_join_killed_at_many_points_is_byte_identical(recaptioned):
     assert contents(recaptioned / "killed.zarr") == contents(recaptioned / "whole.zarr")
 
 
-def test_a_stopped_join_is_done_again_without_reading_the_source_and_another_join_too(recaptioned, monkeypatch):
+def test_stopped_join_is_repeated_without_reading_the_source(recaptioned, monkeypatch):
     whole = open_pictures(recaptioned, "whole.zarr")
 
     def die(*_, **__):
@@ -222,7 +221,7 @@ def test_a_stopped_join_is_done_again_without_reading_the_source_and_another_joi
     assert contents(open_pictures(recaptioned).path) == contents(whole.path)
 
 
-def test_a_stopped_join_leaves_nothing_in_one_under_other_names(recaptioned):
+def test_stopped_join_leaves_no_captions_of_other_names(recaptioned):
     manifest = recaptioned / "pictures.yaml"
     text = manifest.read_text()
     with pytest.MonkeyPatch.context() as patch:
@@ -234,7 +233,7 @@ def test_a_stopped_join_leaves_nothing_in_one_under_other_names(recaptioned):
     assert contents(stopped.path) == contents(open_pictures(recaptioned, "whole.zarr").path)
 
 
-def test_a_stopped_join_leaves_nothing_in_an_index_without_one(recaptioned):
+def test_stopped_join_leaves_no_captions_in_an_index_without_join(recaptioned):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecaptionReport, "write", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -245,7 +244,7 @@ def test_a_stopped_join_leaves_nothing_in_an_index_without_one(recaptioned):
     assert "caption.raw" not in pq.read_schema(recaptioned / "s.zarr/index/part-00000.parquet").names
 
 
-def test_caption_tables_that_only_look_changed_are_accepted_and_others_refused(recaptioned):
+def test_accepts_touched_and_rejects_changed_caption_tables(recaptioned):
     store = open_pictures(recaptioned)
     table = recaptioned / "cc_3long_3short_1raw_captions_url-1.csv"
     before = contents(store.path)
@@ -262,24 +261,24 @@ def test_caption_tables_that_only_look_changed_are_accepted_and_others_refused(r
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (('"url": ', '"key": "image", "url": '), "name one column that joins, either 'url' or 'key'"),
-        (('"url": "Image Path", ', ""), "name one column that joins, either 'url' or 'key'"),
-        (('"raw": "raw_caption"', '"own": "raw_caption"'), "has a caption 'own' already; rename it under 'recaptions'"),
+        (('"url": ', '"key": "image", "url": '), "name exactly one column to join by, either 'url' or 'key'"),
+        (('"url": "Image Path", ', ""), "name exactly one column to join by, either 'url' or 'key'"),
+        (('"raw": "raw_caption"', '"own": "raw_caption"'), "already has a caption 'own'. Rename it under 'recaptions'"),
         (("cc_3long*.csv", "cc_4long*.csv"), "No table cc_4long"),
-        (('"raw_caption"', '"row_caption"'), "has no column 'row_caption'; its columns are Image Path, raw_caption"),
+        (('"raw_caption"', '"row_caption"'), "has no column 'row_caption'. Its columns are Image Path, raw_caption"),
         (('"raw": ', '"a/b": '), "Caption name 'a/b' is invalid"),
-        (('"Image Path"', '"Image Pat"'), "has no column 'Image Pat'; its columns are Image Path, raw_caption"),
-        (("cc_3long*.csv", "lists.parquet"), r"Column 'Image Path' of .*lists\.parquet holds lists"),
+        (('"Image Path"', '"Image Pat"'), "has no column 'Image Pat'. Its columns are Image Path, raw_caption"),
+        (("cc_3long*.csv", "lists.parquet"), r"Column 'Image Path' of .*lists\.parquet contains lists"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_said_before_an_index_is_built(recaptioned, change, said):
+def test_rejects_wrong_recaptions_before_building_an_index(recaptioned, change, message):
     lists = {name: pa.array([["a", "b"]]) for name in ("Image Path", *DREAMLIP)}
     pq.write_table(pa.table(lists), recaptioned / "lists.parquet")
     manifest = recaptioned / "pictures.yaml"
     manifest.write_text(manifest.read_text().replace(*change))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         open_pictures(recaptioned)
     assert not (recaptioned / "s.zarr").exists()
 
@@ -291,16 +290,16 @@ def test_evaluation_sets_have_no_recaptions(recaptioned):
         open_pictures(recaptioned)
 
 
-def test_a_check_says_that_the_tables_are_missing(recaptioned):
+def test_check_reports_missing_tables(recaptioned):
     manifest, data_root = find_manifest(str(recaptioned / "pictures.yaml"))
-    assert is_here(manifest, data_root)
+    assert manifest.is_here(data_root)
     for table in recaptioned.glob("cc_3long*"):
         table.unlink()
-    assert not is_here(manifest, data_root)
-    assert any("cc_3long*.csv is missing" in finding.what for finding in look(manifest, data_root))
+    assert not manifest.is_here(data_root)
+    assert any("cc_3long*.csv is missing" in finding.text for finding in check(manifest, data_root))
 
 
-def test_images_downloaded_by_img2dataset_find_their_captions_by_url_and_none_by_position(tmp_path):
+def test_img2dataset_images_join_by_url_not_position(tmp_path):
     there = [number for number in range(40) if number % 7]  # the others could not be downloaded
     write_tar(tmp_path / "00000.tar", img2dataset_members(there[:20]))
     write_tar(tmp_path / "00001.tar", img2dataset_members(there[20:]))

@@ -15,7 +15,6 @@ from sail_align.extract.executor.retry import RetrySummary, retry_failed, retry_
 from sail_align.extract.executor.run import extract
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
-from sail_align.extract.sources import open_source
 from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.store import Store
 
@@ -23,7 +22,7 @@ from sail_align.extract.store.store import Store
 def run(root, out="s.zarr"):
     """Extract the images of `pictures`. Rows 7, 11 and 13 fail, all of them in shard 0 of 3."""
     manifest, data_root = find_manifest(str(root / "pictures.yaml"))
-    source = open_source(manifest, data_root)
+    source = manifest.open_source(data_root)
     store = open_or_create(root / out, manifest, source)
     extract(store, source, image=FakeVision(), text=None, captions=[], quiet=True)
     return store, source

@@ -1,4 +1,4 @@
-"""Tables are read in batches, and say the same as a second reader of the same file."""
+"""Tables in batches, compared with a second reader of the same file."""
 
 import csv
 import io
@@ -11,32 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.schema import Split
-from sail_align.extract.schema import TableSource as Table
-from sail_align.extract.sources import tabular as tables
-from sail_align.extract.sources.table import TableSource
-from sail_align.extract.sources.tabular import find_tables, read_batches
+from sail_align.extract.sources import table_files
+from sail_align.extract.sources.table import Split, TableConfig
+from sail_align.extract.sources.table_files import find_tables, read_batches
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('\n",\t'), max_size=40)
 
 
 def rows_of(path, columns):
     batches = list(read_batches(path, columns))
-    assert all(0 < len(batch) <= tables.BATCH_ROWS for batch in batches)
+    assert all(0 < len(batch) <= table_files.BATCH_ROWS for batch in batches)
     return [row for batch in batches for row in batch.to_pylist()]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BATCH_ROWS", 7)
-        patch.setattr(tables, "CSV_BLOCK", 2_000)
+        patch.setattr(table_files, "BATCH_ROWS", 7)
+        patch.setattr(table_files, "CSV_BLOCK", 2_000)
         yield
 
 
 @settings(max_examples=50, deadline=None)
 @given(rows=st.lists(st.tuples(st.text("abc", min_size=1), TEXTS, TEXTS), min_size=1, max_size=60), tab=st.booleans())
-def test_a_csv_in_blocks_is_what_the_standard_library_reads(tmp_path_factory, rows, tab):
+def test_csv_matches_standard_library(tmp_path_factory, rows, tab):
     path = tmp_path_factory.mktemp("csv") / ("t.tsv" if tab else "t.csv")
     delimiter = "\t" if tab else ","
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -51,11 +49,11 @@ def test_a_csv_in_blocks_is_what_the_standard_library_reads(tmp_path_factory, ro
 
 
 BAD = [b"good", b"caf\xe9 \xff", b"", "né".encode()]
-SAID = ["good", "caf\ufffd \ufffd", "", "né"]
+READ = ["good", "caf\ufffd \ufffd", "", "né"]
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet", "lists.parquet"])
-def test_bytes_that_are_no_utf8_are_replaced_and_the_rest_is_kept(tmp_path, ending):
+def test_replaces_bytes_that_are_not_utf8(tmp_path, ending):
     path = tmp_path / f"t.{ending}"
     if ending.endswith("parquet"):
         raw = pa.array(BAD, pa.binary())
@@ -69,54 +67,58 @@ def test_bytes_that_are_no_utf8_are_replaced_and_the_rest_is_kept(tmp_path, endi
         path.write_bytes(
             b"\n".join([delimiter.join([b"image", b"caption"]), *(b"x" + delimiter + t for t in BAD), b""])
         )
-    said = [[text] for text in SAID] if "lists" in ending else SAID
-    assert [row["caption"] for row in rows_of(path, ["image", "caption"])] == said
+    expected = [[text] for text in READ] if "lists" in ending else READ
+    assert [row["caption"] for row in rows_of(path, ["image", "caption"])] == expected
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, name):
+def test_ignores_byte_order_mark(tmp_path, name):
     row = '{"image": "a.jpg"}' if name == "a.jsonl" else "image\na.jpg"
     (tmp_path / name).write_text(f"{row}\n", encoding="utf-8-sig")
     assert [table["image"].to_pylist() for table in read_batches(tmp_path / name, ["image"])] == [["a.jpg"]]
 
 
-def test_half_a_surrogate_pair_is_replaced(tmp_path):
+def test_replaces_half_surrogate_pairs(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"c": "a \\ud83d b"}\n{"c": ["\\ud83d\\ude00", "\\ude00"]}\n')
-    batch = [tables._well_formed(row["c"]) for row in tables._lines(tmp_path / "t.jsonl")]
+    batch = [table_files._replace_surrogates(row["c"]) for row in table_files._lines(tmp_path / "t.jsonl")]
     assert batch == ["a \ufffd b", ["\U0001f600", "\ufffd"]]
 
 
-def test_a_key_that_only_a_late_line_has_is_a_column(tmp_path):
+def test_jsonl_key_of_a_late_line(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(json.dumps({"image": i} | ({"long": "late"} if i == 40 else {})) for i in range(50)))
     rows = rows_of(path, ["image", "long"])
     assert [row["image"] for row in rows] == [str(i) for i in range(50)]
     assert [i for i, row in enumerate(rows) if row["long"]] == [40]
-    with pytest.raises(UserError, match="no column 'short'; its columns are image, long"):
+    with pytest.raises(UserError, match=r"no column 'short'\. Its columns are image, long"):
         rows_of(path, ["short"])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("t.csv", "image,caption\na,b\nc\n", "Table .*t.csv cannot be read: .*[Ee]xpected 2 columns, got 1"),
         ("t.csv", "", "Table .*t.csv cannot be read: .*[Ee]mpty"),
         ("t.csv", "image,image,caption\n", "more than one column 'image'"),
         ("t.jsonl", '{"image": 1, "caption": 2}\n{"image"\n', "Table .*t.jsonl cannot be read: line 2: "),
-        ("t.jsonl", "[1]\n", "Table .*t.jsonl cannot be read: line 1 is no JSON object"),
-        ("t.jsonl", '{"image": 1, "caption": {"a": 1}}\n', "Column 'caption' of .* holds struct"),
+        ("t.jsonl", "[1]\n", "Table .*t.jsonl cannot be read: line 1 is not a JSON object"),
+        (
+            "t.jsonl",
+            '{"image": 1, "caption": {"a": 1}}\n',
+            "Column 'caption' of .* is invalid: got values of type struct",
+        ),
         ("t.parquet", "not parquet", "Table .*t.parquet cannot be read: "),
-        ("t.txt", "", "ends in '.txt'; tables end in"),
+        ("t.txt", "", "got the ending '.txt', expected .csv"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_one_sentence(tmp_path, name, content, said):
+def test_rejects_malformed_table(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=said) as mistake:
+    with pytest.raises(UserError, match=message) as mistake:
         rows_of(tmp_path / name, ["image", "caption"])
     assert "\n" not in str(mistake.value)
 
 
-def test_files_are_found_by_pattern_path_or_a_name_with_a_bracket_each_once(tmp_path):
+def test_find_tables(tmp_path):
     for name in ("b.csv", "a.csv", "[x].csv"):
         (tmp_path / name).write_text("")
     found = find_tables(tmp_path, ["[x].csv", "?.csv", str(tmp_path / "a.csv")])
@@ -126,10 +128,10 @@ def test_files_are_found_by_pattern_path_or_a_name_with_a_bracket_each_once(tmp_
 
 
 def source(root, **fields):
-    return TableSource(Table(kind="table", images="images", **fields), root)
+    return TableConfig(kind="table", images="images", **fields).open(root)
 
 
-def test_a_row_without_image_is_named(pictures):
+def test_rejects_row_without_image(pictures):
     lines = [f"{i}.png,words" for i in range(200)]
     lines[150] = ",words"
     (pictures / "gap.csv").write_text("\n".join(["image,caption", *lines]))
@@ -137,7 +139,7 @@ def test_a_row_without_image_is_named(pictures):
         list(source(pictures, files="gap.csv", captions={"raw": "caption"}).samples())
 
 
-def test_a_caption_of_blanks_is_none(pictures):
+def test_blank_captions_are_left_out(pictures):
     (pictures / "b.csv").write_text('image,caption\n1.png,a\n2.png,"  "\n1.png," "\n1.png, b\n')
     grouped = source(pictures, files="b.csv", captions="caption")
     assert [dict(s.captions) for s in grouped.samples()] == [{"c0": "a", "c1": " b"}, {}]
@@ -145,7 +147,7 @@ def test_a_caption_of_blanks_is_none(pictures):
     assert [dict(s.captions) for s in named.samples()] == [{"raw": "a"}, {}, {}, {"raw": " b"}]
 
 
-def test_urls_come_from_their_column_whatever_the_form(pictures):
+def test_url_column(pictures):
     (pictures / "u.csv").write_text("image,caption,link\n1.png,a,http://x/1\n2.png,b,\n1.png,c,http://x/other\n")
     named = source(pictures, files="u.csv", captions={"raw": "caption"}, url="link")
     grouped = source(pictures, files="u.csv", captions="caption", url="link")
@@ -156,7 +158,7 @@ def test_urls_come_from_their_column_whatever_the_form(pictures):
     ]
 
 
-def test_a_split_of_another_file_goes_with_every_batch(pictures):
+def test_split_file_applies_to_all_batches(pictures):
     (pictures / "split.csv").write_text("image,part\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(600)))
     kept = source(
         pictures,

@@ -1,4 +1,4 @@
-"""Where members of a tar lie, against Python's own reader of tars."""
+"""Positions of tar members, compared with Python's tarfile."""
 
 import io
 import tarfile
@@ -40,24 +40,24 @@ def tar_of(*given_members, form=tarfile.GNU_FORMAT) -> bytes:
         max_size=6,
     )
 )
-def test_members_are_those_that_tarfile_finds(form, contents):
+def test_members_match_tarfile(form, contents):
     data = tar_of(*((name, bytes(size)) for name, size in contents), form=form)
     assert scan(data) == with_tarfile(data)
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_long_names_and_names_after_them(form):
+def test_long_names(form):
     data = tar_of((LONG, b"x" * 700), ("b.txt", b"y"), (LONG + "2", b""), form=form)
     assert [name for name, _, _ in scan(data)] == [LONG, "b.txt", LONG + "2"]
     assert scan(data) == with_tarfile(data)
 
 
-def test_a_ustar_name_in_two_halves():
+def test_split_ustar_name():
     name = "d" * 90 + "/" + "n" * 90 + ".jpg"
     assert [found for found, _, _ in scan(tar_of((name, b"x"), form=tarfile.USTAR_FORMAT))] == [name]
 
 
-def test_folders_and_links_are_passed_over():
+def test_skips_folders_and_links():
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for kind, link in ((tarfile.DIRTYPE, ""), (tarfile.SYMTYPE, LONG), (tarfile.LNKTYPE, "a.jpg")):
@@ -71,7 +71,7 @@ def test_folders_and_links_are_passed_over():
     assert [name for name, _, _ in scan(file.getvalue())] == ["a.jpg"]
 
 
-def test_sizes_in_the_binary_form_and_in_pax_records():
+def test_binary_and_pax_sizes():
     binary = bytearray(tar_of(("a.jpg", b"x" * 600), ("b.jpg", b"y")))
     binary[124:136] = b"\x80" + (600).to_bytes(11, "big")
     binary[148:156] = b" " * 8
@@ -86,7 +86,7 @@ def test_sizes_in_the_binary_form_and_in_pax_records():
     assert scan(file.getvalue() + bytes(1024)) == [("a.jpg", 1536, 600)]
 
 
-def everything(data: bytes):
+def scan_damaged(data: bytes):
     found, stream = [], members(io.BytesIO(data), "some.tar")
     try:
         for member in stream:
@@ -96,30 +96,30 @@ def everything(data: bytes):
     return found, "is whole"
 
 
-def test_a_cut_tar_gives_its_members_and_says_where_it_is_cut():
+def test_truncated_tar():
     data = tar_of(("a.jpg", b"x" * 600), ("b.jpg", b"y" * 600))
-    assert everything(data[:2_300]) == (["a.jpg", "b.jpg"], "is cut at byte 2,300, in the middle of a member")
-    assert everything(data[:1_700]) == (["a.jpg"], "is cut at byte 1,700")
-    assert everything(data[:1_536]) == (["a.jpg"], "is cut at byte 1,536")
-    assert everything(b"") == ([], "is empty")
+    assert scan_damaged(data[:2_300]) == (["a.jpg", "b.jpg"], "is truncated at byte 2,300, in the middle of a member")
+    assert scan_damaged(data[:1_700]) == (["a.jpg"], "is truncated at byte 1,700")
+    assert scan_damaged(data[:1_536]) == (["a.jpg"], "is truncated at byte 1,536")
+    assert scan_damaged(b"") == ([], "is empty")
 
 
-def test_damage_inside_is_said_where_tarfile_is_silent():
+def test_reports_damage_that_tarfile_ignores():
     data = bytearray(tar_of(("a.jpg", b"x"), ("b.jpg", b"y"), ("c.jpg", b"z")))
     data[1024 + 10] ^= 255
     assert [name for name, _, _ in with_tarfile(bytes(data))] == ["a.jpg"]
-    assert everything(bytes(data)) == (["a.jpg"], "holds no header where one must be, at byte 1,024")
-    assert everything(b"<html>" * 500) == ([], "is no tar")
+    assert scan_damaged(bytes(data)) == (["a.jpg"], "has no valid header at byte 1,024")
+    assert scan_damaged(b"<html>" * 500) == ([], "is not a tar")
 
 
 @given(data=st.data(), form=st.sampled_from(FORMS[1:]))
-def test_no_damage_ends_in_another_way(data, form):
+def test_damage_raises_only_known_errors(data, form):
     whole = tar_of((LONG, b"x" * 600), ("b.txt", b"y"), ("ü" * 60, b"z" * 1_100), form=form)
     broken = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
     for place in data.draw(st.lists(st.integers(0, max(len(broken) - 1, 0)), max_size=3)) if broken else []:
         broken[place] = data.draw(st.integers(0, 255))
         header = place // 512 * 512
-        if data.draw(st.booleans()) and len(broken) >= header + 512:  # so that the checksum does not give it away
+        if data.draw(st.booleans()) and len(broken) >= header + 512:  # make the checksum fit
             broken[header + 148 : header + 156] = b" " * 8
             broken[header + 148 : header + 156] = b"%06o\0 " % sum(broken[header : header + 512])
     stream = io.BytesIO(bytes(broken))
@@ -131,16 +131,16 @@ def test_no_damage_ends_in_another_way(data, form):
         pass
 
 
-def test_absurd_sizes_are_damage():
+def test_rejects_impossible_sizes():
     binary = bytearray(tar_of(("a.jpg", b"x")))
     binary[124:136] = b"\xff" * 12
     binary[148:156] = b" " * 8
     binary[148:156] = b"%06o\0 " % sum(binary[:512])
-    assert everything(bytes(binary)) == ([], "holds a member of impossible size, at byte 0")
+    assert scan_damaged(bytes(binary)) == ([], "contains a member of impossible size at byte 0")
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
-def test_a_compressed_tar_is_refused(tmp_path, mode):
+def test_rejects_compressed_tar(tmp_path, mode):
     path = tmp_path / "a.tar"
     with tarfile.open(path, f"w:{mode}"):
         pass

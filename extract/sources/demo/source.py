@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.data import IGNORED, Part, Sample, Source
+from sail_align.extract.sources.config import SourceConfig
 from sail_align.extract.sources.demo.drawing import PACKAGES, import_package, paint, paint_mask
 from sail_align.extract.sources.demo.parts import IMAGES_PER_CLASS, Row, class_objects, rows
 from sail_align.extract.sources.demo.scenes import Scene
@@ -16,6 +20,25 @@ SIDE = 256
 """Height and width of every image."""
 
 _CAPTIONS = {"train": ("raw", "long"), "retrieval": ("raw", "long"), "pairs": ("raw",)}
+
+
+class DemoConfig(SourceConfig):
+    """Scenes composed from OpenMoji drawings. Nothing is read from the data root.
+
+    `version` increases when the code draws other pictures for the same rows, so that no store mixes the two.
+    """
+
+    kind: Literal["demo"]
+    part: Literal["train", "retrieval", "objects", "unseen", "pairs", "segmentation"]
+    version: Literal[1] = 1
+
+    def requirements(self, data_root: Path) -> dict[str, bool]:
+        """Return the packages that the drawings need, and whether each is installed."""
+        return {f"package {name}": find_spec(name) is not None for name in PACKAGES}
+
+    def open(self, data_root: Path) -> "DemoSource":
+        """Open the source."""
+        return DemoSource(self.part)
 
 
 class DemoSource(Source):

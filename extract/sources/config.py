@@ -1,0 +1,55 @@
+"""Base classes for the models that describe a source, or other files, in a manifest."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sail_align.extract.data import Source
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """A frozen model that rejects unknown fields, because an unknown field is usually a misspelt one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(Strict):
+    """Description of a source in a manifest.
+
+    Each subclass with a field `kind` is one kind of source. The manifest finds it if it is defined in a module of
+    `sail_align.extract.sources`, or in the module `source` of a package there.
+    """
+
+    @abstractmethod
+    def requirements(self, data_root: Path) -> dict[str, bool]:
+        """Return the files, folders or packages that the source needs, and whether each is present."""
+
+    @abstractmethod
+    def open(self, data_root: Path) -> Source:
+        """Open the source.
+
+        Raises:
+            UserError: Its files are missing or do not match the description.
+        """
+
+
+class FilesConfig(Strict):
+    """Description of files under `root`, a folder under the data root."""
+
+    root: str = "."
+
+    @property
+    def needs(self) -> list[str]:
+        """The required files and folders under `root`, as names or as patterns with `*`."""
+        return ["."]
+
+    def requirements(self, data_root: Path) -> dict[str, bool]:
+        """Return the required files and folders, and whether each is present."""
+        root = data_root / self.root
+        return {
+            str(root / need): (root / need).exists() or ("*" in need and any(root.glob(need))) for need in self.needs
+        }

@@ -1,0 +1,214 @@
+"""Readers of CSV, TSV, JSONL and parquet files, a few thousand rows at a time, and caption tables made of these."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from pydantic import Field, model_validator
+
+from sail_align.extract.data import CaptionTables
+from sail_align.extract.errors import UserError
+from sail_align.extract.sources.config import FilesConfig, NonEmpty
+
+BATCH_ROWS = 8_192
+CSV_BLOCK = 2 << 20
+"""Bytes of a CSV that are parsed at a time. This is also the longest possible row."""
+
+
+class Recaptions(FilesConfig):
+    """Tables with further captions of a source's images, one row per image. They go with any kind of source.
+
+    A row belongs to the samples whose URL equals its column `url`, or whose key equals its column `key`. The match is
+    exact. `captions` maps a caption's name to its column.
+    """
+
+    files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
+    url: NonEmpty | None = None
+    key: NonEmpty | None = None
+    captions: Annotated[dict[str, NonEmpty], Field(min_length=1)]
+
+    @property
+    def needs(self) -> list[str]:
+        """The tables."""
+        return [self.files] if isinstance(self.files, str) else self.files
+
+    @model_validator(mode="after")
+    def _require_one_join_column(self) -> "Recaptions":
+        if (self.url is None) == (self.key is None):
+            raise ValueError("name exactly one column to join by, either 'url' or 'key'")
+        return self
+
+    def open(self, data_root: Path) -> CaptionTables:
+        """Find the tables, and read the start of the first.
+
+        Raises:
+            UserError: No table exists, or the first does not match the description. An index must not be built before
+                this is known.
+        """
+        files = tuple(find_tables(data_root / self.root, self.files))
+        if self.url is not None:
+            tables = CaptionTables(files, "url", self.url, self.captions)
+        else:
+            tables = CaptionTables(files, "key", str(self.key), self.captions)
+        next(read_captions(files[0], tables), None)
+        return tables
+
+
+def find_tables(root: Path, patterns: str | Sequence[str]) -> list[Path]:
+    """Return the files under `root` that match the patterns, without duplicates.
+
+    A pattern is a name (which may contain brackets), a glob, or an absolute path.
+
+    Raises:
+        UserError: No file matches.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found: list[Path] = []
+    for pattern in patterns:
+        if (file := root / pattern).is_file():
+            found.append(file)
+        elif not Path(pattern).is_absolute():
+            found += sorted(path for path in root.glob(pattern) if path.is_file())
+    if not found:
+        raise UserError(f"No table {', '.join(patterns)} in {root.resolve()}. Correct 'files' or set --data-root.")
+    return list(dict.fromkeys(found))
+
+
+def read_captions(file: Path, tables: CaptionTables) -> Iterator[pa.Table]:
+    """Yield the join column and the captions of one caption table, as `read_batches` does.
+
+    Raises:
+        UserError: As `read_batches`, or a column contains lists.
+    """
+    columns = [tables.column, *tables.captions.values()]
+    for batch in read_batches(file, columns):
+        for name in columns:
+            if not pa.types.is_string(batch[name].type):
+                raise UserError(f"Column {name!r} of {file} contains lists. Recaptions need one text per row.")
+        yield batch
+
+
+def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the rows of a table in order, at most `BATCH_ROWS` at a time.
+
+    Bytes that are not UTF-8 become U+FFFD, so that one bad caption does not end a run over millions of rows.
+
+    Args:
+        path: A file that ends in .csv, .tsv, .jsonl or .parquet.
+        columns: The columns to read. They contain text, numbers (returned as text), or lists of these.
+
+    Raises:
+        UserError: The ending is unknown, the file is missing or malformed, a column is missing, or a column contains
+            other values.
+    """
+    columns = list(dict.fromkeys(columns))
+    try:
+        match path.suffix.lower():
+            case ".csv":
+                batches = _read_csv(path, columns, ",")
+            case ".tsv":
+                batches = _read_csv(path, columns, "\t")
+            case ".jsonl":
+                batches = _read_jsonl(path, columns)
+            case ".parquet":
+                batches = _read_parquet(path, columns)
+            case other:
+                raise UserError(
+                    f"{path} is invalid: got the ending {other!r}, expected .csv, .tsv, .jsonl or .parquet."
+                )
+        for batch in batches:
+            for start in range(0, len(batch), BATCH_ROWS):
+                rows = batch.slice(start, BATCH_ROWS)
+                yield pa.table({name: _as_text(rows[name], name, path) for name in columns})
+    except (pa.ArrowException, OSError, ValueError) as problem:
+        raise UserError(f"Table {path} cannot be read: {' '.join(str(problem).split())}.") from problem
+
+
+def _read_csv(path: Path, columns: list[str], delimiter: str) -> Iterator[pa.Table]:
+    read = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    with pyarrow.csv.open_csv(path, read, parse) as header:
+        _require_columns(path, columns, header.schema.names)
+    # Read bytes, because pyarrow rejects a whole file for one byte that is not UTF-8.
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=columns, column_types=dict.fromkeys(columns, pa.binary()), check_utf8=False
+    )
+    with pyarrow.csv.open_csv(path, read, parse, convert) as reader:
+        yield from (pa.Table.from_batches([batch]) for batch in reader)
+
+
+def _read_parquet(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        _require_columns(path, columns, file.schema_arrow.names)
+        yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(BATCH_ROWS, columns=columns))
+
+
+def _read_jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """Read some keys of each line. Numbers keep their spelling; other keys may have any value."""
+    keys: dict[str, None] = {}
+    for row in _lines(path):
+        keys |= dict.fromkeys(row)
+        if keys.keys() >= set(columns):
+            break
+    _require_columns(path, columns, list(keys))
+    rows = _lines(path)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield pa.table({name: [_replace_surrogates(row.get(name)) for row in batch] for name in columns})
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line, parse_int=str, parse_float=str)
+                except ValueError as problem:
+                    raise ValueError(f"line {number}: {problem}") from problem
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is not a JSON object")
+                yield row
+
+
+def _replace_surrogates(value: Any) -> Any:
+    """Replace halves of surrogate pairs, which JSON can express and UTF-8 cannot."""
+    if isinstance(value, list):
+        return [_replace_surrogates(each) for each in value]
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def _require_columns(path: Path, columns: list[str], names: list[str]) -> None:
+    for name in columns:
+        if (times := names.count(name)) != 1:
+            found = "more than one" if times else "no"
+            raise UserError(f"{path} has {found} column {name!r}. Its columns are {', '.join(names)}.")
+
+
+def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
+    """Return a column as text or lists of text."""
+    types, kind = pa.types, column.type
+    listed = types.is_list(kind) or types.is_large_list(kind)
+    value_kind = kind.value_type if listed else kind
+    text, raw = (pa.list_(pa.string()), pa.list_(pa.binary())) if listed else (pa.string(), pa.binary())
+    text_types = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    is_text = any(is_type(value_kind) for is_type in text_types)
+    try:
+        column = column.cast(raw if is_text else text)
+    except pa.ArrowException as problem:
+        raise UserError(f"Column {name!r} of {path} is invalid: got values of type {kind}, expected text.") from problem
+    try:
+        return column.cast(text)
+    except pa.ArrowInvalid:  # not UTF-8, although a parquet file may declare it as such
+        return pa.chunked_array([pa.array(map(_decode, column.to_pylist()), text)])
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(each) for each in value]
+    return None if value is None else value.decode("utf-8", errors="replace")
