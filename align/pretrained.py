@@ -1,7 +1,7 @@
-"""One call from a run, an exported folder or a repository on the hub to a model that embeds pictures and strings.
+"""Load a run, an exported folder or a hub repository as a model that embeds images and strings.
 
 model = sail_align.align.pretrained.load("runs/demo-glu")
-model.encode_image(picture) @ model.encode_text(["a cat", "a dog"]).T
+model.encode_image(image) @ model.encode_text(["a cat", "a dog"]).T
 """
 
 from collections.abc import Sequence, Sized
@@ -34,19 +34,19 @@ def load(
     image_folder: str | Path | None = None,
     text_folder: str | Path | None = None,
 ) -> "PretrainedModel":
-    """Load heads and the encoders that they belong to, which must be those that the run records.
+    """Load heads and their encoders, which must be those recorded in the run.
 
     Args:
-        reference: A run, one of its checkpoints, a folder of `sail-align export`, or such a folder's repository on the
-            hub, `owner/name`.
-        device: Where heads and encoders compute; `auto` takes a GPU if there is one.
-        revision: Of the repository; a full commit hash is the strictest.
-        image_folder: Where the image encoder lies, if it is one of a local folder that is elsewhere now.
-        text_folder: The same for the text encoder.
+        reference: A run, one of its checkpoints, a folder of `sail-align export`, or the hub repository of such a
+            folder, `owner/name`.
+        device: Device of heads and encoders; `auto` uses a GPU if there is one.
+        revision: Revision of the repository. A full commit hash is the safest.
+        image_folder: Folder of the image encoder, if it is a local folder that has moved.
+        text_folder: Folder of the text encoder, if it is a local folder that has moved.
 
     Raises:
-        EncoderChangedError: An encoder found under its recorded name is another one, or answers differently.
-        UserError: There is no such model, its files are not what was written, or an encoder cannot be had.
+        EncoderChangedError: An encoder with the recorded name has other weights or gives other features.
+        UserError: There is no such model, its files are damaged, or an encoder cannot be loaded.
     """
     run = read(reference, revision)
     where = str(Runtime.of(device, "float32").device)
@@ -56,27 +56,27 @@ def load(
 
 
 def read(reference: str | Path, revision: str | None = None) -> Run:
-    """Read the heads alone: see `load`."""
+    """Read the heads without the encoders. See `load` for the arguments."""
     path = Path(reference)
     if path.is_dir():
         if revision is not None:
-            raise UserError(f"{path} is a folder, which has no revision {revision!r}; leave it out.")
+            raise UserError(f"{path} is a folder and has no revision {revision!r}. Leave the revision out.")
         return load_run(path) if is_run(path) or is_whole(path) else read_hub_folder(path)
     if str(reference).count("/") != 1 or str(reference).startswith((".", "/", "~")):
-        raise UserError(f"{reference} is neither a folder nor a repository; give a run, an export, or <owner>/<name>.")
+        raise UserError(f"{reference} is neither a folder nor a repository. Pass a run, an export, or <owner>/<name>.")
     try:
         return read_hub_folder(download(str(reference), revision, [CONFIG, WEIGHTS, CARD]))
     except UserError as problem:
-        raise UserError(f"{reference} is no folder here, and as a repository: {problem}") from problem
+        raise UserError(f"{reference} is not a local folder. As a repository: {problem}") from problem
 
 
 class PretrainedModel(nn.Module):
-    """Frozen encoders and trained heads as one model, with the four parts that CLIP's users know.
+    """Frozen encoders and trained heads as one model, with CLIP's usual interface.
 
-    `preprocess` and `tokenizer` make tensors of pictures and texts, `encode_image` and `encode_text` make embeddings of
-    these tensors, or of the pictures and texts themselves. Embeddings are (B, E) float32 on `device`, of unit length
-    and without gradients. They are those of `sail-eval`: features are rounded to float16, as stores hold them, and
-    autocast around a call changes nothing, since the precision is a part of what an encoder is.
+    `preprocess` and `tokenizer` turn images and texts into tensors. `encode_image` and `encode_text` embed these
+    tensors, or images and texts directly. Embeddings are (B, E) float32 on `device`, unit-norm and without gradients.
+    They equal those of `sail-eval`: features are rounded to float16, as in stores, and autocast around a call has no
+    effect, since the precision is part of an encoder's identity.
     """
 
     def __init__(self, run: Run, image: VisionEncoder, text: TextEncoder, device: torch.device):
@@ -89,39 +89,39 @@ class PretrainedModel(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """Return t; with `logit_bias`, σ(t x·y + b) is how likely the sigmoid loss holds a pair to belong together."""
+        """Temperature t. σ(t x·y + b) is the probability of the sigmoid loss that x and y are a positive pair."""
         return self.heads.log_scale.exp()
 
     @property
     def logit_bias(self) -> Tensor:
-        """Return b."""
+        """Bias b; see `logit_scale`."""
         return self.heads.bias
 
-    def preprocess(self, picture: Image.Image) -> Tensor:
-        """Return the pixels that the image encoder takes, (size, size, 3) uint8; they are stacked to a batch.
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return the pixels (size, size, 3) uint8 of one image, to be stacked to a batch for `encode_image`.
 
         Raises:
-            TypeError: It is no picture, but a file's path for instance.
+            TypeError: The argument is not a PIL image, but, for instance, a path.
         """
-        if not isinstance(picture, Image.Image):
-            raise TypeError(f"A picture is a PIL image, and {picture!r} is none; open a file with PIL.Image.open.")
-        return self._image.preprocess(upright_rgb(picture.copy()))
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"Expected a PIL image, got {image!r}. Open a file with PIL.Image.open.")
+        return self._image.preprocess(upright_rgb(image.copy()))
 
     def tokenizer(self, texts: str | Sequence[str]) -> Tensor:
-        """Return the tokens of texts, (B, T) int64, for `encode_text` alone."""
+        """Return the tokens (B, T) int64 of texts, for `encode_text` only."""
         return self._text.tokenize([texts] if isinstance(texts, str) else texts)
 
-    def encode_image(self, pictures: Tensor | Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Embed pictures, or pixels (B, size, size, 3) uint8 as `preprocess` gives them.
+    def encode_image(self, images: Tensor | Image.Image | Sequence[Image.Image]) -> Tensor:
+        """Embed images, or pixels (B, size, size, 3) uint8 from `preprocess`.
 
         Raises:
-            ValueError: There are none.
-            TypeError: They are neither, but paths of files for instance.
+            ValueError: There are no images.
+            TypeError: The images are neither PIL images nor pixels, but, for instance, paths.
         """
-        if isinstance(pictures, Image.Image | str | Path):
-            pictures = [pictures]
-        pixels = pictures if isinstance(pictures, Tensor) else [self.preprocess(picture) for picture in pictures]
-        _require_some(pixels, "picture")
+        if isinstance(images, Image.Image | str | Path):
+            images = [images]
+        pixels = images if isinstance(images, Tensor) else [self.preprocess(image) for image in images]
+        _require_some(pixels, "image")
         pixels_BHWC = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             batches_BHWC = torch.split(pixels_BHWC, self._image.batch_size)
@@ -129,7 +129,11 @@ class PretrainedModel(nn.Module):
             return self.heads.encode_image(features_BD.half().to(self.device))
 
     def encode_text(self, texts: Tensor | str | Sequence[str]) -> Tensor:
-        """Embed texts, or tokens as `tokenizer` gives them. Raises `ValueError` if there are none."""
+        """Embed texts, or tokens (B, T) from `tokenizer`.
+
+        Raises:
+            ValueError: There are no texts.
+        """
         texts = [texts] if isinstance(texts, str) else texts
         _require_some(texts, "text")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -138,17 +142,17 @@ class PretrainedModel(nn.Module):
             return self.heads.encode_text(features_BD.half().to(self.device))
 
 
-def _require_some(given: Sized, what: str) -> None:
-    if not len(given):
-        raise ValueError(f"There is nothing to embed; give one {what} at least.")
+def _require_some(inputs: Sized, kind: str) -> None:
+    if not len(inputs):
+        raise ValueError(f"There is nothing to embed. Pass at least one {kind}.")
 
 
 def _encoder(recorded: Identity, folder: str | Path | None, device: str, argument: str) -> VisionEncoder | TextEncoder:
     of_folder = "config" in recorded.spec.source
     if folder is not None and not of_folder:
-        raise UserError(f"Encoder {recorded.spec.id!r} is of no local folder; leave {argument} out.")
+        raise UserError(f"Encoder {recorded.spec.id!r} is not a local folder. Leave {argument} out.")
     if folder is not None:
         recorded = replace(recorded, location=str(Path(folder).resolve()))
     elif of_folder and not recorded.location:
-        raise UserError(f"Encoder {recorded.spec.id!r} is of a local folder; say where it lies with {argument}.")
+        raise UserError(f"Encoder {recorded.spec.id!r} is a local folder. Pass its path with {argument}.")
     return load_recorded(recorded, device)

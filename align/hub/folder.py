@@ -1,8 +1,8 @@
-"""A run as a folder that can be put on the Hugging Face hub: what it holds, and how it is read again.
+"""Write a run as a folder for the Hugging Face hub, and read such a folder.
 
 FOLDER/model.safetensors   weights, τ and b
-FOLDER/config.json         architecture, encoders, settings, the run's digest, and the digest of it all
-FOLDER/README.md           the model card: what it is, its scores, where it comes from
+FOLDER/config.json         architecture, encoders, settings, the run's digest, and a digest of everything
+FOLDER/README.md           the model card: description, scores, provenance
 """
 
 import hashlib
@@ -25,12 +25,12 @@ WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
 def write_hub_folder(run: Run, folder: Path, card: str) -> None:
-    """Write a run's model and its card into a new folder, whole or not at all.
+    """Write the model of a run and its card to a new folder, completely or not at all.
 
-    Paths of this machine stay behind: of a store its digest goes along, of an encoder all but where its folder lies.
+    Local paths are left out: the folder has the digests of the stores, and the encoders without their locations.
 
     Raises:
-        UserError: The folder holds something, or cannot be written.
+        UserError: The folder is not empty or cannot be written.
     """
     weights = save({name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()})
     record = {
@@ -53,28 +53,28 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
 
 
 def read_hub_folder(folder: Path) -> Run:
-    """Read a folder that `write_hub_folder` wrote, on this disk or from the hub; its model is in evaluation mode.
+    """Read a folder of `write_hub_folder`, local or downloaded from the hub. The model is in evaluation mode.
 
-    Its digest is that of the run which was exported.
+    The digest of the returned run is that of the exported run.
 
     Raises:
-        UserError: It is not such a folder, of a later format, or not what was written.
+        UserError: The folder is not an export, has another format, or is damaged.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} has no {CONFIG}; give a folder of `sail-align export`.")
+        raise UserError(f"{folder} has no {CONFIG}. Pass a folder written by `sail-align export`.")
     record = read_json(folder / CONFIG, EXPORT_AGAIN)
     if record.get("library_name") != "sail-align":
-        raise UserError(f"{folder / CONFIG} is not of `sail-align export`; give a folder that it wrote.")
+        raise UserError(f"{folder / CONFIG} was not written by `sail-align export`. Pass a folder that was.")
     if record.get("format") != FORMAT:
         raise UserError(
-            f"{folder} has format {record.get('format')!r}, this version reads {FORMAT}; update sail-align."
+            f"{folder} has format {record.get('format')!r}, but this version reads format {FORMAT}. Update sail-align."
         )
     weights = read_file(folder / WEIGHTS, EXPORT_AGAIN)
-    for file, sound in (
+    for file, intact in (
         (CONFIG, record.get("digest") == record_digest(record)),
         (WEIGHTS, record.get("weights_sha256") == hashlib.sha256(weights).hexdigest()),
     ):
-        if not sound:
+        if not intact:
             raise damaged(folder / file, EXPORT_AGAIN)
     model = Architecture(**record["architecture"]).build()
     load_weights(model, folder, weights)
@@ -85,13 +85,13 @@ def read_hub_folder(folder: Path) -> Run:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a new folder, which is there with all of them or not at all.
+    """Write files to a new folder, all of them or none.
 
     Raises:
-        UserError: The folder holds something, or cannot be written.
+        UserError: The folder is not empty or cannot be written.
     """
     if folder.name in ("", "..") or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise UserError(f"{folder} is there already; remove it, or name another --out.")
+        raise UserError(f"{folder} exists already. Remove it, or pass another --out.")
     written = folder.with_name(f".{folder.name}.new")
     try:
         shutil.rmtree(written, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The model card of an exported run: metadata that the hub reads, then what people read."""
+"""The model card of an exported run: metadata for the hub, then text for readers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,23 +8,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import damaged, read_json, run_of, scores_folder
-from sail_align.align.stats.tables import interval, number
+from sail_align.align.stats.tables import format_table, interval, number
 from sail_align.extract.encoders.identity import Identity
 
 _TASK = "zero-shot-image-classification"
-"""The hub's word for models that compare pictures with texts."""
+"""The hub's name for the task of models that compare images with texts."""
 
 _TASKS = {"classification": _TASK, "segmentation": "image-segmentation"}
-"""The hub's words for what is scored; it has none for the others, which keep ours."""
+"""The hub's names of our tasks. Other tasks keep our names."""
 
 Record = dict[str, Any]
 
 
 def read_scores(run: Run) -> tuple[list[Record], bool]:
-    """Return the scores that `sail-eval` left in a run, and whether there are some of other weights, left out.
+    """Return the scores that `sail-eval` wrote to a run, and whether scores of other weights were left out.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file of the scores is damaged.
     """
     path, remedy = scores_folder(run.path) / "scores.json", "remove it and score the run again with `sail-eval`"
     if not path.is_file():
@@ -39,7 +39,7 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
 
 
 def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
-    """Return a README.md with its metadata; what the encoders, the data and the numbers are, by their digests."""
+    """Return the text of a README.md with metadata, scores, and the digests of encoders and data."""
     name = run_of(run.path).resolve().name
     about = ModelCardData(
         license=licence,
@@ -59,14 +59,12 @@ def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
 
 def _introduction(run: Run, name: str) -> str:
     image, text = _specs(run)
-    steps = (
-        "" if run.finished else f"\n\nThe training was not finished: these are the weights after {run.step:,} steps."
-    )
+    steps = "" if run.finished else f"\n\nTraining was not finished: these are the weights after {run.step:,} steps."
     return f"""# {name}
 
-Two heads that bring the features of two frozen encoders, `{image.id}` for images and `{text.id}` for texts, into one
-space (SAIL: Swift Alignment of Image and Language). This repository holds the heads; the encoders are loaded from where
-their authors published them, and refused unless they are the very ones.{steps}
+Two heads that map the features of two frozen encoders, `{image.id}` for images and `{text.id}` for texts, into a shared
+space (SAIL: Swift Alignment of Image and Language). This repository contains the heads. The encoders are loaded from
+where their authors published them, and rejected if they differ from those used in training.{steps}
 
 ```python
 from sail_align.align import pretrained  # pip install sail-align
@@ -91,7 +89,7 @@ def _scores(scores: Sequence[Record]) -> str:
         for metric in record["metrics"]
     ]
     head = ("data", "metric", "score", "95 % interval", "chance", "items", "protocol")
-    about = "Zero-shot, by `sail-eval`; in per cent, but for ranks, which count from 1."
+    about = "Zero-shot, by `sail-eval`, in percent. Ranks count from 1."
     return f"## Scores\n\n{about}\n\n{_table(head, rows)}"
 
 
@@ -101,11 +99,11 @@ def _origin(run: Run) -> str:
         source = ", ".join(value for name, value in spec.source.items() if name != "config")
         return side, f"`{spec.id}`", source, spec.pooling, spec.precision, f"{spec.dim:,}", f"`{spec.fingerprint}`"
 
-    head = ("encoder", "id", "source", "pooling", "precision", "numbers", "fingerprint")
-    text = f"## Where it comes from\n\n{_table(head, [row('image', run.image), row('text', run.text)])}"
+    head = ("encoder", "id", "source", "pooling", "precision", "dimensions", "fingerprint")
+    text = f"## Provenance\n\n{_table(head, [row('image', run.image), row('text', run.text)])}"
     if imported := run.settings.get("imported"):
         return (
-            f"{text}\n\nThe heads were imported from `{imported['file']}`, SHA-256 `{imported['sha256']}`, and not "
+            f"{text}\n\nThe heads were imported from `{imported['file']}` (SHA-256 `{imported['sha256']}`), not "
             f"trained by sail-align. Run digest: `{run.digest}`."
         )
     stores = zip(run.settings.get("stores", []), run.settings.get("store_digests", []), strict=True)
@@ -140,6 +138,5 @@ def _words(value: Any) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; a bar in a cell is escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """Return a Markdown table whose cells may contain bars."""
+    return format_table(head, [[cell.replace("|", "\\|") for cell in row] for row in rows], "l" * len(head))

@@ -1,4 +1,4 @@
-"""A run's heads as ONNX graphs, for programs without PyTorch."""
+"""Export the heads of a run as ONNX graphs, for programs without PyTorch."""
 
 import importlib
 import logging
@@ -13,34 +13,32 @@ from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.runs.checkpoint import Run
 from sail_align.extract.errors import UserError
 
-AGREE = 1e-5
-"""ONNX Runtime and PyTorch give coordinates of unit vectors that differ by less."""
+TOLERANCE = 1e-5
+"""Maximum difference between the coordinates of unit vectors from ONNX Runtime and PyTorch."""
 _LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def require_onnx() -> None:
-    """Refuse to go on without the libraries that ONNX needs.
+    """Check that the libraries for ONNX are installed.
 
     Raises:
-        UserError: One is not installed.
+        UserError: A library is missing.
     """
     for library in _LIBRARIES:
         try:
             importlib.import_module(library)
         except ImportError as problem:
-            raise UserError(
-                f"--to onnx needs {library}, which is missing: pip install 'sail-align[onnx]'."
-            ) from problem
+            raise UserError(f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'.") from problem
 
 
 def write_onnx(run: Run, folder: Path) -> float:
-    """Write `image_head.onnx` and `text_head.onnx` into a new folder; return how far they are from PyTorch, at most.
+    """Write `image_head.onnx` and `text_head.onnx` to a new folder; return their maximum difference from PyTorch.
 
-    Each maps `features` (B, D) float32, for any B, to `embeddings` (B, E) float32 of unit length. Their metadata name
-    the run, the encoder that the features come from, and t and b of the loss.
+    Each graph maps `features` (B, D) float32, for any B, to unit-norm `embeddings` (B, E) float32. The metadata names
+    the run, the encoder of the features, and t and b of the loss.
 
     Raises:
-        UserError: A library is missing, the folder holds something, or ONNX Runtime computes something else.
+        UserError: A library is missing, the folder is not empty, or ONNX Runtime gives other embeddings.
     """
     require_onnx()
     graphs, farthest = {}, 0.0
@@ -57,17 +55,17 @@ def write_onnx(run: Run, folder: Path) -> float:
             graph.metadata_props.add(key=name, value=value)
         graphs[f"{side}_head.onnx"] = content = graph.SerializeToString()
         farthest = max(farthest, _difference(content, head, identity.spec.dim))
-    if not farthest < AGREE:
+    if not farthest < TOLERANCE:
         raise UserError(
-            f"ONNX Runtime's embeddings differ from PyTorch's by {farthest:.2g}, at most {AGREE:g} expected; try other "
-            f"versions of {', '.join(_LIBRARIES)}."
+            f"ONNX Runtime's embeddings differ from PyTorch's by {farthest:.2g}; expected at most {TOLERANCE:g}. "
+            f"Try other versions of {', '.join(_LIBRARIES)}."
         )
     write_folder(folder, graphs)
     return farthest
 
 
 class _Side(nn.Module):
-    """One head with the normalisation behind it."""
+    """One head, followed by normalisation."""
 
     def __init__(self, model: AlignmentModel, side: str):
         super().__init__()
@@ -78,7 +76,7 @@ class _Side(nn.Module):
 
 
 def _graph(head: nn.Module, dim: int) -> Any:
-    """Return the graph as a `ModelProto`, less the exporter's notes: they tell where on this disk the code lies."""
+    """Return the graph as a `ModelProto`, without the exporter's notes, which contain local paths of the code."""
     batch = torch.export.Dim("batch")
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -103,7 +101,7 @@ def _graph(head: nn.Module, dim: int) -> Any:
 
 @torch.no_grad()
 def _difference(content: bytes, head: nn.Module, dim: int) -> float:
-    """Return the largest difference over batches of several sizes, from tiny features to large ones."""
+    """Return the largest difference over batches of several sizes, with small and large features."""
     onnxruntime: Any = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator, differences = torch.Generator().manual_seed(0), [0.0]

@@ -1,4 +1,4 @@
-"""Heads as ONNX graphs compute, in ONNX Runtime, what PyTorch computes."""
+"""ONNX graphs of heads give the same embeddings in ONNX Runtime as in PyTorch."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def export(run, *words):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_head_computes_the_same(run, shape):
+def test_each_head_gives_the_same_embeddings(run, shape):
     path = run(**shape)
     result = export(path, "--out", "onnx")
     assert result.exit_code == 0, result.output
@@ -59,7 +59,7 @@ def test_every_head_computes_the_same(run, shape):
             np.testing.assert_allclose(found_BE, expected_BE, atol=1e-6)
 
 
-def test_a_graph_says_what_it_is_and_nothing_of_this_machine(run):
+def test_graph_has_metadata_but_no_local_paths(run):
     path = run()
     export(path)
     graph = onnx.load("exports/photos-onnx/image_head.onnx")
@@ -73,7 +73,7 @@ def test_a_graph_says_what_it_is_and_nothing_of_this_machine(run):
     assert b".py" not in graph.SerializeToString()
 
 
-def test_a_graph_that_computes_something_else_is_not_written(run, monkeypatch):
+def test_differing_graph_is_not_written(run, monkeypatch):
     path = run()
     monkeypatch.setattr(onnx_heads, "_difference", lambda *_: 1e-3)
     assert "differ from PyTorch's by 0.001" in str(export(path).exception)
@@ -81,7 +81,7 @@ def test_a_graph_that_computes_something_else_is_not_written(run, monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxruntime", "onnxscript"])
-def test_a_missing_library_is_said_in_a_sentence(run, monkeypatch, library):
+def test_missing_library_is_reported(run, monkeypatch, library):
     path = run()
 
     def import_module(name):
@@ -91,8 +91,8 @@ def test_a_missing_library_is_said_in_a_sentence(run, monkeypatch, library):
     monkeypatch.setattr(onnx_heads.importlib, "import_module", import_module)
     problem = export(path).exception
     assert isinstance(problem, UserError)
-    assert str(problem) == f"--to onnx needs {library}, which is missing: pip install 'sail-align[onnx]'."
+    assert str(problem) == f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'."
 
 
-def test_a_graph_has_no_card_to_hold_a_licence(run):
+def test_licence_is_rejected_for_onnx(run):
     assert "--licence is for the card" in str(export(run(), "--licence", "mit").exception)

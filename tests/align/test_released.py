@@ -1,4 +1,4 @@
-"""Heads in the form that the paper's authors published become a run that computes what theirs compute."""
+"""Heads published by the paper's authors become a run with the same outputs."""
 
 import random
 from pathlib import Path
@@ -11,13 +11,13 @@ from released_file import DIM, IMAGE_DIM, TEXT_DIM, released_tensors, save_encod
 from typer.testing import CliRunner
 
 from sail_align.align.cli import app
-from sail_align.align.hub.released import OUR_NAMES, largest_value, read_released
+from sail_align.align.hub.released import OUR_NAMES, read_released
 from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.extract.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is missing")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("expansion", [8, 3])
-def test_a_file_becomes_a_run_that_computes_what_their_program_does(typed, tmp_path, features, expansion):
+def test_imported_run_has_the_same_outputs(typed, tmp_path, features, expansion):
     tensors = released_tensors(expansion)
     result = typed(save_released(tmp_path / "sail.pt", tensors))
     assert result.exit_code == 0, result.output
@@ -65,7 +65,7 @@ def test_a_file_becomes_a_run_that_computes_what_their_program_does(typed, tmp_p
     assert (run.image.spec.dim, run.text.spec.dim, run.image.spec.pooling) == (IMAGE_DIM, TEXT_DIM, "cls+mean")
 
 
-def test_an_import_is_never_written_over(typed, tmp_path):
+def test_import_never_overwrites_another(typed, tmp_path):
     file = save_released(tmp_path / "sail.pt", released_tensors())
     typed(file)
     digest = load_run("runs/sail").digest
@@ -76,8 +76,8 @@ def test_an_import_is_never_written_over(typed, tmp_path):
 
 
 @needs_golden
-def test_the_golden_file(typed):
-    """Outputs and losses, to float32's rounding, of the file that their own program computed."""
+def test_golden_file_agrees(typed):
+    """Outputs and losses equal those of the authors' code up to float32 rounding."""
     assert typed(GOLDEN / "released_head.pt", "--out", "runs/golden").exit_code == 0
     model = load_run("runs/golden").model
     with np.load(GOLDEN / "released_expected.npz") as arrays:
@@ -95,25 +95,25 @@ def test_the_golden_file(typed):
 
 
 @needs_golden
-def test_their_clamp_changes_nothing_on_the_golden_file():
-    """The hidden units that they clamp at ±1000 stay within the bound, and the bound far below."""
+def test_clamp_has_no_effect_on_the_golden_file():
+    """The hidden units stay within the bound, which is far below the clamp of ±1000."""
     released = read_released(GOLDEN / "released_head.pt")
     assert not released.needs_clamp
     with np.load(GOLDEN / "released_expected.npz") as arrays:
         for head, name in ((released.model.image_head, "image"), (released.model.text_head, "text")):
             normed_BD = head.norm(torch.from_numpy(arrays[name]))
             reached = head.value(normed_BD).abs().max().item()
-            assert reached <= largest_value(head) < 100
+            assert reached <= head.value_bound() < 100
             assert head.gate(normed_BD).abs().max() < 1000
 
 
-def test_weights_for_which_the_clamp_would_matter_are_said(typed, tmp_path, features):
+def test_weights_that_the_clamp_may_affect_are_noted(typed, tmp_path, features):
     tensors = released_tensors()
     assert "clamps" not in typed(save_released(tmp_path / "a.pt", tensors)).output
     tensors["text_mapping_network.f2.weight"] *= 2000
     released = read_released(save_released(tmp_path / "b.pt", tensors))
     head = released.model.text_head
-    assert head.value(head.norm(features["text"])).abs().max().item() <= largest_value(head)
+    assert head.value(head.norm(features["text"])).abs().max().item() <= head.value_bound()
     assert "note: their program clamps hidden units at ±1,000" in typed(tmp_path / "b.pt").output
 
 
@@ -142,63 +142,63 @@ def _not_finite(tensors):
 
 
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("damage", "message"),
     [
         (_without, "has no tensor 'text_mapping_network.f2.bias'"),
-        (_more, "holds 'vision_mapping_network.f3.weight', which their heads do not have"),
+        (_more, "has an unknown tensor 'vision_mapping_network.f3.weight'"),
         (
             _wrong_shape,
-            r"text_mapping_network.g.weight in .* has shape \(25, 256\); beside its other tensors \(24, 256\)",
+            r"text_mapping_network.g.weight in .* has shape \(25, 256\); expected \(24, 256\)",
         ),
-        (_other_expansion, r"text_mapping_network.f1.weight in .* has shape \(128, 32\); .* \(256, 32\) is expected"),
+        (_other_expansion, r"text_mapping_network.f1.weight in .* has shape \(128, 32\); expected \(256, 32\)"),
         (_no_multiple, "385 hidden units for 48 inputs"),
-        (_not_finite, "vision_layer_norm.bias in .* is no tensor of finite numbers"),
+        (_not_finite, "vision_layer_norm.bias in .* is not a dense tensor of finite numbers"),
     ],
 )
-def test_the_first_difference_is_named(tmp_path, damage, sentence):
+def test_first_difference_is_named(tmp_path, damage, message):
     tensors = released_tensors()
     damage(tensors)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         read_released(save_released(tmp_path / "sail.pt", tensors))
 
 
-def test_what_is_no_such_file_is_refused_in_a_sentence(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     (tmp_path / "text.pt").write_text("weights")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state_dict": Path("code")}, tmp_path / "pickled.pt")
     (tmp_path / "short.pt").write_bytes(save_released(tmp_path / "whole.pt", released_tensors()).read_bytes()[:5000])
-    for name, sentence in {
+    for name, message in {
         "absent.pt": "cannot be read",
-        "text.pt": "no whole file of tensors",
-        "pickled.pt": "no whole file of tensors",
-        "short.pt": "no whole file of tensors",
+        "text.pt": "is not a complete file of torch.save",
+        "pickled.pt": "is not a complete file of torch.save",
+        "short.pt": "is not a complete file of torch.save",
         "list.pt": "no 'state_dict'",
     }.items():
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=message):
             read_released(tmp_path / name)
 
 
-def test_encoders_of_another_size_are_refused(typed, tmp_path):
+def test_encoders_of_another_size_are_rejected(typed, tmp_path):
     file = save_released(tmp_path / "sail.pt", released_tensors())
     result = typed(file, "--image-pooling", "cls")
     assert isinstance(result.exception, UserError)
-    assert "takes 48 numbers, but encoder 'folder:dinov2-" in str(result.exception)
-    assert "with pooling 'cls' gives 24" in str(result.exception)
+    assert "takes 48 dimensions, but encoder 'folder:dinov2-" in str(result.exception)
+    assert "with pooling 'cls' has 24" in str(result.exception)
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("encoders", ["dinov2-large", "a,b,c", "dinov2-large,"])
-def test_encoders_come_in_pairs(typed, tmp_path, encoders):
+def test_encoders_must_be_a_pair(typed, tmp_path, encoders):
     assert "is not an image and a text encoder" in str(typed(tmp_path / "x.pt", encoders=encoders).exception)
 
 
-def test_each_of_their_tensors_has_one_of_ours(tmp_path):
+def test_each_tensor_has_one_of_our_names(tmp_path):
     model = read_released(save_released(tmp_path / "sail.pt", released_tensors())).model
     assert sorted(OUR_NAMES.values()) == sorted(model.state_dict())
 
 
 @needs_golden
-def test_a_damaged_file_is_refused_whatever_torch_says_of_it(tmp_path):
+def test_damaged_file_is_rejected(tmp_path):
     golden, choose = GOLDEN / "released_head.pt", random.Random(0)
     content = golden.read_bytes()
     file = tmp_path / "heads.pt"
@@ -215,5 +215,5 @@ def test_a_damaged_file_is_refused_whatever_torch_says_of_it(tmp_path):
     sparse = torch.load(golden, weights_only=True)
     sparse["state_dict"]["vision_mapping_network.f1.bias"] = torch.zeros(3).to_sparse()
     torch.save(sparse, file)
-    with pytest.raises(UserError, match=r"f1.bias in .* is no tensor of finite numbers"):
+    with pytest.raises(UserError, match=r"f1.bias in .* is not a dense tensor of finite numbers"):
         read_released(file)
