@@ -65,5 +65,6 @@ installed: setup
 typecheck: installed ## Check types on the package as it installs
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p sail_align
 
-bench: setup ## Measure speed; each benchmark prints ratios against a baseline in the same run
-	@for file in $(filter-out benchmarks/compare_recipes.py benchmarks/order.py benchmarks/stability.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: setup ## Measure speed and memory; each benchmark prints ratios against a baseline in the same run
+	@for name in bench_index extract stream loss step evaluate segmentation; do \
+		echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
