@@ -1,12 +1,12 @@
-"""What a second checkpoint's score costs, and how retrieval grows with the set; fresh processes for what is compared.
+"""Measure the cost of scoring a second checkpoint, and of ranking sets of growing size.
 
 Example:
     python benchmarks/evaluate.py --manifest coco-val2017 --image-encoder dinov2-large --text-encoder gte-large
 
-Two runs of untrained heads on the same encoders are scored by `sail-eval`, one after the other, with one folder of
-features: the first encodes, the second finds everything there. Then captions are ranked for images of random
-embeddings, in float32, against the bare matrix product of the same sizes, and how much the memory of the process rises
-while it ranks is told beside what the matrix of all scores would take. `--only-ranks` leaves out the first table.
+`sail-eval` scores two runs of untrained heads on the same encoders, one after the other, with one folder of features.
+The first run encodes the set, and the second finds its features. Then random float32 embeddings are ranked, against the
+bare matrix product of the same sizes. The increase of the process's memory while it ranks is printed beside the size of
+the full score matrix. `--only-ranks` skips the first table. Each candidate runs in its own process.
 """
 
 import argparse
@@ -44,10 +44,12 @@ SIZES = (
 
 
 def main() -> None:
-    """Print seconds and ratios."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", action="append", help="Evaluation sets; default: two of the demo's.")
-    parser.add_argument("--data-root", help="Where the sets' files are.")
+    parser.add_argument(
+        "--manifest", action="append", help="Evaluation set; may be repeated.  [default: two of the demo]"
+    )
+    parser.add_argument("--data-root", help="Folder of the sets' files.")
     parser.add_argument("--image-encoder", default="efficientnet-lite0")
     parser.add_argument("--text-encoder", default="minilm-l6")
     parser.add_argument("--only-ranks", action="store_true")
@@ -60,21 +62,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             manifests = given.manifest or ["demo-retrieval", "demo-objects"]
             checkpoints(Path(folder), manifests, given.data_root, given.image_encoder, given.text_encoder)
-    print("| images × captions × width | ranks both ways | product alone | ratio | rise of memory | whole matrix |")
+    print("| images × captions × width | both rankings | product alone | ratio | increase of memory | full matrix |")
     print("|---|---|---|---|---|---|")
     for images, captions, width in SIZES:
-        ours, bare, rise = measured(images, captions, width)
+        ours, bare, increase = measured(images, captions, width)
         matrix = images * captions * 4 / 1e9
-        numbers = f"{ours:.1f} s | {bare:.1f} s | {ours / bare:.2f} | {rise:.2f} GB | {matrix:.1f} GB |"
+        numbers = f"{ours:.1f} s | {bare:.1f} s | {ours / bare:.2f} | {increase:.2f} GB | {matrix:.1f} GB |"
         print(f"| {images:,} × {captions:,} × {width:,} | {numbers}", flush=True)
 
 
 def checkpoints(folder: Path, manifests: list[str], data_root: str | None, image: str, text: str) -> None:
-    """Score two runs on the sets, and print what each took."""
+    """Score two runs on the sets and print the times."""
     encoders = ImageEncoderConfig(image).load().identity, TextEncoderConfig(text).load().identity
     runs = [untrained_run(folder / f"run-{seed}", *encoders, seed=seed) for seed in (1, 2)]
     where = ["--data-root", data_root] if data_root else []
-    print("| set | rows | first checkpoint | of that encoding | second checkpoint | ratio |\n|---|---|---|---|---|---|")
+    print("| set | rows | first checkpoint | encoding | second checkpoint | ratio |\n|---|---|---|---|---|---|")
     for manifest in manifests:
         about, _ = find_manifest(manifest, data_root)
         records, walls = [], []
@@ -86,14 +88,14 @@ def checkpoints(folder: Path, manifests: list[str], data_root: str | None, image
             records.append(json.loads((run / "scores.json").read_bytes())["records"][-1])
         first, second = records
         print(
-            f"| {about.name} | {first['items']:,} | {walls[0]:.1f} s ({first['seconds']:.1f} s without starting) | "
+            f"| {about.name} | {first['items']:,} | {walls[0]:.1f} s ({first['seconds']:.1f} s without start-up) | "
             f"{first['encoding_seconds']:.1f} s | {walls[1]:.1f} s ({second['seconds']:.1f} s) | "
             f"1 / {walls[0] / walls[1]:.1f} (1 / {first['seconds'] / second['seconds']:.1f}) |"
         )
 
 
 def untrained_run(folder: Path, image: Identity, text: Identity, seed: int) -> Path:
-    """Save a run whose heads are as they begin."""
+    """Save a run with initial heads."""
     torch.manual_seed(seed)
     shape = Architecture("glu", image.spec.dim, text.spec.dim, WIDTH)
     settings = {**asdict(FitSettings(head="glu", dim=WIDTH, steps=1)), "training_rows": 0, "held_out_rows": 0}
@@ -105,40 +107,40 @@ def untrained_run(folder: Path, image: Identity, text: Identity, seed: int) -> P
 
 
 def measured(images: int, captions: int, width: int) -> tuple[float, float, float]:
-    """Return what `rank` measures in a process of its own."""
+    """Return the result of `rank` in its own process."""
     command = [sys.executable, __file__, "--rank", *map(str, (images, captions, width))]
-    ours, bare, rise = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return ours, bare, rise
+    ours, bare, increase = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return ours, bare, increase
 
 
 def rank(images: int, captions: int, width: int) -> tuple[float, float, float]:
-    """Rank unit vectors, the captions near their images; then multiply the same tiles and do nothing with them.
+    """Rank unit vectors in both directions, each caption near its image. Then only multiply the same tiles.
 
     Returns:
-        Seconds of both, and by how much the process's highest memory rose while it ranked, in GB.
+        Seconds of the ranking, seconds of the product, and the increase of the process's peak memory by ranking in GB.
     """
     generator = np.random.default_rng(0)
     owner = np.sort(generator.integers(0, images, captions))
     image_NE = generator.standard_normal((images, width), dtype=np.float32)
     text_ME = generator.standard_normal((captions, width), dtype=np.float32)
-    for start in range(0, captions, TILE):  # in blocks: what is made here is not to hide what ranking takes
+    for start in range(0, captions, TILE):  # in blocks, so that this peak does not hide that of ranking
         text_ME[start : start + TILE] += image_NE[owner[start : start + TILE]] / 3
     for each in (image_NE, text_ME):
         each /= np.sqrt(np.einsum("ne,ne->n", each, each))[:, None]
-    ranks(image_NE[:8], text_ME[:1], np.zeros(1, dtype=np.int64))  # what a first call loads is no cost of ranking
-    before, started = _highest(), time.perf_counter()
+    ranks(image_NE[:8], text_ME[:1], np.zeros(1, dtype=np.int64))  # warm up
+    before, started = _peak_memory(), time.perf_counter()
     ranks(image_NE, text_ME, owner)
-    ours, rise = time.perf_counter() - started, _highest() - before
+    ours, increase = time.perf_counter() - started, _peak_memory() - before
     room_TT, started = torch.empty(TILE, TILE), time.perf_counter()
     for first in range(0, images, TILE):
         for second in range(0, captions, TILE):
             image_IE, text_TE = image_NE[first : first + TILE], text_ME[second : second + TILE]
             room = room_TT[: len(image_IE), : len(text_TE)]
             torch.mm(torch.from_numpy(image_IE), torch.from_numpy(text_TE).T, out=room)
-    return ours, time.perf_counter() - started, rise
+    return ours, time.perf_counter() - started, increase
 
 
-def _highest() -> float:
+def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 

@@ -1,13 +1,13 @@
-"""What extraction costs beyond its parts, each measured against a baseline in the same run, by turns.
+"""Measure the overhead of an extraction against baselines in the same run, by turns.
 
-1. The wall time of a run against decoding alone plus encoding alone, each of these with every core busy: at most 1.10.
-2. Writing and committing, as a part of that run: at most 3 %. (It happens beside the encoding.)
-3. Decoding in threads against processes that leave their pixels in shared memory.
-4. Captions in batches of like length against batches in the order of the data: at least 1.5 times the rate.
+1. Wall time of a run / (decoding alone + encoding alone), each using all cores. Goal: at most 1.10.
+2. Writing and committing (in parallel with the encoding) / that run. Goal: at most 3 %.
+3. Decoding in processes that write to shared memory / decoding in threads.
+4. Rate of captions in batches of similar length / in the order of the data. Goal: at least 1.5.
 
-The encoders are the packaged EfficientNet-lite0 and MiniLM-L6. Pictures and captions are the demo's unless given:
-`--photos` is a folder of pictures, `--captions` a CSV with the columns image and caption, several rows an image; all
-captions of an image together make a long one. Prints medians of `--repeats` rounds.
+The encoders are the packaged EfficientNet-lite0 and MiniLM-L6. Images and captions are the demo's by default.
+`--photos` is a folder of images. `--captions` is a CSV with the columns image and caption and several rows per image;
+all captions of an image joined make a long one. Prints medians of `--repeats` rounds.
 """
 
 import argparse
@@ -50,7 +50,7 @@ CORES = os.cpu_count() or 1
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--photos", type=Path)
     options.add_argument("--captions", type=Path)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -> None:
-    """Compare a run with its parts, and threads with processes."""
+    """Compare a run with its parts, and decoding in threads with decoding in processes."""
     folder = photos or save_pictures(root / "images", images)
     files = sorted(path for path in folder.resolve().iterdir() if path.is_file())[:images]
     (root / "table.csv").write_text("image,caption\n" + "".join(f"{path.name},words\n" for path in files))
@@ -100,7 +100,7 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
         times = by_turns(
             {"decode, threads": decode, "decode, processes": decode_in_processes, "encode": encode, "run": run}, repeats
         )
-    print(f"{len(files)} pictures of {folder if photos else 'the demo'}, {IMAGE}, {CORES} cores")
+    print(f"{len(files)} images of {folder if photos else 'the demo'}, {IMAGE}, {CORES} cores")
     show(times, len(files), "images")
     parts = [sum(pair) for pair in zip(times["decode, threads"], times["encode"], strict=True)]
     print(f"  run / (decode + encode)      {ratio(times['run'], parts):.3f}  (goal: at most 1.10)")
@@ -109,7 +109,7 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
 
 
 def measure_texts(texts: list[str], repeats: int) -> None:
-    """Compare sorted with unsorted batches."""
+    """Compare batches sorted by length with unsorted ones."""
     encoder = TextEncoderConfig(TEXT).load()
     folder = fetch(find_text(TEXT).origin).path
     plain = partial(unsorted, AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval())
@@ -121,7 +121,7 @@ def measure_texts(texts: list[str], repeats: int) -> None:
 
 
 def unsorted(tokenizer: Any, model: Any, texts: list[str]) -> torch.Tensor:
-    """Encode by transformers alone, as its users do: batches in the order of the data, padded to their longest text."""
+    """Encode with transformers alone: batches in the order of the data, padded to their longest text."""
     features = []
     for start in range(0, len(texts), UNSORTED_BATCH):
         batch = texts[start : start + UNSORTED_BATCH]
@@ -134,7 +134,7 @@ def unsorted(tokenizer: Any, model: Any, texts: list[str]) -> torch.Tensor:
 
 
 def decode_in_threads(files: list[Path], encoder: VisionEncoder) -> None:
-    """Decode into memory that is there already, as extraction does."""
+    """Decode in threads into preallocated memory, as extraction does."""
     pixels = np.empty((len(files), encoder.size, encoder.size, 3), dtype=np.uint8)
 
     def decode(row: int) -> None:
@@ -145,22 +145,22 @@ def decode_in_threads(files: list[Path], encoder: VisionEncoder) -> None:
 
 
 @contextmanager
-def shared_decoders(files: list[Path], encoder: VisionEncoder) -> Iterator[Callable[[], None]]:
-    """Give a function that decodes in one process a core; these are started before."""
+def shared_decoders(files: list[Path], encoder: VisionEncoder) -> Iterator[Callable[[], object]]:
+    """Yield a function that decodes in one process per core. The processes are started before."""
     rows, size = len(files), encoder.size
     memory = shared_memory.SharedMemory(create=True, size=rows * size * size * 3)
     work = partial(_decode_into, memory.name, size)
     try:
         with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as workers:
             list(workers.map(work, [0] * CORES, [files[0]] * CORES))
-            yield lambda: _consume(workers.map(work, range(rows), files, chunksize=8))
+            yield lambda: list(workers.map(work, range(rows), files, chunksize=8))
     finally:
         memory.close()
         memory.unlink()
 
 
 _attached: dict[str, shared_memory.SharedMemory] = {}
-"""In a decoding process: the memory that it writes to."""
+"""The shared memory of a decoding process, by name."""
 
 
 def _decode_into(memory: str, size: int, row: int, file: Path) -> None:
@@ -170,13 +170,9 @@ def _decode_into(memory: str, size: int, row: int, file: Path) -> None:
     place[:] = np.asarray(VISION[IMAGE].preprocessing.resize_and_crop(read_image(file)))
 
 
-def _consume(results: Iterator[None]) -> None:
-    list(results)
-
-
 @contextmanager
 def timed_writing() -> Iterator[list[float]]:
-    """Give a list to which each shard's writing and committing adds its seconds."""
+    """Yield a list to which every write and commit of a shard appends its seconds."""
     taken: list[float] = []
     write = FeatureArray.write
 
@@ -194,32 +190,32 @@ def timed_writing() -> Iterator[list[float]]:
         FeatureArray.write = write  # type: ignore[method-assign]
 
 
-def by_turns(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each work in each round; taking turns, a noisy machine disturbs all alike."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+def by_turns(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each function in each round. They take turns, so that noise affects all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(repeats + 1):
-        for name, work in works.items():
+        for name, function in functions.items():
             started = time.perf_counter()
-            work()
-            if round_:  # the first is for caches to fill
+            function()
+            if round_:  # the first fills caches
                 times[name].append(time.perf_counter() - started)
     return times
 
 
 def show(times: dict[str, list[float]], items: int, unit: str) -> None:
-    """Print each work's median."""
+    """Print medians and rates."""
     for name, seconds in times.items():
         median = statistics.median(seconds)
         print(f"  {name:18s} {median:7.2f} s  {items / median:7.1f} {unit}/s")
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """Return the median over rounds of the ratio within a round."""
+    """Return the median over rounds of the ratio of two times in one round."""
     return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
 def save_pictures(folder: Path, images: int) -> Path:
-    """Write demo scenes as JPEG of a photo's size."""
+    """Write demo scenes as JPEGs of a photo's size."""
     folder.mkdir()
     scenes = DemoSource("train")
     for number, sample in enumerate(islice(scenes.samples(), images)):
@@ -228,13 +224,13 @@ def save_pictures(folder: Path, images: int) -> Path:
 
 
 def demo_captions(texts: int) -> list[str]:
-    """Return the demo's captions, short and long, in a random order."""
+    """Return the demo's short and long captions in random order."""
     samples = islice(DemoSource("train").samples(), texts)
     return shuffled([caption for sample in samples for caption in sample.captions.values()], texts)
 
 
 def real_captions(file: Path, texts: int) -> list[str]:
-    """Return half of them single captions, half all of an image's captions together, in a random order."""
+    """Return the first caption of each image, and all its captions joined, in random order."""
     images: dict[str, list[str]] = {}
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
@@ -243,7 +239,7 @@ def real_captions(file: Path, texts: int) -> list[str]:
 
 
 def shuffled(texts: list[str], kept: int) -> list[str]:
-    """Return some of the texts in a random order, the same each time."""
+    """Return up to `kept` texts in a reproducible random order."""
     return random.Random(0).sample(texts, min(kept, len(texts)))
 
 

@@ -1,9 +1,9 @@
-"""From the scores of windows' patches to one label a pixel: ours against the protocol done plainly, in the same run.
+"""Measure the step from the scores of windows' patches to one label per pixel, against a literal implementation.
 
-Plain: every window's scores brought to its pixels, added up, divided by the number of windows, brought to the mask's
-size and compared, each step as one picture of all classes in float32. Each side runs in a process of its own, which
-tells how much its memory rose at its highest; the two take turns. Prints medians of `--repeats` rounds, the ratio of
-times, and how many pixels get the same label.
+The baseline interpolates every window's scores to its pixels, averages over windows, interpolates to the mask's size
+and takes the maximum. Each step is a float32 map of all classes. Both sides run in their own processes, by turns, and
+report the increase of their peak memory. Prints medians of `--repeats` rounds, the ratio of times, and the share of
+pixels that get the same label.
 """
 
 import argparse
@@ -30,11 +30,11 @@ CASES = {
     "panorama, 4096 × 700": (4096, 700, 171),
 }
 CHECKED = 4096
-"""Labels of so many pixels, spread over the picture, are compared between the two."""
+"""Number of pixels, spread over the image, whose labels are compared."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--one", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
@@ -42,42 +42,50 @@ def main() -> None:
     if chosen.one:
         print(json.dumps(measured(*chosen.one)))
         return
-    titles = f"{'plain s':>9}{'ours s':>8}{'ours/plain':>11}{'plain MB':>10}{'ours MB':>9}  same"
-    print(f"{'picture':<24}{'classes':>8}{titles}")
+    titles = f"{'baseline s':>12}{'ours s':>8}{'ratio':>11}{'baseline MB':>13}{'ours MB':>9}  same"
+    print(f"{'image':<24}{'classes':>8}{titles}")
     for case, (*_, classes) in CASES.items():
-        rounds = [[_in_a_process(side, case) for side in ("plain", "ours")] for _ in range(chosen.repeats)]
-        (plain_s, ours_s), (plain_mb, ours_mb) = (
-            [statistics.median(turn[side][what] for turn in rounds) for side in (0, 1)] for what in ("seconds", "rise")
+        rounds = [[_run_in_process(side, case) for side in ("baseline", "ours")] for _ in range(chosen.repeats)]
+        (base_s, ours_s), (base_mb, ours_mb) = (
+            [statistics.median(turn[side][what] for turn in rounds) for side in (0, 1)]
+            for what in ("seconds", "increase")
         )
-        plain, ours = (rounds[0][side]["labels"] for side in (0, 1))
-        same = 100 * sum(a == b for a, b in zip(plain, ours, strict=True)) / len(plain)
-        numbers = f"{plain_s:>9.2f}{ours_s:>8.2f}{ours_s / plain_s:>11.2f}{plain_mb:>10.0f}{ours_mb:>9.0f}"
+        base, ours = (rounds[0][side]["labels"] for side in (0, 1))
+        same = 100 * sum(a == b for a, b in zip(base, ours, strict=True)) / len(base)
+        numbers = f"{base_s:>12.2f}{ours_s:>8.2f}{ours_s / base_s:>11.2f}{base_mb:>13.0f}{ours_mb:>9.0f}"
         print(f"{case:<24}{classes:>8}{numbers}  {same:.2f} %")
 
 
 def measured(side: str, case: str) -> dict[str, object]:
-    """Label the case's picture once: seconds, how much memory rose at its highest (MB), and some labels."""
+    """Label the image of a case once. Return seconds, the increase of peak memory in MB, and a sample of labels."""
     width, height, classes = CASES[case]
     across, down = (spans(length) for length in scaled_size(width, height))
     columns, rows = (-(-(axis[0][1] - axis[0][0]) // PATCH) for axis in (across, down))
     generator = torch.Generator().manual_seed(0)
     scores_yxhwC = torch.randn(len(down), len(across), rows, columns, classes, generator=generator)
-    label: Callable[[Tensor, Spans, Spans, tuple[int, int]], Tensor] = {"plain": plainly, "ours": by_axes}[side]
-    label(scores_yxhwC[..., :2], down, across, (64, 64))  # what a first call loads is no cost of a picture
-    before, started = _highest(), time.perf_counter()
+    label: Callable[[Tensor, Spans, Spans, tuple[int, int]], Tensor] = {
+        "baseline": label_literally,
+        "ours": label_by_axes,
+    }[side]
+    label(scores_yxhwC[..., :2], down, across, (64, 64))  # warm up
+    before, started = _peak_memory(), time.perf_counter()
     labels = label(scores_yxhwC, down, across, (height, width)).flatten()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "rise": _highest() - before, "labels": labels[:: len(labels) // CHECKED].tolist()}
+    return {
+        "seconds": seconds,
+        "increase": _peak_memory() - before,
+        "labels": labels[:: len(labels) // CHECKED].tolist(),
+    }
 
 
-def by_axes(scores_yxhwC: Tensor, down: Spans, across: Spans, shape: tuple[int, int]) -> Tensor:
+def label_by_axes(scores_yxhwC: Tensor, down: Spans, across: Spans, shape: tuple[int, int]) -> Tensor:
     """Label pixels as `sail-eval segmentation` does."""
     scores_YXC = scores_yxhwC.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return label_pixels(scores_YXC, axis_matrix(down, PATCH, shape[0]), axis_matrix(across, PATCH, shape[1]))
 
 
-def plainly(scores_yxhwC: Tensor, down: Spans, across: Spans, shape: tuple[int, int]) -> Tensor:
-    """Label pixels step by step, each a full-size picture of scores."""
+def label_literally(scores_yxhwC: Tensor, down: Spans, across: Spans, shape: tuple[int, int]) -> Tensor:
+    """Label pixels step by step, each with full-size score maps."""
     size = (down[-1][1], across[-1][1])
     total_CHW, count_HW = torch.zeros(scores_yxhwC.shape[-1], *size), torch.zeros(size)
     for row, (top, bottom) in zip(scores_yxhwC, down, strict=True):
@@ -90,7 +98,7 @@ def plainly(scores_yxhwC: Tensor, down: Spans, across: Spans, shape: tuple[int, 
     return F.interpolate((total_CHW / count_HW)[None], shape, mode="bilinear")[0].argmax(dim=0)
 
 
-def _in_a_process(side: str, case: str) -> dict[str, object]:
+def _run_in_process(side: str, case: str) -> dict[str, object]:
     done = subprocess.run(
         [sys.executable, __file__, "--one", side, case], stdout=subprocess.PIPE, check=True, text=True
     )
@@ -98,7 +106,7 @@ def _in_a_process(side: str, case: str) -> dict[str, object]:
     return found
 
 
-def _highest() -> float:
+def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
