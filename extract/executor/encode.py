@@ -67,7 +67,7 @@ class ArrayTask:
         return cls(store.add_image(encoder.identity), encode)
 
     @classmethod
-    def for_captions(cls, store: Store, caption: str, encoder: TextEncoder) -> Self:
+    def for_caption(cls, store: Store, caption: str, encoder: TextEncoder) -> Self:
         """Return the task of encoding one caption of a store's samples. Create the array if missing.
 
         Raises:

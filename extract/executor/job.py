@@ -35,7 +35,7 @@ class EncoderChoice(Protocol[Encoder]):
 class Job:
     """One extraction: a data set, its store, and the encoders.
 
-    Args:
+    Attributes:
         manifest: Describes the data set.
         data_root: Folder of the manifest's files.
         store: Path of the store.
@@ -81,14 +81,17 @@ class Job:
         """
         tasks = []
         if self.image is not None:
-            tasks += _completed([store.images()], self.image, share) or [
-                ArrayTask.for_images(store, self.open_source(), self.image.load(device), threads)
-            ]
+            completed = _completed([store.images()], self.image, share)
+            if not completed:
+                source = self.open_source()
+                tasks.append(ArrayTask.for_images(store, source, self.image.load(device), threads))
+            tasks += completed
         if self.text is not None:
-            if completed := _completed([store.texts(name) for name in self.captions], self.text, share):
-                return tasks + completed
-            encoder = self.text.load(device)
-            tasks += [ArrayTask.for_captions(store, name, encoder) for name in self.captions]
+            completed = _completed([store.texts(name) for name in self.captions], self.text, share)
+            if not completed:
+                text = self.text.load(device)
+                tasks += [ArrayTask.for_caption(store, name, text) for name in self.captions]
+            tasks += completed
         return tasks
 
 

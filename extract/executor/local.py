@@ -88,17 +88,17 @@ class LocalExecutor:
             theirs.close()
 
     def _receive(self, tally: Tally, timeout: float | None) -> None:
-        """Wait for the workers' events and pass them to the tally. A closed pipe means that its worker has ended."""
+        """Wait for messages and pass events to the tally. A closed pipe means that its worker has ended."""
         for pipe in cast(list[Connection], connection.wait(list(self._workers), timeout)):
             try:
-                event: Event | UserError = pipe.recv()
+                message: Event | UserError = pipe.recv()
             except (EOFError, OSError):
                 self._end(pipe, tally)
                 continue
-            if isinstance(event, Event):
-                tally.receive(event, self._workers[pipe][0])
+            if isinstance(message, Event):
+                tally.receive(message, self._workers[pipe][0])
             elif not self._stopping:
-                raise event
+                raise message
 
     def _end(self, pipe: Connection, tally: Tally) -> None:
         number, process = self._workers.pop(pipe)
@@ -111,7 +111,8 @@ class LocalExecutor:
             tally.workers -= 1
             code = process.exitcode
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            note(f"Worker {number} {how}. The other {len(self._workers)} continue with its shards.")
+            others = f"{len(self._workers)} other worker{'s' * (len(self._workers) != 1)}"
+            note(f"Worker {number} {how}. Its shards are left to {others}.")
 
     def _stop(self, tally: Tally) -> None:
         self._stopping = True
@@ -136,17 +137,17 @@ def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Co
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which terminates its workers
     lock = threading.Lock()
 
-    def send(event: Event | UserError) -> None:
-        with lock, suppress(BrokenPipeError):  # `_follow_parent` notices if the parent has ended
-            pipe.send(event)
+    def send(message: Event | UserError) -> None:
+        with lock, suppress(BrokenPipeError):  # `_follow_parent` stops this process if the parent has ended
+            pipe.send(message)
 
     with raise_on_signals([signal.SIGTERM]):
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
         try:
             _run_worker(job, share, device, threads, send)
-        except UserError as mistake:
-            send(UserError(str(mistake)))
+        except UserError as error:
+            send(UserError(str(error)))
         except WorkersFailedError:  # the worker has printed the reason
             sys.exit(1)
 

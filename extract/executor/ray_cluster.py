@@ -118,7 +118,8 @@ class RayCluster:
                 raise UserError(f"--ray-address is invalid: no Ray cluster answers at {self.address!r}.") from problem
             signal.signal(signal.SIGTERM, handler)  # which Ray has replaced
             resources = _untyped.cluster_resources()
-            cores, gpus = int(resources.get("CPU", 1)), 0 if self.device == "cpu" else int(resources.get("GPU", 0))
+            cores = int(resources.get("CPU", 1))
+            gpus = 0 if self.device == "cpu" else int(resources.get("GPU", 0))
             nodes = sum(node["Alive"] for node in _untyped.nodes())
             size = int(self.workers) if self.workers != "auto" else gpus or nodes
             tally.hardware = (min(gpus, size), "GPU") if gpus else (cores, "core")
@@ -181,9 +182,12 @@ class RayCluster:
         except RayActorError:
             self._lose(actor, shard)
         except RayTaskError as failure:
-            if isinstance(failure.cause, UserError):
-                raise UserError(str(failure.cause)) from failure
-            self._fail(shard, f"{type(failure.cause).__name__}: {failure.cause}")
+            error = failure.cause
+            if isinstance(error, UserError):
+                raise UserError(str(error)) from failure
+            what = str(shard) if shard else "The start of a worker"
+            named = isinstance(error, WorkersFailedError)  # its message names the shard
+            self._fail(shard, str(error) if named else f"{what} failed ({type(error).__name__}: {error}).")
         else:
             for event in events:
                 tally.receive(event)
@@ -203,16 +207,15 @@ class RayCluster:
             note("A Ray worker was lost, alone or with its node. Requesting another; its shards are reassigned.")
             self._start_actor()
         if shard is None:
-            self._fail(shard, "its process ended")
+            self._fail(shard, "The start of a worker failed (its process ended).")
         else:
             self._later.append((time.monotonic(), shard))
 
-    def _fail(self, shard: Shard | None, reason: str) -> None:
-        """Count the failure of a shard, or of the start of an actor, and retry it."""
-        what = str(shard) if shard else "The start of a worker"
+    def _fail(self, shard: Shard | None, message: str) -> None:
+        """Count the failure of a shard, or of the start of an actor, and retry it. Raise after too many failures."""
         self._failures[shard] += 1
         if self._failures[shard] >= MAX_TRIES and (shard or not self._ready):
-            raise WorkersFailedError(f"{what} failed {MAX_TRIES} times ({reason}). Some shards are left.")
-        note(f"{what} failed ({reason}). Retrying.")
+            raise WorkersFailedError(f"{message} This was try {MAX_TRIES} of {MAX_TRIES}. Some shards are left.")
+        note(f"{message} Retrying.")
         if shard:
             self._later.append((time.monotonic(), shard))

@@ -15,7 +15,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.executor.encode import Advance, ArrayTask
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Shard, cores
-from sail_align.extract.executor.worker import Share
+from sail_align.extract.executor.worker import ALL_SHARDS, Share
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
@@ -28,7 +28,7 @@ from sail_align.extract.system.signals import StoppedError, raise_on_signals
 class RetrySummary:
     """Counts of a retry.
 
-    Args:
+    Attributes:
         tried: Failed images that were tried again.
         encoded: Those that were encoded.
         shards: Shards that were rewritten.
@@ -71,7 +71,7 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
 
 
 def retry_images(
-    store: Store, source: Source, encoder: VisionEncoder, share: Share | None = None, *, quiet: bool = False
+    store: Store, source: Source, encoder: VisionEncoder, share: Share = ALL_SHARDS, *, quiet: bool = False
 ) -> RetrySummary:
     """Encode a store's failed images again. Rewrite the shards in which the status of a row changes.
 
@@ -86,7 +86,7 @@ def retry_images(
         failed = sum(task.array.failed_counts.values())
         with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
             try:
-                for number in (share or Share()).shards(task.array):
+                for number in share.shards(task.array):
                     if _has_failures(task.array, number):
                         _retry_shard(store, task, Shard(task.array.path, number), bar.update, summary)
             finally:

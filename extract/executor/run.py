@@ -1,15 +1,17 @@
-"""Entry points of an extraction: `run_job` hands a job to an executor, `extract` encodes in this process.
+"""The entry points of an extraction: `run_job` runs a job on an executor, `extract` encodes in this process.
 
-Who does what:
+The other modules of this folder:
 
-- `job`: a picklable description of an extraction, from which any process opens source, store and encoders.
-- `worker`: the loop of one process over its shards; `encode` turns the rows of a shard into features.
-- `local` and `ray_cluster`: executors, which start workers on this machine or on a Ray cluster.
-- `tally`: receives the workers' events; shows progress and reports the cost.
-- `retry`: encodes failed images of a finished store again.
+- `job`: the picklable description of an extraction, from which any process opens source, store and encoders.
+- `local` and `ray_cluster`: the executors. They start workers on this machine or on a Ray cluster.
+- `worker`: the loop of one worker over its shards.
+- `encode`: the rows of a shard, read, decoded and encoded.
+- `tally`: the workers' events, counted for the progress bar, the summary and the log.
+- `retry`: failed images of a store, encoded again.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Protocol
 
 from sail_align.extract.data import Source
@@ -26,7 +28,7 @@ from sail_align.extract.system.signals import StoppedError, raise_on_signals
 
 
 class Executor(Protocol):
-    """Runs the workers of a job, on some hardware."""
+    """Runs the workers of one job on some hardware."""
 
     def execute(self, job: Job, share: Share, tally: Tally) -> None:
         """Encode a share of a job whose store exists. Return when it is committed.
@@ -63,7 +65,7 @@ def run_job(
         with raise_on_signals():
             store = job.open_store(quiet=quiet)
             on_open(store)
-            with Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet) as tally:
+            with closing(Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet)) as tally:
                 end = "failed"
                 try:
                     executor.execute(job, share, tally)
@@ -93,14 +95,17 @@ def extract(
 ) -> Summary:
     """Fill a store in this process, with encoders that are loaded: images with `image`, each of `captions` with `text`.
 
-    Shards that are committed already are skipped. An encoder that is None is left out, with its arrays.
+    Shards that are committed already are skipped, and so are the arrays of an encoder that is None.
 
     Raises:
         UserError: The store holds features of another encoder under the same name, or the disk is full.
     """
     with report_write_errors(store.path, during_run=True):
-        tasks = [] if image is None else [ArrayTask.for_images(store, source, image, cores())]
-        tasks += [] if text is None else [ArrayTask.for_captions(store, name, text) for name in captions]
-        with Tally(len(tasks) * store.rows, store.dataset, quiet=quiet) as tally:
+        tasks = []
+        if image is not None:
+            tasks.append(ArrayTask.for_images(store, source, image, cores()))
+        if text is not None:
+            tasks += [ArrayTask.for_caption(store, name, text) for name in captions]
+        with closing(Tally(len(tasks) * store.rows, store.dataset, quiet=quiet)) as tally:
             Worker(store, tasks, tally.receive).run()
             return tally.summary()

@@ -9,8 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 from sail_align.extract.system.files import is_remote
 from sail_align.extract.system.progress import note, progress
@@ -55,7 +54,7 @@ class Event(NamedTuple):
 class Summary:
     """The work and the cost of a run.
 
-    Args:
+    Attributes:
         encoded: Rows that the run has encoded and committed, over all arrays.
         left: Rows that are not committed, over all arrays.
         seconds: Duration of the run.
@@ -143,12 +142,8 @@ class Tally:
         self._waiting: set[int] = set()
         self._total = total
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the progress bar."""
         self._bar.close()
 
     def receive(self, event: Event, worker: int = 0) -> None:

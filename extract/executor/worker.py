@@ -52,19 +52,20 @@ class Share:
         return sum(min(store.shard_rows, store.rows - start) for start in starts)
 
 
+ALL_SHARDS = Share()
+
+
 class Worker:
     """Encodes shards of a store and reports each step through `send`, from its own and from its writing thread."""
 
     def __init__(
-        self, store: Store, tasks: Sequence[ArrayTask], send: Callable[[Event], object], share: Share | None = None
+        self, store: Store, tasks: Sequence[ArrayTask], send: Callable[[Event], object], share: Share = ALL_SHARDS
     ):
         keep_freed_memory()
         self.store = store
         self.tasks = {task.array.path: task for task in tasks}
         self.send = send
-        self.shards = [
-            Shard(path, number) for path, task in self.tasks.items() for number in (share or Share()).shards(task.array)
-        ]
+        self.shards = [Shard(path, n) for path, task in self.tasks.items() for n in share.shards(task.array)]
         self.failures: dict[Shard, WorkersFailedError] = {}
         self._bytes_read = _bytes_read()
         for shard in self.shards:

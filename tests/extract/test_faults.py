@@ -64,7 +64,7 @@ def test_sigterm_and_ctrl_c_stop_a_run_cleanly_within_seconds(play):
 def test_workers_survive_the_kill_of_one_and_stop_with_their_parent(play):
     result = play("workers")
     assert result["end"] == 0
-    assert "was killed by SIGKILL. The other 2 continue with its shards." in result["stderr"]
+    assert "was killed by SIGKILL. Its shards are left to 2 other workers." in result["stderr"]
     assert result["identical"]
     assert result["encoded again"] <= 2
     assert result["stopped"]["end"] == 143
