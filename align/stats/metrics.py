@@ -1,6 +1,5 @@
-"""Metrics that need nothing but embeddings: numpy in, numbers out."""
+"""Metrics of embeddings: numpy in, numbers out."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,40 +10,40 @@ if TYPE_CHECKING:
 
 Embeddings = NDArray[np.floating]
 Ranks = NDArray[np.int64]
-Places = NDArray[np.int64]
+Positions = NDArray[np.int64]
 
 TILE = 4_096
-"""Images and texts scored at a time: the matrix of all scores need not fit in memory."""
-BLOCK = 1_024
-"""Rows whose nearest others are looked for at a time."""
+"""Images and texts scored at a time, so that the matrix of all scores need not fit in memory."""
+QUERY_ROWS = 1_024
+"""Rows whose nearest neighbours are computed at a time."""
 TIE = 1e-6
-"""Scores closer than this are equal. Dot products of unit vectors in float32 are off by some 1e-7, and by how much
-depends on where in the matrix they stand: two images that are the same to the bit need not get the same score. A
-difference that is `TIE` to within these 1e-7 falls to either side: by it, one rank in some 10,000 is off by one."""
+"""Scores closer than this are equal. Float32 dot products of unit vectors have errors of about 1e-7 that depend on the
+position in the matrix, so identical images need not have identical scores. A difference within 1e-7 of `TIE` can fall
+on either side, which changes about one rank in 10,000 by one."""
 
 
 def ranks(
     images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer], device: "str | torch.device" = "cpu"
 ) -> tuple[Ranks, Ranks]:
-    """Rank both ways; text j is right for image `owner_M[j]`, an image may own several texts.
+    """Rank images by texts and texts by images. Text j belongs to image `owner_M[j]`; an image may own several texts.
 
-    A query's rank is the number of wrong items that score at least as high as its best right one: 0 is the first place,
-    a tie (`TIE`) counts against the query, and so does a score that is not a number. Each score is computed once, for
-    both ways, in tiles of bounded size. Embeddings are float32 or float64.
+    The rank of a query is the number of wrong items that score at least as high as its best right item, so 0 is the
+    first place. Ties (`TIE`) and NaN count against the query. Each score is computed once for both directions, in tiles
+    of bounded size. Embeddings are float32 or float64.
 
     Returns:
-        Ranks of each image's best text (N,) and of each text's image (M,). An image that owns no text ranks last, M.
+        The ranks of each image's best text (N,) and of each text's image (M,). The rank of an image without texts is M.
     """
     import torch
 
-    order_M = np.argsort(owner_M, kind="stable")  # right pairs then lie along the diagonal, few tiles have any
+    order_M = np.argsort(owner_M, kind="stable")  # right pairs are then along the diagonal, in few tiles
     sorted_M = owner_M[order_M]
     right_M = _right_scores(images_NE, texts_ME, owner_M)[order_M]
     best_N = np.full(len(images_NE), -np.inf)
-    with np.errstate(invalid="ignore"):  # a NaN stays one
+    with np.errstate(invalid="ignore"):  # NaN propagates
         np.maximum.at(best_N, sorted_M, right_M)
     image_ranks_N, text_ranks_M = np.zeros(len(images_NE), dtype=np.int64), np.zeros(len(sorted_M), dtype=np.int64)
-    room_2IT = torch.empty(2, TILE, TILE, device=device, dtype=torch.from_numpy(images_NE[:0]).dtype)
+    buffer_2IT = torch.empty(2, TILE, TILE, device=device, dtype=torch.from_numpy(images_NE[:0]).dtype)
     for i in range(0, len(images_NE), TILE):
         images = slice(i, i + TILE)
         images_IE = torch.from_numpy(images_NE[images]).to(device)
@@ -53,8 +52,8 @@ def ranks(
             texts = slice(t, t + TILE)
             texts_TE = torch.from_numpy(texts_ME[order_M[texts]]).to(device)
             least_T = torch.from_numpy(right_M[texts] - TIE).to(images_IE)
-            # Fresh memory for each tile takes longer than filling it, and sums of floats are quicker than of bools.
-            scores_IT, below_IT = room_2IT[:, : len(images_IE), : len(texts_TE)]
+            # Allocating memory for each tile takes longer than filling it. Floats are summed faster than bools.
+            scores_IT, below_IT = buffer_2IT[:, : len(images_IE), : len(texts_TE)]
             torch.mm(images_IE, texts_TE.T, out=scores_IT)
             first, last = np.searchsorted(sorted_M[texts], [i, i + TILE])
             scores_IT[sorted_M[texts][first:last] - i, np.arange(first, last)] = -torch.inf
@@ -65,56 +64,57 @@ def ranks(
                 len(images_IE) - torch.lt(scores_IT, least_T, out=below_IT).sum(0).long().cpu().numpy()
             )
     own_N = np.bincount(sorted_M, minlength=len(images_NE))
-    image_ranks_N[np.isnan(best_N)] -= own_N[np.isnan(best_N)]  # nothing is below a NaN, not even a right item
+    image_ranks_N[np.isnan(best_N)] -= own_N[np.isnan(best_N)]  # nothing is below NaN, not even a right item
     text_ranks_M[np.isnan(right_M)] -= 1
     unsorted_M = np.empty_like(text_ranks_M)
     unsorted_M[order_M] = text_ranks_M
     return image_ranks_N, unsorted_M
 
 
-def nearest(features_ND: Embeddings, k: int) -> Places:
-    """Return the places of each row's `k` nearest other rows by cosine, (N, k), nearest in any order; k < N."""
+def nearest(features_ND: Embeddings, k: int) -> Positions:
+    """Return the positions (N, k) of the `k` < N nearest other rows of each row by cosine, in any order."""
     unit_ND = unit_rows(features_ND)
-    places_Nk = np.empty((len(unit_ND), k), dtype=np.int64)
-    for start in range(0, len(unit_ND), BLOCK):
-        cosine_BN = unit_ND[start : start + BLOCK] @ unit_ND.T
-        own_B = np.arange(len(cosine_BN))
-        cosine_BN[own_B, start + own_B] = -np.inf
-        places_Nk[start : start + BLOCK] = np.argpartition(-cosine_BN, k - 1, axis=1)[:, :k]
-    return places_Nk
+    positions_Nk = np.empty((len(unit_ND), k), dtype=np.int64)
+    for start in range(0, len(unit_ND), QUERY_ROWS):
+        cosine_BN = unit_ND[start : start + QUERY_ROWS] @ unit_ND.T
+        itself_B = np.arange(len(cosine_BN))
+        cosine_BN[itself_B, start + itself_B] = -np.inf
+        positions_Nk[start : start + QUERY_ROWS] = np.argpartition(-cosine_BN, k - 1, axis=1)[:, :k]
+    return positions_Nk
 
 
 def mutual_knn(x_ND: Embeddings, y_ND: Embeddings, k: int = 10) -> NDArray[np.float64]:
-    """Return the share of each row's `k` nearest rows that are the same in both spaces, (N,).
+    """Return the fraction (N,) of each row's `k` nearest rows that are the same in both spaces.
 
-    Their mean is the alignment of Huh et al. (2024, "The Platonic Representation Hypothesis"), there too by cosine and
-    with k = 10. Unrelated spaces share k / (N − 1).
+    The mean is the alignment of Huh et al. (2024, "The Platonic Representation Hypothesis"), who also use the cosine
+    and k = 10. Unrelated spaces share k / (N − 1) of the neighbours.
 
     Raises:
-        ValueError: There are not more than k rows.
+        ValueError: There are at most k rows.
     """
     if len(x_ND) <= k:
-        raise ValueError(f"{len(x_ND)} rows have no {k} nearest others")
+        raise ValueError(f"{len(x_ND)} rows are too few for {k} nearest neighbours.")
     both_N2k = np.sort(np.concatenate([nearest(x_ND, k), nearest(y_ND, k)], axis=1), axis=1)
-    return np.asarray((both_N2k[:, 1:] == both_N2k[:, :-1]).sum(axis=1) / k)  # what is in both stands there twice
+    return np.asarray((both_N2k[:, 1:] == both_N2k[:, :-1]).sum(axis=1) / k)  # a neighbour in both spaces occurs twice
 
 
 def cka_by_row(x_ND: Embeddings, y_ND: Embeddings) -> NDArray[np.float64]:
-    """Return each row's part in the debiased linear CKA of two views of the same rows, (N,), whose mean is that CKA.
+    """Return each row's contribution (N,) to the debiased linear CKA of two views of the rows; their mean is the CKA.
 
-    It is 1 for the same up to rotation and scale, 0 for unrelated views and for one whose rows do not differ. Kornblith
-    et al. (2019), with the unbiased estimator of HSIC of Song et al. (2012), so that 0 is expected of unrelated views
-    whatever the dimensions; the biased one gives high values where there are few rows. Linear kernels need the
-    covariances alone: O(N D²) time.
+    CKA is 1 for views that are equal up to rotation and scale, and 0 for unrelated views and for a view with equal
+    rows. See Kornblith et al. (2019), here with the unbiased estimator of HSIC of Song et al. (2012). Its expectation
+    is 0 for unrelated views of any dimension, while the biased estimator is high for few rows. Linear kernels need only
+    the covariances, which takes O(N D²) time.
 
-    The parts are jackknife values: with θ₋ᵢ the CKA without row i, θ + (N − 1) (mean of θ₋ − θ₋ᵢ). The bootstrap of
-    their mean is that of the CKA to first order, which drawing rows twice would not give: a row is too like itself.
+    The contributions are jackknife values: with θ₋ᵢ the CKA without row i, θ + (N − 1) (mean of θ₋ − θ₋ᵢ). To first
+    order, the bootstrap of their mean is the bootstrap of the CKA. Drawing rows repeatedly would not give it, since a
+    row is too similar to itself.
 
     Raises:
         ValueError: There are fewer than five rows.
     """
     if len(x_ND) < 5:
-        raise ValueError(f"{len(x_ND)} rows are too few for the unbiased estimator without one of them; it takes 5")
+        raise ValueError(f"{len(x_ND)} rows are too few for the unbiased estimator. It needs at least 5.")
     x, y = (view.astype(np.float64) - view.mean(axis=0, dtype=np.float64) for view in (x_ND, y_ND))
     norm = np.maximum(_hsic(x, x) * _hsic(y, y), 0)
     cka, *without = np.divide(_hsic(x, y), np.sqrt(norm), out=np.zeros_like(norm), where=norm > 0).tolist()
@@ -122,10 +122,10 @@ def cka_by_row(x_ND: Embeddings, y_ND: Embeddings) -> NDArray[np.float64]:
 
 
 def _hsic(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return HSIC₁ (Song et al., eq. 5) of centred rows with linear kernels, then that without each row, (1 + N,).
+    """Return HSIC₁ (Song et al., eq. 5) of centred rows with linear kernels, then HSIC₁ without each row, (1 + N,).
 
-    All up to a factor that depends on the number of rows only. K and L are the kernels less their diagonals; rows of K
-    sum up to minus its diagonal, since the views are centred.
+    The values lack a factor that depends only on the number of rows. K and L are the kernels without their diagonals.
+    Since the views are centred, each row of K sums to minus its diagonal element.
     """
     rows = len(x_ND)
     k_sum_N, l_sum_N = -(x_ND**2).sum(axis=1), -(y_ND**2).sum(axis=1)
@@ -142,25 +142,20 @@ def _hsic(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> NDArray[np.fl
 
 
 def unit_rows(features_ND: Embeddings) -> NDArray[np.float32]:
-    """Return rows of length 1, float32; a row of zeros stays one."""
+    """Return the rows as unit-norm float32. Rows of zeros stay zero."""
     rows_ND = features_ND.astype(np.float32)
     length_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
     np.divide(rows_ND, length_N1, out=rows_ND, where=length_N1 > 0)
     return rows_ND
 
 
-def recall_at(rank_Q: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
-    """Return recall@k for each k, in percent: the share of queries with a right item among the k best."""
-    return {k: 100 * float(np.mean(rank_Q < k)) for k in ks}
-
-
 def effective_rank(embeddings_NE: Embeddings) -> float:
-    """Return how many directions embeddings use: exp of the entropy of their singular values, normalised to sum to 1.
+    """Return the number of directions in use: exp of the entropy of the singular values, normalised to sum to 1.
 
-    1 where all rows are multiples of one, the rank where all singular values are equal. As in Roy and Vetterli, *The
-    effective rank* (EUSIPCO 2007); the mean is not taken off, so that rows which all say nearly the same have a rank
-    near 1. From the eigenvalues of the smaller Gram matrix in float64, which see no singular value below some 1e-8 of
-    the largest. 0 where all rows are zero, or one holds a value that is no number.
+    It is 1 if all rows are multiples of one row, the rank if all singular values are equal, and 0 if all rows are zero
+    or any value is NaN or inf. See Roy and Vetterli, *The effective rank* (EUSIPCO 2007). The mean is not subtracted,
+    so that nearly equal rows have a rank near 1. The singular values come from the eigenvalues of the smaller Gram
+    matrix in float64, which misses those below about 1e-8 of the largest.
     """
     wide_NE = embeddings_NE.astype(np.float64)
     gram = wide_NE.T @ wide_NE if len(wide_NE) >= wide_NE.shape[1] else wide_NE @ wide_NE.T
@@ -172,7 +167,7 @@ def effective_rank(embeddings_NE: Embeddings) -> float:
 
 
 def _right_scores(images_NE: Embeddings, texts_ME: Embeddings, owner_M: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return each text's score with its own image, (M,)."""
+    """Return the score (M,) of each text with its own image."""
     right_M = np.empty(len(texts_ME))
     for start in range(0, len(texts_ME), TILE):
         texts = slice(start, start + TILE)

@@ -18,7 +18,7 @@ from sail_align.align.runs.checkpoint import KEEP, SAVE_SECONDS, read_checkpoint
 from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import decisive
 from sail_align.align.settings import FitSettings
-from sail_align.align.stats.metrics import effective_rank, ranks, recall_at
+from sail_align.align.stats.metrics import effective_rank, ranks
 from sail_align.align.train.collapse import collapse_of
 from sail_align.align.train.distributed import ALONE, World
 from sail_align.align.train.initial import build_model
@@ -190,7 +190,7 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
     images, texts = image_BE.cpu().numpy(), text_CBE.flatten(0, 1).cpu().numpy()
     image_ranks, text_ranks = ranks(images, texts, owner_M)
     for way, ranks_Q in (("t2i", text_ranks), ("i2t", image_ranks)):
-        scores |= {f"{way}_r{k}": recall for k, recall in recall_at(ranks_Q).items()}
+        scores |= {f"{way}_r{k}": 100 * float(np.mean(ranks_Q < k)) for k in (1, 5, 10)}
     scores |= {"r1": (scores["t2i_r1"] + scores["i2t_r1"]) / 2, "chance": 100 / rows}
     return scores | {"image_rank": effective_rank(images), "text_rank": effective_rank(texts)}
 

@@ -1,4 +1,4 @@
-"""Metrics on hand-made matrices, and against second implementations that write the formulas out."""
+"""Metrics on hand-made matrices, and compared with direct implementations of their formulas."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sail_align.align.stats import metrics
 from sail_align.align.stats.bootstrap import mean_interval
-from sail_align.align.stats.metrics import TIE, cka_by_row, effective_rank, mutual_knn, ranks, recall_at, unit_rows
+from sail_align.align.stats.metrics import TIE, cka_by_row, effective_rank, mutual_knn, ranks, unit_rows
 
 
 def from_scores(scores_NM, owner_M):
@@ -31,7 +31,7 @@ MATRICES = [
     pytest.param([[2, 3],
                   [1, 4],
                   [9, 9]], [0, 1], [1, 0, 2], [1, 1], id="an image without texts ranks last"),
-    pytest.param([[np.nan, 1], [1, 9]], [0, 1], [1, 0], [1, 1], id="not a number is no hit"),
+    pytest.param([[np.nan, 1], [1, 9]], [0, 1], [1, 0], [1, 1], id="NaN is not a hit"),
 ]
 # fmt: on
 
@@ -41,13 +41,9 @@ def test_ranks_of_a_matrix_of_scores(scores_NM, owner_M, image_ranks, text_ranks
     assert from_scores(scores_NM, owner_M) == [image_ranks, text_ranks]
 
 
-def test_recall_is_the_percentage_within_the_first_k():
-    assert recall_at(np.array([0, 0, 4, 5, 9, 10, 50, 7]), (1, 5, 10)) == {1: 25.0, 5: 37.5, 10: 75.0}
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_ranks_are_those_of_sorting(images, texts, seed):
+def test_ranks_equal_sorting(images, texts, seed):
     random = np.random.default_rng(seed)
     owner_M = random.integers(0, images, texts)
     images_NE = random.integers(-2, 3, (images, 3)).astype(float)  # small integers: many ties
@@ -63,8 +59,8 @@ def test_ranks_are_those_of_sorting(images, texts, seed):
         assert image_ranks[i] == next((place for place, j in enumerate(order) if right[j]), texts)
 
 
-def test_twins_are_a_tie_wherever_they_stand_in_the_matrix():
-    """A BLAS need not give two equal columns the same score; the search for ties must not depend on it."""
+def test_identical_images_tie_anywhere_in_the_matrix():
+    """A BLAS may give equal columns different scores; the detection of ties must not depend on it."""
     random = np.random.default_rng(0)
     images = random.normal(size=(501, 96)).astype(np.float32)
     images /= np.linalg.norm(images, axis=1, keepdims=True)
@@ -74,8 +70,8 @@ def test_twins_are_a_tie_wherever_they_stand_in_the_matrix():
     assert (image_ranks[:501] == 0).all()
 
 
-def test_ranks_are_float64s_but_for_a_difference_of_a_tie_to_the_last_digit():
-    """Where scores differ by `TIE` to within what float32 rounds, a rank may fall to either side: 1 in some 10,000."""
+def test_ranks_equal_float64_except_for_differences_close_to_a_tie():
+    """If scores differ by about `TIE`, float32 rounding may change a rank: about 1 in 10,000."""
     random = np.random.default_rng(0)
     images, texts = (unit_rows(random.normal(size=(rows, 512))) for rows in (600, 3000))
     owner = np.repeat(np.arange(600), 5)
@@ -121,11 +117,11 @@ NEIGHBOURS = [
 
 
 @pytest.mark.parametrize(("y_ND", "k", "shared_N"), NEIGHBOURS)
-def test_mutual_neighbours_of_four_rows(y_ND, k, shared_N):
+def test_mutual_knn_of_four_rows(y_ND, k, shared_N):
     assert mutual_knn(SQUARE, y_ND, k).tolist() == shared_N
 
 
-def test_mutual_neighbours_are_those_of_sorting_and_by_chance_k_of_the_others(monkeypatch):
+def test_mutual_knn_equals_sorting_and_has_the_expected_chance(monkeypatch):
     random = np.random.default_rng(0)
     x_ND = random.normal(size=(60, 5))
     y_ND = np.concatenate([x_ND[:, :3], random.normal(size=(60, 2))], axis=1)
@@ -134,13 +130,13 @@ def test_mutual_neighbours_are_those_of_sorting_and_by_chance_k_of_the_others(mo
         cosine = [(view_ND[row] @ other) / np.linalg.norm(other) for other in view_ND]
         return set(sorted(set(range(60)) - {row}, key=lambda other: -cosine[other])[:k])
 
-    monkeypatch.setattr(metrics, "BLOCK", 7)
+    monkeypatch.setattr(metrics, "QUERY_ROWS", 7)
     for k in (1, 10):
         expected = [len(neighbours(x_ND, row, k) & neighbours(y_ND, row, k)) / k for row in range(60)]
         np.testing.assert_allclose(mutual_knn(x_ND, y_ND, k), expected)
     unrelated = np.mean([mutual_knn(random.normal(size=(60, 5)), x_ND, 10).mean() for _ in range(50)])
     assert unrelated == pytest.approx(10 / 59, abs=0.01)
-    with pytest.raises(ValueError, match="10 rows have no 10 nearest others"):
+    with pytest.raises(ValueError, match="10 rows are too few for 10 nearest neighbours"):
         mutual_knn(x_ND[:10], y_ND[:10], 10)
 
 
@@ -157,14 +153,14 @@ def dense_cka(x_ND, y_ND):
     return hsic(k_NN, l_NN) / np.sqrt(hsic(k_NN, k_NN) * hsic(l_NN, l_NN))
 
 
-def test_cka_is_the_dense_formula():
+def test_cka_equals_the_dense_formula():
     random = np.random.default_rng(1)
     x_ND = random.normal(size=(40, 9)) + 3
     y_ND = x_ND @ random.normal(size=(9, 6)) + random.normal(size=(40, 6))
     assert cka_by_row(x_ND, y_ND).mean() == pytest.approx(dense_cka(x_ND, y_ND), rel=1e-10)
 
 
-def test_cka_is_1_up_to_rotation_scale_and_shift_and_0_by_chance():
+def test_cka_is_1_up_to_rotation_scale_and_shift_and_0_for_unrelated_views():
     random = np.random.default_rng(2)
     x_ND = random.normal(size=(30, 8))
     rotation_DD, _ = np.linalg.qr(random.normal(size=(8, 8)))
@@ -176,7 +172,7 @@ def test_cka_is_1_up_to_rotation_scale_and_shift_and_0_by_chance():
         cka_by_row(x_ND[:4], x_ND[:4])
 
 
-def test_cka_by_row_equals_leaving_out_one_row_after_the_other():
+def test_cka_by_row_equals_leaving_out_each_row():
     generator = np.random.default_rng(4)
     x = generator.normal(size=(30, 6))
     y = x[:, :4] @ generator.normal(size=(4, 4)) + generator.normal(size=(30, 4)) + 3.0
@@ -187,8 +183,8 @@ def test_cka_by_row_equals_leaving_out_one_row_after_the_other():
     assert found.mean() == pytest.approx(whole)
 
 
-def test_the_interval_of_cka_holds_the_value_of_the_population():
-    """Of 40 samples of 60 rows, about 38 intervals hold what 20,000 rows have."""
+def test_interval_of_cka_covers_the_population_value():
+    """About 38 of 40 intervals of 60 rows contain the value of 20,000 rows."""
     generator = np.random.default_rng(5)
     mixing = generator.normal(size=(5, 5))
 
@@ -205,7 +201,7 @@ def test_the_interval_of_cka_holds_the_value_of_the_population():
     assert held >= 33
 
 
-def test_the_interval_of_a_mean_is_that_of_the_binomial():
+def test_mean_interval_equals_the_binomial():
     hits_N = np.arange(400) < 100
     low, high = mean_interval(hits_N)
     error = np.sqrt(0.25 * 0.75 / 400)
@@ -214,7 +210,7 @@ def test_the_interval_of_a_mean_is_that_of_the_binomial():
     assert mean_interval(np.ones(5)) == (1, 1)
 
 
-def test_the_effective_rank_of_hand_made_embeddings():
+def test_effective_rank_of_hand_made_embeddings():
     assert effective_rank(np.tile([3.0, 4.0], (5, 1))) == pytest.approx(1)
     assert effective_rank(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]]) == pytest.approx(4)
     # Singular values 3 and 1: entropy of (3/4, 1/4).
