@@ -35,7 +35,7 @@ from sail_align.extract.data import Part
 from sail_align.extract.encoders.catalogue import VISION, find_text
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.encoders.vision import VisionEncoder
-from sail_align.extract.encoders.weights import fetch
+from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.executor.run import extract
 from sail_align.extract.sources.demo.source import DemoSource
 from sail_align.extract.sources.images import read_image
@@ -111,7 +111,7 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
 def measure_texts(texts: list[str], repeats: int) -> None:
     """Compare batches sorted by length with unsorted ones."""
     encoder = TextEncoderConfig(TEXT).load()
-    folder = fetch(find_text(TEXT).origin).path
+    folder = EncoderFiles.fetch(find_text(TEXT).origin).path
     plain = partial(unsorted, AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval())
     times = by_turns({"unsorted": lambda: plain(texts), "sorted": lambda: encoder.encode(texts)}, repeats)
     lengths = [len(text.split()) for text in texts]

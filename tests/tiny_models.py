@@ -1,4 +1,4 @@
-"""Transformers models of random weights and a few kilobytes, saved as the real ones are."""
+"""Transformers models of a few kilobytes with random weights, saved in the form of real ones."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def save_tokenizer(folder: Path, padding_side: str = "right") -> PreTrainedToken
 
 
 def save_randomised(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Give every parameter a size that matters (the usual start is near zero, where mistakes hide), and save."""
+    """Save a model with random parameters of realistic size. Errors would hide in the usual near-zero values."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -80,11 +80,11 @@ def save_image_processor(folder: Path, **changes: object) -> None:
 
 
 def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Return uint8 pixels (B, H, W, 3) of noise."""
+    """Return noise as uint8 pixels, (*shape, 3)."""
     return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def normalised(pixels_BHWC: torch.Tensor, mean: object, std: object) -> torch.Tensor:
-    """Return what a network takes, (B, 3, H, W) float32, by the textbook."""
+    """Return normalised pixels, (B, 3, H, W) float32, computed in the plainest way."""
     pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous() / 255
     return (pixels_BCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""OpenCLIP models of random weights and a few megabytes at most, saved as the real ones are."""
+"""OpenCLIP models of at most a few megabytes with random weights, saved in the form of real ones."""
 
 import json
 from pathlib import Path
@@ -25,15 +25,15 @@ SIGLIP_PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squ
 
 
 def save_open_clip(folder: Path, config: dict = CLIP, preprocessing: dict | None = None) -> torch.nn.Module:
-    """Save a model with parameters of a size that matters, and return it in evaluation mode."""
-    about = {"model_cfg": config, "preprocess_cfg": preprocessing or {}}
+    """Save a model with random parameters of realistic size, and return it in evaluation mode."""
+    settings = {"model_cfg": config, "preprocess_cfg": preprocessing or {}}
     folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
     if config["text_cfg"].get("hf_tokenizer_name"):
         save_tokenizer(folder)
     torch.manual_seed(0)
-    made = {name: value for name, value in config.items() if name != "custom_text"}
-    model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**made)
+    options = {name: value for name, value in config.items() if name != "custom_text"}
+    model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**options)
     with torch.no_grad():
         text = model.text if config.get("custom_text") else model.transformer
         for parameter in (*model.visual.parameters(), *text.parameters()):

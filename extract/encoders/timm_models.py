@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from sail_align.extract.encoders.catalogue import Hub, Package, TimmVision
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.vision import Backbone
-from sail_align.extract.encoders.weights import EncoderFiles, fetch
+from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
 
@@ -50,11 +50,11 @@ def fetch_timm(entry: TimmVision) -> EncoderFiles:
         UserError: timm has no such model, or the weights are not available.
     """
     if entry.origin:
-        return fetch(entry.origin)
+        return EncoderFiles.fetch(entry.origin)
     repository = _published(entry.model).hf_hub_id
     if not repository:
         raise UserError(f"timm has no weights for {entry.model!r} on the hub. Choose one of timm.list_pretrained().")
-    return fetch(Hub(repository))
+    return EncoderFiles.fetch(Hub(repository))
 
 
 def load_timm(entry: TimmVision) -> tuple[EncoderFiles, Backbone, ImagePreprocessing]:

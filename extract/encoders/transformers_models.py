@@ -6,12 +6,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GteConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -208,29 +206,3 @@ class TransformersBackbone(Backbone):
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
         features: Tensor = self.model(pixels_BCHW, **self._options).last_hidden_state
         return features
-
-
-def read_preprocessing(config: dict[str, Any]) -> ImagePreprocessing:
-    """Read a `preprocessor_config.json`.
-
-    Raises:
-        UserError: It asks for anything but resizing, centre cropping and normalising to squares, or lacks a value.
-    """
-    size, crop = config.get("size", {}), config.get("crop_size", {})
-    try:
-        interpolation = Image.Resampling(config["resample"]).name.lower()
-        mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-        if config.get("do_center_crop"):
-            height, width, resize = crop["height"], crop["width"], size["shortest_edge"]
-        else:
-            height, width, resize = size["height"], size["width"], None
-    except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(
-            f"preprocessor_config.json with size {size!r} and crop_size {crop!r} has an unknown form ({problem!r}). "
-            "Use an encoder of the catalogue, or a timm one."
-        ) from problem
-    if height != width:
-        raise UserError(
-            f"preprocessor_config.json is invalid: got images of {crop or size}, only squares are supported."
-        )
-    return ImagePreprocessing(height, resize, interpolation, mean, std)

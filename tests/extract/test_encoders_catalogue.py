@@ -19,7 +19,7 @@ from sail_align.extract.encoders.catalogue import (
     find_vision,
 )
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
-from sail_align.extract.encoders.weights import fetch
+from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Encoders
 
@@ -94,7 +94,7 @@ def test_repository_is_recorded_with_its_commit(tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: str(snapshot))
-    found = fetch(Hub("owner/model"))
+    found = EncoderFiles.fetch(Hub("owner/model"))
     assert found.source == {"loader": "hub", "repository": "owner/model", "revision": commit}
     assert found.location == ""
 
@@ -113,7 +113,7 @@ def test_unavailable_repository_is_rejected(failure, message, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "snapshot_download", fail)
     with pytest.raises(UserError, match=message):
-        fetch(Hub("owner/model", "v9"))
+        EncoderFiles.fetch(Hub("owner/model", "v9"))
 
 
 def test_digest_of_sharded_weights_depends_on_every_shard_and_their_order(tmp_path):
@@ -123,7 +123,7 @@ def test_digest_of_sharded_weights_depends_on_every_shard_and_their_order(tmp_pa
     for contents in ((b"a", b"b"), (b"b", b"a"), (b"a", b"c"), (b"ab", b"")):
         for file, content in zip((first, second), contents, strict=True):
             file.write_bytes(content)
-        digests.add(fetch(tmp_path).digest)
+        digests.add(EncoderFiles.fetch(tmp_path).digest)
     assert len(digests) == 4
 
 

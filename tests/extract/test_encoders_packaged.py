@@ -16,7 +16,7 @@ from sail_align.extract.encoders.catalogue import VISION, TimmVision
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig, load_recorded
 from sail_align.extract.encoders.timm_models import load_classifier
 from sail_align.extract.encoders.vision import VisionEncoder
-from sail_align.extract.encoders.weights import fetch
+from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.images import read_image
 
@@ -40,7 +40,7 @@ def image_encoder(name: str) -> VisionEncoder:
 def classifier(name: str) -> torch.nn.Module:
     entry = VISION[name]
     assert isinstance(entry, TimmVision)
-    return load_classifier(fetch(entry.origin).path, entry.model)
+    return load_classifier(EncoderFiles.fetch(entry.origin).path, entry.model)
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")

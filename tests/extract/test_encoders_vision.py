@@ -26,7 +26,6 @@ from transformers import (
     ViTModel,
 )
 
-from sail_align.extract.encoders import timm_models
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import ImageEncoderConfig, load_recorded
 from sail_align.extract.encoders.maskclip import NoLastAttentionError, skip_last_attention
@@ -220,7 +219,7 @@ def test_timm_models_give_their_reference_tokens(name, pooling, tmp_path, monkey
     model = timm.create_model(name).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     fetched = EncoderFiles(tmp_path, {"loader": "hub", "repository": "timm/x", "revision": "0" * 40}, "1")
-    monkeypatch.setattr(timm_models, "fetch", lambda origin: fetched)
+    monkeypatch.setattr(EncoderFiles, "fetch", lambda origin: fetched)
     encoder = ImageEncoderConfig(f"timm:{name}", pooling=pooling).load()
 
     config = model.pretrained_cfg
@@ -307,8 +306,8 @@ def test_tensors_of_another_shape_are_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"size": {"longest_edge": 64}}, "unknown form"),
-        ({"resample": 17}, "unknown form"),
+        ({"size": {"longest_edge": 64}}, "is invalid"),
+        ({"resample": 17}, "is invalid"),
         ({"crop_size": {"height": 56, "width": 70}}, "only squares"),
     ],
 )
