@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sail_align.align.hub.folder import CARD, WEIGHTS, read_hub_folder
 from sail_align.align.runs.checkpoint import Run, load_run
-from sail_align.align.runs.folder import CONFIG, is_run, is_whole
+from sail_align.align.runs.folder import CONFIG, RunFolder
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import load_recorded
 from sail_align.extract.encoders.runtime import Runtime
@@ -61,7 +61,8 @@ def read(reference: str | Path, revision: str | None = None) -> Run:
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{path} is a folder and has no revision {revision!r}. Leave the revision out.")
-        return load_run(path) if is_run(path) or is_whole(path) else read_hub_folder(path)
+        folder = RunFolder(path)
+        return load_run(path) if folder.is_run or folder.is_checkpoint else read_hub_folder(path)
     if str(reference).count("/") != 1 or str(reference).startswith((".", "/", "~")):
         raise UserError(f"{reference} is neither a folder nor a repository. Pass a run, an export, or <owner>/<name>.")
     try:

@@ -1,50 +1,125 @@
-"""The settings of a fit: the paper's by default, others by a preset's name, chosen and checked before any computing."""
+"""Settings of a fit. Each is declared once, with its type, default per preset, bounds and help text.
+
+Checks, command-line options, presets and the table in docs/training.md derive from the declarations. To add a setting,
+add a field here and the code that uses it.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sail_align.extract.errors import UserError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
+OnCollapse = Literal["stop", "warn"]
+
+PAPER_ROWS = 100_000
+"""With at least this many pairs, the default preset is `paper`."""
+
+CLOSED_FORM_DIM = 256
+
+MIN_REACH = 5e-3
+"""Learning rates that add up to less leave a random start almost untrained: 200 steps at 1e-5 learn next to nothing."""
+
+COMPARED: dict[str, Any] = {"preset": "paper", "held_out": 0.2, "warmup": 0.1}
+"""Options of fits that are compared. 5 % of a small store would separate them poorly. The warm-up is that of the script
+by the paper's authors: a sudden start can collapse the sigmoid loss."""
+
+COMPARED_FEW: dict[str, Any] = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
+"""Further options on stores of few pairs, where the paper's rate leaves a randomly initialised head untrained."""
+
+
+def declare(group: str, help: str, default: Any = MISSING, **more: Any) -> Any:
+    """Declare a setting as a dataclass field; the keywords are attributes of `Setting`."""
+    return field(default=default, metadata={"group": group, "help": help, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """Everything besides the data that decides a run's weights. The defaults are the paper's.
+    """Everything except the data that decides a run's weights. The defaults are the paper's."""
 
-    `head` "cca" is a linear head that is computed and not trained: its `steps` are 0. `expansion` and the dropouts
-    are the heads', `dim` is the dimension of the shared space. Image features are raised to `image_power`, their signs
-    kept. `ridge` belongs to a closed form, `divisor` to the sigmoid loss. `positives` captions of each image are drawn
-    for a step, None takes all. `temperature` and `bias` are what t and b start from; "auto" is a t by the batch size,
-    and the b at which the masses of positives and negatives are in balance. `warmup` is a fraction of the steps,
-    `held_out` the fraction of the rows that is kept out of training and scored. Products are computed in `precision`,
-    weights and all sums in float32.
-    """
-
-    head: Literal["linear", "mlp", "glu", "cca"] = "glu"
-    expansion: int = 4
-    dim: int = 1_024
-    image_dropout: float = 0.0
-    text_dropout: float = 0.0
-    image_power: float = 1.0
-    start: Literal["random", "closed-form"] = "random"
-    ridge: float = 2.0
-    positives: int | None = None
-    loss: Literal["sigmoid", "infonce"] = "sigmoid"
-    divisor: Literal["pairs", "batch"] = "pairs"
-    temperature: float | Literal["auto"] = 20.0
-    bias: float | Literal["auto"] = -10.0
-    optimizer: Literal["lion", "adamw"] = "lion"
-    lr: float = 1e-5
-    weight_decay: float = 1e-7
-    warmup: float = 0.0
-    batch_size: int = 36_864
-    steps: int
-    seed: int = 0
-    held_out: float = 0.05
-    precision: Precision = "float32"
+    head: Literal["linear", "mlp", "glu", "cca"] = declare(
+        "Heads", "Kind of both heads. `cca` is a linear map computed in closed form, without training.", "glu", cca=True
+    )
+    expansion: int = declare(
+        "Heads", "Hidden units per input dimension.", 4, small=1, ge=1, le=64, unused_with=("--head linear",)
+    )
+    dim: int = declare(
+        "Heads",
+        "Dimension of the shared space.",
+        1_024,
+        ge=1,
+        le=65_536,
+        shown=f"1024; with a closed form: {CLOSED_FORM_DIM}",
+        cca=True,
+    )
+    image_dropout: float = declare(
+        "Heads", "Dropout on the image head's inputs and hidden units.", 0.0, small=0.3, ge=0, le=0.95
+    )
+    text_dropout: float = declare(
+        "Heads", "Dropout on the text head's inputs and hidden units.", 0.0, small=0.1, ge=0, le=0.95
+    )
+    image_power: float = declare(
+        "Heads", "Exponent applied to image features, keeping their signs.", 1.0, ge=0.1, le=1, cca=True
+    )
+    start: Literal["random", "closed-form"] = declare(
+        "Heads",
+        "Initial weights: random, or a linear path initialised with the closed form (CCA).",
+        "random",
+        small="closed-form",
+    )
+    ridge: float = declare("Heads", "Regularisation of the closed form.", 2.0, ge=1e-6, le=1e6, cca=True)
+    positives: int | None = declare(
+        "Data",
+        "Captions sampled per image and step, in proportion to their weights.",
+        None,
+        ge=1,
+        le=1_000,
+        shown="all",
+    )
+    loss: Literal["sigmoid", "infonce"] = declare("Loss", "Kind of contrastive loss.", "sigmoid")
+    divisor: Literal["pairs", "batch"] = declare(
+        "Loss",
+        "Divide the sigmoid loss by |B|² (pairs) or |B| (batch).",
+        "pairs",
+        unused_with=("--loss infonce",),
+    )
+    temperature: float | Literal["auto"] = declare(
+        "Loss", "Initial temperature t; `auto` is 2 ln(batch size).", 20.0, small=15.0, ge=1, le=100
+    )
+    bias: float | Literal["auto"] = declare(
+        "Loss",
+        "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto.",
+        -10.0,
+        small=-8.0,
+        ge=-100,
+        le=100,
+        unused_with=("--loss infonce",),
+    )
+    optimizer: Literal["lion", "adamw"] = declare("Optimiser", "Kind of optimiser.", "lion")
+    lr: float = declare("Optimiser", "Peak learning rate of a cosine schedule.", 1e-5, ge=1e-9, le=1)
+    weight_decay: float = declare("Optimiser", "Weight decay of the weight matrices.", 1e-7, ge=0, le=10)
+    warmup: float = declare("Optimiser", "Fraction of the steps with a linear warm-up.", 0.0, ge=0, le=1)
+    batch_size: int = declare("Optimiser", "Pairs per step, over all processes.", 36_864, small=512, ge=2, le=1_000_000)
+    steps: int = declare("Optimiser", "Optimiser steps, instead of --epochs.", ge=1, le=1_000_000_000)
+    seed: int = declare("Run", "Seed of weights, batches and dropout.", 0, ge=0, le=2**31 - 1)
+    held_out: float = declare(
+        "Data",
+        "Fraction of the pairs to score on instead of training: at least 100 (a fifth of few pairs), at most 5,000.",
+        0.05,
+        ge=0,
+        le=0.5,
+        cca=True,
+    )
+    precision: Precision = declare(  # noqa: RUF009 (a field, not a value)
+        "Run",
+        "Precision of matrix products; weights and sums are always float32.",
+        "float32",
+        also=("auto",),
+        shown="auto: bfloat16 on a GPU, float32 on a CPU",
+    )
 
     @property
     def closed_form(self) -> bool:
@@ -52,157 +127,206 @@ class FitSettings:
         return self.head == "cca" or self.start == "closed-form"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(FitSettings):
+    """Settings, and options that are not recorded with a run: they choose settings, or do not affect the weights."""
+
+    epochs: float = declare(
+        "Optimiser",
+        "Passes over the pairs.",
+        # The paper reports its training time, not its epochs: 50 epochs of its millions of pairs take those hours.
+        50,
+        small=25,
+        ge=0.01,
+        le=1_000_000,
+        unused_with=("--steps",),
+    )
+    preset: Literal["paper", "small"] | None = declare(
+        "Run", "Set of defaults for all other settings.", None, shown=f"small below {PAPER_ROWS:,} pairs, else paper"
+    )
+    keep: int = declare("Run", "Number of resumable checkpoints to keep, besides the best one.", 2, ge=1, cca=True)
+    on_collapse: OnCollapse = declare(  # noqa: RUF009 (a field, not a value)
+        "Run", "Reaction to a collapse of training.", "stop", cca=True
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of one setting.
+
+    Attributes:
+        name: Name of the field.
+        hint: Its type.
+        default: Value of preset `paper`.
+        group: Heading of its option in `--help`.
+        help: Help text.
+        small: Value of preset `small`, if it differs.
+        ge: Lowest number allowed.
+        le: Highest number allowed.
+        also: Choices of the option that are replaced before the setting is used.
+        shown: Text of the default, where the value says too little.
+        unused_with: Options beside which this one has no effect.
+        cca: Whether the closed-form head uses it.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    group: str
+    help: str
+    small: Any = None
+    ge: float = -math.inf
+    le: float = math.inf
+    also: tuple[str, ...] = ()
+    shown: str = ""
+    unused_with: tuple[str, ...] = ()
+    cca: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Name of the command-line option."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """Members of the type, if it is a union; else the type alone."""
+        return (self.hint,) if get_origin(self.hint) is Literal else get_args(self.hint) or (self.hint,)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Words that are valid values."""
+        literals = [each for each in self.members if get_origin(each) is Literal]
+        return self.also + tuple(word for each in literals for word in get_args(each))
+
+    @property
+    def number(self) -> type[int] | type[float] | None:
+        """Type of the numbers that are valid values, if any."""
+        return next((each for each in self.members if each in (int, float)), None)
+
+    @property
+    def values(self) -> str:
+        """Valid values, in words."""
+        if self.number is None:
+            return ", ".join(self.choices)
+        span = f"{self.ge:,} to {self.le:,}" if self.le < math.inf else f"{self.ge:,} or more"
+        return ", ".join((*self.choices, span))
+
+    @property
+    def defaults(self) -> tuple[str, str]:
+        """Defaults of the presets `paper` and `small`, in words."""
+        paper = self.shown or ("" if self.default is MISSING else str(self.default))
+        return paper, paper if self.small is None else str(self.small)
+
+    def parse(self, value: Any) -> Any:
+        """Return a valid value; numbers may be given as text.
+
+        Raises:
+            UserError: The value is invalid.
+        """
+        parsed = value
+        if self.number and isinstance(value, str) and value not in self.choices:
+            with suppress(ValueError):
+                parsed = self.number(value)
+        valid = parsed in self.choices if isinstance(parsed, str) else self.ge <= parsed <= self.le
+        if not valid:
+            got = repr(value) if isinstance(value, str) else f"{value:g}"
+            raise UserError(f"{self.flag} is invalid: got {got}, expected {self.values}.")
+        return parsed
+
+
+SETTINGS = {
+    each.name: Setting(each.name, get_type_hints(FitOptions)[each.name], each.default, **each.metadata)
+    for each in fields(FitOptions)
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper does not say how long: 50 epochs of its millions of pairs are the hours on one GPU that it reports.
-    "paper": {"epochs": 50},
-    # For thousands of pairs: they are soon known by heart, so start from the best linear maps, add little and drop out
-    # some. Mean R@1 on 400 of 2,000 photos and on 600 of the demo's 3,000 scenes, kept out: closed form 30.2 and 55.2,
-    # this 32.7 and 60.0; with dropout 0.7 and 0.3 it is 33.2 and 50.7. An image power of 0.5 gains one point on photos
-    # and five on scenes, but loses three points of mIoU on patches: it is left to the user.
-    "small": {
-        "start": "closed-form",
-        "expansion": 1,
-        "image_dropout": 0.3,
-        "text_dropout": 0.1,
-        "temperature": 15.0,
-        "bias": -8.0,
-        "batch_size": 512,
-        "epochs": 25,
-    },
+    "paper": {"epochs": FitOptions.epochs},
+    # For thousands of pairs, which heads soon memorise: start from the best linear maps, add few units, use dropout.
+    # Mean R@1 on 400 of 2,000 photos and on 600 of the demo's 3,000 scenes, held out: closed form 30.2 and 55.2, this
+    # preset 32.7 and 60.0; with dropout 0.7 and 0.3 it is 33.2 and 50.7. An image power of 0.5 gains one point on
+    # photos and five on scenes, but loses three points of mIoU on patches, so it is not part of the preset.
+    "small": {name: each.small for name, each in SETTINGS.items() if each.small is not None},
 }
-PAPER_ROWS = 100_000
-"""From this many pairs on, the paper's settings are the default."""
-
-CLOSED_FORM_DIM = 256
-
-COMPARED_HELD_OUT = 0.2
-"""Of the pairs, where recipes or encoders are compared: fit's 5 % of a small store tell little apart."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "preset": tuple(PRESETS),
-    "head": ("linear", "mlp", "glu", "cca"),
-    "start": ("random", "closed-form"),
-    "loss": ("sigmoid", "infonce"),
-    "divisor": ("pairs", "batch"),
-    "optimizer": ("lion", "adamw"),
-    "precision": ("auto", "float32", "tf32", "bfloat16"),
-    "on_collapse": ("stop", "warn"),
-}
-LIMITS: dict[str, tuple[float, float]] = {
-    "expansion": (1, 64),
-    "dim": (1, 65_536),
-    "image_dropout": (0, 0.95),
-    "text_dropout": (0, 0.95),
-    "image_power": (0.1, 1),
-    "positives": (1, 1_000),
-    "ridge": (1e-6, 1e6),
-    "temperature": (1, 100),
-    "bias": (-100, 100),
-    "lr": (1e-9, 1),
-    "weight_decay": (0, 10),
-    "warmup": (0, 1),
-    "batch_size": (2, 1_000_000),
-    "epochs": (0.01, 1_000_000),
-    "steps": (1, 1_000_000_000),
-    "seed": (0, 2**31 - 1),
-    "held_out": (0, 0.5),
-}
-TRAINED = 5e-3
-"""Rates that sum up to less leave a random start all but untrained: 200 steps at 1e-5 learn next to nothing."""
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Check what the user gave, by itself: fields of `FitSettings`, `epochs`, `preset`.
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given (not None), as valid values.
+
+    Args:
+        options: Fields of `FitOptions`. Numbers may be given as text.
 
     Raises:
-        UserError: A value is out of range, or would change nothing beside the others.
+        UserError: A value is invalid, or has no effect beside the others.
     """
-    for name, value in options.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"{_flag(name)} {value!r} is none of: {', '.join(CHOICES[name])}.")
-        low, high = LIMITS.get(name, (-math.inf, math.inf))
-        if name in LIMITS and value != "auto" and not low <= value <= high:
-            raise UserError(f"{_flag(name)} {value:g} is out of range; give a number from {low:g} to {high:g}.")
-    head, loss = options.get("head"), options.get("loss")
-    trained = {field.name for field in fields(FitSettings)} | {"epochs", "preset"}
-    idle = [
-        (
-            head == "cca",
-            trained - {"head", "dim", "image_power", "ridge", "held_out"},
-            "--head cca, which is computed and not trained",
-        ),
-        (head == "linear", {"expansion"}, "--head linear, which has no hidden units"),
-        (loss == "infonce", {"divisor", "bias"}, "--loss infonce"),
-        ("steps" in options, {"epochs"}, "--steps"),
-    ]
-    for applies, names, beside in idle:
-        if applies and (useless := names.intersection(options)):
-            raise UserError(f"{_flag(min(useless))} has no effect with {beside}; leave one of them out.")
-
-
-def number_or_auto(name: str, text: str | None) -> float | Literal["auto"] | None:
-    """Return what was typed for an option that takes a number or auto; None stays None.
-
-    Raises:
-        UserError: It is neither.
-    """
-    try:
-        return None if text is None else "auto" if text == "auto" else float(text)
-    except ValueError:
-        raise UserError(f"{_flag(name)} {text!r} is neither a number nor auto.") from None
+    given = {name: SETTINGS[name].parse(value) for name, value in options.items() if value is not None}
+    for name in sorted(given):
+        setting = SETTINGS[name]
+        for condition in (*setting.unused_with, *(() if setting.cca else ("--head cca",))):
+            other, *values = condition.removeprefix("--").split()
+            if other in given and (not values or given[other] in values):
+                raise UserError(f"{setting.flag} has no effect with {condition}. Leave one of them out.")
+    return given
 
 
 def choose_settings(
     options: Mapping[str, Any], *, rows: int, image_dim: int, text_dim: int
 ) -> tuple[FitSettings, list[str]]:
-    """Return complete settings for `rows` pairs to train on, and sentences about what was chosen or changed.
+    """Return complete settings, and notes about what was chosen or changed.
 
-    `options`, which have passed `check_options`, override the preset; where none is named, it goes by `rows`.
+    Args:
+        options: Result of `check_options`; they override the preset, which depends on `rows` if none is named.
+        rows: Number of pairs to train on.
+        image_dim: Dimension of the image features.
+        text_dim: Dimension of the text features.
 
     Raises:
-        UserError: An option does not go with the start or with the features' dimensions.
+        UserError: An option does not fit the other settings or the features' dimensions.
     """
     notes = []
     preset = options.get("preset") or ("paper" if rows >= PAPER_ROWS else "small")
     chosen = {**PRESETS[preset], **options}
-    epochs = chosen.pop("epochs")
-    chosen.pop("preset", None)
+    epochs = chosen["epochs"]
+    recorded = {each.name for each in fields(FitSettings)}
+    chosen = {name: value for name, value in chosen.items() if name in recorded}
     if "preset" not in options and chosen.get("head") != "cca":
         other = "small" if preset == "paper" else "paper"
-        notes.append(f"{rows:,} pairs: the settings are those of preset {preset!r} (--preset {other} for the others).")
+        notes.append(f"Using --preset {preset} for {rows:,} pairs; pass --preset {other} for the other defaults.")
     if chosen.get("temperature") == "auto":
         chosen["bias"] = options.get("bias", "auto")
     settings = FitSettings(**{"steps": 0, **chosen})
     if settings.loss == "infonce" and settings.bias == "auto":
-        raise UserError("--temperature auto balances the sigmoid loss; give a number with --loss infonce.")
+        raise UserError("--temperature auto is for the sigmoid loss. Give a number with --loss infonce.")
     if "ridge" in options and not settings.closed_form:
-        raise UserError("--ridge has no effect with --start random; leave one of them out.")
+        raise UserError("--ridge has no effect with --start random. Leave one of them out.")
     if settings.closed_form:
-        chosen["dim"] = _closed_form_dim(chosen.get("dim"), image_dim, text_dim)
+        most = min(image_dim, text_dim)
+        chosen.setdefault("dim", min(CLOSED_FORM_DIM, most))
+        if chosen["dim"] > most:
+            raise UserError(
+                f"--dim is invalid: got {chosen['dim']}, but a closed form of features with {image_dim} and {text_dim} "
+                f"dimensions has at most {most}. Lower it, or use --start random."
+            )
     chosen["batch_size"] = min(settings.batch_size, rows)
     if settings.head == "cca":
         return FitSettings(**{**chosen, "steps": 0}), notes
     if settings.batch_size > rows:
-        notes.append(f"A batch of {settings.batch_size:,} is more than there are pairs: reduced to all {rows:,}.")
+        notes.append(f"Reduced the batch size from {settings.batch_size:,} to all {rows:,} pairs.")
     chosen.setdefault("steps", max(1, round(epochs * rows / chosen["batch_size"])))
-    reach = settings.lr * chosen["steps"] / 2
-    if reach < TRAINED and not settings.closed_form:
+    reach = settings.lr * chosen["steps"] / 2  # the mean rate of a cosine is half its peak; Lion moves by the rate
+    if reach < MIN_REACH and not settings.closed_form:
         notes.append(
-            f"{chosen['steps']} steps at a rate of {settings.lr:g} move no weight by more than {reach:.1g}: expect a "
-            "run that has hardly learned; raise --lr or --steps."
+            f"{chosen['steps']} steps at a learning rate of {settings.lr:g} change no weight by more than {reach:.1g}. "
+            "The run will hardly learn; raise --lr or --steps."
         )
     return FitSettings(**chosen), notes
 
 
-def _closed_form_dim(dim: int | None, image_dim: int, text_dim: int) -> int:
-    most = min(image_dim, text_dim)
-    if dim is not None and dim > most:
-        raise UserError(
-            f"--dim {dim} is more than a closed form of {image_dim} and {text_dim} dimensions has; give at most {most} "
-            "or --start random."
+def settings_table() -> str:
+    """Return all settings as a Markdown table."""
+    rows = [("Group", "Option", "Default", "With `small`", "Values", "Meaning"), ("---",) * 6]
+    for setting in sorted(SETTINGS.values(), key=lambda each: each.group):
+        paper, small = setting.defaults
+        rows.append(
+            (setting.group, f"`{setting.flag}`", paper, "" if small == paper else small, setting.values, setting.help)
         )
-    return dim or min(CLOSED_FORM_DIM, most)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

@@ -205,7 +205,7 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
     Raises:
         UserError: Both are given, or what is given is none of these or is damaged.
     """
-    from sail_align.align.runs.folder import is_export, is_run, require_run, run_of
+    from sail_align.align.runs.folder import RunFolder, newest_run
 
     if run and model:
         raise UserError(f"--run {run} and --model {model} exclude each other. Remove one.")
@@ -213,16 +213,16 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
         from sail_align.evaluate.models import load_open_clip
 
         return load_open_clip(model, device=device)
-    if run and is_export(run):
+    if run and RunFolder(run).is_export:
         from sail_align.align.hub.folder import read_hub_folder
 
         return read_hub_folder(run)
     if run:
-        require_run(run)
-        if not is_run(run_of(run)):
+        RunFolder(run).require()
+        if not RunFolder(run).run.is_run:
             raise UserError(f"{run} is a checkpoint outside its run. Move it back into that run's checkpoints/.")
 
-    from sail_align.align.runs.checkpoint import load_run, newest_run
+    from sail_align.align.runs.checkpoint import load_run
 
     return load_run(run or newest_run())
 
@@ -231,7 +231,7 @@ def _evaluate(
     run: "Run", is_newest: bool, sets: Sets, features_dir: Path, device: str, quiet: bool, *, stop_at_fault: bool
 ) -> None:
     """Score the sets, print the table and write the report, even after an error. Exit with 1 if a set failed."""
-    from sail_align.align.runs.folder import scores_folder
+    from sail_align.align.runs.folder import RunFolder
     from sail_align.evaluate.evaluator import evaluate_sets
     from sail_align.evaluate.report.formats import score_table, text
     from sail_align.evaluate.report.overview import Overview
@@ -250,7 +250,7 @@ def _evaluate(
             typer.echo(score_table(records))
             if (overview := Overview(RunScores.read_all([run.path]))).with_reported:
                 typer.echo(f"\n{text(overview)}")
-            typer.echo(f"wrote {scores_folder(run.path) / 'scores.json'} and {write_report(run.path)}")
+            typer.echo(f"wrote {RunFolder(run.path).scores / 'scores.json'} and {write_report(run.path)}")
     if any(record.error for record in records):
         raise typer.Exit(1)
 

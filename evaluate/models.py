@@ -69,7 +69,7 @@ def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("ru
         }
         write_atomically(folder / "encoders.json", json.dumps(towers, indent=1).encode())
         write_atomically(folder / "settings.json", json.dumps({"model": reference}, indent=1).encode())
-    settings, towers = (read_json(folder / f"{name}.json", f"remove {folder}") for name in ("settings", "encoders"))
+    settings, towers = (read_json(folder / f"{name}.json", f"Remove {folder}.") for name in ("settings", "encoders"))
     if settings.get("model") != reference:
         raise UserError(f"{folder} exists and is of the model {settings.get('model')!r}. Rename that folder.")
     image, text = (Identity.from_json(towers[side]) for side in ("image", "text"))

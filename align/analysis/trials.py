@@ -1,6 +1,5 @@
 """Fits that are compared with each other: one recipe except for what is compared, scored on the same held-out rows."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,23 +12,18 @@ import torch
 from numpy.typing import NDArray
 
 from sail_align.align.data.pairs import Half, Pairs, Rows, read_rows
-from sail_align.align.runs.checkpoint import Run, checkpoint_folders, discard, load_run, read_checkpoint
+from sail_align.align.runs.checkpoint import Run, discard, load_run, read_checkpoint
 from sail_align.align.runs.claim import claim_run
-from sail_align.align.runs.folder import decisive, is_run
-from sail_align.align.settings import COMPARED_HELD_OUT, PAPER_ROWS
+from sail_align.align.runs.folder import RunFolder
+from sail_align.align.settings import COMPARED, COMPARED_FEW, PAPER_ROWS
 from sail_align.align.stats.metrics import ranks
-from sail_align.align.train.collapse import collapse_of
+from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.trainer import fit
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import canonical_json
 
 FORMAT = 1
-WARMUP = 0.1
-"""Fraction of the steps, as in the script of the paper's authors: a sudden start can collapse the sigmoid loss."""
-SMALL = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
-"""For random initial weights and thousands of pairs, where the paper's learning rate would leave a head untrained."""
 EMBED_ROWS = 1_024
 
 Echo = Callable[[str], None]
@@ -85,11 +79,10 @@ class Trial:
 
         The path ends with a digest of everything that decides the weights, so other options give another run.
         """
-        record = self.seeded(seed).record()
-        digest = hashlib.sha256(canonical_json(decisive(record))).hexdigest()[:8]
         words = re.sub(r"\W+", "-", self.name.replace("×", "x")).strip("-")
-        path = folder / f"{words}-seed{seed}-{digest}"
-        return path, is_run(path) and (saved := read_checkpoint(path)) is not None and bool(saved.record["finished"])
+        path = folder / f"{words}-seed{seed}-{self.seeded(seed).digest[:8]}"
+        saved = read_checkpoint(path)
+        return path, saved is not None and saved.finished
 
     def run(self, folder: Path, seed: int, *, device: torch.device, quiet: bool) -> tuple[Run, bool]:
         """Return the finished run of a seed, and whether it was finished before. An unfinished run is resumed.
@@ -100,7 +93,7 @@ class Trial:
         if not finished:
             plan = self.seeded(seed)
             fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, keep=1, on_collapse="warn")
-            for best in checkpoint_folders(path, "best"):
+            for best in RunFolder(path).checkpoints("best"):
                 discard(best)
         return load_run(path), finished
 
@@ -128,14 +121,13 @@ class TrialResult:
 
 
 def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a fit from random initial weights: the paper's, or `SMALL` for few rows, then those given.
+    """Return the options of a fit from random initial weights: the paper's, others for few rows, then those given.
 
     Raises:
         UserError: A path is not a store.
     """
     few = sum(Store.open(path).rows for path in stores) < PAPER_ROWS
-    shared = {"preset": "paper", "held_out": COMPARED_HELD_OUT, "warmup": WARMUP}
-    recipe: dict[str, Any] = {**shared, **(SMALL if few else {})}
+    recipe: dict[str, Any] = {**COMPARED, **(COMPARED_FEW if few else {})}
     if "steps" in given:
         recipe.pop("epochs", None)
     return recipe | dict(given)
@@ -173,7 +165,7 @@ def run_trials(
         for seed in range(seeds):
             run, was_finished = trial.run(folder, seed, device=device, quiet=quiet)
             result.digests.append(run.digest)
-            result.collapsed.append(collapse_of(run.path, run.settings["lr"]) is not None)
+            result.collapsed.append(Watch.replay(run.path, run.settings["lr"]) is not None)
             for caption, sides in sides_of.items():
                 result.retrieved[caption].append(Retrieved.by(run, *sides, device))
             scores = "; ".join(f"{c} {r[-1].t2i_r1:.1f} / {r[-1].i2t_r1:.1f}" for c, r in result.retrieved.items())

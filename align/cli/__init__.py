@@ -1,23 +1,20 @@
-"""sail-align: train the heads that bring frozen image and text features into one space."""
+"""sail-align: train heads that map frozen image and text features into one space."""
 
 import typer
 
 from sail_align.align.cli.analyse import ladder, measure, probe
 from sail_align.align.cli.exchange import export, import_released
 from sail_align.align.cli.fit import fit
+from sail_align.align.cli.options import GroupedCommand
 from sail_align.extract.errors import run_command
 from sail_align.extract.system.memory import wait_without_spinning
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.command()(fit)
-app.command("import-released")(import_released)
-app.command()(measure)
-app.command()(export)
-app.command()(probe)
-app.command()(ladder)
+for command in (fit, import_released, measure, export, probe, ladder):
+    app.command(command.__name__.replace("_", "-"), cls=GroupedCommand)(command)
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     wait_without_spinning()
     run_command(app)

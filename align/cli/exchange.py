@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.align.runs.folder import require_run, run_of
+from sail_align.align.runs.folder import RunFolder
 from sail_align.extract.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def import_released(
         raise UserError(f"{file} is not there; name the file that the authors published.")
 
     from sail_align.align.hub.released import CLAMP, read_released
-    from sail_align.align.runs.checkpoint import save_checkpoint
+    from sail_align.align.runs.checkpoint import write_checkpoint
     from sail_align.align.runs.claim import claim_run
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.system.files import report_write_errors
@@ -55,7 +55,8 @@ def import_released(
     run = claim.path
     if not claim.finished:
         with report_write_errors(run):
-            save_checkpoint(run, released.model, released.checkpoint_record(image, text), step=0, optimizer=None)
+            record = released.checkpoint_record(image, text)
+            write_checkpoint(RunFolder(run).checkpoint(0), released.model.state_dict(), record, step=0)
     shape = released.architecture
     said = "this import is there:" if claim.finished else "wrote"
     typer.echo(
@@ -88,7 +89,7 @@ def export(
     if to == "onnx" and licence:
         raise UserError("--licence is for the card of a hub-folder; leave it out with --to onnx.")
 
-    require_run(run)
+    RunFolder(run).require()
 
     from sail_align.align.runs.checkpoint import load_run
 
@@ -125,4 +126,4 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
             )
     write_hub_folder(run, folder, model_card(run, scores, licence))
     typer.echo(f"wrote {folder}: heads, config and a model card with {len(scores)} scored sets")
-    typer.echo(f"Next: hf upload <owner>/{run_of(run.path).resolve().name} {folder}")
+    typer.echo(f"Next: hf upload <owner>/{RunFolder(run.path).run.path.resolve().name} {folder}")

@@ -46,6 +46,20 @@ class Pairs:
         """All arrays, the image array first."""
         return self.image, *self.texts
 
+    @classmethod
+    def open(
+        cls, path: Path, captions: Sequence[str], image_encoder: str | None = None, text_encoder: str | None = None
+    ) -> "Pairs":
+        """Open the arrays of a store; an encoder may be None if the store has only one."""
+        store = Store.open(path)
+        texts = tuple(store.text(name, text_encoder) for name in captions)
+        return cls(store, tuple(captions), store.image(image_encoder), texts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the store's path and the arrays' encoders, so that another process opens them itself."""
+        image_encoder, text_encoder = (array.path.split("/")[1] for array in (self.image, self.texts[0]))
+        return Pairs.open, (self.store.path, self.captions, image_encoder, text_encoder)
+
     def only(self, captions: Sequence[str]) -> "Pairs":
         """Return the pairs with only some of the captions."""
         texts = dict(zip(self.captions, self.texts, strict=True))
@@ -96,8 +110,7 @@ def open_pairs(
     opened: list[Pairs] = []
     first_with: dict[str, Path] = {}
     for path, store, names in zip(paths, stores, chosen, strict=True):
-        texts = tuple(store.text(name, text_encoder) for name in names)
-        pairs = Pairs(store, tuple(names), store.image(image_encoder), texts)
+        pairs = Pairs.open(path, names, image_encoder, text_encoder)
         _require_complete(pairs)
         if (digest := store.digest) in first_with:
             raise UserError(f"{path} holds the same data as {first_with[digest]}. Give each store once.")

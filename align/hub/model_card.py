@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sail_align.align.runs.checkpoint import Run
-from sail_align.align.runs.folder import damaged, read_json, run_of, scores_folder
+from sail_align.align.runs.folder import RunFolder, damaged, read_json
 from sail_align.align.stats.tables import format_table, interval, number
 from sail_align.extract.encoders.identity import Identity
 
@@ -26,7 +26,7 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
     Raises:
         UserError: The file of the scores is damaged.
     """
-    path, remedy = scores_folder(run.path) / "scores.json", "remove it and score the run again with `sail-eval`"
+    path, remedy = RunFolder(run.path).scores / "scores.json", "Remove it and score the run again with `sail-eval`."
     if not path.is_file():
         return [], False
     scores = read_json(path, remedy)
@@ -40,7 +40,7 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
 
 def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
     """Return the text of a README.md with metadata, scores, and the digests of encoders and data."""
-    name = run_of(run.path).resolve().name
+    name = RunFolder(run.path).run.path.resolve().name
     about = ModelCardData(
         license=licence,
         library_name="sail-align",

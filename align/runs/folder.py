@@ -1,88 +1,136 @@
-"""Files of a run or an export, read so that damage is one sentence, and the digests that tell it.
+"""Files of a run, found and read without torch; damaged ones are refused with a clear message.
 
-A `remedy` says what to do about damage, as the end of that sentence.
+A `remedy` completes such a message with the user's next step.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import canonical_json
 
-BEGIN_AGAIN = "restore it, or begin again with another --out"
-EXPORT_AGAIN = "export or download it again"
+BEGIN_AGAIN = "Restore it, or start again with another --out."
+EXPORT_AGAIN = "Export or download it again."
 CONFIG = "config.json"
-"""What an exported folder says of itself."""
+"""Description of an exported folder."""
+
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run, with or without a checkpoint."""
-    return (path / "settings.json").is_file()
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, of one of its checkpoints, or of an export; reading it shows which."""
+
+    path: Path
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a run, with or without a checkpoint."""
+        return (self.path / "settings.json").is_file()
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is a completely written checkpoint."""
+        return (self.path / "model.json").is_file()
+
+    @property
+    def is_export(self) -> bool:
+        """Whether this may be a folder of `sail-align export`."""
+        return (self.path / CONFIG).is_file() and not self.is_run and not self.is_checkpoint
+
+    def require(self) -> None:
+        """Raise `UserError` if this is neither a run nor a checkpoint."""
+        if not self.is_run and not self.is_checkpoint:
+            raise UserError(f"{self.path} is not a run. Train one with `sail-align fit`.")
+
+    @property
+    def run(self) -> "RunFolder":
+        """The run that a checkpoint belongs to, even if the checkpoint was removed; any other folder itself."""
+        for each in (self.path, self.path.resolve()):
+            if each.parent.name in ("checkpoints", "scores") and RunFolder(each.parents[1]).is_run:
+                return RunFolder(each.parents[1])
+        return self
+
+    @property
+    def name(self) -> str:
+        """Name of the run, with the step of a checkpoint: `photos-glu, step 84`."""
+        name, folder = self.run.path.resolve().name, self.path.resolve().name
+        if self.run == self:
+            return name
+        found = CHECKPOINT_NAME.fullmatch(folder)
+        return f"{name}, step {int(found[2]):,}" if found else f"{name}, {folder}"
+
+    @property
+    def scores(self) -> Path:
+        """Folder of the scores.
+
+        Those of a checkpoint are in its run's `scores/`, because they outlive it. Those of an export, which may belong
+        to someone else, are in `runs/`, under its name and the digest of the exported run.
+        """
+        name = self.path.resolve().name
+        if self.run != self:
+            return self.run.path / "scores" / name
+        if self.is_export:
+            digest = str(read_json(self.path / CONFIG, EXPORT_AGAIN).get("run_digest"))
+            return Path("runs") / f"{name}-{digest[:8]}"
+        return self.path
+
+    @property
+    def metrics(self) -> Path:
+        """Log of the run's metrics."""
+        return self.path / "metrics.jsonl"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the run's settings. Raises `UserError` if the file is damaged."""
+        return read_json(self.path / "settings.json", BEGIN_AGAIN)
+
+    def checkpoint(self, step: int, kind: str = "step") -> Path:
+        """Return the folder of the checkpoint of a step; `kind` is "step" or "best"."""
+        return self.path / "checkpoints" / f"{kind}-{step:08d}"
+
+    def checkpoints(self, kind: str = "step", *, incomplete: bool = False) -> list[Path]:
+        """Return the folders of the checkpoints of a kind by step; incomplete ones only if asked for."""
+        folders = [
+            path
+            for path in (self.path / "checkpoints").glob(f"{kind}-*")
+            if CHECKPOINT_NAME.fullmatch(path.name) and (incomplete or RunFolder(path).is_checkpoint)
+        ]
+        return sorted(folders, key=step_of)
+
+    @property
+    def last(self) -> Path | None:
+        """Folder of the last checkpoint, from which training resumes; None if there is none yet."""
+        return next(reversed(self.checkpoints()), None)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, written to its end."""
-    return (folder / "model.json").is_file()
+def newest_run(root: str | Path = "runs") -> Path:
+    """Return the run under `root` that was saved last. Raises `UserError` if none has a checkpoint."""
+    saved = {path: last for path in Path(root).glob("*") if RunFolder(path).is_run and (last := RunFolder(path).last)}
+    if not saved:
+        raise UserError(f"There is no run in {root}. Train one with `sail-align fit`.")
+    return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
 
 
-def is_export(folder: Path) -> bool:
-    """Whether a folder may be one of `sail-align export`; reading it tells."""
-    return (folder / CONFIG).is_file() and not is_run(folder) and not is_whole(folder)
-
-
-def require_run(path: Path) -> None:
-    """Raise `UserError` if a folder is neither a run nor a checkpoint."""
-    if not is_run(path) and not is_whole(path):
-        raise UserError(f"{path} is not a run; make one with `sail-align fit`.")
-
-
-def run_of(path: Path) -> Path:
-    """Return the run that a checkpoint is one of, also one that the run has removed; of any other path, itself."""
-    for each in (path, path.resolve()):
-        if each.parent.name in ("checkpoints", "scores") and is_run(each.parents[1]):
-            return each.parents[1]
-    return path
-
-
-def name_of(path: Path) -> str:
-    """Return a run's name, or that of one of its checkpoints: `photos-glu, step 84`."""
-    run = run_of(path)
-    name, folder = run.resolve().name, path.resolve().name
-    if run == path:
-        return name
-    found = CHECKPOINT_NAME.fullmatch(folder)
-    return f"{name}, step {int(found[2]):,}" if found else f"{name}, {folder}"
-
-
-def scores_folder(path: Path) -> Path:
-    """Return where scores are: a run's in its folder, a checkpoint's in its run's `scores/`, where they outlive it.
-
-    Those of an export, which may be someone else's, are in `runs/`, under its name and the digest of its weights' run.
-    """
-    run, name = run_of(path), path.resolve().name
-    if run != path:
-        return run / "scores" / name
-    if is_export(path):
-        digest = str(read_json(path / CONFIG, EXPORT_AGAIN).get("run_digest"))
-        return Path("runs") / f"{name}-{digest[:8]}"
-    return path
+def step_of(folder: Path) -> int:
+    """Return the number of steps in the name of a checkpoint's folder."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def read_file(path: Path, remedy: str) -> bytes:
-    """Return the bytes of a file. Raises `UserError` if it is not there or cannot be read."""
+    """Return the bytes of a file. Raises `UserError` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as problem:
-        raise UserError(f"{path} cannot be read ({problem.strerror}); {remedy}.") from problem
+        raise UserError(f"{path} cannot be read ({problem.strerror}). {remedy}") from problem
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Return what a JSON file holds. Raises `UserError` if it is not whole."""
+    """Return the object in a JSON file. Raises `UserError` if it cannot be read or is damaged."""
     try:
         record = json.loads(read_file(path, remedy))
     except ValueError as problem:
@@ -93,25 +141,33 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def damaged(path: Path, remedy: str) -> UserError:
-    """Return what to raise of a file that is not as it was written."""
-    return UserError(f"{path} is not what was written; {remedy}.")
+    """Return the error for a file whose content was changed or cut."""
+    return UserError(f"{path} is damaged: its content is not what was written. {remedy}")
 
 
-def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a run's settings that decide its weights.
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a checkpoint's record, which leaves out the location of its stores."""
+    covered = {name: value for name, value in record.items() if name != "digest"}
+    if isinstance(settings := record.get("settings"), dict):
+        covered["settings"] = {name: value for name, value in settings.items() if name != "stores"}
+    return hashlib.sha256(canonical_json(covered)).hexdigest()
 
-    Where its stores lie, and what they hold besides, does not: stores may be moved, and get further arrays.
+
+def run_digest(settings: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the settings that decide a run's weights: its identity.
+
+    The location of its stores is left out, and so is the digest of everything in them: stores may be moved, and other
+    arrays may be added.
     """
-    return {name: value for name, value in settings.items() if name not in ("stores", "store_digests")}
+    return hashlib.sha256(canonical_json(_decisive(settings))).hexdigest()
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return in what the settings of two runs differ, as the options that a user gives.
+    """Return the differences between the settings of two runs, as the options that a user gives.
 
-    Other encoders or captions are read from other arrays, and which rows there are follows from the rest: of these
-    differences only the cause is named.
+    Other encoders or captions imply other arrays, and the number of rows follows from the rest. Only causes are named.
     """
-    one, other = decisive(there), decisive(here)
+    one, other = _decisive(there), _decisive(here)
     names = {name for name in one | other if one.get(name) != other.get(name)}
     if not names & {"image_encoder", "text_encoder", "captions"} and "features_digests" in names:
         stores = ", ".join(map(str, there.get("stores", [])))
@@ -120,16 +176,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str,
     return _options(names)
 
 
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("stores", "store_digests")}
+
+
 def _options(names: set[str]) -> tuple[str, ...]:
     options = {"caption_weights": "--captions", "excluded_keys": "--exclude", "excluded_sha256": "--exclude"}
     options |= {"image_encoder": "image encoder", "text_encoder": "text encoder", "steps": "--steps or --epochs"}
     chosen = names - {"features_digests", "training_rows", "held_out_rows"}
     return tuple(sorted({options.get(name, f"--{name.replace('_', '-')}") for name in chosen}))
-
-
-def record_digest(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 over all of a record but where stores lie."""
-    covered = {name: value for name, value in record.items() if name != "digest"}
-    if isinstance(settings := record.get("settings"), dict):
-        covered["settings"] = {name: value for name, value in settings.items() if name != "stores"}
-    return hashlib.sha256(canonical_json(covered)).hexdigest()

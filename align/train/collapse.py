@@ -1,7 +1,7 @@
-"""Sees from what a run logs when its training has collapsed, and says so in a sentence.
+"""Detection of collapsed training from the lines of a run's log.
 
-Every limit lies between what runs on real photos that learned and runs that collapsed have shown: docs/training.md has
-the numbers. What is seen depends on the logged lines alone, so a resumed run sees the same.
+Each threshold lies between the values of runs on real photos that learned and of runs that collapsed; docs/training.md
+has the numbers. The result depends on the logged lines alone, so a resumed run sees the same.
 """
 
 import json
@@ -10,38 +10,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sail_align.align.runs.folder import BEGIN_AGAIN, read_file
+from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, read_file
 
-NEAR_CHANCE, OF_THE_REST = 5.0, 0.1
-"""Held-out R@1 below so many times its chance level says next to nothing; runs that learn are beyond it early. Of few
-pairs, whose chance level is high, a tenth of the way from there to 100 is beyond it too."""
+NEAR_CHANCE, NEAR_CHANCE_SHARE = 5.0, 0.1
+"""R@1 is near chance below this multiple of the chance level, which runs that learn soon exceed. With few pairs, where
+chance is high, the bound is at most this share of the way from chance to 100."""
 
 FORGOTTEN = 0.1
-"""Share of the best R@1 above chance, or of the largest gap, that a run which forgot has at most."""
+"""A run has forgotten if this share, or less, is left of its best R@1 above chance or of its largest gap."""
 
 LEARNED_GAP = 0.05
+"""Difference between the mean cosines of positives and negatives that shows learning."""
+
 PATIENT_STEPS = 20
-"""A gap between the cosines of positives and negatives; and for how many steps it must be lost. Runs that began with
-too high a rate lost it for a few steps and learned all the same."""
+"""Steps for which the gap must be lost. Runs with too high an initial rate lost it for a few steps, then learned."""
 
 PATIENT_SCORINGS = 2
-"""How many scorings in a row must say that all is lost."""
+"""Consecutive scorings that must show a collapse."""
 
 LOST_RANK = 0.2
-"""Share of its effective rank at the start that a side has left at most."""
+"""Embeddings have collapsed if this share, or less, is left of their initial effective rank."""
 
 DROWNED = 100.0
-"""Gradient mass of the negatives over that of the positives."""
+"""Ratio of the gradient masses of negatives and positives at which nothing is learned."""
 
 DROWNED_AT_FIRST = 10.0
+"""The same ratio in the first batch. Embeddings can balance it by shrinking as well as by learning, so R@1 must also
+stay near chance for some time: a fit of few steps may only have begun to learn."""
+
 SCORINGS_AT_CHANCE, STEPS_AT_CHANCE = 5, 50
-"""The same in the first batch, which embeddings balance by shrinking as well as by learning; and for how many scorings
-in a row, and steps, R@1 must then have been near chance: a fit of few steps may only have begun to learn."""
+"""Consecutive scorings, and steps between the first and last of them, for which R@1 must stay near chance."""
 
 
 @dataclass
 class Watch:
-    """What was seen of a run so far. `lr` is its highest rate, for the advice."""
+    """What the log has shown so far. `lr` is the peak learning rate, for the advice."""
 
     lr: float
     _best_r1: float = -math.inf
@@ -50,16 +53,26 @@ class Watch:
     _steps_lost: int = 0
     _scorings_lost: int = 0
     _near_chance: list[int] = field(default_factory=list)
-    """Steps of the last scorings, as far as they are near chance."""
+    """Steps of the latest scorings, as long as all were near chance."""
     _first: Mapping[str, float] = field(default_factory=dict)
     _last: Mapping[str, float] = field(default_factory=dict)
 
-    def see(self, kind: str, step: int, values: Mapping[str, float]) -> str | None:
-        """Take in a line of the log; return what it shows and what to change, if training has collapsed."""
-        seen = self._trained(values) if kind == "train" else self._scored(step, values)
-        return seen and f"Training has collapsed at step {step:,}: {seen}, or go on with --on-collapse warn."
+    @classmethod
+    def replay(cls, run: Path, lr: float) -> str | None:
+        """Return the first message about a collapse in the log of a run, None if there is none."""
+        watch = cls(lr)
+        for line in read_file(RunFolder(run).metrics, BEGIN_AGAIN).splitlines():
+            values = json.loads(line)
+            if message := watch.see(values.pop("kind"), values.pop("step"), values):
+                return message
+        return None
 
-    def _trained(self, values: Mapping[str, float]) -> str | None:
+    def see(self, kind: str, step: int, values: Mapping[str, float]) -> str | None:
+        """Add a line of the log; if training has collapsed, return what happened and what to change."""
+        seen = self._see_step(values) if kind == "train" else self._see_scores(step, values)
+        return seen and f"Training collapsed at step {step:,}: {seen}, or continue with --on-collapse warn."
+
+    def _see_step(self, values: Mapping[str, float]) -> str | None:
         self._first, self._last = self._first or values, values
         gap = (values["positive_logit"] - values["negative_logit"]) / values["t"]
         self._best_gap = max(self._best_gap, gap)
@@ -67,14 +80,17 @@ class Watch:
         self._steps_lost = self._steps_lost + 1 if lost else 0
         if self._steps_lost < PATIENT_STEPS:
             return None
-        before = f"after {self._best_gap:.2g} before"
-        return f"pairs that belong together are {gap:.2g} more alike (cosine) than others, {before}; {self._advice()}"
+        return (
+            f"the mean cosine of positives exceeds that of negatives by {gap:.2g}, after {self._best_gap:.2g} before. "
+            f"{self._advice()}"
+        )
 
-    def _scored(self, step: int, values: Mapping[str, float]) -> str | None:
+    def _see_scores(self, step: int, values: Mapping[str, float]) -> str | None:
         ranks = values["image_rank"], values["text_rank"]
         self._ranks = self._ranks or ranks
         self._best_r1 = max(self._best_r1, values["r1"])
-        self._near_chance = [*self._near_chance, step] if values["r1"] < _next_to_nothing(values["chance"]) else []
+        is_near = values["r1"] < _chance_bound(values["chance"])
+        self._near_chance = [*self._near_chance, step] if is_near else []
         lost = self._lost(values["r1"], values["chance"], ranks)
         self._scorings_lost = 0 if lost is None else self._scorings_lost + 1
         return lost if self._scorings_lost >= PATIENT_SCORINGS else None
@@ -83,14 +99,12 @@ class Watch:
         if not self._near_chance or self._ranks is None:
             return None
         now = f"held-out R@1 is {r1:.1f} (chance {chance:.2g})"
-        if self._best_r1 >= _next_to_nothing(chance) and r1 - chance <= FORGOTTEN * (self._best_r1 - chance):
-            return f"{now}, after {self._best_r1:.1f} before; {self._advice()}"
-        now += f"; {self._advice(learned=False)}"
+        if self._best_r1 >= _chance_bound(chance) and r1 - chance <= FORGOTTEN * (self._best_r1 - chance):
+            return f"{now}, after {self._best_r1:.1f} before. {self._advice()}"
+        now += f". {self._advice(learned=False)}"
         for side, rank, before in zip(("image", "text"), ranks, self._ranks, strict=True):
             if rank <= LOST_RANK * before:
-                return (
-                    f"the {side} embeddings have an effective rank of {rank:.1f}, after {before:.1f} before, and {now}"
-                )
+                return f"the effective rank of {side} embeddings is {rank:.1f}, after {before:.1f} before, and {now}"
         if (ratio := _mass_ratio(self._last)) >= DROWNED:
             return f"negatives outweigh positives {ratio:.0f} times in the gradient, and {now}"
         waited = self._near_chance[-1] - self._near_chance[0]
@@ -100,27 +114,18 @@ class Watch:
         return None
 
     def _advice(self, *, learned: bool = True) -> str:
-        """Say what to change; what had `learned` did so in spite of its first batch."""
+        """Return what to change. The first batch matters only if nothing was learned after it."""
         if _mass_ratio(self._last) >= DROWNED or (not learned and _mass_ratio(self._first) >= DROWNED_AT_FIRST):
             t, b = self._last["t"], self._last["b"]
-            return f"start with --temperature auto (t is now {t:.3g} and b {b:.3g})"
-        return f"lower --lr (now {self.lr:g}), warm up longer (--warmup)"
+            return f"Start with --temperature auto (t is now {t:.3g} and b {b:.3g})"
+        return f"Lower --lr (now {self.lr:g}), lengthen --warmup"
 
 
-def _next_to_nothing(chance: float) -> float:
-    return min(NEAR_CHANCE * chance, chance + OF_THE_REST * (100 - chance))
+def _chance_bound(chance: float) -> float:
+    """Return the R@1 below which a run is near chance."""
+    return min(NEAR_CHANCE * chance, chance + NEAR_CHANCE_SHARE * (100 - chance))
 
 
 def _mass_ratio(values: Mapping[str, float]) -> float:
     positive, negative = (values.get(f"{name}_mass", 0.0) for name in ("positive", "negative"))
     return negative / positive if positive > 0 else 0.0
-
-
-def collapse_of(run: Path, lr: float) -> str | None:
-    """Return the sentence that says how a run's training collapsed, if its log shows that it did."""
-    watch = Watch(lr)
-    for line in read_file(run / "metrics.jsonl", BEGIN_AGAIN).splitlines():
-        values = json.loads(line)
-        if seen := watch.see(values.pop("kind"), values.pop("step"), values):
-            return seen
-    return None

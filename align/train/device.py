@@ -1,4 +1,4 @@
-"""What training asks of the device that it runs on."""
+"""Precision and free memory of the device that training uses."""
 
 from contextlib import AbstractContextManager
 from typing import cast
@@ -11,28 +11,28 @@ from sail_align.extract.system.memory import free_memory
 
 
 def choose_precision(asked: str, device: torch.device) -> Precision:
-    """Return what products are computed in; auto is bfloat16 on a GPU and float32 elsewhere.
+    """Return the precision of matrix products; `auto` is bfloat16 on a GPU and float32 elsewhere.
 
     Raises:
-        UserError: The device has no such products.
+        UserError: The device does not support it.
     """
     on_gpu = device.type == "cuda"
     if asked == "auto":
         return "bfloat16" if on_gpu else "float32"
     if asked == "tf32" and not on_gpu:
-        raise UserError(f"--precision tf32 is for NVIDIA GPUs; give float32 or bfloat16 on {device.type}.")
+        raise UserError(f"--precision tf32 needs an NVIDIA GPU, got device {device.type}. Use float32 or bfloat16.")
     return cast("Precision", asked)
 
 
 def products_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which matrix products are computed in a precision, and all else in float32."""
+    """Return a context that computes matrix products in a precision, and everything else in float32."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that a process may still take on a device: a GPU's, or the machine's or container's."""
+    """Return the memory that this process can still allocate on a GPU, or on the machine within its container."""
     if device.type == "cuda":
         held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held_back

@@ -1,8 +1,8 @@
-"""What a fit will do, decided and checked before anything is computed."""
+"""The plan of a fit: data, rows and settings, checked before anything is computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sail_align.align.data.pairs import (
 )
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
+from sail_align.align.runs.folder import run_digest
 from sail_align.align.settings import FitSettings, check_options, choose_settings
 from sail_align.extract.errors import UserError
 
@@ -27,7 +28,10 @@ MIN_ROWS = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """The data, their rows to train on and to hold out, and complete settings."""
+    """The data, the rows to train on and to hold out, and complete settings.
+
+    A pickled plan holds the paths of its stores; the process that loads it opens them itself.
+    """
 
     pairs: Sequence[Pairs]
     training: Sequence[Rows]
@@ -48,13 +52,13 @@ class Plan:
 
     @property
     def scored(self) -> list[Pairs]:
-        """The data with the captions to score with: those that all stores have, or where none is, each one's first."""
+        """The data with the captions to score with: those in all stores or, if there are none, the first of each."""
         shared = shared_captions([each.captions for each in self.pairs])
         return [each.only(shared or each.captions[:1]) for each in self.pairs]
 
     @property
     def architecture(self) -> Architecture:
-        """The model's shape."""
+        """Architecture of the model."""
         settings = self.settings
         return Architecture(
             head="linear" if settings.head == "cca" else settings.head,
@@ -70,26 +74,26 @@ class Plan:
 
     @property
     def loss(self) -> Loss:
-        """The loss by its settings."""
+        """Loss over a batch in one process."""
         weights = self.policy.loss_weights
         if self.settings.loss == "infonce":
             return partial(infonce_loss, weights=weights)
         return partial(sigmoid_loss, divisor=self.settings.divisor, weights=weights)
 
     def loss_of_parts(self, across: LogSumExp) -> Loss:
-        """The loss where a batch lies in several processes; `across` is `infonce_loss`'s."""
+        """Return the loss over a batch split across processes; `across` is passed to `infonce_loss`."""
         if self.settings.loss == "infonce":
             return partial(infonce_loss, weights=self.policy.loss_weights, across=across)
         return self.loss
 
     def describe(self) -> str:
-        """Say in a line what will be computed."""
+        """Return a one-line summary."""
         chosen = self.settings
         drawn = f"{self.policy.positives} of " if self.policy.drawn else ""
         data = f"{self.training_rows:,} pairs, {drawn}captions {self.policy.describe()}"
         if chosen.head == "cca":
             return f"CCA of {data}, {chosen.dim} dimensions"
-        begin = "" if chosen.start == "random" else f" from a {chosen.start} start"
+        begin = "" if chosen.start == "random" else f" with {chosen.start} initialisation"
         steps = "1 step" if chosen.steps == 1 else f"{chosen.steps:,} steps"
         return (
             f"{chosen.head} heads{begin} on {data}; {steps} of {chosen.batch_size:,}, "
@@ -97,9 +101,9 @@ class Plan:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return all that decides the weights, as JSON-able data: what settings.json holds.
+        """Return everything that decides the weights, as JSON-able data: the content of settings.json.
 
-        Where the stores lie and what they hold besides is there for readers alone: `decisive` leaves it out.
+        It also has the stores' paths and digests, for information; `digest` leaves them out.
         """
         return {
             **asdict(self.settings),
@@ -115,8 +119,13 @@ class Plan:
             **self.exclusions.record(),
         }
 
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the run: see `run_digest`."""
+        return run_digest(self.record())
+
     def checkpoint_record(self) -> dict[str, Any]:
-        """Return what a checkpoint says besides its weights: architecture, encoders, settings."""
+        """Return what a checkpoint records besides its weights: architecture, encoders and settings."""
         return {
             "architecture": asdict(self.architecture),
             "image": self.pairs[0].image.identity.to_json(),
@@ -134,20 +143,20 @@ def make_plan(
     text_encoder: str | None = None,
     exclude: Sequence[Path] = (),
 ) -> tuple[Plan, list[str]]:
-    """Open the stores, choose rows and settings; return the plan, and sentences about what was chosen or changed.
+    """Open the stores, choose rows and settings; return the plan, and notes about what was chosen or changed.
 
     Args:
         stores: At least one.
-        options: Settings that the user gave, as in `check_options`.
-        captions: Names as in `parse_captions`; by default those that `open_pairs` takes.
-        image_encoder: Which encoder's images, where a store holds several.
-        text_encoder: The same for texts.
-        exclude: Lists of keys whose rows are left out, as `Exclusions.read` takes them.
+        options: Settings given by the user, as for `check_options`.
+        captions: Captions as for `parse_captions`; by default chosen by `open_pairs`.
+        image_encoder: Image encoder to use if a store has more than one.
+        text_encoder: Text encoder to use if a store has more than one.
+        exclude: Files with keys to leave out, as for `Exclusions.read`.
 
     Raises:
         UserError: An option, a list or a store cannot be used, or too few rows are left.
     """
-    check_options(options)
+    options = check_options(options)
     exclusions = Exclusions.read(exclude)
     names, weights = parse_captions(captions or ())
     positives = options.get("positives")
@@ -164,47 +173,48 @@ def make_plan(
     count = sum(int(rows.sum()) for rows in training)
     if count < MIN_ROWS:
         raise UserError(
-            f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, that is rows with an "
-            f"image and the captions {', '.join(policy.weights)}{' that no list excludes' if exclude else ''}; "
-            "see `sail-extract status`."
+            f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, expected at least "
+            f"{MIN_ROWS}. A pair has an image and the captions {', '.join(policy.weights)}"
+            f"{', and is not excluded' if exclude else ''}. See `sail-extract status`."
         )
     dims = {"image_dim": pairs[0].image.dim, "text_dim": pairs[0].texts[0].dim}
     settings, notes = choose_settings(options, rows=count, **dims)
-    notes[:0] = _on_captions(pairs, policy, named=bool(names))
+    notes[:0] = _caption_notes(pairs, policy, named=bool(names))
     if exclude:
         fewer = sum(int(left_out.sum()) for left_out in excluded)
-        notes.insert(0, f"{fewer:,} rows are excluded by a list of {len(exclusions.keys):,} keys.")
+        notes.insert(0, f"Rows excluded by a list of {len(exclusions.keys):,} keys: {fewer:,}.")
     if unusable:
-        notes.insert(0, f"{unusable:,} rows lack an image or a caption and are left out.")
+        notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.")
     if settings.held_out > 0 and not any(rows.any() for rows in held_out):
-        notes.append(f"{count} pairs are too few to hold some out: the run is not scored.")
+        notes.append(f"{count} pairs are too few to hold any out; the run will not be scored.")
     return Plan(pairs, training, held_out, settings, exclusions, policy), notes
 
 
 def _policy(pairs: Sequence[Pairs], weights: Mapping[str, float], options: Mapping[str, Any]) -> CaptionPolicy:
-    """Return what becomes of the stores' captions; there are no weights where the captions were not named."""
+    """Return how the captions are used; `weights` are empty if the captions were not named."""
     uniform = CaptionPolicy.uniform(chain.from_iterable(each.captions for each in pairs))
     positives = options.get("positives") or uniform.positives
     fewest = min(pairs, key=lambda each: len(each.captions))
     if positives > (most := len(fewest.captions)):
         raise UserError(
-            f"--positives {positives} is more than the captions of {fewest.store.path}: {', '.join(fewest.captions)}; "
-            f"give at most {most}."
+            f"--positives is invalid: got {positives}, but {fewest.store.path} has {most} captions "
+            f"({', '.join(fewest.captions)}). Give at most {most}."
         )
     if len(set(weights.values())) > 1 and options.get("head") == "cca":
-        raise UserError("Weights of captions have no effect with --head cca, which takes all alike; leave them out.")
+        raise UserError("Caption weights have no effect with --head cca. Leave one of them out.")
     return CaptionPolicy(weights or uniform.weights, positives)
 
 
-def _on_captions(pairs: Sequence[Pairs], policy: CaptionPolicy, *, named: bool) -> list[str]:
-    """Return sentences about captions that only some of the stores have."""
+def _caption_notes(pairs: Sequence[Pairs], policy: CaptionPolicy, *, named: bool) -> list[str]:
+    """Return notes about captions that only some of the stores have."""
     notes = []
     for each in pairs:
         unused = [name for name in stored_captions(each.store) if name not in policy.weights]
         if unused and not named:
-            left = f"{each.store.path} has {', '.join(unused)} too, which not all stores have and which is left out"
-            notes.append(f"{left}; --positives 1 draws from what each has.")
+            notes.append(
+                f"Left out {', '.join(unused)} of {each.store.path}, which other stores lack. Use --positives 1 to "
+                "sample from all captions of each store."
+            )
         if lacking := [name for name in policy.weights if name not in each.captions]:
-            drawn = ", ".join(each.captions)
-            notes.append(f"{each.store.path} has no {', '.join(lacking)}: captions of its rows are drawn from {drawn}.")
+            notes.append(f"{each.store.path} has no {', '.join(lacking)}; sampling from {', '.join(each.captions)}.")
     return notes

@@ -1,9 +1,10 @@
-"""One optimiser step: embed a batch, take its loss, move the weights, in memory that hardly grows with the batch.
+"""One optimiser step: embed a batch, compute its loss, update the weights, in memory that hardly grows with the batch.
 
-A loss over B × B pairs needs all embeddings of one side at once, but the heads do not. The images go through their head
-by micro-batches. Then the texts, part by part, go through theirs, meet all images in the loss, and go back: activations
-of one part alone are in memory. At last the images go back, micro-batch by micro-batch. One whose activations memory
-had no room for runs forward once more before that (as in GradCache, Gao et al., 2021), to the same bits.
+A loss over B × B pairs needs all embeddings of one side at once, but the heads do not. So the images pass through their
+head in micro-batches. Then each part of the texts passes through its head, meets all images in the loss, and is
+backpropagated, so that only the activations of one part are in memory. Finally the images are backpropagated, one
+micro-batch after the other. Micro-batches whose activations do not fit are recomputed (GradCache, Gao et al., 2021),
+with bitwise equal results.
 """
 
 from dataclasses import dataclass
@@ -25,19 +26,28 @@ from sail_align.align.train.device import free_bytes, products_in
 from sail_align.align.train.distributed import ALONE, World
 
 MICRO_BATCH = 2_048
-"""Rows that go through a head at once."""
+"""Rows that pass through a head at once."""
+
 PARTS = 16
-"""Most parts of the texts, since each has a gradient of all images."""
+"""Maximum number of parts of the texts, as each computes a gradient for all images."""
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """What takes the steps of a run.
+    """Everything that a training step needs besides its batch.
 
-    `in_parts` says that the losses of parts of the texts add up to the batch's: so does the sigmoid loss, but not a
-    softmax over all texts, for which they are one part. `keep_bytes` is the memory for activations that are kept for
-    the backward pass; by default half of what is free when a step begins, the other half being for gradients, the loss
-    and the stream.
+    Attributes:
+        model: The model.
+        loss_of: Loss over a part of the texts and all images.
+        optimizer: Optimiser of the model.
+        device: Device of the model.
+        in_parts: Whether the losses of parts of the texts add up to the batch's. This holds for the sigmoid loss, but
+            not for a softmax over all texts, which must form one part.
+        micro_batch: Rows that pass through a head at once.
+        keep_bytes: Memory for activations kept for the backward pass. By default half of what is free when a step
+            begins; the other half is for gradients, the loss and the stream.
+        precision: Precision of matrix products.
+        world: The processes that share each batch.
     """
 
     model: AlignmentModel
@@ -51,17 +61,17 @@ class Stepper:
     world: World = ALONE
 
     def parts(self, rows: int) -> list[slice]:
-        """Return the parts that so many rows of texts meet the images in."""
+        """Return the parts into which this number of texts is split."""
         size = max(self.micro_batch // 2, -(-rows // PARTS)) if self.in_parts else rows
         return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def train_step(stepper: Stepper, batch: Batch, rate: float) -> LossValue:
-    """Take one step on a batch at a learning rate; return its loss, without gradients.
+    """Take one step on a batch with a learning rate; return its loss, without gradients.
 
-    Of several processes each has its part of the batch. All exchange their images, so that every text meets every image
-    of the whole batch, and add up their gradients. Dropout draws from torch's global random state as it is at the
-    beginning, and differs between processes.
+    With several processes, each has a part of the batch. They exchange their images, so that every text meets every
+    image of the whole batch, and add their gradients. Dropout uses torch's global random state and differs between
+    processes.
     """
     model, optimizer, world = stepper.model, stepper.optimizer, stepper.world
     for group in optimizer.param_groups:
@@ -101,12 +111,12 @@ def train_step(stepper: Stepper, batch: Batch, rate: float) -> LossValue:
 
 
 class _Pass:
-    """Features (N, D) on their way through a head to embeddings of length 1 and back, by micro-batches."""
+    """Forward and backward pass of features (N, D) through a head to unit-norm embeddings, in micro-batches."""
 
     def __init__(self, stepper: Stepper, head: Head, features_ND: Tensor, seeds: tuple[int, ...]):
         self._head, self._features_ND = head, features_ND
         self._device, self._precision = stepper.device, stepper.precision
-        self._seeds = (*seeds, stepper.world.rank)  # other dropout in every process
+        self._seeds = (*seeds, stepper.world.rank)  # different dropout in each process
         size = stepper.micro_batch
         self._rows = [slice(start, start + size) for start in range(0, len(features_ND), size)]
         self._bytes = min(size, len(features_ND)) * head.kept_units * 4
@@ -115,42 +125,42 @@ class _Pass:
         self._kept: dict[int, GradientEdge] = {}
 
     def embed(self, keep_bytes: int) -> tuple[Tensor, int]:
-        """Return all embeddings (N, E) without a graph, and how many of the bytes for activations are left."""
+        """Return all embeddings (N, E) without a graph, and the bytes left for activations."""
         room = keep_bytes // self._bytes
         for number, rows in enumerate(self._rows):
             with torch.set_grad_enabled(number < room):
                 out_BE = self._forward(number)
             if number < room:
-                self._kept[number] = get_gradient_edge(out_BE)  # its graph: the output itself is not needed
+                self._kept[number] = get_gradient_edge(out_BE)  # keeps the graph without the output
             out_BE = out_BE.detach().float()
             self._length_N1[rows] = out_BE.norm(dim=1, keepdim=True).clamp_(min=1e-12)
             torch.div(out_BE, self._length_N1[rows], out=self._embedded_NE[rows])
         return self._embedded_NE.detach(), keep_bytes - len(self._kept) * self._bytes
 
     def backward(self, gradient_NE: Tensor) -> None:
-        """Add to the head's gradients, given that of the loss with respect to the embeddings."""
+        """Add to the head's gradients, given the gradient (N, E) with respect to the embeddings."""
         for number, rows in enumerate(self._rows):
             edge = self._kept.pop(number) if number in self._kept else get_gradient_edge(self._forward(number))
-            # A part of the gradient along an embedding would change its length, which is always 1.
+            # Embeddings have length 1, so the part of the gradient along them has no effect.
             embedded_BE, gradient_BE = self._embedded_NE[rows], gradient_NE[rows]
             along_B1 = (embedded_BE * gradient_BE).sum(1, keepdim=True)
             across_BE = torch.addcmul(gradient_BE, embedded_BE, along_B1, value=-1).div_(self._length_N1[rows])
             torch.autograd.backward(edge, across_BE)
 
     def _forward(self, number: int) -> Tensor:
-        seed_torch(*self._seeds, number)  # the same dropout, should it run once more
+        seed_torch(*self._seeds, number)  # the same dropout if it is recomputed
         with products_in(self._precision, self._device):
             out_BE: Tensor = self._head(self._features_ND[self._rows[number]].to(self._device))
         return out_BE
 
 
 def seed_torch(*numbers: int) -> None:
-    """Seed torch's global random state by several numbers: on a CPU it takes only the lowest 32 bits of one."""
+    """Seed torch's global random state with several numbers, hashed into the 32 bits that a CPU's generator uses."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def make_optimizer(model: AlignmentModel, settings: FitSettings) -> Optimizer:
-    """Return Lion or AdamW, with weight decay on the matrices alone: not on biases, norms, τ and b."""
+    """Return Lion or AdamW, with weight decay on matrices only: not on biases, norms, τ or b."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -163,10 +173,5 @@ def make_optimizer(model: AlignmentModel, settings: FitSettings) -> Optimizer:
 
 
 def embed(model: AlignmentModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a batch's images (B, E) and texts (C, B, E) in the shared space."""
+    """Return the embeddings of a batch's images (B, E) and texts (C, B, E)."""
     return model.encode_image(batch.images.to(device)), model.encode_text(batch.texts.to(device))
-
-
-def batch_loss(model: AlignmentModel, loss_of: Loss, image_BE: Tensor, text_CBE: Tensor) -> LossValue:
-    """Return the loss of embedded pairs at the model's t and b."""
-    return loss_of(image_BE, text_CBE, model.log_scale, model.bias)

@@ -1,4 +1,4 @@
-"""The training loop: it can be stopped at any moment and goes on to the same weights."""
+"""The training loop. It can be stopped at any moment, and resumes to the same weights."""
 
 import math
 import signal
@@ -14,22 +14,22 @@ from sail_align.align.data.pairs import not_finite, read_rows
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.loss import Loss, LossValue
-from sail_align.align.runs.checkpoint import KEEP, SAVE_SECONDS, read_checkpoint, restore
+from sail_align.align.runs.checkpoint import Checkpoint, read_checkpoint
 from sail_align.align.runs.claim import hold_run
-from sail_align.align.runs.folder import decisive
-from sail_align.align.settings import FitSettings
+from sail_align.align.runs.folder import run_digest
+from sail_align.align.settings import FitOptions, FitSettings, OnCollapse
 from sail_align.align.stats.metrics import effective_rank, ranks
-from sail_align.align.train.collapse import collapse_of
+from sail_align.align.train.collapse import Watch
 from sail_align.align.train.distributed import ALONE, World
 from sail_align.align.train.initial import build_model
-from sail_align.align.train.journal import Journal, OnCollapse
 from sail_align.align.train.plan import Plan
-from sail_align.align.train.step import Stepper, batch_loss, embed, make_optimizer, seed_torch, train_step
+from sail_align.align.train.step import Stepper, embed, make_optimizer, seed_torch, train_step
+from sail_align.align.train.writer import SAVE_SECONDS, RunWriter
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError, defer_signals
 
-SCORES = 20
-"""How often a run is scored."""
+SCORINGS = 20
+"""Number of times that a run is scored."""
 
 
 def fit(
@@ -39,135 +39,169 @@ def fit(
     device: torch.device,
     world: World = ALONE,
     quiet: bool = False,
-    keep: int = KEEP,
+    keep: int = FitOptions.keep,
     save_seconds: float = SAVE_SECONDS,
-    on_collapse: OnCollapse = "stop",
+    on_collapse: OnCollapse = FitOptions.on_collapse,
     track: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Train a plan's model, or compute it, into a run's folder; return the last held-out scores.
+    """Train the model of a plan, or compute it in closed form, into a run's folder; return the last held-out scores.
 
-    What the run has saved is gone on from. Every step draws from a seed of its own and every batch is known by its
-    number, so that on a CPU the weights and the log are bitwise those of a run that was never stopped. SIGTERM and
-    Ctrl-C let the step end and save it. Of several processes, all of which call this, only the one that leads writes
-    and scores.
+    An unfinished run is resumed. Each step has its own random seed, and each batch depends only on its number, so on a
+    CPU the weights and the log are bitwise those of a run that was never stopped. SIGTERM and Ctrl-C let the current
+    step finish, and save it. All processes of a run call this function, but only the leader writes and scores.
 
     Raises:
-        UserError: The loss is no longer finite, training has collapsed, the run's checkpoint is damaged, or another
-            command trains the run.
-        StoppedError: A signal asked for it.
-        WorkersFailedError: Another process of the run ended.
+        UserError: The loss is not finite, training collapsed, the checkpoint is damaged, or another process trains the
+            run.
+        StoppedError: A signal stopped the training.
+        WorkersFailedError: Another process of the run died.
     """
-    settings = plan.settings
-    with ExitStack() as held, _stream(plan, device, world) as stream:
-        confirm: list[Callable[[], None]] = []  # of the one that leads
-        world.decide(lambda: confirm.append(held.enter_context(hold_run(run, plan.record()))))
-        saved = world.agree(lambda: read_checkpoint(run))
-        if not world.same(saved and saved.record["digest"]):
-            raise UserError(f"The processes see different checkpoints of {run}; use a folder that all machines share.")
-        if saved is not None and decisive(saved.record["settings"]) != decisive(plan.record()):
-            raise UserError(
-                f"{saved.folder} was saved with other settings than {run / 'settings.json'} says; name another --out."
-            )
-        if saved is not None and saved.record["finished"]:
-            if on_collapse == "stop" and (sentence := world.decide(lambda: collapse_of(run, settings.lr))):
-                raise UserError(sentence)
+    with ExitStack() as stack:
+        confirm: list[Callable[[], None]] = []  # in the leader only
+
+        def open_run() -> tuple[Checkpoint | None, str]:
+            confirm.append(stack.enter_context(hold_run(run, plan.digest)))
+            saved = read_checkpoint(run)
+            if saved and run_digest(saved.record["settings"]) != plan.digest:
+                raise UserError(f"{saved.folder} has other settings than {run / 'settings.json'}. Pass another --out.")
+            if saved and saved.finished and on_collapse == "stop" and (message := Watch.replay(run, plan.settings.lr)):
+                raise UserError(message)
+            return saved, plan.digest
+
+        saved, digest = world.first(open_run)
+        if saved and saved.finished:
             return dict(saved.record["scores"])
+        training = _Training(plan, device, world)
+        stack.enter_context(training.stream)
+        world.every(lambda: training.build(saved, digest, quiet=quiet))
+        world.broadcast(*(parameter.data for parameter in training.model.parameters()))
+
+        def open_writer() -> None:
+            training.writer = stack.enter_context(
+                RunWriter(
+                    plan,
+                    run,
+                    training.stream,
+                    device,
+                    confirm=confirm[0],
+                    done=saved.step if saved else None,
+                    keep=keep,
+                    save_seconds=save_seconds,
+                    on_collapse=on_collapse,
+                    track=track,
+                    quiet=quiet,
+                )
+            )
+
+        world.first(open_writer)
+        return training.run(saved)
+
+
+class _Training:
+    """The training of a run in one process. Only the leader has a writer."""
+
+    model: AlignmentModel
+    stepper: Stepper
+    held_out: Batch
+
+    def __init__(self, plan: Plan, device: torch.device, world: World):
+        self.plan, self.device, self.world = plan, device, world
+        self.writer: RunWriter | None = None
+        self.scores: dict[str, float] = {}
+        self.stream = Stream(
+            plan.pairs,
+            plan.training,
+            batch_size=plan.settings.batch_size,
+            seed=plan.settings.seed,
+            policy=plan.policy,
+            rank=world.rank,
+            world=world.size,
+            pin=device.type == "cuda",
+        )
+
+    def build(self, saved: Checkpoint | None, digest: str, *, quiet: bool) -> None:
+        """Build the initial model in the leader, or restore a saved one.
+
+        Raises:
+            UserError: This process reads other stores or checkpoints than the leader, or they are damaged.
+        """
+        plan, settings, world = self.plan, self.plan.settings, self.world
+        if run_digest(plan.record()) != digest:
+            raise UserError(f"Process {world.rank} reads other stores than process 0. Give all machines the same ones.")
+        if saved and not saved.folder.exists():
+            raise UserError(f"Process {world.rank} does not find {saved.folder}. Use a folder that all machines share.")
         fresh = saved is None and world.leads
-        model = world.agree(lambda: build_model(plan, stream, device, fresh=fresh, quiet=quiet))
-        optimizer = make_optimizer(model, settings)
-        stepper = Stepper(
-            model,
+        self.model = build_model(plan, self.stream, self.device, fresh=fresh, quiet=quiet)
+        self.stepper = Stepper(
+            self.model,
             plan.loss_of_parts(world.log_sum_exp),
-            optimizer,
-            device,
+            make_optimizer(self.model, settings),
+            self.device,
             in_parts=settings.loss == "sigmoid",
             precision=settings.precision,
             world=world,
         )
-        held_out = Batch(*map(torch.from_numpy, read_rows(plan.scored, plan.held_out)))
-        scores: dict[str, float] = {}
+        self.held_out = Batch(*map(torch.from_numpy, read_rows(plan.scored, plan.held_out)))
+        if saved:
+            saved.restore(self.model, self.stepper.optimizer)
 
-        done, state = None, StreamState.start()
-        if saved is not None:
-            checkpoint, done, state = saved, saved.record["step"], StreamState(*saved.record["stream"])
-            world.agree(lambda: restore(checkpoint, model, optimizer))
-        world.spread(*(parameter.data for parameter in model.parameters()))
-
-        def open_journal() -> Journal | None:
-            if not world.leads:
-                return None
-            opened = Journal(
-                plan,
-                run,
-                stream,
-                device,
-                confirm=confirm[0],
-                done=done,
-                keep=keep,
-                save_seconds=save_seconds,
-                on_collapse=on_collapse,
-                track=track,
-                quiet=quiet,
-            )
-            return held.enter_context(opened)
-
-        def score_held_out(step: int) -> None:
-            if len(held_out.images):
-                scores.update(world.decide(lambda: score(model, plan.loss, held_out, device)))
-                if journal:
-                    journal.scored(step, model, scores)
-
-        interval = math.ceil(settings.steps / SCORES)
-        journal = world.agree(open_journal)
+    def run(self, saved: Checkpoint | None) -> dict[str, float]:
+        """Train to the end; return the last held-out scores."""
+        steps, writer = self.plan.settings.steps, self.writer
+        interval = math.ceil(steps / SCORINGS)
+        done, state = (saved.step, StreamState(*saved.record["stream"])) if saved else (0, StreamState.start())
         collapse: str | None = None
         with defer_signals() as stopped:
-            if done is None:
-                score_held_out(0)
-            batches = batches_on(device, stream.batches(state))
-            for step, (batch, state) in zip(range(done or 0, settings.steps), batches, strict=False):
-                seed_torch(settings.seed, step)
-                rate = learning_rate(settings, step)
-                health = health_of(model, train_step(stepper, batch, rate))
-                if not math.isfinite(loss := health["loss"]):
-                    if not all(world.collect(all(bool(part.isfinite().all()) for part in batch))):
-                        raise not_finite([pairs.store for pairs in plan.pairs])
-                    raise UserError(f"The loss is {loss} after {step + 1} steps; lower --lr (now {settings.lr:g}).")
-                if journal:
-                    journal.trained(step + 1, {"lr": rate, **health})
-                if (step + 1) % interval == 0 or step + 1 == settings.steps:
-                    score_held_out(step + 1)
-                told = world.collect((journal.collapse if journal else None, stopped() is not None))
-                collapse, stop = told[0][0], any(asked for _, asked in told)
-                if step + 1 == settings.steps:
+            if saved is None:
+                self.score(0)
+            batches = batches_on(self.device, self.stream.batches(state))
+            for step, (batch, state) in zip(range(done + 1, steps + 1), batches, strict=False):
+                self.train(step, batch)
+                if step % interval == 0 or step == steps:
+                    self.score(step)
+                seen = self.world.collect((writer.collapse if writer else None, stopped() is not None))
+                collapse, stop = seen[0][0], any(asked for _, asked in seen)
+                if step == steps:
                     break
-                if journal and (journal.save_is_due or collapse or stop):
-                    journal.save(model, step + 1, state, optimizer)
+                if writer and (writer.save_is_due or collapse or stop):
+                    writer.save(step, state, self.model, self.stepper.optimizer)
                 if collapse:
                     raise UserError(collapse)
                 if stop:
                     raise stopped() or StoppedError(signal.SIGTERM)
-            if journal:
-                journal.save(model, settings.steps, state, None)
+            if writer:
+                writer.save(steps, state, self.model, None)
             if collapse:
                 raise UserError(collapse)
-    return scores
+        return self.scores
+
+    def train(self, step: int, batch: Batch) -> None:
+        """Take step 1, 2, … and log it.
+
+        Raises:
+            UserError: The loss is not finite.
+        """
+        settings = self.plan.settings
+        seed_torch(settings.seed, step - 1)
+        rate = learning_rate(settings, step - 1)
+        values = _log_values(self.model, train_step(self.stepper, batch, rate))
+        if not math.isfinite(values["loss"]):
+            if not all(self.world.collect(all(bool(part.isfinite().all()) for part in batch))):
+                raise not_finite([pairs.store for pairs in self.plan.pairs])
+            raise UserError(f"The loss is {values['loss']} after {step} steps. Lower --lr (now {settings.lr:g}).")
+        if self.writer:
+            self.writer.log_step(step, {"lr": rate, **values})
+
+    def score(self, step: int) -> None:
+        """Score the model on held-out pairs in the leader, and log the scores."""
+        if len(self.held_out.images):
+            self.scores = self.world.first(lambda: score(self.model, self.plan.loss, self.held_out, self.device))
+            if self.writer:
+                self.writer.log_scores(step, self.scores, self.model)
 
 
-def _stream(plan: Plan, device: torch.device, world: World) -> Stream:
-    return Stream(
-        plan.pairs,
-        plan.training,
-        batch_size=plan.settings.batch_size,
-        seed=plan.settings.seed,
-        policy=plan.policy,
-        rank=world.rank,
-        world=world.size,
-        pin=device.type == "cuda",
-    )
-
-
-def health_of(model: AlignmentModel, loss: LossValue) -> dict[str, float]:
-    """Return what a step's log line says: loss, t, b, mean logits and gradient masses, in one transfer from a GPU."""
+def _log_values(model: AlignmentModel, loss: LossValue) -> dict[str, float]:
+    """Return the values logged for a step: loss, t, b, mean logits and gradient masses, in one transfer from a GPU."""
     values = {"t": model.log_scale.exp(), "b": model.bias, **loss._asdict()}
     numbers = torch.stack([value.detach() for value in values.values()]).tolist()
     named = dict(zip(values, numbers, strict=True))
@@ -176,15 +210,16 @@ def health_of(model: AlignmentModel, loss: LossValue) -> dict[str, float]:
 
 @torch.no_grad()
 def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.device) -> dict[str, float]:
-    """Score a model on pairs that it was not trained on.
+    """Score a model on held-out pairs.
 
-    `loss` is over all of them as one batch: not comparable to that of a training batch of another size, in which the
-    share of positives differs. `t2i_r1` … `i2t_r10` are R@1/5/10 both ways in percent, `r1` is the mean of both R@1
-    and `chance` what guessing would give for it. `image_rank` and `text_rank` are effective ranks.
+    Returns:
+        `loss`, over all pairs as one batch: not comparable with a training batch of another size, in which the share of
+        positives differs. `t2i_r1` … `i2t_r10`: R@1/5/10 in both directions in percent. `r1`: mean of both R@1.
+        `chance`: its chance level. `image_rank` and `text_rank`: effective ranks of the embeddings.
     """
     model.eval()
     image_BE, text_CBE = embed(model, batch, device)
-    scores = {"loss": batch_loss(model, loss_of, image_BE, text_CBE).total.item()}
+    scores = {"loss": loss_of(image_BE, text_CBE, model.log_scale, model.bias).total.item()}
     captions, rows, _ = text_CBE.shape
     owner_M = np.tile(np.arange(rows), captions)
     images, texts = image_BE.cpu().numpy(), text_CBE.flatten(0, 1).cpu().numpy()
@@ -196,7 +231,7 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
 
 
 def learning_rate(settings: FitSettings, step: int) -> float:
-    """Return the rate of step 0, 1, …: a linear warm-up, then half a cosine down to 0."""
+    """Return the learning rate of step 0, 1, …: a linear warm-up, then half a cosine down to 0."""
     warm = round(settings.warmup * settings.steps)
     if step < warm:
         return settings.lr * (step + 1) / warm

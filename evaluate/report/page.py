@@ -9,7 +9,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sail_align.align.runs.folder import run_of, scores_folder
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.stats.charts import Points, line_chart
 from sail_align.align.stats.tables import interval, number
 from sail_align.evaluate.report.charts import MARKERS, radar_chart
@@ -29,7 +29,7 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: The run has no scores.
     """
-    path = scores_folder(run) / "report.html"
+    path = RunFolder(run).scores / "report.html"
     write_atomically(path, html(Overview(RunScores.read_all([run]))).encode())
     return path
 
@@ -50,7 +50,7 @@ def html(overview: Overview) -> str:
             "style": overview.style(place),
             "summary": summarise_run(run.content, settings := run.settings),
             "settings": flatten(settings),
-            "curves": training_curves(run_of(run.path) / "metrics.jsonl"),
+            "curves": training_curves(RunFolder(run.path).run.metrics),
             "records": run.scored,
         }
         for place, run in enumerate(overview.runs)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sail_align.align.runs.folder import CONFIG, is_export, name_of, read_file, read_json, run_of, scores_folder
+from sail_align.align.runs.folder import CONFIG, RunFolder, read_file, read_json
 from sail_align.evaluate.results.metric import Outcomes, Result
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a report reads scores without waiting for torch
     from sail_align.extract.manifest import Manifest
 
 SCHEMA = 2
-REMEDY = "remove it and evaluate again"
+REMEDY = "Remove it and evaluate again."
 LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr", "open-clip-torch", "clip-benchmark")
 
 Key = tuple[str, str]
@@ -94,7 +94,7 @@ class RunScores:
         Raises:
             UserError: There are none, or they are damaged or of another schema.
         """
-        file = scores_folder(path) / "scores.json"
+        file = RunFolder(path).scores / "scores.json"
         if not file.is_file():
             raise UserError(f"{path} has no scores.json. Run `sail-eval all --run {path}` first.")
         content = read_json(file, REMEDY)
@@ -102,7 +102,7 @@ class RunScores:
             raise UserError(
                 f"{file} is invalid: got schema {content.get('schema')!r}, expected {SCHEMA}. Evaluate again."
             )
-        return cls(path, name_of(path) if name is None else name, content)
+        return cls(path, RunFolder(path).name if name is None else name, content)
 
     @classmethod
     def read_all(cls, paths: Sequence[Path]) -> list["RunScores"]:
@@ -111,8 +111,8 @@ class RunScores:
         Raises:
             UserError: A run has no valid scores.
         """
-        paths = list({scores_folder(path).resolve(): path for path in paths}.values())
-        names = [name_of(path) for path in paths]
+        paths = list({RunFolder(path).scores.resolve(): path for path in paths}.values())
+        names = [RunFolder(path).name for path in paths]
         return [
             cls.read(path, name if names.count(name) == 1 else str(path))
             for path, name in zip(paths, names, strict=True)
@@ -145,10 +145,10 @@ class RunScores:
         Raises:
             UserError: They are missing or damaged.
         """
-        copied = scores_folder(self.path) / "checkpoint.json"
+        copied = RunFolder(self.path).scores / "checkpoint.json"
         if copied.is_file():
             return dict(read_json(copied, REMEDY)["settings"])
-        return read_json(self.path / "settings.json", "name a run's folder")
+        return read_json(self.path / "settings.json", "Name a run's folder.")
 
     def examples(self, record: Record) -> list[dict[str, Any]]:
         """Return the examples of a record, as `Example.to_json` wrote them."""
@@ -157,7 +157,7 @@ class RunScores:
 
     def examples_path(self, record: Record) -> Path:
         """Return the path of a record's examples."""
-        return scores_folder(self.path) / "examples" / f"{record._file_name}.json"
+        return RunFolder(self.path).scores / "examples" / f"{record._file_name}.json"
 
     def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
         """Return the outcomes of a record.
@@ -165,7 +165,7 @@ class RunScores:
         Raises:
             UserError: They are missing, damaged, or of another evaluation than the record.
         """
-        path = scores_folder(self.path) / "outcomes" / f"{record._file_name}.safetensors"
+        path = RunFolder(self.path).scores / "outcomes" / f"{record._file_name}.safetensors"
         remedy = (
             f"Score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {self.path}`."
         )
@@ -185,10 +185,10 @@ def unfinished(run: "Run") -> str:
 
     An export may be of any checkpoint. Only its step is known.
     """
-    if run.finished or run_of(run.path) != run.path:
+    if run.finished or RunFolder(run.path).run.path != run.path:
         return ""
     step = f"step {run.step:,} of {run.settings['steps']:,}"
-    return step if is_export(run.path) else f"unfinished: {step}"
+    return step if RunFolder(run.path).is_export else f"unfinished: {step}"
 
 
 class ScoreWriter:
@@ -199,9 +199,10 @@ class ScoreWriter:
 
     def __init__(self, run: "Run"):
         self.run = run
-        self.folder = scores_folder(run.path)
+        self.folder = RunFolder(run.path).scores
         if self.folder != run.path:
-            metadata = read_file(run.path / (CONFIG if is_export(run.path) else "model.json"), "score another one")
+            record = CONFIG if RunFolder(run.path).is_export else "model.json"
+            metadata = read_file(run.path / record, "Score another one.")
             write_atomically(self.folder / "checkpoint.json", metadata)
 
     def add(self, data: "EvaluationSet", protocol: str, result: Result, seconds: float) -> Record:
@@ -252,7 +253,7 @@ class ScoreWriter:
             side: {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}
             for side, spec in (("image", self.run.image.spec), ("text", self.run.text.spec))
         }
-        run = {"name": name_of(self.run.path), "digest": self.run.digest, "unfinished": unfinished(self.run)}
+        run = {"name": RunFolder(self.run.path).name, "digest": self.run.digest, "unfinished": unfinished(self.run)}
         path = self.folder / "scores.json"
         with _lock(self.folder):
             older = read_json(path, REMEDY) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Fits in processes of their own that are killed, stopped, and started twice: prints as JSON what was seen.
+"""Fits in separate processes that are killed, stopped, and started twice. Prints the observations as JSON.
 
 Usage: stopped_fits.py SCENARIO STORE, in an empty folder. Attempts are forks of one process that has loaded torch.
 """
@@ -19,7 +19,8 @@ import torch._inductor.compile_fx  # noqa: F401
 from sail_align.align.cli import main
 from sail_align.align.model import fused as functions
 from sail_align.align.model import pair_blocks as blocks
-from sail_align.align.runs.checkpoint import best_of, last_checkpoint, read_checkpoint, step_of
+from sail_align.align.runs.checkpoint import best_checkpoint, read_checkpoint
+from sail_align.align.runs.folder import RunFolder, step_of
 from sail_align.align.train import trainer
 
 OPTIONS = {"dim": 8, "expansion": 2, "image-dropout": 0.2, "batch-size": 32, "lr": 3e-3, "start": "random"}
@@ -57,18 +58,18 @@ def end_of(pid: int) -> int:
 
 
 def contents(run: Path) -> dict[str, str]:
-    folders = [last_checkpoint(run), best_of(run).folder]
+    folders = [RunFolder(run).last, best_checkpoint(run).folder]
     files = [run / "metrics.jsonl", *(file for folder in folders for file in sorted(folder.iterdir()))]
     return {str(file.relative_to(run)): file.read_bytes().hex() for file in files}
 
 
 def saved_step(run: Path) -> int:
     saved = read_checkpoint(run)
-    return saved.record["step"] if saved else 0
+    return saved.step if saved else 0
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    while not (folder := last_checkpoint(run)) or step_of(folder) < step:
+    while not (folder := RunFolder(run).last) or step_of(folder) < step:
         time.sleep(0.002)
 
 

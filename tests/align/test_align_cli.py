@@ -1,4 +1,4 @@
-"""The command as typed: names of runs, going on, and mistakes as one sentence with exit code 2."""
+"""The fit command: names of runs, resuming, and mistakes with exit code 2."""
 
 import signal
 import subprocess
@@ -10,8 +10,7 @@ from fakes import identity
 from typer.testing import CliRunner
 
 from sail_align.align.cli import app
-from sail_align.align.runs.checkpoint import newest_run
-from sail_align.align.runs.folder import differences
+from sail_align.align.runs.folder import differences, newest_run
 from sail_align.align.train import trainer
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError
@@ -19,7 +18,7 @@ from sail_align.extract.system.signals import StoppedError
 QUICK = ["--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
 
 
-def typed(*words):
+def run_fit(*words):
     return CliRunner().invoke(app, ["fit", *map(str, words)])
 
 
@@ -28,10 +27,10 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_run_is_named_after_store_and_head_and_never_written_over(make_store, tmp_path):
+def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp_path):
     make_store("photos")
     for seed, expected in enumerate(("photos-glu", "photos-glu-2", "photos-glu-3")):
-        result = typed("--features", "features/photos.zarr", "--seed", seed, *QUICK)
+        result = run_fit("--features", "features/photos.zarr", "--seed", seed, *QUICK)
         assert result.exit_code == 0, result.output
         assert f"wrote runs/{expected} in" in result.output
         assert f"\nNext: sail-eval retrieval TEST.yaml --run runs/{expected} " in result.output
@@ -40,50 +39,50 @@ def test_a_run_is_named_after_store_and_head_and_never_written_over(make_store, 
 
 
 @pytest.mark.parametrize("out", [[], ["--out", "mine"]])
-def test_a_finished_run_is_not_trained_twice(make_store, monkeypatch, out):
+def test_finished_run_is_not_trained_again(make_store, monkeypatch, out):
     words = ["--features", make_store("photos"), *QUICK, *out]
-    first = typed(*words).output.splitlines()
+    first = run_fit(*words).output.splitlines()
     monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("trained"))
-    again = typed(*words)
+    again = run_fit(*words)
     assert again.exit_code == 0, again.output
-    (said,) = [line for line in again.output.splitlines() if "is finished: glu heads" in line]
-    assert said.startswith("mine" if out else "runs/photos-glu")
+    (line,) = [line for line in again.output.splitlines() if "is finished: glu heads" in line]
+    assert line.startswith("mine" if out else "runs/photos-glu")
     assert [line for line in first if line.startswith(("held out", "best", "Next"))] == [
         line for line in again.output.splitlines() if line.startswith(("held out", "best", "Next"))
     ]
     assert len(list(Path().glob("runs/*") if not out else Path().glob("mine*"))) == 1
 
 
-def test_a_stopped_run_says_how_to_go_on_and_does(make_store, monkeypatch):
+def test_stopped_run_prints_how_to_resume_and_resumes(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
         patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
-        stopped = typed("--features", path, *QUICK)
+        stopped = run_fit("--features", path, *QUICK)
     assert stopped.exit_code == 130
-    assert "the same command begins runs/photos-glu again" in stopped.output
+    assert "The same command starts runs/photos-glu again: nothing was saved yet." in stopped.output
     assert (
-        "going on with runs/photos-glu: glu heads from a closed-form start on 240 pairs"
-        in typed("--features", path, *QUICK).output
+        "resuming runs/photos-glu: glu heads with closed-form initialisation on 240 pairs"
+        in run_fit("--features", path, *QUICK).output
     )
 
 
-def test_another_precision_is_another_run(make_store, monkeypatch):
+def test_other_precision_starts_another_run(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
         patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
-        typed("--features", path, *QUICK)
-    other = typed("--features", path, *QUICK, "--precision", "bfloat16").output
+        run_fit("--features", path, *QUICK)
+    other = run_fit("--features", path, *QUICK, "--precision", "bfloat16").output
     assert (
-        "note: runs/photos-glu has other settings (--precision): this is another run.\nwriting runs/photos-glu-2: "
+        "note: runs/photos-glu has other settings (--precision); this is a new run.\nwriting runs/photos-glu-2: "
         in other
     )
-    assert "going on with runs/photos-glu: " in typed("--features", path, *QUICK, "--precision", "float32").output
-    refused = typed("--features", path, *QUICK, "--precision", "float16")
+    assert "resuming runs/photos-glu: " in run_fit("--features", path, *QUICK, "--precision", "float32").output
+    refused = run_fit("--features", path, *QUICK, "--precision", "float16")
     assert isinstance(refused.exception, UserError)
-    assert str(refused.exception) == "--precision 'float16' is none of: auto, float32, tf32, bfloat16."
+    assert str(refused.exception) == "--precision is invalid: got 'float16', expected auto, float32, tf32, bfloat16."
 
 
-def test_a_stopped_run_says_from_which_step_it_goes_on(make_store, monkeypatch):
+def test_stopped_run_prints_the_step_it_resumes_from(make_store, monkeypatch):
     path = make_store("photos")
     step, calls = trainer.train_step, []
 
@@ -93,29 +92,29 @@ def test_a_stopped_run_says_from_which_step_it_goes_on(make_store, monkeypatch):
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     monkeypatch.setitem(trainer.fit.__kwdefaults__, "save_seconds", 0)
-    assert "goes on with runs/photos-glu from step 2" in typed("--features", path, *QUICK).output
+    assert "The same command resumes runs/photos-glu from step 2." in run_fit("--features", path, *QUICK).output
 
 
 def interrupt(*_):
     raise StoppedError(signal.SIGINT)
 
 
-def test_another_run_says_in_what_it_is_another_and_takes_no_name_that_was_not_given(make_store):
+def test_new_run_lists_its_differences_and_keeps_a_given_name(make_store):
     words = ["--features", make_store("photos"), *QUICK]
-    typed(*words)
+    run_fit(*words)
     other = ["--seed", "3", "--weight-decay", "0.1"]
     assert (
-        "note: runs/photos-glu has other settings (--seed, --weight-decay): this is another run."
-        in typed(*words, *other).output
+        "note: runs/photos-glu has other settings (--seed, --weight-decay); this is a new run."
+        in run_fit(*words, *other).output
     )
-    refused = typed(*words, *other, "--out", "runs/photos-glu")
+    refused = run_fit(*words, *other, "--out", "runs/photos-glu")
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception) == (
-        "runs/photos-glu is a run with other settings (--seed, --weight-decay); name another --out."
+        "runs/photos-glu is a run with other settings (--seed, --weight-decay). Pass another --out."
     )
 
 
-def test_what_differs_is_named_as_the_option_or_the_store_that_it_is():
+def test_differences_name_options_and_stores():
     before = {
         "stores": ["a.zarr"],
         "captions": ["raw"],
@@ -135,18 +134,18 @@ def test_what_differs_is_named_as_the_option_or_the_store_that_it_is():
         ({"features_digests": ["2"], "image_encoder": "2"}, "image encoder"),
         ({"excluded_keys": 1, "excluded_sha256": "1", "training_rows": 8}, "--exclude"),
     ]
-    for change, said in changes:
-        assert ", ".join(differences(before, {**before, **change})) == said
+    for change, expected in changes:
+        assert ", ".join(differences(before, {**before, **change})) == expected
 
 
-def test_a_first_write_that_was_killed_leaves_a_free_folder(make_store, tmp_path):
+def test_folder_of_a_killed_first_write_is_free(make_store, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / ".settings.json.0123.tmp").write_text("{")
-    assert f"wrote {out} in" in typed("--features", str(make_store()), "--out", str(out), *QUICK).output
+    assert f"wrote {out} in" in run_fit("--features", str(make_store()), "--out", str(out), *QUICK).output
 
 
-def test_a_store_at_a_url_trains_the_same_weights(make_store, tmp_path):
+def test_store_at_a_url_trains_the_same_weights(make_store, tmp_path):
     pytest.importorskip("upath")
     fsspec = pytest.importorskip("fsspec")
     local = make_store()
@@ -154,33 +153,35 @@ def test_a_store_at_a_url_trains_the_same_weights(make_store, tmp_path):
     digests = []
     for features in (str(local), "memory://bucket/photos.zarr"):
         out = tmp_path / f"run-{len(digests)}"
-        done = typed("--features", features, "--out", str(out), *QUICK)
+        done = run_fit("--features", features, "--out", str(out), *QUICK)
         assert done.exit_code == 0, done.output
         (file,) = out.glob("checkpoints/step-*/model.safetensors")
         digests.append(file.read_bytes())
     assert digests[0] == digests[1]
 
 
-def test_what_was_chosen_and_what_was_found_is_said(make_store):
-    result = typed("--features", make_store("photos", rows=500, bad=[2]), "--quiet", "--steps", "3", "--device", "cpu")
+def test_choices_and_results_are_printed(make_store):
+    result = run_fit(
+        "--features", make_store("photos", rows=500, bad=[2]), "--quiet", "--steps", "3", "--device", "cpu"
+    )
     notes = result.output.splitlines()
-    assert notes[0] == "note: 1 rows lack an image or a caption and are left out."
-    assert notes[1] == "note: 400 pairs: the settings are those of preset 'small' (--preset paper for the others)."
-    assert notes[2] == "note: A batch of 512 is more than there are pairs: reduced to all 400."
+    assert notes[0] == "note: Rows left out because an image or a caption is missing: 1."
+    assert notes[1] == "note: Using --preset small for 400 pairs; pass --preset paper for the other defaults."
+    assert notes[2] == "note: Reduced the batch size from 512 to all 400 pairs."
     assert "held out (99 pairs): loss" in result.output
 
 
 def mistake(*words):
-    result = typed(*words)
+    result = run_fit(*words)
     assert isinstance(result.exception, UserError), result.output
     assert not Path("runs").exists()
     return str(result.exception)
 
 
-def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
+def test_mistakes_raise_and_leave_no_run(make_store, tmp_path):
     good = make_store("good")
     two = make_store("two", captions={"raw": (), "long": ()})
-    assert mistake("--features", "no.zarr").startswith("no.zarr is not a feature store; make one with")
+    assert mistake("--features", "no.zarr").startswith("no.zarr is not a feature store. Make one with")
     assert mistake("--features", good, "--captions", "raw,long") == (
         f"{good} has no features of caption 'long'. It has raw."
     )
@@ -197,13 +198,17 @@ def test_mistakes_are_one_sentence_and_leave_no_run(make_store, tmp_path):
     assert mistake("--features", good, "--features", other).startswith(
         f"Encoder 'fake-image' has changed: {good} was made with pooling 'mean', got 'cls'"
     )
-    assert mistake("--features", good, "--device", "cuda:99").startswith("Device 'cuda:99' is not available here")
+    assert mistake("--features", good, "--device", "cuda:99").startswith(
+        "Device 'cuda:99' is not available on this machine."
+    )
     tiny = make_store("tiny", rows=1)
     assert mistake("--features", tiny).startswith(f"{tiny} has 1 pair to train on")
-    assert mistake("--features", good, "--head", "rnn") == "--head 'rnn' is none of: linear, mlp, glu, cca."
+    assert (
+        mistake("--features", good, "--head", "rnn") == "--head is invalid: got 'rnn', expected linear, mlp, glu, cca."
+    )
 
 
-def test_what_is_given_twice_is_refused(make_store):
+def test_duplicate_captions_and_stores_raise(make_store):
     two = make_store("two", captions={"raw": (), "long": ()})
     assert mistake("--features", two, "--captions", "raw, long,raw") == (
         "A caption is repeated in raw, long,raw; name each caption once."
@@ -213,28 +218,28 @@ def test_what_is_given_twice_is_refused(make_store):
     )
 
 
-def test_names_of_captions_may_have_blanks_around_them(make_store):
+def test_captions_may_be_separated_by_blanks(make_store):
     path = make_store("two", captions={"raw": (), "long": ()})
-    assert "captions raw, long;" in typed("--features", path, "--captions", "raw, long ", *QUICK).output
+    assert "captions raw, long;" in run_fit("--features", path, "--captions", "raw, long ", *QUICK).output
 
 
-def test_an_out_that_cannot_be_a_run_is_refused_and_an_empty_folder_is_taken(make_store, tmp_path):
+def test_out_must_be_free_or_a_run(make_store, tmp_path):
     good = make_store("good")
     (tmp_path / "file").write_text("")
     for out in ("features", ".", "file"):
-        assert mistake("--features", good, "--out", out).endswith("exists and is not a run; name another --out.")
+        assert mistake("--features", good, "--out", out).endswith("exists and is not a run. Pass another --out.")
     assert mistake("--features", good, "--out", "file/run") == (
         "file/run cannot be written (Not a directory). Pass another --out."
     )
     (tmp_path / "empty").mkdir()
-    assert "wrote empty in" in typed("--features", good, "--out", "empty", *QUICK).output
+    assert "wrote empty in" in run_fit("--features", good, "--out", "empty", *QUICK).output
 
 
 def command(*words):
     return [sys.executable, "-c", "from sail_align.align.cli import main; main()", "fit", *map(str, words)]
 
 
-def test_a_mistake_exits_2_with_one_line():
+def test_mistake_exits_2_with_one_line():
     done = subprocess.run(command("--features", "no.zarr"), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: no.zarr is not a feature store; make one with `sail-extract run`.\n"
+    assert done.stderr == "error: no.zarr is not a feature store. Make one with `sail-extract run`.\n"

@@ -112,11 +112,11 @@ def test_weights_multiply_the_losses_if_all_captions_are_used(three):
         (
             ["raw", "long"],
             {"positives": 3},
-            r"--positives 3 is more than the captions of .*photos.zarr: raw, long; give at most 2",
+            r"--positives is invalid: got 3, but .*photos.zarr has 2 captions \(raw, long\). Give at most 2",
         ),
-        (["raw", "long:2"], {"head": "cca"}, "Weights of captions have no effect with --head cca"),
+        (["raw", "long:2"], {"head": "cca"}, "Caption weights have no effect with --head cca"),
         (None, {"head": "cca", "positives": 1}, "--positives has no effect with --head cca"),
-        (None, {"positives": 0}, "--positives 0 is out of range"),
+        (None, {"positives": 0}, "--positives is invalid: got 0"),
     ],
 )
 def test_make_plan_rejects_an_impossible_policy(three, captions, options, message):

@@ -1,9 +1,10 @@
-"""A checkpoint is loaded whole and as it was written, or refused with a sentence."""
+"""A checkpoint is loaded as it was written, or rejected with a clear message."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,19 +15,16 @@ from safetensors.torch import load_file, save_file
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.runs.checkpoint import (
-    Saver,
-    best_of,
-    checkpoint_folder,
+    best_checkpoint,
     load_run,
-    newest_run,
+    optimizer_state,
     read_checkpoint,
-    restore,
-    save_checkpoint,
     write_checkpoint,
 )
+from sail_align.align.runs.folder import RunFolder, newest_run
 from sail_align.align.settings import FitSettings
-from sail_align.align.train.journal import MetricsLog
 from sail_align.align.train.step import make_optimizer
+from sail_align.align.train.writer import MetricsLog, RunWriter
 from sail_align.extract.errors import UserError
 
 ARCHITECTURE = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2, linear_path=True)
@@ -43,6 +41,25 @@ def model(seed=0):
     return ARCHITECTURE.build()
 
 
+def save(run, model, about=ABOUT, *, step=1, optimizer=None, **more):
+    """Write a checkpoint of a step; without an optimiser, of a finished run."""
+    state = optimizer and optimizer_state(model, optimizer)
+    folder = RunFolder(run).checkpoint(step)
+    write_checkpoint(folder, model.state_dict(), about, step=step, finished=optimizer is None, optimizer=state, **more)
+
+
+def open_writer(run, *, done=None, keep=2):
+    """Return a writer of a run that logs as many steps as were done."""
+    log_of(run, *range(1, (done or 0) + 1))
+    plan = SimpleNamespace(checkpoint_record=lambda: ABOUT, settings=FitSettings(steps=9), record=lambda: {})
+    stream = SimpleNamespace(bytes_read=0, wait_seconds=0.0)
+    return RunWriter(plan, run, stream, torch.device("cpu"), confirm=lambda: None, done=done, keep=keep, quiet=True)
+
+
+def scores(r1):
+    return {"r1": r1, "chance": 0.1, "image_rank": 5.0, "text_rank": 5.0}
+
+
 @pytest.fixture
 def run(tmp_path):
     path = tmp_path / "runs" / "a"
@@ -51,9 +68,9 @@ def run(tmp_path):
     return path
 
 
-def test_what_was_saved_is_loaded(run):
+def test_saved_model_is_loaded(run):
     saved = model()
-    save_checkpoint(run, saved, ABOUT, step=7, optimizer=None)
+    save(run, saved, step=7)
     loaded = load_run(run)
     assert not loaded.model.training
     assert (loaded.image, loaded.text) == (identity("image", dim=6), identity("text", dim=4))
@@ -65,9 +82,9 @@ def test_what_was_saved_is_loaded(run):
     assert torch.equal(loaded.model.encode_image(features), saved.eval().encode_image(features))
 
 
-def test_the_digest_changes_with_weights_and_settings_and_with_nothing_else(run):
+def test_digest_depends_on_weights_and_settings_only(run):
     def digest(weights, about=ABOUT):
-        save_checkpoint(run, weights, about, step=7, optimizer=None)
+        save(run, weights, about, step=7)
         return load_run(run).digest
 
     first = digest(model())
@@ -77,7 +94,7 @@ def test_the_digest_changes_with_weights_and_settings_and_with_nothing_else(run)
 
 
 @pytest.mark.parametrize("kind", ["lion", "adamw"])
-def test_an_optimisers_state_is_restored_bitwise(run, kind):
+def test_optimiser_state_is_restored_bitwise(run, kind):
     def step(model, optimizer):
         model.train()
         (model.encode_image(torch.randn(5, 6)).sum() * model.log_scale).backward()
@@ -87,10 +104,10 @@ def test_an_optimisers_state_is_restored_bitwise(run, kind):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(optimizer=kind, steps=1, lr=1e-2))
     step(ours, optimizer)
-    save_checkpoint(run, ours, ABOUT, step=1, optimizer=optimizer)
+    save(run, ours, step=1, optimizer=optimizer)
     restored = model(seed=1)
     other = make_optimizer(restored, FitSettings(optimizer=kind, steps=1, lr=1e-2))
-    restore(read_checkpoint(run), restored, other)
+    read_checkpoint(run).restore(restored, other)
     for each in ((ours, optimizer), (restored, other)):
         torch.manual_seed(5)
         step(*each)
@@ -102,81 +119,87 @@ def kept(run):
     return {folder.name: sorted(path.name for path in folder.iterdir()) for folder in (run / "checkpoints").iterdir()}
 
 
+def best_is(run):
+    best = best_checkpoint(run)
+    return best.folder, best.step, best.r1
+
+
 MODEL, WHOLE = ["model.json", "model.safetensors"], ["model.json", "model.safetensors", "optimizer.safetensors"]
 
 
-def test_the_last_few_checkpoints_and_the_best_are_kept_and_a_finished_run_needs_no_optimiser(run):
+def test_writer_keeps_the_last_checkpoints_and_the_best(run):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
-    saver = Saver(run, ABOUT, keep=2)
+    writer = open_writer(run)
     for step, r1 in enumerate([3.0, 9.0, 4.0, 9.0, 5.0], start=1):
-        saver.scored(ours, step, {"r1": r1})
-        saver.save(ours, step, StreamState.start(), optimizer)
+        writer.log_scores(step, scores(r1), ours)
+        writer.save(step, StreamState.start(), ours, optimizer)
     assert kept(run) == {"best-00000002": MODEL, "step-00000004": WHOLE, "step-00000005": WHOLE}
-    assert not read_checkpoint(run).record["finished"]
-    saver.save(ours, 6, StreamState.start(), None)
+    assert not read_checkpoint(run).finished
+    writer.save(6, StreamState.start(), ours, None)
     assert kept(run) == {"best-00000002": MODEL, "step-00000005": MODEL, "step-00000006": MODEL}
-    assert read_checkpoint(run).record["finished"]
-    assert best_of(run) == (run / "checkpoints" / "best-00000002", 2, 9.0)
+    assert read_checkpoint(run).finished
+    assert best_is(run) == (run / "checkpoints" / "best-00000002", 2, 9.0)
 
 
-def test_where_the_best_is_the_last_it_is_there_once(run):
+def test_best_checkpoint_is_not_duplicated_if_it_is_the_last(run):
     ours = model()
-    saver = Saver(run, ABOUT)
+    writer = open_writer(run)
     for step, r1 in ((1, 3.0), (2, 5.0)):
-        saver.scored(ours, step, {"r1": r1})
-        saver.save(ours, step, StreamState.start(), make_optimizer(ours, FitSettings(steps=1)) if step < 2 else None)
+        writer.log_scores(step, scores(r1), ours)
+        writer.save(step, StreamState.start(), ours, make_optimizer(ours, FitSettings(steps=1)) if step < 2 else None)
     assert kept(run) == {"step-00000001": MODEL, "step-00000002": MODEL}
-    assert best_of(run) == (run / "checkpoints" / "step-00000002", 2, 5.0)
+    assert best_is(run) == (run / "checkpoints" / "step-00000002", 2, 5.0)
 
 
-def test_weights_that_scored_best_between_two_saves_are_kept_and_are_not_gone_on_from(run):
-    saver = Saver(run, ABOUT)
+def test_best_weights_between_two_saves_are_kept(run):
+    writer = open_writer(run)
     best = model(1)
-    saver.scored(best, 3, {"r1": 7.0})
+    writer.log_scores(3, scores(7.0), best)
     last = model(2)
-    saver.scored(last, 4, {"r1": 6.0})
-    saver.save(last, 5, StreamState.start(), make_optimizer(last, FitSettings(steps=1)))
+    writer.log_scores(4, scores(6.0), last)
+    writer.save(5, StreamState.start(), last, make_optimizer(last, FitSettings(steps=1)))
     assert kept(run) == {"best-00000003": MODEL, "step-00000005": WHOLE}
-    assert read_checkpoint(run).record["step"] == 5
+    assert read_checkpoint(run).step == 5
     loaded = load_run(run / "checkpoints" / "best-00000003")
     assert (loaded.path, loaded.step) == (run / "checkpoints" / "best-00000003", 3)
     assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], best.state_dict()["image_head.out.weight"])
 
 
-def test_what_lies_behind_the_step_that_a_run_goes_on_from_is_removed(run):
+def test_writer_removes_checkpoints_after_the_step_to_resume_from(run):
     ours = model()
-    save_checkpoint(run, ours, ABOUT, step=4, optimizer=make_optimizer(ours, FitSettings(steps=1)))
-    record = {**ABOUT, "step": 6, "finished": False, "scores": {"r1": 50.0}}
-    write_checkpoint(checkpoint_folder(run, 6, "best"), ours.state_dict(), record, None)
+    save(run, ours, step=4, optimizer=make_optimizer(ours, FitSettings(steps=1)))
+    best = RunFolder(run).checkpoint(6, "best")
+    write_checkpoint(best, ours.state_dict(), ABOUT, step=6, finished=False, scores=scores(50.0))
     (run / "checkpoints" / "step-00000005").mkdir()  # killed before its model.json
-    assert read_checkpoint(run).record["step"] == 4
-    assert Saver(run, ABOUT).best.step == -1
+    assert read_checkpoint(run).step == 4
+    open_writer(run, done=4)
+    assert best_checkpoint(run) is None
     assert kept(run) == {"step-00000004": WHOLE}
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_save_killed_at_any_write_or_removal_leaves_a_whole_checkpoint(run, monkeypatch, keep):
+def test_save_killed_at_any_point_leaves_a_complete_checkpoint(run, monkeypatch, keep):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
-    Saver(run, ABOUT, keep=keep).save(ours, 1, StreamState.start(), optimizer)
+    open_writer(run, keep=keep).save(1, StreamState.start(), ours, optimizer)
     reached = {1}
     for left in range(100):
-        last = read_checkpoint(run).record["step"]
-        saver = Saver(run, ABOUT, keep=keep)
-        saver.scored(ours, last + 1, {"r1": float(last + 1)})
+        last = read_checkpoint(run).step
+        writer = open_writer(run, done=last, keep=keep)
+        writer.log_scores(last + 1, scores(float(last + 1)), ours)
         with monkeypatch.context() as patch:
             die_at(patch, left)
             try:
-                saver.save(ours, last + 2, StreamState.start(), optimizer)
+                writer.save(last + 2, StreamState.start(), ours, optimizer)
             except Killed:
                 pass
             else:
                 break
         load_run(run)
-        restore(read_checkpoint(run), model(1), make_optimizer(ours, FitSettings(steps=1)))
-        assert read_checkpoint(run).record["step"] in (last, last + 2)
-        reached.add(read_checkpoint(run).record["step"])
+        read_checkpoint(run).restore(model(1), make_optimizer(ours, FitSettings(steps=1)))
+        assert read_checkpoint(run).step in (last, last + 2)
+        reached.add(read_checkpoint(run).step)
     assert left > 8
     assert len(reached) > 2
 
@@ -200,68 +223,70 @@ def die_at(patch, left):
         dying(owner, name)
 
 
-def refused(path):
+def rejection(path):
     with pytest.raises(UserError) as mistake:
         load_run(path)
     return str(mistake.value).replace(str(path), "RUN")
 
 
-def test_other_weights_are_refused_by_the_first_tensor_that_differs(run):
+def test_other_weights_are_rejected_with_the_first_difference(run):
     other = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2).build()
-    save_checkpoint(run, other, ABOUT, step=1, optimizer=None)
-    assert refused(run) == (
-        "RUN/checkpoints/step-00000001 does not fit this model: image_head.linear_path.weight is absent in the file "
+    save(run, other, step=1)
+    assert rejection(run) == (
+        "RUN/checkpoints/step-00000001 does not fit this model: image_head.linear_path.weight is missing in the file "
         "and of shape (3, 6) in the model."
     )
 
 
-def test_a_changed_weights_file_is_refused(run):
-    save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
+def test_changed_weights_are_rejected(run):
+    save(run, model(), step=1)
     weights = run / "checkpoints" / "step-00000001" / "model.safetensors"
     tensors = load_file(weights)
     tensors["bias"] += 1
     save_file(tensors, weights)
-    assert refused(run).startswith("RUN/checkpoints/step-00000001/model.safetensors is not what was written")
+    assert rejection(run).startswith(
+        "RUN/checkpoints/step-00000001/model.safetensors is damaged: its content is not what was written."
+    )
 
 
-def test_a_changed_record_is_refused(run):
-    save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
+def test_changed_record_is_rejected(run):
+    save(run, model(), step=1)
     record = run / "checkpoints" / "step-00000001" / "model.json"
     whole = record.read_text()
     for changed in (whole.replace('"step": 1', '"step": 2'), whole[:100], "[]", "{}", '{"settings": null}', "\udcff"):
         record.write_text(changed, errors="surrogateescape")
-        assert refused(run) == (
-            "RUN/checkpoints/step-00000001/model.json is not what was written; restore it, or remove "
-            "RUN/checkpoints/step-00000001: the run's command then goes on from what was saved before."
+        assert rejection(run) == (
+            "RUN/checkpoints/step-00000001/model.json is damaged: its content is not what was written. Restore it, or "
+            "remove RUN/checkpoints/step-00000001 to resume from the checkpoint before."
         )
         assert newest_run(run.parent) == run
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_missing_or_changed_file_is_refused(run, name):
+def test_missing_or_changed_file_is_rejected(run, name):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
     ours.image_head(torch.randn(5, 6)).sum().backward()
     optimizer.step()
-    save_checkpoint(run, ours, ABOUT, step=1, optimizer=optimizer)
+    save(run, ours, step=1, optimizer=optimizer)
     saved = read_checkpoint(run)
     file = saved.folder / name
     content = file.read_bytes()
     for changed in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
         file.write_bytes(changed)
-        with pytest.raises(UserError, match=f"{name} is not what was written; restore it, or remove {saved.folder}:"):
-            restore(saved, ours, optimizer)
+        with pytest.raises(UserError, match=f"{name} is damaged: .* Restore it, or remove {saved.folder} to"):
+            saved.restore(ours, optimizer)
     file.unlink()
-    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file or directory\); restore it, or remove"):
-        restore(saved, ours, optimizer)
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file or directory\). Restore it, or remove"):
+        saved.restore(ours, optimizer)
 
 
-def test_a_run_that_is_saved_while_it_is_loaded_gives_one_checkpoint(run, monkeypatch):
-    save_checkpoint(run, model(1), ABOUT, step=1, optimizer=None)
+def test_save_during_load_does_not_mix_checkpoints(run, monkeypatch):
+    save(run, model(1), step=1)
     build, later = Architecture.build, model(2)
 
     def saved_meanwhile(architecture):
-        save_checkpoint(run, later, ABOUT, step=2, optimizer=None)
+        save(run, later, step=2)
         return build(architecture)
 
     monkeypatch.setattr(Architecture, "build", saved_meanwhile)
@@ -271,22 +296,22 @@ def test_a_run_that_is_saved_while_it_is_loaded_gives_one_checkpoint(run, monkey
     assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], model(1).image_head.out.weight)
 
 
-def test_a_copy_of_a_checkpoint_is_none_and_stays(run):
-    save_checkpoint(run, model(), ABOUT, step=4, optimizer=None)
+def test_copies_of_a_checkpoint_are_ignored_and_kept(run):
+    save(run, model(), step=4)
     for name in ("step-00000004-copy", "step-00000005.bak", "best-of-all"):
-        shutil.copytree(checkpoint_folder(run, 4), run / "checkpoints" / name)
+        shutil.copytree(RunFolder(run).checkpoint(4), run / "checkpoints" / name)
     assert load_run(run).step == 4
-    Saver(run, ABOUT)
+    open_writer(run, done=4)
     assert len(kept(run)) == 4
 
 
 def log_of(run, *steps):
     with MetricsLog(run, None) as log:
         for step in steps:
-            log.write("train", step, loss=1.0)
+            log.write("train", step, loss=1.0, positive_logit=0.0, negative_logit=0.0, t=1.0)
 
 
-def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(run):
+def test_log_is_cut_after_the_step_to_resume_from(run):
     log_of(run, 1, 2, 3, 4)
     with MetricsLog(run, 3) as log:
         assert [entry["step"] for entry in log.kept] == [1, 2, 3]
@@ -295,44 +320,42 @@ def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(run):
 
 
 @pytest.mark.parametrize("content", ["", "1 2", "1 2 5", b"\xff\xfe", '[1]\n{"step": 2}\n', '{"step": null}\n'])
-def test_a_log_that_lacks_what_was_trained_is_refused_and_left_as_it_is(run, content):
+def test_incomplete_log_is_rejected_and_not_changed(run, content):
     if isinstance(content, str) and content[:1] in ("", "1"):
         log_of(run, *map(int, content.split()))
     else:
         (run / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        UserError, match=r"metrics.jsonl is not what was written; restore it, or begin again with anoth"
-    ):
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: .* Restore it, or start again with another --out."):
         MetricsLog(run, 3)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_missing_log_is_refused(run):
+def test_missing_log_is_rejected(run):
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read"):
         MetricsLog(run, 3)
 
 
-def test_what_is_no_run_or_has_no_checkpoint_is_refused(run, tmp_path):
-    assert refused(tmp_path) == "RUN is not a run; make one with `sail-align fit`."
-    assert refused(run) == "RUN has no checkpoint yet; let its `sail-align fit` go on."
+def test_folder_without_run_or_checkpoint_is_rejected(run, tmp_path):
+    assert rejection(tmp_path) == "RUN is not a run. Train one with `sail-align fit`."
+    assert rejection(run) == "RUN has no checkpoint yet. Wait until its `sail-align fit` has saved one."
 
 
-def test_a_later_format_is_refused(run):
-    save_checkpoint(run, model(), ABOUT, step=1, optimizer=None)
+def test_later_format_is_rejected(run):
+    save(run, model(), step=1)
     record = run / "checkpoints" / "step-00000001" / "model.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": 3}))
-    assert refused(run) == "RUN/checkpoints/step-00000001 has format 3, this version reads 2; update sail-align."
+    assert rejection(run) == "RUN/checkpoints/step-00000001 has format 3, this version reads 2. Update sail-align."
 
 
-def test_the_newest_run_is_the_one_saved_last(tmp_path, run):
-    with pytest.raises(UserError, match="There is no run under"):
+def test_newest_run_is_the_one_saved_last(tmp_path, run):
+    with pytest.raises(UserError, match="There is no run in"):
         newest_run(tmp_path / "runs")
     for age, name in enumerate(["b", "a", "c"]):
         path = run.with_name(name)
         path.mkdir(exist_ok=True)
         (path / "settings.json").write_text("{}")
-        save_checkpoint(path, model(), ABOUT, step=1, optimizer=None)
+        save(path, model(), step=1)
         os.utime(path / "checkpoints" / "step-00000001" / "model.json", ns=(0, -age))
     (run.with_name("no-run")).mkdir()
     assert newest_run(tmp_path / "runs").name == "b"

@@ -20,7 +20,7 @@ from sail_align.align.cli import app
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
 from sail_align.align.stats.tables import format_table
-from sail_align.align.train.collapse import collapse_of
+from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
@@ -109,7 +109,7 @@ def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, mon
 
 def test_collapsed_runs_are_marked(make_store, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "LADDER", LADDER[3:5])
-    monkeypatch.setattr(trials, "collapse_of", lambda run, _: "it has" if "sigmoid" in run.name else None)
+    monkeypatch.setattr(Watch, "replay", lambda run, _: "it has" if "sigmoid" in run.name else None)
     words = ["ladder", "--features", make_store("photos"), "--out", tmp_path / "l", "--seeds", 2, *QUICK]
     done = typed(*words)
     assert re.findall(r"\d/4 (.+), seed (\d): .+, collapsed\n", done.output) == [("+ sigmoid", "0"), ("+ sigmoid", "1")]
@@ -123,12 +123,12 @@ def test_collapsed_runs_are_marked(make_store, tmp_path, monkeypatch):
 def test_collapse_is_detected_in_the_log(make_store, tmp_path):
     plan, _ = make_plan([make_store("photos")], {"preset": "small", "head": "linear", "steps": 2})
     run, _ = Trial("linear", plan).run(tmp_path, 0, device=torch.device("cpu"), quiet=True)
-    assert collapse_of(run.path, 1e-3) is None
+    assert Watch.replay(run.path, 1e-3) is None
     log = run.path / "metrics.jsonl"
     *before, last = log.read_text().splitlines()
     lost = {**json.loads(last), "image_rank": 1.0, "r1": 1.0, "chance": 1.0}
     log.write_text("\n".join([*before, json.dumps(lost), json.dumps(lost)]))
-    assert "collapsed at step 2" in collapse_of(run.path, 1e-3)
+    assert "collapsed at step 2" in Watch.replay(run.path, 1e-3)
 
 
 def test_rungs_with_long_captions_are_skipped_if_there_are_none(make_store, tmp_path):
@@ -138,7 +138,7 @@ def test_rungs_with_long_captions_are_skipped_if_there_are_none(make_store, tmp_
     assert isinstance(missing.exception, UserError)
     assert str(missing.exception) == f"{path} has no features of caption 'raw'. It has c0, c1."
     without = typed(*words, "--raw", "c0")
-    assert f"note: {path} has no long captions: the rungs with them are left out" in without.output
+    assert f"note: {path} has no captions named 'long'; skipping the recipes with long captions." in without.output
     assert "multi-positive" not in without.output
     assert "8/8 + multi-positive, seed 0" in typed(*words, "--raw", "c0", "--long", "c1").output
 
@@ -147,7 +147,7 @@ def test_invalid_requests_are_rejected_before_the_first_fit(make_store, tmp_path
     monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("fitted"))
     path = make_store("photos")
     words = ["--features", path, "--out", tmp_path / "l"]
-    assert "--lr 7 is out of range" in str(typed("ladder", *words, "--lr", 7).exception)
+    assert "--lr is invalid: got 7" in str(typed("ladder", *words, "--lr", 7).exception)
     assert "--held-out 0 leaves nothing" in str(typed("probe", *words, "--held-out", 0).exception)
     assert "--epochs has no effect with --steps" in str(typed("ladder", *words, "--steps", 5, "--epochs", 2).exception)
     for option, what, known in (
@@ -164,7 +164,7 @@ def test_invalid_requests_are_rejected_before_the_first_fit(make_store, tmp_path
 
 def test_base_recipe_adapts_to_few_pairs(make_store, monkeypatch):
     path = make_store("photos")
-    assert base_recipe([path], {"steps": 9})["lr"] == trials.SMALL["lr"]
+    assert base_recipe([path], {"steps": 9})["lr"] == trials.COMPARED_FEW["lr"]
     assert "epochs" not in base_recipe([path], {"steps": 9})
     monkeypatch.setattr(trials, "PAPER_ROWS", 300)
     assert base_recipe([path], {"lr": 1e-4}) == {"preset": "paper", "held_out": 0.2, "warmup": 0.1, "lr": 1e-4}

@@ -1,4 +1,4 @@
-"""Batches on their way to a device; a GPU's copies are played by fakes that say what happens when."""
+"""Copies of batches to a device, with fakes that record the order of a GPU's operations."""
 
 from contextlib import nullcontext
 from itertools import islice
@@ -9,14 +9,14 @@ from sail_align.align.data.loader import Batch, batches_on
 from sail_align.align.data.sampler import StreamState
 
 
-def test_on_a_cpu_batches_are_passed_on():
+def test_batches_on_a_cpu_are_not_copied():
     served = [(Batch(torch.zeros(2, 3), torch.ones(1, 2, 3)), StreamState(0, number)) for number in range(3)]
     passed_on = list(batches_on(torch.device("cpu"), iter(served)))
     assert all(one is other for one, other in zip(passed_on, served, strict=True))
 
 
-def test_a_gpu_s_copy_has_ended_before_the_next_but_one_batch_is_asked_for(monkeypatch):
-    told: list[str] = []
+def test_copy_to_a_gpu_ends_before_its_buffer_is_reused(monkeypatch):
+    calls: list[str] = []
 
     class Part:
         def __init__(self, name):
@@ -24,7 +24,7 @@ def test_a_gpu_s_copy_has_ended_before_the_next_but_one_batch_is_asked_for(monke
 
         def to(self, device, *, non_blocking):
             assert (device.type, non_blocking) == ("cuda", True)
-            told.append(f"copy {self.name}")
+            calls.append(f"copy {self.name}")
             return self
 
         def record_stream(self, stream):
@@ -43,7 +43,7 @@ def test_a_gpu_s_copy_has_ended_before_the_next_but_one_batch_is_asked_for(monke
             self.number = number
 
         def synchronize(self):
-            told.append(f"copied {self.number}")
+            calls.append(f"copied {self.number}")
 
     monkeypatch.setattr(torch.cuda, "Stream", Copying)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -51,12 +51,12 @@ def test_a_gpu_s_copy_has_ended_before_the_next_but_one_batch_is_asked_for(monke
 
     def stream():
         for number in range(1, 9):
-            told.append(f"ask {number}")
+            calls.append(f"ask {number}")
             yield Batch(Part(f"x{number}"), Part(f"y{number}")), StreamState(0, number)
 
     for batch, state in islice(batches_on(torch.device("cuda"), stream()), 2):
-        told.append(f"work on {batch.images.name} {state.batch}")
+        calls.append(f"work on {batch.images.name} {state.batch}")
     first = ["ask 1", "copy x1", "copy y1"]
     second = ["copied 1", "ask 2", "copy x2", "copy y2", "work on x1 1"]
     third = ["copied 2", "ask 3", "copy x3", "copy y3", "work on x2 2"]
-    assert told == first + second + third
+    assert calls == first + second + third

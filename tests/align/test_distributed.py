@@ -1,4 +1,4 @@
-"""Several processes take the steps of one, and end together."""
+"""Several processes take the same steps as one, and end together."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def _one(work, folder, rank, size, port):
     os.environ.update(environment(rank, size, port))
     torch.set_num_threads(1)
     with joined("auto") as (world, device):
-        assert device == "cpu"
+        assert device == CPU
         torch.save(work(world), folder / f"{rank}.pt")
 
 
@@ -100,7 +100,7 @@ def test_gradients_and_values_are_those_of_one_process(tmp_path, size):
 
 
 def messages(world):
-    """Use every way to tell the others something."""
+    """Use all ways to exchange objects and tensors."""
 
     def mistaken():
         raise UserError(f"made by {world.rank}")
@@ -112,46 +112,44 @@ def messages(world):
             return str(mistake)
 
     own = torch.full((2,), float(world.rank))
-    spread, total = own.clone(), own.clone()
-    world.spread(spread)
+    received, total = own.clone(), own.clone()
+    world.broadcast(received)
     world.sum(total)
     values = torch.tensor([float(world.rank), -torch.inf, 500.0])
     return {
-        "agree": world.agree(lambda: world.rank * 10),
-        "decide": world.decide(lambda: f"rank {world.rank}"),
-        "mistake of one": caught(lambda: world.agree(lambda: mistaken() if world.rank == 1 else None)),
-        "mistake of rank 0": caught(lambda: world.decide(mistaken)),
+        "every": world.every(lambda: world.rank * 10),
+        "first": world.first(lambda: (world.rank, Path("run"))) == (0, Path("run")),
+        "mistake of one": caught(lambda: world.every(lambda: mistaken() if world.rank == 1 else None)),
+        "mistake of rank 0": caught(lambda: world.first(mistaken)),
         "collect": world.collect([world.rank, "é" * (1 + 3 * world.rank), None]),
-        "same": (world.same((1, 2)), world.same(world.rank)),
         "spans": [(rows.start, rows.stop) for rows in world.spans(2 + world.rank)],
-        "spread": spread.tolist(),
+        "broadcast": received.tolist(),
         "sum": total.tolist(),
         "log-sum-exp": world.log_sum_exp(values),
     }
 
 
-def test_the_processes_tell_each_other_what_they_must(tmp_path):
+def test_processes_exchange_objects_and_tensors(tmp_path):
     for rank, found in enumerate(in_processes(2, messages, tmp_path)):
-        assert found["agree"] == 10 * rank
-        assert found["decide"] == "rank 0"
+        assert found["every"] == 10 * rank
+        assert found["first"]
         assert found["mistake of one"] == "made by 1"
         assert found["mistake of rank 0"] == "made by 0"
         assert found["collect"] == [[0, "é", None], [1, "éééé", None]]
-        assert found["same"] == (True, False)
         assert found["spans"] == [(0, 2), (2, 5)]
-        assert (found["spread"], found["sum"]) == ([0, 0], [1, 1])
+        assert (found["broadcast"], found["sum"]) == ([0, 0], [1, 1])
         expected = torch.logsumexp(torch.tensor([[0.0, -torch.inf, 500.0], [1.0, -torch.inf, 500.0]]), 0)
         torch.testing.assert_close(found["log-sum-exp"], expected)
 
 
-def test_one_process_is_a_world_of_one(monkeypatch):
+def test_single_process_needs_no_communication(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cuda:3") as (world, device):
-        assert (world, device) == (World(), "cuda:3")
+    with joined("cpu") as (world, device):
+        assert (world, device) == (World(), CPU)
     values = torch.arange(6.0).reshape(3, 2)
     spans = world.spans(3)
     assert torch.equal(world.scatter_sum(world.gather(values, spans), spans), values)
-    assert world.decide(lambda: 5) == world.agree(lambda: 5) == 5
+    assert world.first(lambda: 5) == world.every(lambda: 5) == 5
     assert torch.equal(world.log_sum_exp(values), values)
 
 
@@ -169,7 +167,7 @@ def dropped_out(world):
     return seen
 
 
-def test_dropout_differs_between_processes_and_comes_again(tmp_path):
+def test_dropout_differs_between_processes_and_is_reproducible(tmp_path):
     (one, again), (other, _) = in_processes(2, dropped_out, tmp_path)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -184,10 +182,10 @@ def leave(world):
         return str(lost)
 
 
-def test_who_is_left_behind_says_so(tmp_path):
+def test_remaining_process_reports_the_lost_one(tmp_path):
     with pytest.raises(FileNotFoundError):  # of the one that left
         in_processes(2, leave, tmp_path)
-    assert torch.load(tmp_path / "0.pt").startswith("Process 0 of 2 lost touch with another (")
+    assert torch.load(tmp_path / "0.pt").startswith("Process 0 of 2 lost its connection to another (")
 
 
 def torchrun(size, *words):
@@ -222,7 +220,7 @@ FIT = ("--quiet", "--device", "cpu", "--dim", 8, "--batch-size", 51, "--lr", 1e-
 FIT = (*FIT, "--image-dropout", 0, "--text-dropout", 0)
 
 
-def test_torchrun_fits_as_one_process_does(make_store, tmp_path):
+def test_torchrun_trains_like_one_process(make_store, tmp_path):
     many = make_store("many", rows=200, captions={"raw": (), "short": (), "long": ()})
     few = make_store("few", rows=100, captions={"long": (), "raw": ()}, first=500)
     stores = ("--features", many, "--features", few)
@@ -241,31 +239,31 @@ def test_torchrun_fits_as_one_process_does(make_store, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_job_and_any_number_goes_on(make_store, tmp_path):
+def test_lost_process_ends_the_job_and_any_number_resumes(make_store, tmp_path):
     steps, run = 400, tmp_path / "run"
     words = ("--features", make_store(), *FIT, "--steps", steps)
     job = torchrun(2, *words, "--out", run)
     wait_for_step(20, run, job)
     job.terminate()
     _, said = job.communicate(timeout=60)
-    saved = read_checkpoint(run).record["step"]
+    saved = read_checkpoint(run).step
     assert 20 <= saved < steps
-    assert f"goes on with {run} from step {saved}." in said
+    assert f"The same command resumes {run} from step {saved}." in said
 
     job = torchrun(2, *words, "--out", run)
     wait_for_step(saved + 20, run, job)
     os.kill(process_of(job, rank=1), signal.SIGKILL)
     _, said = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert said.count("error: Process 0 of 2 lost touch with another (") == 1
+    assert said.count("error: Process 0 of 2 lost its connection to another (") == 1
 
     ends = {}
     for size in (1, 3):
-        shutil.copytree(run, copy := tmp_path / f"goes on with {size}")
+        shutil.copytree(run, copy := tmp_path / f"resumed by {size}")
         job = torchrun(size, *words, "--out", copy)
         said, complained = job.communicate(timeout=100)
         assert job.returncode == 0, complained
-        assert f"going on with {copy}" in said
+        assert f"resuming {copy}" in said
         ends[size] = trained(copy)
         assert list(ends[size]) == list(range(1, steps + 1))
         assert [ends[size][step] for step in range(1, saved + 1)] == list(trained(run).values())[:saved]
@@ -283,10 +281,10 @@ def process_of(job, rank):
     raise AssertionError(f"{job.pid} has no child of rank {rank}")
 
 
-def test_a_mistake_is_told_once(make_store):
+def test_mistake_is_reported_once(make_store):
     store = make_store()
     job = torchrun(2, "--features", store, "--out", store, *FIT, "--steps", 1)
     _, said = job.communicate()
     assert job.returncode != 0
     assert said.count("error:") == 1
-    assert f"error: {store} exists and is not a run; name another --out.\n" in said
+    assert f"error: {store} exists and is not a run. Pass another --out.\n" in said

@@ -19,7 +19,7 @@ def test_excluded_rows_are_neither_served_nor_held_out(make_store, tmp_path):
     (tmp_path / "two.txt").write_text("key 3\r\nkey 299\r\nkey 300")
     whole, _ = make_plan([first, second], QUICK)
     plan, notes = make_plan([first, second], QUICK, exclude=[tmp_path / "one.txt", tmp_path / "two.txt"])
-    assert "4 rows are excluded by a list of 5 keys." in notes
+    assert "Rows excluded by a list of 5 keys: 4." in notes
     assert whole.training_rows + whole.held_out_rows == 500
     assert plan.training_rows + plan.held_out_rows == 496
     used = [training | held for training, held in zip(plan.training, plan.held_out, strict=True)]
@@ -59,8 +59,8 @@ def test_run_resumes_only_with_the_same_list(make_store, tmp_path, monkeypatch):
     changed = CliRunner().invoke(app, command).output
     assert "writing runs/photos-glu-2" in changed
     again = CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).output
-    assert "note: 1 rows are excluded by a list of 1 keys." in again
-    assert "going on with runs/photos-glu:" in again
+    assert "note: Rows excluded by a list of 1 keys: 1." in again
+    assert "resuming runs/photos-glu:" in again
 
 
 def interrupt(*_):
@@ -75,5 +75,5 @@ def test_invalid_lists_are_reported(make_store, tmp_path):
         end = "--exclude needs a text file with one key per line."
         assert str(error.value) == f"{tmp_path / name} cannot be read: {reason}. {end}"
     (tmp_path / "all.txt").write_text("\n".join(f"key {row}" for row in range(299)))
-    with pytest.raises(UserError, match=r"has 1 pair to train on, .* captions raw that no list excludes"):
+    with pytest.raises(UserError, match=r"has 1 pair to train on, .* captions raw, and is not excluded"):
         make_plan([make_store("a")], QUICK, exclude=[tmp_path / "all.txt"])

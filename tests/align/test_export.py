@@ -160,7 +160,7 @@ def test_scores_of_other_weights_are_left_out(run, encoders, tmp_path):
     assert ModelCard.load("hub/README.md").data.eval_results is None
     for damaged in ("[]", "{}", '{"run": 1}', "{"):
         (run / "scores.json").write_text(damaged)
-        assert "scores.json is not what was written; remove it and score" in str(
+        assert "scores.json is damaged: its content is not what was written. Remove it and score" in str(
             export(run.resolve(), "--out", ".").exception
         )
 
@@ -170,12 +170,12 @@ def test_modified_export_is_rejected(run, folders):
     weights = load_file("hub/model.safetensors")
     weights["bias"] += 1
     save_file(weights, "hub/model.safetensors")
-    with pytest.raises(UserError, match=r"hub/model\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"hub/model\.safetensors is damaged"):
         pretrained.load("hub", **folders)
     export(run, "--out", "hub2")
     config = Path("hub2/config.json")
     config.write_text(config.read_text().replace('"pooling": "cls+mean"', '"pooling": "cls"'))
-    with pytest.raises(UserError, match=r"hub2/config\.json is not what was written; export or download it again"):
+    with pytest.raises(UserError, match=r"hub2/config\.json is damaged: .* Export or download it again"):
         pretrained.load("hub2", **folders)
     export(run, "--out", "hub3")
     record = json.loads(Path("hub3/config.json").read_text())

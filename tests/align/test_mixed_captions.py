@@ -85,7 +85,7 @@ def test_choose_captions_rejects_stores_that_do_not_fit(there, asked, positives,
 
 
 def test_make_plan_rejects_more_positives_than_a_store_has(mixed):
-    with pytest.raises(UserError, match=r"--positives 2 is more than the captions of .*few.zarr: raw; give at most 1"):
+    with pytest.raises(UserError, match=r"got 2, but .*few.zarr has 1 captions \(raw\). Give at most 1"):
         make_plan(mixed, {"positives": 2})
 
 
@@ -93,10 +93,10 @@ def test_notes_name_unused_and_missing_captions(mixed):
     many, _, few = mixed
     plan, notes = make_plan([many, few], {})
     assert plan.record()["captions"] == ["raw"]
-    assert f"{many} has short, long too, which not all stores have and which is left out" in notes[1]
+    assert f"Left out short, long of {many}, which other stores lack." in notes[1]
     plan, notes = make_plan([many, few], {"positives": 1}, captions=["raw", "long:4"])
     assert (plan.record()["captions"], plan.record()["caption_weights"]) == (["raw", "long"], [1, 4])
-    assert notes[1] == f"{few} has no long: captions of its rows are drawn from raw."
+    assert notes[1] == f"{few} has no long; sampling from raw."
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""A temperature and a bias by the batch: the first step's positives and negatives weigh the same."""
+"""Automatic temperature and bias: positives and negatives of the first step have equal gradient mass."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def first_step(make_store, tmp_path, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"start": "closed-form"}, {"temperature": 40.0}, {"divisor": "batch"}])
 @pytest.mark.parametrize("sample", [1_024, 150])
-def test_the_first_steps_masses_are_in_balance(make_store, tmp_path, monkeypatch, changes, sample):
+def test_masses_of_the_first_step_are_balanced(make_store, tmp_path, monkeypatch, changes, sample):
     monkeypatch.setattr(start, "SAMPLE_ROWS", sample)
     step = first_step(make_store, tmp_path, **{"temperature": "auto", "bias": "auto", "batch_size": 500, **changes})
     assert 0.6 < step["negative_mass"] / step["positive_mass"] < 1.6
@@ -32,17 +32,17 @@ def test_the_first_steps_masses_are_in_balance(make_store, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("batch_size", [50, 500])
-def test_the_bias_is_what_the_mathematics_says_of_a_fresh_model(make_store, tmp_path, batch_size):
+def test_bias_of_a_fresh_model_follows_the_formula(make_store, tmp_path, batch_size):
     # Each of the |B| pairs of an image is to have the probability 1 / |B|; at a small t all logits are nearly b.
     step = first_step(make_store, tmp_path, temperature=2.0, bias="auto", batch_size=batch_size, dim=64)
     assert step["b"] == pytest.approx(-math.log(batch_size - 1), abs=0.2)
 
 
-def test_numbers_of_another_batch_are_out_of_balance(make_store, tmp_path):
+def test_paper_values_are_unbalanced_for_a_small_batch(make_store, tmp_path):
     step = first_step(make_store, tmp_path, batch_size=500, temperature=20.0, bias=-10.0)
     assert not 0.1 < step["negative_mass"] / step["positive_mass"] < 10
 
 
-def test_the_papers_numbers_are_what_its_batch_gives():
+def test_automatic_temperature_of_the_papers_batch():
     settings = start.FitSettings(steps=1, temperature="auto", bias="auto")
     assert start._temperature(settings) == pytest.approx(21.03, abs=0.01)

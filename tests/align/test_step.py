@@ -162,7 +162,7 @@ def test_a_device_says_what_it_computes_in():
     cuda = torch.device("cuda")
     assert [device.choose_precision("auto", each) for each in (CPU, cuda)] == ["float32", "bfloat16"]
     assert device.choose_precision("tf32", cuda) == "tf32"
-    with pytest.raises(UserError, match="--precision tf32 is for NVIDIA GPUs; give float32 or bfloat16 on cpu"):
+    with pytest.raises(UserError, match="--precision tf32 needs an NVIDIA GPU, got device cpu"):
         device.choose_precision("tf32", CPU)
 
 

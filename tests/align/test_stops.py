@@ -1,4 +1,4 @@
-"""A fit that is killed or stopped at any moment, and typed again, ends as one that was not."""
+"""A fit that is killed or stopped at any moment, and rerun, ends like an uninterrupted one."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def seen(make_store, tmp_path):
-    """Play a scenario of stopped_fits.py; return what it saw."""
+    """Run a scenario of stopped_fits.py; return its observations."""
 
     def play(scenario, rows=400, **sizes):
         store = make_store("photos", rows=rows, **sizes)
@@ -41,11 +41,11 @@ def check_kills(result):
     assert result["identical"]
 
 
-def test_a_fit_killed_at_any_moment_ends_with_the_same_bytes(seen):
+def test_killed_fit_ends_with_the_same_bytes(seen):
     check_kills(seen("kills"))
 
 
-def test_so_does_one_whose_loss_and_heads_are_compiled(seen):
+def test_killed_compiled_fit_ends_with_the_same_bytes(seen):
     result = seen("compiled_kills", rows=10_000, shard_rows=4_096, chunk_rows=256)
     check_kills(result)
     if result["not compiled"]:
@@ -53,19 +53,19 @@ def test_so_does_one_whose_loss_and_heads_are_compiled(seen):
     assert result["compiled"]
 
 
-def test_sigterm_and_ctrl_c_save_the_step_and_end(seen):
+def test_signals_save_the_step_and_stop(seen):
     result = seen("signals")
     for name, said, code in [("SIGTERM", "SIGTERM", 143), ("SIGINT", "Ctrl-C", 130)]:
         stop = result[name]
         assert stop["end"] == code
         assert stop["logged"] == stop["step"]
-        assert stop["said"] == f"Stopped by {said}; the same command goes on with stopped from step {stop['step']}."
+        assert stop["said"] == f"Stopped by {said}. The same command resumes stopped from step {stop['step']}."
     assert result["end"] == 0
     assert result["identical"]
 
 
-def test_a_second_command_at_once_is_refused_with_a_sentence(seen):
+def test_second_command_at_once_is_rejected(seen):
     result = seen("two_at_once")
     assert (result["first"], result["second"]) == (143, 2)
-    assert result["said"] == "error: run is being trained by another process; let it end, or name another --out."
+    assert result["said"] == "error: run is being trained by another process. Wait for its end, or pass another --out."
     assert sorted(result["left"]) == ["run", "run.txt"]

@@ -1,4 +1,4 @@
-"""Trackers get what the log gets; one that is unknown or not installed is a mistake, said at once."""
+"""Trackers receive the lines of the log; unknown or missing ones are rejected."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ class RefusedError(Exception):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module in the place of wandb, which notes what it is told."""
+    """A module in place of wandb that records its calls."""
     module = ModuleType("wandb")
     module.__spec__ = ModuleSpec("wandb", None)
     module.Error, module.told = RefusedError, []
@@ -63,7 +63,7 @@ def wandb(monkeypatch):
     return module
 
 
-def test_weights_and_biases_get_the_log_and_know_a_run_that_goes_on(tracked, wandb):
+def test_weights_and_biases_receives_the_log_and_recognises_a_resumed_run(tracked, wandb):
     assert parse_trackers("wandb") == ["wandb"]
     run, log = tracked("wandb")
     assert wandb.told[-1] == "finish"
@@ -75,23 +75,25 @@ def test_weights_and_biases_get_the_log_and_know_a_run_that_goes_on(tracked, wan
     assert (options["project"], options["name"], options["resume"]) == ("sail-align", "run", "allow")
     settings = json.loads((run / "settings.json").read_text())
     assert options["config"]["lr"] == settings["lr"]
-    trackers.open_trackers(["wandb"], run, settings, 2)
+    trackers.WeightsAndBiases(run, settings, 2)
     assert wandb.options["id"] == options["id"]
 
 
-def test_weights_and_biases_that_refuse_are_a_sentence(tracked, wandb):
+def test_error_of_weights_and_biases_is_reported(tracked, wandb):
     def init(**_):
         raise RefusedError("no API key")
 
     wandb.init = init
-    with pytest.raises(UserError, match=r"cannot be used \(no API key\); run `wandb login`, or set WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"cannot be used \(no API key\). Run `wandb login`, or set WANDB_MODE=offline"):
         tracked("wandb")
 
 
-def test_a_tracker_that_is_unknown_or_not_installed_is_refused(monkeypatch):
+def test_unknown_or_missing_tracker_raises(monkeypatch):
     assert parse_trackers(None) == []
-    with pytest.raises(UserError, match=r"--track 'mlflow' is none of: tensorboard, wandb\."):
+    with pytest.raises(UserError, match=r"--track is invalid: got 'mlflow', expected tensorboard, wandb\."):
         parse_trackers("tensorboard, mlflow")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--track wandb needs a package .* pip install 'sail-align\[tracking\]'"):
+    with pytest.raises(
+        UserError, match=r"--track wandb needs a package that is missing. Run pip install 'sail-align\[tracking\]'"
+    ):
         parse_trackers("wandb")

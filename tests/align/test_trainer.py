@@ -1,4 +1,4 @@
-"""Training learns, and a run that was stopped ends as one that was not, bit by bit."""
+"""Training learns, and a stopped and resumed run is bitwise equal to an uninterrupted one."""
 
 import json
 import math
@@ -11,8 +11,9 @@ import torch
 from fakes import identity
 
 from sail_align.align.model.loss import LossValue
-from sail_align.align.runs.checkpoint import best_of, last_checkpoint, load_run, read_checkpoint
+from sail_align.align.runs.checkpoint import best_checkpoint, load_run, read_checkpoint
 from sail_align.align.runs.claim import claim_run
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
 from sail_align.align.train import trainer
 from sail_align.align.train.plan import make_plan
@@ -61,7 +62,7 @@ def lines(run, kind=None):
     ],
     ids=lambda changes: "-".join(str(value) for value in changes.values() if value is not None),
 )
-def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, changes):
+def test_every_kind_of_run_learns(make_store, tmp_path, changes):
     plan, run = begin([make_store(rows=500, captions={"raw": (), "long": ()})], tmp_path / "run", **changes)
     scores = fit(plan, run, device=CPU, quiet=True)
     before, after = lines(run, "heldout")[0], lines(run, "heldout")[-1]
@@ -73,7 +74,7 @@ def test_every_kind_of_run_learns_what_the_pairs_share(make_store, tmp_path, cha
     assert after["loss"] < before["loss"]
     if changes.get("start") != "closed-form":
         assert before["t2i_r10"] < 3 * chance
-    assert read_checkpoint(run).record["finished"]
+    assert read_checkpoint(run).finished
     assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
 
 
@@ -90,7 +91,7 @@ def test_bfloat16_learns_what_float32_learns(make_store, tmp_path):
         assert rounded[name] == pytest.approx(exact[name], abs=5)
 
 
-def test_every_step_draws_other_random_numbers(make_store, tmp_path, monkeypatch):
+def test_each_step_has_its_own_random_numbers(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run", steps=5)
     step, drawn = trainer.train_step, []
     monkeypatch.setattr(trainer, "train_step", lambda *given: drawn.append(float(torch.rand(()))) or step(*given))
@@ -109,7 +110,7 @@ def test_cca_is_a_run_without_steps(make_store, tmp_path):
     assert loaded.model.image_head.linear_path is None
 
 
-def test_a_closed_form_start_scores_what_the_closed_form_scores(make_store, tmp_path):
+def test_closed_form_start_scores_like_the_closed_form(make_store, tmp_path):
     store = make_store(rows=500)
     first = {}
     for head in ("linear", "glu"):
@@ -142,14 +143,14 @@ def stop_after(monkeypatch, step):
 
 
 def content(run):
-    folders = [last_checkpoint(run), best_of(run).folder]
+    folders = [RunFolder(run).last, best_checkpoint(run).folder]
     files = [run / "metrics.jsonl", run / "settings.json", *(path for folder in folders for path in folder.iterdir())]
     return {file.relative_to(run): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
 @pytest.mark.parametrize("stops", [[0], [7], [12, 1, 4]])
-def test_a_stopped_run_ends_as_one_that_was_not(make_store, tmp_path, monkeypatch, optimizer, stops):
+def test_stopped_run_ends_like_an_uninterrupted_one(make_store, tmp_path, monkeypatch, optimizer, stops):
     stores = [make_store("one", rows=200), make_store("two", rows=150, first=1000)]
     changes = {"start": "closed-form", "steps": 20, "optimizer": optimizer, "text_dropout": 0.3}
     plan, whole = begin(stores, tmp_path / "whole", **changes)
@@ -161,14 +162,14 @@ def test_a_stopped_run_ends_as_one_that_was_not(make_store, tmp_path, monkeypatc
             with pytest.raises(StoppedError):
                 fit(plan, run, device=CPU, quiet=True, save_seconds=0)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "tra')  # as a killed process may leave it
+        file.write('{"kind": "tra')  # as a killed process may leave
     plan, same = begin(stores, tmp_path / "stopped", **changes)
     assert same == run
     fit(plan, run, device=CPU, quiet=True, save_seconds=0)
     assert content(run) == content(whole)
 
 
-def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_store, tmp_path):
+def test_run_resumes_only_if_unfinished_and_with_the_same_settings(make_store, tmp_path):
     store = make_store()
     plan, run = begin([store], tmp_path / "run", steps=2)
     assert run.name == "run"
@@ -179,7 +180,7 @@ def test_a_run_goes_on_only_while_unfinished_and_with_the_same_settings(make_sto
     assert claim_run(run, plan.record())[:3] == (run, True, True)
 
 
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(make_store, tmp_path, monkeypatch):
+def test_resume_rejects_a_checkpoint_with_other_settings(make_store, tmp_path, monkeypatch):
     store = make_store()
     plan, run = begin([store], tmp_path / "run", steps=4, seed=1)
     with monkeypatch.context() as patch:
@@ -187,26 +188,26 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(make_store, tmp_path
         with pytest.raises(StoppedError):
             fit(plan, run, device=CPU, quiet=True, save_seconds=0)
     plan, other = begin([store], tmp_path / "other", steps=4, seed=2)
-    (other / "settings.json").rename(run / "settings.json")  # as two first commands at the same moment could leave it
-    with pytest.raises(UserError, match=r"step-00000002 was saved with other settings than .*settings.json says"):
+    (other / "settings.json").rename(run / "settings.json")  # as two simultaneous first commands could leave
+    with pytest.raises(UserError, match=r"step-00000002 has other settings than .*settings.json"):
         fit(plan, run, device=CPU, quiet=True)
 
 
-def test_a_process_whose_run_was_taken_over_writes_nothing_more(make_store, tmp_path, monkeypatch):
+def test_process_whose_run_was_taken_over_stops_writing(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run", steps=4)
 
     def taken_over(*arguments):
-        (run / "lease" / "fit.1.json").write_text("{}")  # by another machine, to which this one seemed dead
+        (run / "lease" / "fit.1.json").write_text("{}")  # by another machine, which assumed this process dead
         return train_step(*arguments)
 
     train_step = trainer.train_step
     monkeypatch.setattr(trainer, "train_step", taken_over)
-    with pytest.raises(UserError, match="was taken over by another process while this one was held up"):
+    with pytest.raises(UserError, match="was taken over by another process while this one hung"):
         fit(plan, run, device=CPU, quiet=True, save_seconds=0)
-    assert last_checkpoint(run) is None
+    assert RunFolder(run).last is None
 
 
-def test_other_encoders_begin_another_run(make_store, tmp_path):
+def test_other_encoders_start_another_run(make_store, tmp_path):
     path = make_store()
     store = Store.open(path)
     other = store.add_image(replace(identity("image", dim=12), spec=replace(identity("image", dim=12).spec, id="b")))
@@ -219,7 +220,7 @@ def test_other_encoders_begin_another_run(make_store, tmp_path):
     assert names == {"fake-image": "run", "b": "run-2"}
 
 
-def test_how_a_stores_path_is_spelt_is_no_part_of_a_run(make_store, tmp_path, monkeypatch):
+def test_path_of_a_store_is_not_part_of_a_run(make_store, tmp_path, monkeypatch):
     path = make_store()
     monkeypatch.chdir(path.parent)
     _, run = begin([path], tmp_path / "run", steps=2)
@@ -232,15 +233,15 @@ def test_how_a_stores_path_is_spelt_is_no_part_of_a_run(make_store, tmp_path, mo
     assert load_run(run).settings["stores"] == [path.name]
 
 
-def test_a_run_is_saved_between_two_scorings(make_store, tmp_path, monkeypatch):
+def test_run_is_saved_between_scorings(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run", steps=60)
     stop_after(monkeypatch, 5)  # it is scored at every third step
     with pytest.raises(StoppedError):
         fit(plan, run, device=CPU, quiet=True, save_seconds=0)
-    assert read_checkpoint(run).record["step"] == 5
+    assert read_checkpoint(run).step == 5
 
 
-def test_captions_that_few_rows_have_are_not_taken_unasked(make_store):
+def test_rare_captions_must_be_chosen_explicitly(make_store):
     path = make_store(rows=100, captions={"c0": (), "c1": range(10), "c2": range(70)}, bad=range(60, 100))
     with pytest.raises(UserError) as mistake:
         make_plan([path], {})
@@ -254,21 +255,21 @@ def test_captions_that_few_rows_have_are_not_taken_unasked(make_store):
     make_plan([bad_images], {})
 
 
-def test_too_few_pairs_to_hold_some_out_are_noted(make_store):
+def test_too_few_pairs_to_hold_out_are_noted(make_store):
     path = make_store(rows=4)
-    sentence = "4 pairs are too few to hold some out: the run is not scored."
-    assert sentence in make_plan([path], options())[1]
-    assert sentence not in make_plan([path], options(held_out=0.0))[1]
+    note = "4 pairs are too few to hold any out; the run will not be scored."
+    assert note in make_plan([path], options())[1]
+    assert note not in make_plan([path], options(held_out=0.0))[1]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_a_sentence(make_store, tmp_path, monkeypatch):
+def test_infinite_loss_stops_the_run(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run")
     monkeypatch.setattr(trainer, "train_step", lambda *_: LossValue(*torch.full((5,), math.nan)))
-    with pytest.raises(UserError, match=r"The loss is nan after 1 steps; lower --lr \(now 0.003\)"):
+    with pytest.raises(UserError, match=r"The loss is nan after 1 steps. Lower --lr \(now 0.003\)"):
         fit(plan, run, device=CPU, quiet=True)
 
 
-def test_features_that_are_no_numbers_are_told_from_a_rate_that_is_too_high(make_store, poison, tmp_path):
+def test_nan_features_are_distinguished_from_a_high_learning_rate(make_store, poison, tmp_path):
     path = make_store()
     keys = make_plan([path], {})[0].held_out[0]
     poison(path, ~keys)
@@ -285,7 +286,7 @@ def test_features_that_are_no_numbers_are_told_from_a_rate_that_is_too_high(make
         fit(plan, run, device=CPU, quiet=True)
 
 
-def test_a_store_that_gets_other_arrays_is_gone_on_with(make_store, tmp_path):
+def test_run_resumes_after_arrays_were_added_to_its_store(make_store, tmp_path):
     path = make_store(captions={"raw": ()})
     plan, run = begin([path], tmp_path / "run", steps=3)
     assert plan.record()["store_digests"] == [Store.open(path).digest]
@@ -300,7 +301,7 @@ def test_a_store_that_gets_other_arrays_is_gone_on_with(make_store, tmp_path):
     assert claim_run(run, again.record())[:2] == (run, True)
 
 
-def test_nothing_held_out_is_nothing_scored(make_store, tmp_path):
+def test_run_without_held_out_pairs_is_not_scored(make_store, tmp_path):
     plan, run = begin([make_store()], tmp_path / "run", held_out=0.0, steps=2)
     assert fit(plan, run, device=CPU, quiet=True) == {}
     assert [entry["kind"] for entry in lines(run)] == ["train", "train"]
@@ -313,7 +314,7 @@ def test_held_out_rows_are_not_trained_on(make_store):
         assert (training.sum(), held.sum()) == (299, 100)
 
 
-def test_the_rate_warms_up_and_falls_along_a_cosine():
+def test_learning_rate_warms_up_and_follows_a_cosine():
     settings = FitSettings(lr=1.0, warmup=0.25, steps=8)
     rates = [learning_rate(settings, step) for step in range(8)]
     assert rates[:3] == [0.5, 1.0, 1.0]
@@ -322,7 +323,7 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert learning_rate(FitSettings(lr=1.0, steps=1), 0) == 1.0
 
 
-def test_scale_stays_in_its_bounds(make_store, tmp_path):
+def test_temperature_stays_in_its_bounds(make_store, tmp_path):
     plan, run = begin([make_store()], tmp_path / "run", lr=1.0, steps=5)
     fit(plan, run, device=CPU, quiet=True)
     assert all(1 <= entry["t"] <= 100.001 for entry in lines(run, "train"))

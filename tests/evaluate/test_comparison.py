@@ -16,7 +16,7 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 
 from tiny_open_clip import save_open_clip  # noqa: E402
 
-from sail_align.align.runs.checkpoint import newest_run  # noqa: E402
+from sail_align.align.runs.folder import newest_run  # noqa: E402
 from sail_align.align.stats.metrics import ranks  # noqa: E402
 from sail_align.evaluate.cli import app  # noqa: E402
 from sail_align.evaluate.results.scores import RunScores  # noqa: E402

@@ -10,12 +10,12 @@ import time
 from dataclasses import asdict
 
 import pytest
-import torch
 import typer
 import yaml
 
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import load_run, save_checkpoint
+from sail_align.align.runs.checkpoint import load_run, write_checkpoint
+from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate import cli
 from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.tasks.task import all_tasks
@@ -27,7 +27,7 @@ from sail_align.extract.manifest import packaged_manifests
 def sail_eval(world, run, monkeypatch, capsys, tmp_path):
     """Call the command in an empty folder with `run` as the run of any path; return exit code, stdout, stderr."""
     monkeypatch.setattr("sail_align.align.runs.checkpoint.load_run", lambda path: run)
-    monkeypatch.setattr("sail_align.align.runs.checkpoint.newest_run", lambda: run.path)
+    monkeypatch.setattr("sail_align.align.runs.folder.newest_run", lambda: run.path)
     monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", dict)
     monkeypatch.chdir(tmp_path)
 
@@ -326,9 +326,8 @@ def test_newest_run_is_scored(squares, world, monkeypatch, capsys, tmp_path):
     settings = json.loads((world.run.path / "settings.json").read_bytes())
     encoders = {"image": world.run.image.to_json(), "text": world.run.text.to_json()}
     about = {"architecture": asdict(Architecture("glu", 3, 3, 8)), "settings": settings, **encoders}
-    optimizer = torch.optim.AdamW(model.parameters())
     for folder in (older, saved):
-        save_checkpoint(folder, model, about, step=1, optimizer=optimizer)
+        write_checkpoint(RunFolder(folder).checkpoint(1), model.state_dict(), about, step=1, finished=False)
         (folder / "settings.json").write_text(json.dumps(settings))
     os.utime(older / "checkpoints" / "step-00000001" / "model.json", (0, 0))
     monkeypatch.setattr(sys, "argv", ["sail-eval", "classification", str(squares), "--quiet"])

@@ -179,5 +179,5 @@ def test_damaged_scores_are_rejected(run, score, squares, content):
     path = run.path / "scores.json"
     path.write_text(content)
     for read in (lambda: score(squares), lambda: scores.RunScores.read(run.path)):
-        with pytest.raises(UserError, match=r"scores.json is not what was written; remove it and evaluate again"):
+        with pytest.raises(UserError, match=r"scores.json is damaged: .* Remove it and evaluate again"):
             read()

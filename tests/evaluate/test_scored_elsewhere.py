@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from sail_align.align.cli import app as align
 from sail_align.align.hub.folder import read_hub_folder
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import checkpoint_folder, discard, last_checkpoint, load_run, write_checkpoint
-from sail_align.align.runs.folder import record_digest
+from sail_align.align.runs.checkpoint import discard, load_run, write_checkpoint
+from sail_align.align.runs.folder import RunFolder, record_digest
 from sail_align.evaluate.cli import app
 from sail_align.evaluate.models import Encoders, RunError
 from sail_align.evaluate.results.scores import unfinished
@@ -32,11 +32,11 @@ def saved(world, monkeypatch):
     """A finished run, scored by nobody, whose best checkpoint has other weights."""
     monkeypatch.chdir(world.folder)
     run = save_run(Path("runs/glu"), world.run.image, world.run.text)
-    record = json.loads((last_checkpoint(run) / "model.json").read_bytes())
+    record = json.loads((RunFolder(run).last / "model.json").read_bytes())
     about = {name: record[name] for name in ("architecture", "image", "text", "settings")}
     model = Architecture(**about["architecture"]).build()
-    best = checkpoint_folder(run, 4, "best")
-    write_checkpoint(best, model.state_dict(), {**about, "step": 4, "finished": False, "scores": {"r1": 9.0}}, None)
+    best = RunFolder(run).checkpoint(4, "best")
+    write_checkpoint(best, model.state_dict(), about, step=4, finished=False, scores={"r1": 9.0})
     return run, best
 
 
@@ -115,14 +115,22 @@ def test_export_scores_like_its_run_and_is_not_modified(saved, squares):
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("config.json", b"{", "hub/config.json is not what was written; export or download it again."),
+        (
+            "config.json",
+            b"{",
+            "hub/config.json is damaged: its content is not what was written. Export or download it again.",
+        ),
         (
             "config.json",
             b'{"model_type": "bert"}',
             "hub/config.json is not of `sail-align export`; give a folder that it wrote.",
         ),
-        ("model.safetensors", b"", "hub/model.safetensors is not what was written; export or download it again."),
-        ("config.json", None, "hub is not a run; make one with `sail-align fit`."),
+        (
+            "model.safetensors",
+            b"",
+            "hub/model.safetensors is damaged: its content is not what was written. Export or download it again.",
+        ),
+        ("config.json", None, "hub is not a run. Train one with `sail-align fit`."),
     ],
 )
 def test_incomplete_export_is_rejected(saved, squares, file, content, sentence):

@@ -1,0 +1,97 @@
+"""Command-line options made from the declarations of settings, and what several commands share."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from sail_align.align.settings import SETTINGS
+from sail_align.extract.system.files import as_path, report_write_errors
+
+Command = TypeVar("Command", bound=Callable[..., None])
+GROUPS = ("Arguments", "Data", "Heads", "Loss", "Optimiser", "Run", "Options")
+
+Features = Annotated[
+    list[Path],
+    typer.Option(metavar="STORE", help="Feature store. Can be repeated.", rich_help_panel="Data", parser=as_path),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", rich_help_panel="Run")]
+ImageEncoder = Annotated[
+    str | None, typer.Option(help="Image encoder to use if a store has more than one.", rich_help_panel="Data")
+]
+TextEncoder = Annotated[
+    str | None, typer.Option(help="Text encoder to use if a store has more than one.", rich_help_panel="Data")
+]
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose `--help` lists its options under the names of their `rich_help_panel`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, group by group."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups[getattr(parameter, "rich_help_panel", None) or kind].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Callable[[Command], Command]:
+    """Replace a command's `**given` by an option for each of these settings; None stands for one that is not given.
+
+    Args:
+        names: Names of settings; by default all.
+        defaults: Texts of defaults that differ from those of `fit`.
+    """
+
+    def decorate(command: Command) -> Command:
+        parameters = [
+            each
+            for each in inspect.signature(command).parameters.values()
+            if each.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        for setting in (SETTINGS[name] for name in names or SETTINGS):
+            paper, small = setting.defaults
+            shown = (defaults or {}).get(setting.name) or (paper if small == paper else f"{paper}; small: {small}")
+            words = (*setting.choices, *(("NUMBER",) if setting.number else ()))
+            option = typer.Option(
+                metavar="|".join(words) if setting.choices else None,
+                help=f"{setting.help}  [default: {shown}]" if shown else setting.help,
+                rich_help_panel=setting.group,
+            )
+            kind: Any = str if setting.choices else setting.number
+            annotation = Annotated[kind | None, option]
+            parameters.append(
+                inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        command.__dict__["__signature__"] = inspect.Signature(parameters)
+        return command
+
+    return decorate
+
+
+@contextmanager
+def stoppable(folder: Path, resume: Callable[[], str | None]) -> Iterator[None]:
+    """Report write errors under `folder` and, when a signal ends the work, what `resume` says about resuming."""
+    from sail_align.extract.system.progress import note
+    from sail_align.extract.system.signals import StoppedError, raise_on_signals
+
+    try:
+        with raise_on_signals(), report_write_errors(folder, during_run=True):
+            yield
+    except StoppedError as stopped:
+        if how := resume():
+            note(f"Stopped by {stopped.name}. {how}")
+        raise

@@ -1,0 +1,262 @@
+"""Log, checkpoint and progress writer of a training run, with collapse detection."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sail_align.align.data.loader import Stream
+from sail_align.align.data.sampler import StreamState
+from sail_align.align.model.alignment import AlignmentModel
+from sail_align.align.runs.checkpoint import Tensors, best_checkpoint, discard, optimizer_state, write_checkpoint
+from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file, step_of
+from sail_align.align.settings import OnCollapse
+from sail_align.align.train.collapse import Watch
+from sail_align.align.train.plan import Plan
+from sail_align.align.train.trackers import TRACKERS
+from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.progress import note, progress
+
+SAVE_SECONDS = 60.0
+"""Time between saves: saving large heads takes longer than a small step."""
+
+WINDOW_SECONDS = 2.0
+"""Shortest time over which rates are measured."""
+
+
+class RunWriter:
+    """Writes the log, checkpoints, trackers and progress of a run, in one process, and watches for a collapse.
+
+    The best weights on held-out pairs are kept in memory until the next save, so that frequent scoring does not slow a
+    small run. If the process is killed before, the resumed run finds them again.
+
+    Attributes:
+        collapse: Message that ends the run, once a collapse is seen that should stop it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: Path,
+        stream: Stream,
+        device: torch.device,
+        *,
+        confirm: Callable[[], None],
+        done: int | None,
+        keep: int,
+        save_seconds: float = SAVE_SECONDS,
+        on_collapse: OnCollapse = "stop",
+        track: Sequence[str] = (),
+        quiet: bool = False,
+    ):
+        """Open a run for writing.
+
+        Checkpoints and log lines after the step to resume from are removed: training will write them again.
+
+        Args:
+            plan: Plan of the run.
+            run: Its folder.
+            stream: Source of the training batches, for progress.
+            device: Device of the model, for progress.
+            confirm: Function of `hold_run`, called before each save.
+            done: Steps done before; None for a new run.
+            keep: Number of resumable checkpoints to keep.
+            save_seconds: Time between saves.
+            on_collapse: Whether a collapse stops the run.
+            track: Names of trackers.
+            quiet: Whether to show no progress bar.
+
+        Raises:
+            UserError: The run has collapsed before, its log is damaged, or a tracker cannot be used.
+        """
+        self._run, self._about, self._settings = RunFolder(run), plan.checkpoint_record(), plan.settings
+        self._confirm, self._keep, self._save_seconds, self._on_collapse = confirm, keep, save_seconds, on_collapse
+        self._stream, self._device = stream, device
+        self._watch, self._warned = Watch(plan.settings.lr), False
+        self.collapse: str | None = None
+        last = self._run.last
+        for folder in self._run.checkpoints("*", incomplete=True):
+            if last is None or step_of(folder) > step_of(last) or not RunFolder(folder).is_checkpoint:
+                discard(folder)
+        best = best_checkpoint(run)
+        self._best_r1, self._best_folder = (best.r1, best.folder) if best else (None, run)
+        self._unsaved_best: tuple[Tensors, int, Mapping[str, float]] | None = None
+        self._scored: tuple[int, Mapping[str, float]] = (-1, {})
+        with ExitStack() as opened:
+            self._log = opened.enter_context(MetricsLog(run, done))
+            for entry in self._log.kept:
+                self._see(**entry)
+            if self.collapse:
+                raise UserError(self.collapse)
+            self._trackers = [TRACKERS[name](run, plan.record(), done) for name in track]
+            for tracker in self._trackers:
+                opened.callback(tracker.close)
+            hidden = quiet or plan.settings.steps == 0
+            self._bar = progress(plan.settings.steps, "fit", unit="step", done=done or 0, quiet=hidden)
+            opened.enter_context(self._bar)
+            self._open = opened.pop_all()
+        self._steps = 0
+        self._saved, self._pace, self._measured = time.monotonic(), "", self._counters()
+
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a training step."""
+        self._write("train", step, values)
+        self._measure_pace()
+        _, scores = self._scored
+        r1 = f"R@1 {scores['r1']:.1f}" if scores else ""
+        words = (f"loss {values['loss']:.4g}", r1, self._pace)
+        self._bar.set_postfix_str(", ".join(word for word in words if word), refresh=False)
+        self._bar.update()
+
+    def log_scores(self, step: int, scores: Mapping[str, float], model: AlignmentModel) -> None:
+        """Log scores on held-out pairs, and keep the weights if they are the best."""
+        self._write("heldout", step, scores)
+        self._scored = step, dict(scores)
+        if self._best_r1 is None or scores["r1"] > self._best_r1:
+            self._best_r1, self._best_folder = scores["r1"], self._run.checkpoint(step, "best")
+            weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            self._unsaved_best = weights, step, dict(scores)
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether it is time for a save."""
+        return time.monotonic() - self._saved >= self._save_seconds
+
+    def save(self, step: int, stream: StreamState, model: AlignmentModel, optimizer: Optimizer | None) -> None:
+        """Save the state after a step, or, without an optimiser, the result of the finished run.
+
+        Then remove checkpoints that need not be kept.
+
+        Raises:
+            UserError: Another process has taken over the run.
+        """
+        self._confirm()
+        self._log.sync()
+        finished = optimizer is None
+        if self._unsaved_best:
+            weights, best_step, scores = self._unsaved_best
+            if not (finished and best_step == step):  # else the last checkpoint is the best one
+                write_checkpoint(self._best_folder, weights, self._about, step=best_step, finished=False, scores=scores)
+        self._unsaved_best = None
+        scored, scores = self._scored
+        write_checkpoint(
+            self._run.checkpoint(step),
+            model.state_dict(),
+            {**self._about, "stream": stream},
+            step=step,
+            finished=finished,
+            scores=scores if scored == step else None,
+            optimizer=None if optimizer is None else optimizer_state(model, optimizer),
+        )
+        folders = self._run.checkpoints()
+        outdated = [folder for folder in self._run.checkpoints("best") if folder != self._best_folder]
+        for folder in (*folders[: -self._keep], *outdated):
+            discard(folder)
+        if finished:  # nothing resumes from these
+            for folder in folders[-self._keep :]:
+                (folder / "optimizer.safetensors").unlink(missing_ok=True)
+        self._saved = time.monotonic()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._log.write(kind, step, **values)
+        for tracker in self._trackers:
+            tracker.log(kind, step, values)
+        self._see(kind, step, **values)
+
+    def _see(self, kind: str, step: int, **values: float) -> None:
+        seen = self._watch.see(kind, step, values)
+        if seen and self._on_collapse == "stop":
+            self.collapse = self.collapse or seen
+        elif seen and not self._warned:
+            self._warned = True
+            note(f"warning: {seen}")
+
+    def _measure_pace(self) -> None:
+        """Count a step, and from time to time measure rates, waiting time and peak memory since the last time."""
+        self._steps += 1
+        now = self._counters()
+        seconds, steps, read, waited = (new - old for new, old in zip(now, self._measured, strict=True))
+        if seconds >= WINDOW_SECONDS:
+            self._measured = now
+            self._pace = (
+                f"{steps * self._settings.batch_size / seconds:,.0f} pairs/s, {read / seconds / 1e9:.2g} GB/s read, "
+                f"{waited / seconds:.0%} waiting for data, {self._peak_bytes() / 1e9:.1f} GB"
+            )
+
+    def _counters(self) -> tuple[float, float, float, float]:
+        return time.monotonic(), self._steps, self._stream.bytes_read, self._stream.wait_seconds
+
+    def _peak_bytes(self) -> int:
+        """Return the peak memory of the GPU, or of this process."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10  # kilobytes on Linux
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+
+class MetricsLog:
+    """The log `metrics.jsonl`: one JSON object per line, with its `kind` and `step`.
+
+    It contains no times and no paths: a run that was stopped and resumed writes the same bytes as one that was not.
+
+    Attributes:
+        kept: Entries up to the step at which it was opened; later ones are dropped.
+    """
+
+    def __init__(self, run: Path, step: int | None):
+        """Open the log of a run that resumes after `step`, or of a new one (None).
+
+        Raises:
+            UserError: The log ends before that step, or is damaged before it.
+        """
+        path = RunFolder(run).metrics
+        self.kept: list[dict[str, Any]] = []
+        lines = []
+        if step is not None:
+            try:
+                for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
+                    if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
+                        break
+                    lines.append(line)
+                    self.kept.append(entry)
+            except (ValueError, KeyError, TypeError) as problem:
+                raise damaged(path, BEGIN_AGAIN) from problem
+            if sum(entry["kind"] == "train" for entry in self.kept) != step:
+                raise damaged(path, BEGIN_AGAIN)
+        write_atomically(path, "".join(lines).encode())
+        self._file = path.open("a")
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Write one line and flush it."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force the lines to disk before a checkpoint that relies on them, in case of a power cut."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
