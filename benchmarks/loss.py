@@ -1,11 +1,11 @@
-"""What the losses cost beyond the matrix products that any method needs: three for each caption set.
+"""Measure the cost of the losses beyond the matrix products that any method needs: three per caption set.
 
-1. Time of value and gradients / time of the products, in float32 (goal: at most 1.1) and under bfloat16 autocast (1.3);
-   beside it the dense form by autograd, and InfoNCE, which has four products to do. All by turns, in one process.
-2. Peak memory above the embeddings' own, gradients included, in a fresh process: at most 1.0 GB for the paper's batch.
+1. Time of value and gradients / time of the products, in float32 (goal: at most 1.1) and under bfloat16 autocast (1.3).
+   Also the dense form with autograd, and InfoNCE, which needs four products. All run in turn in one process.
+2. Peak memory beyond the embeddings, including gradients, in a fresh process: at most 1.0 GB for the paper's batch.
 
-Embeddings are random, float32, of 1,024 dimensions, with two caption sets. The products are whole matrices of the
-precision in question, written into memory that is there already. Prints medians over `--repeats` rounds.
+Embeddings are random float32 of 1,024 dimensions, with two caption sets. The products are whole matrices of the given
+precision, written to allocated memory. Prints medians over `--repeats` rounds.
 """
 
 import argparse
@@ -33,11 +33,11 @@ MEMORY_GOAL = 1.0
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--sizes", type=int, nargs="*", default=[4_096, 8_192, 16_384], help="batches to time")
+    options.add_argument("--sizes", type=int, nargs="*", default=[4_096, 8_192, 16_384], help="batch sizes to time")
     options.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
-    options.add_argument("--memory", type=int, nargs="*", default=[36_864], help="batches to take the memory of")
+    options.add_argument("--memory", type=int, nargs="*", default=[36_864], help="batch sizes to measure the memory of")
     options.add_argument("--repeats", type=int, default=3)
-    options.add_argument("--no-dense", action="store_true", help="leave the dense form out, which needs much memory")
+    options.add_argument("--no-dense", action="store_true", help="skip the dense form, which needs much memory")
     options.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     asked = options.parse_args()
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def time_row(size: int, precision: str, repeats: int, *, dense: bool) -> str:
-    """Return a row of the table: seconds of the products, and the others' ratios to them."""
+    """Return a row of the table: seconds of the products, and the ratios of the others to them."""
     inputs = make_inputs(size)
     contenders: dict[str, Callable[[], None]] = {
         "products": products(inputs, PRECISIONS[precision]),
@@ -86,14 +86,14 @@ def time_row(size: int, precision: str, repeats: int, *, dense: bool) -> str:
 
 
 def make_inputs(size: int) -> list[Tensor]:
-    """Return images (B, E), texts (C, B, E), τ and b, all of which want gradients."""
+    """Return images (B, E), texts (C, B, E), τ and b, all requiring gradients."""
     image_BE = F.normalize(torch.randn(size, DIM), dim=-1)
     text_CBE = F.normalize(torch.randn(CAPTIONS, size, DIM), dim=-1)
     return [each.requires_grad_() for each in (image_BE, text_CBE, torch.tensor(math.log(20)), torch.tensor(-10.0))]
 
 
 def products(inputs: list[Tensor], dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that takes the three products of each caption set, into memory that is used again."""
+    """Return a function that computes the three products of each caption set in reused memory."""
     image_BE, text_CBE = (each.detach().to(dtype) for each in inputs[:2])
     logits_BB = image_BE.new_empty(len(image_BE), len(image_BE))
     gradient_BE = torch.empty_like(image_BE)
@@ -108,7 +108,7 @@ def products(inputs: list[Tensor], dtype: torch.dtype) -> Callable[[], None]:
 
 
 def learn(loss: Loss | Callable[..., Tensor], inputs: list[Tensor], precision: str) -> None:
-    """Take a loss and its gradients."""
+    """Compute a loss and its gradients."""
     for each in inputs:
         each.grad = None
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
@@ -117,7 +117,7 @@ def learn(loss: Loss | Callable[..., Tensor], inputs: list[Tensor], precision: s
 
 
 def dense_sigmoid(image_BE: Tensor, text_CBE: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
-    """Return the sigmoid loss as it is usually written: a matrix of logits and one of labels."""
+    """Return the sigmoid loss in its usual form, with a matrix of logits and one of labels."""
     label_BB = 2 * torch.eye(len(image_BE)) - 1
     total = torch.zeros(())
     for text_BE in text_CBE:
@@ -127,23 +127,23 @@ def dense_sigmoid(image_BE: Tensor, text_CBE: Tensor, log_scale: Tensor, bias: T
 
 
 def peak_gigabytes(size: int, precision: str) -> float:
-    """Return what a loss with its gradients adds to this process's resident memory at its peak (Linux)."""
-    learn(sigmoid_loss, make_inputs(4_096), precision)  # compiles, starts threads, fills the products' own buffers
+    """Return the GB that a loss with its gradients adds to the peak resident memory of this process (Linux)."""
+    learn(sigmoid_loss, make_inputs(4_096), precision)  # compiles, starts threads, allocates buffers of the products
     inputs = make_inputs(size)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory("VmHWM")
     learn(sigmoid_loss, inputs, precision)
     return (memory("VmHWM") - before) / 1e9
 
 
 def memory(field: str) -> int:
-    """Return a field of this process's status in bytes."""
+    """Return a memory field of this process's status in bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1_024
 
 
 def verdict(value: float, goal: float) -> str:
-    """Say whether a goal is met."""
+    """Return whether a goal is met, as text."""
     return f"≤ {goal}: {'met' if value <= goal else 'NOT met'}"
 
 

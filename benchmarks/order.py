@@ -1,10 +1,10 @@
-"""Is training on the stream's order as good as on a full permutation? On real features, with several seeds a cell.
+"""Is training in the stream's order as good as in a full permutation? On real features, several seeds per cell.
 
-A store's rows are written anew in small chunks, once as they come and once in the worst order for a stream: images that
-look alike side by side, so that each chunk is of one kind. Heads are then trained on buffers of several sizes. In the
-largest lies the whole store: that is a full permutation; the smallest is a batch of whole chunks. The one between has
-as many batches as a fit's own of the paper's batch size, and with chunks of two rows as many chunks, 128. Everything
-else is equal, the initial weights of a seed too. Scored are pairs of another store.
+The rows of a store are rewritten in small chunks, once in their order and once in the worst order for a stream: similar
+images are neighbours, so that each chunk has images of one kind. Heads are then trained with buffers of several sizes.
+The largest holds the whole store, which is a full permutation; the smallest is a batch of whole chunks. The medium one
+has as many batches as a fit with the paper's batch size, and with chunks of two rows as many chunks, 128. Everything
+else is equal, including the initial weights of a seed. Pairs of another store are scored.
 
     python benchmarks/order.py --features features/flickr8k-train.zarr --score features/flickr8k-test.zarr
 """
@@ -35,7 +35,7 @@ BUFFERS = {"a batch": BATCH_ROWS, "4 batches": 4 * BATCH_ROWS, "all rows (full p
 
 
 def main() -> None:
-    """Train every cell, print a line each, and the table."""
+    """Train each cell, printing a line for each, then the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--features", type=Path, required=True, help="store to train on")
     options.add_argument("--score", type=Path, required=True, help="store with the same captions to retrieve from")
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def trained(plan: Plan, buffer_rows: int, test: Batch) -> dict[str, float]:
-    """Train a plan's model on buffers of a size, and score it."""
+    """Train a plan's model with buffers of a size, and score it."""
     settings = plan.settings
     rows = {"batch_size": settings.batch_size, "seed": settings.seed, "buffer_rows": buffer_rows}
     with Stream(plan.pairs, plan.training, policy=plan.policy, **rows) as stream:
@@ -84,7 +84,7 @@ def trained(plan: Plan, buffer_rows: int, test: Batch) -> dict[str, float]:
 
 
 def alike(features_ND: NDArray[np.float32], chunk_rows: int) -> NDArray[np.int64]:
-    """Return the rows in an order in which neighbours look alike: halved along the leading component, and again."""
+    """Return the rows ordered by similarity: recursively halved along the leading principal component."""
 
     def sorted_(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         if len(rows) <= chunk_rows:
@@ -100,7 +100,7 @@ def alike(features_ND: NDArray[np.float32], chunk_rows: int) -> NDArray[np.int64
 
 
 def write(path: Path, like: Pairs, images: Half, texts: Sequence[Half], chunk_rows: int) -> Path:
-    """Write a store of these rows, in small chunks."""
+    """Write a store of these rows in small chunks."""
     samples = [Sample(f"{row:06d}", f"{row}.jpg", dict.fromkeys(like.captions, "…")) for row in range(len(images))]
     store = Store.create(
         path,

@@ -1,16 +1,16 @@
-"""When does sigmoid training collapse? Batch size × starting temperature, on real features, three seeds a cell.
+r"""When does sigmoid training collapse? Batch size × initial temperature, on real features, three seeds per cell.
 
-Grids, all from a random start with Lion and an equal number of steps:
+Grids, all with random initial weights, Lion and an equal number of steps:
 
-- `batch`: batches of several sizes at b = −10, the paper's start;
-- `reach`: one batch size B, with b raised by ln(B'/B), so that negatives pull as hard at the start as those of a batch
-  B' at b = −10 would: B' · e^−10 = B · e^b. So batches that no small data set fills are looked at as well; one that it
-  does fill is there to see whether the stand-in does as the batch itself. `reach-all` is the same from all pairs.
-- `balanced`: each t with the b that balances the masses at the start, so that only t differs.
+- `batch`: batches of several sizes at b = −10, the paper's initial bias;
+- `reach`: one batch size B, with b raised by ln(B'/B), so that negatives initially pull as hard as those of a batch B'
+  at b = −10 would: B' · e^−10 = B · e^b. This covers batches larger than a small data set. One B' is small enough to be
+  used directly, as a check of the substitute. `reach-all` is the same with all pairs;
+- `balanced`: each t with the b that balances the initial gradient masses, so that only t differs.
 
-Steps are equal and not epochs: an epoch of the largest batch is one step, and what is asked is what a batch's gradient
-does, not how many of them there are. Finished fits are reused; a stopped run of this script is gone on with by typing
-it again. Writes stability.md, stability.json and a plot a grid.
+Steps are equal, not epochs: an epoch of the largest batch is one step, and the question is about the gradient of a
+batch, not about the number of batches. Finished fits are reused; rerun the command to resume. Writes stability.md,
+stability.json and a plot per grid.
 
     python benchmarks/stability.py --features features/flickr8k-train.zarr --score features/flickr8k-test.zarr \
         --captions c0 --out runs/stability
@@ -40,7 +40,7 @@ BIAS = -10.0
 
 
 class Cell(NamedTuple):
-    """One start: of a batch size that is used, and the one that it stands for; `balanced` chooses b by the masses."""
+    """Initial settings: a batch size and the one it stands for. `balanced` chooses b by the gradient masses."""
 
     batch: int
     stands_for: int
@@ -49,7 +49,7 @@ class Cell(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of a fit that make this start."""
+        """Fit options of the cell."""
         if self.balanced:
             return {"batch_size": self.batch, "temperature": self.temperature, "bias": "auto"}
         bias = BIAS + math.log(self.stands_for / self.batch)
@@ -65,11 +65,11 @@ GRIDS = {
 
 
 def main() -> None:
-    """Fit what is not there yet, and write tables and plots."""
+    """Run the missing fits, and write tables and plots."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--features", type=Path, required=True, help="store to train on")
     options.add_argument("--score", type=Path, required=True, help="store with the same captions to retrieve from")
-    options.add_argument("--captions", required=True, help="caption to train on and to score by")
+    options.add_argument("--captions", required=True, help="caption for training and scoring")
     options.add_argument("--out", type=Path, default=Path("runs/stability"))
     options.add_argument("--grids", nargs="*", choices=GRIDS, default=list(GRIDS))
     options.add_argument("--seeds", type=int, default=3)
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def course(run: Path) -> dict[str, float]:
-    """Return what a run's log says: gradient mass of positives over that of negatives at both ends, t, b and ranks."""
+    """Return values from a run's log: ratio of positive to negative gradient mass at both ends, t, b and ranks."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if entry["kind"] == "train"]
     last = [entry for entry in entries if entry["kind"] == "heldout"][-1]
@@ -124,7 +124,7 @@ def course(run: Path) -> dict[str, float]:
 
 
 def table(name: str, found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:
-    """Return a grid as Markdown, a line a cell, means over the seeds."""
+    """Return a grid as Markdown, one row per cell, with means over the seeds."""
     size = "stands for a batch of" if "reach" in name else "batch"
     header = (size, "t", "b", "R@1", "mass +/− at the start", "at the end", "rank, images", "rank, texts")
     rows = []
@@ -146,7 +146,7 @@ def table(name: str, found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -
 
 
 def chart(found: Sequence[tuple[Cell, Sequence[dict[str, float]]]]) -> str:
-    """Return R@1 over t, a line a batch."""
+    """Draw R@1 over t, one line per batch size; return the SVG."""
     lines: dict[int, list[tuple[float, float]]] = {}
     for cell, seeds in found:
         if cell.temperature != "auto":

@@ -1,12 +1,12 @@
-"""One training step with the paper's heads, against the matrix products it must do and against a plain dense step.
+"""Compare a training step of the paper's heads with its matrix products and with a plain dense step.
 
-Heads: GLU, 2,048 and 1,024 → 1,024, hidden 4 × the input; two captions; sigmoid loss; Lion; float32 features at random.
-Each candidate runs in processes of its own, by turns; its time is the median over its steps but the first of each
-process, its memory the highest that a process held during its steps beyond features and weights.
+GLU heads, 2,048 and 1,024 → 1,024 dimensions, hidden units 4 × the input, two captions, sigmoid loss, Lion, random
+features. Each candidate runs in processes of its own, in turn. Its time is the median over its steps, without the first
+of each process. Its memory is the peak during the steps beyond features and weights.
 
-    python benchmarks/step.py                                     # B = 8,192, with the goals
-    python benchmarks/step.py --only ours --only eager            # what compiling the heads gains
-    python benchmarks/step.py --batch 36864 --steps 1 --only ours # does it complete, in what time and memory
+    python benchmarks/step.py                                     # B = 8,192 with the goals
+    python benchmarks/step.py --only ours --only eager            # the gain from compiling
+    python benchmarks/step.py --batch 36864 --steps 1 --only ours # time and memory of the paper's batch
 """
 
 import argparse
@@ -20,12 +20,12 @@ from statistics import median
 from typing import Any
 
 IMAGE_DIM, TEXT_DIM, DIM, EXPANSION, CAPTIONS = 2_048, 1_024, 1_024, 4, 2
-BLOCK = 4_096
+PRODUCT_ROWS = 4_096
 GOALS = {"time / products": 1.2, "time / dense": 0.85, "memory / dense": 0.35}
 
 
 def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
-    """Return `sail-align fit`'s step."""
+    """Return the step of `sail-align fit`."""
     import torch
 
     from sail_align.align.data.loader import Batch
@@ -43,7 +43,7 @@ def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
 
 
 def eager(batch: int, options: argparse.Namespace) -> Callable[[], None]:
-    """Return the same with heads that are not compiled."""
+    """Return the step of `sail-align fit` without compiling."""
     from sail_align.align.model import fused as functions
 
     functions.MANY_UNITS = sys.maxsize
@@ -51,7 +51,7 @@ def eager(batch: int, options: argparse.Namespace) -> Callable[[], None]:
 
 
 def dense(batch: int, options: argparse.Namespace) -> Callable[[], None]:
-    """Return a plain step: one caption set after the other, all logits and labels at once, Lion a parameter."""
+    """Return a plain step: caption sets in turn, all logits and labels at once, Lion per parameter."""
     import torch
     import torch.nn.functional as F
     from lion_pytorch import Lion
@@ -89,13 +89,13 @@ def dense(batch: int, options: argparse.Namespace) -> Callable[[], None]:
 
 
 def products(batch: int, options: argparse.Namespace) -> Callable[[], None]:
-    """Return the bare products: of the heads forward, for every weight, for the hidden units; three a caption set."""
+    """Return only the products: of the heads forward, for weights and hidden units, and three per caption set."""
     import torch
 
     def sides() -> list[tuple[int, int]]:
         return [(batch, IMAGE_DIM), (CAPTIONS * batch, TEXT_DIM)]
 
-    block = min(BLOCK, batch)
+    block = min(PRODUCT_ROWS, batch)
     weights = {dim: torch.randn(EXPANSION * dim, dim) for _, dim in sides()}
     inputs = {dim: torch.randn(block, dim) for _, dim in sides()}
     hidden = {dim: torch.randn(block, EXPANSION * dim) for _, dim in sides()}
@@ -127,21 +127,21 @@ CANDIDATES = {"ours": ours, "eager": eager, "dense": dense, "products": products
 
 
 def features_at_random(batch: int) -> tuple[Any, Any]:
-    """Return images (B, D_I) and texts (C, B, D_T) as a store holds them, in float16."""
+    """Return random float16 images (B, D_I) and texts (C, B, D_T)."""
     import torch
 
     return torch.randn(batch, IMAGE_DIM).half(), torch.randn(CAPTIONS, batch, TEXT_DIM).half()
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Take steps in this process; return the seconds of each and the bytes held at most beyond what was there."""
+    """Run steps in this process; return the seconds of each, and the peak bytes beyond the initial memory."""
     import torch
 
     torch.set_num_threads(options.threads)
     step = CANDIDATES[name](options.batch, options)
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     seconds = []
     for _ in range(options.steps):
         started = time.perf_counter()
@@ -151,21 +151,21 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def status(field: str) -> int:
-    """Return a field of this process's memory in bytes."""
+    """Return a memory field of this process's status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def main() -> None:
-    """Measure by turns and print."""
+    """Measure in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8_192)
-    parser.add_argument("--steps", type=int, default=3, help="a process; the first is timed if alone")
+    parser.add_argument("--steps", type=int, default=3, help="steps per process; the first is timed only if alone")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=2_048)
-    parser.add_argument("--keep", type=float, help="GB of activations kept; by default what fits")
-    parser.add_argument("--only", choices=CANDIDATES, action="append", help="may be given several times")
+    parser.add_argument("--keep", type=float, help="GB of activations to keep; by default what fits")
+    parser.add_argument("--only", choices=CANDIDATES, action="append", help="may be repeated")
     parser.add_argument("--measure", choices=CANDIDATES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

@@ -1,18 +1,18 @@
-"""How fast the stream of a fit reads a store, against what the machine can do; fresh processes, by turns, medians.
+"""Compare the reading speed of a fit's stream with what the machine can do, as medians over fresh processes in turn.
 
 Example:
     python benchmarks/stream.py --rows 200000
 
-A synthetic store of 2,048 + 2 × 1,024 dimensions is made in a temporary folder, with the same features in plain files
-for comparison. Measured are
+Creates a synthetic store of 2,048 + 2 × 1,024 dimensions in a temporary folder, and plain files with the same features.
+Measures
 
-- warm, all files read into the page cache one after the other: the stream against `np.memmap` of the plain files read
-  in blocks in random order, or row by row in the stream's own order, and against zarr-python reading the store's chunks
-  in random order, all with as many threads and into as many batches in turn;
-- each of these in a process's first pass, while the system gives it its batches and maps the files page by page, and
-  in the later passes, when it has done so;
-- cold, the page cache dropped by fadvise: the stream against `readinto` of the store's files one after the other;
-- the time from a stream's construction to its first batch, and the private memory while it is read.
+- warm, with all files in the page cache: the stream against `np.memmap` of the plain files, read in blocks in random
+  order or row by row in the order of the stream, and against zarr-python reading the store's chunks in random order.
+  All use the same number of threads and of reused batches;
+- each of these in the first pass of a process, while the system allocates the batches and maps the files page by page,
+  and in later passes;
+- cold, after dropping the page cache with fadvise: the stream against `readinto` of the store's files in turn;
+- the time from constructing a stream to its first batch, and the private memory while reading.
 """
 
 import argparse
@@ -39,19 +39,21 @@ from sail_align.extract.store.store import Store
 DIMS = {"image": 2_048, "raw": 1_024, "long": 1_024}
 ROW_BYTES = 2 * sum(DIMS.values())
 EPOCHS = 10
-BLOCK = 1_024
+BLOCK_ROWS = 1_024
 BUFFERS = 3
 
 
 def main() -> None:
-    """Print the ratios, the goals, and whether they are met."""
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--batch-size", type=int, default=36_864)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="Where to make the store, and keep it; a temporary folder else.")
     parser.add_argument(
-        "--only", choices=MEASURES, action="append", help="Take these alone; may be given several times."
+        "--folder", type=Path, help="folder to create the store in and to keep; a temporary one by default"
+    )
+    parser.add_argument(
+        "--only", choices=MEASURES, action="append", help="measure only these and print no goals; may be repeated"
     )
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def report(folder: Path, batch_size: int, rounds: int, names: list[str]) -> None:
-    """Run every measure in processes of its own, by turns, and print what came out."""
+    """Run each measurement in processes of its own, in turn, and print rates, ratios and goals."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -125,7 +127,7 @@ def stream(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 
 def memmap(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
-    """Copy blocks of the plain files in random order into batches, with the stream's number of threads."""
+    """Copy blocks of the plain files in random order to batches, with the stream's number of threads."""
     from sail_align.align.data.loader import GATHER_THREADS
 
     arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
@@ -133,12 +135,12 @@ def memmap(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 
 def memmap_rows(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
-    """Copy the very rows that the stream serves out of the plain files: the same work without a store."""
+    """Copy the rows that the stream serves from the plain files: the same work without a store."""
     from sail_align.align.data.loader import BUFFER_ROWS, GATHER_THREADS
     from sail_align.align.data.sampler import Order, StreamState
 
     arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
-    counts = np.diff([*range(0, len(arrays[0]), BLOCK), len(arrays[0])])
+    counts = np.diff([*range(0, len(arrays[0]), BLOCK_ROWS), len(arrays[0])])
     order = Order(counts, batch_size=batch_size, seed=0, buffer_rows=BUFFER_ROWS)
     state, times = StreamState.start(), [time.perf_counter()]
     batches = allocate(batch_size)
@@ -150,7 +152,7 @@ def memmap_rows(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
                 for array, out in zip(arrays, batch, strict=True):
                     np.take(array, numbers[part], axis=0, out=out[part], mode="clip")
 
-            list(pool.map(copy, (slice(at, at + BLOCK) for at in range(0, batch_size, BLOCK))))
+            list(pool.map(copy, (slice(at, at + BLOCK_ROWS) for at in range(0, batch_size, BLOCK_ROWS))))
             times.append(time.perf_counter())
             state = order.following(state)
     return rates(times, batch_size, epochs)
@@ -169,19 +171,19 @@ def with_zarr(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 
 def in_blocks(arrays: list[Any], batch_size: int, epochs: int, threads: int) -> dict[str, float]:
-    """Return GB/s at which epochs of the arrays are copied, in random blocks, into batches that are reused in turn."""
+    """Return the GB/s of copying epochs of the arrays, in random blocks, to batches that are reused in turn."""
     rows = arrays[0].shape[0]
     times = [time.perf_counter()]
     batches = allocate(batch_size)
-    per_batch = batch_size // BLOCK
+    per_batch = batch_size // BLOCK_ROWS
 
     def copy(number: int, place: int, block: int) -> None:
         for array, out in zip(arrays, batches[number % BUFFERS], strict=True):
-            out[place * BLOCK : (place + 1) * BLOCK] = array[block * BLOCK : (block + 1) * BLOCK]
+            out[place * BLOCK_ROWS : (place + 1) * BLOCK_ROWS] = array[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
 
     with ThreadPoolExecutor(threads) as pool:
         for epoch in range(epochs):
-            order = np.random.default_rng(epoch).permutation(rows // BLOCK).tolist()
+            order = np.random.default_rng(epoch).permutation(rows // BLOCK_ROWS).tolist()
             for start in range(0, len(order) - per_batch + 1, per_batch):
                 blocks = order[start : start + per_batch]
                 list(pool.map(copy, repeat(len(times)), range(per_batch), blocks))
@@ -190,14 +192,14 @@ def in_blocks(arrays: list[Any], batch_size: int, epochs: int, threads: int) -> 
 
 
 def allocate(batch_size: int) -> list[list[Any]]:
-    """Return the batches that are filled in turn, allocated as the stream's: the system gives their memory later."""
+    """Return the batches to fill in turn, allocated like the stream's: the system provides the memory on first use."""
     return [
         [torch.empty((batch_size, dim), dtype=torch.float16).numpy() for dim in DIMS.values()] for _ in range(BUFFERS)
     ]
 
 
 def rates(times: list[float], batch_size: int, epochs: int) -> dict[str, float]:
-    """Return GB/s of the first pass and of the later ones, by the time of the start and of each batch."""
+    """Return the GB/s of the first pass and of later ones, given the times of the start and of each batch."""
     per_epoch = (len(times) - 1) // epochs
     passes = {"first": times[: per_epoch + 1], "later": times[per_epoch:]}
     return {
@@ -208,7 +210,7 @@ def rates(times: list[float], batch_size: int, epochs: int) -> dict[str, float]:
 
 
 def files_cold(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
-    """Read the store's feature files one after the other into one buffer."""
+    """Read the store's feature files in turn into one buffer."""
     buffer = bytearray(8 << 20)
     begun = time.perf_counter()
     size = 0
@@ -230,7 +232,7 @@ MEASURES: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
 
 
 def make(folder: Path, rows: int) -> None:
-    """Make the store, and the same features as plain files."""
+    """Create the store and plain files with the same features."""
     (folder / "plain").mkdir(parents=True)
     samples = [Sample(f"{row:09d}", f"{row}.jpg", {"raw": "…", "long": "…"}) for row in range(rows)]
     store = Store.create(
@@ -259,17 +261,17 @@ def make(folder: Path, rows: int) -> None:
 
 
 def store_files(folder: Path) -> Iterator[Path]:
-    """Yield the files that hold a store's features."""
+    """Yield the files with the store's features."""
     yield from sorted((folder / "store.zarr").glob("**/features/c/*/0"))
 
 
 def all_files(folder: Path) -> list[Path]:
-    """Return these and the plain ones."""
+    """Return the files of the store and the plain files."""
     return [*store_files(folder), *(folder / "plain").iterdir()]
 
 
 def warm(folder: Path) -> None:
-    """Bring all files into the page cache, in the largest pages that the system has for them."""
+    """Read all files into the page cache sequentially, so that the system uses large pages."""
     for path in all_files(folder):
         with path.open("rb", buffering=0) as file:
             while file.read(8 << 20):
@@ -277,7 +279,7 @@ def warm(folder: Path) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Take all files out of the page cache."""
+    """Drop all files from the page cache."""
     for path in all_files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
