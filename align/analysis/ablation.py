@@ -158,7 +158,7 @@ def run_ladder(
     """
     recipe = base_recipe(stores, given)
     rungs = [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
-    trials = []
+    trials: list[Trial] = []
     for rung in rungs:
         plan, notes = make_plan(
             stores,

@@ -31,7 +31,7 @@ COLOURS = {
 }
 """Colours of a chart by their name. An inline chart refers to the page's CSS variable of that name instead."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # rc_context's type of the keys differs between matplotlib's versions
     "axes.autolimit_mode": "round_numbers",  # axes end at ticks
     "axes.axisbelow": True,
     "axes.edgecolor": COLOURS["rule"],
