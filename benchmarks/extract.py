@@ -42,7 +42,7 @@ from sail_align.extract.sources.images import read_image
 from sail_align.extract.sources.table import TableConfig
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.memory import keep_freed_memory, wait_without_spinning
+from sail_align.extract.system.memory import keep_freed_memory
 
 IMAGE, TEXT = "efficientnet-lite0", "minilm-l6"
 UNSORTED_BATCH = 64
@@ -58,8 +58,8 @@ def main() -> None:
     options.add_argument("--texts", type=int, default=512)
     options.add_argument("--repeats", type=int, default=3)
     asked = options.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # as sail-extract sets it; torch is imported already
-        wait_without_spinning()
+    if "OMP_WAIT_POLICY" not in os.environ:  # as sail-extract sets it; torch is already imported
+        os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.evaluate.tasks.task import EvaluationTask, all_tasks, find_task
-from sail_align.extract.errors import UserError, run_command
-from sail_align.extract.system.memory import wait_without_spinning
+from sail_align.extract.errors import UserError
+from sail_align.extract.system.command_line import run_command
 
 if TYPE_CHECKING:
     from sail_align.align.runs.checkpoint import Run
@@ -282,5 +282,4 @@ def _find_sets(references: list[str], data_root: str | None, task: EvaluationTas
 
 def main() -> None:
     """Entry point."""
-    wait_without_spinning()
     run_command(app)

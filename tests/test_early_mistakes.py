@@ -1,11 +1,11 @@
-"""A mistake that can be seen in what was typed is told at once: before torch, which takes seconds, is loaded."""
+"""Mistakes in the command line are reported before torch, which takes seconds, is imported."""
 
 import subprocess
 import sys
 
 import pytest
 
-ASK = """
+RUN = """
 import importlib, sys
 try:
     importlib.import_module(f"sail_align.{sys.argv[0]}.cli").main()
@@ -15,7 +15,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    ("stage", "words", "said"),
+    ("stage", "words", "message"),
     [
         ("align", "fit --features no.zarr", "no.zarr is not a feature store"),
         ("align", "measure no.zarr", "no.zarr is not a feature store"),
@@ -40,10 +40,10 @@ finally:
         ("evaluate", "clip-benchmark runs/no --dataset wds/coco --dataset_root no", "--dataset_root no does not exist"),
     ],
 )
-def test_nothing_is_loaded_for_a_mistake(tmp_path, stage, words, said):
-    code = f"import sys; sys.argv = ['{stage}', *{words.split()!r}]\n{ASK}"
+def test_mistake_is_reported_without_importing_torch(tmp_path, stage, words, message):
+    code = f"import sys; sys.argv = ['{stage}', *{words.split()!r}]\n{RUN}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
     assert done.stderr.startswith("error: ")
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -5,9 +5,7 @@ import typer
 from sail_align.align.cli.analyse import ladder, measure, probe
 from sail_align.align.cli.exchange import export, import_released
 from sail_align.align.cli.fit import fit
-from sail_align.align.cli.options import GroupedCommand
-from sail_align.extract.errors import run_command
-from sail_align.extract.system.memory import wait_without_spinning
+from sail_align.extract.system.command_line import GroupedCommand, run_command
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 for command in (fit, import_released, measure, export, probe, ladder):
@@ -16,5 +14,4 @@ for command in (fit, import_released, measure, export, probe, ladder):
 
 def main() -> None:
     """Run the command line."""
-    wait_without_spinning()
     run_command(app)

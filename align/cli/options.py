@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
 from sail_align.align.settings import SETTINGS
 from sail_align.extract.system.files import as_path, report_write_errors
 
 Command = TypeVar("Command", bound=Callable[..., None])
-GROUPS = ("Arguments", "Data", "Heads", "Loss", "Optimiser", "Run", "Options")
 
 Features = Annotated[
     list[Path],
@@ -29,22 +27,6 @@ ImageEncoder = Annotated[
 TextEncoder = Annotated[
     str | None, typer.Option(help="Text encoder to use if a store has more than one.", rich_help_panel="Data")
 ]
-
-
-class GroupedCommand(TyperCommand):
-    """A command whose `--help` lists its options under the names of their `rich_help_panel`."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, group by group."""
-        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
-        for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                groups[getattr(parameter, "rich_help_panel", None) or kind].append(record)
-        for name, records in groups.items():
-            if records:
-                with formatter.section(name):
-                    formatter.write_dl(records)
 
 
 def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Callable[[Command], Command]:

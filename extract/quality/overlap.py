@@ -1,4 +1,4 @@
-"""Near-duplicates between two stores: images of the one that are all but the same as an image of the other."""
+"""Near-duplicates between two stores: images of one that are almost the same as an image of the other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,16 +18,20 @@ from sail_align.extract.system.files import report_write_errors, write_atomicall
 from sail_align.extract.system.progress import progress
 
 SHOWN = 20
-"""Pairs that a reader sees."""
+"""Pairs shown as text."""
 TRAIN_ROWS = 2_048
 EVAL_ROWS = 32_768
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """For every row of the training store the row of the evaluation store that is most like it, (N,) each.
+    """The most similar row of the evaluation store for every row of the training store.
 
-    `cosines` is −1 where the row has no image.
+    Attributes:
+        train: The training store.
+        evaluation: The evaluation store.
+        cosines: Cosine of the image features, (N,); −1 if the training row has no image.
+        matches: Row in the evaluation store, (N,).
     """
 
     train: Store
@@ -36,25 +40,39 @@ class Overlap:
     matches: NDArray[np.int64]
 
     def closest(self, threshold: float) -> NDArray[np.int64]:
-        """Return the training rows that are at least so near to an evaluation row, the nearest first."""
+        """Return the training rows whose cosine is at least the threshold, highest first."""
         rows = np.flatnonzero(self.cosines >= threshold)
         return rows[np.argsort(-self.cosines[rows], kind="stable")]
 
     def pairs(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, str, float]]:
-        """Yield the key, the key of the evaluation row that is most like it, and the cosine, for training rows."""
+        """Yield the key, the key of the most similar evaluation row, and the cosine, for training rows."""
         keys = _keys(self.train, rows)
         matches = _keys(self.evaluation, self.matches[rows])
         yield from zip(keys, matches, self.cosines[rows].tolist(), strict=True)
 
     def describe(self, rows: NDArray[np.int64]) -> Iterator[str]:
-        """Yield lines for a reader: the first `SHOWN` of some pairs, and how alike all best matches are."""
+        """Yield lines of text: the first `SHOWN` of some pairs, and quantiles of all cosines."""
         for key, match, cosine in self.pairs(rows[:SHOWN]):
             yield f"  {cosine:.4f}  {key}  {match}"
         if len(rows) > SHOWN:
             yield f"  … and {len(rows) - SHOWN:,} more"
-        there = self.cosines[self.cosines > -1]
-        half, most, highest = np.quantile(there, [0.5, 0.99, 1]) if len(there) else (np.nan,) * 3
+        valid = self.cosines[self.cosines > -1]
+        half, most, highest = np.quantile(valid, [0.5, 0.99, 1]) if len(valid) else (np.nan,) * 3
         yield f"best matches: half below {half:.2f}, 99 % below {most:.2f}, highest {highest:.2f}."
+
+    def write(self, path: Path, rows: NDArray[np.int64]) -> None:
+        """Write a line for each training row: key, key of its match, and cosine, separated by tabs.
+
+        Raises:
+            UserError: A key contains a tab or a line break, or the file cannot be written.
+        """
+        lines = []
+        for key, match, cosine in self.pairs(rows):
+            if any(character in key + match for character in "\t\n\r"):
+                raise UserError(f"Key {key!r} or {match!r} contains a tab or a line break and cannot be listed.")
+            lines.append(f"{key}\t{match}\t{cosine:.4f}\n")
+        with report_write_errors(path):
+            write_atomically(path, "".join(lines).encode())
 
 
 def find_overlap(
@@ -62,27 +80,27 @@ def find_overlap(
 ) -> Overlap:
     """Compare every image of a training store with every one of an evaluation store, by the cosine of their features.
 
-    The features are taken as they are: without their mean they separate worse (docs/store.md). A block of each store is
-    in memory with the cosines between them, half a gigabyte for 2,048 dimensions, and the training store is read once
-    for every 32,768 rows of the evaluation store.
+    The features' mean is not subtracted: without it they separate worse (docs/store.md). A block of each store is in
+    memory with the cosines between them, half a gigabyte for 2,048 dimensions. The training store is read once for
+    every 32,768 rows of the evaluation store.
 
     Raises:
-        UserError: A store has no such image features or is not complete, they are of different encoders, or the two
-            stores are the same.
+        UserError: A store has no such image features or is incomplete, the encoders differ, or the two stores are the
+            same.
     """
     ours, theirs = train.image(encoder), evaluation.image(encoder)
     theirs.identity.check_matches(ours.identity, where=str(train.path))
     for store, array in ((train, ours), (evaluation, theirs)):
         if not array.complete:
-            raise UserError(f"The images of {store.path} are not complete; finish them with `sail-extract run`.")
+            raise UserError(f"The images of {store.path} are incomplete. Finish them with `sail-extract run`.")
     if train.digest == evaluation.digest:
-        raise UserError(f"{evaluation.path} holds the same as {train.path}; give two different stores.")
+        raise UserError(f"{evaluation.path} has the same content as {train.path}. Pass two different stores.")
     cosine_N = np.full(train.rows, -1, dtype=np.float32)
     match_N = np.zeros(train.rows, dtype=np.int64)
     work = ours.counts.get(Status.OK.label, 0) * -(-evaluation.rows // EVAL_ROWS)
     with progress(work, f"{train.dataset} against {evaluation.dataset}", quiet=quiet) as bar:
-        for eval_rows, eval_MD in _directions(theirs, EVAL_ROWS, device):
-            for rows, train_BD in _directions(ours, TRAIN_ROWS, device):
+        for eval_rows, eval_MD in _unit_features(theirs, EVAL_ROWS, device):
+            for rows, train_BD in _unit_features(ours, TRAIN_ROWS, device):
                 best_B, place_B = (each.cpu().numpy() for each in (train_BD @ eval_MD.T).max(dim=1))
                 better = best_B > cosine_N[rows]
                 cosine_N[rows[better]], match_N[rows[better]] = best_B[better], eval_rows[place_B[better]]
@@ -90,33 +108,18 @@ def find_overlap(
     return Overlap(train, evaluation, cosine_N, match_N)
 
 
-def write_exclusions(path: Path, overlap: Overlap, rows: NDArray[np.int64]) -> None:
-    """Write a line for each training row: key, key of what it is like, and cosine, with tabs between.
-
-    Raises:
-        UserError: A key holds a tab or a line's end, or the file cannot be written.
-    """
-    lines = []
-    for key, match, cosine in overlap.pairs(rows):
-        if any(character in key + match for character in "\t\n\r"):
-            raise UserError(f"Key {key!r} or {match!r} holds a tab or a line's end, so no list can name it.")
-        lines.append(f"{key}\t{match}\t{cosine:.4f}\n")
-    with report_write_errors(path):
-        write_atomically(path, "".join(lines).encode())
-
-
-def _directions(array: FeatureArray, size: int, device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Yield the rows that have an image, from `size` rows at a time, and their features at length 1, (n, D)."""
+def _unit_features(array: FeatureArray, size: int, device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Yield, for every `size` rows, those that have an image and their unit-norm features, (n, D)."""
     for start in range(0, array.rows, size):
         features, status = array.read(start, min(start + size, array.rows))
-        there = status == Status.OK
-        if there.any():
-            block = torch.from_numpy(features[there]).to(device, torch.float32)
-            yield start + np.flatnonzero(there), torch.nn.functional.normalize(block, dim=1)
+        usable = status == Status.OK
+        if usable.any():
+            block = torch.from_numpy(features[usable]).to(device, torch.float32)
+            yield start + np.flatnonzero(usable), torch.nn.functional.normalize(block, dim=1)
 
 
 def _keys(store: Store, rows: NDArray[np.int64]) -> list[str]:
-    """Return the keys of rows in any order, reading each part of the index that holds some of them once."""
+    """Return the keys of rows in any order, reading each file of the index once."""
     keys: dict[int, str] = {}
     wanted = np.unique(rows)
     for start in range(0, store.rows, FILE_ROWS):

@@ -1,11 +1,11 @@
-"""Leases: which process may write what, agreed on through files alone, so that it holds between machines too.
+"""Leases: which process may write what, agreed on through files alone, so that it works between machines too.
 
-A lease is a small file, `<name>.<generation>.json`; the highest generation is the one that counts. It is created whole
-and exclusively, grows by a byte with each heartbeat, and goes when its work is done. A dead owner's lease is taken over
-by creating the next generation, which only one of several observers can do. Clocks of two machines are never compared:
-a lease of another machine is dead when this observer has seen no change of it for `ttl` seconds.
+A lease is a small file, `<name>.<generation>.json`; the highest generation counts. It is created whole and exclusively,
+grows by a byte with each heartbeat, and is removed when its work is done. A dead owner's lease is taken over by
+creating the next generation, in which only one of several observers succeeds. Clocks of two machines are never
+compared: a lease of another machine is dead if this observer has seen no change of it for `ttl` seconds.
 
-What leases guard is deterministic and replaced whole, so the worst that a wrong guess costs is work done twice.
+Work under a lease is deterministic and replaces whole files, so a wrong guess costs at most repeated work.
 """
 
 import errno
@@ -25,27 +25,59 @@ from pathlib import Path
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import is_remote
 
+TTL = 120.0
+"""Seconds without a heartbeat, of which there are six in this time, after which a lease of another machine is dead."""
+
+POLL = 1.0
+"""Seconds between two looks at a lease while waiting for it."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class LeaseLostError(Exception):
+    """Another process has taken the lease over, because this one sent no heartbeat for too long."""
+
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: `machine` is a host since it last started (and a container on it), `start` the pid's own start."""
+    """The process that holds a lease.
+
+    Attributes:
+        machine: The host since its last boot, and the container on it.
+        pid: Process id.
+        start: Start of the process in clock ticks since boot; "" if unknown. Unlike psutil's `create_time`, it does not
+            change when the system's clock is set.
+    """
 
     machine: str
     pid: int
     start: str
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether this machine, and no other, can tell that the process has ended."""
+    @classmethod
+    def current(cls) -> "Owner":
+        """Return this process."""
+        return cls(_machine(), os.getpid(), _start_of(os.getpid()))
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Owner | None":
+        """Return the owner named in a lease's content, None if a full disk or a crash cut it short."""
+        try:
+            record = json.loads(content.split(b"\n")[0])
+            return cls(record["machine"], record["pid"], record["start"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def is_alive(self) -> bool | None:
+        """Return whether the process is running, None if this machine cannot tell."""
         if self.machine != _machine() or not self.start:
-            return False
+            return None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
-            return True
-        except PermissionError:  # another user's
             return False
-        return _start_of(self.pid) != self.start
+        except PermissionError:  # a process of another user
+            return True
+        return _start_of(self.pid) == self.start
 
 
 @cache
@@ -57,31 +89,13 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def this_process() -> Owner:
-    """Return this process as an owner."""
-    return Owner(_machine(), os.getpid(), _start_of(os.getpid()))
-
-
 def _start_of(pid: int) -> str:
-    """Return when a process of this machine started, in clock ticks since boot; "" if there is none or no /proc."""
+    """Return the start of a process in clock ticks since boot, "" if it has ended or there is no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state in "ZX" else fields[18]  # proc(5): a zombie is dead; field 22 is the start
-
-
-TTL = 120.0
-"""Seconds without a heartbeat after which a lease of another machine is dead; six heartbeats fall into them."""
-
-POLL = 1.0
-"""Seconds between two looks at a lease that is waited for."""
-
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-
-class LeaseLostError(Exception):
-    """Another process has taken the lease over: this one was silent for too long."""
+    return "" if state in "ZX" else fields[18]  # proc(5): Z and X are dead processes; field 22 is the start
 
 
 class Lease:
@@ -90,20 +104,36 @@ class Lease:
     def __init__(self, path: Path, generation: int):
         self.path = path
         self.generation = generation
-        self.content = json.dumps({**asdict(this_process()), "token": uuid.uuid4().hex}).encode() + b"\n"
+        self.content = json.dumps({**asdict(Owner.current()), "token": uuid.uuid4().hex}).encode() + b"\n"
+        self.file = self.file_of(path, generation)
 
-    @property
-    def file(self) -> Path:
-        """The file of this generation."""
-        return _file(self.path, self.generation)
+    @staticmethod
+    def file_of(path: Path, generation: int) -> Path:
+        """Return the file of one generation of a lease."""
+        return path.with_name(f"{path.name}.{generation}.json")
+
+    @staticmethod
+    def generations(path: Path) -> list[int]:
+        """Return the generations of a lease that have a file, in order."""
+        try:
+            names = [file.name for file in path.parent.iterdir()] if is_remote(path) else os.listdir(path.parent)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        pattern = re.compile(re.escape(path.name) + r"\.([0-9]+)\.json")
+        return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+
+    @staticmethod
+    def newest(path: Path) -> int | None:
+        """Return the generation of a lease that counts, None if the lease is free."""
+        return max(Lease.generations(path), default=None)
 
     def confirm(self) -> None:
-        """Raise `LeaseLostError` unless the lease is still this process's."""
-        if _newest(self.path) != self.generation or not _read(self.file).startswith(self.content):
+        """Raise `LeaseLostError` unless this process still has the lease."""
+        if self.newest(self.path) != self.generation or not _read(self.file).startswith(self.content):
             raise LeaseLostError(f"lease {self.path} was taken over")
 
     def create(self) -> bool:
-        """Make the file; return whether nobody else had."""
+        """Create the file. Returns whether no other process had done so."""
         if is_remote(self.path):
             return self._put()
         temporary = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
@@ -115,24 +145,24 @@ class Lease:
             except FileNotFoundError:
                 continue  # another process has just tidied up
             except FileExistsError:
-                return _read(self.file) == self.content  # the answer to a first attempt may be lost on a network
+                return _read(self.file) == self.content  # a network may lose the answer to a first, successful attempt
             except OSError as problem:
                 if problem.errno not in _NO_LINKS:
                     raise
-                return self._create_unlinked()
+                return self._create_without_link()
             finally:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
             return True
 
     def _put(self) -> bool:
-        """Object storage knows no exclusive creation: of two that put at once the last one has the lease."""
+        """Create the object. Object storage has no exclusive creation: the last of two writers gets the lease."""
         if self.file.exists():
             return False
         self.file.write_bytes(self.content)
         return _read(self.file) == self.content
 
-    def _create_unlinked(self) -> bool:
+    def _create_without_link(self) -> bool:
         try:
             with self.file.open("xb") as file:
                 file.write(self.content)
@@ -141,9 +171,9 @@ class Lease:
         return True
 
     def renew(self) -> None:
-        """Let others see that the owner is alive; a lease that is lost, or a full disk, shows elsewhere."""
+        """Show other processes that the owner is alive. Errors, such as of a lost lease, are reported elsewhere."""
         if is_remote(self.path):
-            with suppress(Exception):  # a storage's client raises what it likes, and the heart must go on
+            with suppress(Exception):  # a storage client may raise anything, and the heartbeat must continue
                 if (content := _read(self.file)).startswith(self.content):
                     self.file.write_bytes(content + b".")
             return
@@ -155,16 +185,16 @@ class Lease:
                 os.close(file)
 
     def remove(self) -> None:
-        """Remove the file and those of earlier generations, the last one last, unless the lease is lost."""
+        """Remove the file after those of earlier generations, unless the lease is lost."""
         if not _read(self.file).startswith(self.content):
             return
-        for generation in [*(g for g in _generations(self.path) if g < self.generation), self.generation]:
+        for generation in [*(g for g in self.generations(self.path) if g < self.generation), self.generation]:
             with suppress(OSError):
-                _file(self.path, generation).unlink(missing_ok=True)
+                self.file_of(self.path, generation).unlink(missing_ok=True)
 
 
 class Leases:
-    """The leases of one store, as this process holds and sees them."""
+    """The leases of one store, as this process holds and observes them."""
 
     def __init__(self, folder: Path, ttl: float = TTL):
         self.folder = folder
@@ -178,53 +208,53 @@ class Leases:
     def take(self, name: str) -> Lease | None:
         """Return the lease of this name, None if another process (or this one) has it and is alive.
 
-        What the lease guards may have been done meanwhile: look again after taking it.
+        The work may have been done in the meantime: check again after taking the lease.
 
         Raises:
-            UserError: The folder that holds the leases' own is gone. It must not be made anew: where a disk was, the
+            UserError: The store's folder has disappeared. It must not be created again: if a disk was unmounted, the
                 work would go to the disk below.
         """
         if not is_remote(self.folder) and not self.folder.parent.is_dir():
             raise UserError(f"{self.folder.parent} has disappeared. Restore it and rerun the same command.")
         path = self.folder / name
-        newest = _newest(path)
-        if newest is not None and not self._is_dead(_file(path, newest)):
+        newest = Lease.newest(path)
+        if newest is not None and not self._is_dead(Lease.file_of(path, newest)):
             return None
         lease = Lease(path, 0 if newest is None else newest + 1)
         with self._lock:
-            self._held.add(lease)  # before it is there: a signal in between leaves nothing behind
+            self._held.add(lease)  # before creating it, so that a signal in between leaves nothing behind
         if not lease.create():
             with self._lock:
                 self._held.discard(lease)
             return None
-        # An observer that slept after its look may come when the takeover it lost is long over.
-        stale = newest is not None and not _file(path, newest).exists()
-        if stale or self._closed or _newest(path) != lease.generation:
+        # An observer that slept after its look may come here long after another one has taken the lease over.
+        stale = newest is not None and not Lease.file_of(path, newest).exists()
+        if stale or self._closed or Lease.newest(path) != lease.generation:
             self.release(lease)
             return None
         self._beat()
         return lease
 
     def release(self, lease: Lease) -> None:
-        """Give a lease back. A lease that was lost is left to its new owner."""
+        """Release a lease. A lost lease is left to its new owner."""
         lease.remove()
         with self._lock:
             self._held.discard(lease)
 
     def release_all(self) -> None:
-        """Give back whatever this process holds, and leave no empty folder."""
+        """Release all leases of this process and remove empty folders."""
         for lease in list(self._held):
             self.release(lease)
         self.tidy()
 
     def close(self) -> None:
-        """Give back whatever this process holds, and take nothing more: another thread may be about to."""
+        """Release all leases and take no more, as another thread may be about to."""
         self._closed = True
         self.release_all()
 
     @contextmanager
     def hold(self, name: str, waiting: Callable[[], object]) -> Iterator[Lease]:
-        """Take a lease and release it at the end; if another process has it, call `waiting` once and wait."""
+        """Hold a lease during the block. If another process has it, call `waiting` once and wait."""
         lease = self.take(name)
         if lease is None:
             waiting()
@@ -238,7 +268,7 @@ class Leases:
             self.tidy()
 
     def names(self) -> set[str]:
-        """Return the names of all leases that have a file, dead or alive."""
+        """Return the names of all leases that have a file, whether their owners are dead or alive."""
         if is_remote(self.folder):
             files = [file.as_posix() for file in self.folder.rglob("*.json")]
         else:
@@ -247,34 +277,36 @@ class Leases:
         return {file[start:].rsplit(".", 2)[0] for file in files if file.endswith(".json")}
 
     def remove(self, name: str) -> None:
-        """Remove a lease of what is done, unless its owner is alive on this machine: it may be doing that again."""
+        """Remove a lease on finished work, unless its owner is alive on this machine and may be repeating the work."""
         if self.is_held_here(name):
             return
-        for generation in _generations(self.folder / name):
+        path = self.folder / name
+        for generation in Lease.generations(path):
             with suppress(OSError):
-                _file(self.folder / name, generation).unlink(missing_ok=True)
+                Lease.file_of(path, generation).unlink(missing_ok=True)
 
     def is_held_here(self, name: str) -> bool:
-        """Whether a live process of this machine has the lease of this name."""
-        newest = _newest(self.folder / name)
-        owner = None if newest is None else _owner(_read(_file(self.folder / name, newest)))
-        return owner is not None and _is_here(owner) and not owner.is_gone
+        """Return whether a live process of this machine has the lease of this name."""
+        newest = Lease.newest(self.folder / name)
+        owner = None if newest is None else Owner.parse(_read(Lease.file_of(self.folder / name, newest)))
+        return owner is not None and owner.is_alive() is True
 
     def tidy(self) -> None:
-        """Remove what killed processes left beside their leases, and folders that are empty."""
+        """Remove temporary files of killed processes, and empty folders."""
         if is_remote(self.folder):
             return
         for folder, _, files in os.walk(self.folder, topdown=False):
             for leftover in (Path(folder, file) for file in files if file.endswith(".tmp")):
                 leftover.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty, or gone already
+            with suppress(OSError):  # not empty, or already removed
                 os.rmdir(folder)
 
     def _is_dead(self, file: Path) -> bool:
         content = _read(file)
-        owner = _owner(content)
-        if owner is not None and _is_here(owner):
-            return owner.is_gone
+        owner = Owner.parse(content)
+        alive = owner.is_alive() if owner else None
+        if alive is not None:
+            return not alive
         before, since = self._seen.get(file, (None, 0.0))
         if content != before:
             self._seen[file] = content, time.monotonic()
@@ -297,37 +329,6 @@ class Leases:
                     return
             for lease in held:
                 lease.renew()
-
-
-def _file(path: Path, generation: int) -> Path:
-    return path.with_name(f"{path.name}.{generation}.json")
-
-
-def _generations(path: Path) -> list[int]:
-    """Return the generations of a lease that have a file, in order."""
-    try:
-        names = [file.name for file in path.parent.iterdir()] if is_remote(path) else os.listdir(path.parent)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    pattern = re.compile(re.escape(path.name) + r"\.([0-9]+)\.json")
-    return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
-
-
-def _newest(path: Path) -> int | None:
-    return max(_generations(path), default=None)
-
-
-def _owner(content: bytes) -> Owner | None:
-    """Return who made a lease of this content; None where it was cut short by a full disk or a crash."""
-    try:
-        record = json.loads(content.split(b"\n")[0])
-        return Owner(record["machine"], record["pid"], record["start"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _is_here(owner: Owner) -> bool:
-    return owner.machine == this_process().machine and bool(owner.start)
 
 
 def _read(file: Path) -> bytes:

@@ -1,7 +1,6 @@
-"""Free memory, and settings of the C libraries below torch."""
+"""Free memory, and reuse of freed memory by the C library."""
 
 import ctypes
-import os
 import platform
 from pathlib import Path
 
@@ -26,15 +25,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _GIGABYTE)
         if not libc.mallopt(_M_MMAP_THRESHOLD, _GIGABYTE):
             libc.mallopt(_M_MMAP_THRESHOLD, _OLD_MAXIMUM)
-
-
-def wait_without_spinning() -> None:
-    """Let torch's threads sleep while they wait for each other. Call it before torch is imported.
-
-    By default they spin for a while on cores that the image decoders need, or the thread they wait for. A value set by
-    the user is kept.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def free_memory() -> int:

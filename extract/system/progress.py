@@ -1,4 +1,4 @@
-"""Progress on a terminal as a bar, in a log as an occasional line."""
+"""Progress as a bar on a terminal, and as an occasional line in a log."""
 
 import io
 import sys
@@ -18,10 +18,15 @@ def progress(
     quiet: bool = False,
     delay: float = 0,
 ) -> "tqdm[NoReturn]":
-    """Return a bar over `total` units (None: not known) of which `done` were there before.
+    """Return a progress bar with rate and remaining time.
 
-    `unit` is the name of one: slow work is told as in 158.43s/step. The bar shows the rate and the time left, and
-    nothing at all for work that is over within `delay` seconds.
+    Args:
+        total: Number of units, None if unknown.
+        what: Name of the work.
+        unit: Name of one unit. Slow work is shown as in 158.43s/step.
+        done: Units done before.
+        quiet: Show nothing.
+        delay: Show nothing for work that takes fewer seconds.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -38,13 +43,13 @@ def progress(
     )
 
 
-def note(sentence: str) -> None:
-    """Say a sentence on stderr, above a bar if there is one."""
-    tqdm.write(sentence, file=sys.stderr)
+def note(message: str) -> None:
+    """Print a message to stderr, above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
 
 
 class _Lines(io.StringIO):
-    """Turns the bar's rewriting of one terminal line into lines of a log."""
+    """A stream that turns rewrites of one terminal line into lines of a log."""
 
     def write(self, text: str) -> int:
         if line := text.strip():

@@ -1,4 +1,4 @@
-"""A small data set of pictures on disk, with the faults that real ones have."""
+"""A small data set of pictures on disk, with the defects of real ones."""
 
 import csv
 import sys
@@ -13,7 +13,7 @@ from sail_align.extract.cli import main
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder `images/` of 600 pictures and a table of their captions; 7 is missing, 11 is cut, 13 is text."""
+    """A folder of 600 pictures and a table of their captions: 7 is missing, 11 is truncated, 13 is text."""
     root = tmp_path / "pictures"
     (root / "images").mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """Run a command in this process; return exit code, stdout and stderr."""
+    """A function that runs a command in this process and returns exit code, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sail-extract", *arguments])

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pandas as pd  # noqa: F401 (here, rather than in every fork)
 from fakes import FakeChoice
 
-from sail_align.extract.errors import run_command
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.local import LocalExecutor
 from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
+from sail_align.extract.system.command_line import run_command
 
 SHARD_ROWS = 12  # 50 shards an array, each a single batch
 

@@ -1,4 +1,4 @@
-"""sail-extract as typed: a mistake is one sentence and exit code 2, and nothing that is there is lost."""
+"""The sail-extract commands. A mistake prints one line and exits with code 2, and no existing data are lost."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ def edit(manifest: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "arguments", "said"),
+    ("old", "new", "arguments", "message"),
     [
         (
             "",
@@ -26,36 +26,41 @@ def edit(manifest: Path, old: str, new: str) -> None:
             "Unknown image encoder 'dinov2-larg'. Did you mean",
         ),
         ("", "", ["--text-encoder", "gte"], "Unknown text encoder 'gte'"),
-        ("", "", [*PACKAGED, "--captions", "raw,short"], "pictures has no caption 'short'; it has raw, long."),
+        (
+            "",
+            "",
+            [*PACKAGED, "--captions", "raw,short"],
+            "pictures has no caption 'short'. Its captions are: raw, long.",
+        ),
         (
             "captions: {raw: caption, long: story}",
             "captions: {raw: caption, long: story}\nencoders: {captions: [raw, short]}",
             PACKAGED,
-            "pictures has no caption 'short'; it has raw, long.",
+            "pictures has no caption 'short'. Its captions are: raw, long.",
         ),
         ("", "", [*PACKAGED, "--precision", "float8"], "Unknown precision 'float8'"),
-        ("raw: caption", "raw: captoin", PACKAGED, "has no column 'captoin'; its columns are"),
-        ("images: images", "imagse: images", PACKAGED, "unknown field 'source.table.imagse'"),
+        ("raw: caption", "raw: captoin", PACKAGED, "has no column 'captoin'. Its columns are"),
+        ("images: images", "imagse: images", PACKAGED, "field 'source.table.imagse' is unknown"),
         ("", "", [*PACKAGED, "--image-encoder", "hf:/"], "/ has no config.json"),
-        ("images: images", "images: empty", PACKAGED, "None of the first 100 images is under"),
+        ("images: images", "images: empty", PACKAGED, "None of the first 100 images is in"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_makes_no_store(pictures, typed, old, new, arguments, said):
+def test_mistake_prints_one_line_and_creates_no_store(pictures, typed, old, new, arguments, message):
     (pictures / "empty").mkdir()
     edit(pictures / "pictures.yaml", old, new)
     out = pictures / "out.zarr"
     code, _, err = typed("run", str(pictures / "pictures.yaml"), "--out", str(out), "--quiet", *arguments)
     assert code == 2
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not out.exists()
 
 
 @pytest.mark.parametrize("command", ["status", "verify"])
-def test_what_is_no_store_is_said(tmp_path, typed, command):
+def test_folder_that_is_not_a_store_is_rejected(tmp_path, typed, command):
     code, _, err = typed(command, str(tmp_path))
-    assert (code, err) == (2, f"error: {tmp_path} is not a feature store; make one with `sail-extract run`.\n")
+    assert (code, err) == (2, f"error: {tmp_path} is not a feature store. Make one with `sail-extract run`.\n")
 
 
 @pytest.mark.slow
@@ -65,7 +70,7 @@ def test_run_status_and_verify(pictures, typed):
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED)
     assert code == 0
     assert "image/efficientnet-lite0: 3/3 shards, dim 1280: 1 missing, 597 ok, 2 undecodable" in printed
-    assert f"Next: sail-extract doctor {out}" in printed  # these pictures are noise, and have nothing of their captions
+    assert f"Next: sail-extract doctor {out}" in printed  # these pictures are noise, unrelated to their captions
     assert "3/3 shards" in typed("status", str(out))[1]
     assert typed("verify", str(out))[0] == 0
 
@@ -75,7 +80,7 @@ def test_run_status_and_verify(pictures, typed):
     shard.write_bytes(content)
     code, printed, _ = typed("verify", str(out), "--discard")
     assert code == 1
-    assert "text/minilm-l6/raw shard 1: features are not as they were committed" in printed
+    assert "text/minilm-l6/raw shard 1: features file has changed since it was committed" in printed
     assert "256 rows encoded" in typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED)[1]
     assert "no problems found" in typed("verify", str(out))[1]
 
@@ -85,7 +90,7 @@ def test_run_status_and_verify(pictures, typed):
 
 
 @pytest.mark.slow
-def test_captions_and_encoders_are_added_without_the_images(pictures, typed, monkeypatch):
+def test_captions_are_added_without_reading_images(pictures, typed, monkeypatch):
     manifest, out = str(pictures / "pictures.yaml"), pictures / "out.zarr"
     assert typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--captions", "raw")[0] == 0
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -96,17 +101,17 @@ def test_captions_and_encoders_are_added_without_the_images(pictures, typed, mon
     assert "text/minilm-l6/long: 3/3 shards, dim 384: 1 missing, 599 ok" in printed
     assert all(file.read_bytes() == content for file, content in before.items())
     code, _, err = typed("run", manifest, "--out", str(out), "--add-captions", "short")
-    assert (code, err) == (2, "error: pictures has no caption 'short'; it has raw, long.\n")
+    assert (code, err) == (2, "error: pictures has no caption 'short'. Its captions are: raw, long.\n")
 
     shutil.move(pictures / "elsewhere", pictures / "images")
     monkeypatch.setattr("sail_align.extract.executor.encode.encode_images", None)
     arguments = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--text-pooling", "mean"]
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", *arguments)
-    assert code == 0  # what is done already is neither loaded nor read
+    assert code == 0  # finished work is neither loaded nor read
     assert "0 rows encoded" in printed
 
 
-def test_help_answers_without_loading_torch():
+def test_command_lines_load_without_torch():
     for command in ("extract", "align", "evaluate"):
         code = f"import sys, sail_align.{command}.cli; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

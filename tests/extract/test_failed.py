@@ -1,4 +1,4 @@
-"""What could not be encoded is listed with its reason, whole and by array."""
+"""Rows that could not be encoded are listed by array, with the reason."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,7 +31,7 @@ def write(array, bad, shards):
         array.write(shard, features[rows], status[rows])
 
 
-def test_the_terminal_shows_counts_and_the_first_twenty(store):
+def test_status_shows_counts_and_the_first_twenty_rows(store):
     lines = CliRunner().invoke(app, ["status", "--failed", str(store.path)]).output.splitlines()
     assert lines[:4] == [
         "image/fake-image: 3 of 1,000 rows failed: 1 missing, 1 too-large, 1 undecodable",
@@ -44,7 +44,7 @@ def test_the_terminal_shows_counts_and_the_first_twenty(store):
     assert lines[25:] == ["  … and 10 more; --out failed.parquet writes all of them"]
 
 
-def test_the_parquet_file_holds_every_failure_with_what_finds_it_again(store, tmp_path):
+def test_parquet_file_lists_every_failed_row(store, tmp_path):
     out = tmp_path / "lists/failed.parquet"
     done = CliRunner().invoke(app, ["status", "--failed", str(store.path), "--out", str(out)])
     assert done.output.splitlines()[-1] == f"wrote {out}: 33 rows"
@@ -72,11 +72,11 @@ def original(array, start, stop):
     return np.asarray(array._status.zarr[start:stop])
 
 
-def test_mistakes_are_one_sentence(store, tmp_path):
+def test_invalid_out_is_rejected(store, tmp_path):
     (tmp_path / "file").write_text("")
-    for words, said in (
+    for words, message in (
         (["--out", "x.parquet"], "no effect without --failed"),
         (["--failed", "--out", str(tmp_path / "file/x.parquet")], "cannot be written"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             CliRunner().invoke(app, ["status", str(store.path), *words], catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""A disk that fills up ends a run with one sentence; once there is room, the run goes on."""
+"""A full disk ends a run with a clear message. Once there is space, the run resumes."""
 
 import errno
 import os
@@ -29,17 +29,17 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def ends_full(root: Path, store: Path) -> bool:
+def runs_out_of_space(root: Path, store: Path) -> bool:
     try:
         extract_into(root, store)
-    except UserError as said:
-        return "No space is left" in str(said)
+    except UserError as problem:
+        return "No space is left" in str(problem)
     return False
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 kB, and what makes it larger."""
+    """A file system of 400 kB, and a function that enlarges it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -53,7 +53,7 @@ def small_disk(tmp_path):
 
 def test_run_reports_a_full_disk_and_resumes_once_there_is_space(pictures, small_disk, monkeypatch):
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 16)
-    disk, make_room = small_disk
+    disk, enlarge = small_disk
     with pytest.raises(
         UserError, match=r"No space is left for .*s\.zarr \(No space left on device\)\. Free some and rerun"
     ):
@@ -61,14 +61,14 @@ def test_run_reports_a_full_disk_and_resumes_once_there_is_space(pictures, small
     done = sum(len(array.markers) for array in Store.open(disk / "s.zarr").arrays())
     assert done > 0
     assert not [name for name in contents(disk / "s.zarr") if name.endswith(".tmp") or name.startswith("leases")]
-    make_room()
+    enlarge()
     assert extract_into(pictures, disk / "s.zarr").encoded > 0
     extract_into(pictures, pictures / "whole.zarr")
     assert contents(disk / "s.zarr") == contents(pictures / "whole.zarr")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_at_any_file_leaves_nothing_half_written(pictures, monkeypatch, number):
+def test_full_disk_at_any_file_leaves_no_partial_files(pictures, monkeypatch, number):
     extract_into(pictures, pictures / "whole.zarr")
     whole = contents(pictures / "whole.zarr")
     left = 0
@@ -85,17 +85,17 @@ def test_a_full_disk_at_any_file_leaves_nothing_half_written(pictures, monkeypat
     ends = 0
     for files in range(0, 60, 7):
         left = files
-        ends += ends_full(pictures, pictures / "s.zarr")
+        ends += runs_out_of_space(pictures, pictures / "s.zarr")
         assert not (pictures / "s.zarr" / "leases").exists()
     assert ends >= 3
     assert contents(pictures / "s.zarr") == whole
 
 
-def test_a_writer_whose_file_was_taken_away_tries_again_and_takes_none(tmp_path, monkeypatch):
+def test_writer_retries_if_its_temporary_file_is_removed(tmp_path, monkeypatch):
     fsync, others = os.fsync, tmp_path / ".marker.other.tmp"
 
     def slow(descriptor):
-        if not others.exists():  # another has come, taken this one's file away and begun its own
+        if not others.exists():  # another writer removes this one's file and starts its own
             for file in tmp_path.glob("*.tmp"):
                 file.unlink()
             others.write_text("half")

@@ -84,7 +84,7 @@ def test_stopped_index_resumes_byte_identically(tmp_path_factory, sizes, deaths)
 
 
 def stop_in(path, folder, sizes, part, row):
-    """Leave an index whose building was stopped just before a sample."""
+    """Leave an index that was stopped just before a sample."""
 
     def die(*at):
         if at == (part, row):
@@ -165,7 +165,7 @@ def test_killed_index_resumes_byte_identically(pictures):
 
 @pytest.fixture
 def tables(pictures):
-    """The pictures' table cut in three: of 250, 0 and 350 rows."""
+    """The pictures' table split into three of 250, 0 and 350 rows."""
     header, *rows = (pictures / "captions.csv").read_text().splitlines(keepends=True)
     for name, of_table in {"a": rows[:250], "b": [], "c": rows[250:]}.items():
         (pictures / f"{name}-captions.csv").write_text(header + "".join(of_table))
@@ -177,7 +177,7 @@ def tables(pictures):
 
 
 def parts_read(monkeypatch) -> list[str]:
-    """The names of the parts whose samples are compared from here on."""
+    """Return a list that collects the names of the parts compared from here on."""
     read = []
     compare = _SourceCheck.compare
 

@@ -1,4 +1,4 @@
-"""One of many has a lease; who is dead loses it; nobody who is alive does."""
+"""One of many processes has a lease. A dead owner loses it, a live one does not."""
 
 import errno
 import json
@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 
 from sail_align.extract.system import leases as module
-from sail_align.extract.system.leases import Lease, LeaseLostError, Leases, this_process
+from sail_align.extract.system.leases import Lease, LeaseLostError, Leases, Owner
 
 FOREIGN = json.dumps({"machine": "another", "pid": 1, "start": "1", "token": "x"}).encode() + b"\n"
 
 
 def in_child(work) -> int:
-    """Run in a process of its own, which ends without any cleaning up; return its exit code."""
+    """Run in a child process that ends without cleaning up. Returns its exit code."""
     if (child := os.fork()) == 0:
         os._exit(int(work() or 0))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def left_by_the_dead(folder: Path, name: str) -> None:
+def leave_dead_lease(folder: Path, name: str) -> None:
     in_child(lambda: Leases(folder).take(name) is None)
     assert (folder / f"{name}.0.json").exists()
 
 
-def test_a_lease_has_one_owner_and_leaves_nothing(tmp_path):
+def test_lease_has_one_owner_and_leaves_no_files(tmp_path):
     leases = Leases(tmp_path / "leases")
     lease = leases.take("image/x/00003")
     assert lease is not None
@@ -39,8 +39,8 @@ def test_a_lease_has_one_owner_and_leaves_nothing(tmp_path):
     assert not leases.folder.exists()
 
 
-def test_the_lease_of_a_process_of_this_machine_that_ended_is_free_at_once(tmp_path):
-    left_by_the_dead(tmp_path, "a")
+def test_lease_of_an_ended_local_process_is_free_at_once(tmp_path):
+    leave_dead_lease(tmp_path, "a")
     leases = Leases(tmp_path)
     lease = leases.take("a")
     assert lease is not None
@@ -49,14 +49,14 @@ def test_the_lease_of_a_process_of_this_machine_that_ended_is_free_at_once(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pid_that_now_is_another_process_owns_nothing(tmp_path):
-    record = {"machine": this_process().machine, "pid": os.getpid(), "start": "1", "token": "x"}
+def test_reused_pid_does_not_own_the_lease(tmp_path):
+    record = {"machine": Owner.current().machine, "pid": os.getpid(), "start": "1", "token": "x"}
     (tmp_path / "a.0.json").write_text(json.dumps(record) + "\n")
     assert Leases(tmp_path).take("a") is not None
 
 
 @pytest.mark.parametrize("content", [FOREIGN, b"", b'{"machine": "th'])
-def test_another_machine_s_lease_is_free_when_it_has_not_changed_for_long(tmp_path, content, monkeypatch):
+def test_foreign_lease_is_free_after_ttl_without_change(tmp_path, content, monkeypatch):
     now = [1_000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     file, leases = tmp_path / "a.0.json", Leases(tmp_path, ttl=60)
@@ -71,7 +71,7 @@ def test_another_machine_s_lease_is_free_when_it_has_not_changed_for_long(tmp_pa
     assert leases.take("a") is not None
 
 
-def test_a_heartbeat_changes_what_others_see(tmp_path):
+def test_heartbeat_changes_the_file(tmp_path):
     lease = Leases(tmp_path, ttl=0.06).take("a")
     before = lease.file.read_bytes()
     deadline = time.monotonic() + 10
@@ -81,11 +81,11 @@ def test_a_heartbeat_changes_what_others_see(tmp_path):
     lease.confirm()
 
 
-def test_of_many_who_see_a_dead_lease_one_takes_it(tmp_path):
+def test_one_of_many_observers_takes_a_dead_lease(tmp_path):
     for attempt in range(10):
-        left_by_the_dead(tmp_path, name := f"shard{attempt}")
+        leave_dead_lease(tmp_path, name := f"shard{attempt}")
         told, tell = os.pipe()
-        all_tried, hold_on = os.pipe()  # a winner that had ended would be taken over in its turn
+        all_tried, hold_on = os.pipe()  # an ended winner would itself be taken over
         children = []
         for _ in range(6):
             if (child := os.fork()) == 0:
@@ -102,8 +102,8 @@ def test_of_many_who_see_a_dead_lease_one_takes_it(tmp_path):
         assert sorted(tries) == sorted(b"x.....")
 
 
-def test_an_observer_that_slept_through_the_takeover_gets_nothing(tmp_path, monkeypatch):
-    left_by_the_dead(tmp_path, "a")
+def test_observer_that_slept_through_a_takeover_gets_nothing(tmp_path, monkeypatch):
+    leave_dead_lease(tmp_path, "a")
     quick, create = Leases(tmp_path), Lease.create
 
     def sleep_first(self):
@@ -117,7 +117,7 @@ def test_an_observer_that_slept_through_the_takeover_gets_nothing(tmp_path, monk
     assert Leases(tmp_path).take("a").generation == 0
 
 
-def test_a_lease_that_was_taken_over_is_lost_and_left_alone(tmp_path):
+def test_lease_that_was_taken_over_is_lost_and_not_removed(tmp_path):
     slow, quick = Leases(tmp_path), Leases(tmp_path)
     lease = slow.take("a")
     lease.file.write_bytes(FOREIGN)
@@ -132,7 +132,7 @@ def test_a_lease_that_was_taken_over_is_lost_and_left_alone(tmp_path):
     assert quick.take("a") is None
 
 
-def test_file_systems_without_links_do(tmp_path, monkeypatch):
+def test_lease_on_a_file_system_without_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "no links here")
 

@@ -1,4 +1,4 @@
-"""Mapped shards hold what zarr reads from them, and damage to their index is named."""
+"""Mapped shards return what zarr reads from them, and damage is reported."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ ROWS, DIM, SHARD, CHUNK = 300, 4, 64, 16
 
 @pytest.fixture
 def array(tmp_path):
-    """Rows 16 … 47 and the whole of shard 2 hold fill values alone; shard 3 is not committed."""
-    array = lay_out(tmp_path / "store")
+    """Rows 16 … 47 and all of shard 2 are fill values; shard 3 is not committed."""
+    array = make_array(tmp_path / "store")
     values = np.arange(ROWS * DIM, dtype=np.float16).reshape(ROWS, DIM)
     values[16:48] = values[128:192] = np.nan
     status = np.where(np.isnan(values[:, 0]), Status.MISSING, Status.OK).astype(np.uint8)
@@ -33,7 +33,7 @@ def array(tmp_path):
     return array
 
 
-def lay_out(store):
+def make_array(store):
     FeatureArray.create(store / "image/fake", ROWS, DIM, SHARD, CHUNK)
     return FeatureArray(store, "image/fake", identity("image", dim=DIM))
 
@@ -46,11 +46,11 @@ def same(ours, theirs):
     return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
 
 
-def test_every_chunk_is_what_zarr_reads(array):
+def test_every_chunk_equals_what_zarr_reads(array):
     assert array.mapped
     by_zarr = zarr.open_array(array._features.folder, mode="r")
     shard_file(array, 3).parent.mkdir(parents=True)
-    shard_file(array, 3).write_bytes(b"half written")  # a shard without a marker is not looked at
+    shard_file(array, 3).write_bytes(b"half written")  # a shard without a marker is ignored
     for number in range(-(-ROWS // CHUNK)):
         rows = slice(number * CHUNK, (number + 1) * CHUNK)
         expected = np.full((CHUNK, DIM), np.nan, np.float16) if number // 4 == 3 else by_zarr[rows]
@@ -62,7 +62,7 @@ def test_every_chunk_is_what_zarr_reads(array):
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, ROWS), stop=st.integers(0, ROWS))
-def test_any_rows_are_what_zarr_reads(array, start, stop):
+def test_any_rows_equal_what_zarr_reads(array, start, stop):
     stop = max(start, stop)
     expected = [zarr.open_array(array._arrays[name].folder, mode="r")[start:stop] for name in ("features", "status")]
     features, status = array.read(start, stop)
@@ -81,7 +81,7 @@ def test_any_rows_are_what_zarr_reads(array, start, stop):
     ],
     ids=["compressed", "big-endian", "half rows", "no shards", "index first"],
 )
-def test_arrays_of_another_form_are_read_through_zarr(array, form):
+def test_other_layouts_are_read_through_zarr(array, form):
     folder = array._features.folder
     expected, status = array.read()
     shutil.rmtree(folder)
@@ -101,7 +101,7 @@ def test_arrays_of_another_form_are_read_through_zarr(array, form):
 @pytest.mark.parametrize(
     "damage", [None, lambda content: b"", lambda content: content[:-9]], ids=["gone", "empty", "cut"]
 )
-def test_damage_to_an_array_that_is_decoded_is_said_and_not_read_as_fill_values(array, monkeypatch, zarrs, damage):
+def test_damage_to_a_decoded_array_is_not_read_as_fill_values(array, monkeypatch, zarrs, damage):
     if zarrs:
         pytest.importorskip("zarrs")
     else:
@@ -117,12 +117,12 @@ def test_damage_to_an_array_that_is_decoded_is_said_and_not_read_as_fill_values(
     for read in (lambda: other.chunk(4), lambda: other.read(64, 128)):
         with pytest.raises(UserError, match="c/1/0 is missing or damaged"):
             read()
-    assert np.isnan(other.read(128, 192)[0]).all()  # fill values alone, and no file
+    assert np.isnan(other.read(128, 192)[0]).all()  # only fill values, and no file
 
 
 @pytest.mark.parametrize("name", ["features", "status"])
 @pytest.mark.parametrize("byte", range(1, 70, 3))
-def test_a_flipped_byte_in_the_index_is_damage(array, name, byte):
+def test_flipped_byte_in_the_shard_index_is_damage(array, name, byte):
     file = shard_file(array, 1, name)
     content = bytearray(file.read_bytes())
     content[-byte] ^= 0x10
@@ -133,21 +133,21 @@ def test_a_flipped_byte_in_the_index_is_damage(array, name, byte):
 
 
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("damage", "message"),
     [
         (lambda content: content[:40], "it has 40 bytes, fewer than its index of 68 bytes"),
         (lambda content: content[128:], "its index lists 128 bytes at 384, expected a chunk of 128 bytes"),
     ],
 )
-def test_a_shortened_file_is_damage(array, damage, sentence):
+def test_truncated_file_is_damage(array, damage, message):
     file = shard_file(array, 1)
     file.write_bytes(damage(file.read_bytes()))
     again = FeatureArray(array._store, array.path, array.identity)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         again.chunk(4)
 
 
-def test_a_shard_that_is_written_again_is_mapped_again(array):
+def test_rewritten_shard_is_mapped_again(array):
     before = array.chunk(4)
     kept = before.copy()
     array.write(1, np.ones((SHARD, DIM), np.float16), np.zeros(SHARD, np.uint8))
@@ -163,7 +163,7 @@ def test_no_file_stays_open(array):
     assert len(array._features.mapped._shards) == 4
 
 
-def test_a_file_that_cannot_be_read_is_named(array, monkeypatch):
+def test_unreadable_file_is_named(array, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 

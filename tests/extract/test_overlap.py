@@ -1,4 +1,4 @@
-"""Near-duplicates between stores: the nearest evaluation image of each training image, whatever the blocks."""
+"""Near-duplicates between stores: the nearest evaluation image of each training image, for any block size."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from sail_align.extract.cli import app
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.quality import overlap as module
-from sail_align.extract.quality.overlap import find_overlap, write_exclusions
+from sail_align.extract.quality.overlap import find_overlap
 from sail_align.extract.store.store import Store
 
 DIM = 16
@@ -44,7 +44,7 @@ def stores(tmp_path):
 
 
 @pytest.mark.parametrize(("train_rows", "eval_rows"), [(8_192, 32_768), (100, 64)])
-def test_every_best_match_is_that_of_a_plain_computation(stores, monkeypatch, train_rows, eval_rows):
+def test_best_matches_equal_a_plain_computation(stores, monkeypatch, train_rows, eval_rows):
     monkeypatch.setattr(module, "TRAIN_ROWS", train_rows)
     monkeypatch.setattr(module, "EVAL_ROWS", eval_rows)
     train, held, train_ND, held_MD = stores
@@ -60,18 +60,18 @@ def test_every_best_match_is_that_of_a_plain_computation(stores, monkeypatch, tr
         assert found.cosines[row] == pytest.approx(cosines.max(), abs=1e-5)
 
 
-def test_the_list_names_the_nearest_first_and_is_what_was_found(stores, tmp_path):
+def test_written_list_has_the_nearest_first(stores, tmp_path):
     train, held, *_ = stores
     found = find_overlap(train, held, quiet=True)
     rows = found.closest(0.95)
     assert rows.tolist() == [400, 699, 5]
-    write_exclusions(tmp_path / "list.txt", found, rows)
+    found.write(tmp_path / "list.txt", rows)
     lines = [line.split("\t") for line in (tmp_path / "list.txt").read_text().splitlines()]
     assert [line[:2] for line in lines] == [["400", "test 0"], ["699", "test 299"], ["5", "test 200"]]
     assert [float(line[2]) for line in lines] == pytest.approx(found.cosines[rows], abs=1e-4)
 
 
-def test_the_command_prints_count_and_pairs_and_writes_the_list(stores, tmp_path):
+def test_command_prints_pairs_and_writes_the_list(stores, tmp_path):
     train, held, *_ = stores
     command = ["overlap", str(train.path), str(held.path), "--device", "cpu", "--quiet"]
     done = CliRunner().invoke(app, [*command, "--threshold", "0.95", "--out", str(tmp_path / "x.txt")])
@@ -82,18 +82,18 @@ def test_the_command_prints_count_and_pairs_and_writes_the_list(stores, tmp_path
     assert "… and" in CliRunner().invoke(app, [*command, "--threshold", "0.1"]).output
 
 
-def test_what_cannot_be_compared_is_refused(stores, tmp_path):
+def test_find_overlap_rejects_stores_that_cannot_be_compared(stores, tmp_path):
     train, *_ = stores
     few = np.ones((300, DIM))
     with pytest.raises(UserError, match="made with pooling 'mean', got 'cls'"):
         find_overlap(train, make(tmp_path, few, name="other", pooling="cls"), quiet=True)
-    with pytest.raises(UserError, match=r"unfinished\.zarr are not complete"):
+    with pytest.raises(UserError, match=r"unfinished\.zarr are incomplete"):
         find_overlap(train, make(tmp_path, few, name="unfinished", commit=False), quiet=True)
-    with pytest.raises(UserError, match="give two different stores"):
+    with pytest.raises(UserError, match="Pass two different stores"):
         find_overlap(train, train, quiet=True)
-    with pytest.raises(UserError, match=r"no cosine between 0 and 1"):
+    with pytest.raises(UserError, match="expected a cosine between 0 and 1"):
         CliRunner().invoke(app, ["overlap", "a", "b", "--threshold", "95"], catch_exceptions=False)
     odd = make(tmp_path, few, name="odd", key="{}\n")
     found = find_overlap(odd, train, quiet=True)
-    with pytest.raises(UserError, match="holds a tab or a line's end"):
-        write_exclusions(tmp_path / "x.txt", found, found.closest(0.0))
+    with pytest.raises(UserError, match="contains a tab or a line break"):
+        found.write(tmp_path / "x.txt", found.closest(0.0))

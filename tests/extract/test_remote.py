@@ -1,4 +1,4 @@
-"""A store at a URL has the same bytes as a local one; what is written are whole objects only."""
+"""A store at a URL has the same bytes as a local one, and only whole objects are written."""
 
 import re
 
@@ -40,7 +40,7 @@ def make(root, store):
     return run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
-def test_a_store_at_a_url_is_made_read_and_gone_on_with(pictures, url):
+def test_store_at_a_url_is_created_read_and_resumed(pictures, url):
     make(pictures, str(pictures / "local.zarr"))
     assert make(pictures, url).encoded == 1_800
     assert contents(as_path(url)) == contents(pictures / "local.zarr")
@@ -56,14 +56,14 @@ def test_a_store_at_a_url_is_made_read_and_gone_on_with(pictures, url):
     assert len(as_path(f"{url}.log.jsonl").read_text().splitlines()) == 2
 
 
-def test_an_index_begun_at_a_url_is_written_again(pictures, url):
+def test_unfinished_index_at_a_url_is_rewritten(pictures, url):
     as_path(f"{url}/index/part-00000.parquet").write_bytes(b"of something else")
     make(pictures, url)
     assert Store.open(url).rows == 600
     assert not list(as_path(url).glob("leases/**/*.json"))
 
 
-def test_a_lease_at_a_url_has_one_owner(url):
+def test_lease_at_a_url_has_one_owner(url):
     leases = Leases(as_path(url) / "leases")
     lease = leases.take("image/x/00001")
     lease.confirm()
@@ -75,12 +75,12 @@ def test_a_lease_at_a_url_has_one_owner(url):
     assert leases.names() == set()
 
 
-def test_an_unknown_kind_of_url_is_said():
+def test_unknown_protocol_is_rejected():
     with pytest.raises(UserError, match=r"nosuch://bucket/s\.zarr cannot be used"):
         as_path("nosuch://bucket/s.zarr")
 
 
-def test_a_heartbeat_brings_no_lease_back(url):
+def test_heartbeat_does_not_recreate_a_released_lease(url):
     leases = Leases(as_path(f"{url}/leases"))
     lease = leases.take("x")
     lease.renew()
@@ -105,7 +105,7 @@ def test_a_heartbeat_brings_no_lease_back(url):
         ),
     ],
 )
-def test_what_object_storage_refuses_is_not_called_damaged(url, problem, message):
-    """Its file systems raise errors that have no number."""
+def test_errors_of_object_storage_are_not_reported_as_damage(url, problem, message):
+    """fsspec file systems raise errors without errno."""
     with pytest.raises(UserError, match=re.escape(f"{url} {message}")), report_read_errors(as_path(url)):
         raise problem

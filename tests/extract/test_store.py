@@ -1,4 +1,4 @@
-"""The store keeps what was written, and shows nothing that was not committed."""
+"""A store returns what was written and shows nothing that was not committed."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def fill(array, seed=0):
     return features, status
 
 
-def test_what_was_written_is_read_again_in_any_span(store):
+def test_read_returns_written_rows_for_any_span(store):
     features, status = fill(store.add_image(identity("image")))
     array = Store.open(store.path).image()
     assert array.complete
@@ -50,7 +50,7 @@ def test_what_was_written_is_read_again_in_any_span(store):
     assert array.counts == {"ok": 999, "missing": 1}
 
 
-def test_features_are_raw_float16_in_chunks_at_sequential_offsets(store):
+def test_features_are_raw_float16_chunks_at_sequential_offsets(store):
     array = store.add_image(identity("image"))
     features, _ = fill(array)
     shard = (store.path / "image/fake-image/features/c/1/0").read_bytes()
@@ -59,7 +59,7 @@ def test_features_are_raw_float16_in_chunks_at_sequential_offsets(store):
     assert json.loads((store.path / "image/fake-image/features/zarr.json").read_text())["fill_value"] == "NaN"
 
 
-def test_the_index_gives_the_samples_back(store):
+def test_samples_are_read_back_from_the_index(store):
     assert store.samples(2, 5) == [
         Sample("key 2", "2.jpg", {"raw": "text 2", "long": "…"}),
         Sample("key 3", "3.jpg", {"raw": "text 3"}),
@@ -68,7 +68,7 @@ def test_the_index_gives_the_samples_back(store):
     assert store.index(["key"])["key"].to_pylist() == [f"key {i}" for i in range(ROWS)]
 
 
-def test_a_shard_without_marker_does_not_exist_for_a_reader(store):
+def test_shard_without_marker_is_ignored(store):
     array = store.add_image(identity("image"))
     fill(array)
     (store.path / "commits/image/fake-image/00001.json").unlink()
@@ -80,14 +80,14 @@ def test_a_shard_without_marker_does_not_exist_for_a_reader(store):
     assert Store.open(store.path).image().counts["pending"] == 256
 
 
-def test_a_marker_of_another_fingerprint_counts_for_nothing(store):
+def test_marker_of_another_fingerprint_is_ignored(store):
     fill(store.add_image(identity("image")))
     marker = store.path / "commits/image/fake-image/00000.json"
     marker.write_text(marker.read_text().replace(identity("image").spec.fingerprint, "0" * 64))
     assert 0 not in Store.open(store.path).image().markers
 
 
-def test_what_a_killed_writer_left_is_gone_after_the_shard_is_written(store):
+def test_write_removes_leftovers_of_a_killed_writer(store):
     array = store.add_image(identity("image"))
     features, status = fill(array)
     folder = store.path / "image/fake-image/features/c/3"
@@ -101,7 +101,7 @@ def test_what_a_killed_writer_left_is_gone_after_the_shard_is_written(store):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_flipped_byte_is_found_and_its_shard_named(tmp_path_factory, data):
+def test_verify_finds_any_flipped_byte_and_names_its_shard(tmp_path_factory, data):
     samples = [Sample(f"{i}", "") for i in range(600)]
     path = tmp_path_factory.mktemp("flip") / "s.zarr"
     store = Store.create(path, dataset="set", manifest={}, parts=[Part.of(samples)], captions=[])
@@ -120,7 +120,7 @@ def test_any_flipped_byte_is_found_and_its_shard_named(tmp_path_factory, data):
     assert damage[0].startswith(f"image/fake-image shard {shard}: {name.split('/')[0]}")
 
 
-def test_verify_is_content_with_an_intact_store_and_discard_takes_damage_back(store):
+def test_verify_accepts_an_intact_store_and_discards_damage(store):
     array = store.add_image(identity("image"))
     fill(array)
     assert not [finding for finding in verify_store(store.path) if finding.damage]
@@ -129,10 +129,10 @@ def test_verify_is_content_with_an_intact_store_and_discard_takes_damage_back(st
     assert set(Store.open(store.path).image().markers) == {0, 1, 3}
 
 
-def test_a_file_that_cannot_be_read_does_not_end_the_look_at_the_others(store):
+def test_verify_continues_after_an_unreadable_file(store):
     fill(store.add_image(identity("image")))
     shards = store.path / "image/fake-image/features/c"
-    for shard in (0, 2):  # as a bad sector would, which no test can make
+    for shard in (0, 2):  # stands for a bad sector
         (shards / f"{shard}/0").unlink()
         (shards / f"{shard}/0").mkdir()
     (shards / "3/0").write_bytes(b"")
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_look_at_the_others(store):
     assert f"{shards}/0/0 cannot be read (Is a directory)" in found[0]
 
 
-def test_an_array_that_is_gone_and_a_changed_count_are_found(store):
+def test_verify_finds_a_missing_array_and_a_changed_count(store):
     fill(store.add_image(identity("image")))
     fill(store.add_text(identity("text"), "raw"))
     shutil.rmtree(store.path / "text")
@@ -151,7 +151,7 @@ def test_an_array_that_is_gone_and_a_changed_count_are_found(store):
     assert [text.split(":")[0] for text in found] == ["text/fake-text/raw", "image/fake-image shard 1"]
 
 
-def test_a_damaged_identity_is_refused_by_name(store):
+def test_damaged_identity_is_rejected(store):
     fill(store.add_image(identity("image")))
     node = store.path / "image/fake-image/zarr.json"
     node.write_text(node.read_text().replace('"pooling":"mean"', '"pooling":"lean"'))
@@ -159,19 +159,19 @@ def test_a_damaged_identity_is_refused_by_name(store):
         Store.open(store.path).image()
 
 
-def test_a_shard_of_another_size_is_not_written(store):
+def test_write_rejects_a_shard_of_another_size(store):
     array = store.add_image(identity("image"))
     with pytest.raises(ValueError, match="shard 0 has shape"):
         array.write(0, np.ones((1, 4), dtype=np.float16), np.zeros(256, dtype=np.uint8))
 
 
-def test_a_changed_index_is_found(store):
+def test_verify_finds_a_changed_index(store):
     part = store.path / "index/part-00000.parquet"
     part.write_bytes(part.read_bytes() + b" ")
     assert any("part-00000.parquet" in finding.text for finding in verify_store(store.path) if finding.damage)
 
 
-def test_the_digest_follows_content_and_nothing_else(store):
+def test_digest_depends_on_content_only(store):
     array = store.add_image(identity("image"))
     fill(array, seed=1)
     first = store.digest
@@ -181,7 +181,7 @@ def test_the_digest_follows_content_and_nothing_else(store):
     assert Store.open(store.path).digest == first
 
 
-def test_adding_a_caption_leaves_every_other_file_alone(store):
+def test_adding_a_caption_changes_no_other_file(store):
     fill(store.add_image(identity("image")))
     fill(store.add_text(identity("text"), "raw"))
     before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
@@ -191,26 +191,26 @@ def test_adding_a_caption_leaves_every_other_file_alone(store):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"pooling": "cls"}, "made with pooling 'mean', got 'cls'"), ({"golden": -1.0}, "fixed input")],
 )
-def test_another_encoder_of_the_same_name_is_refused(store, changes, said):
+def test_another_encoder_of_the_same_name_is_rejected(store, changes, message):
     store.add_image(identity("image"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         store.add_image(identity("image", **changes))
 
 
-@pytest.mark.parametrize(("keys", "said"), [("aba", "'a' occurs more than once"), ("", "'set' has no samples")])
-def test_data_that_are_refused_leave_no_folder_that_was_not_there(tmp_path, keys, said):
+@pytest.mark.parametrize(("keys", "message"), [("aba", "'a' occurs more than once"), ("", "'set' has no samples")])
+def test_rejected_data_leave_no_new_folder(tmp_path, keys, message):
     (tmp_path / "there").mkdir()
     for name in ("new", "there"):
         parts = [Part.of([Sample(key, "") for key in keys])]
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             Store.create(tmp_path / name, dataset="set", manifest={}, parts=parts, captions=[])
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
-def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
+def test_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
     (tmp_path / "precious.txt").write_text("!")
     with pytest.raises(UserError, match="is not a feature store"):
         Store.open(tmp_path)
@@ -223,7 +223,7 @@ def test_a_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
-def test_a_store_that_is_gone_is_not_made_anew_by_its_writer(store):
+def test_write_does_not_recreate_a_missing_store(store):
     array = store.add_image(identity("image"))
     store.path.rename(store.path.with_name("elsewhere"))
     with pytest.raises(FileNotFoundError):
@@ -231,30 +231,30 @@ def test_a_store_that_is_gone_is_not_made_anew_by_its_writer(store):
     assert not store.path.exists()
 
 
-def test_a_store_that_cannot_be_read_is_not_called_none(store, monkeypatch):
-    def gone(_path):
+def test_unreadable_store_is_not_reported_as_missing(store, monkeypatch):
+    def fail(_path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(type(store.path), "read_bytes", gone)
+    monkeypatch.setattr(type(store.path), "read_bytes", fail)
     with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
         Store.open(store.path)
 
 
-def test_an_index_that_was_never_finished_is_written_again(tmp_path):
+def test_unfinished_index_is_rewritten(tmp_path):
     (tmp_path / "s.zarr" / "index").mkdir(parents=True)
     (tmp_path / "s.zarr" / "index" / "part-00000.parquet").write_bytes(b"half a part")
     Store.create(tmp_path / "s.zarr", dataset="set", manifest={}, parts=[Part.of([Sample("a", "")])], captions=[])
     assert Store.open(tmp_path / "s.zarr").samples(0, 1) == [Sample("a", "")]
 
 
-def test_a_later_format_is_refused(store):
+def test_newer_format_is_rejected(store):
     root = store.path / "zarr.json"
     root.write_text(root.read_text().replace('"format":1', '"format":2'))
     with pytest.raises(UserError, match="format 2"):
         Store.open(store.path)
 
 
-def test_small_sets_get_small_shards_and_large_ones_the_full_size(tmp_path):
+def test_shard_rows_grow_with_the_data_set(tmp_path):
     def shard_rows(rows):
         samples = [Sample(str(i), "") for i in range(rows)]
         path = tmp_path / str(rows)

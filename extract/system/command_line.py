@@ -1,0 +1,43 @@
+"""Common parts of the three commands' command lines."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from typer.core import TyperCommand
+
+from sail_align.extract.errors import UserError, WorkersFailedError
+
+GROUPS = ("Arguments", "Data", "Encoders", "Heads", "Loss", "Optimiser", "Run", "Options")
+
+
+def run_command(app: Callable[[], object]) -> None:
+    """Run a console command, before torch is imported.
+
+    A user's mistake prints one line to stderr and exits with code 2, failed workers with code 1.
+    """
+    # Let torch's threads sleep while they wait for each other. By default they spin for a while, on cores that image
+    # decoders need, or the thread they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except (UserError, WorkersFailedError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2 if isinstance(problem, UserError) else 1)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose `--help` lists its options under the names of their `rich_help_panel`, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, group by group."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups[getattr(parameter, "rich_help_panel", None) or kind].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
