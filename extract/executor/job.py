@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from sail_align.extract.data import Source
 from sail_align.extract.encoders.identity import EncoderSpec
 from sail_align.extract.encoders.load import TextEncoderConfig
 from sail_align.extract.encoders.text import TextEncoder
@@ -56,10 +55,6 @@ class Job:
         """The number of arrays that the job fills."""
         return (self.image is not None) + (len(self.captions) if self.text is not None else 0)
 
-    def open_source(self) -> Source:
-        """Open the data set. Raises `UserError` if that fails."""
-        return self.manifest.open_source(self.data_root)
-
     def open_store(self, *, quiet: bool = False) -> Store:
         """Open the store, or create it. An existing store is opened without its source if the job has no images.
 
@@ -69,7 +64,7 @@ class Job:
         if self.image is None and (self.store / "zarr.json").exists():
             return open_existing(self.store, self.manifest)
         with report_write_errors(self.store, during_run=True):
-            return open_or_create(self.store, self.manifest, self.open_source(), quiet=quiet)
+            return open_or_create(self.store, self.manifest, self.manifest.open_source(self.data_root), quiet=quiet)
 
     def tasks(self, store: Store, share: Share, device: str, threads: int) -> list[ArrayTask]:
         """Return a task for each array of the job. Load only the encoders for which a share has shards left.
@@ -83,7 +78,7 @@ class Job:
         if self.image is not None:
             completed = _completed([store.images()], self.image, share)
             if not completed:
-                source = self.open_source()
+                source = self.manifest.open_source(self.data_root)
                 tasks.append(ArrayTask.for_images(store, source, self.image.load(device), threads))
             tasks += completed
         if self.text is not None:

@@ -23,6 +23,8 @@ from sail_align.extract.system.leases import Lease, LeaseLostError
 from sail_align.extract.system.progress import note, progress
 from sail_align.extract.system.signals import StoppedError, raise_on_signals
 
+FAILED = [status for status in Status if status.failed]
+
 
 @dataclass
 class RetrySummary:
@@ -64,7 +66,8 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
         return RetrySummary()
     try:
         with raise_on_signals():
-            return retry_images(store, job.open_source(), encoder.load(device), share, quiet=quiet)
+            source = job.manifest.open_source(job.data_root)
+            return retry_images(store, source, encoder.load(device), share, quiet=quiet)
     except StoppedError as stopped:
         note(f"Stopped by {stopped.name}. Rerun the same command to continue.")
         raise
@@ -73,7 +76,7 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
 def retry_images(
     store: Store, source: Source, encoder: VisionEncoder, share: Share = ALL_SHARDS, *, quiet: bool = False
 ) -> RetrySummary:
-    """Encode a store's failed images again. Rewrite the shards in which the status of a row changes.
+    """Encode a store's failed images again, and rewrite the shards in which the status of a row changes.
 
     Shards that another process holds are skipped.
 
@@ -96,10 +99,9 @@ def retry_images(
 
 
 def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, summary: RetrySummary) -> None:
-    """Retry a shard under two leases: one of its own throughout, and for writing that of the shard.
+    """Retry a shard under a lease `retry/…`, and write it under the shard's own lease as well.
 
-    The shard's lease does not suffice, because any process that tidies the store removes it while the shard is
-    committed.
+    The shard's own lease does not suffice: `Store.tidy` in another process removes it while the shard is committed.
     """
     array = task.array
     try:
@@ -109,7 +111,7 @@ def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, 
                 return
             start, stop = array.span(shard.number)
             status = array.read_status(start, stop)
-            failed = np.flatnonzero(np.isin(status, [each for each in Status if each.failed]))
+            failed = np.flatnonzero(np.isin(status, FAILED))
             new = task.encode((start + failed).tolist(), advance)
             summary.tried += len(failed)
             if (new.status == status[failed]).all():
@@ -143,4 +145,4 @@ def _lease(store: Store, name: str) -> Iterator[Lease]:
 
 def _has_failures(array: FeatureArray, shard: int) -> bool:
     counts = array.markers[shard]["counts"] if shard in array.markers else {}
-    return any(status.failed and status.label in counts for status in Status)
+    return any(status.label in counts for status in FAILED)
