@@ -1,9 +1,11 @@
 """Join caption tables to the samples of an index by URL or key, in memory that does not grow with the captions.
 
-In memory are 64-bit hashes of the samples' URLs and some bytes more a sample. The tables are streamed once; rows that
-may belong to a sample are spilled, to one file for each file of the index, and then attached file by file, where the
-texts themselves are compared: two URLs of one hash are never taken for each other. Of several rows with one URL the
-first that holds a caption counts; several samples with one URL all get it. Position plays no part.
+The URLs or keys of the samples are held in memory as 64-bit hashes. The tables are streamed once. Rows whose hash
+matches a sample are spilled to one file per index file. Each index file is then rewritten with its captions. There the
+texts themselves are compared, so two URLs with the same hash are never confused.
+
+If several rows have the same URL, the first one with a caption counts. If several samples have the same URL, all of
+them get the captions. Position plays no role.
 """
 
 import json
@@ -26,18 +28,32 @@ from sail_align.extract.system.files import canonical_json, file_digest, write_a
 from sail_align.extract.system.progress import progress
 
 REPORT = "recaptions.json"
+SPILL_BYTES = 32 << 20
+"""Bytes of captions that are collected in memory before they are spilled."""
 
 
 @dataclass(frozen=True)
 class RecaptionReport:
-    """Counts of images and of caption rows.
+    """Counts of images and caption rows.
 
-    Every caption row is one of `joined`, `no_image`, `duplicates` (of a row before it) and `empty` (without URL or
-    without caption). `captions` counts the images that have each caption; `nameless` images have no URL to join by.
+    Every caption row is exactly one of `joined`, `no_image`, `duplicates` and `empty`.
+
+    Attributes:
+        field: Field of the samples that was joined by, `url` or `key`.
+        tables: Name and SHA-256 of each table.
+        images: Number of samples.
+        nameless: Number of samples without a URL to join by.
+        found: Number of samples that got captions.
+        captions: Number of samples that have each caption, by its name.
+        rows: Number of caption rows.
+        joined: Number of caption rows whose captions were used.
+        no_image: Number of caption rows without a sample.
+        duplicates: Number of caption rows with the URL of an earlier row.
+        empty: Number of caption rows without a URL or without a caption.
     """
 
     field: str
-    tables: list[list[str]]  # name, SHA-256
+    tables: list[list[str]]
     images: int
     nameless: int
     found: int
@@ -57,227 +73,217 @@ class RecaptionReport:
             return None
 
     def write(self, folder: Path) -> None:
-        """Keep the report beside an index."""
+        """Save the report beside an index."""
         write_atomically(folder / REPORT, canonical_json(asdict(self)))
 
     def lines(self) -> Iterator[str]:
-        """Yield the report for people."""
-        captions = sum(self.captions.values())
+        """Yield the report as text."""
+        per_image = sum(self.captions.values()) / max(self.found, 1)
         nameless = f"; {self.nameless:,} have no {self.field}" if self.nameless else ""
         yield (
-            f"recaptions: {self.found:,} of {self.images:,} images ({self.found / self.images:.1%}) found captions by "
-            f"{self.field}, {captions / max(self.found, 1):.2f} each{nameless}"
+            f"recaptions: {self.found:,} of {self.images:,} images ({self.found / self.images:.1%}) matched by "
+            f"{self.field}, {per_image:.2f} captions each{nameless}"
         )
         yield f"  images by caption: {', '.join(f'{name} {count:,}' for name, count in self.captions.items())}"
         yield f"  caption rows: {self.rows:,} read, {self.joined:,} joined, {self.rows - self.joined:,} dropped:"
         yield (
-            f"    {self.no_image:,} no such image, {self.duplicates:,} with the {self.field} of a row before, "
+            f"    {self.no_image:,} without image, {self.duplicates:,} with the {self.field} of an earlier row, "
             f"{self.empty:,} empty"
         )
-
-
-SPILL_BYTES = 32 << 20
-"""Captions in memory before they are spilled."""
 
 
 def join_captions(
     folder: Path, files: int, rows: int, own: Sequence[str], tables: CaptionTables, *, quiet: bool
 ) -> list[str]:
-    """Rewrite each file of an index with the tables' captions added, keep the report; return the files' SHA-256.
+    """Rewrite each file of an index with the tables' captions added, and save the report.
 
-    `own` names the captions that the samples have already. A join that was stopped is done again from the start: the
-    samples' own columns are the same before and after, and others are not kept.
+    A join that was stopped is repeated from the start. The samples' own columns are the same before and after, and
+    columns from the stopped join are dropped.
+
+    Args:
+        folder: Folder of the index.
+        files: Number of index files.
+        rows: Number of samples.
+        own: Names of the captions that the samples already have.
+        tables: The tables to join.
+        quiet: Hide the progress bars.
+
+    Returns:
+        The SHA-256 of each index file.
 
     Raises:
         UserError: No row of the tables belongs to any sample, or a caption is a list.
     """
-    spill = folder / "spill"
-    shutil.rmtree(spill, ignore_errors=True)
-    spill.mkdir()
     index = Index(folder)
-    samples = _Samples.of(index, files, tables.field)
-    streamed = _stream(samples, tables, spill, quiet)
-    if not any(spill.iterdir()):
+    join = _Join(index, files, own, tables)
+    join.read_tables(quiet)
+    if not any(join.spill.iterdir()):
         raise UserError(
-            f"None of {streamed.rows} caption rows has the {tables.field} of one of {rows} images in column "
-            f"{tables.column!r} of {tables.files[0]}; correct 'recaptions' in the manifest."
+            f"None of {join.rows} caption rows has the {tables.field} of one of {rows} images in column "
+            f"{tables.column!r} of {tables.files[0]}. Correct 'recaptions' in the manifest."
         )
-    attached = _Attached.none(streamed.rows, own, tables)
     digests = []
     with progress(rows, "attaching captions", quiet=quiet, delay=1) as bar:
         for number in range(files):
-            start = number * FILE_ROWS
-            digests.append(index.write(number, attached.to(index.file(number), start, _spilled(spill, number))))
-            bar.update(min(FILE_ROWS, rows - start))
-    shutil.rmtree(spill)
-    joined = int(attached.joined.sum())
-    duplicates = streamed.duplicates + int(attached.matched.sum()) - joined
+            digests.append(index.write(number, join.attach(number)))
+            bar.update(min(FILE_ROWS, rows - number * FILE_ROWS))
+    shutil.rmtree(join.spill)
+    joined = int(join.joined.sum())
+    duplicates = join.duplicates + int(join.matched.sum()) - joined
     RecaptionReport(
         field=tables.field,
         tables=[[file.name, str(file_digest(file))] for file in tables.files],
         images=rows,
-        nameless=rows - len(samples.rows),
-        found=attached.found,
-        captions=attached.captions,
-        rows=streamed.rows,
+        nameless=rows - len(join.sample_rows),
+        found=join.found,
+        captions=join.captions,
+        rows=join.rows,
         joined=joined,
-        no_image=streamed.rows - streamed.empty - duplicates - joined,
+        no_image=join.rows - join.empty - duplicates - joined,
         duplicates=duplicates,
-        empty=streamed.empty,
+        empty=join.empty,
     ).write(folder)
     return digests
 
 
-@dataclass
-class _Samples:
-    """The samples that have a URL: its hash, sorted, and the row of each, (N,) int64.
+class _Join:
+    """One join of tables to an index. Below, the "name" of a sample or caption row is the URL or key to join by.
 
-    Samples of one hash are neighbours; at the first of them, `claimed` says whether a caption row has that hash, and
-    `claims` holds a second hash of the first such row's URL, so that a later row with the same URL is known.
+    Attributes:
+        spill: Folder of the spill files, one per index file.
+        sample_hashes: Hash of each sample that has a name, sorted, (N,) int64.
+        sample_rows: Row of each of these samples in the index, (N,) int64.
+        rows: Number of caption rows read.
+        empty: Number of caption rows without a name or without a caption.
+        duplicates: Number of caption rows left out because an earlier row has the same name.
+        matched: Whether a caption row has the name of a sample, (rows,).
+        joined: Whether the captions of a caption row are used, (rows,).
+        found: Number of samples that got captions.
+        captions: Number of samples that got each caption.
     """
 
-    hashes: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    claimed: NDArray[np.bool_]
-    claims: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, index: Index, files: int, field: str) -> "_Samples":
+    def __init__(self, index: Index, files: int, own: Sequence[str], tables: CaptionTables):
+        self._index, self._tables = index, tables
+        self._own_columns = [*FIELDS.names, *map(caption_column, own)]
+        self.spill = index.folder / "spill"
+        shutil.rmtree(self.spill, ignore_errors=True)
+        self.spill.mkdir()
         hashes, rows = [], []
-        for number, names in enumerate(index.columns(field, files)):
-            named = np.fromiter(map(bool, names), bool, len(names))
-            hashes.append(text_hashes(names)[named])
-            rows.append(np.flatnonzero(named) + number * FILE_ROWS)
-        together = np.concatenate(hashes)
-        del hashes  # a hundred megabytes each, for CC12M
-        order = np.argsort(together)
-        together = together[order]
-        placed = np.concatenate(rows)[order]
-        return cls(together, placed, np.zeros(len(order), bool), np.zeros(len(order), np.int64))
+        for number, names in enumerate(index.columns(tables.field, files)):
+            has_name = np.fromiter(map(bool, names), bool, len(names))
+            hashes.append(text_hashes(names)[has_name])
+            rows.append(np.flatnonzero(has_name) + number * FILE_ROWS)
+        self.sample_hashes = np.concatenate(hashes)
+        del hashes  # 100 MB for CC12M
+        order = np.argsort(self.sample_hashes)
+        self.sample_hashes = self.sample_hashes[order]
+        self.sample_rows = np.concatenate(rows)[order]
+        # Samples with the same hash are neighbours. The entry of the first of them says whether a caption row with this
+        # hash was read, and keeps a second hash of that row's name, which identifies later rows with the same name.
+        self._claimed = np.zeros(len(order), bool)
+        self._claims = np.zeros(len(order), np.int64)
+        self.rows = self.empty = self.duplicates = self.found = 0
+        self.matched = self.joined = np.zeros(0, bool)
+        self.captions = dict.fromkeys(tables.captions, 0)
 
-    def claim(self, names: list[str]) -> tuple[NDArray[np.intp], NDArray[np.int64], int]:
-        """Return which of the names may belong to which samples, as pairs, and the number of names claimed before."""
-        hashes = text_hashes(names)
-        first, last = np.searchsorted(self.hashes, hashes, "left"), np.searchsorted(self.hashes, hashes, "right")
-        found = np.flatnonzero(last > first)
-        second = text_hashes([names[i][::-1] for i in found])
-        runs = first[found]
-        unclaimed = np.flatnonzero(~self.claimed[runs])
-        claiming, of_found = np.unique(runs[unclaimed], return_index=True)
-        of_found = unclaimed[of_found]
-        self.claimed[claiming], self.claims[claiming] = True, second[of_found]
-        again = self.claims[runs] == second
-        again[of_found] = False
-        kept = found[~again]
-        counts = last[kept] - first[kept]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(kept, counts), self.rows[np.repeat(first[kept], counts) + within], int(again.sum())
-
-
-@dataclass
-class _Streamed:
-    """Counts of caption rows."""
-
-    rows: int = 0
-    empty: int = 0
-    duplicates: int = 0
-
-
-def _stream(samples: _Samples, tables: CaptionTables, spill: Path, quiet: bool) -> _Streamed:
-    """Read the tables once and spill the rows that may belong to samples, in their order."""
-    counts, waiting = _Streamed(), list[pa.Table]()
-    with progress(None, "caption rows", quiet=quiet, delay=1) as bar:
-        for file in tables.files:
-            for batch in read_captions(file, tables):
-                table = _caption_rows(batch, tables)
-                orders = pa.array(np.arange(counts.rows, counts.rows + len(table)))
-                counts.rows += len(table)
-                table = table.append_column("order", orders)
-                table = table.filter(_useful(table, tables))
-                counts.empty += len(batch) - len(table)
-                which, rows, duplicates = samples.claim(table["name"].to_pylist())
-                counts.duplicates += duplicates
-                if len(which):
-                    waiting.append(table.take(which).append_column("row", pa.array(rows)))
-                if sum(each.nbytes for each in waiting) > SPILL_BYTES:
-                    _spill(waiting, spill)
-                bar.update(len(batch))
+    def read_tables(self, quiet: bool) -> None:
+        """Read the tables once, and spill the rows that may belong to samples, in their order."""
+        waiting: list[pa.Table] = []
+        with progress(None, "caption rows", quiet=quiet, delay=1) as bar:
+            for file in self._tables.files:
+                for batch in read_captions(file, self._tables):
+                    table = self._useful_rows(batch)
+                    which, samples = self._claim(table["name"].to_pylist())
+                    if len(which):
+                        waiting.append(table.take(which).append_column("sample", pa.array(samples)))
+                    if sum(each.nbytes for each in waiting) > SPILL_BYTES:
+                        self._write_spill(waiting)
+                        waiting = []
+                    bar.update(len(batch))
         if waiting:
-            _spill(waiting, spill)
-    return counts
+            self._write_spill(waiting)
+        self.matched, self.joined = np.zeros(self.rows, bool), np.zeros(self.rows, bool)
 
+    def _useful_rows(self, batch: pa.Table) -> pa.Table:
+        """Return the rows with a name and at least one caption that is not blank.
 
-def _caption_rows(batch: pa.Table, tables: CaptionTables) -> pa.Table:
-    """Return the column that joins as `name`, and the captions by their names, null where there is no word."""
-    columns = {"name": batch[tables.column]}
-    for name, column in tables.captions.items():
-        blank = pc.equal(pc.utf8_trim_whitespace(batch[column]), "")
-        columns[caption_column(name)] = pc.if_else(blank, None, batch[column])
-    return pa.table(columns)
+        The columns are `name`, the captions by their names in the index, and `order`, the number of the row over all
+        tables.
+        """
+        columns = {"name": batch[self._tables.column]}
+        for name, column in self._tables.captions.items():
+            blank = pc.equal(pc.utf8_trim_whitespace(batch[column]), "")
+            columns[caption_column(name)] = pc.if_else(blank, None, batch[column])
+        columns["order"] = pa.array(np.arange(self.rows, self.rows + len(batch)))
+        table = pa.table(columns)
+        captioned = pc.is_valid(pc.coalesce(*(table[caption_column(name)] for name in self._tables.captions)))
+        useful = table.filter(pc.and_(captioned, pc.not_equal(pc.coalesce(table["name"], ""), "")))
+        self.rows += len(batch)
+        self.empty += len(batch) - len(useful)
+        return useful
 
+    def _claim(self, names: list[str]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """Return pairs of a name and a sample with the same hash, without names that were claimed before.
 
-def _useful(table: pa.Table, tables: CaptionTables) -> pa.ChunkedArray:
-    """Tell the rows that have a name to join by and a caption to add."""
-    captioned = pc.is_valid(pc.coalesce(*(table[caption_column(name)] for name in tables.captions)))
-    return pc.and_(captioned, pc.not_equal(pc.coalesce(table["name"], ""), ""))
+        Args:
+            names: The names of consecutive caption rows.
 
+        Returns:
+            The positions of the names, (P,), and the rows of the samples, (P,).
+        """
+        hashes = text_hashes(names)
+        first, last = (np.searchsorted(self.sample_hashes, hashes, side) for side in ("left", "right"))
+        found = np.flatnonzero(last > first)
+        reversed_hashes = text_hashes([names[i][::-1] for i in found])
+        entries = first[found]
+        unclaimed = np.flatnonzero(~self._claimed[entries])
+        claimed_now, position = np.unique(entries[unclaimed], return_index=True)
+        claiming = unclaimed[position]  # the first name of each new entry
+        self._claimed[claimed_now], self._claims[claimed_now] = True, reversed_hashes[claiming]
+        is_duplicate = self._claims[entries] == reversed_hashes
+        is_duplicate[claiming] = False
+        self.duplicates += int(is_duplicate.sum())
+        kept = found[~is_duplicate]
+        counts = last[kept] - first[kept]  # samples per name
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, … for each name
+        return np.repeat(kept, counts), self.sample_rows[np.repeat(first[kept], counts) + within]
 
-def _spill(waiting: list[pa.Table], spill: Path) -> None:
-    """Append each row to the spill of the index file that its sample is in."""
-    table = pa.concat_tables(waiting).combine_chunks()
-    waiting.clear()
-    files = table["row"].to_numpy() // FILE_ROWS
-    order = np.argsort(files, kind="stable")
-    table, files = table.take(order), files[order]
-    numbers, starts = np.unique(files, return_index=True)
-    for number, start, stop in zip(numbers, starts, [*starts[1:], len(table)], strict=True):
-        with (
-            (spill / str(number)).open("ab") as file,
-            pa.ipc.new_stream(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as stream,
-        ):
-            stream.write_table(table.slice(start, stop - start))
+    def _write_spill(self, tables: list[pa.Table]) -> None:
+        """Append each row to the spill file of its sample's index file."""
+        table = pa.concat_tables(tables).combine_chunks()
+        numbers = table["sample"].to_numpy() // FILE_ROWS
+        order = np.argsort(numbers, kind="stable")
+        table, numbers = table.take(order), numbers[order]
+        present, starts = np.unique(numbers, return_index=True)
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        for number, start, stop in zip(present, starts, [*starts[1:], len(table)], strict=True):
+            with (
+                (self.spill / str(number)).open("ab") as file,
+                pa.ipc.new_stream(file, table.schema, options=options) as stream,
+            ):
+                stream.write_table(table.slice(start, stop - start))
 
+    def _read_spill(self, number: int) -> pa.Table | None:
+        path, tables = self.spill / str(number), []
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            while file.tell() < path.stat().st_size:  # one stream per call of `_write_spill`
+                tables.append(pa.ipc.open_stream(file).read_all())
+        return pa.concat_tables(tables)
 
-def _spilled(spill: Path, number: int) -> pa.Table | None:
-    """Read one index file's spill: what was appended, stream after stream."""
-    path, tables = spill / str(number), []
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        while file.tell() < path.stat().st_size:
-            tables.append(pa.ipc.open_stream(file).read_all())
-    return pa.concat_tables(tables)
-
-
-@dataclass
-class _Attached:
-    """Adds captions to index files, and counts: caption rows that belong to a sample, (rows,) each, and images.
-
-    `own` are the columns that an index has without them.
-    """
-
-    tables: CaptionTables
-    own: list[str]
-    matched: NDArray[np.bool_]
-    joined: NDArray[np.bool_]
-    captions: dict[str, int]
-    found: int = 0
-
-    @classmethod
-    def none(cls, rows: int, captions: Sequence[str], tables: CaptionTables) -> "_Attached":
-        own = [*FIELDS.names, *map(caption_column, captions)]
-        return cls(tables, own, np.zeros(rows, bool), np.zeros(rows, bool), dict.fromkeys(tables.captions, 0))
-
-    def to(self, file: Path, start: int, spilled: pa.Table | None) -> Iterator[pa.Table]:
-        """Yield an index file's row groups, from row `start` of the index on, with the captions that belong to them."""
-        with file.open("rb") as opened, pq.ParquetFile(opened) as index:
-            source = self._match(index.read([self.tables.field])[self.tables.field], start, spilled)
+    def attach(self, number: int) -> Iterator[pa.Table]:
+        """Yield the row groups of an index file with their captions."""
+        spilled = self._read_spill(number)
+        with self._index.file(number).open("rb") as opened, pq.ParquetFile(opened) as index:
+            names = index.read([self._tables.field])[self._tables.field]
+            caption_rows = self._match(names, number * FILE_ROWS, spilled)
             done = 0
             for group in range(index.num_row_groups):
-                rows = index.read_row_group(group, self.own)
-                of_group = source[done : done + len(rows)]
+                rows = index.read_row_group(group, self._own_columns)
+                of_group = caption_rows[done : done + len(rows)]
                 picked = pa.array(of_group, mask=of_group < 0)
-                for name in self.tables.captions:
+                for name in self._tables.captions:
                     column = caption_column(name)
                     captions = pa.nulls(len(rows), pa.string()) if spilled is None else spilled[column].take(picked)
                     self.captions[name] += len(rows) - captions.null_count
@@ -286,16 +292,22 @@ class _Attached:
                 done += len(rows)
 
     def _match(self, names: pa.ChunkedArray, start: int, spilled: pa.Table | None) -> NDArray[np.int64]:
-        """Return for each sample of an index file, given its URL or key, the spilled row that is its own, else −1."""
-        source = np.full(len(names), -1)
+        """Return the position in the spill of each sample's caption row, −1 for none.
+
+        Args:
+            names: The names of the samples of an index file.
+            start: The first row of that file.
+            spilled: The spill of that file.
+        """
+        caption_rows = np.full(len(names), -1)
         if spilled is not None:
-            rows = spilled["row"].to_numpy() - start
-            same = pc.equal(names.combine_chunks().take(rows), spilled["name"].combine_chunks())
+            samples = spilled["sample"].to_numpy() - start
+            same = pc.equal(names.combine_chunks().take(samples), spilled["name"].combine_chunks())
             exact = np.flatnonzero(same.to_numpy(zero_copy_only=False))
-            targets, first = np.unique(rows[exact], return_index=True)
-            source[targets] = exact[first]
+            targets, first = np.unique(samples[exact], return_index=True)
+            caption_rows[targets] = exact[first]
             orders = spilled["order"].to_numpy()
             self.matched[orders[exact]] = True
             self.joined[orders[exact[first]]] = True
             self.found += len(targets)
-        return source
+        return caption_rows

@@ -19,7 +19,7 @@ DAMAGE = {
     "gone": None,
     "a bit": lambda content: content[: (at := len(content) // 3)] + bytes([content[at] ^ 64]) + content[at + 1 :],
 }
-REMEDIES = ("Remove that folder", "run the extraction again", "exists and is not a feature store")
+REMEDIES = ("Remove that folder", "rerun the extraction", "exists and is not a feature store")
 
 
 @pytest.fixture

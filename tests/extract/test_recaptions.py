@@ -174,8 +174,8 @@ def test_join_of_dreamlip_captions(recaptioned):
     report = RecaptionReport.read(store.path / "index")
     assert (report.found, report.rows, report.no_image, report.duplicates) == (480, 520, 40, 0)
     message = "\n".join(report.lines())
-    assert "480 of 600 images (80.0%) found captions by url, 7.00 each" in message
-    assert "40 no such image, 0 with the url of a row before, 0 empty" in message
+    assert "480 of 600 images (80.0%) matched by url, 7.00 captions each" in message
+    assert "40 without image, 0 with the url of an earlier row, 0 empty" in message
     printed = CliRunner().invoke(app, ["status", str(store.path)]).output
     assert message in printed
 
