@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -112,6 +113,11 @@ class CaptionTables:
     captions: Mapping[str, str]
 
 
+def numbered_names(count: int) -> tuple[str, ...]:
+    """Return the names of captions that have no name in the data set: c0, c1, …."""
+    return tuple(f"c{i}" for i in range(count))
+
+
 class Source(ABC):
     """Samples in a fixed order, and access to their pixels."""
 
@@ -132,6 +138,14 @@ class Source(ABC):
     def all_captions(self) -> tuple[str, ...]:
         """The names of the captions of a store: the samples' own, and those joined from tables."""
         return (*self.captions, *(self.recaptions.captions if self.recaptions else ()))
+
+    def _caption_names(self, captions: str | Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names in a mapping. For a single origin, number them up to the most captions of any sample."""
+        return numbered_names(self._most_captions) if isinstance(captions, str) else tuple(captions)
+
+    @cached_property
+    def _most_captions(self) -> int:
+        return max((len(sample.captions) for sample in self.samples()), default=0)
 
     @abstractmethod
     def parts(self) -> Sequence[Part]:

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, Source
+from sail_align.extract.data import Part, Sample, Source, numbered_names
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import read_image_in
@@ -33,12 +33,11 @@ class Annotations:
     @classmethod
     def numbered(cls, samples: Sequence[tuple[str, list[str], str]]) -> "Annotations":
         """Return samples given as image, captions and URL. Captions are named c0, c1, …; empty ones are left out."""
-        numbered = [
-            Sample(key=image, image=image, captions={f"c{i}": text for i, text in enumerate(texts) if text}, url=url)
-            for image, texts, url in samples
-        ]
-        most = max((len(sample.captions) for sample in numbered), default=0)
-        return cls(numbered, tuple(f"c{i}" for i in range(most)))
+        numbered = []
+        for image, texts, url in samples:
+            captions = {name: text for name, text in zip(numbered_names(len(texts)), texts, strict=True) if text}
+            numbered.append(Sample(key=image, image=image, captions=captions, url=url))
+        return cls(numbered, numbered_names(max((len(sample.captions) for sample in numbered), default=0)))
 
 
 class AnnotatedConfig(FilesConfig, SourceConfig):

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
+from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError, numbered_names
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import FileSet
@@ -80,9 +80,7 @@ class HuggingFaceSource(Source):
     @property
     def captions(self) -> tuple[str, ...]:
         """The names in the manifest, or c0, c1, … up to the most captions of any image."""
-        if isinstance(self._config.captions, dict):
-            return tuple(self._config.captions)
-        return tuple(f"c{i}" for i in range(self._most_captions))
+        return self._caption_names(self._config.captions)
 
     @cached_property
     def _most_captions(self) -> int:
@@ -129,8 +127,8 @@ class HuggingFaceSource(Source):
         for number, row in enumerate(self._batches(start), start):
             if isinstance(captions, str):
                 value = row[captions]
-                texts = map(_text, value if isinstance(value, list) else [value])
-                named = {f"c{i}": text for i, text in enumerate(filter(None, texts))}
+                texts = [text for text in map(_text, value if isinstance(value, list) else [value]) if text]
+                named = dict(zip(numbered_names(len(texts)), texts, strict=True))
             else:
                 named = {name: text for name, column in captions.items() if (text := _text(row[column]))}
             yield Sample(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import IGNORED, Part, Sample, Source
+from sail_align.extract.data import IGNORED, Part, Sample, Source, numbered_names
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.images import read_image_in, read_mask
@@ -89,9 +89,7 @@ class TableSource(Source):
     @property
     def captions(self) -> tuple[str, ...]:
         """The names in the manifest, or c0, c1, … up to the most captions of any image."""
-        if isinstance(self._config.captions, dict):
-            return tuple(self._config.captions)
-        return tuple(f"c{i}" for i in range(max((len(texts) for _, texts in self._grouped.values()), default=0)))
+        return self._caption_names(self._config.captions)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -122,7 +120,7 @@ class TableSource(Source):
 
     def _read_grouped(self) -> Iterator[Sample]:
         for image, (url, texts) in self._grouped.items():
-            yield self._sample(image, url, {f"c{i}": text for i, text in enumerate(texts)})
+            yield self._sample(image, url, dict(zip(numbered_names(len(texts)), texts, strict=True)))
 
     def _read(self, file: Path, names: dict[str, str]) -> Iterator[Sample]:
         for image, url, *texts in self._rows(file, list(names.values())):

@@ -3,14 +3,14 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
+from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError, numbered_names
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
@@ -78,13 +78,7 @@ class WebDatasetSource(Source):
     @property
     def captions(self) -> tuple[str, ...]:
         """The names in the manifest, or c0, c1, … up to the most captions of any image, which reads all tars."""
-        if isinstance(self._config.captions, dict):
-            return tuple(self._config.captions)
-        return tuple(f"c{i}" for i in range(self._most_captions))
-
-    @cached_property
-    def _most_captions(self) -> int:
-        return max((len(sample.captions) for sample in self.samples()), default=0)
+        return self._caption_names(self._config.captions)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -150,8 +144,9 @@ class WebDatasetSource(Source):
         captions = self._config.captions
         if isinstance(captions, str):
             value = members.get(captions)
-            texts = map(_text, value if isinstance(value, list) else _text(value).split("\n"))
-            return {f"c{i}": text for i, text in enumerate(filter(None, texts))}
+            several = value if isinstance(value, list) else _text(value).split("\n")
+            texts = [text for text in map(_text, several) if text]
+            return dict(zip(numbered_names(len(texts)), texts, strict=True))
         for origin in captions.values():
             if isinstance(members.get(origin), (list, dict)):
                 raise UserError(f"{origin!r} of {key} is not text. If it is a list, write `captions: {origin}`.")
