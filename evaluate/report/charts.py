@@ -40,7 +40,10 @@ def radar_chart(panel: Panel) -> str | None:
     labels = ["\n".join(name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name in pair) for pair in names]
     turns = [math.tau * number / len(columns) for number in range(len(columns))]
     with styled_figure(580, 380) as figure:
-        axes = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
+        between_axes = math.degrees(turns[1] / 2)
+        axes = figure.add_subplot(
+            projection="polar", theta_offset=math.pi / 2, theta_direction=-1, rlabel_position=between_axes
+        )
         axes.set_xticks(turns, labels)
         axes.tick_params("x", pad=12)
         for label, turn in zip(axes.get_xticklabels(), turns, strict=True):
@@ -49,7 +52,6 @@ def radar_chart(panel: Panel) -> str | None:
             label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
         axes.set_yticks((25, 50, 75, 100))
         axes.set_ylim(0, 100)
-        axes.set_rlabel_position(math.degrees(turns[1] / 2))
         for order, (row, values) in enumerate(reversed(rows)):  # chance is below all others, the first run on top
             points = [math.nan if value is None else value for value in values]
             colour = COLOURS[row.style]
@@ -57,9 +59,8 @@ def radar_chart(panel: Panel) -> str | None:
                 line = "--" if row.kind == "chance" else "-"
                 axes.plot([*turns, 0], [*points, points[0]], line, color=colour, zorder=3 + order)
             if row.kind != "chance":
-                marker, _ = MARKERS[row.style]
-                look = {"marker": marker, "color": colour, "edgecolor": COLOURS["card"], "s": 40}
-                axes.scatter(turns, points, clip_on=False, zorder=3.5 + order, **look)
+                marker, edge = MARKERS[row.style][0], COLOURS["card"]
+                axes.scatter(turns, points, 40, colour, marker, edgecolor=edge, clip_on=False, zorder=3.5 + order)
         described = ", ".join(map(" ".join, names))
         return to_svg(
             figure, f"Radar chart, from 0 to 100, of {described}. The bars below show the numbers.", inline=True

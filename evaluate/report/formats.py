@@ -141,9 +141,9 @@ def comma_separated(overview: Overview) -> str:
     for key in overview.records:
         record = overview.any_record(key)
         for model in reported():
-            origin = {"model": model.name, "origin": f"reported: {model.source}", **_provenance(record), "unit": "%"}
+            about = {"model": model.name, "origin": f"reported: {model.source}", **_provenance(record), "unit": "%"}
             scores = {metric["name"]: model.score(record, metric["name"]) for metric in record["metrics"]}
-            lines += [{**origin, "metric": name, "score": score} for name, score in scores.items() if score is not None]
+            lines += [{**about, "metric": name, "score": score} for name, score in scores.items() if score is not None]
     file = io.StringIO()
     table = csv.DictWriter(file, FIELDS, lineterminator="\n")
     table.writeheader()

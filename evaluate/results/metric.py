@@ -3,14 +3,14 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sail_align.align.stats.bootstrap import Statistic, bootstrap, interval
+from sail_align.align.stats.bootstrap import Statistic, bootstrap, interval, weighted_mean
 
 Outcomes = Mapping[str, NDArray[Any]]
 """Arrays by name with one entry per item (hits, ranks …). They are saved with the scores, to compare runs."""
@@ -32,6 +32,11 @@ class Metric:
     chance: float
     compute: Statistic
     unit: Unit = "%"
+
+    @classmethod
+    def mean(cls, name: str, label: str, chance: float, values_N: NDArray[Any]) -> "Metric":
+        """Return the mean of a value per item, such as a hit."""
+        return cls(name, label, chance, lambda drawn_N: weighted_mean(values_N, drawn_N))
 
     @property
     def scale(self) -> float:
@@ -80,28 +85,23 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of an example. `alt` describes it to readers who cannot see it."""
+    """A picture of an example: a small data URL and its texts. `alt` describes it to readers who cannot see it."""
 
-    image: Image.Image
+    src: str
+    size: tuple[int, int]
     alt: str
     caption: str = ""
     mark: Mark = ""
     notes: tuple[Annotation, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the picture as a small data URL with its texts."""
-        image = self.image.convert("RGB")
+    @classmethod
+    def of(cls, image: Image.Image, alt: str, **texts: Any) -> "Picture":
+        """Return a picture of an image, scaled down."""
+        image = image.convert("RGB")
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
         encoded = io.BytesIO()
         image.save(encoded, "WEBP", quality=82)
-        return {
-            "src": f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}",
-            "size": image.size,
-            "alt": self.alt,
-            "caption": self.caption,
-            "mark": self.mark,
-            "notes": [asdict(note) for note in self.notes],
-        }
+        return cls(f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}", image.size, alt, **texts)
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,6 @@ class Example:
     right: bool | None
     pictures: tuple[Picture, ...]
     legend: tuple[Annotation, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the example with its pictures as JSON-able data."""
-        return {
-            "title": self.title,
-            "right": self.right,
-            "pictures": [picture.to_json() for picture in self.pictures],
-            "legend": [asdict(note) for note in self.legend],
-        }
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,22 @@ class Record(dict[str, Any]):
         """Return the score of a metric, or None if the record has none of that name."""
         return next((metric for metric in self.get("metrics", ()) if metric["name"] == name), None)
 
-    @property
-    def _file_name(self) -> str:
-        protocol = hashlib.sha256(self.get("protocol", "").encode()).hexdigest()[:8]
-        return f"{self['dataset']}-{self['task']}-{protocol}"
+    def examples_path(self, run: Path) -> Path:
+        """Return the path of the examples in a run."""
+        return self._path(run, "examples", "json")
+
+    def outcomes_path(self, run: Path) -> Path:
+        """Return the path of the outcomes in a run."""
+        return self._path(run, "outcomes", "safetensors")
 
     @property
-    def _signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, str]:
+        """Metadata of the outcomes, by which they are recognised as those of this record."""
         return {"protocol": self["protocol"], "data": self["data"]["digest"], "run": self["run"]}
+
+    def _path(self, run: Path, kind: str, suffix: str) -> Path:
+        protocol = hashlib.sha256(self["protocol"].encode()).hexdigest()[:8]
+        return RunFolder(run).scores / kind / f"{self['dataset']}-{self['task']}-{protocol}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -151,13 +159,9 @@ class RunScores:
         return read_json(self.path / "settings.json", "Name a run's folder.")
 
     def examples(self, record: Record) -> list[dict[str, Any]]:
-        """Return the examples of a record, as `Example.to_json` wrote them."""
-        path = self.examples_path(record)
+        """Return the examples of a record, with the fields of `Example`."""
+        path = record.examples_path(self.path)
         return list(json.loads(path.read_bytes())) if path.is_file() else []
-
-    def examples_path(self, record: Record) -> Path:
-        """Return the path of a record's examples."""
-        return RunFolder(self.path).scores / "examples" / f"{record._file_name}.json"
 
     def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
         """Return the outcomes of a record.
@@ -165,13 +169,13 @@ class RunScores:
         Raises:
             UserError: They are missing, damaged, or of another evaluation than the record.
         """
-        path = RunFolder(self.path).scores / "outcomes" / f"{record._file_name}.safetensors"
+        path = record.outcomes_path(self.path)
         remedy = (
             f"Score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {self.path}`."
         )
         try:
             with safe_open(path, framework="numpy") as file:
-                if file.metadata() != record._signature:
+                if file.metadata() != record.signature:
                     raise UserError(f"{path} is of another evaluation than the scores. {remedy}")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except FileNotFoundError as problem:
@@ -230,10 +234,9 @@ class ScoreWriter:
             seconds=round(seconds, 2),
             encoding_seconds=round(data.encoding_seconds, 2),
         )
-        examples = json.dumps([example.to_json() for example in result.examples])
-        write_atomically(self.folder / "examples" / f"{record._file_name}.json", examples.encode())
-        outcomes = save(_compact(result.outcomes), record._signature)
-        write_atomically(self.folder / "outcomes" / f"{record._file_name}.safetensors", outcomes)
+        examples = json.dumps([asdict(example) for example in result.examples]).encode()
+        write_atomically(record.examples_path(self.run.path), examples)
+        write_atomically(record.outcomes_path(self.run.path), save(_compact(result.outcomes), record.signature))
         self.merge(record)
         return record
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.align.stats.metrics import TIE
 from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result, pick_examples
 from sail_align.evaluate.tasks.metrics import mean_per_class, ranking, top_k_hits
@@ -50,8 +49,8 @@ def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
     top1_N, top5_N, labels_N = (outcomes[name] for name in ("top1", "top5", "label"))
     (classes,) = outcomes["classes"].tolist()
     return (
-        Metric("top1", "top-1", 1 / classes, lambda drawn_N: weighted_mean(top1_N, drawn_N)),
-        Metric("top5", "top-5", min(5 / classes, 1.0), lambda drawn_N: weighted_mean(top5_N, drawn_N)),
+        Metric.mean("top1", "top-1", 1 / classes, top1_N),
+        Metric.mean("top5", "top-5", min(5 / classes, 1.0), top5_N),
         Metric(
             "mean_per_class", "mean per class", 1 / classes, lambda drawn_N: mean_per_class(top1_N, labels_N, drawn_N)
         ),
@@ -82,7 +81,7 @@ def _example(data: "EvaluationSet", scores_NC: "Embeddings", row: int) -> Exampl
         for label in best
     )
     name = classes[sample.label]
-    picture = Picture(data.source.image(sample.image), alt=name, notes=guesses)
+    picture = Picture.of(data.source.image(sample.image), alt=name, notes=guesses)
     return Example(name, best[0] == sample.label, (picture,))
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.results.metric import Example, Metric, Outcomes, Result, pick_examples
 from sail_align.evaluate.tasks.metrics import pair_hits
 from sail_align.evaluate.tasks.pairs import pair_pictures, pair_scores, scores_by_label
@@ -33,7 +32,7 @@ def evaluate(data: "EvaluationSet") -> Result:
 
 def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
     """Return the metric of the hits `pairs` (K,)."""
-    return (Metric("pairs", "pairs", CHANCE, lambda drawn_K: weighted_mean(outcomes["pairs"], drawn_K)),)
+    return (Metric.mean("pairs", "pairs", CHANCE, outcomes["pairs"]),)
 
 
 def _example(data: "EvaluationSet", scores_CI: "Embeddings", pair: int) -> Example:

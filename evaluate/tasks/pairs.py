@@ -41,7 +41,7 @@ def pair_pictures(
     samples = data.samples[2 * pair : 2 * pair + 2]
     captions = [sample.captions[data.captions[0]] for sample in samples]
     return tuple(
-        Picture(
+        Picture.of(
             data.source.image(sample.image),
             alt=captions[image],
             notes=tuple(

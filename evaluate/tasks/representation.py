@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.align.stats.metrics import cka_by_row, mutual_knn, unit_rows
 from sail_align.evaluate.results.metric import Metric, Outcomes, Result
 from sail_align.evaluate.tasks.task import EvaluationTask, TooSmallError
@@ -53,13 +52,8 @@ def evaluate(data: "EvaluationSet") -> Result:
 def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
     """Return the metrics of each row's contributions (N,) and `k`."""
     (k,) = outcomes["k"].tolist()
-
-    def mean(name: str) -> Metric:
-        values_N = outcomes[name]
-        chance = k / (len(values_N) - 1) if name.startswith("knn") else 0.0
-        return Metric(name, LABELS[name], chance, lambda drawn_N: weighted_mean(values_N, drawn_N))
-
-    return tuple(map(mean, LABELS))
+    chance = {"knn": k / (len(outcomes["knn_raw"]) - 1), "cka": 0.0}
+    return tuple(Metric.mean(name, label, chance[name[:3]], outcomes[name]) for name, label in LABELS.items())
 
 
 TASK = EvaluationTask(

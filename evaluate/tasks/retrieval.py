@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.align.stats.bootstrap import weighted_mean
+from sail_align.align.stats.bootstrap import Statistic, weighted_mean
 from sail_align.align.stats.metrics import Ranks, ranks
 from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result, pick_examples
 from sail_align.evaluate.tasks.metrics import (
@@ -74,36 +74,25 @@ def _one_way(
 ) -> Iterator[Metric]:
     """Yield recall and ranks of queries. `query_weights` maps how often images are drawn, (N,), to queries, (Q,)."""
 
-    def recall(k: int) -> Metric:
-        hits_Q = (ranks_Q < k).astype(np.float64)
-        chance = chance_recall(items, positives, k)
-        return Metric(
-            f"{way}_r{k}", f"{label} R@{k}", chance, lambda drawn_N: weighted_mean(hits_Q, query_weights(drawn_N))
-        )
+    def mean(values_Q: NDArray[np.float64]) -> Statistic:
+        return lambda drawn_N: weighted_mean(values_Q, query_weights(drawn_N))
 
+    def median(drawn_N: Drawn) -> float:
+        return weighted_median(from_1_Q, query_weights(drawn_N), order_Q)
+
+    for k in KS:
+        hits_Q = (ranks_Q < k).astype(np.float64)
+        yield Metric(f"{way}_r{k}", f"{label} R@{k}", chance_recall(items, positives, k), mean(hits_Q))
     order_Q = np.argsort(ranks_Q)
     from_1_Q = ranks_Q + 1.0
-    yield from map(recall, KS)
-    yield Metric(
-        f"{way}_median_rank",
-        f"{label} median rank",
-        chance_median_rank(items, positives),
-        lambda drawn_N: weighted_median(from_1_Q, query_weights(drawn_N), order_Q),
-        "rank",
-    )
-    yield Metric(
-        f"{way}_mean_rank",
-        f"{label} mean rank",
-        chance_mean_rank(items, positives),
-        lambda drawn_N: weighted_mean(from_1_Q, query_weights(drawn_N)),
-        "rank",
-    )
+    yield Metric(f"{way}_median_rank", f"{label} median rank", chance_median_rank(items, positives), median, "rank")
+    yield Metric(f"{way}_mean_rank", f"{label} mean rank", chance_mean_rank(items, positives), mean(from_1_Q), "rank")
 
 
 def _example(data: "EvaluationSet", query: str, scores_N: "Embeddings", owner: int) -> Example:
     order = ranking(scores_N, owner).tolist()
     pictures = tuple(
-        Picture(
+        Picture.of(
             data.source.image(data.samples[row].image),
             alt=next(iter(data.samples[row].captions.values()), data.samples[row].key),
             caption=f"{place}. {scores_N[row]:.3f}",

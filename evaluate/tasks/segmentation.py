@@ -138,13 +138,13 @@ class _Segmented:
         counted = np.where(truth == IGNORED, IGNORED, predicted)
         guesses = "predicted classes: " + ", ".join(names[label] for label in colours if predicted_C[label])
         pictures = [
-            Picture(image, alt=f"photo with {present}", caption="image"),
-            Picture(overlay(image, truth, colours), alt=f"true classes: {present}", caption="truth"),
-            Picture(overlay(image, counted, colours), alt=guesses, caption="prediction where it counts"),
+            Picture.of(image, alt=f"photo with {present}", caption="image"),
+            Picture.of(overlay(image, truth, colours), alt=f"true classes: {present}", caption="truth"),
+            Picture.of(overlay(image, counted, colours), alt=guesses, caption="prediction where it counts"),
         ]
         if (truth == IGNORED).any():
             everywhere = overlay(image, predicted, colours)
-            pictures.append(Picture(everywhere, alt=f"{guesses}, and elsewhere", caption="prediction everywhere"))
+            pictures.append(Picture.of(everywhere, alt=f"{guesses}, and elsewhere", caption="prediction everywhere"))
         return Example(f"pixel accuracy {100 * self.accuracy:.1f}", None, tuple(pictures), legend)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.results.metric import Example, Metric, Outcomes, Result, pick_examples
 from sail_align.evaluate.tasks.metrics import pair_hits
 from sail_align.evaluate.tasks.pairs import pair_pictures, pair_scores, scores_by_label
@@ -32,11 +31,7 @@ def evaluate(data: "EvaluationSet") -> Result:
 
 def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
     """Return the metrics of `text`, `image` and `group` hits (K,)."""
-
-    def share(name: str, chance: float) -> Metric:
-        return Metric(name, name, chance, lambda drawn_K: weighted_mean(outcomes[name], drawn_K))
-
-    return tuple(share(name, chance) for name, chance in CHANCE.items())
+    return tuple(Metric.mean(name, name, chance, outcomes[name]) for name, chance in CHANCE.items())
 
 
 def _example(data: "EvaluationSet", scores_CI: "Embeddings", pair: int) -> Example:
