@@ -59,8 +59,16 @@ def radar_chart(panel: Panel) -> str | None:
                 line = "--" if row.kind == "chance" else "-"
                 axes.plot([*turns, 0], [*points, points[0]], line, color=colour, zorder=3 + order)
             if row.kind != "chance":
-                marker, edge = MARKERS[row.style][0], COLOURS["card"]
-                axes.scatter(turns, points, 40, colour, marker, edgecolor=edge, clip_on=False, zorder=3.5 + order)
+                axes.scatter(
+                    turns,
+                    points,
+                    s=40,
+                    marker=MARKERS[row.style][0],
+                    color=colour,
+                    edgecolor=COLOURS["card"],
+                    clip_on=False,
+                    zorder=3.5 + order,
+                )
         described = ", ".join(map(" ".join, names))
         return to_svg(
             figure, f"Radar chart, from 0 to 100, of {described}. The bars below show the numbers.", inline=True

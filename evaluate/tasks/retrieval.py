@@ -74,7 +74,7 @@ def _one_way(
 ) -> Iterator[Metric]:
     """Yield recall and ranks of queries. `query_weights` maps how often images are drawn, (N,), to queries, (Q,)."""
 
-    def mean(values_Q: NDArray[np.float64]) -> Statistic:
+    def mean(values_Q: NDArray[np.floating]) -> Statistic:
         return lambda drawn_N: weighted_mean(values_Q, query_weights(drawn_N))
 
     def median(drawn_N: Drawn) -> float:
