@@ -231,7 +231,7 @@ def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path
     ("arguments", "sentence"),
     [
         (["retrieval", "SQUARES"], "Manifest 'squares' is for classification. Use `sail-eval classification`."),
-        (["retrieval", "no-such"], "No manifest 'no-such'"),
+        (["retrieval", "no-such"], "Manifest 'no-such' is unknown"),
         (
             ["classification", "SQUARES", "--protocol", "openai-8"],
             "Protocol 'openai-8' of squares is invalid: expected openai-80 or",
