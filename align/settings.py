@@ -31,6 +31,12 @@ COMPARED_FEW: dict[str, Any] = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
 """Further options on stores of few pairs, where the paper's rate leaves a randomly initialised head untrained."""
 
 
+_DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
+_BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
+_HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
+_PRECISION = "auto: bfloat16 on a GPU, float32 on a CPU"
+
+
 def declare(group: str, help: str, default: Any = MISSING, **more: Any) -> Any:
     """Declare a setting as a dataclass field; the keywords are attributes of `Setting`."""
     return field(default=default, metadata={"group": group, "help": help, **more})
@@ -41,20 +47,12 @@ class FitSettings:
     """Everything except the data that decides a run's weights. The defaults are the paper's."""
 
     head: Literal["linear", "mlp", "glu", "cca"] = declare(
-        "Heads", "Kind of both heads. `cca` is a linear map computed in closed form, without training.", "glu", cca=True
+        "Heads", "Kind of both heads. `cca` is linear and computed in closed form, without training.", "glu", cca=True
     )
     expansion: int = declare(
         "Heads", "Hidden units per input dimension.", 4, small=1, ge=1, le=64, unused_with=("--head linear",)
     )
-    dim: int = declare(
-        "Heads",
-        "Dimension of the shared space.",
-        1_024,
-        ge=1,
-        le=65_536,
-        shown=f"1024; with a closed form: {CLOSED_FORM_DIM}",
-        cca=True,
-    )
+    dim: int = declare("Heads", "Dimension of the shared space.", 1_024, ge=1, le=65_536, shown=_DIM, cca=True)
     image_dropout: float = declare(
         "Heads", "Dropout on the image head's inputs and hidden units.", 0.0, small=0.3, ge=0, le=0.95
     )
@@ -65,10 +63,7 @@ class FitSettings:
         "Heads", "Exponent applied to image features, keeping their signs.", 1.0, ge=0.1, le=1, cca=True
     )
     start: Literal["random", "closed-form"] = declare(
-        "Heads",
-        "Initial weights: random, or a linear path initialised with the closed form (CCA).",
-        "random",
-        small="closed-form",
+        "Heads", "Initial weights; `closed-form` initialises a linear path with the CCA.", "random", small="closed-form"
     )
     ridge: float = declare("Heads", "Regularisation of the closed form.", 2.0, ge=1e-6, le=1e6, cca=True)
     positives: int | None = declare(
@@ -81,22 +76,13 @@ class FitSettings:
     )
     loss: Literal["sigmoid", "infonce"] = declare("Loss", "Kind of contrastive loss.", "sigmoid")
     divisor: Literal["pairs", "batch"] = declare(
-        "Loss",
-        "Divide the sigmoid loss by |B|² (pairs) or |B| (batch).",
-        "pairs",
-        unused_with=("--loss infonce",),
+        "Loss", "Divisor of the sigmoid loss: |B|² (pairs) or |B| (batch).", "pairs", unused_with=("--loss infonce",)
     )
     temperature: float | Literal["auto"] = declare(
         "Loss", "Initial temperature t; `auto` is 2 ln(batch size).", 20.0, small=15.0, ge=1, le=100
     )
     bias: float | Literal["auto"] = declare(
-        "Loss",
-        "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto.",
-        -10.0,
-        small=-8.0,
-        ge=-100,
-        le=100,
-        unused_with=("--loss infonce",),
+        "Loss", _BIAS, -10.0, small=-8.0, ge=-100, le=100, unused_with=("--loss infonce",)
     )
     optimizer: Literal["lion", "adamw"] = declare("Optimiser", "Kind of optimiser.", "lion")
     lr: float = declare("Optimiser", "Peak learning rate of a cosine schedule.", 1e-5, ge=1e-9, le=1)
@@ -105,20 +91,9 @@ class FitSettings:
     batch_size: int = declare("Optimiser", "Pairs per step, over all processes.", 36_864, small=512, ge=2, le=1_000_000)
     steps: int = declare("Optimiser", "Optimiser steps, instead of --epochs.", ge=1, le=1_000_000_000)
     seed: int = declare("Run", "Seed of weights, batches and dropout.", 0, ge=0, le=2**31 - 1)
-    held_out: float = declare(
-        "Data",
-        "Fraction of the pairs to score on instead of training: at least 100 (a fifth of few pairs), at most 5,000.",
-        0.05,
-        ge=0,
-        le=0.5,
-        cca=True,
-    )
+    held_out: float = declare("Data", _HELD_OUT, 0.05, ge=0, le=0.5, cca=True)
     precision: Precision = declare(  # noqa: RUF009 (a field, not a value)
-        "Run",
-        "Precision of matrix products; weights and sums are always float32.",
-        "float32",
-        also=("auto",),
-        shown="auto: bfloat16 on a GPU, float32 on a CPU",
+        "Run", "Precision of matrix products. Everything else is float32.", "float32", also=("auto",), shown=_PRECISION
     )
 
     @property
@@ -131,18 +106,12 @@ class FitSettings:
 class FitOptions(FitSettings):
     """Settings, and options that are not recorded with a run: they choose settings, or do not affect the weights."""
 
+    # The paper reports its training time, not its epochs: 50 epochs of its millions of pairs take that time.
     epochs: float = declare(
-        "Optimiser",
-        "Passes over the pairs.",
-        # The paper reports its training time, not its epochs: 50 epochs of its millions of pairs take those hours.
-        50,
-        small=25,
-        ge=0.01,
-        le=1_000_000,
-        unused_with=("--steps",),
+        "Optimiser", "Passes over the pairs.", 50, small=25, ge=0.01, le=1_000_000, unused_with=("--steps",)
     )
     preset: Literal["paper", "small"] | None = declare(
-        "Run", "Set of defaults for all other settings.", None, shown=f"small below {PAPER_ROWS:,} pairs, else paper"
+        "Run", "Defaults of the other settings.", None, shown=f"small below {PAPER_ROWS:,} pairs, else paper"
     )
     keep: int = declare("Run", "Number of resumable checkpoints to keep, besides the best one.", 2, ge=1, cca=True)
     on_collapse: OnCollapse = declare(  # noqa: RUF009 (a field, not a value)
@@ -188,20 +157,15 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
     @property
-    def members(self) -> tuple[Any, ...]:
-        """Members of the type, if it is a union; else the type alone."""
-        return (self.hint,) if get_origin(self.hint) is Literal else get_args(self.hint) or (self.hint,)
-
-    @property
     def choices(self) -> tuple[str, ...]:
         """Words that are valid values."""
-        literals = [each for each in self.members if get_origin(each) is Literal]
+        literals = [each for each in (self.hint, *get_args(self.hint)) if get_origin(each) is Literal]
         return self.also + tuple(word for each in literals for word in get_args(each))
 
     @property
     def number(self) -> type[int] | type[float] | None:
         """Type of the numbers that are valid values, if any."""
-        return next((each for each in self.members if each in (int, float)), None)
+        return next((each for each in (self.hint, *get_args(self.hint)) if each in (int, float)), None)
 
     @property
     def values(self) -> str:

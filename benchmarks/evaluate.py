@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import write_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
 from sail_align.align.stats.metrics import TILE, ranks
@@ -102,7 +102,7 @@ def untrained_run(folder: Path, image: Identity, text: Identity, seed: int) -> P
     settings = {**asdict(FitSettings(head="glu", dim=WIDTH, steps=1)), "training_rows": 0, "held_out_rows": 0}
     settings |= {"captions": [], "stores": [], "store_digests": []}
     about = {"architecture": asdict(shape), "image": image.to_json(), "text": text.to_json(), "settings": settings}
-    write_checkpoint(RunFolder(folder).checkpoint(1), shape.build().state_dict(), about, step=1)
+    Checkpoint.write(RunFolder(folder).checkpoint(1), shape.build().state_dict(), about, step=1)
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
 

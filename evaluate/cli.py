@@ -205,7 +205,7 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
     Raises:
         UserError: Both are given, or what is given is none of these or is damaged.
     """
-    from sail_align.align.runs.folder import RunFolder, newest_run
+    from sail_align.align.runs.folder import RunFolder
 
     if run and model:
         raise UserError(f"--run {run} and --model {model} exclude each other. Remove one.")
@@ -224,7 +224,7 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
 
     from sail_align.align.runs.checkpoint import load_run
 
-    return load_run(run or newest_run())
+    return load_run(run or RunFolder.newest())
 
 
 def _evaluate(

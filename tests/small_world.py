@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import write_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
@@ -92,5 +92,5 @@ def save_run(folder: Path, image, text, *, seed: int = 0, **shape) -> Path:
     settings = {**asdict(chosen), **data, "training_rows": 1234, "held_out_rows": 56}
     run = claim_run(folder, settings).path
     about = {"architecture": asdict(architecture), "image": image.to_json(), "text": text.to_json()}
-    write_checkpoint(RunFolder(run).checkpoint(9), model.state_dict(), {**about, "settings": settings}, step=9)
+    Checkpoint.write(RunFolder(run).checkpoint(9), model.state_dict(), {**about, "settings": settings}, step=9)
     return run

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sail_align.align.data.pairs import Half, Pairs, Rows, read_rows
-from sail_align.align.runs.checkpoint import Run, discard, load_run, read_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint, Run, load_run
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, PAPER_ROWS
@@ -81,7 +81,7 @@ class Trial:
         """
         words = re.sub(r"\W+", "-", self.name.replace("×", "x")).strip("-")
         path = folder / f"{words}-seed{seed}-{self.seeded(seed).digest[:8]}"
-        saved = read_checkpoint(path)
+        saved = Checkpoint.read(path)
         return path, saved is not None and saved.finished
 
     def run(self, folder: Path, seed: int, *, device: torch.device, quiet: bool) -> tuple[Run, bool]:
@@ -94,7 +94,7 @@ class Trial:
             plan = self.seeded(seed)
             fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, keep=1, on_collapse="warn")
             for best in RunFolder(path).checkpoints("best"):
-                discard(best)
+                RunFolder(best).discard()
         return load_run(path), finished
 
 

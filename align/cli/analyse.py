@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sail_align.align.cli.options import Device, Features, ImageEncoder, Quiet, TextEncoder, stoppable, with_settings
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, SETTINGS, check_options
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
@@ -43,11 +44,10 @@ def ladder(
     options = _check(features, given)
 
     from sail_align.align.analysis.ablation import LONG, RAW, run_ladder
-    from sail_align.align.runs.claim import default_path
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.store.store import Store
 
-    folder = out or default_path(features, "ladder")
+    folder = out or RunFolder.default_path(features, "ladder")
     kinds = {RAW: raw}
     if long or Store.open(features[0]).texts(LONG):
         kinds[LONG] = long or LONG
@@ -102,10 +102,9 @@ def probe(
     options = _check(features, given)
 
     from sail_align.align.analysis.probe import Combination, run_probe
-    from sail_align.align.runs.claim import default_path
     from sail_align.extract.encoders.runtime import Runtime
 
-    folder = out or default_path(features, "probe")
+    folder = out or RunFolder.default_path(features, "probe")
     names = [name.strip() for name in captions.split(",")] if captions else []
     combinations = Combination.select(features, image_encoder or [], text_encoder or [], names)
     where = Runtime.of(device, "float32").device

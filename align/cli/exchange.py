@@ -1,4 +1,4 @@
-"""sail-align import-released and export: what comes from elsewhere, and what goes there."""
+"""sail-align import-released and export: conversion from and to other formats."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,34 +11,31 @@ from sail_align.extract.errors import UserError
 if TYPE_CHECKING:
     from sail_align.align.runs.checkpoint import Run
 
-FORMS = ("hub-folder", "onnx")
+FORMATS = ("hub-folder", "onnx")
+Pooling = Annotated[str | None, typer.Option(help="Pooling of its features.  [default: the encoder's own]")]
+_OUT = "Folder of the run.  [default: runs/<name of the file>, with -2, -3 … added if that is another import]"
+_TO = "Folder for the Hugging Face hub, or ONNX graphs of the heads for programs without PyTorch."
 
 
 def import_released(
-    file: Annotated[Path, typer.Argument(help="The heads as their authors published them.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="File of heads published by the paper's authors.", show_default=False)],
     encoders: Annotated[
-        str, typer.Option(metavar="IMAGE,TEXT", help="Those whose features the heads were trained on.")
+        str, typer.Option(metavar="IMAGE,TEXT", help="Encoders on whose features the heads were trained.")
     ] = "dinov2-large,gte-large",
-    image_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
-    text_pooling: Annotated[str | None, typer.Option(help="[default: the encoder's own]")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="The run's folder.  [default: runs/<file's name>; where that is another import, -2, -3 … behind it]",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the encoders are tried: cpu, cuda …; auto.")] = "auto",
+    image_pooling: Pooling = None,
+    text_pooling: Pooling = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help=_OUT)] = None,
+    device: Annotated[str, typer.Option(help="Device to test the encoders on: auto, cpu, cuda …")] = "auto",
 ) -> None:
-    """Make a run of heads that the paper's authors published. It is evaluated like one trained here."""
+    """Import heads published by the paper's authors as a run, which can be evaluated like any other."""
     names = [name.strip() for name in encoders.split(",")]
     if len(names) != 2 or not all(names):
-        raise UserError(f"--encoders {encoders!r} is not an image and a text encoder; write dinov2-large,gte-large.")
+        raise UserError(f"--encoders is invalid: got {encoders!r}, expected IMAGE,TEXT as in dinov2-large,gte-large.")
     if not file.is_file():
-        raise UserError(f"{file} is not there; name the file that the authors published.")
+        raise UserError(f"{file} does not exist. Name a file published by the paper's authors.")
 
     from sail_align.align.hub.released import CLAMP, read_released
-    from sail_align.align.runs.checkpoint import write_checkpoint
+    from sail_align.align.runs.checkpoint import Checkpoint
     from sail_align.align.runs.claim import claim_run
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.system.files import report_write_errors
@@ -49,61 +46,52 @@ def import_released(
     released.require_encoders(image, text)
     if released.needs_clamp:
         typer.echo(
-            f"note: their program clamps hidden units at ±{CLAMP:,}, which these weights may reach; ours does not."
+            f"note: The authors' code clamps hidden units at ±{CLAMP:,}. These weights may reach that; they are not "
+            "clamped here."
         )
     claim = claim_run(out or Path("runs") / file.stem, released.settings(image, text), numbered=out is None)
     run = claim.path
     if not claim.finished:
         with report_write_errors(run):
             record = released.checkpoint_record(image, text)
-            write_checkpoint(RunFolder(run).checkpoint(0), released.model.state_dict(), record, step=0)
+            Checkpoint.write(RunFolder(run).checkpoint(0), released.model.state_dict(), record, step=0)
     shape = released.architecture
-    said = "this import is there:" if claim.finished else "wrote"
     typer.echo(
-        f"{said} {run}: {shape.head} heads, {shape.image_dim} and {shape.text_dim} numbers to {shape.dim}, "
-        f"{shape.expansion} × hidden; file {released.sha256[:12]}"
+        f"{'already imported:' if claim.finished else 'wrote'} {run}: {shape.head} heads from {shape.image_dim} and "
+        f"{shape.text_dim} to {shape.dim} dimensions, {shape.expansion} × hidden; file {released.sha256[:12]}"
     )
     typer.echo(f"Next: sail-eval all --run {run}")
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run of sail-align.", show_default=False)],
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(FORMS), help="For the Hugging Face hub, or the heads alone for programs without PyTorch."
-        ),
-    ] = "hub-folder",
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a checkpoint.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="|".join(FORMATS), help=_TO)] = "hub-folder",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A new folder.  [default: exports/<run's name>-<form>]")
+        Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<run>-<format>]")
     ] = None,
     licence: Annotated[
-        str | None,
-        typer.Option(help="Of the heads, for the card, as the hub writes it: apache-2.0 …  [default: unknown]"),
+        str | None, typer.Option(help="Licence of the heads for the model card: apache-2.0 …  [default: unknown]")
     ] = None,
 ) -> None:
-    """Write a run's heads for use elsewhere: a folder for the hub with a model card, or ONNX graphs."""
-    if to not in FORMS:
-        raise UserError(f"--to {to!r} is none of: {', '.join(FORMS)}.")
-
+    """Export the heads of a run: a folder for the hub with a model card, or ONNX graphs."""
+    if to not in FORMATS:
+        raise UserError(f"--to is invalid: got {to!r}, expected {', '.join(FORMATS)}.")
     if to == "onnx" and licence:
-        raise UserError("--licence is for the card of a hub-folder; leave it out with --to onnx.")
-
+        raise UserError("--licence has no effect with --to onnx, which has no model card. Leave one of them out.")
     RunFolder(run).require()
 
     from sail_align.align.runs.checkpoint import load_run
 
-    if to == "onnx":
-        from sail_align.align.hub.onnx_heads import require_onnx, write_onnx
-
-        require_onnx()
-        loaded = load_run(run)
-        folder = out or Path("exports") / f"{run.resolve().name}-onnx"
-        farthest = write_onnx(loaded, folder)
-        typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {farthest:.1g} of PyTorch's embeddings")
+    folder = out or Path("exports") / f"{run.resolve().name}-{to}"
+    if to == "hub-folder":
+        _write_hub_folder(load_run(run), folder, licence or "unknown")
         return
-    loaded = load_run(run)
-    _write_hub_folder(loaded, out or Path("exports") / f"{run.resolve().name}-hub-folder", licence or "unknown")
+
+    from sail_align.align.hub.onnx_heads import require_onnx, write_onnx
+
+    require_onnx()
+    difference = write_onnx(load_run(run), folder)
+    typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {difference:.1g} of PyTorch's embeddings")
 
 
 def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
@@ -111,19 +99,19 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
     from sail_align.align.hub.model_card import model_card, read_scores
 
     scores, outdated = read_scores(run)
-    how = f"run `sail-eval all --run {run.path}`"
+    how = f"Run `sail-eval all --run {run.path}` first to include"
     if outdated:
-        typer.echo(f"note: the scores in {run.path} are of other weights and are left out; {how}.")
+        typer.echo(f"note: Left out the scores in {run.path}, which are for other weights. {how} new ones.")
     elif not scores:
-        typer.echo(f"note: {run.path} has no scores for its card; {how} first to have some.")
+        typer.echo(f"note: {run.path} has no scores for the model card. {how} some.")
     if licence == "unknown":
-        typer.echo("note: the card says that the licence is unknown; say what it is with --licence.")
+        typer.echo("note: The model card says that the licence is unknown. Name it with --licence.")
     for side, identity in (("image", run.image), ("text", run.text)):
         if identity.location:
             typer.echo(
-                f"note: the {side} encoder is a folder of this machine and does not go along; who loads the export "
-                f"says where theirs lies: load(…, {side}_folder=…)."
+                f"note: The {side} encoder is a local folder and is not exported. Users of the export must pass its "
+                f"location: load(…, {side}_folder=…)."
             )
     write_hub_folder(run, folder, model_card(run, scores, licence))
-    typer.echo(f"wrote {folder}: heads, config and a model card with {len(scores)} scored sets")
+    typer.echo(f"wrote {folder}: heads, config and a model card with scores of {len(scores)} sets")
     typer.echo(f"Next: hf upload <owner>/{RunFolder(run.path).run.path.resolve().name} {folder}")

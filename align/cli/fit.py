@@ -8,6 +8,7 @@ import typer
 
 from sail_align.align.cli.options import Device, Features, ImageEncoder, Quiet, TextEncoder, stoppable, with_settings
 from sail_align.align.data.captions import parse_captions
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import check_options
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import UserError
@@ -16,44 +17,23 @@ from sail_align.extract.system.files import require_store
 if TYPE_CHECKING:
     from sail_align.align.train.plan import Plan
 
+_CAPTIONS = """Captions to train on together, with optional weights: raw,long:0.5.  [default: those in all stores; with
+--positives, those in any]"""
+_EXCLUDE = "Keys to leave out, one per line, as `sail-extract overlap` writes them. Can be repeated."
+_OUT = "Folder of the run.  [default: runs/<store>-<head>, with -2, -3 … added if that has other settings]"
+_TRACK = "Also log to tensorboard, wandb or both (separated by a comma); needs 'sail-align[tracking]'."
+
 
 @with_settings()
 def fit(
     features: Features,
-    captions: Annotated[
-        str | None,
-        typer.Option(
-            help="Captions to train on together, with optional weights: raw,long:0.5.  [default: those in all stores; "
-            "with --positives, those in any]",
-            rich_help_panel="Data",
-        ),
-    ] = None,
+    captions: Annotated[str | None, typer.Option(help=_CAPTIONS, rich_help_panel="Data")] = None,
     image_encoder: ImageEncoder = None,
     text_encoder: TextEncoder = None,
-    exclude: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Keys to leave out, one per line, as `sail-extract overlap` writes them. Can be repeated.",
-            rich_help_panel="Data",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Folder of the run.  [default: runs/<store>-<head>, with -2, -3 … added if that has other settings]",
-            rich_help_panel="Run",
-        ),
-    ] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_EXCLUDE, rich_help_panel="Data")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help=_OUT, rich_help_panel="Run")] = None,
     device: Device = "auto",
-    track: Annotated[
-        str | None,
-        typer.Option(
-            help="Also log to tensorboard, wandb or both (separated by a comma); needs 'sail-align[tracking]'.",
-            rich_help_panel="Run",
-        ),
-    ] = None,
+    track: Annotated[str | None, typer.Option(help=_TRACK, rich_help_panel="Run")] = None,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
@@ -65,20 +45,10 @@ def fit(
     for store in features:
         require_store(store)
 
-    from sail_align.align.runs.checkpoint import read_checkpoint
-    from sail_align.align.runs.claim import claim_run, default_path
     from sail_align.align.train.device import choose_precision
     from sail_align.align.train.distributed import joined
     from sail_align.align.train.plan import make_plan
     from sail_align.align.train.trainer import fit as train
-
-    def resumed_from() -> str | None:
-        if not world.leads:
-            return None
-        saved = read_checkpoint(run)
-        if saved is None:
-            return f"The same command starts {run} again: nothing was saved yet."
-        return f"The same command resumes {run} from step {saved.step:,}."
 
     with joined(device) as (world, where):
 
@@ -94,36 +64,46 @@ def fit(
                 )
             for note in notes:
                 typer.echo(f"note: {note}")
-            path = out or default_path(features, plan.settings.head)
-            claim = claim_run(path, plan.record(), numbered=out is None)
-            if claim.other:
-                typer.echo(f"note: {claim.other} has other settings ({', '.join(claim.differing)}); this is a new run.")
-            state = "is finished" if claim.finished else "resuming" if claim.begun else "writing"
-            named = f"{claim.path} {state}" if claim.finished else f"{state} {claim.path}"
-            processes = f"; {world.size} processes" if world.size > 1 else ""
-            typer.echo(f"{named}: {plan.describe()}{processes}")
-            return plan, claim.path, claim.finished
+            return plan, *_claim_run(plan, out, features, world.size)
 
         plan, run, finished = world.first(prepare)
         started = time.monotonic()
-        with stoppable(run, resumed_from):
-            scores = train(
-                plan,
-                run,
-                device=where,
-                world=world,
-                track=trackers,
-                quiet=quiet or not world.leads,
-                **{name: options[name] for name in ("keep", "on_collapse") if name in options},
-            )
+        training = {name: options[name] for name in ("keep", "on_collapse") if name in options}
+        training |= {"track": trackers, "quiet": quiet or not world.leads}
+        with stoppable(run, lambda: _how_to_resume(run) if world.leads else None):
+            scores = train(plan, run, device=where, world=world, **training)
         if world.leads:
             if not finished:
                 typer.echo(f"wrote {run} in {time.monotonic() - started:.0f} s")
             _print_results(run, plan, scores)
 
 
+def _claim_run(plan: "Plan", out: Path | None, stores: list[Path], processes: int) -> tuple[Path, bool]:
+    """Choose the folder of a run and print it; return it, and whether the run is finished."""
+    from sail_align.align.runs.claim import claim_run
+
+    claim = claim_run(out or RunFolder.default_path(stores, plan.settings.head), plan.record(), numbered=out is None)
+    if claim.other:
+        typer.echo(f"note: {claim.other} has other settings ({', '.join(claim.differing)}); this is a new run.")
+    if claim.finished:
+        state = f"{claim.path} is finished"
+    else:
+        state = f"{'resuming' if claim.begun else 'writing'} {claim.path}"
+    typer.echo(f"{state}: {plan.describe()}" + (f"; {processes} processes" if processes > 1 else ""))
+    return claim.path, claim.finished
+
+
+def _how_to_resume(run: Path) -> str:
+    from sail_align.align.runs.checkpoint import Checkpoint
+
+    saved = Checkpoint.read(run)
+    if saved is None:
+        return f"The same command starts {run} again: nothing was saved yet."
+    return f"The same command resumes {run} from step {saved.step:,}."
+
+
 def _print_results(run: Path, plan: "Plan", scores: dict[str, float]) -> None:
-    from sail_align.align.runs.checkpoint import best_checkpoint
+    from sail_align.align.runs.checkpoint import Checkpoint
 
     if scores:
         recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
@@ -131,7 +111,7 @@ def _print_results(run: Path, plan: "Plan", scores: dict[str, float]) -> None:
             f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, R@1/5/10 text→image "
             f"{recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {scores['chance']:.2g}"
         )
-        best = best_checkpoint(run)
+        best = Checkpoint.best(run)
         if best is not None and best.step < plan.settings.steps:
             typer.echo(f"best: mean R@1 {best.r1:.1f} after step {best.step:,}, kept in {best.folder}")
     if any(pairs.store.dataset == "demo" for pairs in plan.pairs):

@@ -14,7 +14,6 @@ The learning rate and random numbers of a step depend only on the settings and i
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +84,76 @@ class Checkpoint:
         r1: float | None = self.record.get("scores", {}).get("r1")
         return r1
 
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint | None":
+        """Read a checkpoint, or the last one of a run; return None if the run has none yet.
+
+        Raises:
+            UserError: It has another format, or is damaged.
+        """
+        folder = path if RunFolder(path).is_checkpoint else RunFolder(path).last
+        if folder is None:
+            return None
+        record = read_json(folder / "model.json", _remedy(folder))
+        if record.get("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"{folder} has format {record['format']!r}, this version reads {FORMAT}. Update sail-align."
+            )
+        if record.get("digest") != record_digest(record):
+            raise damaged(folder / "model.json", _remedy(folder))
+        return cls(folder, record)
+
+    @classmethod
+    def best(cls, run: Path) -> "Checkpoint | None":
+        """Return the checkpoint with the highest mean R@1, the first of equal ones; None if none was scored."""
+        folders = [*RunFolder(run).checkpoints("best"), *RunFolder(run).checkpoints()]
+        scored = [saved for folder in folders if (saved := cls.read(folder)) and saved.r1 is not None]
+        return max(scored, key=lambda each: (each.r1, -each.step), default=None)
+
+    @staticmethod
+    def write(
+        folder: Path,
+        weights: Tensors,
+        about: Mapping[str, Any],
+        *,
+        step: int,
+        finished: bool = True,
+        scores: Mapping[str, float] | None = None,
+        optimizer: Tensors | None = None,
+    ) -> None:
+        """Write a checkpoint, replacing one in the same folder. A process killed at any point leaves no incomplete one.
+
+        Args:
+            folder: Folder of the checkpoint.
+            weights: State of the model.
+            about: JSON-able data: `architecture`, `image` and `text` (identities of the encoders), `settings`, and for
+                a resumable checkpoint `stream`, the position in the stream.
+            step: Number of steps done.
+            finished: Whether those are all steps.
+            scores: Scores of the model on held-out pairs, if it was scored at this step.
+            optimizer: Result of `optimizer_state`, to resume from.
+        """
+        RunFolder(folder).discard()
+        content = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
+        record = {"format": FORMAT, **about, "step": step, "finished": finished, "scores": dict(scores or {})}
+        record["weights_sha256"] = hashlib.sha256(content).hexdigest()
+        write_atomically(folder / "model.safetensors", content)
+        if optimizer is not None:
+            state = save(dict(optimizer))
+            record["optimizer_sha256"] = hashlib.sha256(state).hexdigest()
+            write_atomically(folder / "optimizer.safetensors", state)
+        record["digest"] = record_digest(record)
+        write_atomically(folder / "model.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+    @staticmethod
+    def optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return the tensors of an optimiser's state, named by parameter and slot."""
+        return {
+            f"{name}/{slot}": value.cpu().contiguous()
+            for name, parameter in model.named_parameters()
+            for slot, value in optimizer.state.get(parameter, {}).items()
+        }
+
     def restore(self, model: AlignmentModel, optimizer: Optimizer | None = None) -> None:
         """Load the weights into a model, and the optimiser's state into an optimiser.
 
@@ -108,80 +177,6 @@ class Checkpoint:
         return content
 
 
-def read_checkpoint(path: Path) -> Checkpoint | None:
-    """Read a checkpoint, or the last one of a run; return None if the run has none yet.
-
-    Raises:
-        UserError: It has another format, or is damaged.
-    """
-    folder = path if RunFolder(path).is_checkpoint else RunFolder(path).last
-    if folder is None:
-        return None
-    record = read_json(folder / "model.json", _remedy(folder))
-    if record.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{folder} has format {record['format']!r}, this version reads {FORMAT}. Update sail-align.")
-    if record.get("digest") != record_digest(record):
-        raise damaged(folder / "model.json", _remedy(folder))
-    return Checkpoint(folder, record)
-
-
-def best_checkpoint(run: Path) -> Checkpoint | None:
-    """Return the checkpoint with the highest mean R@1, the first of equal ones; None if none was scored."""
-    folders = [*RunFolder(run).checkpoints("best"), *RunFolder(run).checkpoints()]
-    scored = [saved for folder in folders if (saved := read_checkpoint(folder)) and saved.r1 is not None]
-    return max(scored, key=lambda each: (each.r1, -each.step), default=None)
-
-
-def write_checkpoint(
-    folder: Path,
-    weights: Tensors,
-    about: Mapping[str, Any],
-    *,
-    step: int,
-    finished: bool = True,
-    scores: Mapping[str, float] | None = None,
-    optimizer: Tensors | None = None,
-) -> None:
-    """Write a checkpoint, replacing one in the same folder. A process killed at any point leaves no incomplete one.
-
-    Args:
-        folder: Folder of the checkpoint.
-        weights: State of the model.
-        about: `architecture`, `image` and `text` (identities of the encoders) and `settings`, as JSON-able data; for
-            a resumable checkpoint also `stream`, the position in the stream.
-        step: Number of steps done.
-        finished: Whether those are all steps.
-        scores: Scores of the model on held-out pairs, if it was scored at this step.
-        optimizer: Result of `optimizer_state`, to resume from.
-    """
-    discard(folder)
-    content = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
-    record = {"format": FORMAT, **about, "step": step, "finished": finished, "scores": dict(scores or {})}
-    record["weights_sha256"] = hashlib.sha256(content).hexdigest()
-    write_atomically(folder / "model.safetensors", content)
-    if optimizer is not None:
-        state = save(dict(optimizer))
-        record["optimizer_sha256"] = hashlib.sha256(state).hexdigest()
-        write_atomically(folder / "optimizer.safetensors", state)
-    record["digest"] = record_digest(record)
-    write_atomically(folder / "model.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-
-
-def optimizer_state(model: AlignmentModel, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the tensors of an optimiser's state, named by parameter and slot."""
-    return {
-        f"{name}/{slot}": value.cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint, starting with the file that marks it as complete."""
-    (folder / "model.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def load_run(path: str | Path) -> Run:
     """Load the model that a run saved last, or that of one of its checkpoints, on the CPU.
 
@@ -193,7 +188,7 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     RunFolder(path).require()
-    checkpoint = read_checkpoint(path)
+    checkpoint = Checkpoint.read(path)
     if checkpoint is None:
         raise UserError(f"{path} has no checkpoint yet. Wait until its `sail-align fit` has saved one.")
     record = checkpoint.record

@@ -2,12 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sail_align.align.runs.checkpoint import read_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.folder import RunFolder, differences, run_digest
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import report_write_errors, write_atomically
@@ -26,11 +26,6 @@ class Claim(NamedTuple):
     finished: bool = False
     other: Path | None = None
     differing: tuple[str, ...] = ()
-
-
-def default_path(stores: Sequence[Path], head: str) -> Path:
-    """Return `runs/<store>-<head>`, with several stores joined by `+`."""
-    return Path("runs") / f"{'+'.join(path.stem for path in stores)}-{head}"
 
 
 def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) -> Claim:
@@ -70,7 +65,7 @@ def _claim(path: Path, settings: dict[str, Any], numbered: bool) -> Claim:
         there = RunFolder(run).settings()
         if run_digest(there) != digest:
             others.append((run, differences(there, settings)))
-        elif (saved := read_checkpoint(run)) is None or not saved.finished:
+        elif (saved := Checkpoint.read(run)) is None or not saved.finished:
             return Claim(run, begun=True)
         else:
             finished.append(run)

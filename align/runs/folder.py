@@ -6,7 +6,8 @@ A `remedy` completes such a message with the user's next step.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,25 +101,36 @@ class RunFolder:
             for path in (self.path / "checkpoints").glob(f"{kind}-*")
             if CHECKPOINT_NAME.fullmatch(path.name) and (incomplete or RunFolder(path).is_checkpoint)
         ]
-        return sorted(folders, key=step_of)
+        return sorted(folders, key=lambda folder: RunFolder(folder).step)
 
     @property
     def last(self) -> Path | None:
         """Folder of the last checkpoint, from which training resumes; None if there is none yet."""
         return next(reversed(self.checkpoints()), None)
 
+    @property
+    def step(self) -> int:
+        """Number of steps in the name of a checkpoint's folder."""
+        return int(self.path.name.rpartition("-")[2])
 
-def newest_run(root: str | Path = "runs") -> Path:
-    """Return the run under `root` that was saved last. Raises `UserError` if none has a checkpoint."""
-    saved = {path: last for path in Path(root).glob("*") if RunFolder(path).is_run and (last := RunFolder(path).last)}
-    if not saved:
-        raise UserError(f"There is no run in {root}. Train one with `sail-align fit`.")
-    return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
+    def discard(self) -> None:
+        """Remove a checkpoint, starting with the file that marks it as complete."""
+        (self.path / "model.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
+    @staticmethod
+    def default_path(stores: Sequence[Path], kind: str) -> Path:
+        """Return `runs/<store>-<kind>`, with several stores joined by `+`."""
+        return Path("runs") / f"{'+'.join(path.stem for path in stores)}-{kind}"
 
-def step_of(folder: Path) -> int:
-    """Return the number of steps in the name of a checkpoint's folder."""
-    return int(folder.name.rpartition("-")[2])
+    @staticmethod
+    def newest(root: str | Path = "runs") -> Path:
+        """Return the run under `root` that was saved last. Raises `UserError` if none has a checkpoint."""
+        folders = [RunFolder(path) for path in Path(root).glob("*")]
+        saved = {each.path: last for each in folders if each.is_run and (last := each.last)}
+        if not saved:
+            raise UserError(f"There is no run in {root}. Train one with `sail-align fit`.")
+        return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
 
 
 def read_file(path: Path, remedy: str) -> bytes:

@@ -14,7 +14,7 @@ from sail_align.align.data.pairs import not_finite, read_rows
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.loss import Loss, LossValue
-from sail_align.align.runs.checkpoint import Checkpoint, read_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import run_digest
 from sail_align.align.settings import FitOptions, FitSettings, OnCollapse
@@ -61,7 +61,7 @@ def fit(
 
         def open_run() -> tuple[Checkpoint | None, str]:
             confirm.append(stack.enter_context(hold_run(run, plan.digest)))
-            saved = read_checkpoint(run)
+            saved = Checkpoint.read(run)
             if saved and run_digest(saved.record["settings"]) != plan.digest:
                 raise UserError(f"{saved.folder} has other settings than {run / 'settings.json'}. Pass another --out.")
             if saved and saved.finished and on_collapse == "stop" and (message := Watch.replay(run, plan.settings.lr)):
@@ -77,21 +77,20 @@ def fit(
         world.broadcast(*(parameter.data for parameter in training.model.parameters()))
 
         def open_writer() -> None:
-            training.writer = stack.enter_context(
-                RunWriter(
-                    plan,
-                    run,
-                    training.stream,
-                    device,
-                    confirm=confirm[0],
-                    done=saved.step if saved else None,
-                    keep=keep,
-                    save_seconds=save_seconds,
-                    on_collapse=on_collapse,
-                    track=track,
-                    quiet=quiet,
-                )
+            training.writer = RunWriter(
+                plan,
+                run,
+                training.stream,
+                device,
+                confirm=confirm[0],
+                done=saved.step if saved else None,
+                keep=keep,
+                save_seconds=save_seconds,
+                on_collapse=on_collapse,
+                track=track,
+                quiet=quiet,
             )
+            stack.callback(training.writer.close)
 
         world.first(open_writer)
         return training.run(saved)

@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.optim import Optimizer
@@ -17,8 +16,8 @@ from torch.optim import Optimizer
 from sail_align.align.data.loader import Stream
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
-from sail_align.align.runs.checkpoint import Tensors, best_checkpoint, discard, optimizer_state, write_checkpoint
-from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file, step_of
+from sail_align.align.runs.checkpoint import Checkpoint, Tensors
+from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file
 from sail_align.align.settings import OnCollapse
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
@@ -42,6 +41,7 @@ class RunWriter:
 
     Attributes:
         collapse: Message that ends the run, once a collapse is seen that should stop it.
+        close: Close the log, the trackers and the progress bar.
     """
 
     def __init__(
@@ -86,15 +86,16 @@ class RunWriter:
         self.collapse: str | None = None
         last = self._run.last
         for folder in self._run.checkpoints("*", incomplete=True):
-            if last is None or step_of(folder) > step_of(last) or not RunFolder(folder).is_checkpoint:
-                discard(folder)
-        best = best_checkpoint(run)
+            if last is None or RunFolder(folder).step > RunFolder(last).step or not RunFolder(folder).is_checkpoint:
+                RunFolder(folder).discard()
+        best = Checkpoint.best(run)
         self._best_r1, self._best_folder = (best.r1, best.folder) if best else (None, run)
         self._unsaved_best: tuple[Tensors, int, Mapping[str, float]] | None = None
         self._scored: tuple[int, Mapping[str, float]] = (-1, {})
         with ExitStack() as opened:
-            self._log = opened.enter_context(MetricsLog(run, done))
-            for entry in self._log.kept:
+            self._log, entries = open_log(run, done)
+            opened.callback(self._log.close)
+            for entry in entries:
                 self._see(**entry)
             if self.collapse:
                 raise UserError(self.collapse)
@@ -104,7 +105,7 @@ class RunWriter:
             hidden = quiet or plan.settings.steps == 0
             self._bar = progress(plan.settings.steps, "fit", unit="step", done=done or 0, quiet=hidden)
             opened.enter_context(self._bar)
-            self._open = opened.pop_all()
+            self.close = opened.pop_all().close
         self._steps = 0
         self._saved, self._pace, self._measured = time.monotonic(), "", self._counters()
 
@@ -141,34 +142,35 @@ class RunWriter:
             UserError: Another process has taken over the run.
         """
         self._confirm()
-        self._log.sync()
+        os.fsync(self._log.fileno())  # the checkpoint relies on these lines, also after a power cut
         finished = optimizer is None
         if self._unsaved_best:
             weights, best_step, scores = self._unsaved_best
             if not (finished and best_step == step):  # else the last checkpoint is the best one
-                write_checkpoint(self._best_folder, weights, self._about, step=best_step, finished=False, scores=scores)
+                Checkpoint.write(self._best_folder, weights, self._about, step=best_step, finished=False, scores=scores)
         self._unsaved_best = None
         scored, scores = self._scored
-        write_checkpoint(
+        Checkpoint.write(
             self._run.checkpoint(step),
             model.state_dict(),
             {**self._about, "stream": stream},
             step=step,
             finished=finished,
             scores=scores if scored == step else None,
-            optimizer=None if optimizer is None else optimizer_state(model, optimizer),
+            optimizer=None if optimizer is None else Checkpoint.optimizer_state(model, optimizer),
         )
         folders = self._run.checkpoints()
         outdated = [folder for folder in self._run.checkpoints("best") if folder != self._best_folder]
         for folder in (*folders[: -self._keep], *outdated):
-            discard(folder)
+            RunFolder(folder).discard()
         if finished:  # nothing resumes from these
             for folder in folders[-self._keep :]:
                 (folder / "optimizer.safetensors").unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._log.write(kind, step, **values)
+        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._log.flush()
         for tracker in self._trackers:
             tracker.log(kind, step, values)
         self._see(kind, step, **values)
@@ -203,60 +205,35 @@ class RunWriter:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak << 10  # kilobytes on Linux
 
-    def __enter__(self) -> "RunWriter":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._open.close()
+def open_log(run: Path, step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
+    """Open metrics.jsonl, which has one JSON object per line with its `kind` and `step`.
 
+    The log contains no times and no paths: a resumed run writes the same bytes as an uninterrupted one.
 
-class MetricsLog:
-    """The log `metrics.jsonl`: one JSON object per line, with its `kind` and `step`.
+    Args:
+        run: Folder of the run.
+        step: Step after which the run resumes; None for a new run. Later lines are removed.
 
-    It contains no times and no paths: a run that was stopped and resumed writes the same bytes as one that was not.
+    Returns:
+        The file, open for appending, and the entries that it has.
 
-    Attributes:
-        kept: Entries up to the step at which it was opened; later ones are dropped.
+    Raises:
+        UserError: The log ends before that step, or is damaged before it.
     """
-
-    def __init__(self, run: Path, step: int | None):
-        """Open the log of a run that resumes after `step`, or of a new one (None).
-
-        Raises:
-            UserError: The log ends before that step, or is damaged before it.
-        """
-        path = RunFolder(run).metrics
-        self.kept: list[dict[str, Any]] = []
-        lines = []
-        if step is not None:
-            try:
-                for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
-                    if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
-                        break
-                    lines.append(line)
-                    self.kept.append(entry)
-            except (ValueError, KeyError, TypeError) as problem:
-                raise damaged(path, BEGIN_AGAIN) from problem
-            if sum(entry["kind"] == "train" for entry in self.kept) != step:
-                raise damaged(path, BEGIN_AGAIN)
-        write_atomically(path, "".join(lines).encode())
-        self._file = path.open("a")
-
-    def write(self, kind: str, step: int, **values: float) -> None:
-        """Write one line and flush it."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Force the lines to disk before a checkpoint that relies on them, in case of a power cut."""
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
+    path = RunFolder(run).metrics
+    lines: list[str] = []
+    entries: list[dict[str, Any]] = []
+    if step is not None:
+        try:
+            for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
+                if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
+                    break
+                lines.append(line)
+                entries.append(entry)
+        except (ValueError, KeyError, TypeError) as problem:
+            raise damaged(path, BEGIN_AGAIN) from problem
+        if sum(entry["kind"] == "train" for entry in entries) != step:
+            raise damaged(path, BEGIN_AGAIN)
+    write_atomically(path, "".join(lines).encode())
+    return path.open("a"), entries

@@ -19,8 +19,8 @@ import torch._inductor.compile_fx  # noqa: F401
 from sail_align.align.cli import main
 from sail_align.align.model import fused as functions
 from sail_align.align.model import pair_blocks as blocks
-from sail_align.align.runs.checkpoint import best_checkpoint, read_checkpoint
-from sail_align.align.runs.folder import RunFolder, step_of
+from sail_align.align.runs.checkpoint import Checkpoint
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.train import trainer
 
 OPTIONS = {"dim": 8, "expansion": 2, "image-dropout": 0.2, "batch-size": 32, "lr": 3e-3, "start": "random"}
@@ -58,18 +58,18 @@ def end_of(pid: int) -> int:
 
 
 def contents(run: Path) -> dict[str, str]:
-    folders = [RunFolder(run).last, best_checkpoint(run).folder]
+    folders = [RunFolder(run).last, Checkpoint.best(run).folder]
     files = [run / "metrics.jsonl", *(file for folder in folders for file in sorted(folder.iterdir()))]
     return {str(file.relative_to(run)): file.read_bytes().hex() for file in files}
 
 
 def saved_step(run: Path) -> int:
-    saved = read_checkpoint(run)
+    saved = Checkpoint.read(run)
     return saved.step if saved else 0
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    while not (folder := RunFolder(run).last) or step_of(folder) < step:
+    while not (folder := RunFolder(run).last) or RunFolder(folder).step < step:
         time.sleep(0.002)
 
 

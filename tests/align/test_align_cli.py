@@ -10,7 +10,7 @@ from fakes import identity
 from typer.testing import CliRunner
 
 from sail_align.align.cli import app
-from sail_align.align.runs.folder import differences, newest_run
+from sail_align.align.runs.folder import RunFolder, differences
 from sail_align.align.train import trainer
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError
@@ -35,7 +35,7 @@ def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp
         assert f"wrote runs/{expected} in" in result.output
         assert f"\nNext: sail-eval retrieval TEST.yaml --run runs/{expected} " in result.output
         assert result.output.splitlines()[-1].startswith(f"  or: sail-eval all --run runs/{expected} ")
-    assert newest_run().name == "photos-glu-3"
+    assert RunFolder.newest().name == "photos-glu-3"
 
 
 @pytest.mark.parametrize("out", [[], ["--out", "mine"]])

@@ -14,17 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import (
-    best_checkpoint,
-    load_run,
-    optimizer_state,
-    read_checkpoint,
-    write_checkpoint,
-)
-from sail_align.align.runs.folder import RunFolder, newest_run
+from sail_align.align.runs.checkpoint import Checkpoint, load_run
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.step import make_optimizer
-from sail_align.align.train.writer import MetricsLog, RunWriter
+from sail_align.align.train.writer import RunWriter, open_log
 from sail_align.extract.errors import UserError
 
 ARCHITECTURE = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2, linear_path=True)
@@ -43,9 +37,9 @@ def model(seed=0):
 
 def save(run, model, about=ABOUT, *, step=1, optimizer=None, **more):
     """Write a checkpoint of a step; without an optimiser, of a finished run."""
-    state = optimizer and optimizer_state(model, optimizer)
+    state = optimizer and Checkpoint.optimizer_state(model, optimizer)
     folder = RunFolder(run).checkpoint(step)
-    write_checkpoint(folder, model.state_dict(), about, step=step, finished=optimizer is None, optimizer=state, **more)
+    Checkpoint.write(folder, model.state_dict(), about, step=step, finished=optimizer is None, optimizer=state, **more)
 
 
 def open_writer(run, *, done=None, keep=2):
@@ -107,7 +101,7 @@ def test_optimiser_state_is_restored_bitwise(run, kind):
     save(run, ours, step=1, optimizer=optimizer)
     restored = model(seed=1)
     other = make_optimizer(restored, FitSettings(optimizer=kind, steps=1, lr=1e-2))
-    read_checkpoint(run).restore(restored, other)
+    Checkpoint.read(run).restore(restored, other)
     for each in ((ours, optimizer), (restored, other)):
         torch.manual_seed(5)
         step(*each)
@@ -120,7 +114,7 @@ def kept(run):
 
 
 def best_is(run):
-    best = best_checkpoint(run)
+    best = Checkpoint.best(run)
     return best.folder, best.step, best.r1
 
 
@@ -135,10 +129,10 @@ def test_writer_keeps_the_last_checkpoints_and_the_best(run):
         writer.log_scores(step, scores(r1), ours)
         writer.save(step, StreamState.start(), ours, optimizer)
     assert kept(run) == {"best-00000002": MODEL, "step-00000004": WHOLE, "step-00000005": WHOLE}
-    assert not read_checkpoint(run).finished
+    assert not Checkpoint.read(run).finished
     writer.save(6, StreamState.start(), ours, None)
     assert kept(run) == {"best-00000002": MODEL, "step-00000005": MODEL, "step-00000006": MODEL}
-    assert read_checkpoint(run).finished
+    assert Checkpoint.read(run).finished
     assert best_is(run) == (run / "checkpoints" / "best-00000002", 2, 9.0)
 
 
@@ -160,7 +154,7 @@ def test_best_weights_between_two_saves_are_kept(run):
     writer.log_scores(4, scores(6.0), last)
     writer.save(5, StreamState.start(), last, make_optimizer(last, FitSettings(steps=1)))
     assert kept(run) == {"best-00000003": MODEL, "step-00000005": WHOLE}
-    assert read_checkpoint(run).step == 5
+    assert Checkpoint.read(run).step == 5
     loaded = load_run(run / "checkpoints" / "best-00000003")
     assert (loaded.path, loaded.step) == (run / "checkpoints" / "best-00000003", 3)
     assert torch.equal(loaded.model.state_dict()["image_head.out.weight"], best.state_dict()["image_head.out.weight"])
@@ -170,11 +164,11 @@ def test_writer_removes_checkpoints_after_the_step_to_resume_from(run):
     ours = model()
     save(run, ours, step=4, optimizer=make_optimizer(ours, FitSettings(steps=1)))
     best = RunFolder(run).checkpoint(6, "best")
-    write_checkpoint(best, ours.state_dict(), ABOUT, step=6, finished=False, scores=scores(50.0))
+    Checkpoint.write(best, ours.state_dict(), ABOUT, step=6, finished=False, scores=scores(50.0))
     (run / "checkpoints" / "step-00000005").mkdir()  # killed before its model.json
-    assert read_checkpoint(run).step == 4
+    assert Checkpoint.read(run).step == 4
     open_writer(run, done=4)
-    assert best_checkpoint(run) is None
+    assert Checkpoint.best(run) is None
     assert kept(run) == {"step-00000004": WHOLE}
 
 
@@ -185,7 +179,7 @@ def test_save_killed_at_any_point_leaves_a_complete_checkpoint(run, monkeypatch,
     open_writer(run, keep=keep).save(1, StreamState.start(), ours, optimizer)
     reached = {1}
     for left in range(100):
-        last = read_checkpoint(run).step
+        last = Checkpoint.read(run).step
         writer = open_writer(run, done=last, keep=keep)
         writer.log_scores(last + 1, scores(float(last + 1)), ours)
         with monkeypatch.context() as patch:
@@ -197,9 +191,9 @@ def test_save_killed_at_any_point_leaves_a_complete_checkpoint(run, monkeypatch,
             else:
                 break
         load_run(run)
-        read_checkpoint(run).restore(model(1), make_optimizer(ours, FitSettings(steps=1)))
-        assert read_checkpoint(run).step in (last, last + 2)
-        reached.add(read_checkpoint(run).step)
+        Checkpoint.read(run).restore(model(1), make_optimizer(ours, FitSettings(steps=1)))
+        assert Checkpoint.read(run).step in (last, last + 2)
+        reached.add(Checkpoint.read(run).step)
     assert left > 8
     assert len(reached) > 2
 
@@ -259,7 +253,7 @@ def test_changed_record_is_rejected(run):
             "RUN/checkpoints/step-00000001/model.json is damaged: its content is not what was written. Restore it, or "
             "remove RUN/checkpoints/step-00000001 to resume from the checkpoint before."
         )
-        assert newest_run(run.parent) == run
+        assert RunFolder.newest(run.parent) == run
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
@@ -269,7 +263,7 @@ def test_missing_or_changed_file_is_rejected(run, name):
     ours.image_head(torch.randn(5, 6)).sum().backward()
     optimizer.step()
     save(run, ours, step=1, optimizer=optimizer)
-    saved = read_checkpoint(run)
+    saved = Checkpoint.read(run)
     file = saved.folder / name
     content = file.read_bytes()
     for changed in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
@@ -306,17 +300,20 @@ def test_copies_of_a_checkpoint_are_ignored_and_kept(run):
 
 
 def log_of(run, *steps):
-    with MetricsLog(run, None) as log:
-        for step in steps:
-            log.write("train", step, loss=1.0, positive_logit=0.0, negative_logit=0.0, t=1.0)
+    values = {"loss": 1.0, "positive_logit": 0.0, "negative_logit": 0.0, "t": 1.0}
+    lines = [json.dumps({"kind": "train", "step": step, **values}) + "\n" for step in steps]
+    (run / "metrics.jsonl").write_text("".join(lines))
 
 
 def test_log_is_cut_after_the_step_to_resume_from(run):
     log_of(run, 1, 2, 3, 4)
-    with MetricsLog(run, 3) as log:
-        assert [entry["step"] for entry in log.kept] == [1, 2, 3]
-        log.write("train", 4, loss=2.0)
-    assert [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 1, 1, 2]
+    log, entries = open_log(run, 3)
+    with log:
+        assert [entry["step"] for entry in entries] == [1, 2, 3]
+        log.write("appended")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:3]] == [1, 2, 3]
+    assert lines[3:] == ["appended"]
 
 
 @pytest.mark.parametrize("content", ["", "1 2", "1 2 5", b"\xff\xfe", '[1]\n{"step": 2}\n', '{"step": null}\n'])
@@ -327,13 +324,13 @@ def test_incomplete_log_is_rejected_and_not_changed(run, content):
         (run / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged: .* Restore it, or start again with another --out."):
-        MetricsLog(run, 3)
+        open_log(run, 3)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_missing_log_is_rejected(run):
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read"):
-        MetricsLog(run, 3)
+        open_log(run, 3)
 
 
 def test_folder_without_run_or_checkpoint_is_rejected(run, tmp_path):
@@ -350,7 +347,7 @@ def test_later_format_is_rejected(run):
 
 def test_newest_run_is_the_one_saved_last(tmp_path, run):
     with pytest.raises(UserError, match="There is no run in"):
-        newest_run(tmp_path / "runs")
+        RunFolder.newest(tmp_path / "runs")
     for age, name in enumerate(["b", "a", "c"]):
         path = run.with_name(name)
         path.mkdir(exist_ok=True)
@@ -358,4 +355,4 @@ def test_newest_run_is_the_one_saved_last(tmp_path, run):
         save(path, model(), step=1)
         os.utime(path / "checkpoints" / "step-00000001" / "model.json", ns=(0, -age))
     (run.with_name("no-run")).mkdir()
-    assert newest_run(tmp_path / "runs").name == "b"
+    assert RunFolder.newest(tmp_path / "runs").name == "b"

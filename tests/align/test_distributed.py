@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from sail_align.align.data.loader import Batch
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import infonce_loss, sigmoid_loss
-from sail_align.align.runs.checkpoint import read_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.distributed import World, joined
 from sail_align.align.train.step import Stepper, make_optimizer, train_step
@@ -246,7 +246,7 @@ def test_lost_process_ends_the_job_and_any_number_resumes(make_store, tmp_path):
     wait_for_step(20, run, job)
     job.terminate()
     _, said = job.communicate(timeout=60)
-    saved = read_checkpoint(run).step
+    saved = Checkpoint.read(run).step
     assert 20 <= saved < steps
     assert f"The same command resumes {run} from step {saved}." in said
 

@@ -114,7 +114,7 @@ def test_many_images_are_encoded_in_batches(run, pictures, monkeypatch):
 
 def test_export_has_no_local_paths(run, encoders, tmp_path):
     output = export(run, "--out", "hub").output
-    assert "note: the text encoder is a folder of this machine" in output
+    assert "note: The text encoder is a local folder" in output
     for file in ("config.json", "README.md"):
         content = (tmp_path / "hub" / file).read_text()
         assert "/somewhere" not in content
@@ -128,7 +128,7 @@ def test_card_has_scores_and_provenance(run, tmp_path):
     manifest = write_captioned(tmp_path / "holiday")
     words = ["retrieval", str(manifest), "--run", str(run), "--device", "cpu", "--quiet"]
     assert CliRunner().invoke(evaluation, words).exit_code == 0
-    assert "with 1 scored sets" in export(run, "--out", "hub", "--licence", "apache-2.0").output
+    assert "with scores of 1 sets" in export(run, "--out", "hub", "--licence", "apache-2.0").output
     card = ModelCard.load("hub/README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "sail-align"
@@ -156,7 +156,7 @@ def test_card_formats_small_chances_like_score_tables(run):
 def test_scores_of_other_weights_are_left_out(run, encoders, tmp_path):
     write = {"schema": 1, "run": {"digest": "f" * 64}, "encoders": {}, "records": [{"metrics": []}]}
     (run / "scores.json").write_text(json.dumps(write))
-    assert "are of other weights and are left out" in export(run, "--out", "hub").output
+    assert "which are for other weights" in export(run, "--out", "hub").output
     assert ModelCard.load("hub/README.md").data.eval_results is None
     for damaged in ("[]", "{}", '{"run": 1}', "{"):
         (run / "scores.json").write_text(damaged)
@@ -249,7 +249,7 @@ def test_export_never_overwrites(run):
     assert export(run).exit_code == 0
     assert Path("exports/photos-glu-hub-folder/config.json").is_file()
     assert "exports/photos-glu-hub-folder exists already" in str(export(run).exception)
-    assert "none of: hub-folder, onnx." in str(export(run, "--to", "zip").exception)
+    assert "expected hub-folder, onnx." in str(export(run, "--to", "zip").exception)
     Path("empty").mkdir()
     there = run.resolve()
     with contextlib.chdir("empty"):

@@ -95,4 +95,4 @@ def test_missing_library_is_reported(run, monkeypatch, library):
 
 
 def test_licence_is_rejected_for_onnx(run):
-    assert "--licence is for the card" in str(export(run(), "--licence", "mit").exception)
+    assert "--licence has no effect with --to onnx" in str(export(run(), "--licence", "mit").exception)

@@ -69,7 +69,7 @@ def test_import_never_overwrites_another(typed, tmp_path):
     file = save_released(tmp_path / "sail.pt", released_tensors())
     typed(file)
     digest = load_run("runs/sail").digest
-    assert "\nthis import is there: runs/sail: glu heads" in f"\n{typed(file).output}"
+    assert "\nalready imported: runs/sail: glu heads" in f"\n{typed(file).output}"
     save_released(file, released_tensors(seed=1))
     assert "wrote runs/sail-2" in typed(file).output
     assert load_run("runs/sail").digest == digest != load_run("runs/sail-2").digest
@@ -114,7 +114,7 @@ def test_weights_that_the_clamp_may_affect_are_noted(typed, tmp_path, features):
     released = read_released(save_released(tmp_path / "b.pt", tensors))
     head = released.model.text_head
     assert head.value(head.norm(features["text"])).abs().max().item() <= head.value_bound()
-    assert "note: their program clamps hidden units at ±1,000" in typed(tmp_path / "b.pt").output
+    assert "note: The authors' code clamps hidden units at ±1,000" in typed(tmp_path / "b.pt").output
 
 
 def _without(tensors):
@@ -189,7 +189,7 @@ def test_encoders_of_another_size_are_rejected(typed, tmp_path):
 
 @pytest.mark.parametrize("encoders", ["dinov2-large", "a,b,c", "dinov2-large,"])
 def test_encoders_must_be_a_pair(typed, tmp_path, encoders):
-    assert "is not an image and a text encoder" in str(typed(tmp_path / "x.pt", encoders=encoders).exception)
+    assert "expected IMAGE,TEXT as in" in str(typed(tmp_path / "x.pt", encoders=encoders).exception)
 
 
 def test_each_tensor_has_one_of_our_names(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from fakes import identity
 
 from sail_align.align.model.loss import LossValue
-from sail_align.align.runs.checkpoint import best_checkpoint, load_run, read_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
@@ -74,7 +74,7 @@ def test_every_kind_of_run_learns(make_store, tmp_path, changes):
     assert after["loss"] < before["loss"]
     if changes.get("start") != "closed-form":
         assert before["t2i_r10"] < 3 * chance
-    assert read_checkpoint(run).finished
+    assert Checkpoint.read(run).finished
     assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
 
 
@@ -143,7 +143,7 @@ def stop_after(monkeypatch, step):
 
 
 def content(run):
-    folders = [RunFolder(run).last, best_checkpoint(run).folder]
+    folders = [RunFolder(run).last, Checkpoint.best(run).folder]
     files = [run / "metrics.jsonl", run / "settings.json", *(path for folder in folders for path in folder.iterdir())]
     return {file.relative_to(run): file.read_bytes() for file in files}
 
@@ -238,7 +238,7 @@ def test_run_is_saved_between_scorings(make_store, tmp_path, monkeypatch):
     stop_after(monkeypatch, 5)  # it is scored at every third step
     with pytest.raises(StoppedError):
         fit(plan, run, device=CPU, quiet=True, save_seconds=0)
-    assert read_checkpoint(run).step == 5
+    assert Checkpoint.read(run).step == 5
 
 
 def test_rare_captions_must_be_chosen_explicitly(make_store):

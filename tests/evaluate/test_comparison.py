@@ -16,7 +16,7 @@ open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed"
 
 from tiny_open_clip import save_open_clip  # noqa: E402
 
-from sail_align.align.runs.folder import newest_run  # noqa: E402
+from sail_align.align.runs.folder import RunFolder  # noqa: E402
 from sail_align.align.stats.metrics import ranks  # noqa: E402
 from sail_align.evaluate.cli import app  # noqa: E402
 from sail_align.evaluate.results.scores import RunScores  # noqa: E402
@@ -159,7 +159,7 @@ def test_model_is_not_the_newest_run(model, tmp_path):
     scored("retrieval", str(write_captioned(tmp_path / "photos")))
     assert json.loads((RUN / "settings.json").read_bytes()) == {"model": "open_clip:tiny"}
     with pytest.raises(UserError, match="There is no run"):
-        newest_run()
+        RunFolder.newest()
 
 
 def test_invalid_model_options_are_rejected(model, tmp_path):

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import load_run, write_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate import cli
 from sail_align.evaluate.results.reported import Reported
@@ -27,7 +27,7 @@ from sail_align.extract.manifest import packaged_manifests
 def sail_eval(world, run, monkeypatch, capsys, tmp_path):
     """Call the command in an empty folder with `run` as the run of any path; return exit code, stdout, stderr."""
     monkeypatch.setattr("sail_align.align.runs.checkpoint.load_run", lambda path: run)
-    monkeypatch.setattr("sail_align.align.runs.folder.newest_run", lambda: run.path)
+    monkeypatch.setattr("sail_align.align.runs.folder.RunFolder.newest", lambda: run.path)
     monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", dict)
     monkeypatch.chdir(tmp_path)
 
@@ -327,7 +327,7 @@ def test_newest_run_is_scored(squares, world, monkeypatch, capsys, tmp_path):
     encoders = {"image": world.run.image.to_json(), "text": world.run.text.to_json()}
     about = {"architecture": asdict(Architecture("glu", 3, 3, 8)), "settings": settings, **encoders}
     for folder in (older, saved):
-        write_checkpoint(RunFolder(folder).checkpoint(1), model.state_dict(), about, step=1, finished=False)
+        Checkpoint.write(RunFolder(folder).checkpoint(1), model.state_dict(), about, step=1, finished=False)
         (folder / "settings.json").write_text(json.dumps(settings))
     os.utime(older / "checkpoints" / "step-00000001" / "model.json", (0, 0))
     monkeypatch.setattr(sys, "argv", ["sail-eval", "classification", str(squares), "--quiet"])

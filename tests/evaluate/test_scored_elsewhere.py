@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sail_align.align.cli import app as align
 from sail_align.align.hub.folder import read_hub_folder
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import discard, load_run, write_checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.folder import RunFolder, record_digest
 from sail_align.evaluate.cli import app
 from sail_align.evaluate.models import Encoders, RunError
@@ -36,7 +36,7 @@ def saved(world, monkeypatch):
     about = {name: record[name] for name in ("architecture", "image", "text", "settings")}
     model = Architecture(**about["architecture"]).build()
     best = RunFolder(run).checkpoint(4, "best")
-    write_checkpoint(best, model.state_dict(), about, step=4, finished=False, scores={"r1": 9.0})
+    Checkpoint.write(best, model.state_dict(), about, step=4, finished=False, scores={"r1": 9.0})
     return run, best
 
 
@@ -73,7 +73,7 @@ def test_checkpoint_scores_outlive_the_checkpoint(saved, squares):
         round(scores["records"][0]["metrics"][0]["value"], 4),
     )
 
-    discard(best)
+    RunFolder(best).discard()
     assert typed("compare", run, best).startswith(f"first: {run}, second: {best}\n")
     for named in (best, best.resolve(), run / "scores" / best.name):
         rows = [line.split("  ")[0] for line in typed("report", run, named).splitlines()]
