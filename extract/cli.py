@@ -26,93 +26,55 @@ one is: the same scene a moment later."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
+_data_option = partial(typer.Option, rich_help_panel="Data")
+_encoder_option = partial(typer.Option, rich_help_panel="Encoders")
+_run_option = partial(typer.Option, rich_help_panel="Run")
+
 StorePath = Annotated[
     Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
 ]
-DataRoot = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder of the manifest's files.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]",
-        rich_help_panel="Data",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", rich_help_panel="Run")]
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run")
-]
 Out = Annotated[
     Path | None,
-    typer.Option(
+    _data_option(
         help="Path or URL of the store, which is created or resumed.  [default: features/<manifest name>.zarr]",
         metavar="<path>",
         parser=as_path,
-        rich_help_panel="Data",
     ),
+]
+DataRoot = Annotated[
+    str | None,
+    _data_option(help="Folder of the manifest's files.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
 ]
 Captions = Annotated[
-    str | None,
-    typer.Option(
-        help="Captions to encode, such as raw,long.  [default: the manifest's, else all]", rich_help_panel="Data"
-    ),
+    str | None, _data_option(help="Captions to encode, such as raw,long.  [default: the manifest's, else all]")
 ]
 AddCaptions = Annotated[
-    str | None,
-    typer.Option(help="Add these captions to an existing store, without reading its images.", rich_help_panel="Data"),
+    str | None, _data_option(help="Add these captions to an existing store, without reading its images.")
 ]
-ImageEncoder = Annotated[
-    str | None, typer.Option(help="[default: the manifest's, else dinov2-large]", rich_help_panel="Encoders")
-]
-TextEncoder = Annotated[
-    str | None, typer.Option(help="[default: the manifest's, else gte-large]", rich_help_panel="Encoders")
-]
-Pooling = Annotated[str | None, typer.Option(help="[default: the encoder's own]", rich_help_panel="Encoders")]
-Precision = Annotated[
-    str, typer.Option(help="Precision of the encoders: float32, bfloat16, float16.", rich_help_panel="Encoders")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option(help="Run a model's own code. Needs a pinned revision.", rich_help_panel="Encoders")
-]
-Compiled = Annotated[
-    bool, typer.Option("--compile", help="Compile the encoders with torch.compile.", rich_help_panel="Encoders")
-]
+
+ImageEncoder = Annotated[str | None, _encoder_option(help="[default: the manifest's, else dinov2-large]")]
+TextEncoder = Annotated[str | None, _encoder_option(help="[default: the manifest's, else gte-large]")]
+Pooling = Annotated[str | None, _encoder_option(help="[default: the encoder's own]")]
+Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
+TrustRemoteCode = Annotated[bool, _encoder_option(help="Run a model's own code. Needs a pinned revision.")]
+Compiled = Annotated[bool, _encoder_option("--compile", help="Compile the encoders with torch.compile.")]
 FastJpeg = Annotated[
-    bool,
-    typer.Option(
-        "--fast-jpeg",
-        help="Decode large JPEGs at reduced scale: features within cosine 0.999.",
-        rich_help_panel="Encoders",
-    ),
+    bool, _encoder_option("--fast-jpeg", help="Decode large JPEGs at reduced scale: features within cosine 0.999.")
 ]
+
+Device = Annotated[str, _run_option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.")]
 Workers = Annotated[
-    str,
-    typer.Option(
-        help="Processes on this machine; auto: one per GPU, or one on the CPU.",
-        metavar="auto|N",
-        rich_help_panel="Run",
-    ),
+    str, _run_option(help="Processes on this machine; auto: one per GPU, or one on the CPU.", metavar="auto|N")
 ]
 OneWorker = Annotated[
-    str,
-    typer.Option(
-        help="Encode only this worker's shards of the store, as in a Slurm array.",
-        metavar="N/OF",
-        rich_help_panel="Run",
-    ),
+    str, _run_option(help="Encode only this worker's shards of the store, as in a Slurm array.", metavar="N/OF")
 ]
-Engine = Annotated[
-    str,
-    typer.Option(help="local: this machine; ray: a Ray cluster.", metavar="local|ray", rich_help_panel="Run"),
-]
+Engine = Annotated[str, _run_option(help="local: this machine; ray: a Ray cluster.", metavar="local|ray")]
 RayAddress = Annotated[
-    str | None,
-    typer.Option(help="The Ray cluster.  [default: $RAY_ADDRESS, else this machine alone]", rich_help_panel="Run"),
+    str | None, _run_option(help="The Ray cluster.  [default: $RAY_ADDRESS, else this machine alone]")
 ]
-Retry = Annotated[
-    str | None,
-    typer.Option(
-        help="failed: read the images that could not be encoded again.", metavar="failed", rich_help_panel="Run"
-    ),
-]
+Retry = Annotated[str | None, _run_option(help="failed: retry the images that could not be encoded.", metavar="failed")]
+Quiet = Annotated[bool, _run_option("--quiet", help="Show no progress bars.")]
 
 
 @app.command(cls=GroupedCommand)

@@ -13,7 +13,7 @@ from sail_align.extract.executor.encode import Advance, ArrayTask, EncodedRows
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.store.features import FeatureArray
-from sail_align.extract.store.open_or_create import open_existing, open_or_create
+from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
 
@@ -62,7 +62,7 @@ class Job:
             UserError: Source or store cannot be opened, or do not match, or the disk is full.
         """
         if self.image is None and (self.store / "zarr.json").exists():
-            return open_existing(self.store, self.manifest)
+            return Store.open(self.store, manifest=self.manifest.rows)
         with report_write_errors(self.store, during_run=True):
             return open_or_create(self.store, self.manifest, self.manifest.open_source(self.data_root), quiet=quiet)
 

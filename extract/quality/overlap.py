@@ -12,7 +12,6 @@ from torch import Tensor
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
-from sail_align.extract.store.index import FILE_ROWS
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors, write_atomically
 from sail_align.extract.system.progress import progress
@@ -46,8 +45,8 @@ class Overlap:
 
     def pairs(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, str, float]]:
         """Yield the key, the key of the most similar evaluation row, and the cosine, for training rows."""
-        keys = _keys(self.train, rows)
-        matches = _keys(self.evaluation, self.matches[rows])
+        keys = self.train.index(["key"])["key"].take(rows).to_pylist()
+        matches = self.evaluation.index(["key"])["key"].take(self.matches[rows]).to_pylist()
         yield from zip(keys, matches, self.cosines[rows].tolist(), strict=True)
 
     def describe(self, rows: NDArray[np.int64]) -> Iterator[str]:
@@ -116,15 +115,3 @@ def _unit_features(array: FeatureArray, size: int, device: str) -> Iterator[tupl
         if usable.any():
             block = torch.from_numpy(features[usable]).to(device, torch.float32)
             yield start + np.flatnonzero(usable), torch.nn.functional.normalize(block, dim=1)
-
-
-def _keys(store: Store, rows: NDArray[np.int64]) -> list[str]:
-    """Return the keys of rows in any order, reading each file of the index once."""
-    keys: dict[int, str] = {}
-    wanted = np.unique(rows)
-    for start in range(0, store.rows, FILE_ROWS):
-        here = wanted[(wanted >= start) & (wanted < start + FILE_ROWS)]
-        if len(here):
-            column = store.index(["key"], start, min(start + FILE_ROWS, store.rows))["key"]
-            keys.update(zip(here.tolist(), column.take(here - start).to_pylist(), strict=True))
-    return [keys[row] for row in rows.tolist()]

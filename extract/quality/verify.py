@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from sail_align.extract.encoders.identity import EncoderChangedError, Identity
 from sail_align.extract.encoders.load import load_recorded
@@ -10,15 +9,11 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 
-
-class Observation(NamedTuple):
-    """One result of a verification, which is either damage or a note."""
-
-    text: str
-    damage: bool = True
+Result = tuple[str, bool]
+"""Text of one result, and whether it is damage."""
 
 
-def verify_store(path: Path, *, discard: bool = False) -> Iterator[Observation]:
+def verify_store(path: Path, *, discard: bool = False) -> Iterator[Result]:
     """Yield the results for the index, every shard of every array, and each encoder's golden vector.
 
     Args:
@@ -27,10 +22,10 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Observation]:
     """
     store = Store.open(path)
     for file in store.damaged_index_files():
-        yield Observation(f"{file}: has changed. The store cannot be trusted; make it again.")
+        yield f"{file}: has changed. The store cannot be trusted; make it again.", True
     arrays = store.arrays()
     for lost in sorted(store.committed_paths() - {array.path for array in arrays}):
-        yield Observation(f"{lost}: is committed, but the array is missing or damaged. Rerun sail-extract run.")
+        yield f"{lost}: is committed, but the array is missing or damaged. Rerun sail-extract run.", True
     identities: dict[str, Identity] = {}
     for array in arrays:
         identities[array.identity.spec.fingerprint] = array.identity
@@ -38,36 +33,35 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Observation]:
     yield from map(_compare_with_encoder, identities.values())
 
 
-def _verify_array(array: FeatureArray, discard: bool) -> Iterator[Observation]:
+def _verify_array(array: FeatureArray, discard: bool) -> Iterator[Result]:
     unwritten = array.unwritten
     if unwritten:
         counts = f"{len(unwritten):,} of {len(array.shards):,}"
-        yield Observation(f"{array.path}: {counts} shards are not written yet.", damage=False)
+        yield f"{array.path}: {counts} shards are not written yet.", False
     for shard in array.shards:
         name = f"{array.path} shard {shard}"
         if shard in array.markers:
             try:
                 changed = array.changed(shard)
             except UserError as unreadable:  # such as a bad sector: still check the other shards
-                yield Observation(f"{name}: {unreadable}")
+                yield f"{name}: {unreadable}", True
                 continue
             if changed and discard:
                 array.discard(shard)
-                yield Observation(f"{name}: {changed} file has changed since it was committed. Commit discarded.")
+                yield f"{name}: {changed} file has changed since it was committed. Commit discarded.", True
             elif changed:
-                yield Observation(
-                    f"{name}: {changed} file has changed since it was committed. Use --discard, then sail-extract run."
-                )
+                advice = "Use --discard, then sail-extract run."
+                yield f"{name}: {changed} file has changed since it was committed. {advice}", True
         elif shard not in unwritten:
-            yield Observation(f"{name}: has a damaged commit. Rerun sail-extract run.")
+            yield f"{name}: has a damaged commit. Rerun sail-extract run.", True
 
 
-def _compare_with_encoder(recorded: Identity) -> Observation:
+def _compare_with_encoder(recorded: Identity) -> Result:
     name = f"encoder {recorded.spec.id}"
     try:
         load_recorded(recorded)
     except EncoderChangedError as difference:
-        return Observation(f"{name}: {difference}")
+        return f"{name}: {difference}", True
     except UserError as unavailable:
-        return Observation(f"{name}: not compared: {unavailable}", damage=False)
-    return Observation(f"{name}: reproduces its golden vector.", damage=False)
+        return f"{name}: not compared: {unavailable}", False
+    return f"{name}: reproduces its golden vector.", False

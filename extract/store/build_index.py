@@ -9,7 +9,7 @@ import numpy as np
 
 from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, Index, IndexRecord, file_stamps, text_hashes
+from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, Index, IndexRecord, text_hashes
 from sail_align.extract.store.recaptions import join_captions
 from sail_align.extract.system.files import remove_tree
 from sail_align.extract.system.progress import progress
@@ -64,7 +64,7 @@ def build_index(
             remove_tree(folder)
         raise
     if recaptions and record.digests:
-        record.tables = file_stamps(recaptions.files)
+        record.tables = IndexRecord.stamps_of(recaptions.files)
         record.write(folder)  # from here on, files may hold joined captions
         files, rows = len(record.digests), sum(record.rows)
         record.digests = join_captions(folder, files, rows, captions, recaptions, quiet=quiet)

@@ -17,13 +17,7 @@ from zarr.storage import FsspecStore, MemoryStore
 from sail_align.extract.data import Status
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.store.mapped import MappedChunks
-from sail_align.extract.system.files import (
-    canonical_json,
-    file_digest,
-    is_remote,
-    report_read_errors,
-    write_atomically,
-)
+from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
 from sail_align.extract.system.leases import Lease
 
 NAMES = ("features", "status")

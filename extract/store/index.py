@@ -45,18 +45,6 @@ def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
     return np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
-def file_stamps(files: Iterable[Path]) -> list[Stamp]:
-    """Return the stamps of files. They do not contain folders, so the data set may be moved as a whole."""
-    stamps = []
-    for file in files:
-        try:
-            status = file.stat()
-            stamps.append((file.name, status.st_size, status.st_mtime_ns))
-        except FileNotFoundError:
-            stamps.append((file.name, -1, -1))
-    return stamps
-
-
 class Index:
     """The parquet files of an index."""
 
@@ -144,8 +132,20 @@ class IndexRecord:
     def begin(cls, made_of: Any, parts: Sequence[Part]) -> "IndexRecord":
         """Return the record of an index of which nothing is written yet."""
         digest = hashlib.sha256(canonical_json(made_of)).hexdigest()
-        stamps = [file_stamps(part.files) or [(part.name, -1, -1)] for part in parts]
+        stamps = [cls.stamps_of(part.files) or [(part.name, -1, -1)] for part in parts]
         return cls(digest, stamps, [0] * len(parts), [], [])
+
+    @staticmethod
+    def stamps_of(files: Iterable[Path]) -> list[Stamp]:
+        """Return the stamps of files. They do not contain folders, so the data set may be moved as a whole."""
+        stamps = []
+        for file in files:
+            try:
+                status = file.stat()
+                stamps.append((file.name, status.st_size, status.st_mtime_ns))
+            except FileNotFoundError:
+                stamps.append((file.name, -1, -1))
+        return stamps
 
     @classmethod
     def read(cls, folder: Path) -> "IndexRecord | None":

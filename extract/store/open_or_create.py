@@ -9,7 +9,7 @@ from typing import NoReturn
 from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.store.index import IndexRecord, Stamp, file_stamps
+from sail_align.extract.store.index import IndexRecord, Stamp
 from sail_align.extract.store.recaptions import RecaptionReport
 from sail_align.extract.store.store import INDEX, Store
 from sail_align.extract.system.files import file_digest
@@ -33,24 +33,8 @@ def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: boo
                 recaptions=source.recaptions,
                 quiet=quiet,
             )
-    store = open_existing(path, manifest)
+    store = Store.open(path, manifest=manifest.rows)
     _SourceCheck(store, source).run(quiet)
-    return store
-
-
-def open_existing(path: Path, manifest: Manifest) -> Store:
-    """Open the store of a manifest's samples, without checking whether its source still has them.
-
-    Raises:
-        UserError: The path holds something else, or the store of another manifest.
-    """
-    store, expected = Store.open(path), manifest.rows
-    if (recorded := store.attributes["manifest"]) != expected:
-        field = next(name for name in (*expected, *recorded) if expected.get(name) != recorded.get(name))
-        raise UserError(
-            f"{path} was made from another manifest: its {field} is {recorded.get(field)!r}, now it is "
-            f"{expected.get(field)!r}. Pass another --out."
-        )
     return store
 
 
@@ -115,7 +99,7 @@ class _SourceCheck:
         if self.source.recaptions is None:
             return []
         files = self.source.recaptions.files
-        now = file_stamps(files)
+        now = IndexRecord.stamps_of(files)
         if before is None or before.tables != now:
             report = RecaptionReport.read(self.store.path / INDEX)
             for file, joined in zip_longest(files, report.tables if report else []):

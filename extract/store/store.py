@@ -163,11 +163,15 @@ class Store:
             raise
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, path: str | Path, *, manifest: dict[str, Any] | None = None) -> "Store":
         """Open an existing store.
 
+        Args:
+            path: Folder or URL of the store.
+            manifest: Description of the samples that the store must have been created with, if given.
+
         Raises:
-            UserError: The path is not a store, has a newer format, or cannot be read.
+            UserError: The path is not a store, has a newer format, cannot be read, or was made from another manifest.
         """
         path = as_path(path)
         with report_read_errors(path / "zarr.json"):
@@ -175,9 +179,16 @@ class Store:
                 attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
                 if (version := attributes["format"]) != STORE_FORMAT:
                     raise UserError(f"{path} has store format {version!r}, expected {STORE_FORMAT}. Update sail-align.")
-                return cls(path, attributes)
+                store = cls(path, attributes)
             except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
                 raise UserError(NOT_A_STORE.format(path=path)) from problem
+        if manifest is not None and (recorded := attributes["manifest"]) != manifest:
+            field = next(name for name in (*manifest, *recorded) if manifest.get(name) != recorded.get(name))
+            raise UserError(
+                f"{path} was made from another manifest: its {field} is {recorded.get(field)!r}, now it is "
+                f"{manifest.get(field)!r}. Pass another --out."
+            )
+        return store
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
         """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`."""

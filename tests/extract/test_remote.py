@@ -48,7 +48,7 @@ def test_store_at_a_url_is_created_read_and_resumed(pictures, url):
     assert remote.digest == local.digest
     assert remote.image().read(250, 300)[0].tobytes() == local.image().read(250, 300)[0].tobytes()
     assert remote.samples(10, 20) == local.samples(10, 20)
-    assert [finding.text for finding in verify_store(url) if finding.damage] == []
+    assert [text for text, is_damage in verify_store(url) if is_damage] == []
     remote.image().discard(1)
     remote.text("long").discard(0)
     assert make(pictures, url).encoded == 512

@@ -115,7 +115,7 @@ def test_verify_finds_any_flipped_byte_and_names_its_shard(tmp_path_factory, dat
     content = bytearray(file.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(content)
-    damage = [finding.text for finding in verify_store(path) if finding.damage]
+    damage = [text for text, is_damage in verify_store(path) if is_damage]
     assert len(damage) == 1
     assert damage[0].startswith(f"image/fake-image shard {shard}: {name.split('/')[0]}")
 
@@ -123,9 +123,9 @@ def test_verify_finds_any_flipped_byte_and_names_its_shard(tmp_path_factory, dat
 def test_verify_accepts_an_intact_store_and_discards_damage(store):
     array = store.add_image(identity("image"))
     fill(array)
-    assert not [finding for finding in verify_store(store.path) if finding.damage]
+    assert not [text for text, is_damage in verify_store(store.path) if is_damage]
     (store.path / "image/fake-image/features/c/2/0").write_bytes(b"")
-    assert sum(finding.damage for finding in verify_store(store.path, discard=True)) == 1
+    assert sum(is_damage for _, is_damage in verify_store(store.path, discard=True)) == 1
     assert set(Store.open(store.path).image().markers) == {0, 1, 3}
 
 
@@ -136,7 +136,7 @@ def test_verify_continues_after_an_unreadable_file(store):
         (shards / f"{shard}/0").unlink()
         (shards / f"{shard}/0").mkdir()
     (shards / "3/0").write_bytes(b"")
-    found = [finding.text for finding in verify_store(store.path) if finding.damage]
+    found = [text for text, is_damage in verify_store(store.path) if is_damage]
     assert [text.split(":")[0] for text in found] == [f"image/fake-image shard {shard}" for shard in (0, 2, 3)]
     assert f"{shards}/0/0 cannot be read (Is a directory)" in found[0]
 
@@ -147,7 +147,7 @@ def test_verify_finds_a_missing_array_and_a_changed_count(store):
     shutil.rmtree(store.path / "text")
     marker = store.path / "commits/image/fake-image/00001.json"
     marker.write_text(marker.read_text().replace('"ok":256', '"ok":156'))
-    found = [finding.text for finding in verify_store(store.path) if finding.damage]
+    found = [text for text, is_damage in verify_store(store.path) if is_damage]
     assert [text.split(":")[0] for text in found] == ["text/fake-text/raw", "image/fake-image shard 1"]
 
 
@@ -168,7 +168,7 @@ def test_write_rejects_a_shard_of_another_size(store):
 def test_verify_finds_a_changed_index(store):
     part = store.path / "index/part-00000.parquet"
     part.write_bytes(part.read_bytes() + b" ")
-    assert any("part-00000.parquet" in finding.text for finding in verify_store(store.path) if finding.damage)
+    assert any("part-00000.parquet" in text for text, is_damage in verify_store(store.path) if is_damage)
 
 
 def test_digest_depends_on_content_only(store):
