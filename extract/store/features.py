@@ -262,7 +262,7 @@ class FeatureArray:
         start, stop = self.span(shard)
         if features.shape != (stop - start, self.dim) or status.shape != (stop - start,):
             raise ValueError(f"shard {shard} has shape {(stop - start, self.dim)}, not {features.shape}")
-        values = dict(zip(NAMES, (features, status), strict=True))
+        values: dict[str, NDArray[Any]] = {"features": features, "status": status}
         contents = {name: array.shard_content(start, values[name]) for name, array in self._arrays.items()}
         codes, counts = np.unique(status, return_counts=True)
         marker = {
