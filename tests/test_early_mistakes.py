@@ -22,7 +22,7 @@ finally:
         ("align", "probe --features no.zarr", "no.zarr is not a feature store"),
         ("align", "ladder --features no.zarr", "no.zarr is not a feature store"),
         ("align", "export runs/no", "runs/no is not a run"),
-        ("align", "import-released no.pt", "no.pt is not there"),
+        ("align", "import-released no.pt", "no.pt does not exist"),
         ("extract", "run no.yaml", "no.yaml"),
         ("extract", "run cc3m", "The data of 'cc3m' are not under"),
         ("extract", "status no.zarr", "no.zarr is not a feature store"),

@@ -247,7 +247,7 @@ def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path
             "--out table.docx is invalid: expected a file that ends in .html,",
         ),
         (["report", "SCORED", "--out", "/dev/null/table.md"], "/dev/null/table.md cannot be written ("),
-        (["all", "--manifest", "SQUARES", "--device", "cuda:9"], "Device 'cuda:9' is not available here"),
+        (["all", "--manifest", "SQUARES", "--device", "cuda:9"], "Device 'cuda:9' is not available on this machine"),
     ],
 )
 def test_invalid_arguments_exit_with_2_and_one_line(sail_eval, squares, run, arguments, sentence):
@@ -282,7 +282,7 @@ def packaged(squares, monkeypatch, tmp_path):
 
 
 def test_all_without_data_explains_how_to_get_it(sail_eval, packaged, run, monkeypatch):
-    monkeypatch.setattr("sail_align.extract.check.find_spec", lambda name: None)
+    monkeypatch.setattr("sail_align.extract.sources.demo.source.find_spec", lambda name: None)
     code, out, _ = sail_eval("all", "--quiet")
     assert code == 0
     assert out.splitlines() == [

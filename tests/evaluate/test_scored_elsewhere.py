@@ -123,7 +123,7 @@ def test_export_scores_like_its_run_and_is_not_modified(saved, squares):
         (
             "config.json",
             b'{"model_type": "bert"}',
-            "hub/config.json is not of `sail-align export`; give a folder that it wrote.",
+            "hub/config.json was not written by `sail-align export`. Pass a folder that was.",
         ),
         (
             "model.safetensors",
