@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from saving_fit import fit
 
 from sail_align.align.data.loader import Batch
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 from sail_align.align.runs.checkpoint import Checkpoint
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.distributed import World, joined
 from sail_align.align.train.step import Stepper, make_optimizer, train_step
@@ -47,24 +48,26 @@ def free_port():
         return server.getsockname()[1]
 
 
-def in_processes(size, work, folder):
-    """Run `work(world)` in processes that are joined; return what each returned."""
-    context = mp.get_context("spawn")
-    port = free_port()
-    processes = [context.Process(target=_one, args=(work, folder, rank, size, port)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+@pytest.fixture
+def in_processes(start_warm, tmp_path):
+    """Run `work(world)` in joined processes; return what each returned, None for one that died."""
+
+    def run(work, size=2):
+        paths, port = [tmp_path / f"{rank}.pt" for rank in range(size)], free_port()
+        processes = [
+            start_warm(_one, work, path, output=path.with_suffix(".txt"), **environment(rank, size, port))
+            for rank, path in enumerate(paths)
+        ]
+        ended = [process.wait() for process in processes]
+        return [torch.load(path) if code == 0 else None for path, code in zip(paths, ended, strict=True)]
+
+    return run
 
 
-def _one(work, folder, rank, size, port):
-    os.environ.update(environment(rank, size, port))
-    torch.set_num_threads(1)
+def _one(work, path):
     with joined("auto") as (world, device):
         assert device == CPU
-        torch.save(work(world), folder / f"{rank}.pt")
+        torch.save(work(world), path)
 
 
 def one_step(world):
@@ -89,10 +92,10 @@ def one_step(world):
     return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_gradients_and_values_are_those_of_one_process(tmp_path, size):
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_gradients_and_values_are_those_of_one_process(in_processes, size):
     expected = one_step(World())
-    for rank, found in enumerate(in_processes(size, one_step, tmp_path)):
+    for rank, found in enumerate(in_processes(one_step, size)):
         for name, value in expected.items():
             if "∂" in name or name.split()[1] in ("total", "positive_logit", "negative_mass"):
                 bound = 1e-5 * float(value.abs().max()) + 1e-8
@@ -129,8 +132,8 @@ def messages(world):
     }
 
 
-def test_processes_exchange_objects_and_tensors(tmp_path):
-    for rank, found in enumerate(in_processes(2, messages, tmp_path)):
+def test_processes_exchange_objects_and_tensors(in_processes):
+    for rank, found in enumerate(in_processes(messages)):
         assert found["every"] == 10 * rank
         assert found["first"]
         assert found["mistake of one"] == "made by 1"
@@ -167,8 +170,8 @@ def dropped_out(world):
     return seen
 
 
-def test_dropout_differs_between_processes_and_is_reproducible(tmp_path):
-    (one, again), (other, _) = in_processes(2, dropped_out, tmp_path)
+def test_dropout_differs_between_processes_and_is_reproducible(in_processes):
+    (one, again), (other, _) = in_processes(dropped_out)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -182,21 +185,10 @@ def leave(world):
         return str(lost)
 
 
-def test_remaining_process_reports_the_lost_one(tmp_path):
-    with pytest.raises(FileNotFoundError):  # of the one that left
-        in_processes(2, leave, tmp_path)
-    assert torch.load(tmp_path / "0.pt").startswith("Process 0 of 2 lost its connection to another (")
-
-
-def torchrun(size, *words):
-    """Start `sail-align fit` in so many processes; one is started as typed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
-    program = [Path(sys.executable).with_name("sail-align"), "fit", *words]
-    command = [*(command if size > 1 else command[:1]), *program]
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        list(map(str, command)), env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_remaining_process_reports_the_lost_one(in_processes):
+    said, left = in_processes(leave)
+    assert left is None
+    assert said.startswith("Process 0 of 2 lost its connection to another (")
 
 
 def metrics(run):
@@ -208,83 +200,85 @@ def trained(run):
     return {entry["step"]: entry["loss"] for entry in metrics(run) if entry["kind"] == "train"}
 
 
-def wait_for_step(step, run, job):
-    deadline = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() or f'"step": {step},' not in (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.02)
+FIT = ("--quiet", "--device", "cpu", "--dim", "8", "--batch-size", "51", "--lr", "1e-3", "--optimizer", "adamw")
+FIT = (*FIT, "--image-dropout", "0", "--text-dropout", "0")
 
 
-FIT = ("--quiet", "--device", "cpu", "--dim", 8, "--batch-size", 51, "--lr", 1e-3, "--optimizer", "adamw")
-FIT = (*FIT, "--image-dropout", 0, "--text-dropout", 0)
+@pytest.fixture
+def begin(start_warm, tmp_path):
+    """Start a fit that saves after every step, in so many processes."""
 
+    def begin(size, *words):
+        port, words = free_port(), [str(word) for word in (*words, *FIT)]
+        ranks = [environment(rank, size, port) for rank in range(size)] if size > 1 else [{}]
+        return [
+            start_warm(fit, words, output=tmp_path / f"{port}-{rank}.txt", **variables)
+            for rank, variables in enumerate(ranks)
+        ]
 
-def test_torchrun_trains_like_one_process(make_store, tmp_path):
-    many = make_store("many", rows=200, captions={"raw": (), "short": (), "long": ()})
-    few = make_store("few", rows=100, captions={"long": (), "raw": ()}, first=500)
-    stores = ("--features", many, "--features", few)
-    ends = {}
-    for size in (1, 2):
-        run = tmp_path / f"run of {size}"
-        words = (*stores, "--out", run, "--positives", 2, *FIT, "--loss", "infonce", "--steps", 6)
-        job = torchrun(size, *words)
-        said, complained = job.communicate()
-        assert job.returncode == 0, complained
-        assert said.count(f"wrote {run}") == 1
-        ends[size] = metrics(run)
-    for one, two in zip(ends[1], ends[2], strict=True):
-        assert two.pop("kind") == one.pop("kind")
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+    return begin
 
 
 @pytest.mark.slow
-def test_lost_process_ends_the_job_and_any_number_resumes(make_store, tmp_path):
-    steps, run = 400, tmp_path / "run"
-    words = ("--features", make_store(), *FIT, "--steps", steps)
-    job = torchrun(2, *words, "--out", run)
-    wait_for_step(20, run, job)
+def test_torchrun_trains_like_one_process_which_can_resume(begin, make_store, tmp_path):
+    many = make_store("many", rows=200, captions={"raw": (), "short": (), "long": ()})
+    few = make_store("few", rows=100, captions={"long": (), "raw": ()}, first=500)
+    words = ("--features", many, "--features", few, "--positives", 2, "--loss", "infonce", "--steps", 60)
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    program = Path(sys.executable).with_name("sail-align")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command = [*command, program, "fit", *words, *FIT, "--out", two]
+    job = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = two / "metrics.jsonl"
+    while not log.exists() or '"step": 5,' not in log.read_text():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
     job.terminate()
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=300)
+    saved = Checkpoint.read(two).step
+    assert 5 <= saved < 60
+    assert said.count(f"The same command resumes {two} from step {saved}.") == 1
+
+    for run in (one, two):
+        (process,) = begin(1, *words, "--out", run)
+        assert process.wait() == 0, process.output
+        assert f"wrote {run}" in process.output
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_lost_process_ends_the_job_and_any_number_resumes(begin, make_store, tmp_path):
+    steps, run = 50, tmp_path / "run"
+    words = ("--features", make_store(), "--steps", steps)
+    first, other = begin(2, *words, "--out", run)
+    first.wait_until(lambda: (folder := RunFolder(run).last) and RunFolder(folder).step >= 10)
+    other.send(signal.SIGKILL)
+    assert first.wait() not in (0, None)
+    assert first.output.count("error: Process 0 of 2 lost its connection to another (") == 1
+
     saved = Checkpoint.read(run).step
-    assert 20 <= saved < steps
-    assert f"The same command resumes {run} from step {saved}." in said
-
-    job = torchrun(2, *words, "--out", run)
-    wait_for_step(saved + 20, run, job)
-    os.kill(process_of(job, rank=1), signal.SIGKILL)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode != 0
-    assert said.count("error: Process 0 of 2 lost its connection to another (") == 1
-
-    ends = {}
+    assert 10 <= saved < steps
+    (process,) = begin(1, *words, "--out", tmp_path / "whole")
+    assert process.wait() == 0
+    whole = trained(tmp_path / "whole")
     for size in (1, 3):
         shutil.copytree(run, copy := tmp_path / f"resumed by {size}")
-        job = torchrun(size, *words, "--out", copy)
-        said, complained = job.communicate(timeout=100)
-        assert job.returncode == 0, complained
-        assert f"resuming {copy}" in said
-        ends[size] = trained(copy)
-        assert list(ends[size]) == list(range(1, steps + 1))
-        assert [ends[size][step] for step in range(1, saved + 1)] == list(trained(run).values())[:saved]
-    whole = torchrun(1, *words, "--out", tmp_path / "whole")
-    assert whole.wait(timeout=100) == 0
-    for losses in ends.values():
-        assert losses == pytest.approx(trained(tmp_path / "whole"), rel=1e-3)
+        processes = begin(size, *words, "--out", copy)
+        assert [process.wait() for process in processes] == [0] * size
+        assert f"resuming {copy}" in processes[0].output
+        losses = trained(copy)
+        assert list(losses) == list(range(1, steps + 1))
+        assert list(losses.values())[:saved] == list(trained(run).values())[:saved]
+        assert losses == pytest.approx(whole, rel=1e-3)
 
 
-def process_of(job, rank):
-    """Return the pid of a process that torchrun started."""
-    for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
-        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-            return int(child)
-    raise AssertionError(f"{job.pid} has no child of rank {rank}")
-
-
-def test_mistake_is_reported_once(make_store):
+def test_mistake_is_reported_once(begin, make_store):
     store = make_store()
-    job = torchrun(2, "--features", store, "--out", store, *FIT, "--steps", 1)
-    _, said = job.communicate()
-    assert job.returncode != 0
+    processes = begin(2, "--features", store, "--out", store, "--steps", 1)
+    assert [process.wait() for process in processes] == [2, 2]
+    said = "".join(process.output for process in processes)
     assert said.count("error:") == 1
     assert f"error: {store} exists and is not a run. Pass another --out.\n" in said
