@@ -24,7 +24,7 @@ def fit(words: list[str], die_at: int | None = None, compiled: bool = False) -> 
     if not compiled:
         return run_command("sail-align", "fit", *words)
     fused.MANY_UNITS = pair_blocks.MANY_PAIRS = 1
-    pair_blocks.BLOCK["cpu"] = 32
+    pair_blocks.BLOCK_SIZE["cpu"] = 32
     try:
         run_command("sail-align", "fit", *words)
     finally:
