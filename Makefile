@@ -7,10 +7,10 @@ STORE ?= features/$(basename $(notdir $(DATASET))).zarr
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help installed setup demo download extract fit eval test quick check lint format typecheck bench
+.PHONY: help installed setup demo download extract fit eval test quick test-oldest check lint format typecheck bench
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/ready ## Make a virtual environment in .venv with everything in it
 
@@ -45,6 +45,13 @@ test: setup ## Run all tests, two at a time (WORKERS=8 for more)
 
 quick: setup ## Run the quick tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
+
+# uv alone can resolve to the lowest versions.
+test-oldest: ## Run the quick tests with the lowest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable ".[demo,dev]"
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
 
 check: lint typecheck quick ## Check style and types, and run the quick tests
 
