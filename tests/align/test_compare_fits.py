@@ -148,7 +148,7 @@ def test_invalid_requests_are_rejected_before_the_first_fit(make_store, tmp_path
     path = make_store("photos")
     words = ["--features", path, "--out", tmp_path / "l"]
     assert "--lr is invalid: got 7" in str(typed("ladder", *words, "--lr", 7).exception)
-    assert "--held-out 0 leaves nothing" in str(typed("probe", *words, "--held-out", 0).exception)
+    assert "--held-out is invalid: got 0" in str(typed("probe", *words, "--held-out", 0).exception)
     assert "--epochs has no effect with --steps" in str(typed("ladder", *words, "--steps", 5, "--epochs", 2).exception)
     for option, what, known in (
         ("--captions", "caption", "raw"),
