@@ -275,7 +275,7 @@ def test_nan_features_are_distinguished_from_a_high_learning_rate(make_store, po
     poison(path, ~keys)
     for start, sentence in (
         ("random", "contains NaN or inf in rows marked ok"),
-        ("closed-form", "hold values that are no n"),
+        ("closed-form", "features contain NaN or inf"),
     ):
         plan, run = begin([path], tmp_path / start, start=start, steps=3)
         with pytest.raises(UserError, match=sentence):
