@@ -115,15 +115,15 @@ def test_command_rejects_stores_it_cannot_measure(make_store):
     assert "have only 40 of 40 rows in common; 50 are needed" in str(few)
     for words in (["no.zarr"], ["--features", "no.zarr"]):
         assert "no.zarr is not a feature store" in str(typed("measure", *words).exception)
-    assert str(typed("measure", "a", "--features", "b").exception) == "a and --features b are two stores; give one."
-    assert "There is no store to measure; name one" in str(typed("measure").exception)
+    assert str(typed("measure", "a", "--features", "b").exception) == "a and --features b are two stores. Give one."
+    assert "The store is missing. Name one" in str(typed("measure").exception)
     assert "needs image and text features" in str(typed("measure", make_store("t", captions={})).exception)
 
 
 def test_non_finite_features_and_unwritable_files_are_reported(make_store, poison, tmp_path):
     path = make_store("photos")
     sound = CliRunner().invoke(app, ["measure", str(path), "--out", str(tmp_path)])
-    assert str(sound.exception) == f"--out {tmp_path} is a folder; name a file."
+    assert str(sound.exception) == f"--out is invalid: {tmp_path} is a folder. Name a file."
     (tmp_path / "file").write_text("")
     beyond = CliRunner().invoke(app, ["measure", str(path), "--out", str(tmp_path / "file" / "x.json")])
     assert "x.json cannot be written (File exists). Pass another --out." in str(beyond.exception)
