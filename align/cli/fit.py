@@ -68,7 +68,7 @@ def fit(
 
         plan, run, finished = world.first(prepare)
         started = time.monotonic()
-        training = {name: options[name] for name in ("keep", "on_collapse") if name in options}
+        training: dict[str, Any] = {name: options[name] for name in ("keep", "on_collapse") if name in options}
         training |= {"track": trackers, "quiet": quiet or not world.leads}
         with stoppable(run, lambda: _how_to_resume(run) if world.leads else None):
             scores = train(plan, run, device=where, world=world, **training)
