@@ -114,7 +114,7 @@ def test_images_of_an_unmounted_disk_are_not_recorded_as_missing(pictures, small
             return encoder
 
     job = make_job(pictures, Unmounting(frozenset(), RuntimeError()))
-    with pytest.raises(UserError, match="images is not there any more, or empty"):
+    with pytest.raises(UserError, match="images is missing or empty"):
         run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
     assert Store.open(job.store).image().counts.get("missing", 0) <= 1  # 7.png, which never existed
 

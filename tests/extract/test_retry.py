@@ -151,7 +151,7 @@ def test_retry_without_failures_loads_no_encoder(pictures, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--retry", "all"], "--retry 'all' is not known"),
+        (["--retry", "all"], "--retry 'all' is invalid: expected failed"),
         (["--retry", "failed", "--workers", "2"], "--retry works in one process"),
     ],
 )
