@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.command_line import GroupedCommand, run_command
+from sail_align.extract.system.command_line import DataRoot, Device, GroupedCommand, Quiet, run_command
 from sail_align.extract.system.files import as_path, require_store
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ Out = Annotated[
         parser=as_path,
     ),
 ]
-DataRoot = Annotated[
-    str | None,
-    _data_option(help="Folder of the manifest's files.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
-]
 Captions = Annotated[
     str | None, _data_option(help="Captions to encode, such as raw,long.  [default: the manifest's, else all]")
 ]
@@ -62,7 +58,6 @@ FastJpeg = Annotated[
     bool, _encoder_option("--fast-jpeg", help="Decode large JPEGs at reduced scale: features within cosine 0.999.")
 ]
 
-Device = Annotated[str, _run_option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.")]
 Workers = Annotated[
     str, _run_option(help="Processes on this machine; auto: one per GPU, or one on the CPU.", metavar="auto|N")
 ]
@@ -74,7 +69,6 @@ RayAddress = Annotated[
     str | None, _run_option(help="The Ray cluster.  [default: $RAY_ADDRESS, else this machine alone]")
 ]
 Retry = Annotated[str | None, _run_option(help="failed: retry the images that could not be encoded.", metavar="failed")]
-Quiet = Annotated[bool, _run_option("--quiet", help="Show no progress bars.")]
 
 
 @app.command(cls=GroupedCommand)
@@ -193,7 +187,8 @@ def _report_opened(about: "Manifest | None", store: "Store") -> None:
 
 def _report_run(store: "Store", results: Sequence[object], *, all_shards: bool) -> None:
     """Print the state of a store after a run, and the next command."""
-    from sail_align.extract.quality.doctor import Verdict, diagnose
+    from sail_align.extract.quality.doctor import diagnose
+    from sail_align.extract.quality.pairing import Verdict
 
     arrays = store.arrays()
     for array in arrays:
@@ -324,7 +319,8 @@ def doctor(store: StorePath) -> None:
     """Test from the features whether captions belong to their images. Exits with 1 if they do not."""
     require_store(store)
 
-    from sail_align.extract.quality.doctor import Verdict, diagnose
+    from sail_align.extract.quality.doctor import diagnose
+    from sail_align.extract.quality.pairing import Verdict
     from sail_align.extract.store.store import Store
 
     diagnosis = diagnose(Store.open(store))
