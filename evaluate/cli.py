@@ -12,7 +12,7 @@ import typer
 
 from sail_align.evaluate.tasks.task import EvaluationTask, all_tasks, find_task
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.command_line import run_command
+from sail_align.extract.system.command_line import DataRoot, Device, Quiet, run_command
 
 if TYPE_CHECKING:
     from sail_align.align.runs.checkpoint import Run
@@ -37,13 +37,7 @@ ModelName = Annotated[
         help="Instead of a run: a model of OpenCLIP, such as SigLIP, to compare with.",
     ),
 ]
-DataRoot = Annotated[
-    str | None,
-    typer.Option(help="Folder of the manifests' files.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]"),
-]
 FeaturesDir = Annotated[Path, typer.Option(help="Folder of stores. Those of evaluation sets are in its eval/.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto is a GPU if there is one.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 ScoredRuns = Annotated[
     list[Path], typer.Argument(metavar="RUN", help="Runs, or checkpoints of them, with scores.", show_default=False)
 ]

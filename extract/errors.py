@@ -1,5 +1,8 @@
 """Errors with a message for the user: what is wrong, the value, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake that the user can correct. Commands print its message and exit with code 2."""
@@ -11,3 +14,9 @@ class StoreExistsError(UserError):
 
 class WorkersFailedError(Exception):
     """Work is unfinished because workers failed. Each failure was reported before. Commands exit with code 1."""
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """Return the end of a message that suggests the known value most similar to an unknown one; "" if none is."""
+    near = difflib.get_close_matches(value, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,6 +1,5 @@
 """A data set as a validated object: one YAML file in `data_manifests/`, or one of the user's own."""
 
-import difflib
 import importlib
 import os
 import pkgutil
@@ -14,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract import sources
 from sail_align.extract.data import Source
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, did_you_mean
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.table_files import Recaptions
 
@@ -224,7 +223,6 @@ def _describe_first(error: ValidationError) -> str:
         else:
             expected = context["expected"]
         names = re.findall("'(.+?)'", expected) or [expected]
-        near = difflib.get_close_matches(str(value), names, n=1)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(str(value), names)
         return f"field {field!r} is invalid: got {value!r}, expected {', '.join(names)}.{guess}"
     return f"field {field!r} is invalid: got {value!r}. {message}." if field else f"{message}."

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sail_align.align.cli.options import Device, Features, ImageEncoder, Quiet, TextEncoder, stoppable, with_settings
+from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, stoppable, with_settings
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, SETTINGS, check_options
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.command_line import Device, Quiet
 from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
 
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs per recipe, each with another seed.")]
@@ -114,8 +115,8 @@ def probe(
         )
     typer.echo(
         f"\n{result.table()}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both "
-        "directions. ± is the standard deviation over seeds, the interval is over pairs. Encoders whose intervals "
-        "overlap widely cannot be told apart."
+        "directions. ± is the standard deviation over seeds, the interval is over pairs. If intervals overlap "
+        "widely, the encoders are indistinguishable."
     )
     _write(folder, {"probe.json": json.dumps(result.record(), indent=1, ensure_ascii=False)})
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sail_align.align.cli.options import Device, Features, ImageEncoder, Quiet, TextEncoder, stoppable, with_settings
+from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, stoppable, with_settings
 from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import check_options
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.command_line import Device, Quiet
 from sail_align.extract.system.files import require_store
 
 if TYPE_CHECKING:

@@ -17,10 +17,6 @@ Features = Annotated[
     list[Path],
     typer.Option(metavar="STORE", help="Feature store. Can be repeated.", rich_help_panel="Data", parser=as_path),
 ]
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", rich_help_panel="Run")]
 ImageEncoder = Annotated[
     str | None, typer.Option(help="Image encoder to use if a store has more than one.", rich_help_panel="Data")
 ]
@@ -67,13 +63,7 @@ def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Cal
 @contextmanager
 def stoppable(folder: Path, resume: Callable[[], str | None]) -> Iterator[None]:
     """Report write errors under `folder` and, when a signal ends the work, what `resume` says about resuming."""
-    from sail_align.extract.system.progress import note
-    from sail_align.extract.system.signals import StoppedError, raise_on_signals
+    from sail_align.extract.system.signals import report_stop
 
-    try:
-        with raise_on_signals(), report_write_errors(folder, during_run=True):
-            yield
-    except StoppedError as stopped:
-        if how := resume():
-            note(f"Stopped by {stopped.name}. {how}")
-        raise
+    with report_stop(resume), report_write_errors(folder, during_run=True):
+        yield

@@ -1,6 +1,5 @@
 """The declaration of an evaluation task, and the tasks of this folder."""
 
-import difflib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sail_align.evaluate.results.metric import Metric, Outcomes, Result, compute_scores
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the commands derive from the declarations, and `--help` does not wait for torch
     from sail_align.evaluate.dataset import EvaluationSet
@@ -154,9 +153,7 @@ def find_task(kind: str) -> EvaluationTask:
     """
     tasks = all_tasks()
     if kind not in tasks:
-        near = difflib.get_close_matches(kind, tasks, n=1)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"Task kind {kind!r} is invalid: expected {', '.join(tasks)}.{guess}")
+        raise UserError(f"Task kind {kind!r} is invalid: expected {', '.join(tasks)}.{did_you_mean(kind, tasks)}")
     return tasks[kind]
 
 

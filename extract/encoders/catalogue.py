@@ -5,13 +5,12 @@ To add an encoder, add an entry to `VISION` or `TEXT`. Encoders without an entry
 `open_clip:<local folder>`.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -210,8 +209,7 @@ def _parse_open_clip(name: str) -> OpenClip | Path:
 
 def _unknown(name: str, modality: str, known: Iterable[str], references: str) -> UserError:
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    suggestion = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(
-        f"Unknown {modality} encoder {name!r}.{suggestion} Expected {references}, or one of: {', '.join(names)}."
+        f"Unknown {modality} encoder {name!r}.{did_you_mean(name, names)} Expected {references}, or one of: "
+        f"{', '.join(names)}."
     )

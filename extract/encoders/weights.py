@@ -20,7 +20,7 @@ from torch import Tensor
 from sail_align.extract.encoders.catalogue import Hub, Package
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import file_digest
+from sail_align.extract.system.files import file_digest, read_json
 
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
@@ -78,7 +78,7 @@ class EncoderFiles:
         Raises:
             UserError: The folder has no config or no safetensors.
         """
-        canonical = json.dumps(_read_json(folder / config), sort_keys=True)
+        canonical = json.dumps(_read_config(folder, config), sort_keys=True)
         source = {"loader": loader, "config": hashlib.sha256(canonical.encode()).hexdigest()}
         return cls(folder, source, _weights_digest(folder), str(folder.resolve()))
 
@@ -93,7 +93,7 @@ class EncoderFiles:
         Raises:
             UserError: The file is missing or holds no JSON object.
         """
-        return _read_json(self.path / name)
+        return _read_config(self.path, name)
 
     def identify(
         self,
@@ -141,16 +141,11 @@ def download(repository: str, revision: str | None, patterns: list[str]) -> Path
         ) from problem
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise UserError(f"{path.parent} has no {path.name}. Give a folder that `save_pretrained` wrote.") from problem
-    except ValueError as problem:
-        raise UserError(f"{path} is not valid JSON: {problem}. Restore the file.") from problem
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is invalid: got {type(content).__name__}, expected a JSON object. Restore the file.")
-    return content
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{folder} has no {name}. Give a folder that `save_pretrained` wrote.")
+    return read_json(path)
 
 
 def _weights_digest(path: Path) -> str:

@@ -20,8 +20,8 @@ from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import Lease, LeaseLostError
-from sail_align.extract.system.progress import note, progress
-from sail_align.extract.system.signals import StoppedError, raise_on_signals
+from sail_align.extract.system.progress import progress
+from sail_align.extract.system.signals import RERUN, report_stop
 
 FAILED = [status for status in Status if status.failed]
 
@@ -64,13 +64,9 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
         array.failed_counts for array in store.images().values() if encoder.matches(array.identity.spec)
     ):
         return RetrySummary()
-    try:
-        with raise_on_signals():
-            source = job.manifest.open_source(job.data_root)
-            return retry_images(store, source, encoder.load(device), share, quiet=quiet)
-    except StoppedError as stopped:
-        note(f"Stopped by {stopped.name}. Rerun the same command to continue.")
-        raise
+    with report_stop(lambda: RERUN):
+        source = job.manifest.open_source(job.data_root)
+        return retry_images(store, source, encoder.load(device), share, quiet=quiet)
 
 
 def retry_images(

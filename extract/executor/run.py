@@ -23,8 +23,7 @@ from sail_align.extract.executor.tally import Summary, Tally, cores
 from sail_align.extract.executor.worker import Share, Worker
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
-from sail_align.extract.system.progress import note
-from sail_align.extract.system.signals import StoppedError, raise_on_signals
+from sail_align.extract.system.signals import RERUN, StoppedError, report_stop
 
 
 class Executor(Protocol):
@@ -61,27 +60,23 @@ def run_job(
         WorkersFailedError: Shards are left because workers failed.
         StoppedError: SIGTERM or Ctrl-C.
     """
-    try:
-        with raise_on_signals():
-            store = job.open_store(quiet=quiet)
-            on_open(store)
-            with closing(Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet)) as tally:
-                end = "failed"
-                try:
-                    executor.execute(job, share, tally)
-                    end = "done"
-                except StoppedError as stopped:
-                    end = stopped.name
-                    stopped.left = f": {tally.summary().rest}"
-                    raise
-                finally:
-                    summary = tally.summary()
-                    if summary.encoded:
-                        summary.append_to_log(store.path, end)
-                return summary
-    except StoppedError as stopped:
-        note(f"Stopped by {stopped.name}{stopped.left}. Rerun the same command to continue.")
-        raise
+    with report_stop(lambda: RERUN):
+        store = job.open_store(quiet=quiet)
+        on_open(store)
+        with closing(Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet)) as tally:
+            end = "failed"
+            try:
+                executor.execute(job, share, tally)
+                end = "done"
+            except StoppedError as stopped:
+                end = stopped.name
+                stopped.left = f": {tally.summary().rest}"
+                raise
+            finally:
+                summary = tally.summary()
+                if summary.encoded:
+                    summary.append_to_log(store.path, end)
+            return summary
 
 
 def extract(

@@ -3,11 +3,24 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from sail_align.extract.errors import UserError, WorkersFailedError
+
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", rich_help_panel="Run")]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of the manifest's files.  [default: $SAIL_DATA_ROOT, else data/ or the .yaml's folder]",
+        rich_help_panel="Data",
+    ),
+]
 
 GROUPS = ("Arguments", "Data", "Encoders", "Heads", "Loss", "Optimiser", "Run", "Options")
 

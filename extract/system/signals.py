@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from sail_align.extract.system.progress import note
+
 HURRY_SECONDS = 1.0
 """A second signal within this time is ignored: a launcher and a terminal may both send one. A later one kills."""
+RERUN = "Rerun the same command to continue."
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,6 +37,18 @@ def raise_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterat
 
     with _on_first(signals, stop):
         yield
+
+
+@contextmanager
+def report_stop(how_to_resume: Callable[[], str | None]) -> Iterator[None]:
+    """Raise `StoppedError` on the first signal, after a note on how to resume, if there is anything to say."""
+    try:
+        with raise_on_signals():
+            yield
+    except StoppedError as stopped:
+        if how := how_to_resume():
+            note(f"Stopped by {stopped.name}{stopped.left}. {how}")
+        raise
 
 
 @contextmanager
