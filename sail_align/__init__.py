@@ -14,7 +14,6 @@ The first five lines:
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ _HOMES = {"load": "sail_align.align.pretrained", "open_store": "sail_align.extra
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # takes longer to import than all else here
+
         return version("sail-align")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)

@@ -57,7 +57,7 @@ class Combination:
         """Return the requested combinations of the stores. An empty list of names selects all of them.
 
         Raises:
-            UserError: A path is not a store, or there is no such combination.
+            UserError: A path is not a store, or no combination matches the request.
         """
         available = []
         for path in stores:
@@ -182,12 +182,13 @@ def run_probe(
         UserError: The disk has too little free space, or an option or an array cannot be used. Raised before the first
             fit.
     """
+    options = {**RECIPE, **given}
     trials: list[Trial] = []
     by_store: dict[Path, list[Trial]] = {}
     for each in combinations:
         plan, notes = make_plan(
             [each.store],
-            {**base_recipe([each.store], given), **RECIPE, **given},
+            base_recipe([each.store], options),
             captions=[each.caption],
             image_encoder=each.image,
             text_encoder=each.text,
@@ -203,4 +204,4 @@ def run_probe(
     )
     results = run_trials(trials, features, folder, seeds=seeds, device=device, echo=echo, quiet=quiet)
     scores = [ProbeScore(each, result) for each, result in zip(combinations, results, strict=True)]
-    return ProbeResult(sorted(scores, key=lambda score: -score.r1), {**RECIPE, **given})
+    return ProbeResult(sorted(scores, key=lambda score: -score.r1), options)

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import RunFolder, damaged, read_json
-from sail_align.align.stats.tables import format_table, interval, number
+from sail_align.align.stats.tables import format_interval, format_table, number
 from sail_align.extract.encoders.identity import Identity
 
 _TASK = "zero-shot-image-classification"
@@ -67,10 +67,10 @@ space (SAIL: Swift Alignment of Image and Language). This repository contains th
 where their authors published them, and rejected if they differ from those used in training.{steps}
 
 ```python
-from sail_align.align import pretrained  # pip install sail-align
+import sail_align  # pip install sail-align
 
-model = pretrained.load("<owner>/{name}")
-similarity = model.encode_image(picture) @ model.encode_text(["a cat", "a dog"]).T
+model = sail_align.load("<owner>/{name}")
+similarity = model.encode_image(image) @ model.encode_text(["a cat", "a dog"]).T
 ```"""
 
 
@@ -80,7 +80,7 @@ def _scores(scores: Sequence[Record]) -> str:
             record["title"],
             metric["label"],
             number(metric["value"]),
-            interval(metric["interval"], metric["value"]),
+            format_interval(metric["interval"], metric["value"]),
             number(metric["chance"]),
             f"{record['items']:,}",
             f"`{record['protocol']}`",

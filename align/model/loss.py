@@ -114,17 +114,10 @@ def infonce_loss(
 
     Each caption set has its own softmax, so captions of one image are not each other's negatives. A bias cancels in the
     softmax: b is unused and its gradient is 0. The similarities are computed twice, first for the normalisers and then
-    for the gradients. The arguments are those of `sigmoid_loss`, and:
+    for the gradients.
 
-    Args:
-        image_ME: See `sigmoid_loss`.
-        text_CNE: See `sigmoid_loss`.
-        log_scale: See `sigmoid_loss`.
-        bias: Not used.
-        weights: See `sigmoid_loss`.
-        first: See `sigmoid_loss`.
-        across: Needed for a part of a batch, since images are normalised over all texts. Returns the log-sum-exp over
-            the parts for each element of a tensor (2, C, M).
+    The arguments are those of `sigmoid_loss`. A part of a batch also needs `across`, because images are normalised over
+    all texts: it returns the log-sum-exp over the parts for each element of a tensor (2, C, M).
     """
     own = slice(first, first + text_CNE.shape[1])
     blocks = PairBlocks(image_ME, text_CNE, log_scale, bias, first=first, weights=weights)

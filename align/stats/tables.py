@@ -19,8 +19,8 @@ def number(value: float, *, beside: float | None = None, sign: Sign = "-") -> st
     return f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 
-def interval(bounds: Sequence[float] | None, value: float | None = None, *, sign: Sign = "-") -> str:
-    """Format an interval with the digits of its value, or a dash if there is no interval."""
+def format_interval(bounds: Sequence[float] | None, value: float | None = None, *, sign: Sign = "-") -> str:
+    """Format an interval with as many digits as its value. None gives a dash."""
     return " – ".join(number(bound, beside=value, sign=sign) for bound in bounds) if bounds else "–"
 
 

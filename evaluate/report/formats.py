@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader
 
-from sail_align.align.stats.tables import format_table, interval, number
+from sail_align.align.stats.tables import format_interval, format_table, number
 from sail_align.evaluate.report.overview import Overview, Row
 from sail_align.evaluate.results.reported import reported
 from sail_align.evaluate.results.scores import Record
@@ -41,7 +41,9 @@ def score_table(records: Iterable[Record]) -> str:
         first = (name, task, str(record["items"]))
         for metric in record["metrics"]:
             value, chance = number(metric["value"]), number(metric["chance"])
-            rows.append((*first, metric["label"], value, chance, interval(metric.get("interval"), metric["value"])))
+            rows.append(
+                (*first, metric["label"], value, chance, format_interval(metric.get("interval"), metric["value"]))
+            )
             first = ("", "", "")
         if record.mismatch:
             notes.append(f"note: {record.mismatch}")
@@ -56,7 +58,7 @@ def difference_table(comparison: "Comparison") -> str:
     for each in comparison.differences:
         difference = each.second - each.first
         values = (number(each.first), number(each.second), number(difference, sign="+"))
-        bounds = interval(each.interval, difference, sign="+")
+        bounds = format_interval(each.interval, difference, sign="+")
         label = each.label + (" (less is better)" if each.unit == "rank" else "")
         name = each.dataset if each.protocol != protocol else ""
         rows.append((name, label, *values, bounds, f"{each.p:.3f}"))

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.stats.charts import Points, line_chart
-from sail_align.align.stats.tables import interval, number
+from sail_align.align.stats.tables import format_interval, number
 from sail_align.evaluate.report.charts import MARKERS, radar_chart
 from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, markdown
 from sail_align.evaluate.report.overview import Overview
@@ -43,7 +43,7 @@ def html(overview: Overview) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, interval=interval, short=lambda digest: digest[:12])
+    environment.filters.update(number=number, interval=format_interval, short=lambda digest: digest[:12])
     runs = [
         {
             "name": run.name,
