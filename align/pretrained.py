@@ -46,7 +46,7 @@ def load(
 
     Raises:
         EncoderChangedError: An encoder with the recorded name has other weights or gives other features.
-        UserError: There is no such model, its files are damaged, or an encoder cannot be loaded.
+        UserError: The model does not exist, its files are damaged, or an encoder cannot be loaded.
     """
     run = read(reference, revision)
     where = str(Runtime.of(device, "float32").device)

@@ -1,4 +1,4 @@
-"""How well a store's image and text features are aligned before training, measured on a sample of rows."""
+"""Measures of the alignment of a store's image and text features before training, on a sample of rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Which captions of an image are its positives in a step, and how much each of them counts."""
+"""The choice of captions that are an image's positives in a step, and their weights."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -132,7 +132,7 @@ def _whitener(covariance_DD: Tensor, ridge: float, side: str) -> Tensor:
     # After LayerNorm the mean square is about 1, so a variance this small is only rounding error.
     if failed or trace < ROUNDING * dim:
         raise UserError(
-            f"The {side} features are equal in all rows, so there is no closed form. Check the store with "
+            f"The {side} features are the same in all rows, so the closed form does not exist. Check the store with "
             f"`sail-extract verify`, or choose other features."
         )
     return factor_DD

@@ -78,7 +78,7 @@ def _claim(path: Path, settings: dict[str, Any], numbered: bool) -> Claim:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a path does not exist, or is a folder without files except those of a first write that was killed."""
+    """Return whether a path does not exist, or is a folder that holds at most leftovers of a killed first write."""
     return not path.exists() or (
         path.is_dir() and all(file.name.startswith(".settings.json.") for file in path.iterdir())
     )

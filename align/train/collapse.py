@@ -44,7 +44,7 @@ SCORINGS_AT_CHANCE, STEPS_AT_CHANCE = 5, 50
 
 @dataclass
 class Watch:
-    """What the log has shown so far. `lr` is the peak learning rate, for the advice."""
+    """State of the collapse detection after the log so far. `lr` is the peak learning rate, for the advice."""
 
     lr: float
     _best_r1: float = -math.inf

@@ -45,7 +45,7 @@ class Record(dict[str, Any]):
 
     @property
     def key(self) -> Key:
-        """What the scores of another run must share to be compared with these."""
+        """Protocol and data. Scores of two runs can be compared only if both are equal."""
         return self["protocol"], self["data"]["digest"]
 
     @property
@@ -83,7 +83,7 @@ class Record(dict[str, Any]):
 
 @dataclass(frozen=True)
 class RunScores:
-    """What evaluation left in the folder of a run, of a checkpoint or of an export.
+    """The evaluation results in the folder of a run, a checkpoint or an export.
 
     Attributes:
         path: The run, checkpoint or export.
@@ -138,7 +138,7 @@ class RunScores:
 
     @property
     def unfinished(self) -> str:
-        """How far training was when the run was scored. Empty at its end."""
+        """Training progress when the run was scored. Empty if training had ended."""
         return str(self.content["run"].get("unfinished", ""))
 
     @property

@@ -35,7 +35,7 @@ from sail_align.extract.encoders.weights import EncoderFiles
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which encoder to load and how to run it. Small and picklable, so it can be sent to a worker.
+    """Description of an encoder and its options. Small and picklable, so it can be sent to a worker.
 
     Attributes:
         name: A name in the catalogue, or a reference (see `catalogue`).
@@ -121,7 +121,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class ImageEncoderConfig(EncoderConfig):
-    """Which image encoder to load and how to run it.
+    """Description of an image encoder and its options.
 
     Attributes:
         fast_jpeg: Decode large JPEGs at reduced scale. This is a part of the preprocessing, and so of the spec.
@@ -185,7 +185,7 @@ class ImageEncoderConfig(EncoderConfig):
 
 
 class TextEncoderConfig(EncoderConfig):
-    """Which text encoder to load and how to run it."""
+    """Description of a text encoder and its options."""
 
     _poolings: ClassVar[tuple[str, ...]] = TEXT_POOLINGS
 

@@ -33,7 +33,7 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """What a store and a run record."""
+        """Identity that stores and runs record."""
 
     def encode(self, texts: Sequence[str], advance: Callable[[int], object] = ...) -> Tensor:
         """Return pooled features, (B, D) float32 on the CPU. Texts are truncated to the token limit.

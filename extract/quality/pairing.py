@@ -1,4 +1,4 @@
-"""Whether captions belong to their images, judged from features alone.
+"""Test from features alone whether captions belong to their images.
 
 A ridge regression from image to text is fitted on half of the rows. On the other half, the percentile of a row is the
 share of other rows' captions that are less similar to the text predicted from its image than its own caption is. It is
@@ -93,7 +93,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How well the captions of a sample fit its images: a row's own, shuffled ones, and those some rows further on."""
+    """The fit of captions to the images of a sample: each row's own captions, shuffled ones, and shifted ones."""
 
     matched: Percentiles
     shuffled: Percentiles

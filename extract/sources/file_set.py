@@ -37,7 +37,7 @@ class FileSet:
         return None if "://" in name else self.root / name
 
     def exists(self, name: str) -> bool:
-        """Whether a file exists. For a URL this is a request."""
+        """Return whether a file exists. For a URL this is a request."""
         if path := self.local(name):
             return path.is_file()
         filesystem, remote_path = _resolve_url(name)

@@ -59,7 +59,7 @@ class MappedChunks:
 
     @staticmethod
     def supports(array: "zarr.Array[Any]") -> bool:
-        """Whether an array's chunks are stored as they are in memory, each with whole rows."""
+        """Return whether an array's chunks are stored as they are in memory, each with whole rows."""
         metadata = array.metadata
         if not isinstance(metadata, ArrayV3Metadata) or len(metadata.codecs) != 1:
             return False
@@ -139,7 +139,7 @@ class MappedChunks:
 
 
 def _is_cached(file: int, at: int) -> bool:
-    """Whether a chunk's first byte is in the page cache. The rest was read with it and is rarely evicted earlier."""
+    """Return whether a chunk's first byte is in the page cache. The rest was read with it and rarely leaves earlier."""
     try:
         return os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
     except OSError:  # reading would block, or the file system does not support the flag

@@ -42,7 +42,7 @@ def as_path(location: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path was made from a URL."""
+    """Return whether a path was made from a URL."""
     return not isinstance(path, Path)
 
 
