@@ -4,7 +4,10 @@ import os
 import signal
 from pathlib import Path
 
+from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import build_index, index, recaptions
+from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.store import Store
 
 
 class Killed(BaseException):
@@ -37,3 +40,15 @@ def die_at_write(left: int) -> None:
         return wrapper
 
     Path.open, Path.replace = dying(Path.open), dying(Path.replace)
+
+
+def open_pictures(root: Path, out: str = "s.zarr") -> Store:
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    return open_or_create(root / out, manifest, manifest.open_source(data_root), quiet=True)
+
+
+def open_and_die(root: Path, out: str, writes: int) -> None:
+    """Open a store with small index files, and kill this process after so many writes."""
+    die_at_write(writes)
+    shrink()
+    open_pictures(root, out)

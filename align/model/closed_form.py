@@ -78,7 +78,7 @@ class Moments:
             The maps of images and texts, and the canonical correlations (E,) in float64, the largest first.
 
         Raises:
-            UserError: The features of a side are equal in all rows, or NaN or inf.
+            UserError: The features of a side are the same in all rows, or NaN or inf.
         """
         image_mean, image_DD = self.image()
         text_mean, text_DD = self.text()

@@ -106,5 +106,5 @@ def test_cca_rejects_features_that_are_equal_in_all_rows(side):
         image_ND = image_ND[:1].expand_as(image_ND)
     else:
         text_CND = text_CND[:1, :1].expand_as(text_CND)
-    with pytest.raises(UserError, match=f"The {side} features are equal in all rows"):
+    with pytest.raises(UserError, match=f"The {side} features are the same in all rows"):
         moments_of(image_ND, text_CND, block=37).cca(4)

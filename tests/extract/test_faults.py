@@ -1,23 +1,22 @@
 """Stores are byte-identical after any crash, and no committed shard is encoded again."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.extract import faulty_runs
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def play(pictures):
+def play(pictures, start_warm):
     """Run a scenario of faulty_runs.py and return its result."""
 
     def run(scenario: str):
-        command = [sys.executable, str(Path(__file__).with_name("faulty_runs.py")), str(pictures), scenario]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
-        return json.loads(process.stdout)
+        process = start_warm(faulty_runs.play, pictures, scenario, output=pictures / "output.txt")
+        assert process.wait() == 0, process.output
+        return json.loads((pictures / "result.json").read_text())
 
     return run
 

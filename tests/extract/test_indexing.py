@@ -2,21 +2,19 @@
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interrupted import Killed, contents, shrink
+from interrupted import Killed, contents, open_and_die, open_pictures, shrink
 
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import index
-from sail_align.extract.store.open_or_create import _SourceCheck, open_or_create
+from sail_align.extract.store.open_or_create import _SourceCheck
 from sail_align.extract.store.store import Store
 
 
@@ -136,28 +134,11 @@ def test_duplicate_keys_despite_colliding_hashes(tmp_path, monkeypatch, hashes):
         create(tmp_path / "bad.zarr", twice)
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import interrupted, test_indexing
-
-interrupted.die_at_write(int(sys.argv[2]))
-interrupted.shrink()
-test_indexing.open_pictures(Path(sys.argv[1]), "killed.zarr")
-"""
-
-
-def open_pictures(root: Path, out: str) -> Store:
-    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
-    return open_or_create(root / out, manifest, manifest.open_source(data_root), quiet=True)
-
-
-def test_killed_index_resumes_byte_identically(pictures):
+def test_killed_index_resumes_byte_identically(pictures, start_warm):
     open_pictures(pictures, "whole.zarr")
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
     for point in (3, 6, 21, 40):
-        command = [sys.executable, "-c", KILLED, str(pictures), str(point)]
-        assert subprocess.run(command, env=environment, check=False).returncode == -9
+        process = start_warm(open_and_die, pictures, "killed.zarr", point, output=pictures / "output.txt")
+        assert process.wait() == -signal.SIGKILL, process.output
     assert not (pictures / "killed.zarr" / "zarr.json").exists()
     open_pictures(pictures, "killed.zarr")
     assert contents(pictures / "killed.zarr") == contents(pictures / "whole.zarr")

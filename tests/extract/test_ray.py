@@ -22,20 +22,26 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    """A cluster of three nodes on this machine, whose workers can import the fake encoders."""
-    from ray.cluster_utils import Cluster
-
+@pytest.fixture(autouse=True)
+def _workers_can_import_fakes(monkeypatch):
     tests = str(Path(__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", f"{tests}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def cluster():
+    """A cluster of three nodes on this machine."""
+    from ray.cluster_utils import Cluster
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
     yield cluster
-    ray.shutdown()
+    ray.shutdown()  # before the nodes end
     cluster.shutdown()
 
 
@@ -80,13 +86,13 @@ def test_store_is_byte_identical_after_the_loss_of_a_node(pictures, cluster, mon
     assert len(encoded) - len(set(encoded)) <= 2  # what the lost node had
 
 
-def test_driver_raises_the_user_error_of_a_worker(pictures, cluster):
+def test_driver_raises_the_user_error_of_a_worker(pictures):
     from sail_align.extract.executor.ray_cluster import RayCluster
 
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
     with pytest.raises(UserError, match=r"^There is no encoder of nothing\.$"):
-        run_job(job, RayCluster(cluster.address, "1", "cpu"), Share(), quiet=True)
+        run_job(job, RayCluster("local", "1", "cpu"), Share(), quiet=True)
 
 
 def test_default_address_never_joins_another_cluster(pictures, monkeypatch):

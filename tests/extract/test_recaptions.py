@@ -3,9 +3,8 @@
 import csv
 import json
 import os
+import signal
 import string
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from interrupted import Killed, contents, shrink
+from interrupted import Killed, contents, open_and_die, open_pictures, shrink
 from tars import img2dataset_members, write_tar
 from typer.testing import CliRunner
 
@@ -24,7 +23,6 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.sources import table_files
 from sail_align.extract.store import index, recaptions
-from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.recaptions import RecaptionReport
 from sail_align.extract.store.store import Store
 
@@ -160,11 +158,6 @@ def recaptioned(pictures):
     return pictures
 
 
-def open_pictures(root: Path, out="s.zarr") -> Store:
-    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
-    return open_or_create(root / out, manifest, manifest.open_source(data_root), quiet=True)
-
-
 def test_join_of_dreamlip_captions(recaptioned):
     store = open_pictures(recaptioned)
     assert store.captions == ("own", *SEVEN)
@@ -180,23 +173,11 @@ def test_join_of_dreamlip_captions(recaptioned):
     assert message in printed
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import interrupted, test_recaptions
-
-interrupted.die_at_write(int(sys.argv[2]))
-interrupted.shrink()
-test_recaptions.open_pictures(Path(sys.argv[1]), "killed.zarr")
-"""
-
-
-def test_killed_join_resumes_byte_identically(recaptioned):
+def test_killed_join_resumes_byte_identically(recaptioned, start_warm):
     open_pictures(recaptioned, "whole.zarr")
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
     for point in (60, 30, 44):  # in the base files, in the join, before the last file
-        command = [sys.executable, "-c", KILLED, str(recaptioned), str(point)]
-        assert subprocess.run(command, env=environment, check=False).returncode == -9
+        process = start_warm(open_and_die, recaptioned, "killed.zarr", point, output=recaptioned / "output.txt")
+        assert process.wait() == -signal.SIGKILL, process.output
     open_pictures(recaptioned, "killed.zarr")
     assert contents(recaptioned / "killed.zarr") == contents(recaptioned / "whole.zarr")
 
