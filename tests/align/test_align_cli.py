@@ -27,6 +27,7 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp_path):
     make_store("photos")
     for seed, expected in enumerate(("photos-glu", "photos-glu-2", "photos-glu-3")):
@@ -145,6 +146,7 @@ def test_folder_of_a_killed_first_write_is_free(make_store, tmp_path):
     assert f"wrote {out} in" in run_fit("--features", str(make_store()), "--out", str(out), *QUICK).output
 
 
+@pytest.mark.slow
 def test_store_at_a_url_trains_the_same_weights(make_store, tmp_path):
     pytest.importorskip("upath")
     fsspec = pytest.importorskip("fsspec")

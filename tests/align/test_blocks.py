@@ -181,6 +181,7 @@ def test_loss_rejects_texts_without_image_and_missing_weights(loss, dense):
         loss(*inputs, weights=[1.0])
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_gradients_that_dividing_first_would_lose(monkeypatch):
     monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 2_048)
     # A part of the paper's batch, the start of training, and a loss scaler's usual factor.

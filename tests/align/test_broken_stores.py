@@ -9,6 +9,8 @@ from sail_align.align.cli import app as align
 from sail_align.extract.cli import app as extract
 from sail_align.extract.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--quiet", "--steps", 2, "--dim", 8, "--device", "cpu"]
 
 FILES = [

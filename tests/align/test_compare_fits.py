@@ -46,6 +46,7 @@ def test_rungs_are_the_papers_and_differ_by_one_step():
         assert (before.captions == after.captions) == (step != {"captions"})
 
 
+@pytest.mark.slow
 def test_ladder_trains_each_rung_with_each_seed_and_scores_unseen_pairs(make_store, tmp_path):
     path = make_store("photos", captions={"raw": [], "long": range(40)})
     out = tmp_path / "ladder"
@@ -79,6 +80,7 @@ def test_ladder_trains_each_rung_with_each_seed_and_scores_unseen_pairs(make_sto
     assert [name for name in names if name in {rung.name for rung in LADDER}] == [rung.name for rung in LADDER]
 
 
+@pytest.mark.slow
 def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, monkeypatch):
     path = make_store("photos")
     words = ["ladder", "--features", path, "--out", tmp_path / "ladder", "--seeds", 1, *QUICK]
@@ -131,6 +133,7 @@ def test_collapse_is_detected_in_the_log(make_store, tmp_path):
     assert "collapsed at step 2" in Watch.replay(run.path, 1e-3)
 
 
+@pytest.mark.slow
 def test_rungs_with_long_captions_are_skipped_if_there_are_none(make_store, tmp_path):
     path = make_store("photos", captions={"c0": [], "c1": []})
     words = ["ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK]
@@ -189,6 +192,7 @@ def second_image_encoder(path, noise):
         array.write(shard, features[span], status[span])
 
 
+@pytest.mark.slow
 def test_probe_ranks_encoders(make_store, tmp_path):
     path = make_store("photos", rows=500, captions={"raw": [], "long": []})
     second_image_encoder(path, noise=8)
@@ -212,6 +216,7 @@ def test_probe_ranks_encoders(make_store, tmp_path):
     assert re.search(r"[\d.]+ ± [\d.]+ \([\d.]+ – [\d.]+\)", only.output)  # over seeds and over pairs
 
 
+@pytest.mark.slow
 def test_ladder_scores_equal_those_of_the_fits(make_store, tmp_path):
     path = make_store("photos")
     assert typed("ladder", "--features", path, "--out", tmp_path / "l", "--seeds", 1, *QUICK).exit_code == 0

@@ -92,6 +92,7 @@ def one_step(world):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_gradients_and_values_are_those_of_one_process(in_processes, size):
     expected = one_step(World())
@@ -132,6 +133,7 @@ def messages(world):
     }
 
 
+@pytest.mark.slow
 def test_processes_exchange_objects_and_tensors(in_processes):
     for rank, found in enumerate(in_processes(messages)):
         assert found["every"] == 10 * rank
@@ -170,6 +172,7 @@ def dropped_out(world):
     return seen
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_processes_and_is_reproducible(in_processes):
     (one, again), (other, _) = in_processes(dropped_out)
     assert torch.equal(one, again)

@@ -209,6 +209,7 @@ def test_hub_repository_is_read_like_a_folder(run, folders, pictures, monkeypatc
     assert torch.equal(embeddings(model, pictures), embeddings(pretrained.load(run, device="cpu"), pictures))
 
 
+@pytest.mark.slow
 def test_packaged_encoders_need_only_the_folder(tmp_path):
     image, text = ImageEncoderConfig("efficientnet-lite0").load(), TextEncoderConfig("minilm-l6").load()
     run = save_run(tmp_path / "packaged", image.identity, text.identity, expansion=1)

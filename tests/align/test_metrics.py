@@ -183,6 +183,7 @@ def test_cka_by_row_equals_leaving_out_each_row():
     assert found.mean() == pytest.approx(whole)
 
 
+@pytest.mark.slow
 def test_interval_of_cka_covers_the_population_value():
     """About 38 of 40 intervals of 60 rows contain the value of 20,000 rows."""
     generator = np.random.default_rng(5)

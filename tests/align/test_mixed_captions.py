@@ -89,6 +89,7 @@ def test_make_plan_rejects_more_positives_than_a_store_has(mixed):
         make_plan(mixed, {"positives": 2})
 
 
+@pytest.mark.slow
 def test_notes_name_unused_and_missing_captions(mixed):
     many, _, few = mixed
     plan, notes = make_plan([many, few], {})
@@ -99,6 +100,7 @@ def test_notes_name_unused_and_missing_captions(mixed):
     assert notes[1] == f"{few} has no long; sampling from raw."
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     positives=st.sampled_from([1, 2]),
@@ -123,6 +125,7 @@ def test_batches_do_not_depend_on_start_state_or_ranks(mixed, positives, batch_s
             assert torch.equal(torch.cat([part[1] for part in of_ranks], dim=1), texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positives", [1, 2])
 def test_epoch_serves_each_row_once_with_its_own_captions(mixed, positives):
     pairs = open_pairs(mixed[: 4 - positives], positives=positives)
@@ -152,6 +155,7 @@ def test_scan_yields_all_captions_of_each_store(mixed):
     assert all((block == block[0]).all() for block in blocks)
 
 
+@pytest.mark.slow
 def test_fit_on_mixed_stores_learns_and_resumes_exactly(make_store, tmp_path, monkeypatch):
     stores = [make_store("many", rows=250, captions={"raw": (), "long": ()}), make_store("one", rows=250, first=1_000)]
     options = {"positives": 1, "head": "linear", "lr": 3e-3, "dim": 8, "batch_size": 50, "steps": 40, "held_out": 0.2}
@@ -175,6 +179,7 @@ def test_fit_on_mixed_stores_learns_and_resumes_exactly(make_store, tmp_path, mo
     assert whole == stopped
 
 
+@pytest.mark.slow
 def test_held_out_pairs_use_shared_captions_or_else_the_first(mixed, make_store):
     plan, _ = make_plan(mixed, {"positives": 1})
     assert [each.captions for each in plan.scored] == [("raw",)] * 3

@@ -41,6 +41,7 @@ def export(run, *words):
     return CliRunner().invoke(app, ["export", str(run), "--to", "onnx", *words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_each_head_gives_the_same_embeddings(run, shape):
     path = run(**shape)
@@ -59,6 +60,7 @@ def test_each_head_gives_the_same_embeddings(run, shape):
             np.testing.assert_allclose(found_BE, expected_BE, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_graph_has_metadata_but_no_local_paths(run):
     path = run()
     export(path)
@@ -73,6 +75,7 @@ def test_graph_has_metadata_but_no_local_paths(run):
     assert b".py" not in graph.SerializeToString()
 
 
+@pytest.mark.slow
 def test_differing_graph_is_not_written(run, monkeypatch):
     path = run()
     monkeypatch.setattr(onnx_heads, "_difference", lambda *_: 1e-3)

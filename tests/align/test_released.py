@@ -65,6 +65,7 @@ def test_imported_run_has_the_same_outputs(typed, tmp_path, features, expansion)
     assert (run.image.spec.dim, run.text.spec.dim, run.image.spec.pooling) == (IMAGE_DIM, TEXT_DIM, "cls+mean")
 
 
+@pytest.mark.slow
 def test_import_never_overwrites_another(typed, tmp_path):
     file = save_released(tmp_path / "sail.pt", released_tensors())
     typed(file)

@@ -21,6 +21,7 @@ def first_step(make_store, tmp_path, **changes):
     return next(line for line in lines if line["kind"] == "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"start": "closed-form"}, {"temperature": 40.0}, {"divisor": "batch"}])
 @pytest.mark.parametrize("sample", [1_024, 150])
 def test_masses_of_the_first_step_are_balanced(make_store, tmp_path, monkeypatch, changes, sample):
@@ -31,6 +32,7 @@ def test_masses_of_the_first_step_are_balanced(make_store, tmp_path, monkeypatch
         assert step["t"] == pytest.approx(2 * math.log(500), rel=0.01)  # one step behind the start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [50, 500])
 def test_bias_of_a_fresh_model_follows_the_formula(make_store, tmp_path, batch_size):
     # Each of the |B| pairs of an image is to have the probability 1 / |B|; at a small t all logits are nearly b.

@@ -53,6 +53,7 @@ def after_steps(used, steps=3):
     return {**used.model.state_dict(), **gradients, "totals": torch.stack(totals)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "mlp", "glu"])
 @pytest.mark.parametrize("micro_batch", [1, 5, ROWS, 1000])
 @pytest.mark.parametrize("keep_bytes", [NOTHING, EVERYTHING])
@@ -77,6 +78,7 @@ def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_byte
         torch.testing.assert_close(ours.grad, whole, msg=name, rtol=1e-4, atol=1e-5 * float(whole.abs().max()) + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("head", ["mlp", "glu"])
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])

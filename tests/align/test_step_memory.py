@@ -22,6 +22,8 @@ from sail_align.align.train import step
 from sail_align.align.train.distributed import World
 from sail_align.align.train.step import Stepper, make_optimizer, train_step
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = torch.device("meta")
 GB = 10**9
 

@@ -100,6 +100,7 @@ def test_rows_of_a_batch_are_in_disk_order(pair_of_stores):
         assert numbers([batch]) == sorted(numbers([batch]))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     density=st.sampled_from([0.02, 0.5, 1.0]),
@@ -119,6 +120,7 @@ def test_any_choice_of_rows_is_served_once_per_epoch(pair_of_stores, density, bu
     assert set(got) <= wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 30), batch_size=st.integers(4, 70), buffer_rows=st.sampled_from([16, 50, 400]))
 def test_stream_resumes_from_any_state_with_any_number_of_ranks(pair_of_stores, start, batch_size, buffer_rows):

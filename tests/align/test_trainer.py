@@ -48,6 +48,7 @@ def lines(run, kind=None):
     return [entry for entry in entries if kind in (None, entry["kind"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -78,6 +79,7 @@ def test_every_kind_of_run_learns(make_store, tmp_path, changes):
     assert [entry["step"] for entry in lines(run, "train")] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_what_float32_learns(make_store, tmp_path):
     store, scores = make_store(rows=500), {}
     for precision in ("float32", "bfloat16"):
@@ -148,6 +150,7 @@ def content(run):
     return {file.relative_to(run): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["lion", "adamw"])
 @pytest.mark.parametrize("stops", [[0], [7], [12, 1, 4]])
 def test_stopped_run_ends_like_an_uninterrupted_one(make_store, tmp_path, monkeypatch, optimizer, stops):

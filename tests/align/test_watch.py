@@ -96,6 +96,7 @@ def test_lost_gap_is_a_collapse_after_some_steps():
     assert seen(*[train(0.001)] * 100) is None  # a start
 
 
+@pytest.mark.slow
 def test_collapsed_run_stops_saved_and_continues_with_a_warning(make_store, tmp_path, capsys):
     options = {"preset": "small", "dim": 8, "batch_size": 100, "steps": 60, "lr": 0.5}
     plan, _ = make_plan([make_store(rows=700)], options)
@@ -114,6 +115,7 @@ def test_collapsed_run_stops_saved_and_continues_with_a_warning(make_store, tmp_
     assert len((run / "metrics.jsonl").read_bytes()) > len(log)
 
 
+@pytest.mark.slow
 def test_run_that_collapsed_at_its_last_step_raises_when_rerun(make_store, tmp_path):
     options = {"preset": "small", "dim": 8, "batch_size": 100, "steps": 60, "lr": 0.5}
     plan, _ = make_plan([make_store(rows=700)], options)

@@ -63,6 +63,7 @@ def write_webdataset(folder, pictures, **texts):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_retrieval_agrees(run, tmp_path):
     mine = ours(run, "retrieval", write_captioned(tmp_path / "photos", ROWS))
     pictures = sorted((tmp_path / "photos" / "images").iterdir())
@@ -75,6 +76,7 @@ def test_retrieval_agrees(run, tmp_path):
     assert 0 < mine["t2i_r5"] < 1
 
 
+@pytest.mark.slow
 def test_classification_agrees(run, tmp_path):
     mine = ours(run, "classification", write_classes(tmp_path / "classes"))
     names = sorted(SHADES)

@@ -16,7 +16,7 @@ from sail_align.extract.manifest import find_manifest
 
 MINI = Path(__file__).parents[2].parent / "shared" / "data" / "coco-mini"
 
-pytestmark = pytest.mark.skipif(not MINI.is_dir(), reason="../shared/data/coco-mini is not there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MINI.is_dir(), reason="../shared/data/coco-mini is not there")]
 
 
 class LetterText:

@@ -53,6 +53,7 @@ def test_draws_without_a_value_do_not_lower_p():
     assert paired_difference(first, second, 3) == [((-100.0, -100.0), pytest.approx(2 / (asked + 1)))]
 
 
+@pytest.mark.slow
 def test_saved_outcomes_reproduce_the_scores(scored):
     """To the digit, though integers are kept in the smallest type that holds them."""
     scores = RunScores.read(scored)
@@ -102,6 +103,7 @@ def two_runs(world, run):
     return run, other, squares, score
 
 
+@pytest.mark.slow
 def test_differences_cover_all_common_sets(two_runs):
     run, other, _, _ = two_runs
     comparison = compare(run, other)
@@ -130,6 +132,7 @@ def test_differences_have_signs():
     ]
 
 
+@pytest.mark.slow
 def test_compare_marks_unfinished_runs(two_runs):
     run, other, _, _ = two_runs
     path = other.path / "scores.json"
@@ -148,6 +151,7 @@ def test_different_protocols_are_not_compared(two_runs):
         compare(run, other)
 
 
+@pytest.mark.slow
 def test_runs_without_a_common_set_are_rejected(two_runs):
     run, other, _, _ = two_runs
     for which, tasks in ((run, {"classification"}), (other, {"retrieval", "representation"})):
@@ -160,6 +164,7 @@ def test_runs_without_a_common_set_are_rejected(two_runs):
     assert str(refused.value) == f"{one} and {two} have no set in common. Score both on one with `sail-eval`."
 
 
+@pytest.mark.slow
 def test_different_data_are_not_compared(two_runs):
     run, other, _, _ = two_runs
     path = other.path / "scores.json"
@@ -171,6 +176,7 @@ def test_different_data_are_not_compared(two_runs):
     assert "squares (classification) had other data" in difference_table(comparison)
 
 
+@pytest.mark.slow
 def test_outcomes_of_another_evaluation_are_rejected(two_runs):
     run, other, _, _ = two_runs
     for file in (other.path / "outcomes").iterdir():

@@ -50,6 +50,7 @@ def embed(model, pictures, texts):
         return F.normalize(model.encode_image(pixels_BCHW), dim=-1), F.normalize(model.encode_text(tokens_BT), dim=-1)
 
 
+@pytest.mark.slow
 def test_classification_equals_the_model_itself(model, tmp_path):
     manifest = write_classes(tmp_path / "shades")
     result = scored("classification", str(manifest))
@@ -64,6 +65,7 @@ def test_classification_equals_the_model_itself(model, tmp_path):
     assert metrics()["top1"] == pytest.approx(100 * right_N.float().mean().item())
 
 
+@pytest.mark.slow
 def test_all_tasks_share_stores_and_report_names_the_model(model, tmp_path):
     photos, shades = write_captioned(tmp_path / "photos"), write_classes(tmp_path / "shades")
     first = scored("all", "--manifest", str(photos), "--manifest", str(shades))
@@ -80,6 +82,7 @@ def test_all_tasks_share_stores_and_report_names_the_model(model, tmp_path):
     assert metrics()["t2i_r1"] == pytest.approx(100 * (text_ranks_M == 0).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [None, "maskclip"])
 def test_segmentation_equals_the_model_itself(model, tmp_path, protocol):
     """A square photo is one window: the forward pass, the cosines and the pixels written out."""
@@ -141,6 +144,7 @@ def captions(column):
         return [row[column] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_second_evaluation_loads_no_tower(model, tmp_path, monkeypatch):
     manifest = write_captioned(tmp_path / "photos")
     assert scored("retrieval", str(manifest)).exit_code == 0
@@ -155,6 +159,7 @@ def test_second_evaluation_loads_no_tower(model, tmp_path, monkeypatch):
     assert metrics() == before
 
 
+@pytest.mark.slow
 def test_model_is_not_the_newest_run(model, tmp_path):
     scored("retrieval", str(write_captioned(tmp_path / "photos")))
     assert json.loads((RUN / "settings.json").read_bytes()) == {"model": "open_clip:tiny"}

@@ -71,6 +71,7 @@ def test_all_prints_a_table_and_writes_a_report(sail_eval, squares, run):
     assert (run.path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_scores_have_provenance(sail_eval, squares, run):
     sail_eval("classification", squares, "--run", run.path, "--quiet")
     scores = json.loads((run.path / "scores.json").read_bytes())
@@ -94,6 +95,7 @@ def test_scores_have_provenance(sail_eval, squares, run):
     }
 
 
+@pytest.mark.slow
 def test_scoring_one_set_again_keeps_the_others(sail_eval, squares, world, run):
     pairs = world.squares("pairs", [("red", "red"), ("green", "green")], {"kind": "winoground"})
     sail_eval("all", "--manifest", squares, "--manifest", pairs, "--quiet")
@@ -163,6 +165,7 @@ def test_error_does_not_replace_scores(sail_eval, squares, run, tmp_path):
     assert "closest to it" in (run.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_renamed_run_keeps_its_scores(sail_eval, squares, world, run):
     pairs = world.squares("pairs", [("red", "red"), ("green", "green")], {"kind": "winoground"})
     sail_eval("classification", squares, "--quiet")
@@ -194,6 +197,7 @@ def test_report_is_rebuilt_from_the_run_folder(sail_eval, squares, run):
     assert (run.path / "report.html").read_bytes() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "begins"), [("html", "<!doctype"), ("md", "| "), ("tex", "% "), ("csv", "model,")])
 def test_out_writes_the_format_of_its_ending(sail_eval, squares, run, tmp_path, ending, begins):
     sail_eval("all", "--manifest", squares, "--quiet")
@@ -294,6 +298,7 @@ def test_all_without_data_explains_how_to_get_it(sail_eval, packaged, run, monke
     assert not (run.path / "scores.json").exists()
 
 
+@pytest.mark.slow
 def test_all_skips_demo_sets_for_runs_not_trained_on_the_demo(sail_eval, squares, packaged, run):
     code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
     assert code == 0
@@ -305,6 +310,7 @@ def test_all_skips_demo_sets_for_runs_not_trained_on_the_demo(sail_eval, squares
     assert "on demo-pairs, squares\n" in out
 
 
+@pytest.mark.slow
 def test_protocol_option_adds_a_record(sail_eval, squares, run):
     sail_eval("classification", squares, "--quiet")
     code, _, _ = sail_eval("classification", squares, "--protocol", "class-name", "--quiet")

@@ -42,6 +42,7 @@ def squares(world):
     return world.class_folders("squares", [("red", "red"), ("green", "green")], {"kind": "classification"})
 
 
+@pytest.mark.slow
 def test_damaged_features_are_never_scored(world, caps):
     """Every file of both stores, damaged in four ways: the same embeddings, or a sentence."""
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from released_file import released_tensors, save_encoders, save_released
 from small_world import write_captioned
 from typer.testing import CliRunner
@@ -10,6 +11,8 @@ from sail_align.align.cli import app as align
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate.cli import app as evaluate
 from sail_align.evaluate.results.scores import RunScores
+
+pytestmark = pytest.mark.slow
 
 
 def test_imported_run_is_scored_and_reported(tmp_path, monkeypatch):

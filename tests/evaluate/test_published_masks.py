@@ -19,7 +19,10 @@ from sail_align.evaluate.segmenter import scaled_size
 from sail_align.extract.sources.class_names import templates as published_templates
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "coco-mini"
-pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the masked photos are not beside the repository")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PHOTOS.is_dir(), reason="the masked photos are not beside the repository"),
+]
 COUNT = 3
 VOC_OF_COCO = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "tv": "tv monitor"}
 ADE_OF_COCO = {

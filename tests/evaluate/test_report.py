@@ -54,6 +54,7 @@ def page(scored):
     return Page(write_report(scored).read_text())
 
 
+@pytest.mark.slow
 def test_page_is_self_contained(page):
     for tag, attributes in page.tags:
         for name in ("src", "href", "data", "srcset"):
@@ -62,6 +63,7 @@ def test_page_is_self_contained(page):
     assert not page.all("link")
 
 
+@pytest.mark.slow
 def test_pictures_are_valid_and_have_alt_text(page):
     pictures = page.all("img")
     assert len(pictures) == 3 + 3 * 3 + 2 + 4
@@ -71,6 +73,7 @@ def test_pictures_are_valid_and_have_alt_text(page):
         assert image.size == (int(picture["width"]), int(picture["height"]))
 
 
+@pytest.mark.slow
 def test_table_has_chance_and_interval_of_every_metric(page, run):
     text = " ".join(" ".join(page.text).split())
     for record in json.loads((run.path / "scores.json").read_bytes())["records"]:
@@ -80,6 +83,7 @@ def test_table_has_chance_and_interval_of_every_metric(page, run):
             assert re.search(rf"{re.escape(metric['label'])} \S+ {metric['value']:.1f} {low:.1f} – {high:.1f}", text)
 
 
+@pytest.mark.slow
 def test_header_describes_the_run(page):
     text = " ".join(" ".join(page.text).split())
     for fact in (
@@ -92,6 +96,7 @@ def test_header_describes_the_run(page):
         assert fact in text
 
 
+@pytest.mark.slow
 def test_headings_and_tables_are_accessible(page):
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
@@ -102,6 +107,7 @@ def test_headings_and_tables_are_accessible(page):
     assert dict(page.tags)["html"]["lang"] == "en"
 
 
+@pytest.mark.slow
 def test_keyboard_reaches_all_content(page):
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"] for attributes in page.all("a")]
@@ -113,10 +119,12 @@ def test_keyboard_reaches_all_content(page):
             assert attributes["aria-label"]
 
 
+@pytest.mark.slow
 def test_confusions_are_listed(page):
     assert "blue red 1 of 1" in " ".join(" ".join(page.text).split())
 
 
+@pytest.mark.slow
 def test_scores_by_kind_are_a_table(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     (pairs,) = (record for record in scores["records"] if record["task"] == "winoground")
@@ -128,6 +136,7 @@ def test_scores_by_kind_are_a_table(scored):
     assert "kind pairs text group object & relation 1 50.0 25.0 – 75.0 0.0 0.0 – 0.0" in text
 
 
+@pytest.mark.slow
 def test_run_with_scores_only_has_a_report(scored):
     """No curves, no examples, no interval, a set that failed."""
     shutil.rmtree(scored / "examples")
@@ -143,6 +152,7 @@ def test_run_with_scores_only_has_a_report(scored):
     assert "gone (mmvp) was not scored with colours-linear: <i>no file</i>" in text
 
 
+@pytest.mark.slow
 def test_run_without_scores_has_a_report(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     scores["records"] = [{"dataset": "gone", "title": "G", "task": "mmvp", "error": "no file"}]
@@ -152,12 +162,14 @@ def test_run_without_scores_has_a_report(scored):
     assert "gone (mmvp) was not scored with colours-linear: no file" in "".join(page.text)
 
 
+@pytest.mark.slow
 def test_folder_without_settings_is_rejected(scored):
     (scored / "settings.json").unlink()
     with pytest.raises(UserError, match=r"settings\.json cannot be read"):
         write_report(scored)
 
 
+@pytest.mark.slow
 def test_cards_and_sets_have_unique_titles(scored):
     """A retrieval set is scored as two tasks, and any set under several protocols."""
     scores = json.loads((scored / "scores.json").read_bytes())
@@ -175,6 +187,7 @@ def test_cards_and_sets_have_unique_titles(scored):
     assert sum("(e) representation" in heading for heading in cards) == 1
 
 
+@pytest.mark.slow
 def test_examples_are_grouped_by_set_then_run(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     (retrieval,) = (record for record in scores["records"] if record["task"] == "retrieval")
@@ -188,6 +201,7 @@ def test_examples_are_grouped_by_set_then_run(scored):
     assert headings == [("b", "colours-linear"), ("b", "other"), ("e", "colours-linear"), ("e", "other")]
 
 
+@pytest.mark.slow
 def test_incomplete_set_is_marked_beside_its_scores(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     scores["records"][0]["data"]["expected_rows"] = 50_000
@@ -252,22 +266,26 @@ def test_class_colours_differ_for_colour_blind_readers(cones):
     assert min(np.linalg.norm(lab(one) - lab(other)) for one, other in combinations(PALETTE[:6], 2)) > 35
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_from_the_metrics_file(page):
     charts = [attributes["aria-label"] for attributes in page.all("svg") if "aria-label" in attributes]
     assert charts[0].startswith("Radar chart, from 0 to 100, of squares top-1 (a), caps image→text R@1 (b),")
     assert charts[1:] == ["loss over step", "R@1 (%) over step"]
 
 
+@pytest.mark.slow
 def test_captions_are_escaped(page):
     assert "red <b>&" in "".join(page.text)
     assert not page.all("b")
 
 
+@pytest.mark.slow
 def test_run_without_curves_has_a_report(page, run):
     (run.path / "metrics.jsonl").unlink()
     assert "loss over step" not in write_report(run.path).read_text()
 
 
+@pytest.mark.slow
 def test_truncated_last_log_line_is_ignored(page, run):
     whole = write_report(run.path).read_bytes()
     with (run.path / "metrics.jsonl").open("a") as file:
@@ -275,5 +293,6 @@ def test_truncated_last_log_line_is_ignored(page, run):
     assert write_report(run.path).read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_page_is_small(page, run):
     assert Path(run.path / "report.html").stat().st_size < 200_000

@@ -50,6 +50,7 @@ def score(manifest, path):
     return typed("classification", manifest, "--run", path, "--device", "cpu", "--quiet")
 
 
+@pytest.mark.slow
 def test_checkpoint_scores_outlive_the_checkpoint(saved, squares):
     run, best = saved
     score(squares, run)
@@ -92,6 +93,7 @@ def export(run, folder="hub", form="hub-folder"):
     return Path(folder)
 
 
+@pytest.mark.slow
 def test_export_scores_like_its_run_and_is_not_modified(saved, squares):
     run, _ = saved
     score(squares, run)

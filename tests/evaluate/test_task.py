@@ -67,6 +67,7 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_headlines_are_metrics_that_exist(scored):
     scores = json.loads((scored / "scores.json").read_bytes())
     for record in scores["records"]:

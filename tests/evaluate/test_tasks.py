@@ -246,6 +246,7 @@ def test_second_evaluation_loads_no_encoder(world, loaded):
     assert loaded == []
 
 
+@pytest.mark.slow
 def test_features_are_shared_between_heads_but_not_poolings(world, run, loaded):
     manifest = world.squares("caps", [("red", "red"), ("green", "green")], {"kind": "retrieval"})
     evaluate(world.open(manifest))

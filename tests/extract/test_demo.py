@@ -41,6 +41,7 @@ def scenes(source: DemoSource) -> list[Scene]:
     return [source.scene(sample.image) for sample in source.samples()]
 
 
+@pytest.mark.slow
 def test_demo_is_equal_in_another_process():
     def run(hash_seed: str) -> str:
         return subprocess.run(
@@ -56,6 +57,7 @@ def test_demo_is_equal_in_another_process():
     assert run("2") == first
 
 
+@pytest.mark.slow
 def test_pixels_do_not_depend_on_the_order_of_requests(parts: dict[str, DemoSource]):
     def digest(image: Image.Image) -> str:
         return hashlib.sha256(image.tobytes()).hexdigest()

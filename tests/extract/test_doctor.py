@@ -69,6 +69,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("message", "broken"), BREAKS.items())
 @pytest.mark.parametrize("missing", [(), range(0, 900, 3)])
 def test_broken_pairing_is_found(tmp_path, message, broken, missing):
@@ -78,6 +79,7 @@ def test_broken_pairing_is_found(tmp_path, message, broken, missing):
     assert message in diagnosis.summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_good_store_passes(tmp_path, seed):
     diagnosis = diagnose(make(tmp_path / "s.zarr", *features(250 + 50 * seed, seed, noise=2.0), missing=[1, 17]))
@@ -100,6 +102,7 @@ def test_equal_neighbours_are_not_a_shift(tmp_path):
     assert diagnose(make(tmp_path / "s.zarr", image_ND, text_ND)).verdict is Verdict.GOOD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.8])
 def test_share_of_wrong_captions_is_estimated_within_its_error(share):
     """The mean over ten data sets. Right captions that are hard to recognise make it at most 0.05 too high."""

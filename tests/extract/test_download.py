@@ -120,6 +120,7 @@ def test_url_list_is_written_once(web, typed, tmp_path, monkeypatch):
     assert (tmp_path / "some-urls.parquet").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,6 +61,7 @@ def test_texts_are_encoded_in_batches_and_counted(saved, monkeypatch):
     assert done == [2, 1]
 
 
+@pytest.mark.slow
 def test_recorded_towers_are_loaded_and_changed_ones_rejected(saved):
     _, folder = saved
     for config in (ImageEncoderConfig, TextEncoderConfig):

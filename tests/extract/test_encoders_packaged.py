@@ -144,6 +144,7 @@ def test_recorded_packaged_encoders_are_loaded(name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
 def test_features_of_jpegs_decoded_at_reduced_scale_are_similar():
     exact, fast = image_encoder("efficientnet-lite0"), ImageEncoderConfig("efficientnet-lite0", fast_jpeg=True).load()

@@ -51,6 +51,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_run_reports_a_full_disk_and_resumes_once_there_is_space(pictures, small_disk, monkeypatch):
     monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 16)
     disk, enlarge = small_disk
@@ -67,6 +68,7 @@ def test_run_reports_a_full_disk_and_resumes_once_there_is_space(pictures, small
     assert contents(disk / "s.zarr") == contents(pictures / "whole.zarr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_at_any_file_leaves_no_partial_files(pictures, monkeypatch, number):
     extract_into(pictures, pictures / "whole.zarr")

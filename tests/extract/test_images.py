@@ -229,6 +229,7 @@ def test_resizes_any_shape_in_little_memory(size, how):
     assert (np.asarray(resized) == RED).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "least", "read"),
     [

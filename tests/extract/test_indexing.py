@@ -48,6 +48,7 @@ def create(path, parts, **changes):
     return Store.create(path, parts=parts, **about)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=5).filter(any),
@@ -134,6 +135,7 @@ def test_duplicate_keys_despite_colliding_hashes(tmp_path, monkeypatch, hashes):
         create(tmp_path / "bad.zarr", twice)
 
 
+@pytest.mark.slow
 def test_killed_index_resumes_byte_identically(pictures, start_warm):
     open_pictures(pictures, "whole.zarr")
     for point in (3, 6, 21, 40):

@@ -81,6 +81,7 @@ def test_heartbeat_changes_the_file(tmp_path):
     lease.confirm()
 
 
+@pytest.mark.slow
 def test_one_of_many_observers_takes_a_dead_lease(tmp_path):
     for attempt in range(10):
         leave_dead_lease(tmp_path, name := f"shard{attempt}")

@@ -72,6 +72,7 @@ def test_stop_between_two_worker_starts_leaves_no_worker(pictures, monkeypatch):
     assert started[0].exitcode == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_failed_shard_does_not_stop_the_others(pictures, small_shards, capsys):
     job = make_job(pictures, BadBatches(frozenset({3}), RuntimeError("odd")))
     with pytest.raises(WorkersFailedError, match=r"^image/fake-image shard 3 failed \(RuntimeError: odd\)\.$"):
@@ -134,6 +135,7 @@ def test_read_only_store_is_a_user_error(pictures, monkeypatch):
         run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
+@pytest.mark.slow
 def test_store_of_an_unmounted_disk_is_not_created_again(pictures, small_shards):
     class Unmounting(BadBatches):
         def load(self, device):

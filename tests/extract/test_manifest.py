@@ -14,6 +14,7 @@ def test_packaged_manifests_are_valid(name):
     assert manifest.get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

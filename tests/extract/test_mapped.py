@@ -120,6 +120,7 @@ def test_damage_to_a_decoded_array_is_not_read_as_fill_values(array, monkeypatch
     assert np.isnan(other.read(128, 192)[0]).all()  # only fill values, and no file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["features", "status"])
 @pytest.mark.parametrize("byte", range(1, 70, 3))
 def test_flipped_byte_in_the_shard_index_is_damage(array, name, byte):

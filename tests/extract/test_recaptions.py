@@ -87,6 +87,7 @@ NAMES = st.just("") | st.text(string.ascii_letters[:6], min_size=2, max_size=2)
 WORDS = st.sampled_from(["", " ", "a", "some words", 'é\n,"quoted"'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hashes", ["own", "colliding"])
 @settings(max_examples=40, deadline=None)
 @given(
@@ -158,6 +159,7 @@ def recaptioned(pictures):
     return pictures
 
 
+@pytest.mark.slow
 def test_join_of_dreamlip_captions(recaptioned):
     store = open_pictures(recaptioned)
     assert store.captions == ("own", *SEVEN)
@@ -173,6 +175,7 @@ def test_join_of_dreamlip_captions(recaptioned):
     assert message in printed
 
 
+@pytest.mark.slow
 def test_killed_join_resumes_byte_identically(recaptioned, start_warm):
     open_pictures(recaptioned, "whole.zarr")
     for point in (60, 30, 44):  # in the base files, in the join, before the last file
@@ -182,6 +185,7 @@ def test_killed_join_resumes_byte_identically(recaptioned, start_warm):
     assert contents(recaptioned / "killed.zarr") == contents(recaptioned / "whole.zarr")
 
 
+@pytest.mark.slow
 def test_stopped_join_is_repeated_without_reading_the_source(recaptioned, monkeypatch):
     whole = open_pictures(recaptioned, "whole.zarr")
 
@@ -202,6 +206,7 @@ def test_stopped_join_is_repeated_without_reading_the_source(recaptioned, monkey
     assert contents(open_pictures(recaptioned).path) == contents(whole.path)
 
 
+@pytest.mark.slow
 def test_stopped_join_leaves_no_captions_of_other_names(recaptioned):
     manifest = recaptioned / "pictures.yaml"
     text = manifest.read_text()
@@ -214,6 +219,7 @@ def test_stopped_join_leaves_no_captions_of_other_names(recaptioned):
     assert contents(stopped.path) == contents(open_pictures(recaptioned, "whole.zarr").path)
 
 
+@pytest.mark.slow
 def test_stopped_join_leaves_no_captions_in_an_index_without_join(recaptioned):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecaptionReport, "write", lambda *_: 1 / 0)
@@ -225,6 +231,7 @@ def test_stopped_join_leaves_no_captions_in_an_index_without_join(recaptioned):
     assert "caption.raw" not in pq.read_schema(recaptioned / "s.zarr/index/part-00000.parquet").names
 
 
+@pytest.mark.slow
 def test_accepts_touched_and_rejects_changed_caption_tables(recaptioned):
     store = open_pictures(recaptioned)
     table = recaptioned / "cc_3long_3short_1raw_captions_url-1.csv"

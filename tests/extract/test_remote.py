@@ -40,6 +40,7 @@ def make(root, store):
     return run_job(job, LocalExecutor(["cpu"]), Share(), quiet=True)
 
 
+@pytest.mark.slow
 def test_store_at_a_url_is_created_read_and_resumed(pictures, url):
     make(pictures, str(pictures / "local.zarr"))
     assert make(pictures, url).encoded == 1_800
@@ -56,6 +57,7 @@ def test_store_at_a_url_is_created_read_and_resumed(pictures, url):
     assert len(as_path(f"{url}.log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_unfinished_index_at_a_url_is_rewritten(pictures, url):
     as_path(f"{url}/index/part-00000.parquet").write_bytes(b"of something else")
     make(pictures, url)

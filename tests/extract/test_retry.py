@@ -38,6 +38,7 @@ def put(root, number):
     Image.fromarray(colours).save(root / "images" / f"{number}.png")
 
 
+@pytest.mark.slow
 def test_retried_store_equals_one_made_with_the_images_present(pictures):
     shutil.move(pictures / "images/400.png", pictures / "400.png")
     store, source = run(pictures)
@@ -109,6 +110,7 @@ def test_retry_rejects_a_damaged_shard(pictures):
     assert shard.read_bytes() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image/fake-image/00000", "retry/image/fake-image/00000"])
 def test_retry_skips_shards_of_other_processes(pictures, name):
     store, source = run(pictures)

@@ -134,6 +134,7 @@ def test_bytes_and_file_give_the_same_image(pictures):
         read_image(path.read_bytes()[:200], "0.tar/1")
 
 
+@pytest.mark.slow
 def test_rejects_decompression_bomb(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UnreadableImageError) as problem:

@@ -99,6 +99,7 @@ def test_write_removes_leftovers_of_a_killed_writer(store):
     assert [path.name for path in folder.iterdir()] == ["0"]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_verify_finds_any_flipped_byte_and_names_its_shard(tmp_path_factory, data):
