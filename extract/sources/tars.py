@@ -152,7 +152,7 @@ def _parse_records(extension: bytes, data: int) -> dict[str, str]:
         digits = rest.split(b" ", 1)[0]
         length = int(digits) if _NUMBER.fullmatch(digits) else 0
         key, equals, value = rest[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or length > len(rest) or (key == b"size" and not _NUMBER.fullmatch(value)):
+        if not 0 < length <= len(rest) or not equals or (key == b"size" and not _NUMBER.fullmatch(value)):
             raise DamagedTarError(f"contains an invalid PAX header at byte {data:,}")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "replace")

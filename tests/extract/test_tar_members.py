@@ -131,6 +131,14 @@ def test_damage_raises_only_known_errors(data, form):
         pass
 
 
+@pytest.mark.parametrize("record", [b"0 path=a.jpg\n", b"99 path=a.jpg\n", b"12 size=many\n", b"7 a.jpg\n", b"-1 a=b\n"])
+def test_rejects_invalid_pax_records(record):
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    data = header.tobuf() + record.ljust(512, b"\0") + tar_of(("a.jpg", b"x"))
+    assert scan_damaged(data) == ([], "contains an invalid PAX header at byte 512")
+
+
 def test_rejects_impossible_sizes():
     binary = bytearray(tar_of(("a.jpg", b"x")))
     binary[124:136] = b"\xff" * 12
