@@ -19,8 +19,6 @@ import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.codecs.bytes import Endian
-from zarr.codecs.sharding import ShardingCodecIndexLocation
 from zarr.core.metadata import ArrayV3Metadata
 
 from sail_align.extract.errors import UserError
@@ -66,9 +64,9 @@ class MappedChunks:
         (codec,) = metadata.codecs
         return (
             isinstance(codec, ShardingCodec)
-            and codec.index_location == ShardingCodecIndexLocation.end
-            and codec.index_codecs == (BytesCodec(endian=Endian.little), Crc32cCodec())
-            and codec.codecs in ((BytesCodec(endian=Endian.little),), (BytesCodec(endian=None),))
+            and codec.index_location == ShardingCodec(chunk_shape=codec.chunk_shape).index_location  # at the end
+            and codec.index_codecs == (BytesCodec(endian="little"), Crc32cCodec())
+            and codec.codecs in ((BytesCodec(endian="little"),), (BytesCodec(endian=None),))
             and array.dtype == array.dtype.newbyteorder("<")
             and codec.chunk_shape[1:] == array.shape[1:]
         )
