@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sail_align.align.analysis.trials import Retrieved, Trial, read_scored
-from sail_align.align.data.pairs import open_pairs
+from sail_align.align.analysis.trials import Trial, retrieve
+from sail_align.align.data.pairs import open_pairs, read_rows
 from sail_align.align.stats.charts import line_chart
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
@@ -80,8 +80,8 @@ def main() -> None:
     asked = options.parse_args()
     recipe = {"preset": "paper", "head": asked.head, "steps": asked.steps, "lr": asked.lr, "dim": asked.dim}
     scored = open_pairs([asked.score], [asked.captions])
-    features = read_scored(scored, [each.usable() for each in scored])
-    chance = 100 / len(features[0])
+    images, texts = read_rows(scored, [each.usable() for each in scored])
+    chance = 100 / len(images)
     results: dict[str, list[tuple[Cell, list[dict[str, float]]]]] = {name: [] for name in asked.grids}
     for name in results:
         for cell in GRIDS[name]:
@@ -89,8 +89,8 @@ def main() -> None:
             trial, seeds = Trial(name, plan), []
             for seed in range(asked.seeds):
                 run, _ = trial.run(asked.out / "runs", seed, device=torch.device("cpu"), quiet=True)
-                found = Retrieved.by(run, *features, torch.device("cpu"))
-                seeds.append({"r1": (found.t2i_r1 + found.i2t_r1) / 2, **course(run.path)})
+                hits_2N = retrieve(run, images, texts[0], torch.device("cpu"))
+                seeds.append({"r1": 100 * float(hits_2N.mean()), **course(run.path)})
             results[name].append((cell, seeds))
             print(f"{name} {cell}: R@1 {mean_std([each['r1'] for each in seeds])}", flush=True)
     text = "\n\n".join(table(name, found) for name, found in results.items())

@@ -7,18 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import typer
 
-from sail_align.align.analysis.trials import (
-    FORMAT,
-    Echo,
-    Trial,
-    TrialResult,
-    base_recipe,
-    held_out_by_all,
-    read_scored,
-    run_trials,
-)
+from sail_align.align.analysis.trials import FORMAT, Trial, TrialResult, TrialRunner, base_recipe, held_out_by_all
 from sail_align.align.stats.charts import dot_chart
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
@@ -64,17 +55,7 @@ class LadderResult:
     @property
     def captions(self) -> list[str]:
         """Captions that the rungs are scored on."""
-        return list(self.results[0].retrieved)
-
-    @property
-    def pairs(self) -> int:
-        """Number of held-out pairs."""
-        return self.results[0].pairs
-
-    @property
-    def chance(self) -> float:
-        """R@1 of a random guess in percent."""
-        return 100 / self.pairs
+        return list(self.results[0].hits)
 
     def table(self) -> str:
         """Return R@1 in percent, mean ± standard deviation over the seeds, as Markdown."""
@@ -87,10 +68,10 @@ class LadderResult:
 
     def explanation(self) -> str:
         """Explain the numbers of the table in a paragraph."""
-        seeds = len(self.results[0].digests)
+        first, seeds = self.results[0], len(self.results[0].digests)
         over_seeds = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
         text = (
-            f"R@1 in % on {self.pairs:,} pairs that no rung was trained on (chance {self.chance:.2f}), by caption; "
+            f"R@1 in % on {first.pairs:,} pairs that no rung was trained on (chance {first.chance:.2f}), by caption; "
             f"{over_seeds}. The last column has the paper's numbers, text → image / image → text."
         )
         if any(any(result.collapsed) for result in self.results):
@@ -108,7 +89,7 @@ class LadderResult:
 
     def record(self) -> dict[str, Any]:
         """Return all numbers, ready for JSON."""
-        ways = ("t2i_r1", "i2t_r1")
+        ways, first = ("t2i_r1", "i2t_r1"), self.results[0]
         rungs = [
             {
                 "name": rung.name,
@@ -121,20 +102,16 @@ class LadderResult:
             }
             for rung, result in zip(self.rungs, self.results, strict=True)
         ]
-        shared = {"pairs": self.pairs, "chance": self.chance, "seeds": len(self.results[0].digests)}
+        shared = {"pairs": first.pairs, "chance": first.chance, "seeds": len(first.digests)}
         return {"format": FORMAT, "protocol": "ladder-1", **self.about, **shared, "rungs": rungs}
 
 
 def run_ladder(
     stores: Sequence[Path],
-    folder: Path,
     given: Mapping[str, Any],
+    runner: TrialRunner,
     *,
     kinds: Mapping[str, str],
-    seeds: int,
-    device: torch.device,
-    echo: Echo,
-    quiet: bool = False,
     image_encoder: str | None = None,
     text_encoder: str | None = None,
 ) -> LadderResult:
@@ -142,13 +119,9 @@ def run_ladder(
 
     Args:
         stores: At least one.
-        folder: Folder for the runs.
         given: Fit options that all rungs share; they override those of `base_recipe`.
+        runner: Trains and scores the rungs.
         kinds: The stores' captions of kind `raw` and, if there are any, `long`. Rungs of a missing kind are left out.
-        seeds: Number of runs of each rung.
-        device: Device to train on.
-        echo: Called with a line after each run.
-        quiet: Show no progress bars.
         image_encoder: Image encoder to use if a store has more than one.
         text_encoder: Text encoder to use if a store has more than one.
 
@@ -168,19 +141,18 @@ def run_ladder(
             text_encoder=text_encoder,
         )
         for note in notes if not trials else ():
-            echo(f"note: {note}")
+            typer.echo(f"note: {note}")
         trials.append(Trial(rung.name, plan))
     scored = held_out_by_all(trials)
     features = {
-        trial.plan.pairs[0].captions[0]: read_scored(trial.plan.pairs, scored)
+        trial.plan.pairs[0].captions[0]: trial.read(scored)
         for trial in trials
         if len(trial.plan.pairs[0].captions) == 1
     }
-    results = run_trials(trials, repeat(features), folder, seeds=seeds, device=device, echo=echo, quiet=quiet)
     about = {
         "stores": [str(each.store.path) for each in trials[0].plan.pairs],
         "store_digests": [each.store.digest for each in trials[0].plan.pairs],
         "captions": dict(kinds),
         "recipe": recipe,
     }
-    return LadderResult(rungs, results, about)
+    return LadderResult(rungs, runner.run(trials, repeat(features)), about)

@@ -10,19 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import typer
 
-from sail_align.align.analysis.trials import (
-    FORMAT,
-    Echo,
-    Trial,
-    TrialResult,
-    base_recipe,
-    held_out_by_all,
-    read_scored,
-    run_trials,
-)
-from sail_align.align.stats.bootstrap import mean_interval
+from sail_align.align.analysis.trials import FORMAT, Trial, TrialResult, TrialRunner, base_recipe, held_out_by_all
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
@@ -85,98 +75,56 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class ProbeScore:
-    """The result of linear heads on a combination."""
-
-    combination: Combination
-    result: TrialResult
-
-    @property
-    def recalls(self) -> tuple[list[float], list[float]]:
-        """R@1 by seed in percent, text → image and image → text."""
-        return self.result.recalls(self.combination.caption)
-
-    @property
-    def r1_by_seed(self) -> list[float]:
-        """R@1 by seed in percent, the mean of both ways."""
-        return [(t2i + i2t) / 2 for t2i, i2t in zip(*self.recalls, strict=True)]
-
-    @property
-    def r1(self) -> float:
-        """Mean of `r1_by_seed`."""
-        return float(np.mean(self.r1_by_seed))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of `r1` over the held-out pairs."""
-        retrieved = self.result.retrieved[self.combination.caption]
-        hits_N = np.mean([[each.text_to_image, each.image_to_text] for each in retrieved], axis=(0, 1))
-        low, high = mean_interval(hits_N)
-        return 100 * low, 100 * high
-
-
-@dataclass(frozen=True)
 class ProbeResult:
-    """Scores of all combinations, the best first. `recipe` has the options of the fits."""
+    """The results of all combinations, the best first. `recipe` has the options of the fits."""
 
-    scores: Sequence[ProbeScore]
+    ranking: Sequence[tuple[Combination, TrialResult]]
     recipe: Mapping[str, Any]
 
     def table(self) -> str:
         """Return the ranking as Markdown."""
         rows = []
-        for rank, score in enumerate(self.scores, start=1):
-            which, pairs = score.combination, score.result.pairs
-            low, high = score.interval
-            mean = f"{mean_std(score.r1_by_seed)} ({low:.1f} – {high:.1f})"
+        for rank, (which, result) in enumerate(self.ranking, start=1):
+            low, high = result.interval(which.caption)
+            recalls = map(mean_std, result.recalls(which.caption))
+            mean = f"{mean_std(result.mean_recalls(which.caption))} ({low:.1f} – {high:.1f})"
             names = (str(rank), which.store.stem, which.image, which.text, which.caption)
-            rows.append((*names, f"{pairs:,}", *map(mean_std, score.recalls), mean, f"{100 / pairs:.2f}"))
+            rows.append((*names, f"{result.pairs:,}", *recalls, mean, f"{result.chance:.2f}"))
         return format_table(HEADER, rows, "lllll")
 
     def record(self) -> dict[str, Any]:
         """Return all numbers, ready for JSON."""
-        ranking = [
-            {
-                "store": str(score.combination.store),
-                "store_digest": Store.open(score.combination.store).digest,
-                "image": score.combination.image,
-                "text": score.combination.text,
-                "caption": score.combination.caption,
-                "pairs": score.result.pairs,
-                "chance": 100 / score.result.pairs,
-                "r1": score.r1,
-                "interval": score.interval,
-                "t2i_r1": score.recalls[0],
-                "i2t_r1": score.recalls[1],
-                "runs": score.result.digests,
-            }
-            for score in self.scores
-        ]
+        ranking = []
+        for which, result in self.ranking:
+            t2i, i2t = result.recalls(which.caption)
+            ranking.append(
+                {
+                    "store": str(which.store),
+                    "store_digest": Store.open(which.store).digest,
+                    "image": which.image,
+                    "text": which.text,
+                    "caption": which.caption,
+                    "pairs": result.pairs,
+                    "chance": result.chance,
+                    "r1": float(np.mean(result.mean_recalls(which.caption))),
+                    "interval": result.interval(which.caption),
+                    "t2i_r1": t2i,
+                    "i2t_r1": i2t,
+                    "runs": result.digests,
+                }
+            )
         return {"format": FORMAT, "protocol": "probe-1", "recipe": self.recipe, "ranking": ranking}
 
 
-def run_probe(
-    combinations: Sequence[Combination],
-    folder: Path,
-    given: Mapping[str, Any],
-    *,
-    seeds: int,
-    device: torch.device,
-    echo: Echo,
-    quiet: bool = False,
-) -> ProbeResult:
+def run_probe(combinations: Sequence[Combination], given: Mapping[str, Any], runner: TrialRunner) -> ProbeResult:
     """Train and score linear heads for each combination. Finished runs are reused.
 
     Combinations of one store are scored on the same held-out pairs.
 
     Args:
         combinations: At least one.
-        folder: Folder for the runs.
         given: Fit options; they override those of the recipe.
-        seeds: Number of runs of each combination.
-        device: Device to train on.
-        echo: Called with a line after each run.
-        quiet: Show no progress bars.
+        runner: Trains and scores the heads.
 
     Raises:
         UserError: The disk has too little free space, or an option or an array cannot be used. Raised before the first
@@ -194,14 +142,13 @@ def run_probe(
             text_encoder=each.text,
         )
         for note in notes if not trials else ():
-            echo(f"note: {note}")
+            typer.echo(f"note: {note}")
         trials.append(Trial(each.name, plan))
         by_store.setdefault(each.store, []).append(trials[-1])
     scored = {store: held_out_by_all(of_store) for store, of_store in by_store.items()}
     features = (  # read when their turn comes
-        {each.caption: read_scored(trial.plan.pairs, scored[each.store])}
-        for each, trial in zip(combinations, trials, strict=True)
+        {each.caption: trial.read(scored[each.store])} for each, trial in zip(combinations, trials, strict=True)
     )
-    results = run_trials(trials, features, folder, seeds=seeds, device=device, echo=echo, quiet=quiet)
-    scores = [ProbeScore(each, result) for each, result in zip(combinations, results, strict=True)]
-    return ProbeResult(sorted(scores, key=lambda score: -score.r1), options)
+    ranking = list(zip(combinations, runner.run(trials, features), strict=True))
+    ranking.sort(key=lambda pair: -np.mean(pair[1].mean_recalls(pair[0].caption)))
+    return ProbeResult(ranking, options)

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 
-from sail_align.align.data.pairs import Half, Pairs, Rows, read_rows
+from sail_align.align.data.pairs import Half, Rows, read_rows
 from sail_align.align.runs.checkpoint import Checkpoint, Run, load_run
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, PAPER_ROWS
+from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import ranks
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
@@ -26,41 +28,8 @@ from sail_align.extract.store.store import Store
 FORMAT = 1
 EMBED_ROWS = 1_024
 
-Echo = Callable[[str], None]
-"""Prints a line of progress."""
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """Hits (N,): which held-out captions rank their own image first, and which images their own caption."""
-
-    text_to_image: NDArray[np.bool_]
-    image_to_text: NDArray[np.bool_]
-
-    @classmethod
-    @torch.no_grad()
-    def by(cls, run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> "Retrieved":
-        """Embed pairs with the heads of a run and rank each item among all others."""
-        model = run.model.to(device)
-
-        def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
-            starts = range(0, len(features_ND), EMBED_ROWS)
-            batches = (torch.from_numpy(features_ND[start : start + EMBED_ROWS]) for start in starts)
-            return np.concatenate([encode(batch_BD.to(device)).cpu().numpy() for batch_BD in batches])
-
-        image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
-        image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
-        return cls(text_ranks == 0, image_ranks == 0)
-
-    @property
-    def t2i_r1(self) -> float:
-        """Text-to-image recall@1 in percent."""
-        return 100 * float(self.text_to_image.mean())
-
-    @property
-    def i2t_r1(self) -> float:
-        """Image-to-text recall@1 in percent."""
-        return 100 * float(self.image_to_text.mean())
+Hits = NDArray[np.bool_]
+"""Two rows (2, N): which held-out captions rank their own image first, and which images their own caption."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +66,21 @@ class Trial:
                 RunFolder(best).discard()
         return load_run(path), finished
 
+    def read(self, rows: Sequence[Rows]) -> tuple[Half, Half]:
+        """Return the images (N, D_I) and the texts (N, D_T) of the first caption of some rows of the stores."""
+        images, texts = read_rows([each.only(each.captions[:1]) for each in self.plan.pairs], rows)
+        return images, texts[0]
+
 
 @dataclass(frozen=True)
 class TrialResult:
-    """The runs of a trial in the order of their seeds, scored on `pairs` held-out pairs of each caption."""
+    """The runs of a trial in the order of their seeds, and their hits among `pairs` held-out pairs of each caption."""
 
     name: str
     pairs: int
     digests: list[str]
     collapsed: list[bool]
-    retrieved: Mapping[str, list[Retrieved]]
+    hits: Mapping[str, list[Hits]]
 
     @property
     def label(self) -> str:
@@ -114,10 +88,24 @@ class TrialResult:
         count = sum(self.collapsed)
         return self.name + (f" (collapsed {count}/{len(self.collapsed)})" if count else "")
 
+    @property
+    def chance(self) -> float:
+        """R@1 of a random guess in percent."""
+        return 100 / self.pairs
+
     def recalls(self, caption: str) -> tuple[list[float], list[float]]:
         """Return R@1 by seed in percent, text → image and image → text."""
-        hits = self.retrieved[caption]
-        return [each.t2i_r1 for each in hits], [each.i2t_r1 for each in hits]
+        t2i, i2t = ([100 * float(hits_2N[way].mean()) for hits_2N in self.hits[caption]] for way in (0, 1))
+        return t2i, i2t
+
+    def mean_recalls(self, caption: str) -> list[float]:
+        """Return R@1 by seed in percent, the mean of both ways."""
+        return [(t2i + i2t) / 2 for t2i, i2t in zip(*self.recalls(caption), strict=True)]
+
+    def interval(self, caption: str) -> tuple[float, float]:
+        """Return the 95 % bootstrap interval over the held-out pairs of the mean of `mean_recalls`."""
+        low, high = mean_interval(np.mean(self.hits[caption], axis=(0, 1)))
+        return 100 * low, 100 * high
 
 
 def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,47 +121,94 @@ def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, A
     return recipe | dict(given)
 
 
-def run_trials(
-    trials: Sequence[Trial],
-    features: Iterable[Mapping[str, tuple[Half, Half]]],
-    folder: Path,
-    *,
-    seeds: int,
-    device: torch.device,
-    echo: Echo,
-    quiet: bool,
-) -> list[TrialResult]:
-    """Train each trial with each seed, unless its run is finished, and score the runs.
+@torch.no_grad()
+def retrieve(run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> Hits:
+    """Embed pairs with the heads of a run and rank each item among all others; return the hits (2, N)."""
+    model = run.model.to(device)
 
-    Args:
-        trials: At least one.
-        features: Images (N, D_I) and texts (N, D_T) to score each trial on, by caption.
+    def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
+        starts = range(0, len(features_ND), EMBED_ROWS)
+        batches = (torch.from_numpy(features_ND[start : start + EMBED_ROWS]) for start in starts)
+        return np.concatenate([encode(batch_BD.to(device)).cpu().numpy() for batch_BD in batches])
+
+    image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
+    image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
+    return np.stack((text_ranks, image_ranks)) == 0
+
+
+@dataclass(frozen=True)
+class TrialRunner:
+    """Trains and scores trials.
+
+    Attributes:
         folder: Folder for the runs.
         seeds: Number of runs of each trial.
         device: Device to train on.
-        echo: Called with a line after each run.
         quiet: Show no progress bars.
-
-    Raises:
-        UserError: The disk has too little free space.
     """
-    _check_disk(trials, folder, seeds, echo)
-    results = []
-    for number, (trial, sides_of) in enumerate(zip(trials, features, strict=False)):
-        pairs = len(next(iter(sides_of.values()))[0])
-        result = TrialResult(trial.name, pairs, [], [], {caption: [] for caption in sides_of})
-        for seed in range(seeds):
-            run, was_finished = trial.run(folder, seed, device=device, quiet=quiet)
-            result.digests.append(run.digest)
-            result.collapsed.append(Watch.replay(run.path, run.settings["lr"]) is not None)
-            for caption, sides in sides_of.items():
-                result.retrieved[caption].append(Retrieved.by(run, *sides, device))
-            scores = "; ".join(f"{c} {r[-1].t2i_r1:.1f} / {r[-1].i2t_r1:.1f}" for c, r in result.retrieved.items())
-            place = f"{number * seeds + seed + 1}/{len(trials) * seeds}"
-            remarks = f"{', collapsed' if result.collapsed[-1] else ''}{' (already finished)' if was_finished else ''}"
-            echo(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {scores}{remarks}")
-        results.append(result)
-    return results
+
+    folder: Path
+    seeds: int
+    device: torch.device
+    quiet: bool = False
+
+    def run(self, trials: Sequence[Trial], features: Iterable[Mapping[str, tuple[Half, Half]]]) -> list[TrialResult]:
+        """Train each trial with each seed, unless its run is finished; score the runs and print a line for each.
+
+        Args:
+            trials: At least one.
+            features: Images (N, D_I) and texts (N, D_T) to score each trial on, by caption.
+
+        Raises:
+            UserError: The disk has too little free space.
+        """
+        self._check_disk(trials)
+        results = []
+        for number, (trial, sides_of) in enumerate(zip(trials, features, strict=False)):
+            pairs = len(next(iter(sides_of.values()))[0])
+            result = TrialResult(trial.name, pairs, [], [], {caption: [] for caption in sides_of})
+            for seed in range(self.seeds):
+                run, was_finished = trial.run(self.folder, seed, device=self.device, quiet=self.quiet)
+                result.digests.append(run.digest)
+                result.collapsed.append(Watch.replay(run.path, run.settings["lr"]) is not None)
+                for caption, sides in sides_of.items():
+                    result.hits[caption].append(retrieve(run, *sides, self.device))
+                recalls = {caption: [way[-1] for way in result.recalls(caption)] for caption in sides_of}
+                scores = "; ".join(f"{caption} {t2i:.1f} / {i2t:.1f}" for caption, (t2i, i2t) in recalls.items())
+                place = f"{number * self.seeds + seed + 1}/{len(trials) * self.seeds}"
+                state = (
+                    f"{', collapsed' if result.collapsed[-1] else ''}{' (already finished)' if was_finished else ''}"
+                )
+                typer.echo(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {scores}{state}")
+            results.append(result)
+        return results
+
+    def _check_disk(self, trials: Sequence[Trial]) -> None:
+        """Print the disk space that the missing runs need, or raise `UserError` if there is not enough.
+
+        Each run leaves its heads. During training, its checkpoint and best heads exist beside those that they replace.
+        """
+        kept, temporary = 0, 0
+        for trial in trials:
+            missing = sum(not trial.find_run(self.folder, seed)[1] for seed in range(self.seeds))
+            if missing:
+                with torch.device("meta"):
+                    heads = sum(4 * each.numel() for each in trial.plan.architecture.build().parameters())
+                states = 2 if trial.plan.settings.optimizer == "adamw" else 1
+                kept += missing * heads
+                temporary = max(temporary, (2 * (1 + states) + 1) * heads)
+        if not kept:
+            return
+        there = next(each for each in (self.folder.absolute(), *self.folder.absolute().parents) if each.exists())
+        need, free = kept + temporary, shutil.disk_usage(there).free
+        if need > free:
+            raise UserError(
+                f"The disk of {self.folder} has too little space: the runs need up to {need / 1e9:.3g} GB, "
+                f"{free / 1e9:.3g} GB are free. Free some space, pass another --out, or use fewer --seeds."
+            )
+        typer.echo(
+            f"The runs under {self.folder} need up to {need / 1e9:.3g} GB, of which {kept / 1e9:.3g} GB are kept."
+        )
 
 
 def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:
@@ -186,35 +221,3 @@ def held_out_by_all(trials: Sequence[Trial]) -> list[Rows]:
     if not any(rows.any() for rows in masks):
         raise UserError("These fits have no held-out pairs in common, so there is nothing to score. Raise --held-out.")
     return masks
-
-
-def read_scored(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
-    """Return the images (N, D_I) and the texts (N, D_T) of the first caption of some rows."""
-    images, texts = read_rows([each.only(each.captions[:1]) for each in pairs], rows)
-    return images, texts[0]
-
-
-def _check_disk(trials: Sequence[Trial], folder: Path, seeds: int, echo: Echo) -> None:
-    """Print the disk space that the missing runs need, or raise `UserError` if there is not enough.
-
-    Each run leaves its heads. During training, its checkpoint and its best heads exist beside those that they replace.
-    """
-    kept, temporary = 0, 0
-    for trial in trials:
-        missing = sum(not trial.find_run(folder, seed)[1] for seed in range(seeds))
-        if missing:
-            with torch.device("meta"):
-                heads = sum(4 * each.numel() for each in trial.plan.architecture.build().parameters())
-            states = 2 if trial.plan.settings.optimizer == "adamw" else 1
-            kept += missing * heads
-            temporary = max(temporary, (2 * (1 + states) + 1) * heads)
-    if not kept:
-        return
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    need, free = kept + temporary, shutil.disk_usage(there).free
-    if need > free:
-        raise UserError(
-            f"The disk of {folder} has too little space: the runs need up to {need / 1e9:.3g} GB, "
-            f"{free / 1e9:.3g} GB are free. Free some space, pass another --out, or use fewer --seeds."
-        )
-    echo(f"The runs under {folder} need up to {need / 1e9:.3g} GB, of which {kept / 1e9:.3g} GB are kept.")

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, stoppable, with_settings
+from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, with_settings
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, SETTINGS, check_options
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import Device, Quiet
 from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
+from sail_align.extract.system.signals import report_stop
 
+RESUME = "The same command resumes the runs under {}."
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs per recipe, each with another seed.")]
 DEFAULTS = {
     **{name: f"{SETTINGS[name].default:g}; for few pairs: {value:g}" for name, value in COMPARED_FEW.items()},
@@ -45,6 +47,7 @@ def ladder(
     options = _check(features, given)
 
     from sail_align.align.analysis.ablation import LONG, RAW, run_ladder
+    from sail_align.align.analysis.trials import TrialRunner
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.store.store import Store
 
@@ -54,19 +57,10 @@ def ladder(
         kinds[LONG] = long or LONG
     else:
         typer.echo(f"note: {features[0]} has no captions named {LONG!r}; skipping the recipes with long captions.")
-    with stoppable(folder, lambda: _resume(folder)):
-        result = run_ladder(
-            features,
-            folder / "runs",
-            options,
-            kinds=kinds,
-            seeds=seeds,
-            device=Runtime.of(device, "float32").device,
-            echo=typer.echo,
-            quiet=quiet,
-            image_encoder=image_encoder,
-            text_encoder=text_encoder,
-        )
+    runner = TrialRunner(folder / "runs", seeds, Runtime.of(device, "float32").device, quiet)
+    encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
+    with report_stop(lambda: RESUME.format(folder)), report_write_errors(folder, during_run=True):
+        result = run_ladder(features, options, runner, kinds=kinds, **encoders)
     text = f"{result.table()}\n\n{result.explanation()}\n"
     typer.echo(f"\n{text}", nl=False)
     _write(
@@ -103,16 +97,15 @@ def probe(
     options = _check(features, given)
 
     from sail_align.align.analysis.probe import Combination, run_probe
+    from sail_align.align.analysis.trials import TrialRunner
     from sail_align.extract.encoders.runtime import Runtime
 
     folder = out or RunFolder.default_path(features, "probe")
     names = [name.strip() for name in captions.split(",")] if captions else []
     combinations = Combination.select(features, image_encoder or [], text_encoder or [], names)
-    where = Runtime.of(device, "float32").device
-    with stoppable(folder, lambda: _resume(folder)):
-        result = run_probe(
-            combinations, folder / "runs", options, seeds=seeds, device=where, echo=typer.echo, quiet=quiet
-        )
+    runner = TrialRunner(folder / "runs", seeds, Runtime.of(device, "float32").device, quiet)
+    with report_stop(lambda: RESUME.format(folder)), report_write_errors(folder, during_run=True):
+        result = run_probe(combinations, options, runner)
     typer.echo(
         f"\n{result.table()}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both "
         "directions. ± is the standard deviation over seeds, the interval is over pairs. If intervals overlap "
@@ -175,10 +168,6 @@ def _check(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
     for store in stores:
         require_store(store)
     return options
-
-
-def _resume(folder: Path) -> str:
-    return f"The same command resumes the runs under {folder}."
 
 
 def _write(folder: Path, contents: Mapping[str, str]) -> None:

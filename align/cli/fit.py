@@ -1,19 +1,21 @@
 """sail-align fit: its options and its output."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, stoppable, with_settings
+from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, with_settings
 from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import check_options
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import Device, Quiet
-from sail_align.extract.system.files import require_store
+from sail_align.extract.system.files import report_write_errors, require_store
+from sail_align.extract.system.signals import report_stop
 
 if TYPE_CHECKING:
     from sail_align.align.train.plan import Plan
@@ -71,7 +73,8 @@ def fit(
         started = time.monotonic()
         training: dict[str, Any] = {name: options[name] for name in ("keep", "on_collapse") if name in options}
         training |= {"track": trackers, "quiet": quiet or not world.leads}
-        with stoppable(run, lambda: _how_to_resume(run) if world.leads else None):
+        how = partial(_how_to_resume, run) if world.leads else lambda: None
+        with report_stop(how), report_write_errors(run, during_run=True):
             scores = train(plan, run, device=where, world=world, **training)
         if world.leads:
             if not finished:

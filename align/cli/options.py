@@ -1,15 +1,14 @@
-"""Command-line options made from the declarations of settings, and what several commands share."""
+"""Command-line options made from the declarations of settings, and options that several commands share."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from sail_align.align.settings import SETTINGS
-from sail_align.extract.system.files import as_path, report_write_errors
+from sail_align.extract.system.files import as_path
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -58,12 +57,3 @@ def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Cal
         return command
 
     return decorate
-
-
-@contextmanager
-def stoppable(folder: Path, resume: Callable[[], str | None]) -> Iterator[None]:
-    """Report write errors under `folder` and, when a signal ends the work, what `resume` says about resuming."""
-    from sail_align.extract.system.signals import report_stop
-
-    with report_stop(resume), report_write_errors(folder, during_run=True):
-        yield
