@@ -1,7 +1,7 @@
 """Measures of the alignment of a store's image and text features before training, on a sample of rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,31 +23,8 @@ from sail_align.extract.store.store import Store
 FORMAT = 1
 SPAN_ROWS = 256
 MIN_ROWS = 50
+WAYS = ("t2i", "i2t")
 HEADER = ("image", "text", "caption", "rows", "mutual k-NN (chance)", "CKA", "CCA T2I R@1", "CCA I2T R@1", "chance")
-
-
-@dataclass(frozen=True)
-class PairAlignment:
-    """Measurements of an image encoder with one caption of a text encoder; recall and its interval in percent.
-
-    `rows` of the `drawn` rows have features on both sides. `mutual_knn` and `cka` use all `rows`. The closed form is
-    computed from the rows that are not held out.
-    """
-
-    image: str
-    text: str
-    caption: str
-    drawn: int
-    rows: int
-    mutual_knn: float
-    mutual_knn_chance: float
-    cka: float
-    held_out: int
-    t2i_r1: float
-    t2i_interval: tuple[float, float]
-    i2t_r1: float
-    i2t_interval: tuple[float, float]
-    chance: float
 
 
 @dataclass(frozen=True)
@@ -72,49 +49,22 @@ class RowSample:
         return np.concatenate(features), np.concatenate(status) == Status.OK
 
 
-@dataclass(frozen=True)
-class StoreAlignment:
-    """Measurements of all combinations of a store's encoders and captions. `options` is how they were requested."""
-
-    store: Store
-    pairs: Sequence[PairAlignment]
-    options: Mapping[str, Any]
-
-    def table(self) -> str:
-        """Return a Markdown table with a row per combination."""
-        rows = [
-            (
-                each.image,
-                each.text,
-                each.caption,
-                f"{each.rows:,}",
-                f"{each.mutual_knn:.3f} ({each.mutual_knn_chance:.3f})",
-                f"{each.cka:z.3f}",
-                _recall(each.t2i_r1, each.t2i_interval),
-                _recall(each.i2t_r1, each.i2t_interval),
-                f"{each.chance:.2f}",
-            )
-            for each in self.pairs
-        ]
-        return format_table(HEADER, rows, "lll")
-
-    def record(self) -> dict[str, Any]:
-        """Return the numbers, the options and the store's digest, ready for JSON."""
-        store = {"store": str(self.store.path), "store_digest": self.store.digest}
-        shown = {"rows": self.pairs[0].drawn, **self.options, "measures": [asdict(each) for each in self.pairs]}
-        return {"format": FORMAT, "protocol": "measure-1", **store, **shown}
-
-
-def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, seed: int) -> StoreAlignment:
+def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, seed: int) -> dict[str, Any]:
     """Measure the alignment of each image encoder with each caption of each text encoder.
 
     Args:
         store: Store to measure. It may be incomplete: rows without features are left out.
-        rows: Approximate size of the sample; `PairAlignment.drawn` has the exact one.
+        rows: Approximate size of the sample.
         neighbours: k of the mutual k-NN.
         held_out: Fraction of the sample to score the closed form on. If the sample is the whole store, these are the
             rows that `sail-align fit --held-out` holds out as well.
         seed: Seed of the sample.
+
+    Returns:
+        A record ready for JSON: `rows`, the size of the sample, the other options, the store's path and digest, and
+        `measures`. These have, for each combination, the number of `rows` of the `drawn` rows with features on both
+        sides, `mutual_knn` and `cka` over these rows, and recalls with their intervals in percent of the closed form,
+        which is computed from the rows that are not `held_out`.
 
     Raises:
         UserError: There is nothing to pair, a pair has fewer than 50 rows, or a feature is NaN or inf.
@@ -122,7 +72,7 @@ def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, 
     texts = [(name, node, array) for name in store.captions for node, array in store.texts(name).items()]
     if not texts or not store.images():
         raise UserError(f"{store.path} needs image and text features. Create the missing ones with `sail-extract run`.")
-    sample, pairs = RowSample.draw(store, rows, seed), []
+    sample, measures = RowSample.draw(store, rows, seed), []
     for image, image_array in store.images().items():
         image_ND, image_ok = sample.read(image_array)
         for caption, text, text_array in texts:
@@ -137,8 +87,38 @@ def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, 
             if not all(np.isfinite(side).all() for side in sides):
                 raise not_finite([store])
             scores = _scores(*sides, sample.hashes[both], neighbours, held_out)
-            pairs.append(PairAlignment(image, text, caption, len(both), **scores))
-    return StoreAlignment(store, pairs, {"neighbours": neighbours, "held_out": held_out, "seed": seed})
+            measures.append({"image": image, "text": text, "caption": caption, "drawn": len(both), **scores})
+    return {
+        "format": FORMAT,
+        "protocol": "measure-1",
+        "store": str(store.path),
+        "store_digest": store.digest,
+        "rows": len(sample.hashes),
+        "neighbours": neighbours,
+        "held_out": held_out,
+        "seed": seed,
+        "measures": measures,
+    }
+
+
+def measures_table(measures: Sequence[Mapping[str, Any]]) -> str:
+    """Return the `measures` of a record as a Markdown table with a row per combination."""
+    rows = []
+    for each in measures:
+        recalls = ("{:.1f} ({:.1f} – {:.1f})".format(each[f"{way}_r1"], *each[f"{way}_interval"]) for way in WAYS)
+        rows.append(
+            (
+                each["image"],
+                each["text"],
+                each["caption"],
+                f"{each['rows']:,}",
+                f"{each['mutual_knn']:.3f} ({each['mutual_knn_chance']:.3f})",
+                f"{each['cka']:z.3f}",
+                *recalls,
+                f"{each['chance']:.2f}",
+            )
+        )
+    return format_table(HEADER, rows, "lll")
 
 
 def _scores(
@@ -156,12 +136,11 @@ def _scores(
         "mutual_knn_chance": neighbours / (rows - 1),
         "cka": float(cka_by_row(unit_rows(image_ND), unit_rows(text_ND)).mean()),
         "held_out": count,
-        "chance": 100 / count,
     }
-    for way, hits in (("t2i", text_ranks == 0), ("i2t", image_ranks == 0)):
+    for way, hits in zip(WAYS, (text_ranks == 0, image_ranks == 0), strict=True):
         low, high = mean_interval(hits)
         found |= {f"{way}_r1": 100 * float(hits.mean()), f"{way}_interval": (100 * low, 100 * high)}
-    return found
+    return {**found, "chance": 100 / count}
 
 
 def _closed_form(
@@ -176,7 +155,3 @@ def _closed_form(
     x_TE = F.normalize(image_map(torch.from_numpy(image_ND[tested])))
     y_TE = F.normalize(text_map(torch.from_numpy(text_ND[tested])))
     return x_TE.float().numpy(), y_TE.float().numpy()
-
-
-def _recall(percent: float, interval: tuple[float, float]) -> str:
-    return f"{percent:.1f} ({interval[0]:.1f} – {interval[1]:.1f})"

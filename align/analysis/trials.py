@@ -176,10 +176,9 @@ class TrialRunner:
                 recalls = {caption: [way[-1] for way in result.recalls(caption)] for caption in sides_of}
                 scores = "; ".join(f"{caption} {t2i:.1f} / {i2t:.1f}" for caption, (t2i, i2t) in recalls.items())
                 place = f"{number * self.seeds + seed + 1}/{len(trials) * self.seeds}"
-                state = (
-                    f"{', collapsed' if result.collapsed[-1] else ''}{' (already finished)' if was_finished else ''}"
-                )
-                typer.echo(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {scores}{state}")
+                collapsed = ", collapsed" if result.collapsed[-1] else ""
+                finished = " (already finished)" if was_finished else ""
+                typer.echo(f"{place} {trial.name}, seed {seed}: T2I / I2T R@1 {scores}{collapsed}{finished}")
             results.append(result)
         return results
 

@@ -141,13 +141,13 @@ def measure(
         raise UserError("The store is missing. Name one: sail-align measure features/demo.zarr.")
     require_store(store)
 
-    from sail_align.align.analysis.measure import measure_store
+    from sail_align.align.analysis.measure import measure_store, measures_table
     from sail_align.extract.store.store import Store
 
     opened = Store.open(store)
     result = measure_store(opened, rows=rows, neighbours=neighbours, held_out=held_out, seed=seed)
-    typer.echo(result.table())
-    drawn, count = result.pairs[0].drawn, result.pairs[0].held_out
+    typer.echo(measures_table(result["measures"]))
+    drawn, count = result["rows"], result["measures"][0]["held_out"]
     typer.echo(
         f"{drawn:,} of {opened.rows:,} rows, seed {seed}. Mutual k-NN: fraction of the {neighbours} nearest rows that "
         "image and text share. CKA: linear, unbiased HSIC; 0 is chance. Both use cosine similarity. CCA: closed form "
@@ -155,7 +155,7 @@ def measure(
     )
     if out:
         with report_write_errors(out):
-            write_atomically(out, json.dumps(result.record(), indent=1, ensure_ascii=False).encode())
+            write_atomically(out, json.dumps(result, indent=1, ensure_ascii=False).encode())
         typer.echo(f"wrote {out}")
     typer.echo(f"Next: sail-align fit --features {store}")
 

@@ -26,32 +26,32 @@ def test_recall_equals_that_of_a_cca_fit(make_store, tmp_path):
     words = ["fit", "--features", path, "--out", tmp_path / "run", "--head", "cca", "--held-out", 0.2, "--quiet"]
     assert typed(*words).exit_code == 0
     fitted = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    (found,) = measure_store(Store.open(path), **ASKED).pairs
-    assert (found.rows, found.held_out) == (598, 120)
-    assert found.t2i_r1 == pytest.approx(fitted["t2i_r1"])
-    assert found.i2t_r1 == pytest.approx(fitted["i2t_r1"])
-    assert found.t2i_interval[0] < found.t2i_r1 < found.t2i_interval[1]
-    assert found.chance == pytest.approx(100 / 120)
+    (found,) = measure_store(Store.open(path), **ASKED)["measures"]
+    assert (found["rows"], found["held_out"]) == (598, 120)
+    assert found["t2i_r1"] == pytest.approx(fitted["t2i_r1"])
+    assert found["i2t_r1"] == pytest.approx(fitted["i2t_r1"])
+    assert found["t2i_interval"][0] < found["t2i_r1"] < found["t2i_interval"][1]
+    assert found["chance"] == pytest.approx(100 / 120)
 
 
 def test_matching_captions_score_higher_than_shifted_ones(make_store):
     path = make_store("photos", rows=600, captions={"raw": (), "long": range(300)})
     store = Store.open(path)
-    raw, long = measure_store(store, **ASKED).pairs
-    assert (raw.caption, raw.rows, long.caption, long.rows) == ("raw", 600, "long", 300)
+    raw, long = measure_store(store, **ASKED)["measures"]
+    assert (raw["caption"], raw["rows"], long["caption"], long["rows"]) == ("raw", 600, "long", 300)
     for found in (raw, long):
-        assert found.mutual_knn > 10 * found.mutual_knn_chance
-        assert 0.5 < found.cka < 1
-        assert found.t2i_r1 > 10 * found.chance
+        assert found["mutual_knn"] > 10 * found["mutual_knn_chance"]
+        assert 0.5 < found["cka"] < 1
+        assert found["t2i_r1"] > 10 * found["chance"]
     array = store.text("raw")
     features, status = array.read()
     for shard in array.shards:
         span = slice(*array.span(shard))
         array.write(shard, np.roll(features, 7, axis=0)[span], status[span])
-    shifted, _ = measure_store(Store.open(path), **ASKED).pairs
-    assert shifted.mutual_knn < 3 * shifted.mutual_knn_chance
-    assert abs(shifted.cka) < 0.1
-    assert shifted.t2i_r1 < 6 * shifted.chance
+    shifted, _ = measure_store(Store.open(path), **ASKED)["measures"]
+    assert shifted["mutual_knn"] < 3 * shifted["mutual_knn_chance"]
+    assert abs(shifted["cka"]) < 0.1
+    assert shifted["t2i_r1"] < 6 * shifted["chance"]
 
 
 def test_each_image_encoder_is_measured_with_each_caption(make_store):
@@ -63,11 +63,11 @@ def test_each_image_encoder_is_measured_with_each_caption(make_store):
     for shard in array.shards:
         span = slice(*array.span(shard))
         array.write(shard, features[span], status[span])
-    found = measure_store(Store.open(path), **ASKED).pairs
-    assert [(each.image, each.caption) for each in found] == [
+    found = measure_store(Store.open(path), **ASKED)["measures"]
+    assert [(each["image"], each["caption"]) for each in found] == [
         (image, caption) for image in ("fake-image", "other-image") for caption in ("raw", "long")
     ]
-    assert found[0].cka == found[2].cka
+    assert found[0]["cka"] == found[2]["cka"]
 
 
 def test_sample_depends_on_its_seed_and_covers_whole_spans(make_store, monkeypatch):
