@@ -59,13 +59,13 @@ class CaptionPolicy:
         return np.argsort(arrivals, axis=0)[: self.positives]
 
 
-def parse_captions(values: Sequence[str]) -> tuple[list[str], tuple[float, ...]]:
-    """Return the names and weights of captions such as `raw` (of weight 1) or `long:0.5`.
+def parse_captions(values: Sequence[str]) -> dict[str, float]:
+    """Return the weights of captions by name, given captions such as `raw` (of weight 1) or `long:0.5`.
 
     Raises:
         UserError: A caption has no name or is repeated, or its weight is not a number within the limits.
     """
-    names, weights = [], []
+    weights: dict[str, float] = {}
     for value in map(str.strip, values):
         name, colon, number = value.partition(":")
         try:
@@ -77,22 +77,21 @@ def parse_captions(values: Sequence[str]) -> tuple[list[str], tuple[float, ...]]
                 f"Caption {value!r} is invalid: expected NAME or NAME:WEIGHT, with a weight from {1 / MAX_WEIGHT:g} to "
                 f"{MAX_WEIGHT:g}."
             )
-        names.append(name)
-        weights.append(weight)
-    if len(set(names)) < len(names):
+        weights[name] = weight
+    if len(weights) < len(values):
         raise UserError(f"A caption is repeated in {','.join(values)}; name each caption once.")
-    return names, tuple(weights)
+    return weights
 
 
 def choose_captions(
-    stores: Sequence[Path], available: Sequence[Sequence[str]], requested: Sequence[str] | None, positives: int | None
+    stores: Sequence[Path], available: Sequence[Sequence[str]], requested: Sequence[str], positives: int | None
 ) -> list[list[str]]:
     """Return the captions to use of each store, all in the same order.
 
     Args:
         stores: Paths of the stores, for error messages.
         available: Captions of each store.
-        requested: Caption names. The default is the captions that all stores have, or, if `positives` is given, the
+        requested: Caption names. If empty, the captions that all stores have, or, if `positives` is given, the
             captions that any store has.
         positives: Number of captions that each image needs; None for all of them.
 
@@ -102,7 +101,8 @@ def choose_captions(
     for path, names in zip(stores, available, strict=True):
         if not names:
             raise UserError(f"{path} has no text features. Create some with `sail-extract run`.")
-    known, shared = list(dict.fromkeys(chain(*available))), shared_captions(available)
+    known = list(dict.fromkeys(chain(*available)))
+    shared = [name for name in known if all(name in names for names in available)]
     captions = requested or (known if positives else shared)
     advice = f"Use --captions {','.join(shared)}, which all stores have, or " if shared else "Use "
     advice += "--positives 1 to sample from the captions of each store."
@@ -119,8 +119,3 @@ def choose_captions(
             raise UserError(f"{path} has no features of caption {missing!r}. It has {', '.join(names)}.{end}")
         chosen.append(used)
     return chosen
-
-
-def shared_captions(captions: Sequence[Sequence[str]]) -> list[str]:
-    """Return the captions that all stores have, given the captions of each store."""
-    return [name for name in captions[0] if all(name in names for names in captions)]

@@ -65,6 +65,16 @@ class Pairs:
         texts = dict(zip(self.captions, self.texts, strict=True))
         return replace(self, captions=tuple(captions), texts=tuple(texts[name] for name in captions))
 
+    def require_complete(self) -> None:
+        """Raise `UserError` if shards are missing."""
+        shards = sum(len(array.shards) for array in self.arrays)
+        if missing := shards - sum(len(array.markers) for array in self.arrays):
+            path = self.store.path
+            raise UserError(
+                f"{path} is incomplete: {missing} of {shards} shards are missing. Finish it with `sail-extract run "
+                f"{self.store.dataset} --out {path}` and its original options."
+            )
+
     def usable(self) -> Rows:
         """Return the rows whose image and captions all have features. Other rows are never served."""
         usable = np.ones(self.store.rows, dtype=np.bool_)
@@ -85,7 +95,7 @@ class Pairs:
 
 def open_pairs(
     paths: Sequence[Path],
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str] = (),
     *,
     positives: int | None = None,
     image_encoder: str | None = None,
@@ -95,8 +105,8 @@ def open_pairs(
 
     Args:
         paths: At least one store.
-        captions: Caption names. The default is the captions that all stores have features of, or, if `positives` is
-            given, the captions that any store has.
+        captions: Caption names. If empty, the captions that all stores have features of, or, if `positives` is given,
+            the captions that any store has.
         positives: Number of captions that each image needs; a store may then lack some of them. The default is all.
         image_encoder: Image encoder to use if a store has more than one.
         text_encoder: Text encoder to use if a store has more than one.
@@ -111,7 +121,7 @@ def open_pairs(
     first_with: dict[str, Path] = {}
     for path, store, names in zip(paths, stores, chosen, strict=True):
         pairs = Pairs.open(path, names, image_encoder, text_encoder)
-        _require_complete(pairs)
+        pairs.require_complete()
         if (digest := store.digest) in first_with:
             raise UserError(f"{path} holds the same data as {first_with[digest]}. Give each store once.")
         first_with[digest] = path
@@ -209,16 +219,6 @@ def _read_keys(store: Store) -> Iterator[tuple[slice, pa.ChunkedArray]]:
     for start in range(0, store.rows, FILE_ROWS):
         stop = min(start + FILE_ROWS, store.rows)
         yield slice(start, stop), store.index(["key"], start, stop)["key"]
-
-
-def _require_complete(pairs: Pairs) -> None:
-    missing = sum(len(array.shards) - len(array.markers) for array in pairs.arrays)
-    if missing:
-        path, dataset = pairs.store.path, pairs.store.dataset
-        raise UserError(
-            f"{path} is incomplete: {missing} of {sum(len(array.shards) for array in pairs.arrays)} shards are missing."
-            f" Finish it with `sail-extract run {dataset} --out {path}` and its original options."
-        )
 
 
 @dataclass(frozen=True)

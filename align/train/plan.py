@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sail_align.align.data.captions import CaptionPolicy, parse_captions, shared_captions
+from sail_align.align.data.captions import CaptionPolicy, parse_captions
 from sail_align.align.data.pairs import (
     Exclusions,
     Pairs,
@@ -53,7 +53,7 @@ class Plan:
     @property
     def scored(self) -> list[Pairs]:
         """The data with the captions to score with: those in all stores or, if there are none, the first of each."""
-        shared = shared_captions([each.captions for each in self.pairs])
+        shared = [name for name in self.pairs[0].captions if all(name in each.captions for each in self.pairs)]
         return [each.only(shared or each.captions[:1]) for each in self.pairs]
 
     @property
@@ -138,7 +138,7 @@ def make_plan(
     stores: Sequence[Path],
     options: Mapping[str, Any],
     *,
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str] = (),
     image_encoder: str | None = None,
     text_encoder: str | None = None,
     exclude: Sequence[Path] = (),
@@ -158,12 +158,13 @@ def make_plan(
     """
     options = check_options(options)
     exclusions = Exclusions.read(exclude)
-    names, weights = parse_captions(captions or ())
+    weights = parse_captions(captions)
     positives = options.get("positives")
-    pairs = open_pairs(stores, names, positives=positives, image_encoder=image_encoder, text_encoder=text_encoder)
+    encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
+    pairs = open_pairs(stores, list(weights), positives=positives, **encoders)
     usable = [each.usable() for each in pairs]
-    policy = _policy(pairs, dict(zip(names, weights, strict=True)), options)
-    if not names:
+    policy = _policy(pairs, weights, options)
+    if not weights:
         require_half(pairs, usable)
     unusable = sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable)
     excluded = [exclusions.rows(each.store) for each in pairs]
@@ -179,7 +180,7 @@ def make_plan(
         )
     dims = {"image_dim": pairs[0].image.dim, "text_dim": pairs[0].texts[0].dim}
     settings, notes = choose_settings(options, rows=count, **dims)
-    notes[:0] = _caption_notes(pairs, policy, named=bool(names))
+    notes[:0] = _caption_notes(pairs, policy, named=bool(weights))
     if exclude:
         fewer = sum(int(left_out.sum()) for left_out in excluded)
         notes.insert(0, f"Rows excluded by a list of {len(exclusions.keys):,} keys: {fewer:,}.")

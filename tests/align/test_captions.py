@@ -20,8 +20,8 @@ def test_describe_returns_the_form_of_the_option():
 
 
 def test_parse_captions_returns_names_and_weights():
-    assert parse_captions(["raw", " long:0.5"]) == (["raw", "long"], (1.0, 0.5))
-    assert parse_captions([]) == ([], ())
+    assert parse_captions(["raw", " long:0.5"]) == {"raw": 1.0, "long": 0.5}
+    assert parse_captions([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_weights_multiply_the_losses_if_all_captions_are_used(three):
             r"--positives is invalid: got 3, but .*photos.zarr has 2 captions \(raw, long\). Give at most 2",
         ),
         (["raw", "long:2"], {"head": "cca"}, "Caption weights have no effect with --head cca"),
-        (None, {"head": "cca", "positives": 1}, "--positives has no effect with --head cca"),
-        (None, {"positives": 0}, "--positives is invalid: got 0"),
+        ([], {"head": "cca", "positives": 1}, "--positives has no effect with --head cca"),
+        ([], {"positives": 0}, "--positives is invalid: got 0"),
     ],
 )
 def test_make_plan_rejects_an_impossible_policy(three, captions, options, message):
