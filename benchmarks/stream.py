@@ -142,7 +142,7 @@ def memmap_rows(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     arrays = [np.load(folder / "plain" / f"{name}.npy", mmap_mode="r") for name in DIMS]
     counts = np.diff([*range(0, len(arrays[0]), BLOCK_ROWS), len(arrays[0])])
     order = Order(counts, batch_size=batch_size, seed=0, buffer_rows=BUFFER_ROWS)
-    state, times = StreamState.start(), [time.perf_counter()]
+    state, times = StreamState(), [time.perf_counter()]
     batches = allocate(batch_size)
     with ThreadPoolExecutor(GATHER_THREADS) as pool:
         for number in range(epochs * order.batches_per_epoch):

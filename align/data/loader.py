@@ -4,8 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import pairwise
-from types import TracebackType
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +39,10 @@ class Batch(NamedTuple):
 
     images: Tensor
     texts: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; a copy from page-locked memory to a GPU may still be in progress."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
 def take_rows(
@@ -143,19 +146,18 @@ class Stream:
         A batch stays valid until the next but one is requested. `bytes_read` counts the bytes served and `wait_seconds`
         the time spent waiting for batches.
         """
-        state = state or StreamState.start()
+        state = state or StreamState()
         rows = self._part.stop - self._part.start
-        buffers = [self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)]
+        buffers = cycle([self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)])
         pending: deque[tuple[Future[list[Future[None]]], Batch, StreamState]] = deque()
         look_ahead: Future[None] | None = None
         while True:
             while len(pending) < PREFETCH:
-                batch = buffers[0]
+                batch = next(buffers)
                 filling = self._producer.submit(self._fill, batch, state, look_ahead)
                 look_ahead = self._producer.submit(self._look_ahead, state)
                 state = self._order.following(state)
                 pending.append((filling, batch, state))
-                buffers = [*buffers[1:], batch]
             filling, batch, next_state = pending.popleft()
             start = time.perf_counter()
             for copy in filling.result():
@@ -184,9 +186,7 @@ class Stream:
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _allocate(self, rows: int, captions: int) -> Batch:
@@ -310,7 +310,7 @@ def batches_on(
     def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
         batch, next_state = next(batches)
         with torch.cuda.stream(copying):
-            return Batch(*(part.to(device, non_blocking=True) for part in batch)), next_state, copying.record_event()
+            return batch.to(device), next_state, copying.record_event()
 
     upcoming = begin_copy()
     while True:

@@ -12,13 +12,8 @@ Numbers = NDArray[np.int64]
 class StreamState(NamedTuple):
     """The position of a stream: its next batch is number `batch` of `epoch`. JSON stores it as a list."""
 
-    epoch: int
-    batch: int
-
-    @classmethod
-    def start(cls) -> "StreamState":
-        """Return the position of the first batch."""
-        return cls(0, 0)
+    epoch: int = 0
+    batch: int = 0
 
 
 class Order:

@@ -127,10 +127,10 @@ def test_writer_keeps_the_last_checkpoints_and_the_best(run):
     writer = open_writer(run)
     for step, r1 in enumerate([3.0, 9.0, 4.0, 9.0, 5.0], start=1):
         writer.log_scores(step, scores(r1), ours)
-        writer.save(step, StreamState.start(), ours, optimizer)
+        writer.save(step, StreamState(), ours, optimizer)
     assert kept(run) == {"best-00000002": MODEL, "step-00000004": WHOLE, "step-00000005": WHOLE}
     assert not Checkpoint.read(run).finished
-    writer.save(6, StreamState.start(), ours, None)
+    writer.save(6, StreamState(), ours, None)
     assert kept(run) == {"best-00000002": MODEL, "step-00000005": MODEL, "step-00000006": MODEL}
     assert Checkpoint.read(run).finished
     assert best_is(run) == (run / "checkpoints" / "best-00000002", 2, 9.0)
@@ -141,7 +141,7 @@ def test_best_checkpoint_is_not_duplicated_if_it_is_the_last(run):
     writer = open_writer(run)
     for step, r1 in ((1, 3.0), (2, 5.0)):
         writer.log_scores(step, scores(r1), ours)
-        writer.save(step, StreamState.start(), ours, make_optimizer(ours, FitSettings(steps=1)) if step < 2 else None)
+        writer.save(step, StreamState(), ours, make_optimizer(ours, FitSettings(steps=1)) if step < 2 else None)
     assert kept(run) == {"step-00000001": MODEL, "step-00000002": MODEL}
     assert best_is(run) == (run / "checkpoints" / "step-00000002", 2, 5.0)
 
@@ -152,7 +152,7 @@ def test_best_weights_between_two_saves_are_kept(run):
     writer.log_scores(3, scores(7.0), best)
     last = model(2)
     writer.log_scores(4, scores(6.0), last)
-    writer.save(5, StreamState.start(), last, make_optimizer(last, FitSettings(steps=1)))
+    writer.save(5, StreamState(), last, make_optimizer(last, FitSettings(steps=1)))
     assert kept(run) == {"best-00000003": MODEL, "step-00000005": WHOLE}
     assert Checkpoint.read(run).step == 5
     loaded = load_run(run / "checkpoints" / "best-00000003")
@@ -176,7 +176,7 @@ def test_writer_removes_checkpoints_after_the_step_to_resume_from(run):
 def test_save_killed_at_any_point_leaves_a_complete_checkpoint(run, monkeypatch, keep):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
-    open_writer(run, keep=keep).save(1, StreamState.start(), ours, optimizer)
+    open_writer(run, keep=keep).save(1, StreamState(), ours, optimizer)
     reached = {1}
     for left in range(100):
         last = Checkpoint.read(run).step
@@ -185,7 +185,7 @@ def test_save_killed_at_any_point_leaves_a_complete_checkpoint(run, monkeypatch,
         with monkeypatch.context() as patch:
             die_at(patch, left)
             try:
-                writer.save(last + 2, StreamState.start(), ours, optimizer)
+                writer.save(last + 2, StreamState(), ours, optimizer)
             except Killed:
                 pass
             else:

@@ -126,7 +126,7 @@ def test_any_choice_of_rows_is_served_once_per_epoch(pair_of_stores, density, bu
 def test_stream_resumes_from_any_state_with_any_number_of_ranks(pair_of_stores, start, batch_size, buffer_rows):
     stream = partial(stream_of, pair_of_stores, batch_size, 1, buffer_rows)
     with stream() as whole:
-        states = [StreamState.start(), *(state for _, state in itertools.islice(whole.batches(), start + 4))]
+        states = [StreamState(), *(state for _, state in itertools.islice(whole.batches(), start + 4))]
         assert states == [StreamState(*divmod(number, whole.batches_per_epoch)) for number in range(start + 5)]
     expected = served(stream(), None, start + 4)[start:]
     state = StreamState(*json.loads(json.dumps(states[start])))
