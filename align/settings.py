@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from sail_align.extract.errors import UserError
 
@@ -100,6 +100,13 @@ class FitSettings:
     def closed_form(self) -> bool:
         """Whether a closed-form map is computed."""
         return self.head == "cca" or self.start == "closed-form"
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step 0, 1, …: a linear warm-up, then half a cosine down to 0."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm))) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +290,23 @@ def choose_settings(
             "The run will hardly learn; raise --lr or --steps."
         )
     return FitSettings(**chosen), notes
+
+
+def choose_precision(asked: str, device: str) -> Precision:
+    """Return the precision of matrix products; `auto` is bfloat16 on a GPU and float32 elsewhere.
+
+    Args:
+        asked: Value of the option.
+        device: Type of the device.
+
+    Raises:
+        UserError: The device does not support it.
+    """
+    if asked == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    if asked == "tf32" and device != "cuda":
+        raise UserError(f"--precision tf32 needs an NVIDIA GPU, got device {device}. Use float32 or bfloat16.")
+    return cast(Precision, asked)
 
 
 def settings_table() -> str:

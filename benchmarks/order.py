@@ -24,8 +24,8 @@ from sail_align.align.data.pairs import Half, Pairs, open_pairs, read_rows
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.initial import build_model
 from sail_align.align.train.plan import Plan, make_plan
-from sail_align.align.train.step import Stepper, make_optimizer, train_step
-from sail_align.align.train.trainer import learning_rate, score
+from sail_align.align.train.step import Stepper, make_optimizer
+from sail_align.align.train.trainer import score
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.store.store import Store
 
@@ -77,10 +77,10 @@ def trained(plan: Plan, buffer_rows: int, test: Batch) -> dict[str, float]:
     rows = {"batch_size": settings.batch_size, "seed": settings.seed, "buffer_rows": buffer_rows}
     with Stream(plan.pairs, plan.training, policy=plan.policy, **rows) as stream:
         model = build_model(plan, stream, CPU, fresh=True, quiet=True)
-        stepper = Stepper(model, plan.loss, make_optimizer(model, settings), CPU)
+        stepper = Stepper(model, plan.loss(), make_optimizer(model, settings), CPU)
         for step, (batch, _) in zip(range(settings.steps), stream.batches(), strict=False):
-            train_step(stepper, batch, learning_rate(settings, step))
-    return score(model, plan.loss, test, CPU)
+            stepper.step(batch, settings.learning_rate(step))
+    return score(model, plan.loss(), test, CPU)
 
 
 def alike(features_ND: NDArray[np.float32], chunk_rows: int) -> NDArray[np.int64]:

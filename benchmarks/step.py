@@ -32,14 +32,14 @@ def ours(batch: int, options: argparse.Namespace) -> Callable[[], None]:
     from sail_align.align.model.alignment import Architecture
     from sail_align.align.model.loss import sigmoid_loss
     from sail_align.align.settings import FitSettings
-    from sail_align.align.train.step import Stepper, make_optimizer, train_step
+    from sail_align.align.train.step import Stepper, make_optimizer
 
     model = Architecture("glu", IMAGE_DIM, TEXT_DIM, DIM, EXPANSION).build()
     optimizer = make_optimizer(model, FitSettings(steps=1))
     keep_bytes = None if options.keep is None else int(options.keep * 1e9)
     stepper = Stepper(model, sigmoid_loss, optimizer, torch.device("cpu"), True, options.micro_batch, keep_bytes)
     features = Batch(*features_at_random(batch))
-    return lambda: train_step(stepper, features, 1e-5)
+    return lambda: stepper.step(features, 1e-5)
 
 
 def eager(batch: int, options: argparse.Namespace) -> Callable[[], None]:

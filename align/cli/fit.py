@@ -10,7 +10,7 @@ import typer
 from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, with_settings
 from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
-from sail_align.align.settings import check_options
+from sail_align.align.settings import check_options, choose_precision
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import Device, Quiet
@@ -48,7 +48,6 @@ def fit(
     for store in features:
         require_store(store)
 
-    from sail_align.align.train.device import choose_precision
     from sail_align.align.train.distributed import joined
     from sail_align.align.train.plan import make_plan
     from sail_align.align.train.trainer import fit as train
@@ -57,7 +56,7 @@ def fit(
 
         def prepare() -> "tuple[Plan, Path, bool]":
             if options.get("head") != "cca":
-                options["precision"] = choose_precision(options.get("precision", "auto"), where)
+                options["precision"] = choose_precision(options.get("precision", "auto"), where.type)
             encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
             plan, notes = make_plan(features, options, captions=names, exclude=exclude or (), **encoders)
             if 0 < plan.settings.batch_size < world.size and plan.settings.steps:

@@ -34,6 +34,10 @@ class AlignmentModel(nn.Module):
         """Return unit-norm float32 embeddings (…, E) of text features (…, D) of any float type."""
         return F.normalize(self.text_head(features_BD.float()), dim=-1)
 
+    def forward(self, image_BD: Tensor, text_CBD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of images (B, E) and of their texts (C, B, E)."""
+        return self.encode_image(image_BD), self.encode_text(text_CBD)
+
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Clamp τ to [0, ln 100] after an optimiser step."""

@@ -8,7 +8,7 @@ is the embedding dimension. A block has R images and K texts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +37,8 @@ class LossValue(NamedTuple):
     negative_mass: Tensor
 
 
-class Loss(Protocol):
-    """A contrastive loss: see `sigmoid_loss` for the arguments."""
-
-    def __call__(
-        self,
-        image_ME: Tensor,
-        text_CNE: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        /,
-        *,
-        weights: Sequence[float] | None = None,
-        first: int = 0,
-    ) -> LossValue:
-        """Return the loss of a batch, or the share of a part."""
+Loss = Callable[..., LossValue]
+"""A contrastive loss of a batch, or the share of a part of it: see `sigmoid_loss` for the arguments."""
 
 
 def sigmoid_loss(

@@ -9,7 +9,6 @@ from sail_align.align.model.alignment import MAX_LOG_SCALE, AlignmentModel
 from sail_align.align.model.closed_form import Moments
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.plan import Plan
-from sail_align.align.train.step import embed
 from sail_align.extract.system.progress import note, progress
 
 SAMPLE_ROWS = 1_024
@@ -60,12 +59,12 @@ def balanced_bias(model: AlignmentModel, plan: Plan, device: torch.device) -> fl
     seed, policy = settings.seed, plan.policy
     with Stream(plan.pairs, plan.training, batch_size=rows, seed=seed, policy=policy) as sample:
         batch, _ = next(sample.batches())
-        image_BE, text_CBE = embed(model.train(), batch, device)
-    low, high = -100.0, 100.0
+        image_BE, text_CBE = model.train()(*batch.to(device))
+    loss_of, low, high = plan.loss(), -100.0, 100.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         model.bias.data.fill_(middle)
-        loss = plan.loss(image_BE, text_CBE, model.log_scale, model.bias)
+        loss = loss_of(image_BE, text_CBE, model.log_scale, model.bias)
         negative = loss.negative_mass * (settings.batch_size - 1) / (rows - 1)
         low, high = (low, middle) if negative > loss.positive_mass else (middle, high)
     return (low + high) / 2

@@ -72,19 +72,12 @@ class Plan:
             image_power=settings.image_power,
         )
 
-    @property
-    def loss(self) -> Loss:
-        """Loss over a batch in one process."""
+    def loss(self, across: LogSumExp | None = None) -> Loss:
+        """Return the loss; of a batch that is split across processes, `infonce_loss` needs `across`."""
         weights = self.policy.loss_weights
         if self.settings.loss == "infonce":
-            return partial(infonce_loss, weights=weights)
+            return partial(infonce_loss, weights=weights, across=across)
         return partial(sigmoid_loss, divisor=self.settings.divisor, weights=weights)
-
-    def loss_of_parts(self, across: LogSumExp) -> Loss:
-        """Return the loss over a batch split across processes; `across` is passed to `infonce_loss`."""
-        if self.settings.loss == "infonce":
-            return partial(infonce_loss, weights=self.policy.loss_weights, across=across)
-        return self.loss
 
     def describe(self) -> str:
         """Return a one-line summary."""

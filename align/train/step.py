@@ -7,6 +7,7 @@ micro-batch after the other. Micro-batches whose activations do not fit are reco
 with bitwise equal results.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
 from sail_align.align.model.loss import Loss, LossValue
 from sail_align.align.settings import FitSettings, Precision
-from sail_align.align.train.device import free_bytes, products_in
 from sail_align.align.train.distributed import ALONE, World
+from sail_align.extract.system.memory import free_memory
 
 MICRO_BATCH = 2_048
 """Rows that pass through a head at once."""
@@ -34,7 +35,7 @@ PARTS = 16
 
 @dataclass(frozen=True)
 class Stepper:
-    """Everything that a training step needs besides its batch.
+    """Takes training steps.
 
     Attributes:
         model: The model.
@@ -60,68 +61,81 @@ class Stepper:
     precision: Precision = "float32"
     world: World = ALONE
 
-    def parts(self, rows: int) -> list[slice]:
+    def step(self, batch: Batch, rate: float) -> LossValue:
+        """Take one step on a batch with a learning rate; return its loss, without gradients.
+
+        With several processes, each has a part of the batch. They exchange their images, so that every text meets every
+        image of the whole batch, and add their gradients. Dropout uses torch's global random state and differs between
+        processes.
+        """
+        model, optimizer, world = self.model, self.optimizer, self.world
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        model.train()
+        keep_bytes = self._room() if self.keep_bytes is None else self.keep_bytes
+        rows = len(batch.images)
+        parts, spans = self._parts(rows), world.spans(rows)
+        seed = int(torch.randint(1 << 62, ()))
+
+        images = _Pass(self, model.image_head, batch.images, (seed, 0))
+        image_NE, keep_bytes = images.embed(keep_bytes)
+        image_ME = world.gather(image_NE, spans).requires_grad_()
+        gradient_ME = torch.zeros_like(image_ME)
+        sums = torch.zeros(len(LossValue._fields) + 2, device=self.device)
+        for number, part in enumerate(parts, start=1):
+            texts = _Pass(self, model.text_head, batch.texts[:, part].flatten(0, 1), (seed, number))
+            text_NE, _ = texts.embed(keep_bytes)
+            text_CNE = text_NE.view(len(batch.texts), -1, text_NE.shape[1]).requires_grad_()
+            learned = (image_ME, text_CNE, model.log_scale, model.bias)
+            with self.products():
+                loss = self.loss_of(*learned, first=spans[world.rank].start + part.start)
+            image_gradient_ME, text_gradient_CNE, *others = torch.autograd.grad(
+                loss.total, learned, materialize_grads=True
+            )
+            gradient_ME += image_gradient_ME
+            del image_gradient_ME
+            texts.backward(text_gradient_CNE.flatten(0, 1))
+            sums += torch.stack([*map(Tensor.detach, loss), *others])
+        images.backward(world.scatter_sum(gradient_ME, spans))
+        world.sum(sums, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
+        model.log_scale.grad, model.bias.grad = sums[-2:]
+        optimizer.step()
+        model.clamp_scale()
+        return LossValue(*sums[:-2])
+
+    def products(self) -> AbstractContextManager[object]:
+        """Return a context that computes matrix products in `precision`, and everything else in float32."""
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def _room(self) -> int:
+        """Return half of the bytes that this process can still allocate on its GPU, or of its share of the machine."""
+        if self.device.type == "cuda":
+            held_back = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = int(torch.cuda.mem_get_info(self.device)[0]) + held_back
+        else:
+            free = free_memory()
+        return free // (2 * self.world.sharing)
+
+    def _parts(self, rows: int) -> list[slice]:
         """Return the parts into which this number of texts is split."""
         size = max(self.micro_batch // 2, -(-rows // PARTS)) if self.in_parts else rows
         return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def train_step(stepper: Stepper, batch: Batch, rate: float) -> LossValue:
-    """Take one step on a batch with a learning rate; return its loss, without gradients.
-
-    With several processes, each has a part of the batch. They exchange their images, so that every text meets every
-    image of the whole batch, and add their gradients. Dropout uses torch's global random state and differs between
-    processes.
-    """
-    model, optimizer, world = stepper.model, stepper.optimizer, stepper.world
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    model.train()
-    keep_bytes = stepper.keep_bytes
-    if keep_bytes is None:
-        keep_bytes = free_bytes(stepper.device) // (2 * world.sharing)
-    rows = len(batch.images)
-    parts, spans = stepper.parts(rows), world.spans(rows)
-    seed = int(torch.randint(1 << 62, ()))
-
-    images = _Pass(stepper, model.image_head, batch.images, (seed, 0))
-    image_NE, keep_bytes = images.embed(keep_bytes)
-    image_ME = world.gather(image_NE, spans).requires_grad_()
-    gradient_ME = torch.zeros_like(image_ME)
-    sums = torch.zeros(len(LossValue._fields) + 2, device=stepper.device)
-    for number, part in enumerate(parts, start=1):
-        texts = _Pass(stepper, model.text_head, batch.texts[:, part].flatten(0, 1), (seed, number))
-        text_NE, _ = texts.embed(keep_bytes)
-        text_CNE = text_NE.view(len(batch.texts), -1, text_NE.shape[1]).requires_grad_()
-        learned = (image_ME, text_CNE, model.log_scale, model.bias)
-        with products_in(stepper.precision, stepper.device):
-            loss = stepper.loss_of(*learned, first=spans[world.rank].start + part.start)
-        image_gradient_ME, text_gradient_CNE, *others = torch.autograd.grad(loss.total, learned, materialize_grads=True)
-        gradient_ME += image_gradient_ME
-        del image_gradient_ME
-        texts.backward(text_gradient_CNE.flatten(0, 1))
-        sums += torch.stack([*map(Tensor.detach, loss), *others])
-    images.backward(world.scatter_sum(gradient_ME, spans))
-    world.sum(sums, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
-    model.log_scale.grad, model.bias.grad = sums[-2:]
-    optimizer.step()
-    model.clamp_scale()
-    return LossValue(*sums[:-2])
 
 
 class _Pass:
     """Forward and backward pass of features (N, D) through a head to unit-norm embeddings, in micro-batches."""
 
     def __init__(self, stepper: Stepper, head: Head, features_ND: Tensor, seeds: tuple[int, ...]):
-        self._head, self._features_ND = head, features_ND
-        self._device, self._precision = stepper.device, stepper.precision
+        self._stepper, self._head, self._features_ND = stepper, head, features_ND
         self._seeds = (*seeds, stepper.world.rank)  # different dropout in each process
         size = stepper.micro_batch
         self._rows = [slice(start, start + size) for start in range(0, len(features_ND), size)]
         self._bytes = min(size, len(features_ND)) * head.kept_units * 4
-        self._embedded_NE = torch.empty(len(features_ND), head.out.out_features, device=self._device)
-        self._length_N1 = torch.empty(len(features_ND), 1, device=self._device)
+        self._embedded_NE = torch.empty(len(features_ND), head.out.out_features, device=stepper.device)
+        self._length_N1 = torch.empty(len(features_ND), 1, device=stepper.device)
         self._kept: dict[int, GradientEdge] = {}
 
     def embed(self, keep_bytes: int) -> tuple[Tensor, int]:
@@ -149,8 +163,8 @@ class _Pass:
 
     def _forward(self, number: int) -> Tensor:
         seed_torch(*self._seeds, number)  # the same dropout if it is recomputed
-        with products_in(self._precision, self._device):
-            out_BE: Tensor = self._head(self._features_ND[self._rows[number]].to(self._device))
+        with self._stepper.products():
+            out_BE: Tensor = self._head(self._features_ND[self._rows[number]].to(self._stepper.device))
         return out_BE
 
 
@@ -170,8 +184,3 @@ def make_optimizer(model: AlignmentModel, settings: FitSettings) -> Optimizer:
         lion: Optimizer = Lion(groups, lr=settings.lr, betas=(0.9, 0.99))
         return lion
     return AdamW(groups, lr=settings.lr)
-
-
-def embed(model: AlignmentModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of a batch's images (B, E) and texts (C, B, E)."""
-    return model.encode_image(batch.images.to(device)), model.encode_text(batch.texts.to(device))

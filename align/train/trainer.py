@@ -13,17 +13,17 @@ from sail_align.align.data.loader import Batch, Stream, batches_on
 from sail_align.align.data.pairs import not_finite, read_rows
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
-from sail_align.align.model.loss import Loss, LossValue
+from sail_align.align.model.loss import Loss
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import run_digest
-from sail_align.align.settings import FitOptions, FitSettings, OnCollapse
+from sail_align.align.settings import FitOptions, OnCollapse
 from sail_align.align.stats.metrics import effective_rank, ranks
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.distributed import ALONE, World
 from sail_align.align.train.initial import build_model
 from sail_align.align.train.plan import Plan
-from sail_align.align.train.step import Stepper, embed, make_optimizer, seed_torch, train_step
+from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
 from sail_align.align.train.writer import SAVE_SECONDS, RunWriter
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError, defer_signals
@@ -133,7 +133,7 @@ class _Training:
         self.model = build_model(plan, self.stream, self.device, fresh=fresh, quiet=quiet)
         self.stepper = Stepper(
             self.model,
-            plan.loss_of_parts(world.log_sum_exp),
+            plan.loss(world.log_sum_exp),
             make_optimizer(self.model, settings),
             self.device,
             in_parts=settings.loss == "sigmoid",
@@ -148,7 +148,7 @@ class _Training:
         """Train to the end; return the last held-out scores."""
         steps, writer = self.plan.settings.steps, self.writer
         interval = math.ceil(steps / SCORINGS)
-        done, state = (saved.step, StreamState(*saved.record["stream"])) if saved else (0, StreamState.start())
+        done, state = (saved.step, StreamState(*saved.record["stream"])) if saved else (0, StreamState())
         collapse: str | None = None
         with defer_signals() as stopped:
             if saved is None:
@@ -182,8 +182,12 @@ class _Training:
         """
         settings = self.plan.settings
         seed_torch(settings.seed, step - 1)
-        rate = learning_rate(settings, step - 1)
-        values = _log_values(self.model, train_step(self.stepper, batch, rate))
+        rate = settings.learning_rate(step - 1)
+        loss = self.stepper.step(batch, rate)._asdict()
+        t, b = self.model.log_scale.detach().exp(), self.model.bias.detach()
+        logged = {"loss": loss.pop("total"), "t": t, "b": b, **loss}
+        numbers = torch.stack(list(logged.values())).tolist()  # one transfer from a GPU
+        values = dict(zip(logged, numbers, strict=True))
         if not math.isfinite(values["loss"]):
             if not all(self.world.collect(all(bool(part.isfinite().all()) for part in batch))):
                 raise not_finite([pairs.store for pairs in self.plan.pairs])
@@ -194,17 +198,9 @@ class _Training:
     def score(self, step: int) -> None:
         """Score the model on held-out pairs in the leader, and log the scores."""
         if len(self.held_out.images):
-            self.scores = self.world.first(lambda: score(self.model, self.plan.loss, self.held_out, self.device))
+            self.scores = self.world.first(lambda: score(self.model, self.plan.loss(), self.held_out, self.device))
             if self.writer:
                 self.writer.log_scores(step, self.scores, self.model)
-
-
-def _log_values(model: AlignmentModel, loss: LossValue) -> dict[str, float]:
-    """Return the values logged for a step: loss, t, b, mean logits and gradient masses, in one transfer from a GPU."""
-    values = {"t": model.log_scale.exp(), "b": model.bias, **loss._asdict()}
-    numbers = torch.stack([value.detach() for value in values.values()]).tolist()
-    named = dict(zip(values, numbers, strict=True))
-    return {"loss": named.pop("total"), **named}
 
 
 @torch.no_grad()
@@ -217,7 +213,7 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
         `chance`: its chance level. `image_rank` and `text_rank`: effective ranks of the embeddings.
     """
     model.eval()
-    image_BE, text_CBE = embed(model, batch, device)
+    image_BE, text_CBE = model(*batch.to(device))
     scores = {"loss": loss_of(image_BE, text_CBE, model.log_scale, model.bias).total.item()}
     captions, rows, _ = text_CBE.shape
     owner_M = np.tile(np.arange(rows), captions)
@@ -227,11 +223,3 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
         scores |= {f"{way}_r{k}": 100 * float(np.mean(ranks_Q < k)) for k in (1, 5, 10)}
     scores |= {"r1": (scores["t2i_r1"] + scores["i2t_r1"]) / 2, "chance": 100 / rows}
     return scores | {"image_rank": effective_rank(images), "text_rank": effective_rank(texts)}
-
-
-def learning_rate(settings: FitSettings, step: int) -> float:
-    """Return the learning rate of step 0, 1, …: a linear warm-up, then half a cosine down to 0."""
-    warm = round(settings.warmup * settings.steps)
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    return settings.lr * (1 + math.cos(math.pi * (step - warm) / (settings.steps - warm))) / 2

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from sail_align.align.cli import app
 from sail_align.align.runs.folder import RunFolder, differences
 from sail_align.align.train import trainer
+from sail_align.align.train.step import Stepper
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError
 
@@ -43,7 +44,7 @@ def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp
 def test_finished_run_is_not_trained_again(make_store, monkeypatch, out):
     words = ["--features", make_store("photos"), *QUICK, *out]
     first = run_fit(*words).output.splitlines()
-    monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(Stepper, "step", lambda *_: pytest.fail("trained"))
     again = run_fit(*words)
     assert again.exit_code == 0, again.output
     (line,) = [line for line in again.output.splitlines() if "is finished: glu heads" in line]
@@ -57,7 +58,7 @@ def test_finished_run_is_not_trained_again(make_store, monkeypatch, out):
 def test_stopped_run_prints_how_to_resume_and_resumes(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
-        patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
+        patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         stopped = run_fit("--features", path, *QUICK)
     assert stopped.exit_code == 130
     assert "The same command starts runs/photos-glu again: nothing was saved yet." in stopped.output
@@ -70,7 +71,7 @@ def test_stopped_run_prints_how_to_resume_and_resumes(make_store, monkeypatch):
 def test_other_precision_starts_another_run(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
-        patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
+        patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         run_fit("--features", path, *QUICK)
     other = run_fit("--features", path, *QUICK, "--precision", "bfloat16").output
     assert (
@@ -85,13 +86,13 @@ def test_other_precision_starts_another_run(make_store, monkeypatch):
 
 def test_stopped_run_prints_the_step_it_resumes_from(make_store, monkeypatch):
     path = make_store("photos")
-    step, calls = trainer.train_step, []
+    step, calls = Stepper.step, []
 
     def interrupted(*arguments):
         calls.append(None)
         return interrupt() if len(calls) == 3 else step(*arguments)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted)
+    monkeypatch.setattr(Stepper, "step", interrupted)
     monkeypatch.setitem(trainer.fit.__kwdefaults__, "save_seconds", 0)
     assert "The same command resumes runs/photos-glu from step 2." in run_fit("--features", path, *QUICK).output
 

@@ -100,10 +100,10 @@ def test_weights_multiply_the_losses_if_all_captions_are_used(three):
     plan, _ = make_plan([three], {}, captions=["long:0.25", "raw"])
     assert plan.record()["caption_weights"] == [0.25, 1.0]
     alone = [sigmoid_loss(images, text[None], *at).total for text in texts]
-    assert plan.loss(images, texts, *at).total.item() == pytest.approx((0.25 * alone[0] + alone[1]).item())
+    assert plan.loss()(images, texts, *at).total.item() == pytest.approx((0.25 * alone[0] + alone[1]).item())
     for captions, options in ((["long:0.25", "raw"], {"positives": 1}), (["long", "raw"], {})):
         plan, _ = make_plan([three], options, captions=captions)
-        assert plan.loss(images, texts, *at).total.item() == pytest.approx(sum(alone).item())
+        assert plan.loss()(images, texts, *at).total.item() == pytest.approx(sum(alone).item())
 
 
 @pytest.mark.parametrize(

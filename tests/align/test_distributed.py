@@ -22,7 +22,7 @@ from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.distributed import World, joined
-from sail_align.align.train.step import Stepper, make_optimizer, train_step
+from sail_align.align.train.step import Stepper, make_optimizer
 from sail_align.extract.errors import UserError, WorkersFailedError
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def one_step(world):
         model = Architecture("glu", 12, 8, 6, expansion=2).build(scale=5.0, bias=-1.0)
         optimizer = make_optimizer(model, FitSettings(steps=1))
         stepper = Stepper(model, loss, optimizer, CPU, in_parts=name != "infonce", micro_batch=5, world=world)
-        value = train_step(stepper, Batch(images[own], texts[:, own]), 1e-3)
+        value = stepper.step(Batch(images[own], texts[:, own]), 1e-3)
         found |= {f"{name} {field}": number for field, number in value._asdict().items()}
         found |= {f"{name} ∂{key}": parameter.grad for key, parameter in model.named_parameters()}
         found |= {f"{name} {key}": tensor.clone() for key, tensor in model.state_dict().items()}
@@ -168,7 +168,7 @@ def dropped_out(world):
     model.image_head.register_forward_hook(lambda _head, _features, out: seen.append(out.detach()))
     for _ in range(2):
         torch.manual_seed(0)
-        train_step(stepper, rows, 0.0)
+        stepper.step(rows, 0.0)
     return seen
 
 

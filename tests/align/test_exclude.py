@@ -54,7 +54,7 @@ def test_run_resumes_only_with_the_same_list(make_store, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("key 3\n")
     command = ["fit", "--features", str(store), "--quiet", "--steps", "4", "--dim", "8", "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr("sail_align.align.train.trainer.train_step", interrupt)
+        patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         assert CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).exit_code == 130
     changed = CliRunner().invoke(app, command).output
     assert "writing runs/photos-glu-2" in changed

@@ -17,6 +17,7 @@ from sail_align.align.data.sampler import StreamState
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.train import trainer
 from sail_align.align.train.plan import make_plan
+from sail_align.align.train.step import Stepper
 from sail_align.extract.errors import UserError
 
 WEIGHTS = {"raw": 1.0, "short": 2.0, "long": 4.0}
@@ -159,11 +160,11 @@ def test_scan_yields_all_captions_of_each_store(mixed):
 def test_fit_on_mixed_stores_learns_and_resumes_exactly(make_store, tmp_path, monkeypatch):
     stores = [make_store("many", rows=250, captions={"raw": (), "long": ()}), make_store("one", rows=250, first=1_000)]
     options = {"positives": 1, "head": "linear", "lr": 3e-3, "dim": 8, "batch_size": 50, "steps": 40, "held_out": 0.2}
-    runs, step = [], trainer.train_step
+    runs, step = [], Stepper.step
 
     def train(steps_before_the_end=None):
         left = iter(range(options["steps"] if steps_before_the_end is None else steps_before_the_end))
-        monkeypatch.setattr(trainer, "train_step", lambda *given: (next(left), step(*given))[1])
+        monkeypatch.setattr(Stepper, "step", lambda *given: (next(left), step(*given))[1])
         return trainer.fit(plan, runs[-1], device=torch.device("cpu"), quiet=True, save_seconds=0)
 
     for stops in ([], [9, 17]):

@@ -10,9 +10,8 @@ from sail_align.align.data.loader import Batch
 from sail_align.align.model import fused as functions
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import infonce_loss, sigmoid_loss
-from sail_align.align.settings import FitSettings
-from sail_align.align.train import device
-from sail_align.align.train.step import Stepper, embed, make_optimizer, seed_torch, train_step
+from sail_align.align.settings import FitSettings, choose_precision
+from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
 from sail_align.extract.errors import UserError
 
 CPU = torch.device("cpu")
@@ -48,7 +47,7 @@ def after_steps(used, steps=3):
     totals = []
     for step in range(steps):
         torch.manual_seed(step)
-        totals.append(train_step(used, batch(seed=step), 1e-2).total)
+        totals.append(used.step(batch(seed=step), 1e-2).total)
     gradients = {f"{name}.grad": parameter.grad for name, parameter in used.model.named_parameters()}
     return {**used.model.state_dict(), **gradients, "totals": torch.stack(totals)}
 
@@ -69,9 +68,9 @@ def after_steps(used, steps=3):
 def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_bytes, loss, in_parts):
     used = stepper(micro_batch, keep_bytes, head=head, loss=loss, in_parts=in_parts)
     plain = stepper(1, NOTHING, head=head, loss=loss).model
-    expected = loss(*embed(plain, batch(), CPU), plain.log_scale, plain.bias)
+    expected = loss(*plain(*batch()), plain.log_scale, plain.bias)
     expected.total.backward()
-    value = train_step(used, batch(), 1e-9)
+    value = used.step(batch(), 1e-9)
     torch.testing.assert_close(tuple(value), tuple(each.detach() for each in expected))
     for (name, ours), theirs in zip(used.model.named_parameters(), plain.parameters(), strict=True):
         whole = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
@@ -129,7 +128,7 @@ def test_dropout_differs_between_micro_batches_and_steps():
     seen = []
     used.model.image_head.register_forward_hook(lambda _head, _features, out: seen.append(out.detach()))
     for _ in range(2):
-        train_step(used, same, 1e-9)
+        used.step(same, 1e-9)
     first, second, again, *_ = seen
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
@@ -152,20 +151,19 @@ def test_bfloat16_rounds_the_gradients_and_no_more(head, keep_bytes):
         for precision in ("float32", "bfloat16")
     )
     torch.manual_seed(0)
-    expected = train_step(exact, batch(400), 1e-9)
+    expected = exact.step(batch(400), 1e-9)
     torch.manual_seed(0)
-    torch.testing.assert_close(train_step(rounded, batch(400), 1e-9), expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(rounded.step(batch(400), 1e-9), expected, rtol=0.01, atol=0.01)
     for (name, ours), theirs in zip(rounded.model.named_parameters(), exact.model.parameters(), strict=True):
         assert ours.grad.dtype == torch.float32
         assert 0 < (ours.grad - theirs.grad).norm() < 0.04 * theirs.grad.norm(), name
 
 
 def test_a_device_says_what_it_computes_in():
-    cuda = torch.device("cuda")
-    assert [device.choose_precision("auto", each) for each in (CPU, cuda)] == ["float32", "bfloat16"]
-    assert device.choose_precision("tf32", cuda) == "tf32"
+    assert [choose_precision("auto", each) for each in ("cpu", "cuda")] == ["float32", "bfloat16"]
+    assert choose_precision("tf32", "cuda") == "tf32"
     with pytest.raises(UserError, match="--precision tf32 needs an NVIDIA GPU, got device cpu"):
-        device.choose_precision("tf32", CPU)
+        choose_precision("tf32", "cpu")
 
 
 def test_the_free_memory_decides_what_is_kept(monkeypatch):
@@ -173,8 +171,8 @@ def test_the_free_memory_decides_what_is_kept(monkeypatch):
     calls = []
     used.model.text_head.register_forward_hook(lambda _head, _features, out: calls.append(len(out)))
     for free, passes in ((EVERYTHING, 1), (NOTHING, 2)):
-        monkeypatch.setattr("sail_align.align.train.step.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("sail_align.align.train.step.free_memory", lambda free=free: free)
         calls.clear()
-        train_step(used, batch(), 1e-9)
+        used.step(batch(), 1e-9)
         assert sum(calls) == passes * CAPTIONS * ROWS
         assert max(calls) == 5

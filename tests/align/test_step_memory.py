@@ -20,7 +20,7 @@ from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.settings import FitSettings
 from sail_align.align.train import step
 from sail_align.align.train.distributed import World
-from sail_align.align.train.step import Stepper, make_optimizer, train_step
+from sail_align.align.train.step import Stepper, make_optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ class OneOf(World):
 @pytest.fixture
 def second_step(monkeypatch):
     """Take two steps of 36,864 pairs where so much memory is free; return image passes and bytes of the second."""
-    monkeypatch.setattr(step, "products_in", lambda *_: nullcontext())
+    monkeypatch.setattr(Stepper, "products", lambda _: nullcontext())
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     monkeypatch.setattr(torch, "randint", lambda *_: 0)
@@ -81,18 +81,18 @@ def second_step(monkeypatch):
         monkeypatch.setattr(module, name, 1 << 60)
 
     def take(free, processes=1, expansion=4):
-        monkeypatch.setattr(step, "free_bytes", lambda _: free)
+        monkeypatch.setattr(step, "free_memory", lambda: free)
         with NOWHERE:
             model = Architecture("glu", 2_048, 1_024, 1_024, expansion).build()
             rows = 36_864 // processes
             batch = Batch(torch.empty(rows, 2_048).half(), torch.empty(2, rows, 1_024).half())
         optimizer = make_optimizer(model, FitSettings(steps=2))
         used = Stepper(model, sigmoid_loss, optimizer, NOWHERE, in_parts=True, world=OneOf(0, processes))
-        train_step(used, batch, 1e-5)
+        used.step(batch, 1e-5)
         passes = []
         model.image_head.register_forward_hook(lambda _head, features, _out: passes.append(len(features[0])))
         with Held([(each, each.grad) for each in model.parameters()], list(optimizer.state.values()), batch) as held:
-            train_step(used, batch, 1e-5)
+            used.step(batch, 1e-5)
         return sum(passes) / rows, held
 
     return take

@@ -15,9 +15,9 @@ from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
-from sail_align.align.train import trainer
 from sail_align.align.train.plan import make_plan
-from sail_align.align.train.trainer import fit, learning_rate
+from sail_align.align.train.step import Stepper
+from sail_align.align.train.trainer import fit
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
 
@@ -95,8 +95,8 @@ def test_bfloat16_learns_what_float32_learns(make_store, tmp_path):
 
 def test_each_step_has_its_own_random_numbers(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run", steps=5)
-    step, drawn = trainer.train_step, []
-    monkeypatch.setattr(trainer, "train_step", lambda *given: drawn.append(float(torch.rand(()))) or step(*given))
+    step, drawn = Stepper.step, []
+    monkeypatch.setattr(Stepper, "step", lambda *given: drawn.append(float(torch.rand(()))) or step(*given))
     fit(plan, run, device=CPU, quiet=True)
     assert len(set(drawn)) == 5
 
@@ -132,7 +132,7 @@ class StoppedError(Exception):
 
 
 def stop_after(monkeypatch, step):
-    original = trainer.train_step
+    original = Stepper.step
     calls = []
 
     def train_step(*arguments):
@@ -141,7 +141,7 @@ def stop_after(monkeypatch, step):
             raise StoppedError
         return original(*arguments)
 
-    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(Stepper, "step", train_step)
 
 
 def content(run):
@@ -203,8 +203,8 @@ def test_process_whose_run_was_taken_over_stops_writing(make_store, tmp_path, mo
         (run / "lease" / "fit.1.json").write_text("{}")  # by another machine, which assumed this process dead
         return train_step(*arguments)
 
-    train_step = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", taken_over)
+    train_step = Stepper.step
+    monkeypatch.setattr(Stepper, "step", taken_over)
     with pytest.raises(UserError, match="was taken over by another process while this one hung"):
         fit(plan, run, device=CPU, quiet=True, save_seconds=0)
     assert RunFolder(run).last is None
@@ -267,7 +267,7 @@ def test_too_few_pairs_to_hold_out_are_noted(make_store):
 
 def test_infinite_loss_stops_the_run(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run")
-    monkeypatch.setattr(trainer, "train_step", lambda *_: LossValue(*torch.full((5,), math.nan)))
+    monkeypatch.setattr(Stepper, "step", lambda *_: LossValue(*torch.full((5,), math.nan)))
     with pytest.raises(UserError, match=r"The loss is nan after 1 steps. Lower --lr \(now 0.003\)"):
         fit(plan, run, device=CPU, quiet=True)
 
@@ -319,11 +319,11 @@ def test_held_out_rows_are_not_trained_on(make_store):
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
     settings = FitSettings(lr=1.0, warmup=0.25, steps=8)
-    rates = [learning_rate(settings, step) for step in range(8)]
+    rates = [settings.learning_rate(step) for step in range(8)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[5] == pytest.approx(0.5)
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert learning_rate(FitSettings(lr=1.0, steps=1), 0) == 1.0
+    assert FitSettings(lr=1.0, steps=1).learning_rate(0) == 1.0
 
 
 def test_temperature_stays_in_its_bounds(make_store, tmp_path):
