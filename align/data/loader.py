@@ -166,6 +166,28 @@ class Stream:
             self.bytes_read += sum(part.numel() * part.element_size() for part in batch)
             yield batch, next_state
 
+    def batches_on(self, device: torch.device, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
+        """Yield `batches` on a device: each is copied to a GPU while the previous is in use. A CPU needs no copy."""
+        batches = self.batches(state)
+        if device.type != "cuda":
+            yield from batches
+            return
+        copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+        def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
+            batch, next_state = next(batches)
+            with torch.cuda.stream(copying):
+                return batch.to(device), next_state, copying.record_event()
+
+        upcoming = begin_copy()
+        while True:
+            batch, next_state, copied = upcoming
+            copied.synchronize()  # requesting the next but one may overwrite the memory that is copied from
+            for part in batch:
+                part.record_stream(torch.cuda.current_stream(device))
+            upcoming = begin_copy()
+            yield batch, next_state
+
     def scan(self) -> Iterator[Batch]:
         """Yield each row once with all captions of its store, store by store, for sums over all rows."""
         for pairs, (first, stop) in zip(self._pairs, pairwise(self._starts.tolist()), strict=True):
@@ -296,27 +318,3 @@ class Stream:
         if key not in self._decoded:
             self._decoded[key] = array.chunk(place)
         return self._decoded[key]
-
-
-def batches_on(
-    device: torch.device, batches: Iterator[tuple[Batch, StreamState]]
-) -> Iterator[tuple[Batch, StreamState]]:
-    """Yield batches on a device: each is copied to a GPU while the previous one is in use. A CPU needs no copy."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
-        batch, next_state = next(batches)
-        with torch.cuda.stream(copying):
-            return batch.to(device), next_state, copying.record_event()
-
-    upcoming = begin_copy()
-    while True:
-        batch, next_state, copied = upcoming
-        copied.synchronize()  # requesting the next but one may overwrite the memory that is copied from
-        for part in batch:
-            part.record_stream(torch.cuda.current_stream(device))
-        upcoming = begin_copy()
-        yield batch, next_state

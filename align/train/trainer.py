@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sail_align.align.data.loader import Batch, Stream, batches_on
+from sail_align.align.data.loader import Batch, Stream
 from sail_align.align.data.pairs import not_finite, read_rows
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
@@ -153,7 +153,7 @@ class _Training:
         with defer_signals() as stopped:
             if saved is None:
                 self.score(0)
-            batches = batches_on(self.device, self.stream.batches(state))
+            batches = self.stream.batches_on(self.device, state)
             for step, (batch, state) in zip(range(done + 1, steps + 1), batches, strict=False):
                 self.train(step, batch)
                 if step % interval == 0 or step == steps:

@@ -2,16 +2,18 @@
 
 from contextlib import nullcontext
 from itertools import islice
+from types import SimpleNamespace
 
 import torch
 
-from sail_align.align.data.loader import Batch, batches_on
+from sail_align.align.data.loader import Batch, Stream
 from sail_align.align.data.sampler import StreamState
 
 
 def test_batches_on_a_cpu_are_not_copied():
     served = [(Batch(torch.zeros(2, 3), torch.ones(1, 2, 3)), StreamState(0, number)) for number in range(3)]
-    passed_on = list(batches_on(torch.device("cpu"), iter(served)))
+    stream = SimpleNamespace(batches=lambda _: iter(served))
+    passed_on = list(Stream.batches_on(stream, torch.device("cpu")))
     assert all(one is other for one, other in zip(passed_on, served, strict=True))
 
 
@@ -49,12 +51,12 @@ def test_copy_to_a_gpu_ends_before_its_buffer_is_reused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "main")
 
-    def stream():
+    def batches(_):
         for number in range(1, 9):
             calls.append(f"ask {number}")
             yield Batch(Part(f"x{number}"), Part(f"y{number}")), StreamState(0, number)
 
-    for batch, state in islice(batches_on(torch.device("cuda"), stream()), 2):
+    for batch, state in islice(Stream.batches_on(SimpleNamespace(batches=batches), torch.device("cuda")), 2):
         calls.append(f"work on {batch.images.name} {state.batch}")
     first = ["ask 1", "copy x1", "copy y1"]
     second = ["copied 1", "ask 2", "copy x2", "copy y2", "work on x1 1"]
