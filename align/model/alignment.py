@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sail_align.align.model.heads import Head, HeadKind, make_head
+from sail_align.align.model.heads import HEADS, Head, HeadKind
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -61,10 +61,8 @@ class Architecture:
     def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
         """Return a new model with random weights, drawn from torch's global random state."""
         sides = ((self.image_dim, self.image_dropout), (self.text_dim, self.text_dropout))
-        heads = [
-            make_head(self.head, input_dim, self.dim, expansion=self.expansion, dropout=dropout)
-            for input_dim, dropout in sides
-        ]
+        hidden = {} if self.head == "linear" else {"expansion": self.expansion}
+        heads = [HEADS[self.head](input_dim, self.dim, dropout, **hidden) for input_dim, dropout in sides]
         heads[0].power = self.image_power
         if self.linear_path:
             for head in heads:

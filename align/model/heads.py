@@ -4,7 +4,6 @@ A head is power → LayerNorm → body, plus an optional linear path beside the 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -27,6 +26,7 @@ class Head(nn.Module):
 
     power = 1.0
 
+    hidden_units = 0
     out: nn.Linear
     """The output layer, which each subclass has."""
 
@@ -43,11 +43,8 @@ class Head(nn.Module):
     @property
     def kept_units(self) -> int:
         """Maximum number of activations per row that the backward pass needs, two of them for LayerNorm."""
-        return 2 + self._kept_of(self.norm.normalized_shape[0])
-
-    def _kept_of(self, units: int) -> int:
-        """Return the activations kept of a layer's units: before and after, and the dropout mask if there is one."""
-        return (3 if self.dropout.p else 2) * units
+        kept_of_unit = 3 if self.dropout.p else 2  # before and after, and the dropout mask if there is one
+        return 2 + kept_of_unit * (self.norm.normalized_shape[0] + self.hidden_units)
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised."""
@@ -55,12 +52,15 @@ class Head(nn.Module):
         features_BD = features_BD.reshape(-1, input_dim)
         if self.power != 1:
             features_BD = self.apply_power(features_BD.to(self.norm.weight.dtype))
-        of_input: OfInput
-        if self.training and not self.dropout.p and not features_BD.requires_grad:
-            of_input = partial(_normed_linear, features_BD, self.norm)
-        else:
-            normed_BD = self.dropout(self.norm(features_BD.to(self.norm.weight.dtype)))
-            of_input = partial(_linear_of, normed_BD)
+        norm, fused = self.norm, self.training and not self.dropout.p and not features_BD.requires_grad
+        input_BD = features_BD if fused else self.dropout(norm(features_BD.to(norm.weight.dtype)))
+
+        def of_input(layer: nn.Linear) -> Tensor:
+            if fused:
+                return normed_linear(input_BD, norm.weight, norm.bias, layer.weight, layer.bias, norm.eps)
+            out_BH: Tensor = layer(input_BD)
+            return out_BH
+
         out_BE = self.body(of_input)
         if self.linear_path is not None:
             out_BE = out_BE + of_input(self.linear_path)
@@ -101,12 +101,9 @@ class MLPHead(Head):
 
     def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4):
         super().__init__(input_dim, dropout)
-        self.hidden = _linear(input_dim, expansion * input_dim)
-        self.out = _linear(expansion * input_dim, output_dim)
-
-    @property
-    def kept_units(self) -> int:  # noqa: D102
-        return super().kept_units + self._kept_of(self.hidden.out_features)
+        self.hidden_units = expansion * input_dim
+        self.hidden = _linear(input_dim, self.hidden_units)
+        self.out = _linear(self.hidden_units, output_dim)
 
     def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
         out_BE: Tensor = self.out(self.dropout(F.relu6(of_input(self.hidden))))
@@ -122,13 +119,10 @@ class GLUHead(Head):
 
     def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4):
         super().__init__(input_dim, dropout)
-        self.gate = _linear(input_dim, expansion * input_dim)
-        self.value = _linear(input_dim, expansion * input_dim)
-        self.out = _linear(expansion * input_dim, output_dim)
-
-    @property
-    def kept_units(self) -> int:  # noqa: D102
-        return super().kept_units + self._kept_of(self.gate.out_features)
+        self.hidden_units = expansion * input_dim
+        self.gate = _linear(input_dim, self.hidden_units)
+        self.value = _linear(input_dim, self.hidden_units)
+        self.out = _linear(self.hidden_units, output_dim)
 
     @torch.no_grad()
     def value_bound(self) -> float:
@@ -149,21 +143,8 @@ class GLUHead(Head):
         return out_BE
 
 
-def make_head(kind: HeadKind, input_dim: int, output_dim: int, *, expansion: int = 4, dropout: float = 0.0) -> Head:
-    """Return a head of a kind. Only heads with hidden units use `expansion`."""
-    if kind == "linear":
-        return LinearHead(input_dim, output_dim, dropout)
-    hidden_heads: dict[str, type[MLPHead | GLUHead]] = {"mlp": MLPHead, "glu": GLUHead}
-    return hidden_heads[kind](input_dim, output_dim, dropout, expansion)
-
-
-def _normed_linear(features_BD: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
-    return normed_linear(features_BD, norm.weight, norm.bias, layer.weight, layer.bias, norm.eps)
-
-
-def _linear_of(normed_BD: Tensor, layer: nn.Linear) -> Tensor:
-    out_BH: Tensor = layer(normed_BD)
-    return out_BH
+HEADS: dict[HeadKind, type[LinearHead | MLPHead | GLUHead]] = {"linear": LinearHead, "mlp": MLPHead, "glu": GLUHead}
+"""Heads by their kind; those with hidden units also take `expansion`."""
 
 
 def _linear(input_dim: int, output_dim: int) -> nn.Linear:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sail_align.align.model.fused import gated_linear, normed_linear
-from sail_align.align.model.heads import make_head
+from sail_align.align.model.heads import HEADS
 
 
 def arguments(*shapes):
@@ -62,7 +62,7 @@ def kept_numbers(head, x):
 @pytest.mark.parametrize("kind", ["linear", "mlp", "glu"])
 @pytest.mark.parametrize("dropout", [0, 0.5])
 def test_heads_keep_at_most_kept_units(kind, dropout):
-    rows, head = 16, make_head(kind, 32, 8, dropout=dropout)
+    rows, head = 16, HEADS[kind](32, 8, dropout=dropout)
     assert 0 < kept_numbers(head, torch.randn(rows, 32)) <= rows * head.kept_units
 
 
@@ -70,7 +70,7 @@ def test_heads_keep_at_most_kept_units(kind, dropout):
 @pytest.mark.parametrize("linear_path", [False, True])
 def test_training_gradients_equal_autograd(kind, linear_path):
     torch.manual_seed(0)
-    head = make_head(kind, 6, 3).double()
+    head = HEADS[kind](6, 3).double()
     if linear_path:
         head.add_linear_path().double()
     for parameter in head.parameters():

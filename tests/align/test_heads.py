@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.closed_form import LinearMap
-from sail_align.align.model.heads import make_head
+from sail_align.align.model.heads import HEADS, GLUHead
 
 IMAGE_DIM, TEXT_DIM, DIM = 2048, 1024, 1024
 HEAD_KINDS = ["linear", "mlp", "glu"]
@@ -22,7 +22,7 @@ HEAD_KINDS = ["linear", "mlp", "glu"]
 )
 def test_sizes_and_costs_equal_table_1(kind, millions, megaflops):
     with torch.device("meta"):
-        heads = [make_head(kind, dim, DIM) for dim in (IMAGE_DIM, TEXT_DIM)]
+        heads = [HEADS[kind](dim, DIM) for dim in (IMAGE_DIM, TEXT_DIM)]
         norms = sum(p.numel() for head in heads for p in head.norm.parameters())
         parameters = sum(p.numel() for head in heads for p in head.parameters()) - norms
         with FlopCounterMode(display=False) as flops:
@@ -35,7 +35,7 @@ def test_sizes_and_costs_equal_table_1(kind, millions, megaflops):
 
 def test_glu_head_equals_its_formula():
     torch.manual_seed(0)
-    head = make_head("glu", 6, 3, expansion=2)
+    head = GLUHead(6, 3, expansion=2)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_()
@@ -52,7 +52,7 @@ def test_glu_head_equals_its_formula():
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_initial_weights_are_xavier_uniform_and_biases_zero(kind):
     torch.manual_seed(0)
-    for name, parameter in make_head(kind, 64, 32).named_parameters():
+    for name, parameter in HEADS[kind](64, 32).named_parameters():
         if name.endswith("bias"):
             assert not parameter.any()
         elif not name.startswith("norm"):
@@ -63,7 +63,7 @@ def test_initial_weights_are_xavier_uniform_and_biases_zero(kind):
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_head_computes_a_copied_linear_map_and_can_learn(kind):
     torch.manual_seed(0)
-    head = make_head(kind, 8, 4)
+    head = HEADS[kind](8, 4)
     given_map = LinearMap(torch.randn(4, 8).double(), torch.randn(4).double())
     given_map.copy_to(head)
     x = torch.randn(10, 8)
@@ -77,7 +77,7 @@ def test_head_computes_a_copied_linear_map_and_can_learn(kind):
 @given(st.sampled_from(HEAD_KINDS), st.floats(0.1, 100), st.floats(-10, 10))
 def test_heads_ignore_scale_and_offset_of_features(kind, scale, offset):
     torch.manual_seed(0)
-    head, x = make_head(kind, 8, 4), 10 * torch.randn(3, 8)
+    head, x = HEADS[kind](8, 4), 10 * torch.randn(3, 8)
     torch.testing.assert_close(head(scale * x + offset), head(x), rtol=1e-3, atol=1e-3)
 
 
@@ -92,7 +92,7 @@ def test_power_applies_to_images_and_keeps_signs():
 
 def test_dropout_acts_only_in_training():
     torch.manual_seed(0)
-    head, x = make_head("glu", 8, 4, dropout=0.5), torch.randn(3, 8)
+    head, x = GLUHead(8, 4, dropout=0.5), torch.randn(3, 8)
     assert not torch.equal(head(x), head(x))
     head.eval()
     assert torch.equal(head(x), head(x))
