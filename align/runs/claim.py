@@ -45,36 +45,32 @@ def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) ->
     if path.name in ("", ".."):  # "." and "..": no number can be added to these names
         path = path.resolve()
     with report_write_errors(path):
-        return _claim(path, settings, numbered)
-
-
-def _claim(path: Path, settings: dict[str, Any], numbered: bool) -> Claim:
-    if not _is_free(path) and not RunFolder(path).is_run:
-        raise UserError(f"{path} exists and is not a run. Pass another --out.")
-    runs: list[Path] = []
-    free, number = path, 1
-    while not _is_free(free):
-        if RunFolder(free).is_run:
-            runs.append(free)
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    digest = run_digest(settings)
-    finished: list[Path] = []
-    others: list[tuple[Path, tuple[str, ...]]] = []
-    for run in reversed(runs if numbered else runs[:1]):
-        there = RunFolder(run).settings()
-        if run_digest(there) != digest:
-            others.append((run, differences(there, settings)))
-        elif (saved := Checkpoint.read(run)) is None or not saved.finished:
-            return Claim(run, begun=True)
-        else:
-            finished.append(run)
-    if finished:
-        return Claim(finished[0], begun=True, finished=True)
-    if others and not numbered:
-        raise UserError(f"{path} is a run with other settings ({', '.join(others[0][1])}). Pass another --out.")
-    write_atomically(free / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode())
-    return Claim(free, False, False, *(others[0] if others else ()))
+        if not _is_free(path) and not RunFolder(path).is_run:
+            raise UserError(f"{path} exists and is not a run. Pass another --out.")
+        runs: list[Path] = []
+        free, number = path, 1
+        while not _is_free(free):
+            if RunFolder(free).is_run:
+                runs.append(free)
+            number += 1
+            free = path.with_name(f"{path.name}-{number}")
+        digest = run_digest(settings)
+        finished: list[Path] = []
+        others: list[tuple[Path, tuple[str, ...]]] = []
+        for run in reversed(runs if numbered else runs[:1]):
+            there = RunFolder(run).settings()
+            if run_digest(there) != digest:
+                others.append((run, differences(there, settings)))
+            elif (saved := Checkpoint.read(run)) is None or not saved.finished:
+                return Claim(run, begun=True)
+            else:
+                finished.append(run)
+        if finished:
+            return Claim(finished[0], begun=True, finished=True)
+        if others and not numbered:
+            raise UserError(f"{path} is a run with other settings ({', '.join(others[0][1])}). Pass another --out.")
+        write_atomically(free / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        return Claim(free, False, False, *(others[0] if others else ()))
 
 
 def _is_free(path: Path) -> bool:
