@@ -34,31 +34,30 @@ def import_released(
     if not file.is_file():
         raise UserError(f"{file} does not exist. Name a file published by the paper's authors.")
 
-    from sail_align.align.hub.released import CLAMP, read_released
+    from sail_align.align.hub.released import CLAMP, Released
     from sail_align.align.runs.checkpoint import Checkpoint
     from sail_align.align.runs.claim import claim_run
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.system.files import report_write_errors
 
-    released = read_released(file)
+    released = Released.read(file)
     image = ImageEncoderConfig(names[0], pooling=image_pooling).load(device).identity
     text = TextEncoderConfig(names[1], pooling=text_pooling).load(device).identity
-    released.require_encoders(image, text)
+    record = released.record(image, text)
     if released.needs_clamp:
         typer.echo(
             f"note: The authors' code clamps hidden units at ±{CLAMP:,}. These weights may reach that; they are not "
             "clamped here."
         )
-    claim = claim_run(out or Path("runs") / file.stem, released.settings(image, text), numbered=out is None)
+    claim = claim_run(out or Path("runs") / file.stem, record["settings"], numbered=out is None)
     run = claim.path
     if not claim.finished:
         with report_write_errors(run):
-            record = released.checkpoint_record(image, text)
             Checkpoint.write(RunFolder(run).checkpoint(0), released.model.state_dict(), record, step=0)
-    shape = released.architecture
+    shape, sha256 = released.architecture, released.imported["sha256"]
     typer.echo(
         f"{'already imported:' if claim.finished else 'wrote'} {run}: {shape.head} heads from {shape.image_dim} and "
-        f"{shape.text_dim} to {shape.dim} dimensions, {shape.expansion} × hidden; file {released.sha256[:12]}"
+        f"{shape.text_dim} to {shape.dim} dimensions, {shape.expansion} × hidden; file {sha256[:12]}"
     )
     typer.echo(f"Next: sail-eval all --run {run}")
 
@@ -87,9 +86,8 @@ def export(
         _write_hub_folder(load_run(run), folder, licence or "unknown")
         return
 
-    from sail_align.align.hub.onnx_heads import require_onnx, write_onnx
+    from sail_align.align.hub.onnx_heads import write_onnx
 
-    require_onnx()
     difference = write_onnx(load_run(run), folder)
     typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {difference:.1g} of PyTorch's embeddings")
 

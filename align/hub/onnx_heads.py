@@ -18,19 +18,6 @@ TOLERANCE = 1e-5
 _LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 
 
-def require_onnx() -> None:
-    """Check that the libraries for ONNX are installed.
-
-    Raises:
-        UserError: A library is missing.
-    """
-    for library in _LIBRARIES:
-        try:
-            importlib.import_module(library)
-        except ImportError as problem:
-            raise UserError(f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'.") from problem
-
-
 def write_onnx(run: Run, folder: Path) -> float:
     """Write `image_head.onnx` and `text_head.onnx` to a new folder; return their maximum difference from PyTorch.
 
@@ -40,7 +27,11 @@ def write_onnx(run: Run, folder: Path) -> float:
     Raises:
         UserError: A library is missing, the folder is not empty, or ONNX Runtime gives other embeddings.
     """
-    require_onnx()
+    for library in _LIBRARIES:
+        try:
+            importlib.import_module(library)
+        except ImportError as problem:
+            raise UserError(f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'.") from problem
     graphs, farthest = {}, 0.0
     for side, identity in (("image", run.image), ("text", run.text)):
         head = _Side(run.model, side).eval()

@@ -44,20 +44,65 @@ OUR_NAMES = {
 
 @dataclass(frozen=True)
 class Released:
-    """A published file as a model in evaluation mode, with the file's metadata and SHA-256."""
+    """A published file as a model in evaluation mode. `imported` describes the file, in the settings of the run."""
 
     path: Path
-    sha256: str
-    name: str
-    epoch: int | None
+    imported: dict[str, Any]
     architecture: Architecture
     model: AlignmentModel
 
-    def require_encoders(self, image: Identity, text: Identity) -> None:
-        """Check that the heads accept the features of the encoders.
+    @classmethod
+    def read(cls, path: Path) -> "Released":
+        """Read a file published by the paper's authors. The number of hidden units is taken from its weights.
+
+        Only tensors, numbers and strings are unpickled.
 
         Raises:
-            UserError: A dimension differs.
+            UserError: The file cannot be read or has another content. The message names the first tensor that differs.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as problem:
+            raise UserError(f"{path} cannot be read: {problem.strerror}.") from problem
+        try:
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(io.BytesIO(content)) and (part := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+                raise ValueError(f"{part} does not match its checksum, which torch does not verify")
+        except Exception as problem:  # torch raises many kinds of errors for a damaged file
+            raise UserError(
+                f"{path} is not a complete file of torch.save with tensors only. Download it again."
+            ) from problem
+        tensors = saved.get("state_dict") if isinstance(saved, dict) else None
+        if not isinstance(tensors, dict):
+            raise UserError(f"{path} has no 'state_dict'. Pass a file of heads published by the paper's authors.")
+        architecture = _architecture(path, tensors)
+        model = architecture.build()
+        weights = model.state_dict()
+        for theirs, ours in OUR_NAMES.items():
+            found, expected = tuple(tensors[theirs].shape), tuple(weights[ours].shape) or (1,)
+            if found != expected:
+                raise UserError(
+                    f"{theirs} in {path} has shape {found}; expected {expected}, given its other tensors. It is a file "
+                    f"of another model."
+                )
+            weights[ours] = tensors[theirs].float().reshape(weights[ours].shape)
+        model.load_state_dict(weights)
+        sha256, epoch = hashlib.sha256(content).hexdigest(), saved.get("epoch")
+        imported = {"file": path.name, "sha256": sha256, "name": str(saved.get("name", ""))}
+        imported["epoch"] = epoch if isinstance(epoch, int) else None
+        return cls(path, imported, architecture, model.eval())
+
+    @property
+    def needs_clamp(self) -> bool:
+        """Whether the authors' clamp could have an effect for some features."""
+        heads = (self.model.image_head, self.model.text_head)
+        return max(head.value_bound() for head in heads if isinstance(head, GLUHead)) > CLAMP
+
+    def record(self, image: Identity, text: Identity) -> dict[str, Any]:
+        """Return the content of a checkpoint besides its weights; its settings name their source, and no training.
+
+        Raises:
+            UserError: An encoder's features have other dimensions than the heads take.
         """
         for side, identity in (("image", image), ("text", text)):
             takes, spec = getattr(self.architecture, f"{side}_dim"), identity.spec
@@ -66,72 +111,20 @@ class Released:
                     f"The {side} head in {self.path} takes {takes} dimensions, but encoder {spec.id!r} with pooling "
                     f"{spec.pooling!r} has {spec.dim}. Pass the encoders that it was trained on with --encoders."
                 )
-
-    @property
-    def needs_clamp(self) -> bool:
-        """Whether the authors' clamp could have an effect for some features."""
-        heads = (self.model.image_head, self.model.text_head)
-        return max(head.value_bound() for head in heads if isinstance(head, GLUHead)) > CLAMP
-
-    def settings(self, image: Identity, text: Identity) -> dict[str, Any]:
-        """Return the content of the run's settings.json: the source of the weights, and no training."""
-        return {
-            "imported": {"file": self.path.name, "sha256": self.sha256, "name": self.name, "epoch": self.epoch},
+        settings = {
+            "imported": self.imported,
             "head": self.architecture.head,
             "dim": self.architecture.dim,
             "steps": 0,
             "image_encoder": image.spec.fingerprint,
             "text_encoder": text.spec.fingerprint,
         }
-
-    def checkpoint_record(self, image: Identity, text: Identity) -> dict[str, Any]:
-        """Return the content of a checkpoint besides its weights."""
         return {
             "architecture": asdict(self.architecture),
             "image": image.to_json(),
             "text": text.to_json(),
-            "settings": self.settings(image, text),
+            "settings": settings,
         }
-
-
-def read_released(path: Path) -> Released:
-    """Read a file published by the paper's authors. The number of hidden units is taken from its weights.
-
-    Only tensors, numbers and strings are unpickled.
-
-    Raises:
-        UserError: The file cannot be read or has another content. The message names the first tensor that differs.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise UserError(f"{path} cannot be read: {problem.strerror}.") from problem
-    try:
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(io.BytesIO(content)) and (part := zipfile.ZipFile(io.BytesIO(content)).testzip()):
-            raise ValueError(f"{part} does not match its checksum, which torch does not verify")
-    except Exception as problem:  # torch raises many kinds of errors for a damaged file
-        raise UserError(
-            f"{path} is not a complete file of torch.save with tensors only. Download it again."
-        ) from problem
-    tensors = saved.get("state_dict") if isinstance(saved, dict) else None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path} has no 'state_dict'. Pass a file of heads published by the paper's authors.")
-    architecture = _architecture(path, tensors)
-    model = architecture.build()
-    expected = model.state_dict()
-    _require_shapes(path, tensors, expected)
-    ours = {OUR_NAMES[name]: tensor.float() for name, tensor in tensors.items()}
-    model.load_state_dict({name: tensor.reshape(expected[name].shape) for name, tensor in ours.items()})
-    epoch = saved.get("epoch")
-    return Released(
-        path,
-        hashlib.sha256(content).hexdigest(),
-        str(saved.get("name", "")),
-        epoch if isinstance(epoch, int) else None,
-        architecture,
-        model.eval(),
-    )
 
 
 def _architecture(path: Path, tensors: dict[str, Any]) -> Architecture:
@@ -158,13 +151,3 @@ def _matrix(path: Path, tensors: dict[str, Tensor], name: str) -> tuple[int, int
     if len(shape) != 2 or 0 in shape:
         raise UserError(f"{name} in {path} has shape {tuple(shape)}; expected a matrix.")
     return shape[0], shape[1]
-
-
-def _require_shapes(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for released, ours in OUR_NAMES.items():
-        found, wanted = tuple(tensors[released].shape), tuple(expected[ours].shape) or (1,)
-        if found != wanted:
-            raise UserError(
-                f"{released} in {path} has shape {found}; expected {wanted}, given its other tensors. It is a file of "
-                f"another model."
-            )

@@ -11,7 +11,7 @@ from released_file import DIM, IMAGE_DIM, TEXT_DIM, released_tensors, save_encod
 from typer.testing import CliRunner
 
 from sail_align.align.cli import app
-from sail_align.align.hub.released import OUR_NAMES, read_released
+from sail_align.align.hub.released import OUR_NAMES, Released
 from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.extract.errors import UserError
@@ -98,7 +98,7 @@ def test_golden_file_agrees(typed):
 @needs_golden
 def test_clamp_has_no_effect_on_the_golden_file():
     """The hidden units stay within the bound, which is far below the clamp of ±1000."""
-    released = read_released(GOLDEN / "released_head.pt")
+    released = Released.read(GOLDEN / "released_head.pt")
     assert not released.needs_clamp
     with np.load(GOLDEN / "released_expected.npz") as arrays:
         for head, name in ((released.model.image_head, "image"), (released.model.text_head, "text")):
@@ -112,7 +112,7 @@ def test_weights_that_the_clamp_may_affect_are_noted(typed, tmp_path, features):
     tensors = released_tensors()
     assert "clamps" not in typed(save_released(tmp_path / "a.pt", tensors)).output
     tensors["text_mapping_network.f2.weight"] *= 2000
-    released = read_released(save_released(tmp_path / "b.pt", tensors))
+    released = Released.read(save_released(tmp_path / "b.pt", tensors))
     head = released.model.text_head
     assert head.value(head.norm(features["text"])).abs().max().item() <= head.value_bound()
     assert "note: The authors' code clamps hidden units at ±1,000" in typed(tmp_path / "b.pt").output
@@ -160,7 +160,7 @@ def test_first_difference_is_named(tmp_path, damage, message):
     tensors = released_tensors()
     damage(tensors)
     with pytest.raises(UserError, match=message):
-        read_released(save_released(tmp_path / "sail.pt", tensors))
+        Released.read(save_released(tmp_path / "sail.pt", tensors))
 
 
 def test_other_files_are_rejected(tmp_path):
@@ -176,7 +176,7 @@ def test_other_files_are_rejected(tmp_path):
         "list.pt": "no 'state_dict'",
     }.items():
         with pytest.raises(UserError, match=message):
-            read_released(tmp_path / name)
+            Released.read(tmp_path / name)
 
 
 def test_encoders_of_another_size_are_rejected(typed, tmp_path):
@@ -194,7 +194,7 @@ def test_encoders_must_be_a_pair(typed, tmp_path, encoders):
 
 
 def test_each_tensor_has_one_of_our_names(tmp_path):
-    model = read_released(save_released(tmp_path / "sail.pt", released_tensors())).model
+    model = Released.read(save_released(tmp_path / "sail.pt", released_tensors())).model
     assert sorted(OUR_NAMES.values()) == sorted(model.state_dict())
 
 
@@ -208,13 +208,13 @@ def test_damaged_file_is_rejected(tmp_path):
         damaged[choose.randrange(200, len(content))] ^= 1 << choose.randrange(8)
         file.write_bytes(damaged[: choose.choice([len(content), choose.randrange(len(content))])])
         try:
-            same = read_released(file).model.state_dict()
+            same = Released.read(file).model.state_dict()
         except UserError:
             continue
-        for name, tensor in read_released(golden).model.state_dict().items():  # between the parts of the archive
+        for name, tensor in Released.read(golden).model.state_dict().items():  # between the parts of the archive
             assert torch.equal(same[name], tensor)
     sparse = torch.load(golden, weights_only=True)
     sparse["state_dict"]["vision_mapping_network.f1.bias"] = torch.zeros(3).to_sparse()
     torch.save(sparse, file)
     with pytest.raises(UserError, match=r"f1.bias in .* is not a dense tensor of finite numbers"):
-        read_released(file)
+        Released.read(file)
