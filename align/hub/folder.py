@@ -13,10 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import Run, load_weights
-from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_file, read_json, record_digest
-from sail_align.extract.encoders.identity import Identity
+from sail_align.align.runs.checkpoint import Checkpoint, Run
+from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_json, record_digest
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import report_write_errors, write_atomically
 
@@ -37,10 +35,8 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
         "format": FORMAT,
         "library_name": "sail-align",
         "architecture": run.architecture,
-        **{
-            side: {**identity.to_json(), "location": ""}
-            for side, identity in (("image", run.image), ("text", run.text))
-        },
+        "image": {**run.image.to_json(), "location": ""},
+        "text": {**run.text.to_json(), "location": ""},
         "settings": {name: value for name, value in run.settings.items() if name != "stores"},
         "step": run.step,
         "finished": run.finished,
@@ -69,19 +65,9 @@ def read_hub_folder(folder: Path) -> Run:
         raise UserError(
             f"{folder} has format {record.get('format')!r}, but this version reads format {FORMAT}. Update sail-align."
         )
-    weights = read_file(folder / WEIGHTS, EXPORT_AGAIN)
-    for file, intact in (
-        (CONFIG, record.get("digest") == record_digest(record)),
-        (WEIGHTS, record.get("weights_sha256") == hashlib.sha256(weights).hexdigest()),
-    ):
-        if not intact:
-            raise damaged(folder / file, EXPORT_AGAIN)
-    model = Architecture(**record["architecture"]).build()
-    load_weights(model, folder, weights)
-    image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
-    return Run(
-        folder, model.eval(), image, text, record["settings"], record["run_digest"], record["step"], record["finished"]
-    )
+    if record.get("digest") != record_digest(record):
+        raise damaged(folder / CONFIG, EXPORT_AGAIN)
+    return Checkpoint(folder, record, EXPORT_AGAIN).load(folder, record["run_digest"])
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -63,10 +63,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder and its record, the content of model.json."""
+    """A checkpoint's folder and its record, the content of model.json; `remedy` ends messages about damaged files."""
 
     folder: Path
     record: dict[str, Any]
+    remedy: str
 
     @property
     def step(self) -> int:
@@ -94,14 +95,15 @@ class Checkpoint:
         folder = path if RunFolder(path).is_checkpoint else RunFolder(path).last
         if folder is None:
             return None
-        record = read_json(folder / "model.json", _remedy(folder))
+        remedy = f"Restore it, or remove {folder} to resume from the checkpoint before."
+        record = read_json(folder / "model.json", remedy)
         if record.get("format", FORMAT) != FORMAT:
             raise UserError(
                 f"{folder} has format {record['format']!r}, this version reads {FORMAT}. Update sail-align."
             )
         if record.get("digest") != record_digest(record):
-            raise damaged(folder / "model.json", _remedy(folder))
-        return cls(folder, record)
+            raise damaged(folder / "model.json", remedy)
+        return cls(folder, record, remedy)
 
     @classmethod
     def best(cls, run: Path) -> "Checkpoint | None":
@@ -160,21 +162,37 @@ class Checkpoint:
         Raises:
             UserError: A file is damaged, or its tensors do not fit the model; the message names the first that differs.
         """
-        load_weights(model, self.folder, self._read_tensors("model", "weights_sha256"))
+        saved, expected = self._read_tensors("model", "weights_sha256"), model.state_dict()
+        for name in (*expected, *saved):
+            shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, expected)]
+            if shapes[0] != shapes[1]:
+                there, here = (f"of shape {shape}" if shape is not None else "missing" for shape in shapes)
+                raise UserError(
+                    f"{self.folder} does not fit this model: {name} is {there} in the file and {here} in the model."
+                )
+        model.load_state_dict(saved)
         if optimizer is not None:
             parameters = dict(model.named_parameters())
-            for name, tensor in load(self._read_tensors("optimizer", "optimizer_sha256")).items():
+            for name, tensor in self._read_tensors("optimizer", "optimizer_sha256").items():
                 key, slot = name.rsplit("/", 1)
                 parameter = parameters[key]
                 # torch's optimisers keep their step counter on the CPU.
                 optimizer.state[parameter][slot] = tensor if slot == "step" else tensor.to(parameter.device)
 
-    def _read_tensors(self, name: str, digest: str) -> bytes:
+    def load(self, path: Path, digest: str) -> Run:
+        """Load the model on the CPU, as a run with this path and digest. Raises `UserError` like `restore`."""
+        model = Architecture(**self.record["architecture"]).build()
+        self.restore(model)
+        image, text = (Identity.from_json(self.record[side]) for side in ("image", "text"))
+        about = {name: self.record[name] for name in ("settings", "step", "finished", "architecture")}
+        return Run(path, model.eval(), image, text, digest=digest, **about)
+
+    def _read_tensors(self, name: str, digest: str) -> dict[str, Tensor]:
         file = self.folder / f"{name}.safetensors"
-        content = read_file(file, _remedy(self.folder))
+        content = read_file(file, self.remedy)
         if hashlib.sha256(content).hexdigest() != self.record.get(digest):
-            raise damaged(file, _remedy(self.folder))
-        return content
+            raise damaged(file, self.remedy)
+        return load(content)
 
 
 def load_run(path: str | Path) -> Run:
@@ -191,28 +209,4 @@ def load_run(path: str | Path) -> Run:
     checkpoint = Checkpoint.read(path)
     if checkpoint is None:
         raise UserError(f"{path} has no checkpoint yet. Wait until its `sail-align fit` has saved one.")
-    record = checkpoint.record
-    model = Architecture(**record["architecture"]).build()
-    checkpoint.restore(model)
-    image, text = (Identity.from_json(record[side]) for side in ("image", "text"))
-    about = {name: record[name] for name in ("settings", "digest", "step", "finished", "architecture")}
-    return Run(path, model.eval(), image, text, **about)
-
-
-def load_weights(model: AlignmentModel, folder: Path, content: bytes) -> None:
-    """Load the content of a safetensors file into a model.
-
-    Raises:
-        UserError: The tensors do not fit the model; the message names the first that differs.
-    """
-    saved, expected = load(content), model.state_dict()
-    for name in (*expected, *saved):
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, expected)]
-        if shapes[0] != shapes[1]:
-            there, here = (f"of shape {shape}" if shape is not None else "missing" for shape in shapes)
-            raise UserError(f"{folder} does not fit this model: {name} is {there} in the file and {here} in the model.")
-    model.load_state_dict(saved)
-
-
-def _remedy(folder: Path) -> str:
-    return f"Restore it, or remove {folder} to resume from the checkpoint before."
+    return checkpoint.load(path, checkpoint.record["digest"])
