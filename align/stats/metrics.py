@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
 Embeddings = NDArray[np.floating]
 Ranks = NDArray[np.int64]
-Positions = NDArray[np.int64]
 
 TILE = 4_096
 """Images and texts scored at a time, so that the matrix of all scores need not fit in memory."""
@@ -71,18 +70,6 @@ def ranks(
     return image_ranks_N, unsorted_M
 
 
-def nearest(features_ND: Embeddings, k: int) -> Positions:
-    """Return the positions (N, k) of the `k` < N nearest other rows of each row by cosine, in any order."""
-    unit_ND = unit_rows(features_ND)
-    positions_Nk = np.empty((len(unit_ND), k), dtype=np.int64)
-    for start in range(0, len(unit_ND), QUERY_ROWS):
-        cosine_BN = unit_ND[start : start + QUERY_ROWS] @ unit_ND.T
-        itself_B = np.arange(len(cosine_BN))
-        cosine_BN[itself_B, start + itself_B] = -np.inf
-        positions_Nk[start : start + QUERY_ROWS] = np.argpartition(-cosine_BN, k - 1, axis=1)[:, :k]
-    return positions_Nk
-
-
 def mutual_knn(x_ND: Embeddings, y_ND: Embeddings, k: int = 10) -> NDArray[np.float64]:
     """Return the fraction (N,) of each row's `k` nearest rows that are the same in both spaces.
 
@@ -94,7 +81,19 @@ def mutual_knn(x_ND: Embeddings, y_ND: Embeddings, k: int = 10) -> NDArray[np.fl
     """
     if len(x_ND) <= k:
         raise ValueError(f"{len(x_ND)} rows are too few for {k} nearest neighbours.")
-    both_N2k = np.sort(np.concatenate([nearest(x_ND, k), nearest(y_ND, k)], axis=1), axis=1)
+
+    def nearest(features_ND: Embeddings) -> NDArray[np.int64]:
+        """Return the positions (N, k) of the nearest other rows of each row by cosine, in any order."""
+        unit_ND = unit_rows(features_ND)
+        positions_Nk = np.empty((len(unit_ND), k), dtype=np.int64)
+        for start in range(0, len(unit_ND), QUERY_ROWS):
+            cosine_BN = unit_ND[start : start + QUERY_ROWS] @ unit_ND.T
+            itself_B = np.arange(len(cosine_BN))
+            cosine_BN[itself_B, start + itself_B] = -np.inf
+            positions_Nk[start : start + QUERY_ROWS] = np.argpartition(-cosine_BN, k - 1, axis=1)[:, :k]
+        return positions_Nk
+
+    both_N2k = np.sort(np.concatenate([nearest(x_ND), nearest(y_ND)], axis=1), axis=1)
     return np.asarray((both_N2k[:, 1:] == both_N2k[:, :-1]).sum(axis=1) / k)  # a neighbour in both spaces occurs twice
 
 
