@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import canonical_json
+from sail_align.extract.system.files import canonical_json, write_atomically
 
 BEGIN_AGAIN = "Restore it, or start again with another --out."
 EXPORT_AGAIN = "Export or download it again."
@@ -85,6 +85,37 @@ class RunFolder:
     def metrics(self) -> Path:
         """Log of the run's metrics."""
         return self.path / "metrics.jsonl"
+
+    def open_log(self, step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
+        """Open metrics.jsonl, which has one JSON object per line with its `kind` and `step`.
+
+        The log contains no times and no paths: a resumed run writes the same bytes as an uninterrupted one.
+
+        Args:
+            step: Step after which the run resumes; None for a new run. Later lines are removed.
+
+        Returns:
+            The file, open for appending, and the entries that it has.
+
+        Raises:
+            UserError: The log ends before that step, or is damaged before it.
+        """
+        path = self.metrics
+        lines: list[str] = []
+        entries: list[dict[str, Any]] = []
+        if step is not None:
+            try:
+                for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
+                    if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
+                        break
+                    lines.append(line)
+                    entries.append(entry)
+            except (ValueError, KeyError, TypeError) as problem:
+                raise damaged(path, BEGIN_AGAIN) from problem
+            if sum(entry["kind"] == "train" for entry in entries) != step:
+                raise damaged(path, BEGIN_AGAIN)
+        write_atomically(path, "".join(lines).encode())
+        return path.open("a"), entries
 
     def settings(self) -> dict[str, Any]:
         """Return the run's settings. Raises `UserError` if the file is damaged."""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
 from torch.optim import Optimizer
@@ -17,13 +16,12 @@ from sail_align.align.data.loader import Stream
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.runs.checkpoint import Checkpoint, Tensors
-from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file
+from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import OnCollapse
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.trackers import TRACKERS
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import write_atomically
 from sail_align.extract.system.progress import note, progress
 
 SAVE_SECONDS = 60.0
@@ -93,7 +91,7 @@ class RunWriter:
         self._unsaved_best: tuple[Tensors, int, Mapping[str, float]] | None = None
         self._scored: tuple[int, Mapping[str, float]] = (-1, {})
         with ExitStack() as opened:
-            self._log, entries = open_log(run, done)
+            self._log, entries = self._run.open_log(done)
             opened.callback(self._log.close)
             for entry in entries:
                 self._see(**entry)
@@ -204,36 +202,3 @@ class RunWriter:
             return torch.cuda.max_memory_allocated(self._device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak << 10  # kilobytes on Linux
-
-
-def open_log(run: Path, step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
-    """Open metrics.jsonl, which has one JSON object per line with its `kind` and `step`.
-
-    The log contains no times and no paths: a resumed run writes the same bytes as an uninterrupted one.
-
-    Args:
-        run: Folder of the run.
-        step: Step after which the run resumes; None for a new run. Later lines are removed.
-
-    Returns:
-        The file, open for appending, and the entries that it has.
-
-    Raises:
-        UserError: The log ends before that step, or is damaged before it.
-    """
-    path = RunFolder(run).metrics
-    lines: list[str] = []
-    entries: list[dict[str, Any]] = []
-    if step is not None:
-        try:
-            for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
-                if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
-                    break
-                lines.append(line)
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError) as problem:
-            raise damaged(path, BEGIN_AGAIN) from problem
-        if sum(entry["kind"] == "train" for entry in entries) != step:
-            raise damaged(path, BEGIN_AGAIN)
-    write_atomically(path, "".join(lines).encode())
-    return path.open("a"), entries

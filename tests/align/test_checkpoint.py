@@ -18,7 +18,7 @@ from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.step import make_optimizer
-from sail_align.align.train.writer import RunWriter, open_log
+from sail_align.align.train.writer import RunWriter
 from sail_align.extract.errors import UserError
 
 ARCHITECTURE = Architecture("glu", image_dim=6, text_dim=4, dim=3, expansion=2, linear_path=True)
@@ -307,7 +307,7 @@ def log_of(run, *steps):
 
 def test_log_is_cut_after_the_step_to_resume_from(run):
     log_of(run, 1, 2, 3, 4)
-    log, entries = open_log(run, 3)
+    log, entries = RunFolder(run).open_log(3)
     with log:
         assert [entry["step"] for entry in entries] == [1, 2, 3]
         log.write("appended")
@@ -324,13 +324,13 @@ def test_incomplete_log_is_rejected_and_not_changed(run, content):
         (run / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged: .* Restore it, or start again with another --out."):
-        open_log(run, 3)
+        RunFolder(run).open_log(3)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_missing_log_is_rejected(run):
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read"):
-        open_log(run, 3)
+        RunFolder(run).open_log(3)
 
 
 def test_folder_without_run_or_checkpoint_is_rejected(run, tmp_path):
