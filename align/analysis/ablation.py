@@ -45,12 +45,66 @@ LADDER = (
 
 
 @dataclass(frozen=True)
-class LadderResult:
+class Ladder:
     """The results of all rungs, scored on the same held-out pairs. `about` is the request, ready for JSON."""
 
     rungs: Sequence[Rung]
     results: Sequence[TrialResult]
     about: Mapping[str, Any]
+
+    @classmethod
+    def run(
+        cls,
+        stores: Sequence[Path],
+        given: Mapping[str, Any],
+        runner: TrialRunner,
+        *,
+        kinds: Mapping[str, str],
+        image_encoder: str | None = None,
+        text_encoder: str | None = None,
+    ) -> "Ladder":
+        """Train and score each rung with each seed. Finished runs are reused.
+
+        Args:
+            stores: At least one.
+            given: Fit options that all rungs share; they override those of `base_recipe`.
+            runner: Trains and scores the rungs.
+            kinds: The stores' captions of kind `raw` and, if there are any, `long`. Rungs of a missing kind are left
+                out.
+            image_encoder: Image encoder to use if a store has more than one.
+            text_encoder: Text encoder to use if a store has more than one.
+
+        Raises:
+            UserError: The disk has too little free space, or an option or a store cannot be used. Raised before the
+                first fit.
+        """
+        recipe = base_recipe(stores, given)
+        rungs = [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
+        trials: list[Trial] = []
+        for rung in rungs:
+            plan, notes = make_plan(
+                stores,
+                {**recipe, **rung.options},
+                captions=[kinds[kind] for kind in rung.captions],
+                image_encoder=image_encoder,
+                text_encoder=text_encoder,
+            )
+            for note in notes if not trials else ():
+                typer.echo(f"note: {note}")
+            trials.append(Trial(rung.name, plan))
+        scored = held_out_by_all(trials)
+        features = {
+            trial.plan.pairs[0].captions[0]: trial.read(scored)
+            for trial in trials
+            if len(trial.plan.pairs[0].captions) == 1
+        }
+        about = {
+            "stores": [str(each.store.path) for each in trials[0].plan.pairs],
+            "store_digests": [each.store.digest for each in trials[0].plan.pairs],
+            "captions": dict(kinds),
+            "recipe": recipe,
+        }
+        return cls(rungs, runner.run(trials, repeat(features)), about)
 
     @property
     def captions(self) -> list[str]:
@@ -104,55 +158,3 @@ class LadderResult:
         ]
         shared = {"pairs": first.pairs, "chance": first.chance, "seeds": len(first.digests)}
         return {"format": FORMAT, "protocol": "ladder-1", **self.about, **shared, "rungs": rungs}
-
-
-def run_ladder(
-    stores: Sequence[Path],
-    given: Mapping[str, Any],
-    runner: TrialRunner,
-    *,
-    kinds: Mapping[str, str],
-    image_encoder: str | None = None,
-    text_encoder: str | None = None,
-) -> LadderResult:
-    """Train and score each rung with each seed. Finished runs are reused.
-
-    Args:
-        stores: At least one.
-        given: Fit options that all rungs share; they override those of `base_recipe`.
-        runner: Trains and scores the rungs.
-        kinds: The stores' captions of kind `raw` and, if there are any, `long`. Rungs of a missing kind are left out.
-        image_encoder: Image encoder to use if a store has more than one.
-        text_encoder: Text encoder to use if a store has more than one.
-
-    Raises:
-        UserError: The disk has too little free space, or an option or a store cannot be used. Raised before the first
-            fit.
-    """
-    recipe = base_recipe(stores, given)
-    rungs = [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
-    trials: list[Trial] = []
-    for rung in rungs:
-        plan, notes = make_plan(
-            stores,
-            {**recipe, **rung.options},
-            captions=[kinds[kind] for kind in rung.captions],
-            image_encoder=image_encoder,
-            text_encoder=text_encoder,
-        )
-        for note in notes if not trials else ():
-            typer.echo(f"note: {note}")
-        trials.append(Trial(rung.name, plan))
-    scored = held_out_by_all(trials)
-    features = {
-        trial.plan.pairs[0].captions[0]: trial.read(scored)
-        for trial in trials
-        if len(trial.plan.pairs[0].captions) == 1
-    }
-    about = {
-        "stores": [str(each.store.path) for each in trials[0].plan.pairs],
-        "store_digests": [each.store.digest for each in trials[0].plan.pairs],
-        "captions": dict(kinds),
-        "recipe": recipe,
-    }
-    return LadderResult(rungs, runner.run(trials, repeat(features)), about)

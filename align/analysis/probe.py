@@ -75,11 +75,49 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class Probe:
     """The results of all combinations, the best first. `recipe` has the options of the fits."""
 
     ranking: Sequence[tuple[Combination, TrialResult]]
     recipe: Mapping[str, Any]
+
+    @classmethod
+    def run(cls, combinations: Sequence[Combination], given: Mapping[str, Any], runner: TrialRunner) -> "Probe":
+        """Train and score linear heads for each combination. Finished runs are reused.
+
+        Combinations of one store are scored on the same held-out pairs.
+
+        Args:
+            combinations: At least one.
+            given: Fit options; they override those of the recipe.
+            runner: Trains and scores the heads.
+
+        Raises:
+            UserError: The disk has too little free space, or an option or an array cannot be used. Raised before the
+                first fit.
+        """
+        options = {**RECIPE, **given}
+        trials: list[Trial] = []
+        by_store: dict[Path, list[Trial]] = {}
+        for each in combinations:
+            plan, notes = make_plan(
+                [each.store],
+                base_recipe([each.store], options),
+                captions=[each.caption],
+                image_encoder=each.image,
+                text_encoder=each.text,
+            )
+            for note in notes if not trials else ():
+                typer.echo(f"note: {note}")
+            trials.append(Trial(each.name, plan))
+            by_store.setdefault(each.store, []).append(trials[-1])
+        scored = {store: held_out_by_all(of_store) for store, of_store in by_store.items()}
+        features = (  # read when their turn comes
+            {each.caption: trial.read(scored[each.store])} for each, trial in zip(combinations, trials, strict=True)
+        )
+        ranking = list(zip(combinations, runner.run(trials, features), strict=True))
+        ranking.sort(key=lambda pair: -np.mean(pair[1].mean_recalls(pair[0].caption)))
+        return cls(ranking, options)
 
     def table(self) -> str:
         """Return the ranking as Markdown."""
@@ -114,41 +152,3 @@ class ProbeResult:
                 }
             )
         return {"format": FORMAT, "protocol": "probe-1", "recipe": self.recipe, "ranking": ranking}
-
-
-def run_probe(combinations: Sequence[Combination], given: Mapping[str, Any], runner: TrialRunner) -> ProbeResult:
-    """Train and score linear heads for each combination. Finished runs are reused.
-
-    Combinations of one store are scored on the same held-out pairs.
-
-    Args:
-        combinations: At least one.
-        given: Fit options; they override those of the recipe.
-        runner: Trains and scores the heads.
-
-    Raises:
-        UserError: The disk has too little free space, or an option or an array cannot be used. Raised before the first
-            fit.
-    """
-    options = {**RECIPE, **given}
-    trials: list[Trial] = []
-    by_store: dict[Path, list[Trial]] = {}
-    for each in combinations:
-        plan, notes = make_plan(
-            [each.store],
-            base_recipe([each.store], options),
-            captions=[each.caption],
-            image_encoder=each.image,
-            text_encoder=each.text,
-        )
-        for note in notes if not trials else ():
-            typer.echo(f"note: {note}")
-        trials.append(Trial(each.name, plan))
-        by_store.setdefault(each.store, []).append(trials[-1])
-    scored = {store: held_out_by_all(of_store) for store, of_store in by_store.items()}
-    features = (  # read when their turn comes
-        {each.caption: trial.read(scored[each.store])} for each, trial in zip(combinations, trials, strict=True)
-    )
-    ranking = list(zip(combinations, runner.run(trials, features), strict=True))
-    ranking.sort(key=lambda pair: -np.mean(pair[1].mean_recalls(pair[0].caption)))
-    return ProbeResult(ranking, options)

@@ -46,7 +46,7 @@ def ladder(
     """Repeat the paper's ablation on stores: heads, losses, captions. Writes a table and a plot. Can be resumed."""
     options = _check(features, given)
 
-    from sail_align.align.analysis.ablation import LONG, RAW, run_ladder
+    from sail_align.align.analysis.ablation import LONG, RAW, Ladder
     from sail_align.align.analysis.trials import TrialRunner
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.store.store import Store
@@ -60,7 +60,7 @@ def ladder(
     runner = TrialRunner(folder / "runs", seeds, Runtime.of(device, "float32").device, quiet)
     encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
     with report_stop(lambda: RESUME.format(folder)), report_write_errors(folder, during_run=True):
-        result = run_ladder(features, options, runner, kinds=kinds, **encoders)
+        result = Ladder.run(features, options, runner, kinds=kinds, **encoders)
     text = f"{result.table()}\n\n{result.explanation()}\n"
     typer.echo(f"\n{text}", nl=False)
     _write(
@@ -96,7 +96,7 @@ def probe(
     """Rank image encoders, text encoders and captions by linear heads trained on each combination. Can be resumed."""
     options = _check(features, given)
 
-    from sail_align.align.analysis.probe import Combination, run_probe
+    from sail_align.align.analysis.probe import Combination, Probe
     from sail_align.align.analysis.trials import TrialRunner
     from sail_align.extract.encoders.runtime import Runtime
 
@@ -105,7 +105,7 @@ def probe(
     combinations = Combination.select(features, image_encoder or [], text_encoder or [], names)
     runner = TrialRunner(folder / "runs", seeds, Runtime.of(device, "float32").device, quiet)
     with report_stop(lambda: RESUME.format(folder)), report_write_errors(folder, during_run=True):
-        result = run_probe(combinations, options, runner)
+        result = Probe.run(combinations, options, runner)
     typer.echo(
         f"\n{result.table()}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both "
         "directions. ± is the standard deviation over seeds, the interval is over pairs. If intervals overlap "

@@ -41,12 +41,13 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
 def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
     """Return the text of a README.md with metadata, scores, and the digests of encoders and data."""
     name = RunFolder(run.path).run.path.resolve().name
+    sources = (run.image.spec.source, run.text.spec.source)
     about = ModelCardData(
         license=licence,
         library_name="sail-align",
         pipeline_tag=_TASK,
         tags=["sail", "clip", "vision-language"],
-        base_model=[spec.source["repository"] for spec in _specs(run) if "repository" in spec.source] or None,
+        base_model=[source["repository"] for source in sources if "repository" in source] or None,
         model_name=name,
         eval_results=[_result(record, metric) for record in scores for metric in record["metrics"]] or None,
     )
@@ -58,7 +59,7 @@ def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
 
 
 def _introduction(run: Run, name: str) -> str:
-    image, text = _specs(run)
+    image, text = run.image.spec, run.text.spec
     steps = "" if run.finished else f"\n\nTraining was not finished: these are the weights after {run.step:,} steps."
     return f"""# {name}
 
@@ -127,10 +128,6 @@ def _result(record: Record, metric: dict[str, Any]) -> EvalResult:
         metric_name=f"{metric['label']} ({record['protocol']})",
         metric_value=round(metric["value"], 4),
     )
-
-
-def _specs(run: Run) -> tuple[Any, Any]:
-    return run.image.spec, run.text.spec
 
 
 def _words(value: Any) -> str:
