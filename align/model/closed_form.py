@@ -26,7 +26,6 @@ class Moments:
     def __init__(self, image_dim: int, text_dim: int, device: str | torch.device = "cpu"):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.rows = 0
-        self.captions = 1
         self._image_D = zeros(image_dim)
         self._text_D = zeros(text_dim)
         self._image_DD = zeros(image_dim, image_dim)
@@ -39,28 +38,12 @@ class Moments:
         text_CBD = _layer_norm(text_CBD)
         text_mean_BD = text_CBD.mean(dim=0)
         text_ND = text_CBD.flatten(0, 1)
-        self.captions = len(text_CBD)
         self.rows += len(image_BD)
         self._image_D += image_BD.sum(dim=0)
         self._text_D += text_mean_BD.sum(dim=0)
         self._image_DD += image_BD.T @ image_BD
-        self._text_DD += text_ND.T @ text_ND / self.captions
+        self._text_DD += text_ND.T @ text_ND / len(text_CBD)
         self._cross_DD += image_BD.T @ text_mean_BD
-
-    def image(self) -> tuple[Tensor, Tensor]:
-        """Return the mean (D_I,) and covariance (D_I, D_I) of the images."""
-        mean_D = self._image_D / self.rows
-        return mean_D, self._image_DD / self.rows - torch.outer(mean_D, mean_D)
-
-    def text(self) -> tuple[Tensor, Tensor]:
-        """Return the mean (D_T,) and covariance (D_T, D_T) of the captions."""
-        mean_D = self._text_D / self.rows
-        return mean_D, self._text_DD / self.rows - torch.outer(mean_D, mean_D)
-
-    def cross(self) -> Tensor:
-        """Return the covariance of images and captions, (D_I, D_T)."""
-        cross_DD: Tensor = self._cross_DD / self.rows - torch.outer(self._image_D, self._text_D) / self.rows**2
-        return cross_DD
 
     def cca(self, dim: int, ridge: float = 2.0) -> tuple["LinearMap", "LinearMap", Tensor]:
         """Return the `dim` leading canonical directions of both sides, each weighted by its canonical correlation.
@@ -80,12 +63,14 @@ class Moments:
         Raises:
             UserError: The features of a side are the same in all rows, or NaN or inf.
         """
-        image_mean, image_DD = self.image()
-        text_mean, text_DD = self.text()
+        image_mean, text_mean = self._image_D / self.rows, self._text_D / self.rows
+        image_DD = self._image_DD / self.rows - torch.outer(image_mean, image_mean)
+        text_DD = self._text_DD / self.rows - torch.outer(text_mean, text_mean)
+        cross_DD = self._cross_DD / self.rows - torch.outer(self._image_D, self._text_D) / self.rows**2
         image_L = _whitener(image_DD, ridge / self.rows, "image")
         text_L = _whitener(text_DD, ridge / self.rows, "text")
         # K = L_I⁻¹ C L_T⁻ᵀ: its singular vectors are the canonical directions in whitened space.
-        half_K = torch.linalg.solve_triangular(image_L, self.cross(), upper=False)
+        half_K = torch.linalg.solve_triangular(image_L, cross_DD, upper=False)
         whitened_K = torch.linalg.solve_triangular(text_L, half_K.T, upper=False).T
         left, correlations, right = torch.linalg.svd(whitened_K, full_matrices=False)
         correlations_E = correlations[:dim]
