@@ -133,7 +133,8 @@ def retrieve(run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> H
 
     image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
     image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
-    return np.stack((text_ranks, image_ranks)) == 0
+    hits_2N: Hits = np.stack((text_ranks, image_ranks)) == 0
+    return hits_2N
 
 
 @dataclass(frozen=True)

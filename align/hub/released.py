@@ -88,8 +88,8 @@ class Released:
             weights[ours] = tensors[theirs].float().reshape(weights[ours].shape)
         model.load_state_dict(weights)
         sha256, epoch = hashlib.sha256(content).hexdigest(), saved.get("epoch")
-        imported = {"file": path.name, "sha256": sha256, "name": str(saved.get("name", ""))}
-        imported["epoch"] = epoch if isinstance(epoch, int) else None
+        epoch = epoch if isinstance(epoch, int) else None
+        imported = {"file": path.name, "sha256": sha256, "name": str(saved.get("name", "")), "epoch": epoch}
         return cls(path, imported, architecture, model.eval())
 
     @property
