@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating]
 Values = NDArray[np.number] | NDArray[np.bool_]
 Statistic = Callable[[NDArray[np.float64]], float]
-RESAMPLES = 1_000
 
 
 def bootstrap(
-    statistics: Sequence[Statistic], items: int, *, resamples: int = RESAMPLES, seed: int = 0
+    statistics: Sequence[Statistic], items: int, *, resamples: int = 1_000, seed: int = 0
 ) -> NDArray[np.float64]:
     """Return the bootstrap values (resamples, statistics): each statistic of each draw of `items` with replacement.
 
