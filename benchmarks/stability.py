@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sail_align.align.analysis.trials import Trial, retrieve
+from sail_align.align.analysis.trials import Trial, TrialRunner
 from sail_align.align.data.pairs import open_pairs, read_rows
 from sail_align.align.stats.charts import line_chart
 from sail_align.align.stats.tables import format_table, mean_std
@@ -82,14 +82,15 @@ def main() -> None:
     scored = open_pairs([asked.score], [asked.captions])
     images, texts = read_rows(scored, [each.usable() for each in scored])
     chance = 100 / len(images)
+    runner = TrialRunner(asked.out / "runs", asked.seeds, torch.device("cpu"), quiet=True)
     results: dict[str, list[tuple[Cell, list[dict[str, float]]]]] = {name: [] for name in asked.grids}
     for name in results:
         for cell in GRIDS[name]:
             plan, _ = make_plan([asked.features], {**recipe, **cell.options}, captions=[asked.captions])
             trial, seeds = Trial(name, plan), []
             for seed in range(asked.seeds):
-                run, _ = trial.run(asked.out / "runs", seed, device=torch.device("cpu"), quiet=True)
-                hits_2N = retrieve(run, images, texts[0], torch.device("cpu"))
+                run, _ = runner.train(trial, seed)
+                hits_2N = runner.retrieve(run, images, texts[0])
                 seeds.append({"r1": 100 * float(hits_2N.mean()), **course(run.path)})
             results[name].append((cell, seeds))
             print(f"{name} {cell}: R@1 {mean_std([each['r1'] for each in seeds])}", flush=True)

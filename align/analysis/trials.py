@@ -43,29 +43,6 @@ class Trial:
         """Return the plan with a seed."""
         return replace(self.plan, settings=replace(self.plan.settings, seed=seed))
 
-    def find_run(self, folder: Path, seed: int) -> tuple[Path, bool]:
-        """Return the path of a run under a folder, and whether it is finished.
-
-        The path ends with a digest of everything that decides the weights, so other options give another run.
-        """
-        words = re.sub(r"\W+", "-", self.name.replace("×", "x")).strip("-")
-        path = folder / f"{words}-seed{seed}-{self.seeded(seed).digest[:8]}"
-        saved = Checkpoint.read(path)
-        return path, saved is not None and saved.finished
-
-    def run(self, folder: Path, seed: int, *, device: torch.device, quiet: bool) -> tuple[Run, bool]:
-        """Return the finished run of a seed, and whether it was finished before. An unfinished run is resumed.
-
-        Only the last checkpoint of the run is kept, which is the one that is scored.
-        """
-        path, finished = self.find_run(folder, seed)
-        if not finished:
-            plan = self.seeded(seed)
-            fit(plan, claim_run(path, plan.record()).path, device=device, quiet=quiet, keep=1, on_collapse="warn")
-            for best in RunFolder(path).checkpoints("best"):
-                RunFolder(best).discard()
-        return load_run(path), finished
-
     def read(self, rows: Sequence[Rows]) -> tuple[Half, Half]:
         """Return the images (N, D_I) and the texts (N, D_T) of the first caption of some rows of the stores."""
         images, texts = read_rows([each.only(each.captions[:1]) for each in self.plan.pairs], rows)
@@ -121,22 +98,6 @@ def base_recipe(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, A
     return recipe | dict(given)
 
 
-@torch.no_grad()
-def retrieve(run: Run, image_ND: Half, text_ND: Half, device: torch.device) -> Hits:
-    """Embed pairs with the heads of a run and rank each item among all others; return the hits (2, N)."""
-    model = run.model.to(device)
-
-    def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
-        starts = range(0, len(features_ND), EMBED_ROWS)
-        batches = (torch.from_numpy(features_ND[start : start + EMBED_ROWS]) for start in starts)
-        return np.concatenate([encode(batch_BD.to(device)).cpu().numpy() for batch_BD in batches])
-
-    image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
-    image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
-    hits_2N: Hits = np.stack((text_ranks, image_ranks)) == 0
-    return hits_2N
-
-
 @dataclass(frozen=True)
 class TrialRunner:
     """Trains and scores trials.
@@ -169,11 +130,11 @@ class TrialRunner:
             pairs = len(next(iter(sides_of.values()))[0])
             result = TrialResult(trial.name, pairs, [], [], {caption: [] for caption in sides_of})
             for seed in range(self.seeds):
-                run, was_finished = trial.run(self.folder, seed, device=self.device, quiet=self.quiet)
+                run, was_finished = self.train(trial, seed)
                 result.digests.append(run.digest)
                 result.collapsed.append(Watch.replay(run.path, run.settings["lr"]) is not None)
                 for caption, sides in sides_of.items():
-                    result.hits[caption].append(retrieve(run, *sides, self.device))
+                    result.hits[caption].append(self.retrieve(run, *sides))
                 recalls = {caption: [way[-1] for way in result.recalls(caption)] for caption in sides_of}
                 scores = "; ".join(f"{caption} {t2i:.1f} / {i2t:.1f}" for caption, (t2i, i2t) in recalls.items())
                 place = f"{number * self.seeds + seed + 1}/{len(trials) * self.seeds}"
@@ -183,6 +144,45 @@ class TrialRunner:
             results.append(result)
         return results
 
+    def find(self, trial: Trial, seed: int) -> tuple[Path, bool]:
+        """Return the path of the run of a seed, and whether it is finished.
+
+        The path ends with a digest of everything that decides the weights, so other options give another run.
+        """
+        words = re.sub(r"\W+", "-", trial.name.replace("×", "x")).strip("-")
+        path = self.folder / f"{words}-seed{seed}-{trial.seeded(seed).digest[:8]}"
+        saved = Checkpoint.read(path)
+        return path, saved is not None and saved.finished
+
+    def train(self, trial: Trial, seed: int) -> tuple[Run, bool]:
+        """Return the finished run of a seed, and whether it was finished before. An unfinished run is resumed.
+
+        Only the last checkpoint of the run is kept, which is the one that is scored.
+        """
+        path, finished = self.find(trial, seed)
+        if not finished:
+            plan = trial.seeded(seed)
+            claimed = claim_run(path, plan.record()).path
+            fit(plan, claimed, device=self.device, quiet=self.quiet, keep=1, on_collapse="warn")
+            for best in RunFolder(path).checkpoints("best"):
+                RunFolder(best).discard()
+        return load_run(path), finished
+
+    @torch.no_grad()
+    def retrieve(self, run: Run, image_ND: Half, text_ND: Half) -> Hits:
+        """Embed pairs with the heads of a run and rank each item among all others; return the hits (2, N)."""
+        model = run.model.to(self.device)
+
+        def embedded(encode: Callable[[torch.Tensor], torch.Tensor], features_ND: Half) -> NDArray[np.float32]:
+            starts = range(0, len(features_ND), EMBED_ROWS)
+            batches = (torch.from_numpy(features_ND[start : start + EMBED_ROWS]) for start in starts)
+            return np.concatenate([encode(batch_BD.to(self.device)).cpu().numpy() for batch_BD in batches])
+
+        image_NE, text_NE = embedded(model.encode_image, image_ND), embedded(model.encode_text, text_ND)
+        image_ranks, text_ranks = ranks(image_NE, text_NE, np.arange(len(image_NE)))
+        hits_2N: Hits = np.stack((text_ranks, image_ranks)) == 0
+        return hits_2N
+
     def _check_disk(self, trials: Sequence[Trial]) -> None:
         """Print the disk space that the missing runs need, or raise `UserError` if there is not enough.
 
@@ -190,7 +190,7 @@ class TrialRunner:
         """
         kept, temporary = 0, 0
         for trial in trials:
-            missing = sum(not trial.find_run(self.folder, seed)[1] for seed in range(self.seeds))
+            missing = sum(not self.find(trial, seed)[1] for seed in range(self.seeds))
             if missing:
                 with torch.device("meta"):
                     heads = sum(4 * each.numel() for each in trial.plan.architecture.build().parameters())

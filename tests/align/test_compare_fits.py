@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sail_align.align.analysis import ablation, trials
 from sail_align.align.analysis.ablation import LADDER
-from sail_align.align.analysis.trials import Trial, base_recipe, held_out_by_all
+from sail_align.align.analysis.trials import Trial, TrialRunner, base_recipe, held_out_by_all
 from sail_align.align.cli import app
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
@@ -124,7 +124,7 @@ def test_collapsed_runs_are_marked(make_store, tmp_path, monkeypatch):
 
 def test_collapse_is_detected_in_the_log(make_store, tmp_path):
     plan, _ = make_plan([make_store("photos")], {"preset": "small", "head": "linear", "steps": 2})
-    run, _ = Trial("linear", plan).run(tmp_path, 0, device=torch.device("cpu"), quiet=True)
+    run, _ = TrialRunner(tmp_path, 1, torch.device("cpu"), quiet=True).train(Trial("linear", plan), 0)
     assert Watch.replay(run.path, 1e-3) is None
     log = run.path / "metrics.jsonl"
     *before, last = log.read_text().splitlines()
