@@ -111,18 +111,15 @@ class Stream:
             ValueError: There are fewer rows than the batch size.
         """
         self._pairs = pairs
-        chunks = [(source, number) for source, each in enumerate(pairs) for number in range(len(each.chunks()))]
-        spans = [span for each in pairs for span in each.chunks()]
-        counts = [np.count_nonzero(rows[source][slice(*span)]) for (source, _), span in zip(chunks, spans, strict=True)]
-        used = [number for number, count in enumerate(counts) if count]
-        self._chunks = [chunks[number] for number in used]
-        self._served = [rows[chunks[number][0]][slice(*spans[number])] for number in used]
-        self._order = Order(
-            np.array([counts[number] for number in used], np.int64),
-            batch_size=batch_size,
-            seed=seed,
-            buffer_rows=buffer_rows,
-        )
+        self._chunks: list[tuple[int, int]] = []
+        self._served: list[Rows] = []
+        for source, (each, chosen) in enumerate(zip(pairs, rows, strict=True)):
+            for number, span in enumerate(each.chunks()):
+                if chosen[span].any():
+                    self._chunks.append((source, number))
+                    self._served.append(chosen[span])
+        counts = np.array([np.count_nonzero(served) for served in self._served], np.int64)
+        self._order = Order(counts, batch_size=batch_size, seed=seed, buffer_rows=buffer_rows)
         first_chunks = np.searchsorted([source for source, _ in self._chunks], range(len(pairs) + 1))
         self._starts = self._order.starts[first_chunks]  # number of each store's first row, then the total
         size, larger = divmod(batch_size, world)  # the first `larger` ranks have one row more

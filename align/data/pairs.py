@@ -87,10 +87,10 @@ class Pairs:
         """SHA-256 of what training reads from the store; it does not change when other arrays are added."""
         return self.store.digest_of(self.arrays)
 
-    def chunks(self) -> list[tuple[int, int]]:
+    def chunks(self) -> list[slice]:
         """Return the spans of the inner chunks, each of which is read at once."""
         size = self.store.chunk_rows
-        return [(start, min(start + size, self.store.rows)) for start in range(0, self.store.rows, size)]
+        return [slice(start, start + size) for start in range(0, self.store.rows, size)]
 
 
 def open_pairs(
@@ -198,7 +198,7 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
     at = 0
     for each, chosen in zip(pairs, rows, strict=True):
         for number, span in enumerate(each.chunks()):
-            places = np.flatnonzero(chosen[slice(*span)])
+            places = np.flatnonzero(chosen[span])
             if len(places):
                 for out_ND, array in zip((image_ND, *text_CND), each.arrays, strict=True):
                     out_ND[at : at + len(places)] = array.chunk(number)[places]
