@@ -17,7 +17,6 @@ from torch import Tensor
 from sail_align.align.model.fused import Compiled
 from sail_align.align.model.pair_blocks import PairBlocks
 
-Divisor = Literal["pairs", "batch"]
 LogSumExp = Callable[[Tensor], Tensor]
 
 
@@ -47,7 +46,7 @@ def sigmoid_loss(
     log_scale: Tensor,
     bias: Tensor,
     /,
-    divisor: Divisor = "pairs",
+    divisor: Literal["pairs", "batch"] = "pairs",
     weights: Sequence[float] | None = None,
     first: int = 0,
 ) -> LossValue:

@@ -131,14 +131,13 @@ def line_chart(
         return to_svg(figure, f"{y_label} over {x_label}", inline=inline)
 
 
-def dot_chart(rows: Sequence[str], series: Mapping[str, Points], x_label: str, *, inline: bool = False) -> str:
+def dot_chart(rows: Sequence[str], series: Mapping[str, Points], x_label: str) -> str:
     """Draw one row per name, with a dot and a whisker for each series; return the SVG.
 
     Args:
         rows: Names of the rows, from top to bottom.
         series: (value, error) of each row, by the name of the series.
         x_label: Label of the values.
-        inline: See `to_svg`.
     """
     with styled_figure(520, 80 + 26 * len(rows)) as figure:
         axes = figure.add_subplot()
@@ -153,7 +152,7 @@ def dot_chart(rows: Sequence[str], series: Mapping[str, Points], x_label: str, *
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(x_label)
         figure.legend(loc="outside upper left", ncols=len(series))
-        return to_svg(figure, x_label, inline=inline)
+        return to_svg(figure, x_label)
 
 
 def _average_blocks(points: Points) -> Points:
