@@ -61,10 +61,9 @@ def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, 
         seed: Seed of the sample.
 
     Returns:
-        A record ready for JSON: `rows`, the size of the sample, the other options, the store's path and digest, and
-        `measures`. These have, for each combination, the number of `rows` of the `drawn` rows with features on both
-        sides, `mutual_knn` and `cka` over these rows, and recalls with their intervals in percent of the closed form,
-        which is computed from the rows that are not `held_out`.
+        A record ready for JSON. Each of its `measures` has, for one combination, the number of `rows` with features on
+        both sides among the `drawn` ones, `mutual_knn` and `cka` over these rows, and the closed form's recalls with
+        their intervals in percent. The closed form is computed from the rows that are not `held_out`.
 
     Raises:
         UserError: There is nothing to pair, a pair has fewer than 50 rows, or a feature is NaN or inf.
