@@ -131,7 +131,9 @@ def test_damage_raises_only_known_errors(data, form):
         pass
 
 
-@pytest.mark.parametrize("record", [b"0 path=a.jpg\n", b"99 path=a.jpg\n", b"12 size=many\n", b"7 a.jpg\n", b"-1 a=b\n"])
+@pytest.mark.parametrize(
+    "record", [b"0 path=a.jpg\n", b"99 path=a.jpg\n", b"12 size=many\n", b"7 a.jpg\n", b"-1 a=b\n"]
+)
 def test_rejects_invalid_pax_records(record):
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, len(record)
