@@ -75,7 +75,9 @@ def load_timm(entry: TimmVision) -> tuple[EncoderFiles, Backbone, ImagePreproces
         parameters = inspect.signature(type(timm.create_model(name))).parameters
     # Vision transformers reject other sizes than their own without this option.
     options: Any = {"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **options)
+    # Older versions of timm would read some models' files as the .npz files of their authors.
+    source = {"file": str(weights), "custom_load": False}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
     return files, TimmBackbone(model), preprocessing
 
 
