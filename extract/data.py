@@ -35,14 +35,13 @@ class Status(IntEnum):
     """The encoder's output contains NaN or infinity, or exceeds the range of float16."""
 
     @property
-    def failed(self) -> bool:
-        """Whether the row was tried and could not be encoded."""
-        return self not in (Status.OK, Status.PENDING)
-
-    @property
     def label(self) -> str:
         """The name in reports and markers, such as `too-large`."""
         return self.name.lower().replace("_", "-")
+
+
+FAILURES = tuple(status for status in Status if status not in (Status.OK, Status.PENDING))
+"""Statuses of rows that were tried and could not be encoded."""
 
 
 class UnreadableImageError(Exception):

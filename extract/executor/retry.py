@@ -3,27 +3,22 @@
 Captions are not retried: they are in the index, which does not change.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from sail_align.extract.data import Source, Status
+from sail_align.extract.data import FAILURES, Source, Status
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.errors import UserError
 from sail_align.extract.executor.encode import Advance, ArrayTask
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Shard, cores
 from sail_align.extract.executor.worker import ALL_SHARDS, Share
-from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
-from sail_align.extract.system.leases import Lease, LeaseLostError
+from sail_align.extract.system.leases import LeaseLostError
 from sail_align.extract.system.progress import progress
 from sail_align.extract.system.signals import RERUN, report_stop
-
-FAILED = [status for status in Status if status.failed]
 
 
 @dataclass
@@ -86,7 +81,7 @@ def retry_images(
         with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
             try:
                 for number in share.shards(task.array):
-                    if _has_failures(task.array, number):
+                    if task.array.has_failures(number):
                         _retry_shard(store, task, Shard(task.array.path, number), bar.update, summary)
             finally:
                 store.leases.release_all()
@@ -101,13 +96,13 @@ def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, 
     """
     array = task.array
     try:
-        with _lease(store, f"retry/{shard.lease}"):
+        with store.leases.hold(f"retry/{shard.lease}"):
             array.markers.pop(shard.number, None)  # another process may have rewritten the shard since it was read
-            if not array.refresh(shard.number) or not _has_failures(array, shard.number):
+            if not array.refresh(shard.number) or not array.has_failures(shard.number):
                 return
             start, stop = array.span(shard.number)
             status = array.read_status(start, stop)
-            failed = np.flatnonzero(np.isin(status, FAILED))
+            failed = np.flatnonzero(np.isin(status, FAILURES))
             new = task.encode((start + failed).tolist(), advance)
             summary.tried += len(failed)
             if (new.status == status[failed]).all():
@@ -119,26 +114,9 @@ def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, 
                 )
             features, _ = array.read(start, stop)
             features[failed], status[failed] = new
-            with _lease(store, shard.lease) as lease:
+            with store.leases.hold(shard.lease) as lease:
                 array.write(shard.number, features, status, lease)
             summary.shards += 1
             summary.encoded += int((new.status == Status.OK).sum())
     except LeaseLostError:
         summary.left += 1
-
-
-@contextmanager
-def _lease(store: Store, name: str) -> Iterator[Lease]:
-    """Hold a lease. Raises `LeaseLostError` if another process has it."""
-    lease = store.leases.take(name)
-    if lease is None:
-        raise LeaseLostError(name)
-    try:
-        yield lease
-    finally:
-        store.leases.release(lease)
-
-
-def _has_failures(array: FeatureArray, shard: int) -> bool:
-    counts = array.markers[shard]["counts"] if shard in array.markers else {}
-    return any(status.label in counts for status in FAILED)

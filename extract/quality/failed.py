@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sail_align.extract.data import Status
+from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
@@ -20,13 +20,10 @@ SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "url", "image", "arr
 
 def failed_rows(store: Store, array: FeatureArray) -> Iterator[pa.Table]:
     """Yield the failed rows of an array as tables of `SCHEMA`, one per shard. Shards without any are not read."""
-    failures = [status for status in Status if status.failed]
-    for shard, marker in sorted(array.markers.items()):
-        if not any(status.label in marker["counts"] for status in failures):
-            continue
+    for shard in filter(array.has_failures, array.shards):
         start, stop = array.span(shard)
         status = array.read_status(start, stop)
-        rows = np.flatnonzero(np.isin(status, failures))
+        rows = np.flatnonzero(np.isin(status, FAILURES))
         table = store.index(["key", "url", "image"], start, stop).take(rows)
         columns = [*table.columns, [array.path] * len(rows), [Status(value).label for value in status[rows]]]
         yield pa.table(columns, schema=SCHEMA)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import FsspecStore, MemoryStore
 
-from sail_align.extract.data import Status
+from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.store.mapped import MappedChunks
 from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
@@ -191,8 +191,13 @@ class FeatureArray:
     @property
     def failed_counts(self) -> dict[str, int]:
         """Number of failed rows by status label."""
-        failures = {status.label for status in Status if status.failed}
+        failures = {status.label for status in FAILURES}
         return {label: count for label, count in sorted(self.counts.items()) if label in failures}
+
+    def has_failures(self, shard: int) -> bool:
+        """Return whether a shard is committed and has failed rows."""
+        counts = self.markers[shard]["counts"] if shard in self.markers else {}
+        return any(status.label in counts for status in FAILURES)
 
     def describe(self) -> str:
         """Return a line about the array: committed shards, dimension, and number of rows by status."""

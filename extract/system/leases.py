@@ -253,10 +253,16 @@ class Leases:
         self.release_all()
 
     @contextmanager
-    def hold(self, name: str, waiting: Callable[[], object]) -> Iterator[Lease]:
-        """Hold a lease during the block. If another process has it, call `waiting` once and wait."""
+    def hold(self, name: str, waiting: Callable[[], object] | None = None) -> Iterator[Lease]:
+        """Hold a lease during the block. If another process has it, call `waiting` once and wait.
+
+        Raises:
+            LeaseLostError: Another process has the lease, and there is no `waiting`.
+        """
         lease = self.take(name)
         if lease is None:
+            if waiting is None:
+                raise LeaseLostError(name)
             waiting()
         while lease is None:
             time.sleep(POLL)
