@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -120,27 +120,24 @@ def numbered_names(count: int) -> tuple[str, ...]:
 class Source(ABC):
     """Samples in a fixed order, and access to their pixels."""
 
+    classes: tuple[str, ...] = ()
+    """The names of the classes. Label i and mask value i stand for `classes[i]`."""
+    caption_origins: str | Collection[str] = ()
+    """The names of the captions, such as a mapping from them to columns. A single column has captions c0, c1, …."""
     recaptions: CaptionTables | None = None
     """Tables whose captions are joined to the samples in the index of a store."""
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The names of all captions that a sample may have."""
-        return ()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes. Label i and mask value i stand for `classes[i]`."""
-        return ()
+        """The names of all captions that a sample may have; c0, c1, … go up to the most captions of any sample."""
+        if isinstance(self.caption_origins, str):
+            return numbered_names(self._most_captions)
+        return tuple(self.caption_origins)
 
     @property
     def all_captions(self) -> tuple[str, ...]:
         """The names of the captions of a store: the samples' own, and those joined from tables."""
         return (*self.captions, *(self.recaptions.captions if self.recaptions else ()))
-
-    def _caption_names(self, captions: str | Mapping[str, str]) -> tuple[str, ...]:
-        """Return the names in a mapping. For a single origin, number them up to the most captions of any sample."""
-        return numbered_names(self._most_captions) if isinstance(captions, str) else tuple(captions)
 
     @cached_property
     def _most_captions(self) -> int:

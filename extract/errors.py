@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 
 class UserError(Exception):
@@ -14,6 +16,14 @@ class StoreExistsError(UserError):
 
 class WorkersFailedError(Exception):
     """Work is unfinished because workers failed. Each failure was reported before. Commands exit with code 1."""
+
+
+def import_extra(name: str, message: str) -> Any:
+    """Import a module of an optional package. Raises `UserError` with this message if it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as problem:
+        raise UserError(message) from problem
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:

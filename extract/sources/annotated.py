@@ -7,37 +7,17 @@ import csv
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, Source, numbered_names
+from sail_align.extract.data import Part, Sample, numbered_names
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.images import read_image_in
+from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.system.files import read_json
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """Content of an annotation file. Keys and locations are paths under the folder of images, unless noted."""
-
-    samples: list[Sample]
-    captions: tuple[str, ...]
-    classes: tuple[str, ...] = ()
-
-    @classmethod
-    def numbered(cls, samples: Sequence[tuple[str, list[str], str]]) -> "Annotations":
-        """Return samples given as image, captions and URL. Captions are named c0, c1, …; empty ones are left out."""
-        numbered = []
-        for image, texts, url in samples:
-            captions = {name: text for name, text in zip(numbered_names(len(texts)), texts, strict=True) if text}
-            numbered.append(Sample(key=image, image=image, captions=captions, url=url))
-        return cls(numbered, numbered_names(max((len(sample.captions) for sample in numbered), default=0)))
 
 
 class AnnotatedConfig(FilesConfig, SourceConfig):
@@ -45,6 +25,8 @@ class AnnotatedConfig(FilesConfig, SourceConfig):
 
     file_field: ClassVar[str] = "annotations"
     """The field with the path of the annotation file."""
+    caption_names: ClassVar[tuple[str, ...]] = ()
+    """The names of the captions, if they are not numbered."""
     images: str
 
     @property
@@ -62,15 +44,23 @@ class AnnotatedConfig(FilesConfig, SourceConfig):
         return AnnotatedSource(self, data_root)
 
     @abstractmethod
-    def read(self, path: Path) -> Annotations:
-        """Read the annotation file.
+    def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
+        """Return the samples of the annotation file and the names of their classes.
+
+        Keys and locations are paths under the folder of images, unless noted.
 
         Raises:
             KeyError, TypeError, ValueError: A field is missing or of another form.
         """
 
+    @staticmethod
+    def numbered(image: str, texts: list[str], url: str = "") -> Sample:
+        """Return a sample whose captions are named c0, c1, …. Empty ones are left out."""
+        captions = {name: text for name, text in zip(numbered_names(len(texts)), texts, strict=True) if text}
+        return Sample(key=image, image=image, captions=captions, url=url)
 
-class AnnotatedSource(Source):
+
+class AnnotatedSource(FolderSource):
     """Images in a folder, listed with their captions in a file that is read as a whole.
 
     Raises:
@@ -80,39 +70,31 @@ class AnnotatedSource(Source):
     def __init__(self, config: AnnotatedConfig, data_root: Path):
         self._config = config
         self._file = data_root / config.root / config.file
-        self._images = data_root / config.root / config.images
-        for path in (self._file, self._images):
+        self.folder = data_root / config.root / config.images
+        self.caption_origins = config.caption_names or config.file
+        for path in (self._file, self.folder):
             if not path.exists():
                 raise UserError(f"{path} is missing. Correct the manifest's source or set --data-root.")
 
     @cached_property
-    def _annotations(self) -> Annotations:
+    def _annotations(self) -> tuple[list[Sample], tuple[str, ...]]:
         try:
-            annotations = self._config.read(self._file)
+            samples, classes = self._config.read(self._file)
         except (KeyError, TypeError, ValueError) as problem:
             reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
             raise UserError(f"{self._file} is not of the published form ({reason}).") from problem
-        if not annotations.samples:
+        if not samples:
             raise UserError(f"{self._file} contains no samples. Correct the manifest's source.")
-        return annotations
+        return samples, classes
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The captions' names: `raw`, or c0, c1, … up to the most captions of any image."""
-        return self._annotations.captions
-
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
         """The categories of the samples, if the file has any."""
-        return self._annotations.classes
+        return self._annotations[1]
 
     def parts(self) -> Sequence[Part]:
         """Return one part, the annotation file."""
-        return [Part(self._file.name, lambda: iter(self._annotations.samples), (self._file,))]
-
-    def image(self, location: str, least: int = 0) -> Image.Image:
-        """Open an image by its path under the folder of images."""
-        return read_image_in(self._images, location, least=least)
+        return [Part(self._file.name, lambda: iter(self._annotations[0]), (self._file,))]
 
 
 class CocoCaptionsConfig(AnnotatedConfig):
@@ -126,16 +108,17 @@ class CocoCaptionsConfig(AnnotatedConfig):
     annotations: NonEmpty
     captions: Annotated[int, Field(gt=0)] = 5
 
-    def read(self, path: Path) -> Annotations:
+    def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         content = read_json(path)
         texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
             texts[annotation["image_id"]].append(annotation["caption"].strip())
         images = sorted(content["images"], key=lambda each: each["id"])
-        return Annotations.numbered(
-            [(image["file_name"], texts[image["id"]][: self.captions], image.get("coco_url", "")) for image in images]
-        )
+        return [
+            self.numbered(image["file_name"], texts[image["id"]][: self.captions], image.get("coco_url", ""))
+            for image in images
+        ], ()
 
 
 class KarpathyConfig(AnnotatedConfig):
@@ -149,23 +132,20 @@ class KarpathyConfig(AnnotatedConfig):
     annotations: NonEmpty
     split: NonEmpty = "test"
 
-    def read(self, path: Path) -> Annotations:
+    def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         images = read_json(path)["images"]
         kept = [image for image in images if image["split"] == self.split]
         if not kept:
             splits = ", ".join(sorted({image["split"] for image in images}))
             raise UserError(f"{path} has no split {self.split!r}. Its splits are {splits}.")
-        return Annotations.numbered(
-            [
-                (
-                    (Path(image.get("filepath", "")) / image["filename"]).as_posix(),
-                    [sentence["raw"].strip() for sentence in image["sentences"]],
-                    "",
-                )
-                for image in kept
-            ]
-        )
+        return [
+            self.numbered(
+                (Path(image.get("filepath", "")) / image["filename"]).as_posix(),
+                [sentence["raw"].strip() for sentence in image["sentences"]],
+            )
+            for image in kept
+        ], ()
 
 
 class WinogroundConfig(AnnotatedConfig):
@@ -176,6 +156,7 @@ class WinogroundConfig(AnnotatedConfig):
     """
 
     file_field = "examples"
+    caption_names = ("raw",)
     swapped: ClassVar = ("Object", "Relation", "Both")
     """Values of `collapsed_tag` in the file."""
 
@@ -183,7 +164,7 @@ class WinogroundConfig(AnnotatedConfig):
     examples: NonEmpty = "examples.jsonl"
     images: str = "images"
 
-    def read(self, path: Path) -> Annotations:
+    def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         with path.open(encoding="utf-8") as lines:
             examples = [json.loads(line) for line in lines if line.strip()]
@@ -197,7 +178,7 @@ class WinogroundConfig(AnnotatedConfig):
             for example in sorted(examples, key=lambda each: each["id"])
             for side in (0, 1)
         ]
-        return Annotations(samples, ("raw",), self.swapped)
+        return samples, self.swapped
 
 
 class MmvpConfig(AnnotatedConfig):
@@ -210,12 +191,13 @@ class MmvpConfig(AnnotatedConfig):
     """
 
     file_field = "questions"
+    caption_names = ("raw",)
 
     kind: Literal["mmvp"]
     questions: NonEmpty = "Questions.csv"
     images: str = "MLLM_VLM Images"
 
-    def read(self, path: Path) -> Annotations:
+    def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if row][1:]
@@ -228,4 +210,4 @@ class MmvpConfig(AnnotatedConfig):
             image = f"{category}/{int(question)}.jpg"
             label = categories.index(category)
             samples.append(Sample(key=image, image=image, captions={"raw": statement.strip()}, label=label))
-        return Annotations(samples, ("raw",), tuple(categories))
+        return samples, tuple(categories)

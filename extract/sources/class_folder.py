@@ -7,11 +7,11 @@ from typing import Literal
 
 from PIL import Image
 
-from sail_align.extract.data import Part, Sample, Source
+from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.class_names import names_of_folders
+from sail_align.extract.sources.class_names import class_names, wordnet_ids
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.images import read_image_in
+from sail_align.extract.sources.images import FolderSource
 
 
 class ClassFolderConfig(FilesConfig, SourceConfig):
@@ -35,7 +35,7 @@ class ClassFolderConfig(FilesConfig, SourceConfig):
         return ClassFolderSource(self, data_root)
 
 
-class ClassFolderSource(Source):
+class ClassFolderSource(FolderSource):
     """Images by class. Labels follow the sorted folder names, or the manifest's order if it lists `classes`.
 
     Raises:
@@ -44,52 +44,65 @@ class ClassFolderSource(Source):
     """
 
     def __init__(self, config: ClassFolderConfig, data_root: Path):
-        self._root = data_root / config.root
-        if not self._root.is_dir():
-            raise UserError(f"Folder {self._root} is missing. Set --data-root or the manifest's 'root'.")
-        folders = sorted(path.name for path in self._root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        self.folder = data_root / config.root
+        if not self.folder.is_dir():
+            raise UserError(f"Folder {self.folder} is missing. Set --data-root or the manifest's 'root'.")
+        folders = sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         self._names = self._name_folders(config.classes, folders)
+        self.classes = tuple(self._names.values())
         for folder in self._names:
             if folder not in folders:
-                raise UserError(f"{self._root} has no folder {folder!r}, which the manifest lists under 'classes'.")
+                raise UserError(f"{self.folder} has no folder {folder!r}, which the manifest lists under 'classes'.")
         if next(self.samples(), None) is None:
-            raise UserError(f"{self._root} contains no images. Expected one subfolder of images per class.")
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the folders, or those that the manifest gives them."""
-        return tuple(self._names.values())
+            raise UserError(f"{self.folder} contains no images. Expected one subfolder of images per class.")
 
     def parts(self) -> Sequence[Part]:
         """Return one part per class. Its images are sorted by name; their key is `<folder>/<file>`."""
         return [
-            Part(folder, partial(self._read, label, folder), (self._root / folder,))
+            Part(folder, partial(self._read, label, folder), (self.folder / folder,))
             for label, folder in enumerate(self._names)
         ]
-
-    def image(self, location: str, least: int = 0) -> Image.Image:
-        """Open an image by `<folder>/<file>`."""
-        return read_image_in(self._root, location, least=least)
 
     def _name_folders(self, classes: dict[str, str] | str | None, folders: list[str]) -> dict[str, str]:
         """Return the class names by folder, in label order."""
         if isinstance(classes, str):
             try:
-                return names_of_folders(classes, folders)
+                return self._published_names(classes, folders)
             except UserError as problem:
-                raise UserError(f"{self._root}: {problem}") from problem
+                raise UserError(f"{self.folder}: {problem}") from problem
         if classes:
             return classes
         for folder in folders:  # a folder of other files, such as features, would shift the labels after it
             if next(self._read(0, folder), None) is None:
                 raise UserError(
-                    f"Folder {self._root / folder} contains no images. Move it, or list the classes in the manifest."
+                    f"Folder {self.folder / folder} contains no images. Move it, or list the classes in the manifest."
                 )
         return {folder: folder.replace("_", " ") for folder in folders}
 
+    @staticmethod
+    def _published_names(reference: str, folders: list[str]) -> dict[str, str]:
+        """Return the class names of folders from a published list, in label order.
+
+        Folders may be named by WordNet ids, by all or some of ImageNet's 1,000 (ImageNet-A and -R have 200), or by
+        class numbers (ImageNet-V2, where 10 sorts before 2). Otherwise the sorted folders correspond to the names in
+        order.
+
+        Raises:
+            UserError: The list does not exist, or has another number of names than there are folders.
+        """
+        names = class_names(reference)
+        ids = wordnet_ids() if reference == "open_clip:imagenet" else []
+        for known in (ids, [str(number) for number in range(len(names))]):
+            if folders and set(folders) <= set(known):
+                return {folder: names[label] for label, folder in enumerate(known) if folder in set(folders)}
+        if len(names) != len(folders):
+            hint = " They are neither all numbers nor all WordNet ids of ImageNet." if ids else ""
+            raise UserError(f"Got {len(folders)} folders, but {reference} names {len(names)} classes.{hint}")
+        return dict(zip(folders, names, strict=True))
+
     def _read(self, label: int, folder: str) -> Iterator[Sample]:
         endings = Image.registered_extensions()
-        for path in sorted((self._root / folder).iterdir()):
+        for path in sorted((self.folder / folder).iterdir()):
             if path.suffix.lower() in endings and not path.name.startswith("."):
                 key = f"{folder}/{path.name}"
                 yield Sample(key=key, image=key, label=label)

@@ -5,13 +5,12 @@ project. The two libraries belong to the extra `eval` and are imported when a re
 """
 
 import csv
-import importlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, import_extra
 from sail_align.extract.system.files import read_json
 
 LIBRARIES = ("open_clip:", "clip_benchmark:")
@@ -74,36 +73,13 @@ def label_names(name: str) -> dict[int, str]:
     return {int(row["label"]): row["name"] for row in rows}
 
 
-def names_of_folders(reference: str, folders: Sequence[str]) -> dict[str, str]:
-    """Return the class names of folders from a published list, in label order.
-
-    Folders may be named by WordNet ids, by all or some of ImageNet's 1,000 (ImageNet-A and -R have 200), or by class
-    numbers (ImageNet-V2, where 10 sorts before 2). Otherwise the sorted folders correspond to the names in order.
-
-    Raises:
-        UserError: The list does not exist, or has another number of names than there are folders.
-    """
-    names = class_names(reference)
-    ids = wordnet_ids() if reference == "open_clip:imagenet" else []
-    for known in (ids, [str(number) for number in range(len(names))]):
-        if folders and set(folders) <= set(known):
-            return {folder: names[label] for label, folder in enumerate(known) if folder in set(folders)}
-    if len(names) != len(folders):
-        hint = " They are neither all numbers nor all WordNet ids of ImageNet." if ids else ""
-        raise UserError(f"Got {len(folders)} folders, but {reference} names {len(names)} classes.{hint}")
-    return dict(zip(sorted(folders), names, strict=True))
-
-
 def wordnet_ids() -> list[str]:
     """Return the WordNet ids of ImageNet-1k's classes in label order, which is their sorted order."""
     return (resources.files(_CLASSES) / "classes" / "imagenet-wordnet-ids.txt").read_text(encoding="utf-8").split()
 
 
 def _open_clip(name: str) -> Sequence[Any]:
-    try:
-        metadata = importlib.import_module("open_clip.zero_shot_metadata")
-    except ImportError as problem:
-        raise UserError(_NOT_INSTALLED.format("open_clip")) from problem
+    metadata = import_extra("open_clip.zero_shot_metadata", _NOT_INSTALLED.format("open_clip"))
     found: Sequence[Any] = getattr(metadata, _OPEN_CLIP[name])
     return found
 

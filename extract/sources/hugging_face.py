@@ -1,6 +1,5 @@
 """Source kind `hugging-face`: a data set of the library `datasets`, saved to disk or by its name on the hub."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError, numbered_names
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, import_extra
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import FileSet
 from sail_align.extract.sources.images import read_image
@@ -63,9 +62,12 @@ class HuggingFaceSource(Source):
 
     def __init__(self, config: HuggingFaceConfig, data_root: Path):
         self._config = config
-        self._rows = _load(config, data_root / config.root)
+        datasets = import_extra(
+            "datasets", "This source needs the package datasets: pip install 'sail-align[datasets]'."
+        )
+        self._rows = _load(datasets, config, data_root / config.root)
         self._schema: pa.Schema = self._rows.features.arrow_schema
-        captions = config.captions
+        self.caption_origins = captions = config.captions
         self._captions = [captions] if isinstance(captions, str) else list(captions.values())
         self._columns = [*self._captions, *(name for name in (config.url, config.label) if name)]
         for column in (config.image, *self._columns):
@@ -74,13 +76,8 @@ class HuggingFaceSource(Source):
                     f"The data set has no column {column!r}. Its columns are {', '.join(self._schema.names)}."
                 )
         self._require_texts()
-        self._images = self._undecoded_images()
-        self._classes = self._class_names()
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The names in the manifest, or c0, c1, … up to the most captions of any image."""
-        return self._caption_names(self._config.captions)
+        self._images = self._undecoded_images(datasets)
+        self.classes = self._class_names()
 
     @cached_property
     def _most_captions(self) -> int:
@@ -94,11 +91,6 @@ class HuggingFaceSource(Source):
             row_of_caption = pc.list_parent_indices(lists).filter(is_caption)
             most = max(most, int(np.bincount(row_of_caption).max(initial=0)))
         return most
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, from the label's column or the manifest."""
-        return self._classes
 
     def parts(self) -> Sequence[Part]:
         """Return one part per million rows.
@@ -153,8 +145,8 @@ class HuggingFaceSource(Source):
     def _label(self, row: int, value: int | None) -> int:
         if value is None or value == -1:
             return -1
-        if not 0 <= value < len(self._classes):
-            raise UserError(f"Label of row {row} is invalid: got {value}, expected 0 to {len(self._classes) - 1}.")
+        if not 0 <= value < len(self.classes):
+            raise UserError(f"Label of row {row} is invalid: got {value}, expected 0 to {len(self.classes) - 1}.")
         return value
 
     def _require_texts(self) -> None:
@@ -166,8 +158,7 @@ class HuggingFaceSource(Source):
             if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
                 raise UserError(f"Column {column!r} is invalid: got {kind}, expected text or lists of text.")
 
-    def _undecoded_images(self) -> Any:
-        datasets = _import_datasets()
+    def _undecoded_images(self, datasets: Any) -> Any:
         column = self._config.image
         if not isinstance(feature := self._rows.features[column], datasets.Image):
             raise UserError(f"Column {column!r} is invalid: got {feature}. Cast it to an Image and save the data set.")
@@ -187,8 +178,7 @@ class HuggingFaceSource(Source):
         return tuple(names)
 
 
-def _load(config: HuggingFaceConfig, folder: Path) -> Any:
-    datasets = _import_datasets()
+def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
     try:
         if config.name:
             return datasets.load_dataset(config.name, config.config, split=config.split, revision=config.revision)
@@ -203,13 +193,6 @@ def _load(config: HuggingFaceConfig, folder: Path) -> Any:
     if found.split is not None and str(found.split) != config.split:
         raise UserError(f"{folder} is the split '{found.split}', but the manifest names {config.split!r}.")
     return found
-
-
-def _import_datasets() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as problem:
-        raise UserError("This source needs the package datasets: pip install 'sail-align[datasets]'.") from problem
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sail_align.extract.data import Status, UnreadableImageError
+from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
 
 PIXEL_LIMIT = 100_000_000
@@ -60,20 +60,27 @@ def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.I
         raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem}") from problem
 
 
-def read_image_in(folder: Path, location: str, *, least: int = 0) -> Image.Image:
-    """Decode an image by its path under a folder, as `read_image`.
+class FolderSource(Source):
+    """A source whose images are files under one folder, by their paths in it."""
 
-    Raises:
-        UnreadableImageError: As `read_image`.
-        UserError: The whole folder is missing or empty. An unmounted disk must not be recorded as missing images.
-    """
-    path = folder / location
-    try:
-        return read_image(path, least=least)
-    except UnreadableImageError as problem:
-        if problem.status is Status.MISSING and path.is_relative_to(folder) and _is_empty(folder):
-            raise UserError(f"{folder} is missing or empty. Restore it and rerun the same command.") from problem
-        raise
+    folder: Path
+
+    def image(self, location: str, least: int = 0) -> Image.Image:
+        """Open an image as upright RGB.
+
+        Raises:
+            UnreadableImageError: As `read_image`.
+            UserError: The whole folder is missing or empty. An unmounted disk must not be recorded as missing images.
+        """
+        path = self.folder / location
+        try:
+            return read_image(path, least=least)
+        except UnreadableImageError as problem:
+            if problem.status is Status.MISSING and path.is_relative_to(self.folder) and _is_empty(self.folder):
+                raise UserError(
+                    f"{self.folder} is missing or empty. Restore it and rerun the same command."
+                ) from problem
+            raise
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -7,14 +7,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import IGNORED, Part, Sample, Source
+from sail_align.extract.data import IGNORED, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.images import read_image_in, read_mask
+from sail_align.extract.sources.images import FolderSource, read_mask
 
 MaskValue = Annotated[int, Field(ge=0, le=255)]
 
@@ -51,7 +50,7 @@ class MaskFolderConfig(FilesConfig, SourceConfig):
         return MaskFolderSource(self, data_root)
 
 
-class MaskFolderSource(Source):
+class MaskFolderSource(FolderSource):
     """Images with masks, sorted or in the order of the list of names. Keys and locations are file names.
 
     Some masks are read when the source is opened, so that masks with another numbering are rejected before anything is
@@ -64,12 +63,13 @@ class MaskFolderSource(Source):
 
     def __init__(self, config: MaskFolderConfig, data_root: Path):
         root = data_root / config.root
-        self._images, self._masks = root / config.images, root / config.masks
+        self.folder, self._masks = root / config.images, root / config.masks
         self._list = root / config.names if config.names else None
-        for path in (self._images, self._masks, self._list):
+        for path in (self.folder, self._masks, self._list):
             if path and not path.exists():
                 raise UserError(f"{path} is missing. Correct the manifest's source or set --data-root.")
         self._classes = label_names(config.classes) if isinstance(config.classes, str) else config.classes
+        self.classes = tuple(self._classes.values())
         self._offset = config.label_offset
         self._index = np.full(256, NO_CLASS, dtype=np.int16)
         self._index[config.ignored] = IGNORED
@@ -85,18 +85,9 @@ class MaskFolderSource(Source):
         for row in sorted(set(probed.tolist())):
             self.mask(self._samples[row].mask)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the labels, in the order of the manifest or the table."""
-        return tuple(self._classes.values())
-
     def parts(self) -> Sequence[Part]:
         """Return one part, the list of names or the folder of masks."""
         return [Part("masks", lambda: iter(self._samples), (self._list or self._masks,))]
-
-    def image(self, location: str, least: int = 0) -> Image.Image:
-        """Open an image by its name under the folder of images."""
-        return read_image_in(self._images, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a mask as class indices, (H, W).
@@ -124,7 +115,7 @@ class MaskFolderSource(Source):
 
     @cached_property
     def _samples(self) -> list[Sample]:
-        images = {path.stem: path.name for path in self._images.iterdir() if not path.name.startswith(".")}
+        images = {path.stem: path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
         masks = {path.stem for path in self._masks.glob("*.png")}
         if self._list:
             lines = self._list.read_text(encoding="utf-8-sig").splitlines()
@@ -133,7 +124,7 @@ class MaskFolderSource(Source):
             names = sorted(masks)
         for name in names:
             if name not in images or name not in masks:
-                folder = self._masks if name in images else self._images
+                folder = self._masks if name in images else self.folder
                 raise UserError(f"{folder} has no picture {name!r}. The data set is incomplete.")
         if not names:
             raise UserError(f"{self._masks} contains no masks. Expected PNGs with the names of the images.")

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import IGNORED, Part, Sample, Source, numbered_names
+from sail_align.extract.data import IGNORED, Part, Sample, numbered_names
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig, Strict
-from sail_align.extract.sources.images import read_image_in, read_mask
+from sail_align.extract.sources.images import FolderSource, read_mask
 from sail_align.extract.sources.table_files import find_tables, read_batches
 
 PROBED_IMAGES = 100
@@ -62,7 +61,7 @@ class TableConfig(FilesConfig, SourceConfig):
         return TableSource(self, data_root)
 
 
-class TableSource(Source):
+class TableSource(FolderSource):
     """Samples listed in tables. A sample's key is the path of its image, as the table spells it.
 
     Tables with one column per caption are streamed. If the captions of an image may be in any row, all captions are
@@ -74,27 +73,19 @@ class TableSource(Source):
 
     def __init__(self, config: TableConfig, data_root: Path):
         self._config = config
+        self.caption_origins = config.captions
+        self.classes = tuple(config.classes.values())
         self._root = data_root / config.root
-        self._images = self._root / config.images
+        self.folder = self._root / config.images
         self._files = find_tables(self._root, config.files)
-        if not self._images.is_dir():
-            raise UserError(f"Image folder {self._images} is missing. Set --data-root or the manifest's 'images'.")
+        if not self.folder.is_dir():
+            raise UserError(f"Image folder {self.folder} is missing. Set --data-root or the manifest's 'images'.")
         probed = list(islice(self.samples(), PROBED_IMAGES))
-        if probed and not any((self._images / sample.image).is_file() for sample in probed):
+        if probed and not any((self.folder / sample.image).is_file() for sample in probed):
             raise UserError(
-                f"None of the first {len(probed)} images is in {self._images} (the first is {probed[0].image!r}). "
+                f"None of the first {len(probed)} images is in {self.folder} (the first is {probed[0].image!r}). "
                 "Check 'images', 'image' and --data-root."
             )
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The names in the manifest, or c0, c1, … up to the most captions of any image."""
-        return self._caption_names(self._config.captions)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the mask values, in the manifest's order."""
-        return tuple(self._config.classes.values())
 
     def parts(self) -> Sequence[Part]:
         """Return one part per table, or a single one if the captions of an image may be in any row of any table."""
@@ -103,10 +94,6 @@ class TableSource(Source):
         if isinstance(captions, str):
             return [Part("all tables", self._read_grouped, (*self._files, *split_file))]
         return [Part(str(file), partial(self._read, file, captions), (file, *split_file)) for file in self._files]
-
-    def image(self, location: str, least: int = 0) -> Image.Image:
-        """Open an image by its path under the image folder."""
-        return read_image_in(self._images, location, least=least)
 
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Open a mask, (H, W). Pixel values without a class become `IGNORED`."""

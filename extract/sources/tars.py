@@ -28,21 +28,12 @@ _NUMBER = re.compile(rb"[0-9]{1,20}")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A regular file in a tar: its path, and the offset and size of its data in bytes."""
-
-    name: str
-    offset: int
-    size: int
-
-
 class DamagedTarError(Exception):
     """A tar cannot be read to its end. The message continues a sentence that begins with the tar's name."""
 
 
-def members(tar: BinaryIO, name: str) -> Iterator[Member]:
-    """Yield the regular files of a tar in order.
+def members(tar: BinaryIO, name: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the path of each regular file of a tar, and the offset and size of its data in bytes, in order.
 
     Supports the v7, ustar, GNU and PAX formats. A last member whose data is truncated is yielded with its full size.
 
@@ -83,7 +74,7 @@ def members(tar: BinaryIO, name: str) -> Iterator[Member]:
             shared |= _parse_records(_read_extension(tar, data, size), data)
         else:
             if kind in _FILES:
-                yield Member(fields.get("path") or _parse_path(header), data, size)
+                yield fields.get("path") or _parse_path(header), data, size
             if kind != _LONG_LINK:  # which may stand between a long name and its member
                 own = {}
         if at > length:
@@ -198,20 +189,20 @@ class TarSamples:
         texts = {*origins, *(["json"] if fields else [])}
         with files.open(tar) as stream:
             try:
-                for member in members(stream, tar):
-                    if not (match := _KEY_AND_ENDING.fullmatch(member.name)):
+                for name, offset, size in members(stream, tar):
+                    if not (match := _KEY_AND_ENDING.fullmatch(name)):
                         continue
                     key, ending = match[1], match[2].lower()
                     found.endings[ending] += 1
                     sample = found.samples.setdefault(key, {})
                     if ending in sample:
-                        repeated[key] = member.name
+                        repeated[key] = name
                     elif ending in images:
-                        sample[ending] = f"{member.offset}:{member.size}"
+                        sample[ending] = f"{offset}:{size}"
                     elif ending in texts:
-                        stream.seek(member.offset)
-                        content = stream.read(member.size)
-                        if len(content) == member.size:  # else the tar is truncated here, and `members` raises next
+                        stream.seek(offset)
+                        content = stream.read(size)
+                        if len(content) == size:  # else the tar is truncated here, and `members` raises next
                             sample[ending] = content.decode("utf-8", "replace")
             except DamagedTarError as problem:
                 found.warnings.append(f"{problem}; later samples are lost" if found.samples else str(problem))

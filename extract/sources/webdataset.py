@@ -71,19 +71,10 @@ class WebDatasetSource(Source):
         self._config = config
         self._files = FileSet(data_root / config.root)
         self._tars = self._files.find(config.files)
-        self._classes = self._read_classes()
+        self.classes = self._read_classes()
+        self.caption_origins = config.captions
         self._origins = {config.captions} if isinstance(config.captions, str) else {*config.captions.values()}
-        self._origins |= {config.url, *([config.label] if self._classes else [])}
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The names in the manifest, or c0, c1, … up to the most captions of any image, which reads all tars."""
-        return self._caption_names(self._config.captions)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their numbers."""
-        return self._classes
+        self._origins |= {config.url, *([config.label] if self.classes else [])}
 
     def parts(self) -> Sequence[Part]:
         """Return one part per tar, which is read from the tar and the table beside it."""
@@ -136,7 +127,7 @@ class WebDatasetSource(Source):
             key=key,
             image=f"{tar}:{image}" if image else "",
             captions=self._captions_of(key, members),
-            label=self._label(key, members.get(self._config.label)) if self._classes else -1,
+            label=self._label(key, members.get(self._config.label)) if self.classes else -1,
             url=_text(members.get(self._config.url)),
         )
 
@@ -156,8 +147,8 @@ class WebDatasetSource(Source):
         if value is None:
             return -1
         number = _text(value)
-        if not number.isdecimal() or int(number) >= len(self._classes):
-            raise UserError(f"Label of {key} is invalid: got {number!r}, expected 0 to {len(self._classes) - 1}.")
+        if not number.isdecimal() or int(number) >= len(self.classes):
+            raise UserError(f"Label of {key} is invalid: got {number!r}, expected 0 to {len(self.classes) - 1}.")
         return int(number)
 
     def _require_content(self, tar: str, found: TarSamples, samples: Sequence[Sample]) -> None:

@@ -112,8 +112,8 @@ def test_no_two_objects_share_a_name_or_a_drawing():
 def test_training_shows_scene_only_objects_only_with_others(parts: dict[str, DemoSource]):
     alone = {scene.groups[0].thing for scene in scenes(parts["train"]) if len(scene.groups) == 1}
     together = {group.thing for scene in scenes(parts["train"]) for group in scene.groups if len(scene.groups) > 1}
-    assert alone.isdisjoint(load_objects()["scene-only"])
-    assert together.issuperset(load_objects()["scene-only"])
+    assert alone.isdisjoint(load_objects()["objects"])
+    assert together.issuperset(load_objects()["objects"])
 
 
 @pytest.mark.parametrize("part", ["objects", "unseen"])

