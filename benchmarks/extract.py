@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from sail_align.extract.data import Part
-from sail_align.extract.encoders.catalogue import VISION, find_text
+from sail_align.extract.encoders.catalogue import VISION
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.encoders.weights import EncoderFiles
@@ -111,7 +111,7 @@ def measure_images(root: Path, photos: Path | None, images: int, repeats: int) -
 def measure_texts(texts: list[str], repeats: int) -> None:
     """Compare batches sorted by length with unsorted ones."""
     encoder = TextEncoderConfig(TEXT).load()
-    folder = EncoderFiles.fetch(find_text(TEXT).origin).path
+    folder = EncoderFiles.fetch(TextEncoderConfig(TEXT).entry.origin).path
     plain = partial(unsorted, AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval())
     times = by_turns({"unsorted": lambda: plain(texts), "sorted": lambda: encoder.encode(texts)}, repeats)
     lengths = [len(text.split()) for text in texts]

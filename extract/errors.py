@@ -1,8 +1,8 @@
 """Errors with a message for the user: what is wrong, the value, and what to do."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any
 
 
@@ -21,7 +21,7 @@ class WorkersFailedError(Exception):
 def import_extra(name: str, message: str) -> Any:
     """Import a module of an optional package. Raises `UserError` with this message if it is not installed."""
     try:
-        return import_module(name)
+        return importlib.import_module(name)
     except ImportError as problem:
         raise UserError(message) from problem
 

