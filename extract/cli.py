@@ -95,14 +95,12 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set into a store of features. Rerun the same command to resume."""
-    _check_retry(retry, workers)
-    if add_captions and (captions or image_encoder or retry):
-        raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
+    _check_options(retry, workers, add_captions, captions or image_encoder)
     about, root = _find_data(manifest, data_root, needed=not add_captions)
 
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.executor.job import Job, recorded_text_encoder
+    from sail_align.extract.executor.job import Job
     from sail_align.extract.executor.retry import retry_failed
     from sail_align.extract.executor.run import run_job
     from sail_align.extract.executor.worker import Share
@@ -114,7 +112,8 @@ def run(
     if add_captions:
         store = Store.open(path)
         known, chosen = store.captions, add_captions.split(",")
-        if not text_encoder and (recorded := recorded_text_encoder(store)):
+        if not text_encoder and (identity := store.text_identity()):
+            recorded = TextEncoderConfig.recorded(identity)
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
         image_name, options = image_encoder or about.encoders.image, (precision, trust_remote_code, compiled)
@@ -135,11 +134,13 @@ def run(
     _report_run(Store.open(path), results, all_shards=worker == "1/1")
 
 
-def _check_retry(retry: str | None, workers: str) -> None:
+def _check_options(retry: str | None, workers: str, add_captions: str | None, of_images: str | None) -> None:
     if retry not in (None, "failed"):
         raise UserError(f"--retry {retry!r} is invalid: expected failed.")
     if retry and workers not in ("auto", "1"):
         raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
+    if add_captions and (of_images or retry):
+        raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
 
 
 def _find_data(manifest: str, data_root: str | None, *, needed: bool) -> tuple["Manifest", Path]:

@@ -3,12 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
 
-from sail_align.extract.encoders.identity import EncoderSpec
-from sail_align.extract.encoders.load import TextEncoderConfig
-from sail_align.extract.encoders.text import TextEncoder
-from sail_align.extract.encoders.vision import VisionEncoder
+from sail_align.extract.encoders.load import EncoderConfig, ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.executor.encode import Advance, ArrayTask, EncodedRows
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import Manifest
@@ -16,18 +12,6 @@ from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.open_or_create import open_or_create
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
-
-Encoder = TypeVar("Encoder", covariant=True)
-
-
-class EncoderChoice(Protocol[Encoder]):
-    """A picklable description of an encoder, which a worker loads."""
-
-    def load(self, device: str) -> Encoder:
-        """Load the encoder. Raises `UserError` if it is not available."""
-
-    def matches(self, spec: EncoderSpec) -> bool:
-        """Return whether `load` would return the encoder of this spec, as far as is known without loading it."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +30,8 @@ class Job:
     manifest: Manifest
     data_root: Path
     store: Path
-    image: EncoderChoice[VisionEncoder] | None
-    text: EncoderChoice[TextEncoder] | None
+    image: ImageEncoderConfig | None
+    text: TextEncoderConfig | None
     captions: tuple[str, ...]
 
     @property
@@ -74,33 +58,22 @@ class Job:
         Raises:
             UserError: Source or encoder is missing, or the store holds features of another encoder under its name.
         """
-        tasks = []
+        images: list[ArrayTask] = []
+        captions: list[ArrayTask] = []
         if self.image is not None:
-            completed = _completed([store.images()], self.image, share)
-            if not completed:
+            images = _completed([store.images()], self.image, share)
+            if not images:
                 source = self.manifest.open_source(self.data_root)
-                tasks.append(ArrayTask.for_images(store, source, self.image.load(device), threads))
-            tasks += completed
+                images = [ArrayTask.for_images(store, source, self.image.load(device), threads)]
         if self.text is not None:
-            completed = _completed([store.texts(name) for name in self.captions], self.text, share)
-            if not completed:
-                text = self.text.load(device)
-                tasks += [ArrayTask.for_caption(store, name, text) for name in self.captions]
-            tasks += completed
-        return tasks
+            captions = _completed([store.texts(name) for name in self.captions], self.text, share)
+            if not captions:
+                encoder = self.text.load(device)
+                captions = [ArrayTask.for_caption(store, name, encoder) for name in self.captions]
+        return images + captions
 
 
-def recorded_text_encoder(store: Store) -> TextEncoderConfig | None:
-    """Return the text encoder of a store, or None unless it has exactly one."""
-    found = {array.identity.spec.id: array.identity for name in store.captions for array in store.texts(name).values()}
-    return TextEncoderConfig.recorded(*found.values()) if len(found) == 1 else None
-
-
-def _completed(
-    found: Sequence[Mapping[str, FeatureArray]],
-    choice: EncoderChoice[VisionEncoder] | EncoderChoice[TextEncoder],
-    share: Share,
-) -> list[ArrayTask]:
+def _completed(found: Sequence[Mapping[str, FeatureArray]], choice: EncoderConfig, share: Share) -> list[ArrayTask]:
     """Return tasks without an encoder if every array exists and the share is committed in each, else none."""
 
     def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sail_align.extract.data import FAILURES, Source, Status
-from sail_align.extract.encoders.vision import VisionEncoder
+from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.executor.encode import Advance, ArrayTask
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Shard, cores
-from sail_align.extract.executor.worker import ALL_SHARDS, Share
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import LeaseLostError
@@ -47,45 +46,32 @@ class RetrySummary:
 
 
 def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) -> RetrySummary:
-    """Encode a job's failed images again, in this process. Source and encoder are opened only if there are any.
+    """Encode a job's failed images again, in this process, and rewrite the shards in which the status of a row changes.
+
+    Source and encoder are opened only if there are failed images. Shards that another process holds are skipped.
 
     Raises:
         UserError: Source or encoder is missing, a shard is damaged, or the disk is full.
         StoppedError: SIGTERM or Ctrl-C.
     """
-    store = job.open_store(quiet=quiet)
-    encoder = job.image
-    if encoder is None or not any(
-        array.failed_counts for array in store.images().values() if encoder.matches(array.identity.spec)
+    store, summary = job.open_store(quiet=quiet), RetrySummary()
+    choice = job.image
+    if choice is None or not any(
+        array.failed_counts for array in store.images().values() if choice.matches(array.identity.spec)
     ):
-        return RetrySummary()
+        return summary
     with report_stop(lambda: RERUN):
-        source = job.manifest.open_source(job.data_root)
-        return retry_images(store, source, encoder.load(device), share, quiet=quiet)
-
-
-def retry_images(
-    store: Store, source: Source, encoder: VisionEncoder, share: Share = ALL_SHARDS, *, quiet: bool = False
-) -> RetrySummary:
-    """Encode a store's failed images again, and rewrite the shards in which the status of a row changes.
-
-    Shards that another process holds are skipped.
-
-    Raises:
-        UserError: The store's features are another encoder's, a shard is damaged, or the disk is full.
-    """
-    summary = RetrySummary()
-    with report_write_errors(store.path, during_run=True):
-        task = ArrayTask.for_images(store, source, encoder, cores())
-        failed = sum(task.array.failed_counts.values())
-        with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
-            try:
-                for number in share.shards(task.array):
-                    if task.array.has_failures(number):
+        source, encoder = job.manifest.open_source(job.data_root), choice.load(device)
+        with report_write_errors(store.path, during_run=True):
+            task = ArrayTask.for_images(store, source, encoder, cores())
+            failed = sum(task.array.failed_counts.values())
+            with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
+                try:
+                    for number in filter(task.array.has_failures, share.shards(task.array)):
                         _retry_shard(store, task, Shard(task.array.path, number), bar.update, summary)
-            finally:
-                store.leases.release_all()
-    store.tidy()
+                finally:
+                    store.leases.release_all()
+        store.tidy()
     return summary
 
 

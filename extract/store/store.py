@@ -220,6 +220,12 @@ class Store:
         """Return a caption's array of an encoder, or the only one. Raises `UserError` if there is no such array."""
         return self._pick(self.texts(caption), f"text features of caption {caption!r}", encoder)
 
+    def text_identity(self) -> Identity | None:
+        """Return the identity of the text encoder, or None unless there is exactly one."""
+        arrays = chain.from_iterable(self.texts(name).values() for name in self.captions)
+        found = {array.identity.spec.id: array.identity for array in arrays}
+        return next(iter(found.values())) if len(found) == 1 else None
+
     def add_image(self, identity: Identity) -> FeatureArray:
         """Return the image array of an encoder, creating it if needed. Raises `UserError` if its node is another's."""
         return self._add("image", identity, "")

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.executor.job import Job
-from sail_align.extract.executor.retry import RetrySummary, retry_failed, retry_images
+from sail_align.extract.executor.retry import RetrySummary, retry_failed
 from sail_align.extract.executor.run import extract
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
@@ -28,6 +29,13 @@ def run(root, out="s.zarr"):
     return store, source
 
 
+def retry(root, share=None):
+    """Retry the failed images of the store of `run`."""
+    manifest, data_root = find_manifest(str(root / "pictures.yaml"))
+    job = Job(manifest, data_root, root / "s.zarr", FakeChoice("image"), None, ())
+    return retry_failed(job, share or Share(), "cpu", quiet=True)
+
+
 def contents(store):
     files = [file for file in store.path.rglob("*") if file.is_file()]
     return {str(file.relative_to(store.path)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
@@ -41,12 +49,12 @@ def put(root, number):
 @pytest.mark.slow
 def test_retried_store_equals_one_made_with_the_images_present(pictures):
     shutil.move(pictures / "images/400.png", pictures / "400.png")
-    store, source = run(pictures)
+    store, _ = run(pictures)
     before = contents(store)
     for number in (7, 13):
         put(pictures, number)
     shutil.move(pictures / "400.png", pictures / "images/400.png")
-    retried = retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
+    retried = retry(pictures)
     assert retried == RetrySummary(tried=4, encoded=3, shards=2)
     assert Store.open(store.path).image().counts == {"ok": 599, "undecodable": 1}
     whole, _ = run(pictures, "whole.zarr")
@@ -67,22 +75,22 @@ def test_retried_store_equals_one_made_with_the_images_present(pictures):
 
 
 def test_retry_without_change_writes_nothing(pictures):
-    store, source = run(pictures)
+    store, _ = run(pictures)
     before = contents(store)
-    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == RetrySummary(tried=3)
+    assert retry(pictures) == RetrySummary(tried=3)
     assert contents(store) == before
 
 
 def test_another_failure_status_is_written(pictures):
-    store, source = run(pictures)
+    store, _ = run(pictures)
     (pictures / "images/7.png").write_text("not an image either")
-    assert retry_images(Store.open(store.path), source, FakeVision(), quiet=True) == RetrySummary(tried=3, shards=1)
+    assert retry(pictures) == RetrySummary(tried=3, shards=1)
     assert Store.open(store.path).image().counts == {"ok": 597, "undecodable": 3}
 
 
 def test_retry_reads_only_failed_rows_of_its_share(pictures, monkeypatch):
     (pictures / "images/300.png").unlink()
-    store, source = run(pictures)
+    _, source = run(pictures)
     seen = []
     image = type(source).image
 
@@ -91,39 +99,38 @@ def test_retry_reads_only_failed_rows_of_its_share(pictures, monkeypatch):
         return image(self, location, least)
 
     monkeypatch.setattr(type(source), "image", noting)
-    retry_images(Store.open(store.path), source, FakeVision(), Share(1, 3), quiet=True)
+    retry(pictures, Share(1, 3))
     assert sorted(seen) == ["11.png", "13.png", "7.png"]
     seen.clear()
-    retry_images(Store.open(store.path), source, FakeVision(), Share(2, 3), quiet=True)
+    retry(pictures, Share(2, 3))
     assert seen == ["300.png"]
 
 
 def test_retry_rejects_a_damaged_shard(pictures):
-    store, source = run(pictures)
+    store, _ = run(pictures)
     put(pictures, 7)
     shard = store.path / "image/fake-image/features/c/0/0"
     content = bytearray(shard.read_bytes())
     content[3] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"shard 0 is damaged: its features .* Use `sail-extract verify --discard`"):
-        retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
+        retry(pictures)
     assert shard.read_bytes() == content
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["image/fake-image/00000", "retry/image/fake-image/00000"])
 def test_retry_skips_shards_of_other_processes(pictures, name):
-    store, source = run(pictures)
+    store, _ = run(pictures)
     put(pictures, 7)
     other = Store.open(store.path)
     lease = other.leases.take(name)
-    retried = retry_images(Store.open(store.path), source, FakeVision(), quiet=True)
+    retried = retry(pictures)
     assert retried == RetrySummary(tried=0 if "retry" in name else 3, left=1)
     assert "1 shards are in use by another process" in str(retried)
     other.leases.release(lease)
-    with ThreadPoolExecutor(2) as both:
-        opened = [Store.open(store.path) for _ in range(2)]
-        found = list(both.map(lambda each: retry_images(each, source, FakeVision(), quiet=True), opened))
+    with ProcessPoolExecutor(2, get_context("fork")) as both:
+        found = list(both.map(retry, [pictures] * 2))
     assert sum(each.encoded for each in found) == 1
     assert Store.open(store.path).image().counts == {"ok": 598, "undecodable": 2}
     assert not (store.path / "leases").exists()
@@ -143,11 +150,9 @@ def test_tidy_keeps_the_lease_of_a_retry(pictures):
 def test_retry_without_failures_loads_no_encoder(pictures, monkeypatch):
     for number in (7, 11, 13):
         put(pictures, number)
-    store, _ = run(pictures)
+    run(pictures)
     monkeypatch.setattr(FakeChoice, "load", None)
-    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
-    job = Job(manifest, root, store.path, FakeChoice("image"), None, ())
-    assert str(retry_failed(job, Share(), "cpu", quiet=True)) == "no failed images to retry"
+    assert str(retry(pictures)) == "no failed images to retry"
 
 
 @pytest.mark.parametrize(
