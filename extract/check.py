@@ -1,12 +1,11 @@
 """Check whether a data set is present and complete."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
-from sail_align.extract.data import Part, Sample, Source, UnreadableImageError
+from sail_align.extract.data import Sample, Source, UnreadableImageError
 from sail_align.extract.download import Downloaded
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
@@ -20,12 +19,8 @@ PROBED_TARS = 16
 """If there are more tars than this, only the first and as many others are read."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One result of a check, and whether it matches the manifest."""
-
-    good: bool
-    text: str
+Finding = tuple[bool, str]
+"""Whether something matches the manifest, and a text about it."""
 
 
 def check(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
@@ -36,42 +31,37 @@ def check(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
     """
     requirements = manifest.requirements(data_root)
     for name, present in requirements.items():
-        yield Finding(present, name if present else f"{name} is missing")
+        yield present, name if present else f"{name} is missing"
     if all(requirements.values()):
         try:
             yield from _check_content(manifest, data_root)
         except (UserError, OSError) as problem:
-            yield Finding(False, " ".join(str(problem).split()))
+            yield False, " ".join(str(problem).split())
 
 
 def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
     if manifest.task and isinstance(manifest.task.templates, str):
         found = templates(manifest.task.templates)
-        yield Finding(True, f"{len(found)} templates ({manifest.task.templates})")
+        yield True, f"{len(found)} templates ({manifest.task.templates})"
     source = manifest.open_source(data_root)
     if manifest.download:
         downloaded = Downloaded.read(data_root / manifest.download.folder)
         if downloaded.listed:
-            yield Finding(downloaded.tried >= downloaded.listed, f"download: {downloaded}")
+            yield downloaded.tried >= downloaded.listed, f"download: {downloaded}"
     parts = source.parts()
     has_tars = isinstance(manifest.source, WebDatasetConfig) and manifest.purpose == "train"
     if has_tars and len(parts) > PROBED_TARS:
-        probe = _Probe(_from_some_tars(parts))
-        yield Finding(True, f"{len(parts):,} tars, of which some are checked; `run` counts their rows")
+        some = [parts[0], *random.Random(0).sample(list(parts[1:]), PROBED_TARS)]  # reading all of them takes hours
+        probe = _Probe(chain.from_iterable(islice(tar.read(), 2) for tar in some))
+        yield True, f"{len(parts):,} tars, of which some are checked; `run` counts their rows"
     else:
         probe = _Probe(source.samples())
         yield from _check_counts(manifest, probe)
     strict = manifest.purpose == "evaluate"
     if source.classes:
-        yield Finding(True, f"{len(source.classes)} classes")
+        yield True, f"{len(source.classes)} classes"
     yield _check_images(source, probe.samples, strict)
     yield from _check_captions(source, probe.samples, strict)
-
-
-def _from_some_tars(tars: Sequence[Part]) -> Iterator[Sample]:
-    """Yield two samples of the first tar and of some random ones, because reading all tars takes hours."""
-    for tar in [tars[0], *random.Random(0).sample(list(tars[1:]), PROBED_TARS)]:
-        yield from islice(tar.read(), 2)
 
 
 class _Probe:
@@ -97,11 +87,11 @@ def _check_counts(manifest: Manifest, probe: _Probe) -> Iterator[Finding]:
     ):
         if expected is None:
             if count:
-                yield Finding(True, f"{count:,} {name}")
+                yield True, f"{count:,} {name}"
         elif count == expected:
-            yield Finding(True, f"{count:,} {name}, as expected")
+            yield True, f"{count:,} {name}, as expected"
         else:
-            yield Finding(manifest.purpose == "train", f"{count:,} {name}; expected {expected:,}")
+            yield manifest.purpose == "train", f"{count:,} {name}; expected {expected:,}"
 
 
 def _check_images(source: Source, samples: list[Sample], strict: bool) -> Finding:
@@ -117,7 +107,7 @@ def _check_images(source: Source, samples: list[Sample], strict: bool) -> Findin
     first = f"; first problem: {problems[0]}" if problems else ""
     kind = "images with masks" if any(sample.mask for sample in samples) else "images"
     good = not problems if strict else readable > 0
-    return Finding(good, f"{readable} of {len(samples)} checked {kind} are readable{first}")
+    return good, f"{readable} of {len(samples)} checked {kind} are readable{first}"
 
 
 def _check_captions(source: Source, samples: list[Sample], strict: bool) -> Iterator[Finding]:
@@ -126,8 +116,8 @@ def _check_captions(source: Source, samples: list[Sample], strict: bool) -> Iter
             next(read_captions(table, tables), None)
         joinable = sum(bool(getattr(sample, tables.field)) for sample in samples)
         names = ", ".join(tables.captions)
-        yield Finding(joinable > 0, f"{joinable} of these have a {tables.field} to join captions by: {names}")
+        yield joinable > 0, f"{joinable} of these have a {tables.field} to join captions by: {names}"
     if source.captions:
         captioned = sum(bool(sample.captions) for sample in samples)
         good = captioned == len(samples) if strict else captioned > 0
-        yield Finding(good, f"{captioned} of these have a caption (named {', '.join(source.captions)})")
+        yield good, f"{captioned} of these have a caption (named {', '.join(source.captions)})"

@@ -235,9 +235,9 @@ def check(
     about, root = find_manifest(manifest, data_root)
     typer.echo(f"{about.name}: {about.title}\nlicence: {about.licence}\ndata root: {root}")
     ready = True
-    for finding in check_data_set(about, root):
-        typer.echo(f"  {'ok ' if finding.good else 'NOT'}  {finding.text}")
-        ready &= finding.good
+    for good, text in check_data_set(about, root):
+        typer.echo(f"  {'ok ' if good else 'NOT'}  {text}")
+        ready &= good
     if not ready:
         typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")
         raise typer.Exit(1)
@@ -351,11 +351,11 @@ def overlap(
         require_store(store)
 
     from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.quality.overlap import find_overlap
+    from sail_align.extract.quality.overlap import Overlap
     from sail_align.extract.store.store import Store
 
     where = str(Runtime.of(device, "float32").device)
-    found = find_overlap(Store.open(train), Store.open(evaluation), encoder=image_encoder, device=where, quiet=quiet)
+    found = Overlap.between(Store.open(train), Store.open(evaluation), encoder=image_encoder, device=where, quiet=quiet)
     rows = found.closest(threshold)
     for line in found.describe(rows):
         typer.echo(line)

@@ -120,6 +120,25 @@ class Manifest(Strict):
             raise ValueError("'recaptions' belongs to manifests whose purpose is 'train'")
         return self
 
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read and validate a manifest.
+
+        Raises:
+            UserError: The file is not YAML, or a field is missing, unknown or invalid. The message names file, field
+                and value.
+        """
+        try:
+            content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as problem:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}.") from problem
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is invalid: got {content!r}, expected a mapping of fields.")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as problem:
+            raise UserError(f"{path}: {_describe_first(problem)}") from problem
+
     def scored_as(self, kind: str) -> "Manifest":
         """Return an evaluation set under another kind of task."""
         return self.model_copy(update={"task": self.task and self.task.model_copy(update={"kind": kind})})
@@ -182,26 +201,7 @@ def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifes
         names = ", ".join(packaged)
         raise UserError(f"Manifest {reference!r} is unknown. Give a path to a .yaml file, or one of: {names}.")
     root = data_root or os.environ.get("SAIL_DATA_ROOT")
-    return read_manifest(path), Path(root) if root else default_root
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read and validate one manifest.
-
-    Raises:
-        UserError: The file is not YAML, or a field is missing, unknown or invalid. The message names file, field and
-            value.
-    """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}.") from problem
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is invalid: got {content!r}, expected a mapping of fields.")
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as problem:
-        raise UserError(f"{path}: {_describe_first(problem)}") from problem
+    return Manifest.read(path), Path(root) if root else default_root
 
 
 def _describe_first(error: ValidationError) -> str:

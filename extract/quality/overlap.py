@@ -38,6 +38,39 @@ class Overlap:
     cosines: NDArray[np.float32]
     matches: NDArray[np.int64]
 
+    @classmethod
+    def between(
+        cls, train: Store, evaluation: Store, *, encoder: str | None = None, device: str = "cpu", quiet: bool = False
+    ) -> "Overlap":
+        """Compare every image of a training store with every image of an evaluation store, by their features' cosine.
+
+        The features' mean is not subtracted: without it they separate worse (docs/store.md). A block of each store is
+        in memory with the cosines between them, half a gigabyte for 2,048 dimensions. The training store is read once
+        for every 32,768 rows of the evaluation store.
+
+        Raises:
+            UserError: A store has no such image features or is incomplete, the encoders differ, or the two stores are
+                the same.
+        """
+        ours, theirs = train.image(encoder), evaluation.image(encoder)
+        theirs.identity.check_matches(ours.identity, where=str(train.path))
+        for store, array in ((train, ours), (evaluation, theirs)):
+            if not array.complete:
+                raise UserError(f"The images of {store.path} are incomplete. Finish them with `sail-extract run`.")
+        if train.digest == evaluation.digest:
+            raise UserError(f"{evaluation.path} has the same content as {train.path}. Pass two different stores.")
+        cosine_N = np.full(train.rows, -1, dtype=np.float32)
+        match_N = np.zeros(train.rows, dtype=np.int64)
+        work = ours.counts.get(Status.OK.label, 0) * -(-evaluation.rows // EVAL_ROWS)
+        with progress(work, f"{train.dataset} against {evaluation.dataset}", quiet=quiet) as bar:
+            for eval_rows, eval_MD in _unit_features(theirs, EVAL_ROWS, device):
+                for rows, train_BD in _unit_features(ours, TRAIN_ROWS, device):
+                    best_B, place_B = (each.cpu().numpy() for each in (train_BD @ eval_MD.T).max(dim=1))
+                    better = best_B > cosine_N[rows]
+                    cosine_N[rows[better]], match_N[rows[better]] = best_B[better], eval_rows[place_B[better]]
+                    bar.update(len(rows))
+        return cls(train, evaluation, cosine_N, match_N)
+
     def closest(self, threshold: float) -> NDArray[np.int64]:
         """Return the training rows whose cosine is at least the threshold, highest first."""
         rows = np.flatnonzero(self.cosines >= threshold)
@@ -72,39 +105,6 @@ class Overlap:
             lines.append(f"{key}\t{match}\t{cosine:.4f}\n")
         with report_write_errors(path):
             write_atomically(path, "".join(lines).encode())
-
-
-def find_overlap(
-    train: Store, evaluation: Store, *, encoder: str | None = None, device: str = "cpu", quiet: bool = False
-) -> Overlap:
-    """Compare every image of a training store with every one of an evaluation store, by the cosine of their features.
-
-    The features' mean is not subtracted: without it they separate worse (docs/store.md). A block of each store is in
-    memory with the cosines between them, half a gigabyte for 2,048 dimensions. The training store is read once for
-    every 32,768 rows of the evaluation store.
-
-    Raises:
-        UserError: A store has no such image features or is incomplete, the encoders differ, or the two stores are the
-            same.
-    """
-    ours, theirs = train.image(encoder), evaluation.image(encoder)
-    theirs.identity.check_matches(ours.identity, where=str(train.path))
-    for store, array in ((train, ours), (evaluation, theirs)):
-        if not array.complete:
-            raise UserError(f"The images of {store.path} are incomplete. Finish them with `sail-extract run`.")
-    if train.digest == evaluation.digest:
-        raise UserError(f"{evaluation.path} has the same content as {train.path}. Pass two different stores.")
-    cosine_N = np.full(train.rows, -1, dtype=np.float32)
-    match_N = np.zeros(train.rows, dtype=np.int64)
-    work = ours.counts.get(Status.OK.label, 0) * -(-evaluation.rows // EVAL_ROWS)
-    with progress(work, f"{train.dataset} against {evaluation.dataset}", quiet=quiet) as bar:
-        for eval_rows, eval_MD in _unit_features(theirs, EVAL_ROWS, device):
-            for rows, train_BD in _unit_features(ours, TRAIN_ROWS, device):
-                best_B, place_B = (each.cpu().numpy() for each in (train_BD @ eval_MD.T).max(dim=1))
-                better = best_B > cosine_N[rows]
-                cosine_N[rows[better]], match_N[rows[better]] = best_B[better], eval_rows[place_B[better]]
-                bar.update(len(rows))
-    return Overlap(train, evaluation, cosine_N, match_N)
 
 
 def _unit_features(array: FeatureArray, size: int, device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:

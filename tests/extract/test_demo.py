@@ -12,7 +12,7 @@ from PIL import Image
 
 from sail_align.extract.data import IGNORED
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import packaged_manifests, read_manifest
+from sail_align.extract.manifest import Manifest, packaged_manifests
 from sail_align.extract.sources.demo.drawing import CLUTTER, paint, paint_mask
 from sail_align.extract.sources.demo.objects import Object, load_objects
 from sail_align.extract.sources.demo.scenes import Group, Picture, Scene
@@ -71,7 +71,7 @@ def test_pixels_do_not_depend_on_the_order_of_requests(parts: dict[str, DemoSour
 
 @pytest.mark.parametrize("part", PARTS)
 def test_manifest_has_the_number_of_rows(part: str, parts: dict[str, DemoSource]):
-    manifests = [read_manifest(path) for path in packaged_manifests().values()]
+    manifests = [Manifest.read(path) for path in packaged_manifests().values()]
     (manifest,) = [each for each in manifests if each.source.kind == "demo" and each.source.part == part]
     keys = [sample.key for sample in parts[part].samples()]
     assert len(set(keys)) == len(keys) == manifest.expected_rows

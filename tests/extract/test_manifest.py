@@ -3,7 +3,7 @@
 import pytest
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import find_manifest, packaged_manifests, read_manifest
+from sail_align.extract.manifest import Manifest, find_manifest, packaged_manifests
 
 
 @pytest.mark.parametrize("name", packaged_manifests())
@@ -39,7 +39,7 @@ def test_invalid_manifest_names_file_field_and_value(pictures, change, message):
     path = pictures / "pictures.yaml"
     path.write_text(path.read_text().replace(*change))
     with pytest.raises(UserError, match=message) as mistake:
-        read_manifest(path)
+        Manifest.read(path)
     assert "pictures.yaml" in str(mistake.value)
     assert "\n" not in str(mistake.value)
 
@@ -49,13 +49,13 @@ def test_captions_of_a_task_differ(pictures):
     task = "{kind: retrieval, captions: [raw, raw]}"
     path.write_text(path.read_text().replace("purpose: train", f"purpose: evaluate\ntask: {task}"))
     with pytest.raises(UserError, match="'captions' names one twice: raw, raw"):
-        read_manifest(path)
+        Manifest.read(path)
 
 
 def test_any_kind_of_task_is_accepted(pictures):
     path = pictures / "pictures.yaml"
     path.write_text(path.read_text().replace("purpose: train", "purpose: evaluate\ntask: {kind: counting}"))
-    assert read_manifest(path).task.kind == "counting"
+    assert Manifest.read(path).task.kind == "counting"
 
 
 def test_unknown_name_lists_known_ones():

@@ -9,7 +9,7 @@ from sail_align.extract.cli import app
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.quality import overlap as module
-from sail_align.extract.quality.overlap import find_overlap
+from sail_align.extract.quality.overlap import Overlap
 from sail_align.extract.store.store import Store
 
 DIM = 16
@@ -48,7 +48,7 @@ def test_best_matches_equal_a_plain_computation(stores, monkeypatch, train_rows,
     monkeypatch.setattr(module, "TRAIN_ROWS", train_rows)
     monkeypatch.setattr(module, "EVAL_ROWS", eval_rows)
     train, held, train_ND, held_MD = stores
-    found = find_overlap(train, held, quiet=True)
+    found = Overlap.between(train, held, quiet=True)
     for row in range(700):
         if row in (6, 401):
             assert found.cosines[row] == -1
@@ -62,7 +62,7 @@ def test_best_matches_equal_a_plain_computation(stores, monkeypatch, train_rows,
 
 def test_written_list_has_the_nearest_first(stores, tmp_path):
     train, held, *_ = stores
-    found = find_overlap(train, held, quiet=True)
+    found = Overlap.between(train, held, quiet=True)
     rows = found.closest(0.95)
     assert rows.tolist() == [400, 699, 5]
     found.write(tmp_path / "list.txt", rows)
@@ -82,18 +82,18 @@ def test_command_prints_pairs_and_writes_the_list(stores, tmp_path):
     assert "… and" in CliRunner().invoke(app, [*command, "--threshold", "0.1"]).output
 
 
-def test_find_overlap_rejects_stores_that_cannot_be_compared(stores, tmp_path):
+def test_overlap_rejects_stores_that_cannot_be_compared(stores, tmp_path):
     train, *_ = stores
     few = np.ones((300, DIM))
     with pytest.raises(UserError, match="made with pooling 'mean', got 'cls'"):
-        find_overlap(train, make(tmp_path, few, name="other", pooling="cls"), quiet=True)
+        Overlap.between(train, make(tmp_path, few, name="other", pooling="cls"), quiet=True)
     with pytest.raises(UserError, match=r"unfinished\.zarr are incomplete"):
-        find_overlap(train, make(tmp_path, few, name="unfinished", commit=False), quiet=True)
+        Overlap.between(train, make(tmp_path, few, name="unfinished", commit=False), quiet=True)
     with pytest.raises(UserError, match="Pass two different stores"):
-        find_overlap(train, train, quiet=True)
+        Overlap.between(train, train, quiet=True)
     with pytest.raises(UserError, match="expected a cosine between 0 and 1"):
         CliRunner().invoke(app, ["overlap", "a", "b", "--threshold", "95"], catch_exceptions=False)
     odd = make(tmp_path, few, name="odd", key="{}\n")
-    found = find_overlap(odd, train, quiet=True)
+    found = Overlap.between(odd, train, quiet=True)
     with pytest.raises(UserError, match="contains a tab or a line break"):
         found.write(tmp_path / "x.txt", found.closest(0.0))

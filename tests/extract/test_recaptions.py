@@ -284,7 +284,7 @@ def test_check_reports_missing_tables(recaptioned):
     for table in recaptioned.glob("cc_3long*"):
         table.unlink()
     assert not manifest.is_here(data_root)
-    assert any("cc_3long*.csv is missing" in finding.text for finding in check(manifest, data_root))
+    assert any("cc_3long*.csv is missing" in text for _, text in check(manifest, data_root))
 
 
 def test_img2dataset_images_join_by_url_not_position(tmp_path):
