@@ -18,7 +18,7 @@ from torch import Tensor
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.models import RunError
 from sail_align.extract.data import Sample
-from sail_align.extract.encoders.preprocessing import Normalisation, margins, to_pixels
+from sail_align.extract.encoders.preprocessing import Normalisation, margins
 from sail_align.extract.errors import UserError
 
 SHORT_SIDE, LONG_SIDE = 448, 2048
@@ -76,7 +76,8 @@ class Segmenter:
                 f"picture {image.width} × {image.height} after its EXIF rotation. Correct the wrong file."
             )
         width, height = scaled_size(*image.size)
-        pixels_HWC = to_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels_HWC = torch.from_numpy(np.array(resized.convert("RGB")))
         if "whole-image" in variants:
             down, across = spans(height, window=height), spans(width, window=width)
         else:

@@ -112,11 +112,6 @@ class CaptionTables:
     captions: Mapping[str, str]
 
 
-def numbered_names(count: int) -> tuple[str, ...]:
-    """Return the names of captions that have no name in the data set: c0, c1, …."""
-    return tuple(f"c{i}" for i in range(count))
-
-
 class Source(ABC):
     """Samples in a fixed order, and access to their pixels."""
 
@@ -131,8 +126,13 @@ class Source(ABC):
     def captions(self) -> tuple[str, ...]:
         """The names of all captions that a sample may have; c0, c1, … go up to the most captions of any sample."""
         if isinstance(self.caption_origins, str):
-            return numbered_names(self._most_captions)
+            return tuple(self.numbered([""] * self._most_captions))
         return tuple(self.caption_origins)
+
+    @staticmethod
+    def numbered(texts: Sequence[str]) -> dict[str, str]:
+        """Name captions that have no name in the data set: c0, c1, …."""
+        return {f"c{number}": text for number, text in enumerate(texts)}
 
     @property
     def all_captions(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, pad_to_multiple, to_pixels
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, pad_to_multiple
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -118,7 +118,7 @@ class VisionEncoder:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image: (size, size, 3) uint8, which is faster to copy to a GPU than float32."""
-        return to_pixels(self._resize(image))
+        return torch.from_numpy(np.array(self._resize(image).convert("RGB")))
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Return pooled features of uint8 RGB pixels, (B, D) float32 on the CPU."""

@@ -15,6 +15,7 @@ from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.index import CAPTION
 from sail_align.extract.store.store import Store
 
 AHEAD = 2
@@ -73,7 +74,7 @@ class ArrayTask:
         Raises:
             UserError: The store holds features of another encoder under the same name.
         """
-        column = f"caption.{caption}"
+        column = CAPTION + caption
 
         def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
             texts = store.index([column], rows[0], rows[-1] + 1)[column].to_pylist()

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, numbered_names
+from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import FolderSource
@@ -56,7 +56,7 @@ class AnnotatedConfig(FilesConfig, SourceConfig):
     @staticmethod
     def numbered(image: str, texts: list[str], url: str = "") -> Sample:
         """Return a sample whose captions are named c0, c1, …. Empty ones are left out."""
-        captions = {name: text for name, text in zip(numbered_names(len(texts)), texts, strict=True) if text}
+        captions = {name: text for name, text in Source.numbered(texts).items() if text}
         return Sample(key=image, image=image, captions=captions, url=url)
 
 

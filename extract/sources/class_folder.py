@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,12 @@ from PIL import Image
 
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.class_names import class_names, wordnet_ids
+from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import FolderSource
+
+WORDNET_IDS = resources.files("sail_align.data_manifests") / "classes" / "imagenet-wordnet-ids.txt"
+"""The WordNet ids of ImageNet-1k's classes in label order, which is their sorted order."""
 
 
 class ClassFolderConfig(FilesConfig, SourceConfig):
@@ -91,7 +95,7 @@ class ClassFolderSource(FolderSource):
             UserError: The list does not exist, or has another number of names than there are folders.
         """
         names = class_names(reference)
-        ids = wordnet_ids() if reference == "open_clip:imagenet" else []
+        ids = WORDNET_IDS.read_text(encoding="utf-8").split() if reference == "open_clip:imagenet" else []
         for known in (ids, [str(number) for number in range(len(names))]):
             if folders and set(folders) <= set(known):
                 return {folder: names[label] for label, folder in enumerate(known) if folder in set(folders)}

@@ -15,7 +15,6 @@ from sail_align.extract.system.files import read_json
 
 LIBRARIES = ("open_clip:", "clip_benchmark:")
 """Prefixes of references to a list in a library."""
-_CLASSES = "sail_align.data_manifests"
 _OPEN_CLIP = {
     "imagenet": "IMAGENET_CLASSNAMES",
     "imagenet-80": "OPENAI_IMAGENET_TEMPLATES",
@@ -65,17 +64,12 @@ def label_names(name: str) -> dict[int, str]:
     Raises:
         UserError: The table does not exist.
     """
-    folder = resources.files(_CLASSES) / "classes"
+    folder = resources.files("sail_align.data_manifests") / "classes"
     if not (path := folder / f"{name}.tsv").is_file():
         stems = sorted(entry.name[:-4] for entry in folder.iterdir() if entry.name.endswith(".tsv"))
         raise UserError(f"Table of labels {name!r} is unknown. Use a mapping, or one of: {', '.join(stems)}.")
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t")
     return {int(row["label"]): row["name"] for row in rows}
-
-
-def wordnet_ids() -> list[str]:
-    """Return the WordNet ids of ImageNet-1k's classes in label order, which is their sorted order."""
-    return (resources.files(_CLASSES) / "classes" / "imagenet-wordnet-ids.txt").read_text(encoding="utf-8").split()
 
 
 def _open_clip(name: str) -> Sequence[Any]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError, numbered_names
+from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError, import_extra
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import FileSet
@@ -120,7 +120,7 @@ class HuggingFaceSource(Source):
             if isinstance(captions, str):
                 value = row[captions]
                 texts = [text for text in map(_text, value if isinstance(value, list) else [value]) if text]
-                named = dict(zip(numbered_names(len(texts)), texts, strict=True))
+                named = self.numbered(texts)
             else:
                 named = {name: text for name, column in captions.items() if (text := _text(row[column]))}
             yield Sample(

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sail_align.extract.data import IGNORED, Part, Sample, numbered_names
+from sail_align.extract.data import IGNORED, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.images import FolderSource, read_mask
@@ -107,7 +107,7 @@ class TableSource(FolderSource):
 
     def _read_grouped(self) -> Iterator[Sample]:
         for image, (url, texts) in self._grouped.items():
-            yield self._sample(image, url, dict(zip(numbered_names(len(texts)), texts, strict=True)))
+            yield self._sample(image, url, self.numbered(texts))
 
     def _read(self, file: Path, names: dict[str, str]) -> Iterator[Sample]:
         for image, url, *texts in self._rows(file, list(names.values())):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import Field
 
-from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError, numbered_names
+from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
@@ -137,7 +137,7 @@ class WebDatasetSource(Source):
             value = members.get(captions)
             several = value if isinstance(value, list) else _text(value).split("\n")
             texts = [text for text in map(_text, several) if text]
-            return dict(zip(numbered_names(len(texts)), texts, strict=True))
+            return self.numbered(texts)
         for origin in captions.values():
             if isinstance(members.get(origin), (list, dict)):
                 raise UserError(f"{origin!r} of {key} is not text. If it is a list, write `captions: {origin}`.")

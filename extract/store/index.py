@@ -27,17 +27,14 @@ GROUP_ROWS = 8_192
 FIELDS = pa.schema(
     [("key", pa.string()), ("image", pa.string()), ("label", pa.int32()), ("mask", pa.string()), ("url", pa.string())]
 )
+CAPTION = "caption."
+"""Start of the names of columns with captions."""
 RECORD = "sources.json"
 
 Stamp = tuple[str, int, int]
 """A file's name, its size in bytes, and its modification time in nanoseconds; −1 for a file that does not exist.
 
 A part without files has one stamp with its own name."""
-
-
-def caption_column(name: str) -> str:
-    """Return the column that holds a caption."""
-    return f"caption.{name}"
 
 
 def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
@@ -60,7 +57,7 @@ class Index:
         """Return samples as rows of an index."""
         columns = [pa.array([getattr(s, name) for s in samples], FIELDS.field(name).type) for name in FIELDS.names]
         columns += [pa.array([sample.captions.get(name) for sample in samples], pa.string()) for name in captions]
-        return pa.table(columns, names=[*FIELDS.names, *map(caption_column, captions)])
+        return pa.table(columns, names=[*FIELDS.names, *(CAPTION + name for name in captions)])
 
     def write(self, number: int, tables: Iterable[pa.Table]) -> str:
         """Write one file, each table a row group, whole or not at all. Returns its SHA-256."""
@@ -95,10 +92,10 @@ class Index:
 
     def samples(self, start: int, stop: int, captions: Sequence[str]) -> Iterator[Sample]:
         """Yield rows start … stop − 1 as samples with these captions, reading one row group at a time."""
-        columns = [*FIELDS.names, *map(caption_column, captions)]
+        columns = [*FIELDS.names, *(CAPTION + name for name in captions)]
         for first in range(start, stop, GROUP_ROWS):
             for row in self.read(first, min(first + GROUP_ROWS, stop), columns).to_pylist():
-                texts = {name: row.pop(caption_column(name)) for name in captions}
+                texts = {name: row.pop(CAPTION + name) for name in captions}
                 yield Sample(captions={name: text for name, text in texts.items() if text is not None}, **row)
 
     def columns(self, name: str, files: int) -> Iterator[list[Any]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.table_files import read_captions
-from sail_align.extract.store.index import FIELDS, FILE_ROWS, Index, caption_column, text_hashes
+from sail_align.extract.store.index import CAPTION, FIELDS, FILE_ROWS, Index, text_hashes
 from sail_align.extract.system.files import canonical_json, file_digest, write_atomically
 from sail_align.extract.system.progress import progress
 
@@ -164,7 +164,7 @@ class _Join:
 
     def __init__(self, index: Index, files: int, own: Sequence[str], tables: CaptionTables):
         self._index, self._tables = index, tables
-        self._own_columns = [*FIELDS.names, *map(caption_column, own)]
+        self._own_columns = [*FIELDS.names, *(CAPTION + name for name in own)]
         self.spill = index.folder / "spill"
         shutil.rmtree(self.spill, ignore_errors=True)
         self.spill.mkdir()
@@ -213,10 +213,10 @@ class _Join:
         columns = {"name": batch[self._tables.column]}
         for name, column in self._tables.captions.items():
             blank = pc.equal(pc.utf8_trim_whitespace(batch[column]), "")
-            columns[caption_column(name)] = pc.if_else(blank, None, batch[column])
+            columns[CAPTION + name] = pc.if_else(blank, None, batch[column])
         columns["order"] = pa.array(np.arange(self.rows, self.rows + len(batch)))
         table = pa.table(columns)
-        captioned = pc.is_valid(pc.coalesce(*(table[caption_column(name)] for name in self._tables.captions)))
+        captioned = pc.is_valid(pc.coalesce(*(table[CAPTION + name] for name in self._tables.captions)))
         useful = table.filter(pc.and_(captioned, pc.not_equal(pc.coalesce(table["name"], ""), "")))
         self.rows += len(batch)
         self.empty += len(batch) - len(useful)
@@ -284,7 +284,7 @@ class _Join:
                 of_group = caption_rows[done : done + len(rows)]
                 picked = pa.array(of_group, mask=of_group < 0)
                 for name in self._tables.captions:
-                    column = caption_column(name)
+                    column = CAPTION + name
                     captions = pa.nulls(len(rows), pa.string()) if spilled is None else spilled[column].take(picked)
                     self.captions[name] += len(rows) - captions.null_count
                     rows = rows.append_column(column, captions)
