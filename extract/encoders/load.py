@@ -1,12 +1,11 @@
 """Load a frozen encoder by its name, or the one that a store or a run recorded."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from PIL import Image
 from torch import nn
 
 from sail_align.extract.encoders.catalogue import (
@@ -179,30 +178,20 @@ class ImageEncoderConfig(EncoderConfig):
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
         backbone: Backbone
-        resize: Callable[[Image.Image], Image.Image] | None = None
         match entry:
             case TransformersVision():
                 files, model = self._load_transformers(entry.origin)
                 preprocessing = entry.preprocessing or ImagePreprocessing.from_processor(
                     files.read_json("preprocessor_config.json")
                 )
-                backbone = TransformersBackbone(model, preprocessing.crop)
+                backbone = TransformersBackbone(model, preprocessing)
             case TimmVision():
-                files, backbone, preprocessing = load_timm(entry)
+                files, backbone = load_timm(entry)
             case OpenClipTower():
                 towers, _, files = load_open_clip(entry.origin)
-                backbone = tower = OpenClipBackbone(towers.visual)
-                preprocessing, resize = tower.preprocessing, tower.resize
-        return VisionEncoder(
-            self._id(files),
-            files,
-            backbone,
-            preprocessing,
-            self.pooling or entry.pooling,
-            runtime,
-            fast_jpeg=self.fast_jpeg,
-            resize=resize,
-        )
+                backbone = OpenClipBackbone(towers.visual)
+        pooling = self.pooling or entry.pooling
+        return VisionEncoder(self._id(files), files, backbone, pooling, runtime, fast_jpeg=self.fast_jpeg)
 
 
 class TextEncoderConfig(EncoderConfig):

@@ -37,10 +37,6 @@ class OpenClipBackbone(Backbone):
     In a plain vision transformer, patches pass through the last norm and the projection as the class token does (Zhou,
     Loy and Dai 2022, section 3.1, without their change of the last attention). Other towers pool in ways that give a
     single patch no embedding; their map is that of the whole image.
-
-    Attributes:
-        preprocessing: What is recorded of the model's own transform.
-        resize: The model's own transform up to normalisation.
     """
 
     library = "open_clip_torch"
@@ -58,9 +54,7 @@ class OpenClipBackbone(Backbone):
                 f"{config.resize_mode!r}, expected squares without padding. Use another model."
             )
         steps = transforms.image_transform_v2(config, is_train=False).transforms
-        self.resize: Callable[[Image.Image], Image.Image] = transforms.Compose(
-            steps[:-2]
-        )  # without ToTensor, Normalize
+        self._resize = transforms.Compose(steps[:-2])  # without ToTensor, Normalize
         self.preprocessing = ImagePreprocessing(
             crop=size,
             resize=None if config.resize_mode == "squash" else size,
@@ -73,6 +67,11 @@ class OpenClipBackbone(Backbone):
         self.stride = visual.patch_size[0] if self.has_patches else size
         if self.has_patches:
             visual.output_tokens = True
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """Return an image by the model's own transform up to normalisation."""
+        resized: Image.Image = self._resize(image)
+        return resized
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the embeddings of the image and of its patches."""

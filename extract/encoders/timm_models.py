@@ -23,8 +23,9 @@ class TimmBackbone(Backbone):
 
     library = "timm"
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, preprocessing: ImagePreprocessing):
         super().__init__()
+        self.preprocessing = preprocessing
         self.stride = model.feature_info[-1]["reduction"]
         self._prefix_tokens = getattr(model, "num_prefix_tokens", None)
         self.has_cls = bool(self._prefix_tokens) and getattr(model, "cls_token", None) is not None
@@ -57,7 +58,7 @@ def fetch_timm(entry: TimmVision) -> EncoderFiles:
     return EncoderFiles.fetch(Hub(repository))
 
 
-def load_timm(entry: TimmVision) -> tuple[EncoderFiles, Backbone, ImagePreprocessing]:
+def load_timm(entry: TimmVision) -> tuple[EncoderFiles, TimmBackbone]:
     """Load a timm model with its weights.
 
     Raises:
@@ -67,7 +68,7 @@ def load_timm(entry: TimmVision) -> tuple[EncoderFiles, Backbone, ImagePreproces
     preprocessing = entry.preprocessing or _published_preprocessing(name)
     files = fetch_timm(entry)
     if isinstance(entry.origin, Package):
-        return files, TimmBackbone(fold_batch_norms(load_classifier(files.path, name))), preprocessing
+        return files, TimmBackbone(fold_batch_norms(load_classifier(files.path, name)), preprocessing)
     weights = files.path / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"The repository of timm's {name!r} has no model.safetensors. Choose another model.")
@@ -78,7 +79,7 @@ def load_timm(entry: TimmVision) -> tuple[EncoderFiles, Backbone, ImagePreproces
     # Older versions of timm would read some models' files as the .npz files of their authors.
     source = {"file": str(weights), "custom_load": False}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
-    return files, TimmBackbone(model), preprocessing
+    return files, TimmBackbone(model, preprocessing)
 
 
 def _published(name: str) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GteConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -177,11 +178,12 @@ class TransformersBackbone(Backbone):
 
     library = "transformers"
 
-    def __init__(self, model: Any, size: int):
+    def __init__(self, model: Any, preprocessing: ImagePreprocessing):
         super().__init__()
         if getattr(model, "main_input_name", None) != "pixel_values":
             raise UserError(f"{type(model).__name__} takes more than pixels. Use an encoder of images alone.")
         self.model: Any = model
+        self.preprocessing, size = preprocessing, preprocessing.crop
         accepted = inspect.signature(model.forward).parameters
         # ViT and related models reject other sizes than their own without this option; DINOv2 and DINOv3 accept them.
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}

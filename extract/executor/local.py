@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -18,9 +18,7 @@ import torch
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Event, Tally, cores
-from sail_align.extract.executor.worker import Share, Worker
-from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import report_write_errors
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.system.progress import note
 from sail_align.extract.system.signals import raise_on_signals
 
@@ -64,7 +62,7 @@ class LocalExecutor:
         if gpus := len(used - {"auto", "cpu"}):
             tally.hardware = (gpus, "GPU")
         if len(self.devices) == 1:
-            _run_worker(job, share, self.devices[0], cores(), tally.receive)
+            job.worker(share, self.devices[0], cores(), tally.receive).run()
             return
         try:
             self._start(job, share)
@@ -127,12 +125,6 @@ class LocalExecutor:
             process.join()
 
 
-def _run_worker(job: Job, share: Share, device: str, threads: int, send: Callable[[Event], object]) -> None:
-    store = Store.open(job.store)
-    with report_write_errors(job.store, during_run=True):
-        Worker(store, job.tasks(store, share, device, threads), send, share).run()
-
-
 def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which terminates its workers
     lock = threading.Lock()
@@ -145,7 +137,7 @@ def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Co
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
         try:
-            _run_worker(job, share, device, threads, send)
+            job.worker(share, device, threads, send).run()
         except UserError as error:
             send(UserError(str(error)))
         except WorkersFailedError:  # the worker has printed the reason

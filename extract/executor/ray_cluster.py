@@ -19,9 +19,8 @@ import torch
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Event, Shard, Tally
-from sail_align.extract.executor.worker import Share, Worker
+from sail_align.extract.executor.worker import Share
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import POLL
 from sail_align.extract.system.progress import note
 from sail_align.extract.system.signals import StoppedError, defer_signals
@@ -49,15 +48,12 @@ class ShardActor:
 
     def __init__(self, job: Job, share: Share, device: str, threads: int):
         torch.set_num_threads(threads)
-        self.job, self.share, self.device, self.threads = job, share, device, threads
-        self.store = Store.open(job.store)
         self.events: list[Event] = []
+        self._load = partial(job.worker, share, device, threads, self.events.append)
 
     def prepare(self) -> tuple[list[Shard], list[Event]]:
         """Load the encoders. Return the shards that are not committed, and events."""
-        with report_write_errors(self.job.store, during_run=True):
-            tasks = self.job.tasks(self.store, self.share, self.device, self.threads)
-        self.worker = Worker(self.store, tasks, self.events.append, self.share)
+        self.worker = self._load()
         return self.worker.pending(), self._take_events()
 
     def run(self, shard: Shard) -> tuple[bool, list[Event]]:
@@ -67,7 +63,7 @@ class ShardActor:
     @ray.method(concurrency_group="stop")
     def give_up(self) -> None:
         """Release the lease of the current shard and take no other. A shard that is being written is not committed."""
-        self.store.leases.close()
+        self.worker.store.leases.close()
 
     def _take_events(self) -> list[Event]:
         events = self.events.copy()

@@ -32,19 +32,19 @@ SPILL_BYTES = 32 << 20
 """Bytes of captions that are collected in memory before they are spilled."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RecaptionReport:
     """Counts of images and caption rows.
 
-    Every caption row is exactly one of `joined`, `no_image`, `duplicates` and `empty`.
+    In the end, every caption row is exactly one of `joined`, `no_image`, `duplicates` and `empty`.
 
     Attributes:
         field: Field of the samples that was joined by, `url` or `key`.
-        tables: Name and SHA-256 of each table.
         images: Number of samples.
+        captions: Number of samples that have each caption, by its name.
+        tables: Name and SHA-256 of each table.
         nameless: Number of samples without a URL to join by.
         found: Number of samples that got captions.
-        captions: Number of samples that have each caption, by its name.
         rows: Number of caption rows.
         joined: Number of caption rows whose captions were used.
         no_image: Number of caption rows without a sample.
@@ -53,16 +53,16 @@ class RecaptionReport:
     """
 
     field: str
-    tables: list[list[str]]
     images: int
-    nameless: int
-    found: int
     captions: dict[str, int]
-    rows: int
-    joined: int
-    no_image: int
-    duplicates: int
-    empty: int
+    tables: list[list[str]]
+    nameless: int = 0
+    found: int = 0
+    rows: int = 0
+    joined: int = 0
+    no_image: int = 0
+    duplicates: int = 0
+    empty: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> "RecaptionReport | None":
@@ -115,11 +115,12 @@ def join_captions(
         UserError: No row of the tables belongs to any sample, or a caption is a list.
     """
     index = Index(folder)
-    join = _Join(index, files, own, tables)
+    join = _Join(index, files, rows, own, tables)
     join.read_tables(quiet)
+    report = join.report
     if not any(join.spill.iterdir()):
         raise UserError(
-            f"None of {join.rows} caption rows has the {tables.field} of one of {rows} images in column "
+            f"None of {report.rows} caption rows has the {tables.field} of one of {rows} images in column "
             f"{tables.column!r} of {tables.files[0]}. Correct 'recaptions' in the manifest."
         )
     digests = []
@@ -128,21 +129,11 @@ def join_captions(
             digests.append(index.write(number, join.attach(number)))
             bar.update(min(FILE_ROWS, rows - number * FILE_ROWS))
     shutil.rmtree(join.spill)
-    joined = int(join.joined.sum())
-    duplicates = join.duplicates + int(join.matched.sum()) - joined
-    RecaptionReport(
-        field=tables.field,
-        tables=[[file.name, str(file_digest(file))] for file in tables.files],
-        images=rows,
-        nameless=rows - len(join.sample_rows),
-        found=join.found,
-        captions=join.captions,
-        rows=join.rows,
-        joined=joined,
-        no_image=join.rows - join.empty - duplicates - joined,
-        duplicates=duplicates,
-        empty=join.empty,
-    ).write(folder)
+    report.tables = [[file.name, str(file_digest(file))] for file in tables.files]
+    report.joined = int(join.joined.sum())
+    report.duplicates += int(join.matched.sum()) - report.joined
+    report.no_image = report.rows - report.empty - report.duplicates - report.joined
+    report.write(folder)
     return digests
 
 
@@ -150,41 +141,37 @@ class _Join:
     """One join of tables to an index. Below, the "name" of a sample or caption row is the URL or key to join by.
 
     Attributes:
+        report: Counts of what was read and joined until now.
         spill: Folder of the spill files, one per index file.
         sample_hashes: Hash of each sample that has a name, sorted, (N,) int64.
         sample_rows: Row of each of these samples in the index, (N,) int64.
-        rows: Number of caption rows read.
-        empty: Number of caption rows without a name or without a caption.
-        duplicates: Number of caption rows left out because an earlier row has the same name.
         matched: Whether a caption row has the name of a sample, (rows,).
         joined: Whether the captions of a caption row are used, (rows,).
-        found: Number of samples that got captions.
-        captions: Number of samples that got each caption.
     """
 
-    def __init__(self, index: Index, files: int, own: Sequence[str], tables: CaptionTables):
+    def __init__(self, index: Index, files: int, rows: int, own: Sequence[str], tables: CaptionTables):
         self._index, self._tables = index, tables
         self._own_columns = [*FIELDS.names, *(CAPTION + name for name in own)]
         self.spill = index.folder / "spill"
         shutil.rmtree(self.spill, ignore_errors=True)
         self.spill.mkdir()
-        hashes, rows = [], []
+        hashes, named = [], []
         for number, names in enumerate(index.columns(tables.field, files)):
             has_name = np.fromiter(map(bool, names), bool, len(names))
             hashes.append(text_hashes(names)[has_name])
-            rows.append(np.flatnonzero(has_name) + number * FILE_ROWS)
+            named.append(np.flatnonzero(has_name) + number * FILE_ROWS)
         self.sample_hashes = np.concatenate(hashes)
         del hashes  # 100 MB for CC12M
         order = np.argsort(self.sample_hashes)
         self.sample_hashes = self.sample_hashes[order]
-        self.sample_rows = np.concatenate(rows)[order]
+        self.sample_rows = np.concatenate(named)[order]
         # Samples with the same hash are neighbours. The entry of the first of them says whether a caption row with this
         # hash was read, and keeps a second hash of that row's name, which identifies later rows with the same name.
         self._claimed = np.zeros(len(order), bool)
         self._claims = np.zeros(len(order), np.int64)
-        self.rows = self.empty = self.duplicates = self.found = 0
         self.matched = self.joined = np.zeros(0, bool)
-        self.captions = dict.fromkeys(tables.captions, 0)
+        captions = dict.fromkeys(tables.captions, 0)
+        self.report = RecaptionReport(tables.field, rows, captions, [], nameless=rows - len(order))
 
     def read_tables(self, quiet: bool) -> None:
         """Read the tables once, and spill the rows that may belong to samples, in their order."""
@@ -202,7 +189,7 @@ class _Join:
                     bar.update(len(batch))
         if waiting:
             self._write_spill(waiting)
-        self.matched, self.joined = np.zeros(self.rows, bool), np.zeros(self.rows, bool)
+        self.matched, self.joined = np.zeros(self.report.rows, bool), np.zeros(self.report.rows, bool)
 
     def _useful_rows(self, batch: pa.Table) -> pa.Table:
         """Return the rows with a name and at least one caption that is not blank.
@@ -214,12 +201,12 @@ class _Join:
         for name, column in self._tables.captions.items():
             blank = pc.equal(pc.utf8_trim_whitespace(batch[column]), "")
             columns[CAPTION + name] = pc.if_else(blank, None, batch[column])
-        columns["order"] = pa.array(np.arange(self.rows, self.rows + len(batch)))
+        columns["order"] = pa.array(np.arange(self.report.rows, self.report.rows + len(batch)))
         table = pa.table(columns)
         captioned = pc.is_valid(pc.coalesce(*(table[CAPTION + name] for name in self._tables.captions)))
         useful = table.filter(pc.and_(captioned, pc.not_equal(pc.coalesce(table["name"], ""), "")))
-        self.rows += len(batch)
-        self.empty += len(batch) - len(useful)
+        self.report.rows += len(batch)
+        self.report.empty += len(batch) - len(useful)
         return useful
 
     def _claim(self, names: list[str]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
@@ -242,7 +229,7 @@ class _Join:
         self._claimed[claimed_now], self._claims[claimed_now] = True, reversed_hashes[claiming]
         is_duplicate = self._claims[entries] == reversed_hashes
         is_duplicate[claiming] = False
-        self.duplicates += int(is_duplicate.sum())
+        self.report.duplicates += int(is_duplicate.sum())
         kept = found[~is_duplicate]
         counts = last[kept] - first[kept]  # samples per name
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, … for each name
@@ -286,7 +273,7 @@ class _Join:
                 for name in self._tables.captions:
                     column = CAPTION + name
                     captions = pa.nulls(len(rows), pa.string()) if spilled is None else spilled[column].take(picked)
-                    self.captions[name] += len(rows) - captions.null_count
+                    self.report.captions[name] += len(rows) - captions.null_count
                     rows = rows.append_column(column, captions)
                 yield rows
                 done += len(rows)
@@ -309,5 +296,5 @@ class _Join:
             orders = spilled["order"].to_numpy()
             self.matched[orders[exact]] = True
             self.joined[orders[exact[first]]] = True
-            self.found += len(targets)
+            self.report.found += len(targets)
         return caption_rows
