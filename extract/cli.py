@@ -15,7 +15,8 @@ from sail_align.extract.system.command_line import DataRoot, Device, GroupedComm
 from sail_align.extract.system.files import as_path, require_store
 
 if TYPE_CHECKING:
-    from sail_align.extract.executor.run import Executor
+    from sail_align.extract.executor.local import LocalExecutor
+    from sail_align.extract.executor.ray_cluster import RayCluster
     from sail_align.extract.manifest import Manifest
     from sail_align.extract.store.store import Store
 
@@ -161,7 +162,7 @@ def _require_captions(dataset: str, chosen: Sequence[str], known: Sequence[str])
     return names
 
 
-def _choose_executor(engine: str, ray_address: str | None, workers: str, device: str) -> "Executor":
+def _choose_executor(engine: str, ray_address: str | None, workers: str, device: str) -> "LocalExecutor | RayCluster":
     from sail_align.extract.executor.local import LocalExecutor
 
     if engine == "ray":

@@ -20,7 +20,7 @@ from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Event, Tally, cores
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.system.progress import note
-from sail_align.extract.system.signals import raise_on_signals
+from sail_align.extract.system.signals import report_stop
 
 STOP_SECONDS = 20.0
 """Time for workers to end after SIGTERM, in which they finish the shard being written; then they are killed."""
@@ -51,7 +51,7 @@ class LocalExecutor:
         return cls([f"cuda:{number % gpus}" for number in range(count)])
 
     def execute(self, job: Job, share: Share, tally: Tally) -> None:
-        """Encode a share of a job.
+        """Encode a share of a job whose store exists. Return when it is committed.
 
         Raises:
             UserError: From a worker. The others are stopped.
@@ -133,7 +133,7 @@ def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Co
         with lock, suppress(BrokenPipeError):  # `_follow_parent` stops this process if the parent has ended
             pipe.send(message)
 
-    with raise_on_signals([signal.SIGTERM]):
+    with report_stop(signals=[signal.SIGTERM]):
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
         try:

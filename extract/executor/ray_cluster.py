@@ -94,7 +94,7 @@ class RayCluster:
         self._failures: Counter[Shard | None] = Counter()
 
     def execute(self, job: Job, share: Share, tally: Tally) -> None:
-        """Encode a share of a job.
+        """Encode a share of a job whose store exists. Return when it is committed.
 
         Raises:
             UserError: There is no cluster at the address, or a worker raised it.

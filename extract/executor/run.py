@@ -12,7 +12,7 @@ The other modules of this folder:
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from sail_align.extract.data import Source
 from sail_align.extract.encoders.text import TextEncoder
@@ -25,20 +25,14 @@ from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.signals import RERUN, StoppedError, report_stop
 
-
-class Executor(Protocol):
-    """Runs the workers of one job on some hardware."""
-
-    def execute(self, job: Job, share: Share, tally: Tally) -> None:
-        """Encode a share of a job whose store exists. Return when it is committed.
-
-        Set `tally.workers` and `tally.hardware`, and pass the workers' events to `tally.receive`.
-        """
+if TYPE_CHECKING:
+    from sail_align.extract.executor.local import LocalExecutor
+    from sail_align.extract.executor.ray_cluster import RayCluster
 
 
 def run_job(
     job: Job,
-    executor: Executor,
+    executor: "LocalExecutor | RayCluster",
     share: Share,
     on_open: Callable[[Store], object] = lambda store: None,
     *,

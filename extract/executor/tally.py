@@ -122,8 +122,8 @@ class Summary:
 class Tally:
     """Counts the events of a run's workers and shows them as one progress bar.
 
-    An executor sets `workers`, the number of processes that report, and `hardware`, the number and the unit of what the
-    run occupies: GPUs or cores.
+    An executor passes the workers' events to `receive`. It sets `workers`, the number of processes that report, and
+    `hardware`, the number and the unit of what the run occupies: GPUs or cores.
 
     Args:
         total: Rows of the run's share, over all arrays.

@@ -29,21 +29,16 @@ class StoppedError(SystemExit):
 
 
 @contextmanager
-def raise_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-    """Raise `StoppedError` in the main thread on the first of these signals."""
+def report_stop(
+    how_to_resume: Callable[[], str | None] = lambda: None, signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Raise `StoppedError` in the main thread on the first of these signals, after a note on how to resume, if any."""
 
     def stop(number: int) -> None:
         raise StoppedError(number)
 
-    with _on_first(signals, stop):
-        yield
-
-
-@contextmanager
-def report_stop(how_to_resume: Callable[[], str | None]) -> Iterator[None]:
-    """Raise `StoppedError` on the first signal, after a note on how to resume, if there is anything to say."""
     try:
-        with raise_on_signals():
+        with _on_first(signals, stop):
             yield
     except StoppedError as stopped:
         if how := how_to_resume():
@@ -52,13 +47,13 @@ def report_stop(how_to_resume: Callable[[], str | None]) -> Iterator[None]:
 
 
 @contextmanager
-def defer_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[Callable[[], StoppedError | None]]:
+def defer_signals() -> Iterator[Callable[[], StoppedError | None]]:
     """Yield a function that returns the error of the first signal received, None before.
 
     The caller can finish its unit of work and then raise the error.
     """
     received: list[StoppedError] = []
-    with _on_first(signals, lambda number: received.append(StoppedError(number))):
+    with _on_first(STOP_SIGNALS, lambda number: received.append(StoppedError(number))):
         yield lambda: received[0] if received else None
 
 

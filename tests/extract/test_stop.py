@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sail_align.extract.system.signals import StoppedError, defer_signals, raise_on_signals
+from sail_align.extract.system.signals import StoppedError, defer_signals, report_stop
 
 
 def test_defer_signals_returns_the_first_signal_and_restores_the_handlers():
@@ -19,17 +19,17 @@ def test_defer_signals_returns_the_first_signal_and_restores_the_handlers():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_raise_on_signals_raises_stopped_error():
-    with pytest.raises(StoppedError) as stopped, raise_on_signals([signal.SIGINT]):
+def test_report_stop_raises_stopped_error():
+    with pytest.raises(StoppedError) as stopped, report_stop(signals=[signal.SIGINT]):
         signal.raise_signal(signal.SIGINT)
     assert (stopped.value.code, stopped.value.name) == (130, "Ctrl-C")
 
 
-@pytest.mark.parametrize("context", ["defer_signals", "raise_on_signals"])
+@pytest.mark.parametrize("context", ["defer_signals", "report_stop"])
 def test_a_later_second_signal_kills(context):
     program = (
         "import signal, contextlib; from sail_align.extract.system import signals; signals.HURRY_SECONDS = -1\n"
-        f"with signals.{context}([signal.SIGINT]):\n"
+        f"with signals.{context}():\n"
         "    with contextlib.suppress(signals.StoppedError): signal.raise_signal(signal.SIGINT)\n"
         "    signal.raise_signal(signal.SIGINT)\n"
     )
