@@ -43,28 +43,6 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class OpenClip:
-    """An OpenCLIP model and the tag of its weights."""
-
-    model: str
-    weights: str
-
-    @classmethod
-    def parse(cls, name: str) -> "OpenClip | Path":
-        """Parse `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
-        reference = name.removeprefix("open_clip:")
-        if (folder := Path(reference).expanduser()).is_dir():
-            return folder
-        model, _, weights = reference.partition("@")
-        if not model or not weights:
-            raise UserError(
-                f"Encoder {name!r} is invalid: got neither an existing folder nor a model with weights. Write "
-                "open_clip:<model>@<weights>, as in open_clip:ViT-L-14@laion2b_s32b_b82k."
-            )
-        return cls(model, weights)
-
-
-@dataclass(frozen=True)
 class TransformersVision:
     """A transformers vision model. Without `preprocessing`, its `preprocessor_config.json` is used."""
 
@@ -98,10 +76,28 @@ class TransformersText:
 
 @dataclass(frozen=True)
 class OpenClipTower:
-    """The image or text tower of an OpenCLIP model, pooled as it was trained: `cls` for images, `last` for texts."""
+    """The image or text tower of an OpenCLIP model, pooled as it was trained: `cls` for images, `last` for texts.
 
-    origin: OpenClip | Path
+    The origin is the name of a model, whose `weights` are named by a tag, or a local folder.
+    """
+
+    origin: str | Path
     pooling: str
+    weights: str = ""
+
+    @classmethod
+    def parse(cls, name: str, pooling: str) -> "OpenClipTower":
+        """Parse `open_clip:<model>@<weights>` or `open_clip:<local folder>`."""
+        reference = name.removeprefix("open_clip:")
+        if (folder := Path(reference).expanduser()).is_dir():
+            return cls(folder, pooling)
+        model, _, weights = reference.partition("@")
+        if not model or not weights:
+            raise UserError(
+                f"Encoder {name!r} is invalid: got neither an existing folder nor a model with weights. Write "
+                "open_clip:<model>@<weights>, as in open_clip:ViT-L-14@laion2b_s32b_b82k."
+            )
+        return cls(model, pooling, weights)
 
 
 VisionEntry = TransformersVision | TimmVision | OpenClipTower

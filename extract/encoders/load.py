@@ -12,7 +12,6 @@ from sail_align.extract.encoders.catalogue import (
     TEXT,
     VISION,
     Hub,
-    OpenClip,
     OpenClipTower,
     Package,
     TextEntry,
@@ -164,7 +163,7 @@ class ImageEncoderConfig(EncoderConfig):
         if self.name.startswith("timm:"):
             return TimmVision(self.name.removeprefix("timm:"))
         if self.name.startswith("open_clip:"):
-            return OpenClipTower(OpenClip.parse(self.name), "cls")
+            return OpenClipTower.parse(self.name, "cls")
         if self.name not in VISION:
             raise self._unknown("image", VISION, "hf:<repository or folder>, timm:<model>, open_clip:<model>@<weights>")
         return VISION[self.name]
@@ -182,13 +181,13 @@ class ImageEncoderConfig(EncoderConfig):
             case TransformersVision():
                 files, model = self._load_transformers(entry.origin)
                 preprocessing = entry.preprocessing or ImagePreprocessing.from_processor(
-                    files.read_json("preprocessor_config.json")
+                    files.read_json(files.path, "preprocessor_config.json")
                 )
                 backbone = TransformersBackbone(model, preprocessing)
             case TimmVision():
                 files, backbone = load_timm(entry)
             case OpenClipTower():
-                towers, _, files = load_open_clip(entry.origin)
+                towers, _, files = load_open_clip(entry)
                 backbone = OpenClipBackbone(towers.visual)
         pooling = self.pooling or entry.pooling
         return VisionEncoder(self._id(files), files, backbone, pooling, runtime, fast_jpeg=self.fast_jpeg)
@@ -205,7 +204,7 @@ class TextEncoderConfig(EncoderConfig):
         if self.name.startswith("hf:"):
             return TransformersText(Hub.parse(self.name))
         if self.name.startswith("open_clip:"):
-            return OpenClipTower(OpenClip.parse(self.name), "last")
+            return OpenClipTower.parse(self.name, "last")
         if self.name not in TEXT:
             raise self._unknown("text", TEXT, "hf:<repository or folder>, open_clip:<model>@<weights>")
         return TEXT[self.name]
@@ -215,7 +214,7 @@ class TextEncoderConfig(EncoderConfig):
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
         if isinstance(entry, OpenClipTower):
-            towers, tokenizer, files = load_open_clip(entry.origin)
+            towers, tokenizer, files = load_open_clip(entry)
             return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
         pooling = check_pooling(self.pooling or entry.pooling, TEXT_POOLINGS, self.name)
         files, model = self._load_transformers(entry.origin)

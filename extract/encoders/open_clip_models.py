@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sail_align.extract.encoders.catalogue import OpenClip
+from sail_align.extract.encoders.catalogue import OpenClipTower
 from sail_align.extract.encoders.identity import GOLDEN_TEXT
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.runtime import Runtime
@@ -43,8 +42,6 @@ class OpenClipBackbone(Backbone):
     has_cls = True
 
     def __init__(self, visual: Any):
-        super().__init__()
-        self.visual: Any = visual
         transforms: Any = importlib.import_module("open_clip.transform")
         config = transforms.PreprocessCfg(**visual.preprocess_cfg)
         size = config.size if isinstance(config.size, int) else config.size[0]
@@ -54,24 +51,22 @@ class OpenClipBackbone(Backbone):
                 f"{config.resize_mode!r}, expected squares without padding. Use another model."
             )
         steps = transforms.image_transform_v2(config, is_train=False).transforms
-        self._resize = transforms.Compose(steps[:-2])  # without ToTensor, Normalize
-        self.preprocessing = ImagePreprocessing(
-            crop=size,
-            resize=None if config.resize_mode == "squash" else size,
-            interpolation=config.interpolation,
-            mean=tuple(config.mean),
-            std=tuple(config.std),
+        super().__init__(
+            ImagePreprocessing(
+                crop=size,
+                resize=None if config.resize_mode == "squash" else size,
+                interpolation=config.interpolation,
+                mean=tuple(config.mean),
+                std=tuple(config.std),
+            )
         )
+        self.resize = transforms.Compose(steps[:-2])  # without ToTensor, Normalize
+        self.visual: Any = visual
         transformer: Any = importlib.import_module("open_clip.transformer")
         self.has_patches = isinstance(visual, transformer.VisionTransformer) and visual.attn_pool is None
         self.stride = visual.patch_size[0] if self.has_patches else size
         if self.has_patches:
             visual.output_tokens = True
-
-    def resize(self, image: Image.Image) -> Image.Image:
-        """Return an image by the model's own transform up to normalisation."""
-        resized: Image.Image = self._resize(image)
-        return resized
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the embeddings of the image and of its patches."""
@@ -148,7 +143,7 @@ class OpenClipTextEncoder:
         return embeddings_BE.float().cpu()
 
 
-def load_open_clip(origin: OpenClip | Path) -> tuple[Any, Any, EncoderFiles]:
+def load_open_clip(tower: OpenClipTower) -> tuple[Any, Any, EncoderFiles]:
     """Return a model in float32 on the CPU, its tokenizer, and its files.
 
     Raises:
@@ -158,13 +153,14 @@ def load_open_clip(origin: OpenClip | Path) -> tuple[Any, Any, EncoderFiles]:
         "open_clip",
         "Package open_clip, which OpenCLIP's models need, is not installed. Run: pip install 'sail-align[eval]'.",
     )
+    origin = tower.origin
     if isinstance(origin, Path):
         if len(list(origin.glob("*.safetensors"))) != 1:
             raise UserError(f"{origin} is not the folder of an OpenCLIP model: expected one safetensors file.")
         files = EncoderFiles.in_folder(origin, "open_clip", "open_clip_config.json")
         name, tag = f"local-dir:{origin}", None
     else:
-        files, name, tag = _download(open_clip, origin), origin.model, origin.weights
+        files, name, tag = _download(open_clip, origin, tower.weights), origin, tower.weights
     try:
         with _no_logging():
             model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
@@ -174,34 +170,32 @@ def load_open_clip(origin: OpenClip | Path) -> tuple[Any, Any, EncoderFiles]:
     return model.eval(), tokenizer, files
 
 
-def _download(open_clip: Any, origin: OpenClip) -> EncoderFiles:
+def _download(open_clip: Any, model: str, weights: str) -> EncoderFiles:
     models = open_clip.list_models()
-    if origin.model not in models:
-        near = " or ".join(difflib.get_close_matches(origin.model, models, n=3)) or "one of open_clip.list_models()"
-        raise UserError(f"open_clip has no model {origin.model!r}. Did you mean {near}?")
-    tags = open_clip.list_pretrained_tags_by_model(origin.model)
-    if origin.weights not in tags:
-        raise UserError(
-            f"open_clip has no weights {origin.weights!r} for {origin.model}. Choose one of: {', '.join(tags)}."
-        )
-    published = open_clip.get_pretrained_cfg(origin.model, origin.weights)
+    if model not in models:
+        near = " or ".join(difflib.get_close_matches(model, models, n=3)) or "one of open_clip.list_models()"
+        raise UserError(f"open_clip has no model {model!r}. Did you mean {near}?")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if weights not in tags:
+        raise UserError(f"open_clip has no weights {weights!r} for {model}. Choose one of: {', '.join(tags)}.")
+    published = open_clip.get_pretrained_cfg(model, weights)
     # Running weights with an activation other than that of their training degrades the features without any error.
-    if bool(published.get("quick_gelu")) != bool(open_clip.get_model_config(origin.model).get("quick_gelu")):
-        other = origin.model.removesuffix("-quickgelu")
+    if bool(published.get("quick_gelu")) != bool(open_clip.get_model_config(model).get("quick_gelu")):
+        other = model.removesuffix("-quickgelu")
         other = f"{other}-quickgelu" if published.get("quick_gelu") else other
         raise UserError(
-            f"The weights {origin.weights!r} were trained with another activation than {origin.model} has. Use "
-            f"open_clip:{other}@{origin.weights}."
+            f"The weights {weights!r} were trained with another activation than {model} has. Use "
+            f"open_clip:{other}@{weights}."
         )
     try:
         with _no_logging():
             path = Path(open_clip.download_pretrained(published))
     except (RuntimeError, ValueError, OSError) as problem:
         raise UserError(
-            f"The weights {origin.weights!r} of {origin.model} cannot be downloaded and are not in the local cache. "
+            f"The weights {weights!r} of {model} cannot be downloaded and are not in the local cache. "
             "Check the connection."
         ) from problem
-    source = {"loader": "open_clip", "model": origin.model, "weights": origin.weights}
+    source = {"loader": "open_clip", "model": model, "weights": weights}
     return EncoderFiles(path, source, str(file_digest(path)))
 
 

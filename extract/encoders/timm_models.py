@@ -24,8 +24,7 @@ class TimmBackbone(Backbone):
     library = "timm"
 
     def __init__(self, model: Any, preprocessing: ImagePreprocessing):
-        super().__init__()
-        self.preprocessing = preprocessing
+        super().__init__(preprocessing)
         self.stride = model.feature_info[-1]["reduction"]
         self._prefix_tokens = getattr(model, "num_prefix_tokens", None)
         self.has_cls = bool(self._prefix_tokens) and getattr(model, "cls_token", None) is not None

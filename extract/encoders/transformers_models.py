@@ -179,11 +179,11 @@ class TransformersBackbone(Backbone):
     library = "transformers"
 
     def __init__(self, model: Any, preprocessing: ImagePreprocessing):
-        super().__init__()
+        super().__init__(preprocessing)
         if getattr(model, "main_input_name", None) != "pixel_values":
             raise UserError(f"{type(model).__name__} takes more than pixels. Use an encoder of images alone.")
         self.model: Any = model
-        self.preprocessing, size = preprocessing, preprocessing.crop
+        size = preprocessing.crop
         accepted = inspect.signature(model.forward).parameters
         # ViT and related models reject other sizes than their own without this option; DINOv2 and DINOv3 accept them.
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}

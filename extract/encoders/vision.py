@@ -1,5 +1,6 @@
 """The image encoder: a backbone of any library with its preprocessing, pooling and precision."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 
@@ -26,21 +27,24 @@ class Backbone(nn.Module):
 
     Its forward maps (B, 3, H, W) to a class token (B, D), or None if `has_cls` is false, and to a map of patches
     (B, H / stride, W / stride, D).
+
+    Attributes:
+        preprocessing: What is recorded, and the normalisation.
+        resize: Function that returns an image of the size that the network takes. A library may have its own.
     """
 
     library: str
     """The package that implements it; its version is recorded."""
-    preprocessing: ImagePreprocessing
-    """What is recorded, and the normalisation."""
     stride: int
     """Pixels per patch in each direction."""
     has_cls: bool
     has_patches = True
     """Whether single patches have features of their own."""
 
-    def resize(self, image: Image.Image) -> Image.Image:
-        """Return an image of the size that the network takes, by the library's own transform if it has one."""
-        return self.preprocessing.resize_and_crop(image)
+    def __init__(self, preprocessing: ImagePreprocessing):
+        super().__init__()
+        self.preprocessing = preprocessing
+        self.resize: Callable[[Image.Image], Image.Image] = preprocessing.resize_and_crop
 
 
 class VisionEncoder:

@@ -5,16 +5,9 @@ import json
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download
 from torch import Tensor
 
 from sail_align.extract.encoders.catalogue import Hub, Package
@@ -78,40 +71,34 @@ class EncoderFiles:
         Raises:
             UserError: The folder has no config or no safetensors.
         """
-        canonical = json.dumps(_read_config(folder, config), sort_keys=True)
+        canonical = json.dumps(cls.read_json(folder, config), sort_keys=True)
         source = {"loader": loader, "config": hashlib.sha256(canonical.encode()).hexdigest()}
         return cls(folder, source, _weights_digest(folder), str(folder.resolve()))
 
     @property
     def config(self) -> dict[str, Any]:
         """The folder's `config.json`."""
-        return self.read_json("config.json")
+        return self.read_json(self.path, "config.json")
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON object from the folder.
+    @staticmethod
+    def read_json(folder: Path, name: str) -> dict[str, Any]:
+        """Read a JSON object from a folder.
 
         Raises:
             UserError: The file is missing or holds no JSON object.
         """
-        return _read_config(self.path, name)
+        if not (folder / name).exists():
+            raise UserError(f"{folder} has no {name}. Give a folder that `save_pretrained` wrote.")
+        return read_json(folder / name)
 
-    def identify(
-        self,
-        features_1D: Tensor,
-        *libraries: str,
-        id: str,
-        modality: Literal["image", "text"],
-        preprocessing: dict[str, Any],
-        pooling: str,
-        precision: str,
-    ) -> Identity:
+    def identify(self, features_1D: Tensor, *libraries: str, **fields: Any) -> Identity:
         """Return the identity of an encoder with these weights.
 
         It records the encoder's features of the golden input, (1, D) float32, the versions of `libraries`, and
-        the given fields of the spec.
+        the `fields` of the spec that do not follow from these.
         """
         golden = [float(f"{value:.6g}") for value in features_1D[0].tolist()]
-        spec = EncoderSpec(id, modality, self.source, self.digest, preprocessing, pooling, precision, dim=len(golden))
+        spec = EncoderSpec(source=self.source, weights=self.digest, dim=len(golden), **fields)
         return Identity(spec, golden, {name: metadata.version(name) for name in libraries}, self.location)
 
 
@@ -128,24 +115,17 @@ def download(repository: str, revision: str | None, patterns: list[str]) -> Path
     try:
         # Subfolders hold other formats of the same weights.
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except GatedRepoError as problem:
+    except errors.GatedRepoError as problem:
         raise UserError(
             f"Repository {where} is gated. Accept its terms on the hub, then log in with `hf auth login`."
         ) from problem
-    except (RepositoryNotFoundError, HFValidationError) as problem:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as problem:
         raise UserError(f"Repository {where} does not exist on the hub. Correct its name.") from problem
-    except (HfHubHTTPError, LocalEntryNotFoundError) as problem:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as problem:
         raise UserError(
             f"Repository {where} cannot be downloaded and is not in the local cache. Check the revision and the "
             "connection."
         ) from problem
-
-
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.exists():
-        raise UserError(f"{folder} has no {name}. Give a folder that `save_pretrained` wrote.")
-    return read_json(path)
 
 
 def _weights_digest(path: Path) -> str:
