@@ -52,46 +52,42 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
     has_tars = isinstance(manifest.source, WebDatasetConfig) and manifest.purpose == "train"
     if has_tars and len(parts) > PROBED_TARS:
         some = [parts[0], *random.Random(0).sample(list(parts[1:]), PROBED_TARS)]  # reading all of them takes hours
-        probe = _Probe(chain.from_iterable(islice(tar.read(), 2) for tar in some))
+        samples, _, _ = _probe(chain.from_iterable(islice(tar.read(), 2) for tar in some))
         yield True, f"{len(parts):,} tars, of which some are checked; `run` counts their rows"
     else:
-        probe = _Probe(source.samples())
-        yield from _check_counts(manifest, probe)
+        samples, rows, captions = _probe(source.samples())
+        yield from _check_counts(manifest, "rows", rows, manifest.expected_rows)
+        yield from _check_counts(manifest, "captions", captions, manifest.expected_captions)
     strict = manifest.purpose == "evaluate"
     if source.classes:
         yield True, f"{len(source.classes)} classes"
-    yield _check_images(source, probe.samples, strict)
-    yield from _check_captions(source, probe.samples, strict)
+    yield _check_images(source, samples, strict)
+    yield from _check_captions(source, samples, strict)
 
 
-class _Probe:
-    """Counts of all samples, the first sample, and a random selection that is the same each time."""
+def _probe(samples: Iterable[Sample]) -> tuple[list[Sample], int, int]:
+    """Return the first sample and a random selection, the same each time, and the numbers of rows and captions."""
+    probed: list[Sample] = []
+    rows = captions = 0
+    draw = random.Random(0)
+    for sample in samples:
+        if len(probed) <= PROBED_SAMPLES:
+            probed.append(sample)
+        elif (place := draw.randint(1, rows)) <= PROBED_SAMPLES:
+            probed[place] = sample
+        rows += 1
+        captions += len(sample.captions)
+    return probed, rows, captions
 
-    def __init__(self, samples: Iterable[Sample]):
-        self.rows = self.captions = 0
-        self.samples: list[Sample] = []
-        draw = random.Random(0)
-        for sample in samples:
-            if len(self.samples) <= PROBED_SAMPLES:
-                self.samples.append(sample)
-            elif (place := draw.randint(1, self.rows)) <= PROBED_SAMPLES:
-                self.samples[place] = sample
-            self.rows += 1
-            self.captions += len(sample.captions)
 
-
-def _check_counts(manifest: Manifest, probe: _Probe) -> Iterator[Finding]:
-    for count, expected, name in (
-        (probe.rows, manifest.expected_rows, "rows"),
-        (probe.captions, manifest.expected_captions, "captions"),
-    ):
-        if expected is None:
-            if count:
-                yield True, f"{count:,} {name}"
-        elif count == expected:
-            yield True, f"{count:,} {name}, as expected"
-        else:
-            yield manifest.purpose == "train", f"{count:,} {name}; expected {expected:,}"
+def _check_counts(manifest: Manifest, name: str, count: int, expected: int | None) -> Iterator[Finding]:
+    if expected is None:
+        if count:
+            yield True, f"{count:,} {name}"
+    elif count == expected:
+        yield True, f"{count:,} {name}, as expected"
+    else:
+        yield manifest.purpose == "train", f"{count:,} {name}; expected {expected:,}"
 
 
 def _check_images(source: Source, samples: list[Sample], strict: bool) -> Finding:

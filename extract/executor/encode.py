@@ -136,16 +136,13 @@ def _decode(
     size = min(encoder.batch_size, len(samples))
     buffers = [Runtime.host_buffer(size, encoder.size, encoder.size, 3) for _ in range(1 + AHEAD)]
     waiting: deque[tuple[int, Iterator[Status], Tensor]] = deque()
-
-    def finish_oldest() -> tuple[int, NDArray[np.uint8], Tensor]:
-        start, status, pixels_BHWC = waiting.popleft()
-        return start, np.array(list(status), dtype=np.uint8), pixels_BHWC
-
-    for number, start in enumerate(range(0, len(samples), size)):
-        batch = samples[start : start + size]
-        pixels_BHWC = buffers[number % len(buffers)][: len(batch)]
-        waiting.append((start, decoders.map(decode, batch, pixels_BHWC.numpy()), pixels_BHWC))
-        if len(waiting) > AHEAD:
-            yield finish_oldest()
-    while waiting:
-        yield finish_oldest()
+    starts = range(0, len(samples), size)
+    for number in range(len(starts) + AHEAD):
+        if number < len(starts):
+            start = starts[number]
+            batch = samples[start : start + size]
+            pixels_BHWC = buffers[number % len(buffers)][: len(batch)]
+            waiting.append((start, decoders.map(decode, batch, pixels_BHWC.numpy()), pixels_BHWC))
+        if number >= AHEAD:
+            start, status, pixels_BHWC = waiting.popleft()
+            yield start, np.array(list(status), dtype=np.uint8), pixels_BHWC

@@ -46,11 +46,10 @@ def _verify_array(array: FeatureArray, discard: bool) -> Iterator[Result]:
             except UserError as unreadable:  # such as a bad sector: still check the other shards
                 yield f"{name}: {unreadable}", True
                 continue
-            if changed and discard:
-                array.discard(shard)
-                yield f"{name}: {changed} file has changed since it was committed. Commit discarded.", True
-            elif changed:
-                advice = "Use --discard, then sail-extract run."
+            if changed:
+                if discard:
+                    array.discard(shard)
+                advice = "Commit discarded." if discard else "Use --discard, then sail-extract run."
                 yield f"{name}: {changed} file has changed since it was committed. {advice}", True
         elif shard not in unwritten:
             yield f"{name}: has a damaged commit. Rerun sail-extract run.", True

@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
@@ -82,6 +83,20 @@ class FolderSource(Source):
                 ) from problem
             raise
 
+    @staticmethod
+    def read_mask(path: Path) -> NDArray[np.uint8]:
+        """Read a one-channel mask as it is stored, palette indices included, (H, W).
+
+        Raises:
+            UserError: The image has other channels. Converting them would invent class values.
+        """
+        with Image.open(path) as image:
+            if image.mode not in {"L", "P"}:
+                raise UserError(
+                    f"Mask {path} is invalid: got mode {image.mode}, expected 8 bits with one channel or a palette."
+                )
+            return np.array(image, dtype=np.uint8)
+
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an opened image turned as its EXIF data say, in RGB, with transparent parts white.
@@ -101,20 +116,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """Read a one-channel mask as it is stored, palette indices included, (H, W) uint8.
-
-    Raises:
-        UserError: The image has other channels. Converting them would invent class values.
-    """
-    with Image.open(path) as image:
-        if image.mode not in {"L", "P"}:
-            raise UserError(
-                f"Mask {path} is invalid: got mode {image.mode}, expected 8 bits with one channel or a palette."
-            )
-        return np.array(image, dtype=np.uint8)
 
 
 def _is_empty(folder: Path) -> bool:

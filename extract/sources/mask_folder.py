@@ -13,7 +13,7 @@ from sail_align.extract.data import IGNORED, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.images import FolderSource, read_mask
+from sail_align.extract.sources.images import FolderSource
 
 MaskValue = Annotated[int, Field(ge=0, le=255)]
 
@@ -95,7 +95,7 @@ class MaskFolderSource(FolderSource):
         Raises:
             UserError: A value is neither a class nor ignored.
         """
-        values = read_mask(self._masks / location)
+        values = self.read_mask(self._masks / location)
         indices = self._index[values]
         unknown = values[indices == NO_CLASS]
         if unknown.size:

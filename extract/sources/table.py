@@ -14,7 +14,7 @@ from pydantic import Field
 from sail_align.extract.data import IGNORED, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig, Strict
-from sail_align.extract.sources.images import FolderSource, read_mask
+from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.sources.table_files import find_tables, read_batches
 
 PROBED_IMAGES = 100
@@ -102,7 +102,7 @@ class TableSource(FolderSource):
         index_of_value = np.full(256, IGNORED, dtype=np.uint8)
         for index, value in enumerate(self._config.classes):
             index_of_value[value] = index
-        indices: NDArray[np.uint8] = index_of_value[read_mask(self._root / self._config.masks / location)]
+        indices: NDArray[np.uint8] = index_of_value[self.read_mask(self._root / self._config.masks / location)]
         return indices
 
     def _read_grouped(self) -> Iterator[Sample]:

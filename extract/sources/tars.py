@@ -53,7 +53,11 @@ def members(tar: BinaryIO, name: str) -> Iterator[tuple[str, int, int]]:
         tar.seek(at)
         header = tar.read(BLOCK)
         if at == 0:
-            _require_uncompressed(header, name)
+            for magic, form in _COMPRESSED.items():
+                if header.startswith(magic):
+                    raise UserError(
+                        f"{name} is compressed ({form}), so its members cannot be read one by one. Decompress it."
+                    )
         if len(header) < BLOCK:
             raise DamagedTarError("is empty" if length == 0 else f"is truncated at byte {length:,}")
         if not any(header):
@@ -79,12 +83,6 @@ def members(tar: BinaryIO, name: str) -> Iterator[tuple[str, int, int]]:
                 own = {}
         if at > length:
             raise DamagedTarError(f"is truncated at byte {length:,}, in the middle of a member")
-
-
-def _require_uncompressed(header: bytes, name: str) -> None:
-    for magic, form in _COMPRESSED.items():
-        if header.startswith(magic):
-            raise UserError(f"{name} is compressed ({form}), so its members cannot be read one by one. Decompress it.")
 
 
 def header_size(header: bytes) -> int | None:

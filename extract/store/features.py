@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Container
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -180,12 +181,11 @@ class FeatureArray:
     @property
     def counts(self) -> dict[str, int]:
         """Number of rows by status label. Rows of uncommitted shards count as pending."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for shard in self.shards:
             start, stop = self.span(shard)
             pending = {Status.PENDING.label: stop - start}
-            for label, count in self.markers.get(shard, {"counts": pending})["counts"].items():
-                counts[label] = counts.get(label, 0) + count
+            counts.update(self.markers.get(shard, {"counts": pending})["counts"])
         return counts
 
     @property

@@ -82,10 +82,7 @@ class Index:
             first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
             groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
             path = self.file(number)
-            with (
-                report_read_errors(path),
-                pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file,
-            ):
+            with report_read_errors(path), pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
                 table = file.read_row_groups(list(groups), columns=columns)
             tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
         return pa.concat_tables(tables)

@@ -1,6 +1,5 @@
 """Opening the store of a manifest, or creating it, and checking that its source still has the same samples."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -80,7 +79,8 @@ class _SourceCheck:
 
     def compare(self, part: Part, start: int, expected: int | None, changed: list[Path]) -> int:
         """Compare a part with the rows from `start`. Returns how many samples it has: `expected` if that is known."""
-        stored, samples, row = self._stored(start), part.read(), start
+        stored = self.store.index_files.samples(start, self.store.rows, self.own_captions)
+        samples, row = part.read(), start
         stop = None if expected is None else start + expected
         while True:
             new = next(samples, None)
@@ -90,9 +90,6 @@ class _SourceCheck:
             if old != new or row == stop:
                 self._reject(row, old, new, changed)
             row += 1
-
-    def _stored(self, start: int) -> Iterator[Sample]:
-        return self.store.index_files.samples(start, self.store.rows, self.own_captions)
 
     def _require_tables(self, before: IndexRecord | None) -> list[Stamp]:
         """Return the stamps of the caption tables. Raises `UserError` unless they are those that were joined."""

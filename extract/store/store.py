@@ -200,13 +200,11 @@ class Store:
 
     def images(self) -> dict[str, FeatureArray]:
         """Return the image arrays by encoder node name."""
-        nodes = (node for node in self._nodes("image") if FeatureArray.exists(node))
-        return {node.name: self._array(f"image/{node.name}") for node in nodes}
+        return self._arrays("image", "")
 
     def texts(self, caption: str) -> dict[str, FeatureArray]:
         """Return the arrays of one caption by encoder node name."""
-        nodes = (node for node in self._nodes("text") if FeatureArray.exists(node / caption))
-        return {node.name: self._array(f"text/{node.name}/{caption}") for node in nodes}
+        return self._arrays("text", caption)
 
     def arrays(self) -> list[FeatureArray]:
         """Return all arrays, images first."""
@@ -257,8 +255,10 @@ class Store:
         files = ((self.index_files.file(part), digest) for part, digest in enumerate(self.attributes["index_sha256"]))
         return [file for file, digest in files if file_digest(file) != digest]
 
-    def _nodes(self, modality: str) -> list[Path]:
-        return sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)
+    def _arrays(self, modality: str, caption: str) -> dict[str, FeatureArray]:
+        nodes = sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)
+        paths = {node.name: "/".join(filter(None, (modality, node.name, caption))) for node in nodes}
+        return {name: self._array(path) for name, path in paths.items() if FeatureArray.exists(self.path / path)}
 
     def _array(self, path: str) -> FeatureArray:
         modality, encoder, *_ = path.split("/")

@@ -232,7 +232,10 @@ class Leases:
         if stale or self._closed or Lease.newest(path) != lease.generation:
             self.release(lease)
             return None
-        self._beat()
+        with self._lock:
+            if self._heart is None:
+                self._heart = threading.Thread(target=self._renew_held, name="leases", daemon=True)
+                self._heart.start()
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -318,12 +321,6 @@ class Leases:
             self._seen[file] = content, time.monotonic()
             return False
         return time.monotonic() - since > self.ttl
-
-    def _beat(self) -> None:
-        with self._lock:
-            if self._heart is None:
-                self._heart = threading.Thread(target=self._renew_held, name="leases", daemon=True)
-                self._heart.start()
 
     def _renew_held(self) -> None:
         while True:

@@ -10,13 +10,7 @@ LOG_SECONDS = 30.0
 
 
 def progress(
-    total: int | None,
-    what: str,
-    *,
-    unit: str = "row",
-    done: int = 0,
-    quiet: bool = False,
-    delay: float = 0,
+    total: int | None, what: str, *, unit: str = "row", done: int = 0, quiet: bool = False, delay: float = 0
 ) -> "tqdm[NoReturn]":
     """Return a progress bar with rate and remaining time.
 
