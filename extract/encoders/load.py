@@ -190,7 +190,7 @@ class ImageEncoderConfig(EncoderConfig):
                 towers, _, files = load_open_clip(entry)
                 backbone = OpenClipBackbone(towers.visual)
         pooling = self.pooling or entry.pooling
-        return VisionEncoder(self._id(files), files, backbone, pooling, runtime, fast_jpeg=self.fast_jpeg)
+        return VisionEncoder(self._id(files), files, backbone, pooling, runtime, self.fast_jpeg)
 
 
 class TextEncoderConfig(EncoderConfig):
@@ -218,7 +218,7 @@ class TextEncoderConfig(EncoderConfig):
             return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
         pooling = check_pooling(self.pooling or entry.pooling, TEXT_POOLINGS, self.name)
         files, model = self._load_transformers(entry.origin)
-        return TransformersTextEncoder(self._id(files), files, model, pooling, runtime, entry.prefix, entry.token_limit)
+        return TransformersTextEncoder(self._id(files), files, model, entry, pooling, runtime)
 
 
 def load_recorded(

@@ -101,9 +101,7 @@ class OpenClipTextEncoder:
         self._model: Any = runtime.freeze(model)
         self.identity = files.identify(
             self.encode([GOLDEN_TEXT]),
-            "torch",
-            "open_clip_torch",
-            "transformers",
+            ["torch", "open_clip_torch", "transformers"],
             id=id,
             modality="text",
             preprocessing={"prefix": "", "token_limit": self._context},

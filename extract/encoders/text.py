@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from sail_align.extract.encoders.catalogue import TransformersText
 from sail_align.extract.encoders.identity import GOLDEN_TEXT, Identity
 from sail_align.extract.encoders.pooling import pool_tokens
 from sail_align.extract.encoders.runtime import Runtime
@@ -57,29 +58,20 @@ class TransformersTextEncoder:
     """A `TextEncoder`: a tokenizer, a transformers model, and a pooling of its last token states."""
 
     def __init__(
-        self,
-        id: str,
-        files: EncoderFiles,
-        model: nn.Module,
-        pooling: str,
-        runtime: Runtime,
-        prefix: str,
-        token_limit: int,
+        self, id: str, files: EncoderFiles, model: nn.Module, entry: TransformersText, pooling: str, runtime: Runtime
     ):
         self._pooling = pooling
-        self._prefix = prefix
+        self._prefix = entry.prefix
         self._runtime = runtime
         self._tokenizer = _load_tokenizer(files.path)
-        self._token_limit = min(token_limit, self._tokenizer.model_max_length)
+        self._token_limit = min(entry.token_limit, self._tokenizer.model_max_length)
         self._model = runtime.freeze(model)
         self.identity = files.identify(
             self.encode([GOLDEN_TEXT]),
-            "torch",
-            "transformers",
-            "tokenizers",
+            ["torch", "transformers", "tokenizers"],
             id=id,
             modality="text",
-            preprocessing={"prefix": prefix, "token_limit": self._token_limit},
+            preprocessing={"prefix": entry.prefix, "token_limit": self._token_limit},
             pooling=pooling,
             precision=runtime.precision,
         )

@@ -82,8 +82,7 @@ def translate_gte_config(config: dict[str, Any]) -> GteConfig:
     for field, value in _FIXED.items():
         if config.get(field, value) != value:
             raise UserError(f"The GTE config is invalid: {field} is {config[field]!r}; only {value!r} can be loaded.")
-    shared = {field: config[field] for field in _SHARED & config.keys()}
-    settings = {**_DEFAULTS, **shared}
+    settings = {**_DEFAULTS, **{field: config[field] for field in _SHARED & config.keys()}}
     theta, scaling = float(config.get("rope_theta", 10_000.0)), config.get("rope_scaling")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if scaling is not None:

@@ -61,14 +61,7 @@ class VisionEncoder:
     """
 
     def __init__(
-        self,
-        id: str,
-        files: EncoderFiles,
-        backbone: Backbone,
-        pooling: str | None,
-        runtime: Runtime,
-        *,
-        fast_jpeg: bool = False,
+        self, id: str, files: EncoderFiles, backbone: Backbone, pooling: str | None, runtime: Runtime, fast_jpeg: bool
     ):
         """Freeze a backbone.
 
@@ -98,9 +91,7 @@ class VisionEncoder:
         self.min_jpeg_side = FAST_JPEG * (preprocessing.resize or preprocessing.crop) if fast_jpeg else 0
         self.identity = files.identify(
             self.encode(self.preprocess(_golden_image())[None]),
-            "torch",
-            "pillow",
-            backbone.library,
+            ["torch", "pillow", backbone.library],
             id=id,
             modality="image",
             preprocessing={

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -91,7 +92,7 @@ class EncoderFiles:
             raise UserError(f"{folder} has no {name}. Give a folder that `save_pretrained` wrote.")
         return read_json(folder / name)
 
-    def identify(self, features_1D: Tensor, *libraries: str, **fields: Any) -> Identity:
+    def identify(self, features_1D: Tensor, libraries: Sequence[str], **fields: Any) -> Identity:
         """Return the identity of an encoder with these weights.
 
         It records the encoder's features of the golden input, (1, D) float32, the versions of `libraries`, and

@@ -52,36 +52,29 @@ class Job:
             return open_or_create(self.store, self.manifest, self.manifest.open_source(self.data_root), quiet=quiet)
 
     def worker(self, share: Share, device: str, threads: int, send: Callable[[Event], object]) -> Worker:
-        """Return a worker on a share, with its encoders loaded.
+        """Return a worker with a task for each array of the job.
+
+        Only the encoders for which the share has shards left are loaded. The source is opened only if images are left.
 
         Raises:
-            UserError: As `tasks`, or the store cannot be opened, or the disk is full.
+            UserError: Source or encoder is missing, the store holds features of another encoder under its name, or the
+                disk is full.
         """
         store = Store.open(self.store)
-        with report_write_errors(self.store, during_run=True):
-            return Worker(store, self.tasks(store, share, device, threads), send, share)
-
-    def tasks(self, store: Store, share: Share, device: str, threads: int) -> list[ArrayTask]:
-        """Return a task for each array of the job. Load only the encoders for which a share has shards left.
-
-        The source is opened only if images are left.
-
-        Raises:
-            UserError: Source or encoder is missing, or the store holds features of another encoder under its name.
-        """
         images: list[ArrayTask] = []
         captions: list[ArrayTask] = []
-        if self.image is not None:
-            images = _completed([store.images()], self.image, share)
-            if not images:
-                source = self.manifest.open_source(self.data_root)
-                images = [ArrayTask.for_images(store, source, self.image.load(device), threads)]
-        if self.text is not None:
-            captions = _completed([store.texts(name) for name in self.captions], self.text, share)
-            if not captions:
-                encoder = self.text.load(device)
-                captions = [ArrayTask.for_caption(store, name, encoder) for name in self.captions]
-        return images + captions
+        with report_write_errors(self.store, during_run=True):
+            if self.image is not None:
+                images = _completed([store.images()], self.image, share)
+                if not images:
+                    source = self.manifest.open_source(self.data_root)
+                    images = [ArrayTask.for_images(store, source, self.image.load(device), threads)]
+            if self.text is not None:
+                captions = _completed([store.texts(name) for name in self.captions], self.text, share)
+                if not captions:
+                    encoder = self.text.load(device)
+                    captions = [ArrayTask.for_caption(store, name, encoder) for name in self.captions]
+            return Worker(store, images + captions, send, share)
 
 
 def _completed(found: Sequence[Mapping[str, FeatureArray]], choice: EncoderConfig, share: Share) -> list[ArrayTask]:

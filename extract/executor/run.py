@@ -96,5 +96,5 @@ def extract(
         if text is not None:
             tasks += [ArrayTask.for_caption(store, name, text) for name in captions]
         with closing(Tally(len(tasks) * store.rows, store.dataset, quiet=quiet)) as tally:
-            Worker(store, tasks, tally.receive).run()
+            Worker(store, tasks, tally.receive, Share()).run()
             return tally.summary()

@@ -52,15 +52,10 @@ class Share:
         return sum(min(store.shard_rows, store.rows - start) for start in starts)
 
 
-ALL_SHARDS = Share()
-
-
 class Worker:
     """Encodes shards of a store and reports each step through `send`, from its own and from its writing thread."""
 
-    def __init__(
-        self, store: Store, tasks: Sequence[ArrayTask], send: Callable[[Event], object], share: Share = ALL_SHARDS
-    ):
+    def __init__(self, store: Store, tasks: Sequence[ArrayTask], send: Callable[[Event], object], share: Share):
         keep_freed_memory()
         self.store = store
         self.tasks = {task.array.path: task for task in tasks}

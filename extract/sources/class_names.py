@@ -15,11 +15,7 @@ from sail_align.extract.system.files import read_json
 
 LIBRARIES = ("open_clip:", "clip_benchmark:")
 """Prefixes of references to a list in a library."""
-_OPEN_CLIP = {
-    "imagenet": "IMAGENET_CLASSNAMES",
-    "imagenet-80": "OPENAI_IMAGENET_TEMPLATES",
-    "imagenet-7": "SIMPLE_IMAGENET_TEMPLATES",
-}
+_TEMPLATES = {"imagenet-80": "OPENAI_IMAGENET_TEMPLATES", "imagenet-7": "SIMPLE_IMAGENET_TEMPLATES"}
 _NOT_INSTALLED = "Class names or templates of {} need a package: pip install 'sail-align[eval]'."
 
 
@@ -31,7 +27,7 @@ def class_names(reference: str) -> list[str]:
     """
     match reference.split(":", 1):
         case ["open_clip", "imagenet"]:
-            return list(_open_clip("imagenet"))
+            return list(_open_clip("IMAGENET_CLASSNAMES"))
         case ["clip_benchmark", name]:
             return list(_clip_benchmark("en_classnames.json", name))
     raise UserError(f"Class names {reference!r} are unknown. Use open_clip:imagenet or clip_benchmark:<data set>.")
@@ -48,7 +44,7 @@ def templates(reference: str) -> list[str]:
     """
     match reference.split(":", 1):
         case ["open_clip", "imagenet-80" | "imagenet-7" as name]:
-            return [template("{}") for template in _open_clip(name)]
+            return [template("{}") for template in _open_clip(_TEMPLATES[name])]
         case ["clip_benchmark", name]:
             found = _clip_benchmark("en_zeroshot_classification_templates.json", name)
             return [template.replace("{c}", "{}") for template in found]
@@ -74,7 +70,7 @@ def label_names(name: str) -> dict[int, str]:
 
 def _open_clip(name: str) -> Sequence[Any]:
     metadata = import_extra("open_clip.zero_shot_metadata", _NOT_INSTALLED.format("open_clip"))
-    found: Sequence[Any] = getattr(metadata, _OPEN_CLIP[name])
+    found: Sequence[Any] = getattr(metadata, name)
     return found
 
 

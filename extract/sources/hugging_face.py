@@ -76,7 +76,11 @@ class HuggingFaceSource(Source):
                     f"The data set has no column {column!r}. Its columns are {', '.join(self._schema.names)}."
                 )
         self._require_texts()
-        self._images = self._undecoded_images(datasets)
+        if not isinstance(feature := self._rows.features[config.image], datasets.Image):
+            raise UserError(
+                f"Column {config.image!r} is invalid: got {feature}. Cast it to an Image and save the data set."
+            )
+        self._images = self._rows.select_columns([config.image]).cast_column(config.image, datasets.Image(decode=False))
         self.classes = self._class_names()
 
     @cached_property
@@ -157,12 +161,6 @@ class HuggingFaceSource(Source):
             value_kind = kind.value_type if _is_list(kind) else kind
             if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
                 raise UserError(f"Column {column!r} is invalid: got {kind}, expected text or lists of text.")
-
-    def _undecoded_images(self, datasets: Any) -> Any:
-        column = self._config.image
-        if not isinstance(feature := self._rows.features[column], datasets.Image):
-            raise UserError(f"Column {column!r} is invalid: got {feature}. Cast it to an Image and save the data set.")
-        return self._rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
     def _class_names(self) -> tuple[str, ...]:
         column = self._config.label

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv
@@ -51,10 +51,8 @@ class Recaptions(FilesConfig):
                 this is known.
         """
         files = tuple(find_tables(data_root / self.root, self.files))
-        if self.url is not None:
-            tables = CaptionTables(files, "url", self.url, self.captions)
-        else:
-            tables = CaptionTables(files, "key", str(self.key), self.captions)
+        field: Literal["url", "key"] = "key" if self.url is None else "url"
+        tables = CaptionTables(files, field, str(self.url or self.key), self.captions)
         next(read_captions(files[0], tables), None)
         return tables
 
@@ -109,10 +107,8 @@ def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     columns = list(dict.fromkeys(columns))
     try:
         match path.suffix.lower():
-            case ".csv":
-                batches = _read_csv(path, columns, ",")
-            case ".tsv":
-                batches = _read_csv(path, columns, "\t")
+            case ".csv" | ".tsv" as ending:
+                batches = _read_csv(path, columns, delimiter="," if ending == ".csv" else "\t")
             case ".jsonl":
                 batches = _read_jsonl(path, columns)
             case ".parquet":

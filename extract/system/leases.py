@@ -135,7 +135,11 @@ class Lease:
     def create(self) -> bool:
         """Create the file. Returns whether no other process had done so."""
         if is_remote(self.path):
-            return self._put()
+            # Object storage has no exclusive creation: the last of two writers gets the lease.
+            if self.file.exists():
+                return False
+            self.file.write_bytes(self.content)
+            return _read(self.file) == self.content
         temporary = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
         while True:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,13 +159,6 @@ class Lease:
                     temporary.unlink(missing_ok=True)
             return True
 
-    def _put(self) -> bool:
-        """Create the object. Object storage has no exclusive creation: the last of two writers gets the lease."""
-        if self.file.exists():
-            return False
-        self.file.write_bytes(self.content)
-        return _read(self.file) == self.content
-
     def _create_without_link(self) -> bool:
         try:
             with self.file.open("xb") as file:
@@ -177,12 +174,9 @@ class Lease:
                 if (content := _read(self.file)).startswith(self.content):
                     self.file.write_bytes(content + b".")
             return
-        with suppress(OSError):
-            file = os.open(self.file, os.O_WRONLY | os.O_APPEND)
-            try:
-                os.write(file, b".")
-            finally:
-                os.close(file)
+        with suppress(OSError), self.file.open("r+b", buffering=0) as file:  # unlike "ab", it creates no lost lease
+            file.seek(0, os.SEEK_END)
+            file.write(b".")
 
     def remove(self) -> None:
         """Remove the file after those of earlier generations, unless the lease is lost."""
@@ -223,13 +217,10 @@ class Leases:
         lease = Lease(path, 0 if newest is None else newest + 1)
         with self._lock:
             self._held.add(lease)  # before creating it, so that a signal in between leaves nothing behind
-        if not lease.create():
-            with self._lock:
-                self._held.discard(lease)
-            return None
+        created = lease.create()
         # An observer that slept after its look may come here long after another one has taken the lease over.
         stale = newest is not None and not Lease.file_of(path, newest).exists()
-        if stale or self._closed or Lease.newest(path) != lease.generation:
+        if not created or stale or self._closed or Lease.newest(path) != lease.generation:
             self.release(lease)
             return None
         with self._lock:
