@@ -54,7 +54,7 @@ class AnnotatedConfig(FilesConfig, SourceConfig):
         """
 
     @staticmethod
-    def numbered(image: str, texts: list[str], url: str = "") -> Sample:
+    def sample(image: str, texts: list[str], url: str = "") -> Sample:
         """Return a sample whose captions are named c0, c1, …. Empty ones are left out."""
         captions = {name: text for name, text in Source.numbered(texts).items() if text}
         return Sample(key=image, image=image, captions=captions, url=url)
@@ -88,7 +88,7 @@ class AnnotatedSource(FolderSource):
         return samples, classes
 
     @cached_property
-    def classes(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]  # read from the file when first used
         """The categories of the samples, if the file has any."""
         return self._annotations[1]
 
@@ -116,7 +116,7 @@ class CocoCaptionsConfig(AnnotatedConfig):
             texts[annotation["image_id"]].append(annotation["caption"].strip())
         images = sorted(content["images"], key=lambda each: each["id"])
         return [
-            self.numbered(image["file_name"], texts[image["id"]][: self.captions], image.get("coco_url", ""))
+            self.sample(image["file_name"], texts[image["id"]][: self.captions], image.get("coco_url", ""))
             for image in images
         ], ()
 
@@ -140,7 +140,7 @@ class KarpathyConfig(AnnotatedConfig):
             splits = ", ".join(sorted({image["split"] for image in images}))
             raise UserError(f"{path} has no split {self.split!r}. Its splits are {splits}.")
         return [
-            self.numbered(
+            self.sample(
                 (Path(image.get("filepath", "")) / image["filename"]).as_posix(),
                 [sentence["raw"].strip() for sentence in image["sentences"]],
             )
