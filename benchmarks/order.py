@@ -112,8 +112,8 @@ def write(path: Path, like: Pairs, images: Half, texts: Sequence[Half], chunk_ro
         chunk_rows=chunk_rows,
         quiet=True,
     )
-    arrays = [store.add_image(like.image.identity)]
-    arrays += [store.add_text(text.identity, name) for name, text in zip(like.captions, like.texts, strict=True)]
+    arrays = [store.add(like.image.identity)]
+    arrays += [store.add(text.identity, name) for name, text in zip(like.captions, like.texts, strict=True)]
     for array, features in zip(arrays, (images, *texts), strict=True):
         for shard in array.shards:
             span = slice(*array.span(shard))

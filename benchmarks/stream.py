@@ -250,7 +250,7 @@ def make(folder: Path, rows: int) -> None:
         modality: Literal["image", "text"] = "image" if name == "image" else "text"
         spec = EncoderSpec(f"noise-{modality}", modality, {}, "", {}, "none", "float32", dim)
         identity = Identity(spec, [1.0], {})
-        array = store.add_image(identity) if name == "image" else store.add_text(identity, name)
+        array = store.add(identity) if name == "image" else store.add(identity, name)
         plain = np.lib.format.open_memmap(folder / "plain" / f"{name}.npy", "w+", np.float16, (rows, dim))
         for shard in array.shards:
             start, stop = array.span(shard)

@@ -65,7 +65,7 @@ class ArrayTask:
             samples = store.samples(rows[0], rows[-1] + 1, captions=[])
             return encode_images([samples[row - rows[0]] for row in rows], source, encoder, threads, advance)
 
-        return cls(store.add_image(encoder.identity), encode)
+        return cls(store.add(encoder.identity), encode)
 
     @classmethod
     def for_caption(cls, store: Store, caption: str, encoder: TextEncoder) -> Self:
@@ -80,7 +80,7 @@ class ArrayTask:
             texts = store.index([column], rows[0], rows[-1] + 1)[column].to_pylist()
             return encode_texts([texts[row - rows[0]] for row in rows], encoder, advance)
 
-        return cls(store.add_text(encoder.identity, caption), encode)
+        return cls(store.add(encoder.identity, caption), encode)
 
 
 def encode_images(

@@ -224,13 +224,21 @@ class Store:
         found = {array.identity.spec.id: array.identity for array in arrays}
         return next(iter(found.values())) if len(found) == 1 else None
 
-    def add_image(self, identity: Identity) -> FeatureArray:
-        """Return the image array of an encoder, creating it if needed. Raises `UserError` if its node is another's."""
-        return self._add("image", identity, "")
+    def add(self, identity: Identity, caption: str = "") -> FeatureArray:
+        """Return the array of an image encoder, or of a text encoder for a caption, creating it if needed.
 
-    def add_text(self, identity: Identity, caption: str) -> FeatureArray:
-        """Return a caption's array of an encoder, creating it if needed. Raises `UserError` as `add_image`."""
-        return self._add("text", identity, caption)
+        Raises:
+            UserError: The store holds features of another encoder under the same name.
+        """
+        modality, encoder = identity.spec.modality, re.sub(r"[^\w.@+-]+", "-", identity.spec.id)  # hf:a/b@c → hf-a-b@c
+        path = "/".join(filter(None, (modality, encoder, caption)))
+        node, folder = self.path / modality / encoder, self.path / path
+        if not FeatureArray.exists(folder):
+            with self.leases.hold(f"{modality}/{encoder}/{ARRAY}", waiting=lambda: None):
+                if not FeatureArray.exists(folder):
+                    self._create_array(node, folder, identity)
+        identity.check_matches(self._identity(node), where=str(self.path))
+        return self._array(path)
 
     @property
     def digest(self) -> str:
@@ -282,17 +290,6 @@ class Store:
         asked = f"of encoder {encoder!r} " if encoder else ""
         existing = ", ".join(arrays) or "none"
         raise UserError(f"{self.path} has no single array of {what} {asked}(encoders: {existing}). Name one of them.")
-
-    def _add(self, modality: str, identity: Identity, caption: str) -> FeatureArray:
-        encoder = re.sub(r"[^\w.@+-]+", "-", identity.spec.id)  # hf:org/model@rev → hf-org-model@rev
-        path = "/".join(filter(None, (modality, encoder, caption)))
-        node, folder = self.path / modality / encoder, self.path / path
-        if not FeatureArray.exists(folder):
-            with self.leases.hold(f"{modality}/{encoder}/{ARRAY}", waiting=lambda: None):
-                if not FeatureArray.exists(folder):
-                    self._create_array(node, folder, identity)
-        identity.check_matches(self._identity(node), where=str(self.path))
-        return self._array(path)
 
     def _create_array(self, node: Path, folder: Path, identity: Identity) -> None:
         """Create an array in an order that can be resumed after any step."""

@@ -67,9 +67,9 @@ def make_store(tmp_path):
                 span = slice(*array.span(shard))
                 array.write(shard, features[span], status[span])
 
-        fill(store.add_image(image or identity("image", dim=IMAGE_DIM)), bad, 0)
+        fill(store.add(image or identity("image", dim=IMAGE_DIM)), bad, 0)
         for number, (caption, missing) in enumerate(captions.items(), start=1):
-            fill(store.add_text(text or identity("text", dim=TEXT_DIM), caption), missing, number)
+            fill(store.add(text or identity("text", dim=TEXT_DIM), caption), missing, number)
         return store.path
 
     return make

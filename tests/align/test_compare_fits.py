@@ -184,7 +184,7 @@ def second_image_encoder(path, noise):
     """Add an encoder with the same features and much noise."""
     store = Store.open(path)
     same = identity("image", dim=12)
-    array = store.add_image(replace(same, spec=replace(same.spec, id="noisy")))
+    array = store.add(replace(same, spec=replace(same.spec, id="noisy")))
     features, status = store.image("fake-image").read()
     features = features + (noise * np.random.default_rng(5).normal(size=features.shape)).astype(np.float16)
     for shard in array.shards:

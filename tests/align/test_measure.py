@@ -58,7 +58,7 @@ def test_each_image_encoder_is_measured_with_each_caption(make_store):
     path = make_store("photos", captions={"raw": (), "long": ()})
     store = Store.open(path)
     same = identity("image", dim=12)
-    array = store.add_image(replace(same, spec=replace(same.spec, id="other-image")))
+    array = store.add(replace(same, spec=replace(same.spec, id="other-image")))
     features, status = store.image("fake-image").read()
     for shard in array.shards:
         span = slice(*array.span(shard))

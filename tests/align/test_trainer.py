@@ -213,7 +213,7 @@ def test_process_whose_run_was_taken_over_stops_writing(make_store, tmp_path, mo
 def test_other_encoders_start_another_run(make_store, tmp_path):
     path = make_store()
     store = Store.open(path)
-    other = store.add_image(replace(identity("image", dim=12), spec=replace(identity("image", dim=12).spec, id="b")))
+    other = store.add(replace(identity("image", dim=12), spec=replace(identity("image", dim=12).spec, id="b")))
     for shard in other.shards:
         other.write(shard, *store.image("fake-image").read(*other.span(shard)))
     names = {}
@@ -295,7 +295,7 @@ def test_run_resumes_after_arrays_were_added_to_its_store(make_store, tmp_path):
     assert plan.record()["store_digests"] == [Store.open(path).digest]
     before = Store.open(path).digest
     same = identity("image", dim=12)
-    second = Store.open(path).add_image(replace(same, spec=replace(same.spec, id="second")))
+    second = Store.open(path).add(replace(same, spec=replace(same.spec, id="second")))
     for shard in second.shards:
         first, stop = second.span(shard)
         second.write(shard, np.zeros((stop - first, 12), np.float16), np.zeros(stop - first, np.uint8))

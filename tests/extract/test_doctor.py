@@ -43,8 +43,8 @@ def make(path, image_ND, text_ND, *, missing=()):
     rows = len(image_ND)
     samples = [Sample(f"{i}", "", {"raw": "…"}) for i in range(rows)]
     store = Store.create(path, dataset="set", manifest={}, parts=[Part.of(samples)], captions=["raw"])
-    write(store.add_image(identity("image", dim=image_ND.shape[1])), image_ND, missing)
-    write(store.add_text(identity("text", dim=text_ND.shape[1]), "raw"), text_ND)
+    write(store.add(identity("image", dim=image_ND.shape[1])), image_ND, missing)
+    write(store.add(identity("text", dim=text_ND.shape[1]), "raw"), text_ND)
     return store
 
 

@@ -18,8 +18,8 @@ def store(tmp_path) -> Store:
     samples = [Sample(f"key {i}", f"{i}.jpg", {"raw": "…"}, url=f"https://example.org/{i}") for i in range(1_000)]
     store = Store.create(tmp_path / "s.zarr", dataset="s", manifest={}, parts=[Part.of(samples)], captions=["raw"])
     bad = {3: Status.MISSING, 255: Status.TOO_LARGE, 999: Status.UNDECODABLE}
-    write(store.add_image(identity("image")), bad, [0, 1, 2, 3])
-    write(store.add_text(identity("text"), "raw"), dict.fromkeys(range(300, 330), Status.MISSING), [1, 2, 3])
+    write(store.add(identity("image")), bad, [0, 1, 2, 3])
+    write(store.add(identity("text"), "raw"), dict.fromkeys(range(300, 330), Status.MISSING), [1, 2, 3])
     return store
 
 

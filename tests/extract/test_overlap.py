@@ -18,7 +18,7 @@ DIM = 16
 def make(path, features_ND, *, missing=(), name="train", key="{}", commit=True, **changes):
     samples = [Sample(key.format(i), "") for i in range(len(features_ND))]
     store = Store.create(path / f"{name}.zarr", dataset=name, manifest={}, parts=[Part.of(samples)], captions=[])
-    array = store.add_image(identity("image", dim=DIM, **changes))
+    array = store.add(identity("image", dim=DIM, **changes))
     status = np.zeros(len(features_ND), dtype=np.uint8)
     features_ND = features_ND.astype(np.float16)
     features_ND[list(missing)], status[list(missing)] = np.nan, Status.MISSING

@@ -40,7 +40,7 @@ def fill(array, seed=0):
 
 
 def test_read_returns_written_rows_for_any_span(store):
-    features, status = fill(store.add_image(identity("image")))
+    features, status = fill(store.add(identity("image")))
     array = Store.open(store.path).image()
     assert array.complete
     for start, stop in [(0, ROWS), (3, 700), (255, 257), (999, 1_000)]:
@@ -51,7 +51,7 @@ def test_read_returns_written_rows_for_any_span(store):
 
 
 def test_features_are_raw_float16_chunks_at_sequential_offsets(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     features, _ = fill(array)
     shard = (store.path / "image/fake-image/features/c/1/0").read_bytes()
     chunk = features[256:512].astype("<f2").tobytes()
@@ -69,7 +69,7 @@ def test_samples_are_read_back_from_the_index(store):
 
 
 def test_shard_without_marker_is_ignored(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     fill(array)
     (store.path / "commits/image/fake-image/00001.json").unlink()
     features, status = Store.open(store.path).image().read(200, 600)
@@ -81,14 +81,14 @@ def test_shard_without_marker_is_ignored(store):
 
 
 def test_marker_of_another_fingerprint_is_ignored(store):
-    fill(store.add_image(identity("image")))
+    fill(store.add(identity("image")))
     marker = store.path / "commits/image/fake-image/00000.json"
     marker.write_text(marker.read_text().replace(identity("image").spec.fingerprint, "0" * 64))
     assert 0 not in Store.open(store.path).image().markers
 
 
 def test_write_removes_leftovers_of_a_killed_writer(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     features, status = fill(array)
     folder = store.path / "image/fake-image/features/c/3"
     whole = (folder / "0").read_bytes()
@@ -106,7 +106,7 @@ def test_verify_finds_any_flipped_byte_and_names_its_shard(tmp_path_factory, dat
     samples = [Sample(f"{i}", "") for i in range(600)]
     path = tmp_path_factory.mktemp("flip") / "s.zarr"
     store = Store.create(path, dataset="set", manifest={}, parts=[Part.of(samples)], captions=[])
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     for shard in array.shards:
         start, stop = array.span(shard)
         array.write(shard, np.ones((stop - start, 4), dtype=np.float16), np.zeros(stop - start, dtype=np.uint8))
@@ -122,7 +122,7 @@ def test_verify_finds_any_flipped_byte_and_names_its_shard(tmp_path_factory, dat
 
 
 def test_verify_accepts_an_intact_store_and_discards_damage(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     fill(array)
     assert not [text for text, is_damage in verify_store(store.path) if is_damage]
     (store.path / "image/fake-image/features/c/2/0").write_bytes(b"")
@@ -131,7 +131,7 @@ def test_verify_accepts_an_intact_store_and_discards_damage(store):
 
 
 def test_verify_continues_after_an_unreadable_file(store):
-    fill(store.add_image(identity("image")))
+    fill(store.add(identity("image")))
     shards = store.path / "image/fake-image/features/c"
     for shard in (0, 2):  # stands for a bad sector
         (shards / f"{shard}/0").unlink()
@@ -143,8 +143,8 @@ def test_verify_continues_after_an_unreadable_file(store):
 
 
 def test_verify_finds_a_missing_array_and_a_changed_count(store):
-    fill(store.add_image(identity("image")))
-    fill(store.add_text(identity("text"), "raw"))
+    fill(store.add(identity("image")))
+    fill(store.add(identity("text"), "raw"))
     shutil.rmtree(store.path / "text")
     marker = store.path / "commits/image/fake-image/00001.json"
     marker.write_text(marker.read_text().replace('"ok":256', '"ok":156'))
@@ -153,7 +153,7 @@ def test_verify_finds_a_missing_array_and_a_changed_count(store):
 
 
 def test_damaged_identity_is_rejected(store):
-    fill(store.add_image(identity("image")))
+    fill(store.add(identity("image")))
     node = store.path / "image/fake-image/zarr.json"
     node.write_text(node.read_text().replace('"pooling":"mean"', '"pooling":"lean"'))
     with pytest.raises(UserError, match=r"image/fake-image/zarr\.json is damaged"):
@@ -161,7 +161,7 @@ def test_damaged_identity_is_rejected(store):
 
 
 def test_write_rejects_a_shard_of_another_size(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     with pytest.raises(ValueError, match="shard 0 has shape"):
         array.write(0, np.ones((1, 4), dtype=np.float16), np.zeros(256, dtype=np.uint8))
 
@@ -173,7 +173,7 @@ def test_verify_finds_a_changed_index(store):
 
 
 def test_digest_depends_on_content_only(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     fill(array, seed=1)
     first = store.digest
     fill(array, seed=2)
@@ -183,10 +183,10 @@ def test_digest_depends_on_content_only(store):
 
 
 def test_adding_a_caption_changes_no_other_file(store):
-    fill(store.add_image(identity("image")))
-    fill(store.add_text(identity("text"), "raw"))
+    fill(store.add(identity("image")))
+    fill(store.add(identity("text"), "raw"))
     before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
-    fill(store.add_text(identity("text"), "long"))
+    fill(store.add(identity("text"), "long"))
     assert all(path.read_bytes() == content for path, content in before.items())
     assert [array.path for array in store.arrays()] == ["image/fake-image", "text/fake-text/raw", "text/fake-text/long"]
 
@@ -196,9 +196,9 @@ def test_adding_a_caption_changes_no_other_file(store):
     [({"pooling": "cls"}, "made with pooling 'mean', got 'cls'"), ({"golden": -1.0}, "fixed input")],
 )
 def test_another_encoder_of_the_same_name_is_rejected(store, changes, message):
-    store.add_image(identity("image"))
+    store.add(identity("image"))
     with pytest.raises(UserError, match=message):
-        store.add_image(identity("image", **changes))
+        store.add(identity("image", **changes))
 
 
 @pytest.mark.parametrize(("keys", "message"), [("aba", "'a' occurs more than once"), ("", "'set' has no samples")])
@@ -225,7 +225,7 @@ def test_folder_of_something_else_is_neither_opened_nor_overwritten(tmp_path):
 
 
 def test_write_does_not_recreate_a_missing_store(store):
-    array = store.add_image(identity("image"))
+    array = store.add(identity("image"))
     store.path.rename(store.path.with_name("elsewhere"))
     with pytest.raises(FileNotFoundError):
         array.write(0, np.ones((256, 4), dtype=np.float16), np.zeros(256, dtype=np.uint8))
@@ -267,4 +267,4 @@ def test_shard_rows_grow_with_the_data_set(tmp_path):
 def test_encoder_id_becomes_a_folder_name(store):
     other = identity("image")
     spec = replace(other.spec, id="hf:facebook/dinov2-base@abc.cls+mean")
-    assert store.add_image(replace(other, spec=spec)).path == "image/hf-facebook-dinov2-base@abc.cls+mean"
+    assert store.add(replace(other, spec=spec)).path == "image/hf-facebook-dinov2-base@abc.cls+mean"
