@@ -135,12 +135,12 @@ def run(
     _report_run(Store.open(path), results, all_shards=worker == "1/1")
 
 
-def _check_options(retry: str | None, workers: str, add_captions: str | None, of_images: str | None) -> None:
+def _check_options(retry: str | None, workers: str, add_captions: str | None, conflicting: str | None) -> None:
     if retry not in (None, "failed"):
         raise UserError(f"--retry {retry!r} is invalid: expected failed.")
     if retry and workers not in ("auto", "1"):
         raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
-    if add_captions and (of_images or retry):
+    if add_captions and (conflicting or retry):
         raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
 
 

@@ -118,7 +118,7 @@ class Source(ABC):
     classes: tuple[str, ...] = ()
     """The names of the classes. Label i and mask value i stand for `classes[i]`."""
     caption_origins: str | Collection[str] = ()
-    """The names of the captions, such as a mapping from them to columns. A single column has captions c0, c1, …."""
+    """The names of the captions, or a mapping from them. A string is the one origin of numbered captions: c0, c1, …."""
     recaptions: CaptionTables | None = None
     """Tables whose captions are joined to the samples in the index of a store."""
 

@@ -79,18 +79,19 @@ class Worker:
             UserError: The disk is full, or encoding failed for a reason that concerns all shards.
         """
         pause = POLL
-        try:
-            with report_write_errors(self.store.path, during_run=True), ThreadPoolExecutor(1, "write") as writer:
-                while pending := self.pending():
-                    if self._try_each(pending, writer):
-                        pause = POLL
-                    else:
-                        self.send(Event("waiting", len(pending)))
-                        time.sleep(pause)
-                        pause = min(2 * pause, LONGEST_PAUSE)
-        finally:
-            self._end()
-        self.store.tidy()
+        with report_write_errors(self.store.path, during_run=True):
+            try:
+                with ThreadPoolExecutor(1, "write") as writer:
+                    while pending := self.pending():
+                        if self._try_each(pending, writer):
+                            pause = POLL
+                        else:
+                            self.send(Event("waiting", len(pending)))
+                            time.sleep(pause)
+                            pause = min(2 * pause, LONGEST_PAUSE)
+            finally:
+                self._end()
+            self.store.tidy()
         for failure in self.failures.values():
             raise failure
 

@@ -140,7 +140,7 @@ def test_imagenet_folders_and_variants(world, monkeypatch):
     """WordNet ids, some of them as in ImageNet-A and -R, and numbers as in ImageNet-V2, which sort in another order."""
     names = ["grey"] * 1000
     names[0], names[2], names[10] = "red", "green", "blue"  # tench, great white shark, brambling
-    monkeypatch.setattr("sail_align.extract.sources.class_names.class_names", lambda _: names)
+    monkeypatch.setattr("sail_align.extract.sources.class_folder.class_names", lambda _: names)
     source = {"kind": "class-folder", "classes": "open_clip:imagenet"}
     task = {"kind": "classification", "templates": "open_clip:imagenet-80"}
     for name, folders in (("imagenet-a", ["n01440764", "n01484850", "n01530575"]), ("imagenet-v2", ["0", "2", "10"])):
@@ -157,7 +157,7 @@ def test_imagenet_folders_and_variants(world, monkeypatch):
 
 
 def test_published_names_may_repeat(world, monkeypatch):
-    monkeypatch.setattr("sail_align.extract.sources.class_names.class_names", lambda _: ["red", "red", "green"])
+    monkeypatch.setattr("sail_align.extract.sources.class_folder.class_names", lambda _: ["red", "red", "green"])
     for folder, colour in (("n01", "red"), ("n02", "red"), ("n03", "green")):
         (world.folder / "val" / folder).mkdir(parents=True)
         square(colour).save(world.folder / "val" / folder / "x.JPEG")
