@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sail_align.align.stats.bootstrap import Statistic, bootstrap, interval, weighted_mean
+from sail_align.align.stats.bootstrap import Statistic, weighted_mean
 
 Outcomes = Mapping[str, NDArray[Any]]
 """Arrays by name with one entry per item (hits, ranks …). They are saved with the scores, to compare runs."""
@@ -54,18 +54,6 @@ class Score:
     chance: float
     interval: tuple[float, float]
     unit: Unit = "%"
-
-
-def compute_scores(metrics: Sequence[Metric], items: int) -> tuple[Score, ...]:
-    """Return the scores over all items. Their intervals share the bootstrap draws."""
-    values_RM = bootstrap([metric.compute for metric in metrics], items)
-    once_N = np.ones(items)
-    scores = []
-    for metric, values_R in zip(metrics, values_RM.T, strict=True):
-        low, high = interval(values_R * metric.scale)
-        value, chance = metric.compute(once_N) * metric.scale, metric.chance * metric.scale
-        scores.append(Score(metric.name, metric.label, value, chance, (low, high), metric.unit))
-    return tuple(scores)
 
 
 @dataclass(frozen=True)

@@ -28,43 +28,42 @@ LABELS = {
 }
 
 
-def evaluate(data: "EvaluationSet") -> Result:
-    """Return the contribution of each row to mutual k-NN and CKA, of raw and of aligned features."""
-    texts = data.texts()
-    with_caption_N, first_N = np.unique(texts.rows, return_index=True)
-    if len(with_caption_N) < MIN_ROWS:
-        raise TooSmallError(
-            f"{data.manifest.name} has {len(with_caption_N)} images with a caption. Representation needs {MIN_ROWS}."
-        )
-    k = min(K, (len(with_caption_N) - 1) // 2)
-    chosen = np.linspace(0, len(with_caption_N) - 1, min(MAX_ROWS, len(with_caption_N))).astype(int)
-    images, captions = with_caption_N[chosen], first_N[chosen]
-    outcomes = {"k": np.array([k])}
-    for which, image_ND, text_ND in (
-        ("raw", data.image_features()[images], texts.features[captions]),
-        ("aligned", data.images()[images], texts.embeddings[captions]),
-    ):
-        outcomes[f"knn_{which}"] = mutual_knn(image_ND, text_ND, k)
-        outcomes[f"cka_{which}"] = cka_by_row(unit_rows(image_ND), unit_rows(text_ND))
-    return Result(len(images), outcomes, details={"k": k})
+class Representation(EvaluationTask):
+    """The neighbourhoods of images, compared with those of their captions."""
+
+    def evaluate(self, data: "EvaluationSet") -> Result:
+        """Return the contribution of each row to mutual k-NN and CKA, of raw and of aligned features."""
+        texts = data.texts()
+        with_caption_N, first_N = np.unique(texts.rows, return_index=True)
+        if len(with_caption_N) < MIN_ROWS:
+            name, rows = data.manifest.name, len(with_caption_N)
+            raise TooSmallError(f"{name} has {rows} images with a caption. Representation needs {MIN_ROWS}.")
+        k = min(K, (len(with_caption_N) - 1) // 2)
+        chosen = np.linspace(0, len(with_caption_N) - 1, min(MAX_ROWS, len(with_caption_N))).astype(int)
+        images, captions = with_caption_N[chosen], first_N[chosen]
+        outcomes = {"k": np.array([k])}
+        for which, image_ND, text_ND in (
+            ("raw", data.image_features()[images], texts.features[captions]),
+            ("aligned", data.images()[images], texts.embeddings[captions]),
+        ):
+            outcomes[f"knn_{which}"] = mutual_knn(image_ND, text_ND, k)
+            outcomes[f"cka_{which}"] = cka_by_row(unit_rows(image_ND), unit_rows(text_ND))
+        return Result(len(images), outcomes, details={"k": k})
+
+    def metrics(self, outcomes: Outcomes) -> tuple[Metric, ...]:
+        """Return the metrics of each row's contributions (N,) and `k`."""
+        (k,) = outcomes["k"].tolist()
+        chance = {"knn": k / (len(outcomes["knn_raw"]) - 1), "cka": 0.0}
+        return tuple(Metric.mean(name, label, chance[name[:3]], outcomes[name]) for name, label in LABELS.items())
 
 
-def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
-    """Return the metrics of each row's contributions (N,) and `k`."""
-    (k,) = outcomes["k"].tolist()
-    chance = {"knn": k / (len(outcomes["knn_raw"]) - 1), "cka": 0.0}
-    return tuple(Metric.mean(name, label, chance[name[:3]], outcomes[name]) for name, label in LABELS.items())
-
-
-TASK = EvaluationTask(
+TASK = Representation(
     kind="representation",
     summary="Mutual k-NN and CKA of a retrieval set, before and after the heads.",
     title="Images and captions as spaces",
     how_to_read="The share of an image's neighbourhood that its caption has too, before and after the heads.",
     protocol="representation/first-caption@1",
     needs=frozenset({"captions"}),
-    evaluate=evaluate,
-    metrics=metrics,
     headlines=("knn_aligned", "cka_aligned"),
     diagnostic=True,
     also_scores=("retrieval",),

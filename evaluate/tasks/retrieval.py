@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 from sail_align.align.stats.bootstrap import Statistic, weighted_mean
 from sail_align.align.stats.metrics import Ranks, ranks
 from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result, pick_examples
-from sail_align.evaluate.tasks.metrics import (
-    chance_mean_rank,
-    chance_median_rank,
-    chance_recall,
-    ranking,
-    weighted_median,
-)
+from sail_align.evaluate.tasks.metrics import chance_ranks, ranking
 from sail_align.evaluate.tasks.task import EvaluationTask
 
 if TYPE_CHECKING:
@@ -32,36 +26,36 @@ SHOWN = 5
 Drawn = NDArray[np.float64]
 
 
-def evaluate(data: "EvaluationSet") -> Result:
-    """Return the ranks of images and captions."""
-    images_NE, texts = data.images(), data.texts()
-    image_ranks_N, text_ranks_M = ranks(images_NE, texts.embeddings, texts.rows, data.encoders.device)
-    outcomes = {"image_rank": image_ranks_N, "text_rank": text_ranks_M, "owner": texts.rows}
-    examples = [
-        _example(data, texts.texts[text], images_NE @ texts.embeddings[text], int(texts.rows[text]))
-        for text in pick_examples(text_ranks_M == 0, each=4)
-    ]
-    return Result(len(images_NE), outcomes, examples, {"captions": len(texts.rows)})
+class Retrieval(EvaluationTask):
+    """The images of each caption, and the captions of each image."""
 
+    def evaluate(self, data: "EvaluationSet") -> Result:
+        """Return the ranks of images and captions."""
+        images_NE, texts = data.images(), data.texts()
+        image_ranks_N, text_ranks_M = ranks(images_NE, texts.embeddings, texts.rows, data.encoders.device)
+        outcomes = {"image_rank": image_ranks_N, "text_rank": text_ranks_M, "owner": texts.rows}
+        examples = [
+            _example(data, texts.texts[text], images_NE @ texts.embeddings[text], int(texts.rows[text]))
+            for text in pick_examples(text_ranks_M == 0, each=4)
+        ]
+        return Result(len(images_NE), outcomes, examples, {"captions": len(texts.rows)})
 
-def metrics(outcomes: Outcomes) -> tuple[Metric, ...]:
-    """Return the metrics of ranks from 0 and the image that owns each caption, `owner` (M,).
+    def metrics(self, outcomes: Outcomes) -> tuple[Metric, ...]:
+        """Return the metrics of ranks from 0 and the image that owns each caption, `owner` (M,).
 
-    `image_rank` (N,) is the rank of each image's best caption, `text_rank` (M,) that of each caption's image. An image
-    without a caption can be found, but is no query. Intervals resample images, each with all its captions, because the
-    captions of one image are not independent.
-    """
-    image_ranks_N, text_ranks_M, owner_M = (outcomes[name] for name in ("image_rank", "text_rank", "owner"))
-    images, captions = len(image_ranks_N), len(owner_M)
-    captions_N = np.bincount(owner_M, minlength=images)
-    is_query_N = captions_N > 0
-    one_M = np.ones(captions, dtype=np.int64)
-    return (
-        *_one_way("t2i", "text→image", text_ranks_M, lambda drawn_N: drawn_N[owner_M], images, one_M),
-        *_one_way(
-            "i2t", "image→text", image_ranks_N, lambda drawn_N: drawn_N * is_query_N, captions, captions_N[is_query_N]
-        ),
-    )
+        `image_rank` (N,) is the rank of each image's best caption, `text_rank` (M,) that of each caption's image. An
+        image without a caption can be found, but is no query. Intervals resample images, each with all its captions,
+        because the captions of one image are not independent.
+        """
+        image_ranks_N, text_ranks_M, owner_M = (outcomes[name] for name in ("image_rank", "text_rank", "owner"))
+        images, captions = len(image_ranks_N), len(owner_M)
+        captions_N = np.bincount(owner_M, minlength=images)
+        is_query_N = captions_N > 0
+        one_M, captions_Q = np.ones(captions, dtype=np.int64), captions_N[is_query_N]
+        return (
+            *_one_way("t2i", "text→image", text_ranks_M, lambda drawn_N: drawn_N[owner_M], images, one_M),
+            *_one_way("i2t", "image→text", image_ranks_N, lambda drawn_N: drawn_N * is_query_N, captions, captions_Q),
+        )
 
 
 def _one_way(
@@ -73,20 +67,24 @@ def _one_way(
     positives: NDArray[np.integer],
 ) -> Iterator[Metric]:
     """Yield recall and ranks of queries. `query_weights` maps how often images are drawn, (N,), to queries, (Q,)."""
+    chance_recalls, chance_median, chance_mean = chance_ranks(items, positives, KS)
+    order_Q, from_1_Q = np.argsort(ranks_Q), ranks_Q + 1.0
 
     def mean(values_Q: NDArray[np.floating]) -> Statistic:
         return lambda drawn_N: weighted_mean(values_Q, query_weights(drawn_N))
 
     def median(drawn_N: Drawn) -> float:
-        return weighted_median(from_1_Q, query_weights(drawn_N), order_Q)
+        upto_Q = np.cumsum(query_weights(drawn_N)[order_Q])
+        if not upto_Q[-1]:
+            return float("nan")
+        middle = (upto_Q[-1] + 1) / 2  # between two ranks if their number is even
+        places = np.searchsorted(upto_Q, [np.floor(middle), np.ceil(middle)])
+        return float(from_1_Q[order_Q[places]].mean())
 
-    for k in KS:
-        hits_Q = (ranks_Q < k).astype(np.float64)
-        yield Metric(f"{way}_r{k}", f"{label} R@{k}", chance_recall(items, positives, k), mean(hits_Q))
-    order_Q = np.argsort(ranks_Q)
-    from_1_Q = ranks_Q + 1.0
-    yield Metric(f"{way}_median_rank", f"{label} median rank", chance_median_rank(items, positives), median, "rank")
-    yield Metric(f"{way}_mean_rank", f"{label} mean rank", chance_mean_rank(items, positives), mean(from_1_Q), "rank")
+    for k, chance in zip(KS, chance_recalls, strict=True):
+        yield Metric(f"{way}_r{k}", f"{label} R@{k}", chance, mean((ranks_Q < k).astype(np.float64)))
+    yield Metric(f"{way}_median_rank", f"{label} median rank", chance_median, median, "rank")
+    yield Metric(f"{way}_mean_rank", f"{label} mean rank", chance_mean, mean(from_1_Q), "rank")
 
 
 def _example(data: "EvaluationSet", query: str, scores_N: "Embeddings", owner: int) -> Example:
@@ -105,14 +103,12 @@ def _example(data: "EvaluationSet", query: str, scores_N: "Embeddings", owner: i
     return Example(query, place == 1, pictures, missed)
 
 
-TASK = EvaluationTask(
+TASK = Retrieval(
     kind="retrieval",
     summary="Retrieval between images and captions. Recall@1, 5 and 10 and ranks, both ways.",
     title="Retrieval, text to image",
     how_to_read="The five images closest to a caption, best first, with their cosine. The right image is framed.",
     protocol="retrieval/any-positive@1",
     needs=frozenset({"captions"}),
-    evaluate=evaluate,
-    metrics=metrics,
     headlines=("i2t_r1", "t2i_r1"),
 )

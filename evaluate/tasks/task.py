@@ -2,14 +2,18 @@
 
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sail_align.evaluate.results.metric import Metric, Outcomes, Result, compute_scores
+import numpy as np
+
+from sail_align.align.stats.bootstrap import bootstrap, interval
+from sail_align.evaluate.results.metric import Metric, Outcomes, Result, Score
 from sail_align.extract.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the commands derive from the declarations, and `--help` does not wait for torch
@@ -32,10 +36,10 @@ class TooSmallError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationTask:
+class EvaluationTask(ABC):
     """One kind of evaluation: its protocol, its metrics, and how the report shows it.
 
-    The command, the tables and the section of the report derive from this declaration. It is read before torch is
+    The command, the tables and the section of the report derive from the attributes. They are read before torch is
     imported, so `evaluate` imports what needs torch.
 
     Attributes:
@@ -45,14 +49,11 @@ class EvaluationTask:
         how_to_read: Explanation of the examples in that section.
         protocol: Name of the rules, with a version that is raised whenever they would give other numbers.
         needs: Data that a set must have. In "pairs", rows 2k and 2k + 1 belong together.
-        evaluate: Returns the outcomes and examples of one set.
-        metrics: Returns the metrics of the outcomes. It is also called for outcomes read from disk, to compare runs.
         headlines: Names of the metrics that papers put into their tables.
         gallery: Width of the examples in the report.
         diagnostic: Whether the task describes the embeddings rather than a use of them. It has no examples then and is
             left out of the radar chart.
         variants: Other protocols by name, each as the fields of the manifest's `task` that it changes.
-        protocol_parts: Returns what decides the numbers besides the rules, the class names, prompts and captions.
         also_scores: Other kinds of task whose sets this task can score.
     """
 
@@ -62,14 +63,23 @@ class EvaluationTask:
     how_to_read: str
     protocol: str
     needs: frozenset[Data]
-    evaluate: Callable[["EvaluationSet"], Result]
-    metrics: Callable[[Outcomes], Sequence[Metric]]
     headlines: tuple[str, ...]
     gallery: Literal["narrow", "middle", "wide"] = "wide"
     diagnostic: bool = False
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    protocol_parts: Callable[["TaskSettings"], Sequence[str]] = lambda settings: ()
     also_scores: tuple[str, ...] = ()
+
+    @abstractmethod
+    def evaluate(self, data: "EvaluationSet") -> Result:
+        """Return the outcomes and examples of one set."""
+
+    @abstractmethod
+    def metrics(self, outcomes: Outcomes) -> Sequence[Metric]:
+        """Return the metrics of the outcomes, which may have been read from disk to compare runs."""
+
+    def protocol_parts(self, settings: "TaskSettings") -> Sequence[str]:
+        """Return what decides the numbers besides the rules, the class names, prompts and captions."""
+        return ()
 
     def score(self, data: "EvaluationSet") -> Result:
         """Evaluate a set and compute its scores.
@@ -79,7 +89,18 @@ class EvaluationTask:
         """
         self._require_data(data)
         result = self.evaluate(data)
-        return replace(result, scores=compute_scores(self.metrics(result.outcomes), result.items))
+        return replace(result, scores=self.compute_scores(result.outcomes, result.items))
+
+    def compute_scores(self, outcomes: Outcomes, items: int) -> tuple[Score, ...]:
+        """Return the scores over all items. Their intervals share the bootstrap draws."""
+        metrics = self.metrics(outcomes)
+        values_RM = bootstrap([metric.compute for metric in metrics], items)
+        scores = []
+        for metric, values_R in zip(metrics, values_RM.T, strict=True):
+            value, chance = metric.compute(np.ones(items)) * metric.scale, metric.chance * metric.scale
+            bounds = interval(values_R * metric.scale)
+            scores.append(Score(metric.name, metric.label, value, chance, bounds, metric.unit))
+        return tuple(scores)
 
     def check_manifest(self, manifest: "Manifest") -> None:
         """Raise `UserError` if a manifest has fields or variants that this task would ignore."""

@@ -16,7 +16,7 @@ from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.formats import difference_table
 from sail_align.evaluate.results.metric import Metric
 from sail_align.evaluate.results.scores import RunScores
-from sail_align.evaluate.tasks.retrieval import metrics as retrieval_metrics
+from sail_align.evaluate.tasks import retrieval
 from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
@@ -42,7 +42,7 @@ def test_paired_interval_equals_a_loop_over_the_same_draws():
 def test_draws_without_a_value_do_not_lower_p():
     """Of three images one has a caption: three draws of ten ask nothing, and say nothing of which run is ahead."""
     first, second = (
-        retrieval_metrics(
+        retrieval.TASK.metrics(
             {"image_rank": np.array([rank, 1, 1]), "text_rank": np.array([rank]), "owner": np.array([0])}
         )[:1]
         for rank in (0, 1)

@@ -9,20 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sail_align.align.stats.bootstrap import bootstrap, interval, weighted_mean
-from sail_align.evaluate.tasks.metrics import (
-    chance_mean_iou,
-    chance_mean_rank,
-    chance_median_rank,
-    chance_recall,
-    confusion_matrix,
-    iou_per_class,
-    mean_iou,
-    mean_per_class,
-    pair_hits,
-    ranking,
-    top_k_hits,
-    weighted_median,
-)
+from sail_align.evaluate.tasks import classification, retrieval, segmentation, winoground
+from sail_align.evaluate.tasks.metrics import chance_ranks, count_pixels, iou_per_class, ranking, top_k_hits
+from sail_align.evaluate.tasks.pairs import CHANCE
 from sail_align.extract.data import IGNORED
 
 SCORES = np.array(
@@ -34,6 +23,17 @@ SCORES = np.array(
     ]
 )
 LABELS = np.array([0, 0, 1, 3])
+
+
+def metric_of(task, outcomes, name):
+    (metric,) = (metric for metric in task.metrics(outcomes) if metric.name == name)
+    return metric
+
+
+def mean_per_class(hits, labels, drawn=None):
+    outcomes = {"top1": hits, "top5": hits, "label": labels, "classes": np.array([labels.max() + 1])}
+    metric = metric_of(classification.TASK, outcomes, "mean_per_class")
+    return metric.compute(np.ones(len(hits)) if drawn is None else drawn)
 
 
 @pytest.mark.parametrize(
@@ -83,37 +83,32 @@ def test_mean_per_class_with_weights_equals_repeated_rows():
 )
 def test_pair_hits_on_hand_made_scores(scores, text, image):
     """scores[caption][image]"""
-    assert [bool(hit[0]) for hit in pair_hits(np.array([scores]))] == [text, image, text and image]
+    found = {name: bool(hit[0]) for name, hit in winoground.TASK.hits(np.array([scores])).items()}
+    assert found == {"text": text, "image": image, "group": text and image}
 
 
 def test_pair_chance_is_exact():
-    from sail_align.evaluate.tasks.winoground import CHANCE
-
     orders = np.array(list(permutations(range(4))), dtype=float).reshape(-1, 2, 2)
-    text, image, group = pair_hits(orders)
-    assert {"text": text.mean(), "image": image.mean(), "group": group.mean()} == CHANCE
+    assert {name: hits.mean() for name, hits in winoground.TASK.hits(orders).items()} == CHANCE
 
 
-def test_confusion_matrix_equals_a_loop_over_pixels():
+def test_pixel_counts_equal_a_loop_over_pixels():
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 4, (13, 17)).astype(np.uint8)
     truth[generator.random(truth.shape) < 0.2] = IGNORED
     predicted = generator.integers(0, 4, truth.shape)
-    expected = np.zeros((4, 4), dtype=np.int64)
+    expected = np.zeros((3, 4), dtype=np.int64)
     for y in range(truth.shape[0]):
         for x in range(truth.shape[1]):
             if truth[y, x] != 255:
-                expected[truth[y, x], predicted[y, x]] += 1
-    assert (confusion_matrix(truth, predicted, 4) == expected).all()
-
-
-def test_confusion_matrix_rejects_an_unknown_class():
-    with pytest.raises(ValueError, match="mask value 7, expected one of 3 classes"):
-        confusion_matrix(np.array([[0, 7]], dtype=np.uint8), np.zeros((1, 2), dtype=int), 3)
+                expected[0, truth[y, x]] += truth[y, x] == predicted[y, x]
+                expected[1, truth[y, x]] += 1
+                expected[2, predicted[y, x]] += 1
+    assert (count_pixels(truth, predicted, 4) == expected).all()
 
 
 def test_ignored_pixels_are_not_counted():
-    assert confusion_matrix(np.full((2, 2), IGNORED, dtype=np.uint8), np.zeros((2, 2), dtype=int), 3).sum() == 0
+    assert count_pixels(np.full((2, 2), IGNORED, dtype=np.uint8), np.zeros((2, 2), dtype=int), 3).sum() == 0
 
 
 def test_iou_by_hand():
@@ -122,26 +117,30 @@ def test_iou_by_hand():
     iou = iou_per_class(hits, truth, predicted)
     assert iou[:3].tolist() == [3 / 4, 2 / 4, 0.0]
     assert math.isnan(iou[3])
-    assert mean_iou(hits, truth, predicted) == pytest.approx((3 / 4 + 2 / 4) / 2)
+    outcomes = {"hits": hits[None], "truth": truth[None], "predicted": predicted[None]}
+    miou = metric_of(segmentation.TASK, outcomes, "miou")
+    assert miou.compute(np.ones(1)) == pytest.approx((3 / 4 + 2 / 4) / 2)
 
 
 def test_chance_iou_equals_random_labels():
     generator = np.random.default_rng(1)
     truth = generator.choice(4, size=400_000, p=[0.6, 0.3, 0.1, 0.0]).astype(np.uint8)
-    confusion = confusion_matrix(truth, generator.integers(0, 4, truth.shape), 4)
-    measured = mean_iou(np.diagonal(confusion), confusion.sum(1), confusion.sum(0))
-    assert chance_mean_iou(np.bincount(truth, minlength=4)) == pytest.approx(measured, abs=2e-3)
+    counts = count_pixels(truth, generator.integers(0, 4, truth.shape), 4)
+    outcomes = dict(zip(("hits", "truth", "predicted"), counts[:, None], strict=True))
+    miou = metric_of(segmentation.TASK, outcomes, "miou")
+    assert miou.chance == pytest.approx(miou.compute(np.ones(1)), abs=2e-3)
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(1, 12))
 def test_chance_recall_equals_its_closed_form(items, positives, k):
     positives = [min(p, items) for p in positives]
     misses = [math.comb(items - p, min(k, items)) / math.comb(items, min(k, items)) for p in positives]
-    assert chance_recall(items, np.array(positives), k) == pytest.approx(1 - sum(misses) / len(misses))
+    ([recall], _, _) = chance_ranks(items, np.array(positives), [k])
+    assert recall == pytest.approx(1 - sum(misses) / len(misses))
 
 
 def test_chance_recall_with_one_positive_is_k_over_n():
-    assert chance_recall(500, np.ones(7, dtype=int), 10) == pytest.approx(0.02)
+    assert chance_ranks(500, np.ones(7, dtype=int), [5, 10])[0] == pytest.approx([0.01, 0.02])
 
 
 def test_bootstrap_interval_is_seeded_and_close_to_normal():
@@ -161,11 +160,14 @@ def test_bootstrap_draws_items_with_replacement():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 2**32 - 1))
-def test_weighted_median_equals_repeated_values(values, seed):
+def test_median_rank_equals_that_of_repeated_ranks(values, seed):
     weights = np.random.default_rng(seed).integers(0, 4, len(values))
     repeated = np.repeat(values, weights)
-    expected = np.median(repeated) if len(repeated) else math.nan
-    assert weighted_median(np.array(values), weights.astype(float)) == pytest.approx(expected, nan_ok=True)
+    expected = np.median(repeated) + 1 if len(repeated) else math.nan
+    outcomes = {"image_rank": np.array(values), "text_rank": np.array(values), "owner": np.arange(len(values))}
+    for name in ("t2i_median_rank", "i2t_median_rank"):
+        metric = metric_of(retrieval.TASK, outcomes, name)
+        assert metric.compute(weights.astype(float)) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize(("items", "positives"), [(7, [1, 1]), (24, [1]), (40, [5, 5, 6]), (9, [9, 1])])
@@ -176,8 +178,9 @@ def test_chance_ranks_equal_random_rankings(items, positives):
         counts = [math.comb(items - place - 1, p - 1) for place in range(items)]  # the other p − 1 lie behind
         best.append([count / math.comb(items, p) for count in counts])
     odds = np.mean(best, axis=0)
-    assert chance_mean_rank(items, np.array(positives)) == pytest.approx(odds @ np.arange(1, items + 1))
-    assert chance_median_rank(items, np.array(positives)) == np.argmax(np.cumsum(odds) >= 0.5 - 1e-12) + 1
+    _, median, mean = chance_ranks(items, np.array(positives), [])
+    assert mean == pytest.approx(odds @ np.arange(1, items + 1))
+    assert median == np.argmax(np.cumsum(odds) >= 0.5 - 1e-12) + 1
 
 
 def test_top_k_and_mean_per_class_equal_scikit_learn():

@@ -18,7 +18,7 @@ from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.report.page import html as html_of
 from sail_align.evaluate.report.page import write_report
 from sail_align.evaluate.results.scores import RunScores
-from sail_align.evaluate.tasks.overlay import PALETTE, REST
+from sail_align.evaluate.tasks.segmentation import PALETTE, REST
 from sail_align.extract.errors import UserError
 
 

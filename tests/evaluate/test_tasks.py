@@ -8,9 +8,7 @@ import pytest
 from PIL import Image
 
 from sail_align.evaluate import segmenter
-from sail_align.evaluate.results.metric import compute_scores
-from sail_align.evaluate.tasks import segmentation
-from sail_align.evaluate.tasks.retrieval import metrics as retrieval_metrics
+from sail_align.evaluate.tasks import retrieval, segmentation
 from sail_align.evaluate.tasks.task import all_tasks, find_task
 from sail_align.extract.errors import UserError
 
@@ -74,7 +72,7 @@ def test_recall_interval_equals_a_loop():
     owner = generator.integers(0, 40, 150)
     text_ranks, image_ranks = generator.integers(0, 20, 150), generator.integers(0, 20, 40)
     outcomes = {"image_rank": image_ranks, "text_rank": text_ranks, "owner": owner}
-    metrics = {metric.name: metric for metric in compute_scores(retrieval_metrics(outcomes), 40)}
+    metrics = {metric.name: metric for metric in retrieval.TASK.compute_scores(outcomes, 40)}
     metric = metrics["t2i_r5"]
     assert metric.value == pytest.approx(100 * sum(rank < 5 for rank in text_ranks) / 150)
     draws = np.random.default_rng(0)
@@ -189,7 +187,7 @@ def test_segmentation_scores_use_the_total_confusion(world):
             confusion_NCC[image, true, guess] += 1
     counts = [np.diagonal(confusion_NCC, axis1=1, axis2=2), confusion_NCC.sum(2), confusion_NCC.sum(1)]
     outcomes = dict(zip(("hits", "truth", "predicted"), counts, strict=True))
-    metrics = compute_scores(segmentation.metrics(outcomes), 30)
+    metrics = segmentation.TASK.compute_scores(outcomes, 30)
 
     def miou(rows):
         total = confusion_NCC[rows].sum(0)
@@ -351,7 +349,7 @@ def test_unknown_caption_is_named(world):
 def test_image_without_caption_is_not_a_query():
     """Ranks as `align.metrics.ranks` gives them: the image that owns no text ranks last."""
     outcomes = {"image_rank": np.array([0, 0, 2]), "text_rank": np.array([0, 1]), "owner": np.array([0, 1])}
-    metrics = {metric.name: metric for metric in compute_scores(retrieval_metrics(outcomes), 3)}
+    metrics = {metric.name: metric for metric in retrieval.TASK.compute_scores(outcomes, 3)}
     assert metrics["i2t_r1"].value == 100.0
     assert metrics["t2i_r1"].value == 50.0
     assert metrics["t2i_r1"].chance == pytest.approx(100 / 3)

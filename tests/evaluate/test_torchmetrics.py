@@ -12,8 +12,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.retrieval import RetrievalHitRate
 
 from sail_align.align.stats.metrics import ranks, unit_rows
-from sail_align.evaluate.tasks import retrieval, segmentation
-from sail_align.evaluate.tasks.metrics import confusion_matrix, iou_per_class, mean_per_class, top_k_hits
+from sail_align.evaluate.tasks import classification, retrieval, segmentation
+from sail_align.evaluate.tasks.metrics import count_pixels, iou_per_class, top_k_hits
 from sail_align.extract.data import IGNORED
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -33,7 +33,7 @@ def test_recall_equals_torchmetrics(images, captions, seed):
     image_NE = unit_rows(generator.normal(size=(images, 8)))
     text_ME = unit_rows(generator.normal(size=(captions, 8)) + image_NE[owner_M])
     found = dict(zip(("image_rank", "text_rank"), ranks(image_NE, text_ME, owner_M), strict=True))
-    values = values_of(retrieval.metrics({**found, "owner": owner_M}), images)
+    values = values_of(retrieval.TASK.metrics({**found, "owner": owner_M}), images)
     scores_NM = torch.from_numpy(image_NE @ text_ME.T)
     right_NM = torch.from_numpy(owner_M == np.arange(images)[:, None])
     for way, scores_QI, right_QI in (("i2t", scores_NM, right_NM), ("t2i", scores_NM.T, right_NM.T)):
@@ -54,8 +54,11 @@ def test_accuracies_equal_torchmetrics(classes, each, seed):
     for k in {1, min(5, classes)}:
         expected = multiclass_accuracy(scores, labels, classes, average="micro", top_k=k)
         assert top_k_hits(scores_NC, labels_N, k).mean() == pytest.approx(expected.item(), abs=1e-6)
+    hits_N = top_k_hits(scores_NC, labels_N, 1)
+    outcomes = {"top1": hits_N, "top5": hits_N, "label": labels_N, "classes": np.array([classes])}
+    values = values_of(classification.TASK.metrics(outcomes), len(labels_N))
     expected = multiclass_accuracy(scores, labels, classes, average="macro")
-    assert mean_per_class(top_k_hits(scores_NC, labels_N, 1), labels_N) == pytest.approx(expected.item(), abs=1e-6)
+    assert values["mean_per_class"] == pytest.approx(expected.item(), abs=1e-6)
 
 
 @few
@@ -67,13 +70,13 @@ def test_segmentation_scores_equal_torchmetrics(classes, pictures, seed):
     predicted_NHW = np.where(generator.random(truth_NHW.shape) < 0.4, generator.integers(0, classes), truth_NHW)
     truth_NHW[generator.random(truth_NHW.shape) < 0.2] = IGNORED
     truth_NHW[0, 0] = np.arange(11) % classes
-    confusion_NCC = np.stack([confusion_matrix(*pair, classes) for pair in zip(truth_NHW, predicted_NHW, strict=True)])
-    counts = (confusion_NCC.diagonal(axis1=1, axis2=2), confusion_NCC.sum(axis=2), confusion_NCC.sum(axis=1))
+    counts_N3C = np.stack([count_pixels(*pair, classes) for pair in zip(truth_NHW, predicted_NHW, strict=True)])
+    counts = counts_N3C.transpose(1, 0, 2)
     outcomes = dict(zip(("hits", "truth", "predicted"), counts, strict=True))
     given_both = torch.from_numpy(predicted_NHW.astype(np.int64)), torch.from_numpy(truth_NHW.astype(np.int64))
     iou_C = multiclass_jaccard_index(*given_both, classes, average="none", ignore_index=IGNORED)
     np.testing.assert_allclose(iou_per_class(*(count.sum(axis=0) for count in counts)), iou_C, atol=1e-6)
-    values = values_of(segmentation.metrics(outcomes), pictures)
+    values = values_of(segmentation.TASK.metrics(outcomes), pictures)
     miou = multiclass_jaccard_index(*given_both, classes, average="macro", ignore_index=IGNORED)
     accuracy = multiclass_accuracy(*given_both, classes, average="micro", ignore_index=IGNORED)
     assert values["miou"] == pytest.approx(miou.item(), abs=1e-6)
