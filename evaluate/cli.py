@@ -182,14 +182,13 @@ def compare(runs: ScoredRuns) -> None:
     smaller share of draws on either side of no difference.
     """
     from sail_align.evaluate.compare import Comparison
-    from sail_align.evaluate.report.formats import difference_table
     from sail_align.evaluate.results.scores import RunScores
 
     if len(runs) < 2:
         raise UserError(f"One run cannot be compared: got only {runs[0]}. Name another one.")
     first, *others = (RunScores.read(run, str(run)) for run in runs)
     for other in others:
-        table = difference_table(Comparison.between(first, other))
+        table = Comparison.between(first, other).table()
         typer.echo(f"first: {first.label}, second: {other.label}\n{table}")
 
 

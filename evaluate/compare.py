@@ -1,12 +1,12 @@
 """Comparison of runs on the same items: the difference of each score, over bootstrap draws that both runs share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
+from sail_align.align.stats.tables import format_interval, format_table, number
 from sail_align.evaluate.results.metric import Metric, Unit
 from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.evaluate.tasks.task import find_task
@@ -69,27 +69,44 @@ class Comparison:
             if not pairs:
                 refusals[which] = _explain_refusal(first, ours.get(which, []), second, theirs.get(which, []))
             for mine, other in pairs:
-                differences += _differences(first, mine, second, other)
+                metrics = find_task(mine["task"]).metrics
+                found = paired_difference(metrics(first.outcomes(mine)), metrics(second.outcomes(other)), mine["items"])
+                for a, b, (bounds, p) in zip(mine["metrics"], other["metrics"], found, strict=True):
+                    about = (mine["dataset"], mine["protocol"], a["label"], a["unit"])
+                    differences.append(Difference(*about, a["value"], b["value"], bounds, p))
         if not differences:
             raise UserError(next(message for which, message in refusals.items() if which in ours and which in theirs))
         return cls(differences, list(refusals.values()))
+
+    def table(self) -> str:
+        """Return a table with one line per metric, and messages on sets that cannot be compared below it."""
+        rows = []
+        protocol = ""
+        for each in self.differences:
+            difference = each.second - each.first
+            values = (number(each.first), number(each.second), number(difference, sign="+"))
+            bounds = format_interval(each.interval, difference, sign="+")
+            label = each.label + (" (less is better)" if each.unit == "rank" else "")
+            name = each.dataset if each.protocol != protocol else ""
+            rows.append((name, label, *values, bounds, f"{each.p:.3f}"))
+            protocol = each.protocol
+        header = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
+        return "\n".join([format_table(header, rows, "ll", style="simple"), *self.refusals])
 
 
 def paired_difference(
     first: Sequence[Metric], second: Sequence[Metric], items: int
 ) -> list[tuple[tuple[float, float], float]]:
     """Return the interval and p of second − first, for each of two runs' metrics of the same items."""
-    count = len(first)
     values_RM = bootstrap([metric.compute for metric in (*first, *second)], items)
-    scale_M = np.array([metric.scale for metric in first])
-    difference_RM = (values_RM[:, count:] - values_RM[:, :count]) * scale_M
-    return [(interval(difference_R), _p(difference_R)) for difference_R in difference_RM.T]
-
-
-def _p(difference_R: NDArray[np.float64]) -> float:
-    smaller_side = min((difference_R <= 0).sum(), (difference_R >= 0).sum())
-    with_value = np.count_nonzero(~np.isnan(difference_R))
-    return min(1.0, 2 * float(smaller_side + 1) / (with_value + 1))
+    found = []
+    for metric, first_R, second_R in zip(first, values_RM.T[: len(first)], values_RM.T[len(first) :], strict=True):
+        difference_R = (second_R - first_R) * metric.scale
+        smaller_side = min((difference_R <= 0).sum(), (difference_R >= 0).sum())
+        with_value = np.count_nonzero(~np.isnan(difference_R))
+        p = min(1.0, 2 * float(smaller_side + 1) / (with_value + 1))
+        found.append((interval(difference_R), p))
+    return found
 
 
 def _by_set(scores: RunScores) -> dict[Set, list[Record]]:
@@ -121,10 +138,3 @@ def _explain_refusal(first: RunScores, ours: list[Record], second: RunScores, th
         f"{name} had other data for {first.path} ({rows[0]:,} rows, digest {digests[0][:12]}) than for {second.path} "
         f"({rows[1]:,}, {digests[1][:12]}). Score both on one."
     )
-
-
-def _differences(first: RunScores, mine: Record, second: RunScores, other: Record) -> Iterator[Difference]:
-    metrics = find_task(mine["task"]).metrics
-    found = paired_difference(metrics(first.outcomes(mine)), metrics(second.outcomes(other)), mine["items"])
-    for a, b, (bounds, p) in zip(mine["metrics"], other["metrics"], found, strict=True):
-        yield Difference(mine["dataset"], mine["protocol"], a["label"], a["unit"], a["value"], b["value"], bounds, p)

@@ -3,18 +3,14 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from jinja2 import Environment, PackageLoader
 
 from sail_align.align.stats.tables import format_interval, format_table, number
-from sail_align.evaluate.report.overview import Overview, Row
+from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.results.reported import reported
 from sail_align.evaluate.results.scores import Record
-
-if TYPE_CHECKING:
-    from sail_align.evaluate.compare import Comparison
 
 REPORTED = "reported by the paper, not measured here"
 HOW_TO_READ = "Per cent; ± is half of the 95 % bootstrap interval."
@@ -51,53 +47,23 @@ def score_table(records: Iterable[Record]) -> str:
     return "\n".join([format_table(header, rows, "llrl", style="simple"), *dict.fromkeys(notes)])
 
 
-def difference_table(comparison: "Comparison") -> str:
-    """Return a table with one line per metric, and messages on sets that cannot be compared below it."""
-    rows = []
-    protocol = ""
-    for each in comparison.differences:
-        difference = each.second - each.first
-        values = (number(each.first), number(each.second), number(difference, sign="+"))
-        bounds = format_interval(each.interval, difference, sign="+")
-        label = each.label + (" (less is better)" if each.unit == "rank" else "")
-        name = each.dataset if each.protocol != protocol else ""
-        rows.append((name, label, *values, bounds, f"{each.p:.3f}"))
-        protocol = each.protocol
-    header = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
-    return "\n".join([format_table(header, rows, "ll", style="simple"), *comparison.refusals])
-
-
-def text(overview: Overview) -> str:
-    """Return the tables as aligned columns, with notes below."""
-    tables = [
-        format_table(
-            ("model", *(f"{column.dataset}\n{column.label} ({column.mark})" for column in panel.columns)),
-            [(_name(row), *row.texts) for row in panel.rows],
-            style="simple",
-        )
-        for panel in overview.panels
-    ]
-    return "\n\n".join([*tables, "\n".join(_notes(overview))])
-
-
-def markdown(overview: Overview) -> str:
-    """Return the tables in Markdown, with notes below."""
+def text(overview: Overview, *, markdown: bool = False) -> str:
+    """Return the tables as aligned columns or in Markdown, with notes below."""
 
     def escape(text: str) -> str:
-        return re.sub(r"[<\\`*_|\[\]]", r"\\\g<0>", " ".join(text.split()))
+        return re.sub(r"[<\\`*_|\[\]]", r"\\\g<0>", " ".join(text.split())) if markdown else text
 
-    tables = [
-        format_table(
-            (
-                "model",
-                *(f"{escape(each.dataset)}<br>{escape(f'{each.label} ({each.mark})')}" for each in panel.columns),
-            ),
-            [(escape(_name(row)), *row.texts) for row in panel.rows],
-        )
-        for panel in overview.panels
-    ]
-    notes = "\n".join(f"- {escape(line)}" for line in _notes(overview))
-    return "\n\n".join([*tables, notes]) + "\n"
+    parts = []
+    for panel in overview.panels:
+        headings = [(escape(each.dataset), escape(f"{each.label} ({each.mark})")) for each in panel.columns]
+        header = ("model", *map(("<br>" if markdown else "\n").join, headings))
+        names = [f"{row.name} ({row.source}) *" if row.source else row.name for row in panel.rows]
+        rows = [(escape(name), *row.texts) for name, row in zip(names, panel.rows, strict=True)]
+        parts.append(format_table(header, rows, style="pipe" if markdown else "simple"))
+    notes = [f"({mark}) {note}" for mark, note in overview.notes] + [HOW_TO_READ]
+    notes += [f"* {REPORTED}."] if overview.with_reported else []
+    parts.append("\n".join(("- " if markdown else "") + escape(note) for note in [*notes, *overview.faults]))
+    return "\n\n".join(parts) + ("\n" if markdown else "")
 
 
 def latex(overview: Overview) -> str:
@@ -135,33 +101,31 @@ def latex(overview: Overview) -> str:
 
 def comma_separated(overview: Overview) -> str:
     """Return every score of the runs, one per line, and what papers report by the same protocols."""
-    lines: list[dict[str, object]] = []
-    for run in overview.runs:
-        origin = f"measured, {run.unfinished}" if run.unfinished else "measured"
-        for record in run.records:
-            lines += _lines({"model": run.name, "origin": origin}, record)
-    for key in overview.records:
-        record = overview.any_record(key)
-        for model in reported():
-            about = {"model": model.name, "origin": f"reported: {model.source}", **_provenance(record), "unit": "%"}
-            scores = {metric["name"]: model.score(record, metric["name"]) for metric in record["metrics"]}
-            lines += [{**about, "metric": name, "score": score} for name, score in scores.items() if score is not None]
     file = io.StringIO()
     table = csv.DictWriter(file, FIELDS, lineterminator="\n")
     table.writeheader()
-    table.writerows(lines)
+    for run in overview.runs:
+        origin = f"measured, {run.unfinished}" if run.unfinished else "measured"
+        for record in run.records:
+            line = {"model": run.name, "origin": origin, **_provenance(record)}
+            if record.error:
+                table.writerow(line | {"error": record.error})
+                continue
+            encoders = record["encoders"]
+            line |= {"run digest": record["run"], "image encoder": encoders["image"], "text encoder": encoders["text"]}
+            for metric in record["metrics"]:
+                low, high = metric.get("interval") or ("", "")
+                score = {"metric": metric["name"], "score": metric["value"], "low": low, "high": high}
+                table.writerow(line | score | {"chance": metric["chance"], "unit": metric["unit"]})
+    for key in overview.records:
+        record = overview.any_record(key)
+        for model in reported():
+            line = {"model": model.name, "origin": f"reported: {model.source}", **_provenance(record), "unit": "%"}
+            scores = {metric["name"]: model.score(record, metric["name"]) for metric in record["metrics"]}
+            table.writerows(
+                line | {"metric": name, "score": score} for name, score in scores.items() if score is not None
+            )
     return file.getvalue()
-
-
-def _name(row: Row) -> str:
-    name = f"{row.name} ({row.source})" if row.source else row.name
-    return f"{name} *" if row.kind == "reported" else name
-
-
-def _notes(overview: Overview) -> list[str]:
-    marks = [f"({mark}) {note}" for mark, note in overview.notes]
-    star = [f"* {REPORTED}."] if overview.with_reported else []
-    return [*marks, HOW_TO_READ, *star, *overview.faults]
 
 
 def _provenance(record: Record) -> dict[str, object]:
@@ -173,16 +137,3 @@ def _provenance(record: Record) -> dict[str, object]:
         "data digest": record.get("data", {}).get("digest", ""),
         "note": record.mismatch,
     }
-
-
-def _lines(model: dict[str, object], record: Record) -> Iterator[dict[str, object]]:
-    line = model | _provenance(record)
-    if record.error:
-        yield line | {"error": record.error}
-        return
-    encoders = record["encoders"]
-    line |= {"run digest": record["run"], "image encoder": encoders["image"], "text encoder": encoders["text"]}
-    for metric in record["metrics"]:
-        low, high = metric.get("interval") or ("", "")
-        score = {"metric": metric["name"], "score": metric["value"], "low": low, "high": high}
-        yield line | score | {"chance": metric["chance"], "unit": metric["unit"]}

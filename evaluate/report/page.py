@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sail_align.align.runs.folder import RunFolder
 from sail_align.align.stats.charts import Points, line_chart
 from sail_align.align.stats.tables import format_interval, number
 from sail_align.evaluate.report.charts import MARKERS, radar_chart
-from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, markdown
+from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, text
 from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.task import all_tasks
@@ -71,7 +72,7 @@ def html(overview: Overview) -> str:
 
 FORMATS: dict[str, Callable[[Overview], str]] = {
     ".html": html,
-    ".md": markdown,
+    ".md": partial(text, markdown=True),
     ".tex": latex,
     ".csv": comma_separated,
 }

@@ -70,8 +70,8 @@ class Segmentation(EvaluationTask):
                 counts.append(count_pixels(truth, predicted, len(names)))
                 if row in candidate_rows and counts[-1][1].any():
                     step = -(-max(truth.shape) // SHOWN_SIDE)
-                    thinned = (labels_HW[::step, ::step].copy() for labels_HW in (truth, predicted))
-                    candidates.append(_Segmented(sample, *thinned, counts[-1]))
+                    thin = np.s_[::step, ::step]
+                    candidates.append(_Segmented(sample, truth[thin].copy(), predicted[thin].copy(), counts[-1]))
                 bar.update(1)
         counts_N3C = np.stack(counts)
         hits_C, truth_C, predicted_C = counts_N3C.sum(axis=0)

@@ -13,7 +13,6 @@ from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.cli import app
 from sail_align.evaluate.compare import Comparison, Difference, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
-from sail_align.evaluate.report.formats import difference_table
 from sail_align.evaluate.results.metric import Metric
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks import retrieval
@@ -112,7 +111,7 @@ def test_differences_cover_all_common_sets(two_runs):
     assert found["squares", "top-1"].second == pytest.approx(100 / 3)
     assert found["caps", "text→image median rank"].unit == "rank"
     assert comparison.refusals == []
-    table = difference_table(comparison)
+    table = comparison.table()
     assert table.splitlines()[0].split()[:4] == ["data", "set", "metric", "first"]
     assert "−66.7" in table
     assert "(less is better)" in table
@@ -124,7 +123,7 @@ def test_differences_have_signs():
         Difference("x", "p", "top-1", "%", 50.0, 50.0 + by, bounds, 0.5)
         for by, bounds in zip((-1.6, -0.004, 0.0), drawn, strict=True)
     ]
-    lines = difference_table(Comparison(found, [])).splitlines()[2:]
+    lines = Comparison(found, []).table().splitlines()[2:]
     assert [re.split(r"\s{2,}", line.strip())[-3:-1] for line in lines] == [
         ["−1.6", "−3.0 – −0.3"],
         ["+0.00", "−1.20 – +0.04"],
@@ -173,7 +172,7 @@ def test_different_data_are_not_compared(two_runs):
     path.write_text(json.dumps(scores))
     comparison = compare(run, other)
     assert {each.dataset for each in comparison.differences} == {"caps"}
-    assert "squares (classification) had other data" in difference_table(comparison)
+    assert "squares (classification) had other data" in comparison.table()
 
 
 @pytest.mark.slow

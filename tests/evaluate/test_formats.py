@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sail_align.evaluate.report.formats import comma_separated, latex, markdown, score_table, text
+from sail_align.evaluate.report.formats import comma_separated, latex, score_table, text
 from sail_align.evaluate.report.overview import WIDTH, Overview
 from sail_align.evaluate.results.reported import reported
 from sail_align.evaluate.results.scores import SCHEMA, RunScores
@@ -134,7 +134,7 @@ def test_wide_tables_are_split_between_protocols(runs):
 
 def test_markdown_cells_are_in_place_and_escaped(runs):
     error = {"dataset": "coco-karpathy", "title": "C", "task": "retrieval", "error": "a|b is corrupt"}
-    shown = markdown(Overview(runs(**{NASTY: [winoground(), error]})))
+    shown = text(Overview(runs(**{NASTY: [winoground(), error]})), markdown=True)
     table = [line for line in shown.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
     assert {len(row) for row in cells} == {4}
