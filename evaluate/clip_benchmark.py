@@ -22,12 +22,10 @@ from sail_align.extract.errors import UserError
 
 MODEL_TYPE = "sail"
 
-Loaded = tuple[PretrainedModel, Callable[[Image.Image], Tensor], Callable[[str | Sequence[str]], Tensor]]
-
 
 def load_sail(
     model_name: str | Path, pretrained: str = "", cache_dir: str | None = None, device: str | torch.device = "cpu"
-) -> Loaded:
+) -> tuple[PretrainedModel, Callable[[Image.Image], Tensor], Callable[[str | Sequence[str]], Tensor]]:
     """Return model, transform and tokenizer, with the signature of a clip-benchmark loader.
 
     Args:

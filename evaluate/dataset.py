@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -98,19 +99,39 @@ class EvaluationSet:
         return samples
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of classes, keys, captions, labels and names of masks, in order. It does not cover pixels."""
-        listed = [[each.key, dict(each.captions), each.label, each.mask] for each in self.samples]
-        return digest_of([self.source.classes, listed])
+    def class_parts(self) -> list[str]:
+        """Origin of class names and prompts, as parts of a protocol id. Those of no library have a digest."""
+        classes, templates = self.source.classes, self.task.templates
+        named = getattr(self.manifest.source, "classes", None)
+        origin = named if isinstance(named, str) else "listed" if named else "source"
+        is_published = isinstance(named, str) and named.startswith(class_names.LIBRARIES)
+        digest = "" if is_published else f":{digest_of(classes)[:8]}"
+        if isinstance(templates, list):
+            several = f"listed:{len(templates)}:{digest_of(templates)[:8]}"
+            templates = several if len(templates) > 1 else _hyphenate(templates[0])
+        return [f"classes={origin}:{len(classes)}{digest}", f"templates={templates}"]
+
+    @property
+    def caption_parts(self) -> list[str]:
+        """Captions in use, and the prompt that they are put into, as parts of a protocol id."""
+        first = getattr(self.manifest.source, "captions", None)
+        names = "+".join(self.task.captions or []) or (f"first-{first}" if isinstance(first, int) else "all")
+        prompt = self.task.prompt
+        return [f"captions={names}", *([f"prompt={_hyphenate(prompt)}"] if prompt != "{}" else [])]
 
     def describe(self, masks: str) -> dict[str, Any]:
         """Return the digest and counts of the set for its record, and the counts that its manifest expects.
 
+        The digest is the SHA-256 of classes, keys, captions, labels and names of masks, in order. Of pixels, it covers
+        those of masks.
+
         Args:
             masks: Digest of the pixels of all masks. Empty if there are none.
         """
+        listed = [[each.key, dict(each.captions), each.label, each.mask] for each in self.samples]
+        digest = digest_of([self.source.classes, listed])
         return {
-            "digest": digest_of([self.digest, masks]) if masks else self.digest,
+            "digest": digest_of([digest, masks]) if masks else digest,
             "rows": len(self.samples),
             "expected_rows": self.manifest.expected_rows,
             "captions": sum(len(sample.captions) for sample in self.samples),
@@ -231,6 +252,12 @@ class EvaluationSet:
         if not np.isfinite(embeddings).all():
             raise RunError.diverged(self.run)
         return embeddings
+
+
+def _hyphenate(text: str) -> str:
+    """Return a prompt with hyphens for spaces, followed by a digest if another prompt would read the same."""
+    hyphenated = re.sub(r"[\s/]", "-", text)
+    return hyphenated if hyphenated.replace("-", " ") == text else f"{hyphenated}:{digest_of(text)[:8]}"
 
 
 def _first_duplicate(names: Iterable[str]) -> str | None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from torch import Tensor
+from torch import nn
 
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
@@ -36,14 +36,6 @@ class RunError(UserError):
     def diverged(cls, run: Run) -> "RunError":
         """Return the error for embeddings that are not finite."""
         return cls(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
-
-
-class NoHead(Head):
-    """The head of a model whose features are embeddings already, up to their length."""
-
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """Return the features."""
-        return features_BD
 
 
 def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("runs")) -> Run:
@@ -74,8 +66,8 @@ def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("ru
         raise UserError(f"{folder} exists and is of the model {settings.get('model')!r}. Rename that folder.")
     image, text = (Identity.from_json(towers[side]) for side in ("image", "text"))
     digest = hashlib.sha256(canonical_json([image.spec.fingerprint, text.spec.fingerprint])).hexdigest()
-    heads = AlignmentModel(NoHead(image.spec.dim, 0.0), NoHead(text.spec.dim, 0.0))
-    return Run(folder, heads.eval(), image, text, settings, digest)
+    no_head = cast(Head, nn.Identity())  # the features are embeddings already, up to their length
+    return Run(folder, AlignmentModel(no_head, no_head).eval(), image, text, settings, digest)
 
 
 class Encoders:

@@ -105,10 +105,10 @@ def scaled_size(width: int, height: int) -> tuple[int, int]:
     return max(int(width * factor + 0.5), 1), max(int(height * factor + 0.5), 1)
 
 
-def spans(side: int, window: int = WINDOW, stride: int = STRIDE) -> Spans:
+def spans(side: int, window: int = WINDOW) -> Spans:
     """Return first and end pixel of the windows along an axis. The last one is moved back to end with the picture."""
-    count = max(-(-(side - window) // stride), 0) + 1
-    ends = (min(number * stride + window, side) for number in range(count))
+    count = max(-(-(side - window) // STRIDE), 0) + 1
+    ends = (min(number * STRIDE + window, side) for number in range(count))
     return tuple((max(end - window, 0), end) for end in ends)
 
 

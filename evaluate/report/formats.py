@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 
 from sail_align.align.stats.tables import format_interval, format_table, number
 from sail_align.evaluate.report.overview import Overview
-from sail_align.evaluate.results.reported import reported
+from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.results.scores import Record
 
 REPORTED = "reported by the paper, not measured here"
@@ -119,7 +119,7 @@ def comma_separated(overview: Overview) -> str:
                 table.writerow(line | score | {"chance": metric["chance"], "unit": metric["unit"]})
     for key in overview.records:
         record = overview.any_record(key)
-        for model in reported():
+        for model in Reported.read_all():
             line = {"model": model.name, "origin": f"reported: {model.source}", **_provenance(record), "unit": "%"}
             scores = {metric["name"]: model.score(record, metric["name"]) for metric in record["metrics"]}
             table.writerows(

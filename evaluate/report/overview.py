@@ -11,7 +11,7 @@ from string import ascii_lowercase
 from typing import Any, Literal
 
 from sail_align.align.stats.tables import number
-from sail_align.evaluate.results.reported import reported
+from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.results.scores import Key, Record, RunScores
 from sail_align.evaluate.tasks.task import find_task
 
@@ -103,8 +103,6 @@ class Overview:
             key: [records.get(key) for records in own] for key in dict.fromkeys(k for each in own for k in each)
         }
         self.marks: dict[Key, str] = dict(zip(self.records, MARKS, strict=False))
-        self.notes: list[tuple[str, str]] = []
-        faults: list[str] = []
         columns: list[list[Column]] = []
         for key, mark in self.marks.items():
             record = self.any_record(key)
@@ -114,16 +112,20 @@ class Overview:
                 columns[-1] += group
             else:
                 columns.append(group)
-            self.notes.append((mark, f"{record['protocol']}, n = {record['items']:,}, data {key[1][:12]}"))
-            faults.append(record.mismatch)
-        for run in runs:
-            for record in run.records:
-                if record.error:
-                    faults.append(
-                        f"{record['dataset']} ({record['task']}) was not scored with {run.name}: {record.error}"
-                    )
-        self.faults = [fault for fault in dict.fromkeys(faults) if fault]
         self.panels = [Panel(group, self._rows(group)) for group in columns]
+        marked = [(mark, self.any_record(key)) for key, mark in self.marks.items()]
+        self.notes = [
+            (mark, f"{record['protocol']}, n = {record['items']:,}, data {record.key[1][:12]}")
+            for mark, record in marked
+        ]
+        errors = [
+            f"{record['dataset']} ({record['task']}) was not scored with {run.name}: {record.error}"
+            for run in runs
+            for record in run.records
+            if record.error
+        ]
+        mismatches = [record.mismatch for _, record in marked if record.mismatch]
+        self.faults = list(dict.fromkeys([*mismatches, *errors]))
 
     @property
     def with_reported(self) -> bool:
@@ -149,7 +151,7 @@ class Overview:
             ]
             cells = [(metric["value"], metric.get("interval")) if metric else (None, None) for metric in found]
             rows.append(Row(run.label, "run", self.style(place), cells))
-        for model in reported():
+        for model in Reported.read_all():
             cells = [(model.score(column.record, column.metric["name"]), None) for column in columns]
             rows.append(Row(model.name, "reported", "reported", cells, model.source))
         chance = Row("chance", "chance", "chance", [(column.metric["chance"], None) for column in columns])

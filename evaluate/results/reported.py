@@ -25,16 +25,13 @@ class Reported:
         """Return the reported score of a record's protocol on its set, or None if there is none for that very set."""
         return None if record.mismatch else self.scores.get((record["protocol"], metric, record["items"]))
 
-
-@cache
-def reported() -> tuple[Reported, ...]:
-    """Return the models of `reported.yaml` in their order."""
-    content = yaml.safe_load((resources.files(__package__) / "reported.yaml").read_text(encoding="utf-8"))
-    return tuple(
-        Reported(
-            model["name"],
-            model["source"],
-            {tuple(content["measures"][name]): value for name, value in model["scores"].items()},
-        )
-        for model in content["models"]
-    )
+    @classmethod
+    @cache
+    def read_all(cls) -> tuple["Reported", ...]:
+        """Return the models of `reported.yaml` in their order."""
+        content = yaml.safe_load((resources.files(__package__) / "reported.yaml").read_text(encoding="utf-8"))
+        models = []
+        for model in content["models"]:
+            scores = {tuple(content["measures"][name]): value for name, value in model["scores"].items()}
+            models.append(cls(model["name"], model["source"], scores))
+        return tuple(models)

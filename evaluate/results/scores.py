@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,22 +63,16 @@ class Record(dict[str, Any]):
         """Return the score of a metric, or None if the record has none of that name."""
         return next((metric for metric in self.get("metrics", ()) if metric["name"] == name), None)
 
-    def examples_path(self, run: Path) -> Path:
-        """Return the path of the examples in a run."""
-        return self._path(run, "examples", "json")
-
-    def outcomes_path(self, run: Path) -> Path:
-        """Return the path of the outcomes in a run."""
-        return self._path(run, "outcomes", "safetensors")
+    def file(self, run: Path, kind: Literal["examples", "outcomes"]) -> Path:
+        """Return the path of the record's examples or outcomes in a run."""
+        protocol = hashlib.sha256(self["protocol"].encode()).hexdigest()[:8]
+        suffix = "json" if kind == "examples" else "safetensors"
+        return RunFolder(run).scores / kind / f"{self['dataset']}-{self['task']}-{protocol}.{suffix}"
 
     @property
     def signature(self) -> dict[str, str]:
         """Metadata of the outcomes, by which they are recognised as those of this record."""
         return {"protocol": self["protocol"], "data": self["data"]["digest"], "run": self["run"]}
-
-    def _path(self, run: Path, kind: str, suffix: str) -> Path:
-        protocol = hashlib.sha256(self["protocol"].encode()).hexdigest()[:8]
-        return RunFolder(run).scores / kind / f"{self['dataset']}-{self['task']}-{protocol}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,7 @@ class RunScores:
 
     def examples(self, record: Record) -> list[dict[str, Any]]:
         """Return the examples of a record, with the fields of `Example`."""
-        path = record.examples_path(self.path)
+        path = record.file(self.path, "examples")
         return list(json.loads(path.read_bytes())) if path.is_file() else []
 
     def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
@@ -169,7 +163,7 @@ class RunScores:
         Raises:
             UserError: They are missing, damaged, or of another evaluation than the record.
         """
-        path = record.outcomes_path(self.path)
+        path = record.file(self.path, "outcomes")
         remedy = (
             f"Score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {self.path}`."
         )
@@ -235,8 +229,9 @@ class ScoreWriter:
             encoding_seconds=round(data.encoding_seconds, 2),
         )
         examples = json.dumps([asdict(example) for example in result.examples]).encode()
-        write_atomically(record.examples_path(self.run.path), examples)
-        write_atomically(record.outcomes_path(self.run.path), save(_compact(result.outcomes), record.signature))
+        outcomes = save(_compact(result.outcomes), record.signature)
+        write_atomically(record.file(self.run.path, "examples"), examples)
+        write_atomically(record.file(self.run.path, "outcomes"), outcomes)
         self.merge(record)
         return record
 

@@ -1,7 +1,6 @@
 """The declaration of an evaluation task, and the tasks of this folder."""
 
 import pkgutil
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,8 +136,8 @@ class EvaluationTask(ABC):
         parts = [self.protocol, data.manifest.name]
         parts += [f"split={getattr(split, 'keep', split)}"] if split else []
         parts += self.protocol_parts(data.task)
-        parts += [_classes(data), _templates(data)] if self.needs & {"labels", "masks"} else []
-        parts += [_captions(data)] if "captions" in self.needs else []
+        parts += data.class_parts if self.needs & {"labels", "masks"} else []
+        parts += data.caption_parts if "captions" in self.needs else []
         return "/".join(parts)
 
     def _require_data(self, data: "EvaluationSet") -> None:
@@ -176,38 +175,3 @@ def find_task(kind: str) -> EvaluationTask:
     if kind not in tasks:
         raise UserError(f"Task kind {kind!r} is invalid: expected {', '.join(tasks)}.{did_you_mean(kind, tasks)}")
     return tasks[kind]
-
-
-def _classes(data: "EvaluationSet") -> str:
-    """Return the origin and number of the class names, and their digest unless a library publishes them."""
-    from sail_align.evaluate.dataset import digest_of
-    from sail_align.extract.sources.class_names import LIBRARIES
-
-    named, classes = getattr(data.manifest.source, "classes", None), data.source.classes
-    origin = named if isinstance(named, str) else "listed" if named else "source"
-    is_published = isinstance(named, str) and named.startswith(LIBRARIES)
-    return f"classes={origin}:{len(classes)}" + ("" if is_published else f":{digest_of(classes)[:8]}")
-
-
-def _templates(data: "EvaluationSet") -> str:
-    from sail_align.evaluate.dataset import digest_of
-
-    named = data.task.templates
-    if isinstance(named, str):
-        return f"templates={named}"
-    return f"templates={_hyphenate(named[0]) if len(named) == 1 else f'listed:{len(named)}:{digest_of(named)[:8]}'}"
-
-
-def _captions(data: "EvaluationSet") -> str:
-    """Return the captions that are used, and the prompt that they are put into."""
-    first = getattr(data.manifest.source, "captions", None)
-    names = "+".join(data.task.captions or []) or (f"first-{first}" if isinstance(first, int) else "all")
-    return f"captions={names}" + ("" if data.task.prompt == "{}" else f"/prompt={_hyphenate(data.task.prompt)}")
-
-
-def _hyphenate(text: str) -> str:
-    """Return a prompt with hyphens for spaces, followed by a digest if another prompt would read the same."""
-    from sail_align.evaluate.dataset import digest_of
-
-    hyphenated = re.sub(r"[\s/]", "-", text)
-    return hyphenated if hyphenated.replace("-", " ") == text else f"{hyphenated}:{digest_of(text)[:8]}"

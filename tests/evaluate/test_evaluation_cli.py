@@ -214,7 +214,7 @@ def test_scores_of_papers_are_printed(sail_eval, squares, run, monkeypatch):
     assert "reported" not in sail_eval("all", "--manifest", squares, "--quiet")[1]
     (record,) = json.loads((run.path / "scores.json").read_bytes())["records"]
     told = (Reported("Theirs", "a table", {(record["protocol"], "top1", 2): 33.25}),)
-    monkeypatch.setattr("sail_align.evaluate.report.overview.reported", lambda: told)
+    monkeypatch.setattr(Reported, "read_all", lambda: told)
     for arguments in (["all", "--manifest", squares, "--quiet"], ["report", run.path]):
         _, out, _ = sail_eval(*arguments)
         assert re.search(r"Theirs \(a table\) \* +33.25\n", out)

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.report.formats import comma_separated, latex, score_table, text
 from sail_align.evaluate.report.overview import WIDTH, Overview
-from sail_align.evaluate.results.reported import reported
+from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.results.scores import SCHEMA, RunScores
 from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.manifest import find_manifest
@@ -83,15 +84,17 @@ def test_reported_protocols_match_packaged_manifests():
         about = rule.variant(about, variant) if variant else about
         named = getattr(about.source, "classes", None) or []
         names = published.class_names if ":" in named else lambda table: list(published.label_names(table).values())
-        source = SimpleNamespace(classes=names(named) if named else [])
+        data = EvaluationSet.__new__(EvaluationSet)  # without the files of its source
+        data.manifest, data.task = about, about.task
+        data.source = SimpleNamespace(classes=names(named) if named else [])
         items = about.expected_rows // (2 if about.task.kind in ("winoground", "mmvp") else 1)
-        return rule.protocol_id(SimpleNamespace(manifest=about, task=about.task, source=source)), items
+        return rule.protocol_id(data), items
 
     sets = ("imagenet1k", "coco-karpathy", "flickr30k", "winoground", "mmvp", "voc20-authors")
     ours = {measured(name) for name in sets} | {
         measured(name, "authors-normalisation") for name in ("ade20k", "coco-stuff")
     }
-    assert {(protocol, items) for model in reported() for protocol, _, items in model.scores} == ours
+    assert {(protocol, items) for model in Reported.read_all() for protocol, _, items in model.scores} == ours
 
 
 def test_reported_scores_need_the_same_protocol(runs):

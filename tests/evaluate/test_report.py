@@ -194,7 +194,7 @@ def test_examples_are_grouped_by_set_then_run(scored):
     scores["records"].append(retrieval | {"protocol": "retrieval/other@1/caps"})
     (scored / "scores.json").write_text(json.dumps(scores))
     (examples,) = scored.glob("examples/caps-retrieval-*.json")
-    shutil.copy(examples, RunScores.read(scored).records[-1].examples_path(scored))
+    shutil.copy(examples, RunScores.read(scored).records[-1].file(scored, "examples"))
     shutil.copytree(scored, scored.with_name("other"))
     html = html_of(Overview(RunScores.read_all([scored, scored.with_name("other")])))
     headings = re.findall(r"<h3>caps <small>\((\w)\) <span.*?</span>(.*?)</small>", html)
