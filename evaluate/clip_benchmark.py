@@ -49,7 +49,8 @@ def register() -> None:
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
     # Version 1.6 calls float() on arrays with one element, which new NumPy rejects. Give it one that accepts them.
-    vars(_clip_benchmark("metrics.zeroshot_classification"))["float"] = _number
+    accuracy = vars(_clip_benchmark("metrics.zeroshot_classification"))
+    accuracy["float"] = lambda value: float(value.item() if isinstance(value, np.ndarray) else value)
 
 
 def evaluate(reference: str, arguments: Sequence[str]) -> None:
@@ -78,10 +79,6 @@ def evaluate(reference: str, arguments: Sequence[str]) -> None:
         program.main()
     finally:
         sys.argv, loaders[MODEL_TYPE] = argv, load_sail
-
-
-def _number(value: Any) -> float:
-    return float(value.item() if isinstance(value, np.ndarray) else value)
 
 
 def _clip_benchmark(module: str) -> Any:

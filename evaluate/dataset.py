@@ -170,9 +170,6 @@ class EvaluationSet:
             for row, sample in enumerate(self.samples)
             if name in sample.captions
         ]
-        if not listed:
-            none = np.empty((0, 0), dtype=np.float32)
-            return Texts(none.astype(np.float16), none, np.empty(0, dtype=np.intp), [])
         keyed = {f"{self.samples[row].key} {name}": self.task.prompt.replace("{}", text) for row, name, text in listed}
         features = self.text_features("captions", keyed, f"{self.manifest.name}-captions")
         rows_M = np.array([row for row, _, _ in listed], dtype=np.intp)

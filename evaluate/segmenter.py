@@ -78,10 +78,8 @@ class Segmenter:
         width, height = scaled_size(*image.size)
         resized = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels_HWC = torch.from_numpy(np.array(resized.convert("RGB")))
-        if "whole-image" in variants:
-            down, across = spans(height, window=height), spans(width, window=width)
-        else:
-            down, across = spans(height), spans(width)
+        in_one_piece = "whole-image" in variants
+        down, across = (spans(side, side if in_one_piece else WINDOW) for side in (height, width))
         patches_NhwD = encoder.encode_dense(
             torch.stack([pixels_HWC[top:bottom, left:right] for top, bottom in down for left, right in across]),
             normalisation=AUTHORS_NORMALISATION if "authors-normalisation" in variants else None,

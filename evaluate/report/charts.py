@@ -36,7 +36,7 @@ def radar_chart(panel: Panel) -> str | None:
     is_complete = any(row.kind == "run" and None not in values for row, values in rows)
     if len(columns) < 3 or len({column.mark for column in columns}) < 2 or not is_complete:
         return None
-    names = [(column.dataset, f"{column.label} ({column.mark})") for column in columns]
+    names = [(column.record["dataset"], f"{column.metric['label']} ({column.mark})") for column in columns]
     labels = ["\n".join(name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name in pair) for pair in names]
     turns = [math.tau * number / len(columns) for number in range(len(columns))]
     with styled_figure(580, 380) as figure:

@@ -55,7 +55,9 @@ def text(overview: Overview, *, markdown: bool = False) -> str:
 
     parts = []
     for panel in overview.panels:
-        headings = [(escape(each.dataset), escape(f"{each.label} ({each.mark})")) for each in panel.columns]
+        headings = [
+            (escape(each.record["dataset"]), escape(f"{each.metric['label']} ({each.mark})")) for each in panel.columns
+        ]
         header = ("model", *map(("<br>" if markdown else "\n").join, headings))
         names = [f"{row.name} ({row.source}) *" if row.source else row.name for row in panel.rows]
         rows = [(escape(name), *row.texts) for name, row in zip(names, panel.rows, strict=True)]

@@ -32,16 +32,6 @@ class Column:
     record: Record
     metric: dict[str, Any]
 
-    @property
-    def dataset(self) -> str:
-        """Name of the data set."""
-        return str(self.record["dataset"])
-
-    @property
-    def label(self) -> str:
-        """Label of the metric."""
-        return str(self.metric["label"])
-
 
 @dataclass(frozen=True)
 class Row:

@@ -1,7 +1,7 @@
 """The report of runs: one self-contained HTML page."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ def html(overview: Overview) -> str:
         {
             "name": run.name,
             "style": overview.style(place),
-            "summary": summarise_run(run.content, settings := run.settings),
-            "settings": flatten(settings),
+            "summary": run.summary,
+            "settings": run.settings,
             "curves": training_curves(RunFolder(run.path).run.metrics),
             "records": run.scored,
         }
@@ -109,75 +109,16 @@ def training_curves(log: Path) -> list[dict[str, Any]]:
     return curves
 
 
-def summarise_run(scores: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return encoders, heads, training data and checkpoint of a run as (term, value, detail)."""
-    facts = [
-        (
-            f"{modality} encoder",
-            encoder["id"],
-            f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}",
-        )
-        for modality, encoder in scores["encoders"].items()
-    ]
-    checkpoint = ("checkpoint", scores["run"]["digest"][:12], scores["run"].get("unfinished", ""))
-    if imported := settings.get("imported"):
-        origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
-        return [*facts, ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", ""), origin, checkpoint]
-    if model := settings.get("model"):
-        return [*facts, ("model", model, "embeds pictures and texts by itself"), checkpoint]
-    if settings["head"] == "cca":
-        made = f"computed in closed form, ridge {settings['ridge']:g}"
-    else:
-        made = (
-            f"{settings['loss']} loss, {settings['optimizer']} at {settings['lr']:g}, "
-            f"{settings['steps']:,} steps of {settings['batch_size']:,}, {settings['start']} start"
-        )
-    digests = settings["store_digests"]
-    stores = zip(settings.get("stores", ["store"] * len(digests)), digests, strict=True)  # an export leaves out paths
-    return [
-        *facts,
-        ("heads", f"{settings['head']}, {settings['dim']:,} dimensions", made),
-        (
-            "trained on",
-            f"{settings['training_rows']:,} pairs, {settings['held_out_rows']:,} held out",
-            f"captions {', '.join(settings['captions'])}; "
-            + "; ".join(f"{path} {digest[:12]}" for path, digest in stores),
-        ),
-        checkpoint,
-    ]
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested settings as dotted names and values as text."""
-    rows: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            rows += flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            rows.append((prefix + name, ", ".join(map(str, value)) or "–"))
-        else:
-            rows.append((prefix + name, "–" if value is None else str(value)))
-    return rows
-
-
 def _sections(overview: Overview) -> list[dict[str, Any]]:
     """Return for each task the examples and details of each set of each run."""
-    sections = []
-    for task in all_tasks().values():
-        parts = []
-        for key, records in overview.records.items():
-            for place, (run, record) in enumerate(zip(overview.runs, records, strict=True)):
-                if not record or record["task"] != task.kind:
-                    continue
-                examples = run.examples(record)
-                headings = {"Right": True, "Wrong": False, "": None}
-                groups = {
-                    name: [each for each in examples if each["right"] is right] for name, right in headings.items()
-                }
-                kinds = record["details"].get("by_tag") or record["details"].get("by_category") or {}
-                if examples or kinds:
-                    part = {"run": run.name, "style": overview.style(place), "record": record, "kinds": kinds}
-                    parts.append(part | {"mark": overview.marks[key], "groups": groups})
-        if parts:
-            sections.append({"task": task, "parts": parts})
-    return sections
+    parts: dict[str, list[dict[str, Any]]] = {kind: [] for kind in all_tasks()}
+    for key, records in overview.records.items():
+        for place, (run, record) in enumerate(zip(overview.runs, records, strict=True)):
+            if not record:
+                continue
+            examples, details = run.examples(record), record["details"]
+            kinds = details.get("by_tag") or details.get("by_category") or {}
+            if examples or kinds:
+                about = {"run": run.name, "style": overview.style(place), "mark": overview.marks[key]}
+                parts[record["task"]].append({**about, "record": record, "examples": examples, "kinds": kinds})
+    return [{"task": task, "parts": parts[kind]} for kind, task in all_tasks().items() if parts[kind]]

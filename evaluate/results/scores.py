@@ -152,6 +152,39 @@ class RunScores:
             return dict(read_json(copied, REMEDY)["settings"])
         return read_json(self.path / "settings.json", "Name a run's folder.")
 
+    @property
+    def summary(self) -> list[tuple[str, str, str]]:
+        """Encoders, heads, training data and checkpoint of the run as (term, value, detail)."""
+        settings, run = self.settings, self.content["run"]
+        facts = [
+            (
+                f"{modality} encoder",
+                encoder["id"],
+                f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}",
+            )
+            for modality, encoder in self.content["encoders"].items()
+        ]
+        checkpoint = ("checkpoint", run["digest"][:12], self.unfinished)
+        if model := settings.get("model"):
+            return [*facts, ("model", model, "embeds pictures and texts by itself"), checkpoint]
+        heads = f"{settings['head']}, {settings['dim']:,} dimensions"
+        if imported := settings.get("imported"):
+            origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
+            return [*facts, ("heads", heads, ""), origin, checkpoint]
+        if settings["head"] == "cca":
+            made = f"computed in closed form, ridge {settings['ridge']:g}"
+        else:
+            made = (
+                f"{settings['loss']} loss, {settings['optimizer']} at {settings['lr']:g}, "
+                f"{settings['steps']:,} steps of {settings['batch_size']:,}, {settings['start']} start"
+            )
+        digests = settings["store_digests"]
+        paths = settings.get("stores", ["store"] * len(digests))  # an export leaves them out
+        stores = "; ".join(f"{path} {digest[:12]}" for path, digest in zip(paths, digests, strict=True))
+        rows = f"{settings['training_rows']:,} pairs, {settings['held_out_rows']:,} held out"
+        trained = ("trained on", rows, f"captions {', '.join(settings['captions'])}; {stores}")
+        return [*facts, ("heads", heads, made), trained, checkpoint]
+
     def examples(self, record: Record) -> list[dict[str, Any]]:
         """Return the examples of a record, with the fields of `Example`."""
         path = record.file(self.path, "examples")
@@ -198,6 +231,10 @@ class ScoreWriter:
     def __init__(self, run: "Run"):
         self.run = run
         self.folder = RunFolder(run.path).scores
+        self.encoders = {
+            side: {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}
+            for side, spec in (("image", run.image.spec), ("text", run.text.spec))
+        }
         if self.folder != run.path:
             record = CONFIG if RunFolder(run.path).is_export else "model.json"
             metadata = read_file(run.path / record, "Score another one.")
@@ -212,8 +249,6 @@ class ScoreWriter:
             result: Scores, examples and outcomes.
             seconds: Duration of the evaluation, including encoding.
         """
-        stores = data.stores.items()
-        encoders = {"image": self.run.image, "text": self.run.text}
         record = Record(
             **_describe(data.manifest),
             protocol=protocol,
@@ -222,8 +257,8 @@ class ScoreWriter:
             metrics=[asdict(score) for score in result.scores],
             details=result.details,
             run=self.run.digest,
-            encoders={side: identity.spec.fingerprint for side, identity in encoders.items()},
-            stores={name: {"path": str(store.path), "digest": store.digest} for name, store in stores},
+            encoders={side: encoder["fingerprint"] for side, encoder in self.encoders.items()},
+            stores={name: {"path": str(store.path), "digest": store.digest} for name, store in data.stores.items()},
             versions=_versions(),
             seconds=round(seconds, 2),
             encoding_seconds=round(data.encoding_seconds, 2),
@@ -232,36 +267,30 @@ class ScoreWriter:
         outcomes = save(_compact(result.outcomes), record.signature)
         write_atomically(record.file(self.run.path, "examples"), examples)
         write_atomically(record.file(self.run.path, "outcomes"), outcomes)
-        self.merge(record)
-        return record
+        return self.merge(record)
 
     def add_error(self, manifest: "Manifest", problem: Exception) -> Record:
         """Write that a set could not be scored. Return the record."""
-        record = Record(**_describe(manifest), error=" ".join(str(problem).split()))
-        self.merge(record)
-        return record
+        return self.merge(Record(**_describe(manifest), error=" ".join(str(problem).split())))
 
-    def merge(self, record: Record) -> None:
-        """Put a record into `scores.json`, in place of an older one of the same set and protocol.
+    def merge(self, record: Record) -> Record:
+        """Put a record into `scores.json`, in place of an older one of the same set and protocol. Return it.
 
         An error never replaces scores, and any record replaces an error. Scores of another checkpoint, of other
         encoders or of another schema are dropped. The folder of the run may have been renamed.
         """
-        encoders = {
-            side: {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}
-            for side, spec in (("image", self.run.image.spec), ("text", self.run.text.spec))
-        }
         run = {"name": RunFolder(self.run.path).name, "digest": self.run.digest, "unfinished": unfinished(self.run)}
         path = self.folder / "scores.json"
         with _lock(self.folder):
             older = read_json(path, REMEDY) if path.exists() else {}
             records = [Record(each) for each in older.get("records", [])]
-            same = (older.get("schema"), older.get("encoders")) == (SCHEMA, encoders)
+            same = (older.get("schema"), older.get("encoders")) == (SCHEMA, self.encoders)
             if records and not (same and older["run"]["digest"] == self.run.digest):
                 note(f"{path}: {len(records)} scores of another checkpoint, encoder or version are replaced.")
                 records = []
-            content = {"schema": SCHEMA, "run": run, "encoders": encoders, "records": _merge(records, record)}
+            content = {"schema": SCHEMA, "run": run, "encoders": self.encoders, "records": _merge(records, record)}
             write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        return record
 
 
 def _merge(records: list[Record], new: Record) -> list[Record]:
