@@ -45,18 +45,6 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Score:
-    """The value of a metric, with its chance level and its 95 % interval over items: per cent, or a rank from 1."""
-
-    name: str
-    label: str
-    value: float
-    chance: float
-    interval: tuple[float, float]
-    unit: Unit = "%"
-
-
-@dataclass(frozen=True)
 class Annotation:
     """A line of text beside a picture, with a value, a mark, and a colour if it belongs to a legend."""
 
@@ -112,7 +100,8 @@ class Result:
         examples: Cases for the report.
         details: Further numbers for the report, as JSON-able data.
         masks: Digest of the pixels of all masks. Empty if there are none.
-        scores: Computed from the outcomes by `EvaluationTask.score`.
+        scores: Value, chance level and 95 % interval over items of each metric, in per cent or as ranks from 1. They are
+            computed from the outcomes by `EvaluationTask.score`.
     """
 
     items: int
@@ -120,7 +109,7 @@ class Result:
     examples: Sequence[Example] = ()
     details: dict[str, Any] = field(default_factory=dict)
     masks: str = ""
-    scores: tuple[Score, ...] = ()
+    scores: Sequence[dict[str, Any]] = ()
 
 
 def pick_examples(hits_N: NDArray[np.bool_], each: int) -> list[int]:

@@ -254,7 +254,7 @@ class ScoreWriter:
             protocol=protocol,
             items=result.items,
             data=data.describe(result.masks),
-            metrics=[asdict(score) for score in result.scores],
+            metrics=list(result.scores),
             details=result.details,
             run=self.run.digest,
             encoders={side: encoder["fingerprint"] for side, encoder in self.encoders.items()},

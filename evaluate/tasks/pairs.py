@@ -63,7 +63,8 @@ class PairsTask(EvaluationTask):
             if items := int(selected_K.sum()):
                 part = {outcome: values_K[selected_K] for outcome, values_K in outcomes.items()}
                 scores = self.compute_scores(part, items)
-                by_label[name] = {"items": items, **{score.name: [score.value, *score.interval] for score in scores}}
+                values = {score["name"]: [score["value"], *score["interval"]] for score in scores}
+                by_label[name] = {"items": items, **values}
         return Result(len(scores_KCI), outcomes, examples, self.details(by_label))
 
     def metrics(self, outcomes: Outcomes) -> tuple[Metric, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
-from sail_align.evaluate.results.metric import Metric, Outcomes, Result, Score
+from sail_align.evaluate.results.metric import Metric, Outcomes, Result
 from sail_align.extract.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the commands derive from the declarations, and `--help` does not wait for torch
@@ -90,16 +90,21 @@ class EvaluationTask(ABC):
         result = self.evaluate(data)
         return replace(result, scores=self.compute_scores(result.outcomes, result.items))
 
-    def compute_scores(self, outcomes: Outcomes, items: int) -> tuple[Score, ...]:
-        """Return the scores over all items. Their intervals share the bootstrap draws."""
+    def compute_scores(self, outcomes: Outcomes, items: int) -> list[dict[str, Any]]:
+        """Return the scores over all items as `scores.json` has them. Their intervals share the bootstrap draws."""
         metrics = self.metrics(outcomes)
         values_RM = bootstrap([metric.compute for metric in metrics], items)
-        scores = []
-        for metric, values_R in zip(metrics, values_RM.T, strict=True):
-            value, chance = metric.compute(np.ones(items)) * metric.scale, metric.chance * metric.scale
-            bounds = interval(values_R * metric.scale)
-            scores.append(Score(metric.name, metric.label, value, chance, bounds, metric.unit))
-        return tuple(scores)
+        return [
+            {
+                "name": metric.name,
+                "label": metric.label,
+                "value": metric.compute(np.ones(items)) * metric.scale,
+                "chance": metric.chance * metric.scale,
+                "interval": interval(values_R * metric.scale),
+                "unit": metric.unit,
+            }
+            for metric, values_R in zip(metrics, values_RM.T, strict=True)
+        ]
 
     def check_manifest(self, manifest: "Manifest") -> None:
         """Raise `UserError` if a manifest has fields or variants that this task would ignore."""

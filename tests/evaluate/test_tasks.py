@@ -18,11 +18,11 @@ def evaluate(data):
 
 
 def values(result):
-    return {metric.name: metric.value / (100 if metric.unit == "%" else 1) for metric in result.scores}
+    return {each["name"]: each["value"] / (100 if each["unit"] == "%" else 1) for each in result.scores}
 
 
 def chances(result):
-    return {metric.name: metric.chance / 100 for metric in result.scores}
+    return {each["name"]: each["chance"] / 100 for each in result.scores}
 
 
 def test_classification_predicts_the_closest_class(world):
@@ -72,19 +72,19 @@ def test_recall_interval_equals_a_loop():
     owner = generator.integers(0, 40, 150)
     text_ranks, image_ranks = generator.integers(0, 20, 150), generator.integers(0, 20, 40)
     outcomes = {"image_rank": image_ranks, "text_rank": text_ranks, "owner": owner}
-    metrics = {metric.name: metric for metric in retrieval.TASK.compute_scores(outcomes, 40)}
+    metrics = {each["name"]: each for each in retrieval.TASK.compute_scores(outcomes, 40)}
     metric = metrics["t2i_r5"]
-    assert metric.value == pytest.approx(100 * sum(rank < 5 for rank in text_ranks) / 150)
+    assert metric["value"] == pytest.approx(100 * sum(rank < 5 for rank in text_ranks) / 150)
     draws = np.random.default_rng(0)
     recalls = []
     for _ in range(1000):
         ranks = [rank for image in draws.integers(40, size=40) for rank in text_ranks[owner == image]]
         recalls.append(sum(rank < 5 for rank in ranks) / len(ranks))
-    assert metric.interval == pytest.approx(tuple(100 * np.percentile(recalls, [2.5, 97.5])))
-    assert metrics["t2i_median_rank"].value == np.median(text_ranks) + 1
-    assert metrics["t2i_mean_rank"].value == pytest.approx(np.mean(text_ranks) + 1)
+    assert metric["interval"] == pytest.approx(tuple(100 * np.percentile(recalls, [2.5, 97.5])))
+    assert metrics["t2i_median_rank"]["value"] == np.median(text_ranks) + 1
+    assert metrics["t2i_mean_rank"]["value"] == pytest.approx(np.mean(text_ranks) + 1)
     asking = [image_ranks[image] for image in range(40) if image in owner]
-    assert metrics["i2t_median_rank"].value == np.median(asking) + 1
+    assert metrics["i2t_median_rank"]["value"] == np.median(asking) + 1
 
 
 def test_winoground_reads_rows_in_pairs(world):
@@ -194,11 +194,11 @@ def test_segmentation_scores_use_the_total_confusion(world):
         ious = [total[c, c] / (total[c].sum() + total[:, c].sum() - total[c, c]) for c in range(4)]
         return 100 * sum(ious) / 4
 
-    assert metrics[0].value == pytest.approx(miou(np.arange(30)))
+    assert metrics[0]["value"] == pytest.approx(miou(np.arange(30)))
     draws = np.random.default_rng(0)
     mious = [miou(draws.integers(30, size=30)) for _ in range(1000)]
-    assert metrics[0].interval == pytest.approx(tuple(np.percentile(mious, [2.5, 97.5])))
-    assert metrics[1].value == pytest.approx(100 * (truth == predicted).mean())
+    assert metrics[0]["interval"] == pytest.approx(tuple(np.percentile(mious, [2.5, 97.5])))
+    assert metrics[1]["value"] == pytest.approx(100 * (truth == predicted).mean())
 
 
 def test_unreadable_mask_is_named(world, tmp_path):
@@ -349,11 +349,11 @@ def test_unknown_caption_is_named(world):
 def test_image_without_caption_is_not_a_query():
     """Ranks as `align.metrics.ranks` gives them: the image that owns no text ranks last."""
     outcomes = {"image_rank": np.array([0, 0, 2]), "text_rank": np.array([0, 1]), "owner": np.array([0, 1])}
-    metrics = {metric.name: metric for metric in retrieval.TASK.compute_scores(outcomes, 3)}
-    assert metrics["i2t_r1"].value == 100.0
-    assert metrics["t2i_r1"].value == 50.0
-    assert metrics["t2i_r1"].chance == pytest.approx(100 / 3)
-    assert metrics["i2t_r1"].chance == pytest.approx(100 / 2)
+    metrics = {each["name"]: each for each in retrieval.TASK.compute_scores(outcomes, 3)}
+    assert metrics["i2t_r1"]["value"] == 100.0
+    assert metrics["t2i_r1"]["value"] == 50.0
+    assert metrics["t2i_r1"]["chance"] == pytest.approx(100 / 3)
+    assert metrics["i2t_r1"]["chance"] == pytest.approx(100 / 2)
 
 
 @pytest.mark.parametrize(
