@@ -205,7 +205,7 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
     if model:
         from sail_align.evaluate.models import load_open_clip
 
-        return load_open_clip(model, device=device)
+        return load_open_clip(model, device)
     if run and RunFolder(run).is_export:
         from sail_align.align.hub.folder import read_hub_folder
 

@@ -143,15 +143,13 @@ class EvaluationSet:
         folder = f"-{digest_of(str(self._root))[:8]}" if self._root else ""
         name = f"{self.manifest.name}{folder}"
         bare = [replace(sample, captions={}) for sample in self.samples]
-        store = self._encode("images", name, self.manifest.name, self.manifest.rows, bare, self.run.image)
-        return self._read_all(store, store.image())
+        return self._encode("images", name, self.manifest.name, self.manifest.rows, bare, self.run.image)
 
     def text_features(self, what: str, texts: dict[str, str], name: str) -> NDArray[np.float16]:
         """Return the encoder features of texts by key, (M, D). `what` is their role, `name` names their store."""
         listed = [Sample(key=key, image="", captions={TEXT: text}) for key, text in texts.items()]
         digest = digest_of(list(texts.items()))[:8]
-        store = self._encode(what, f"{name}-{digest}", name, {"texts": digest}, listed, self.run.text)
-        return self._read_all(store, store.text(TEXT))
+        return self._encode(what, f"{name}-{digest}", name, {"texts": digest}, listed, self.run.text)
 
     def images(self) -> Embeddings:
         """Return the embeddings of all images, (N, E), with rows of unit length.
@@ -196,8 +194,8 @@ class EvaluationSet:
 
     def _encode(
         self, what: str, name: str, dataset: str, rows: dict[str, Any], samples: list[Sample], identity: Identity
-    ) -> Store:
-        """Return the complete store of the images or texts of samples, after encoding what is missing."""
+    ) -> NDArray[np.float16]:
+        """Return the features of the images or texts of samples from their store, after encoding what is missing."""
         path = self._folder / f"{name}-{identity.spec.fingerprint[:8]}.zarr"
         of_images = identity.spec.modality == "image"
         captions = [] if of_images else [TEXT]
@@ -224,7 +222,7 @@ class EvaluationSet:
             extract(store, self.source, image=image, text=text, captions=captions, quiet=self.quiet)
             self.encoding_seconds += time.monotonic() - started
         self.stores[what] = store
-        return store
+        return self._read_all(store, store.image() if of_images else store.text(TEXT))
 
     def _read_all(self, store: Store, array: FeatureArray) -> NDArray[np.float16]:
         """Return the features of all rows. A score over part of a set would be the score of another set."""

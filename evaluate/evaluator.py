@@ -52,13 +52,14 @@ def evaluate_sets(
         except RunError:
             raise
         except (UserError, WorkersFailedError, UnreadableImageError, OSError) as problem:
+            reason = " ".join(str(problem).split())
             if stop_at_fault and isinstance(problem, WorkersFailedError):
                 raise
             if stop_at_fault:
-                raise UserError(" ".join(str(problem).split())) from problem
+                raise UserError(reason) from problem
             if isinstance(problem, TooSmallError):
                 note(f"skipped: {problem}")
-                continue
-            yield writer.add_error(manifest, problem)
+            else:
+                yield writer.add_error(manifest, reason)
         else:
             yield writer.add(data, task.protocol_id(data), result, time.monotonic() - started)

@@ -38,13 +38,12 @@ class RunError(UserError):
         return cls(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
 
 
-def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("runs")) -> Run:
-    """Return an OpenCLIP model in the form of a run. Its scores go into a folder under `root` that is named after it.
+def load_open_clip(reference: str, device: str) -> Run:
+    """Return an OpenCLIP model in the form of a run. Its scores go into a folder in `runs/` that is named after it.
 
     Args:
         reference: `open_clip:<model>@<weights>` or `open_clip:<folder>`.
         device: Device on which its towers are tried when it is scored for the first time.
-        root: Folder of the runs.
 
     Raises:
         UserError: The reference is invalid, or the model cannot be loaded.
@@ -53,7 +52,7 @@ def load_open_clip(reference: str, *, device: str = "cpu", root: Path = Path("ru
         raise UserError(f"--model {reference!r} is invalid: expected open_clip:<model>@<weights>.")
     path = Path(reference.removeprefix(PREFIX)).expanduser()
     name = path.resolve().name if path.is_dir() else path.name
-    folder = root / ("open_clip-" + re.sub(r"[^\w.-]+", "-", name))
+    folder = Path("runs") / ("open_clip-" + re.sub(r"[^\w.-]+", "-", name))
     if not (folder / "settings.json").is_file():
         towers = {
             "image": ImageEncoderConfig(reference).load(device).identity.to_json(),

@@ -100,8 +100,8 @@ class Result:
         examples: Cases for the report.
         details: Further numbers for the report, as JSON-able data.
         masks: Digest of the pixels of all masks. Empty if there are none.
-        scores: Value, chance level and 95 % interval over items of each metric, in per cent or as ranks from 1. They are
-            computed from the outcomes by `EvaluationTask.score`.
+        scores: Value, chance level and 95 % interval over items of each metric, in per cent or as ranks from 1.
+            `EvaluationTask.score` computes them from the outcomes.
     """
 
     items: int

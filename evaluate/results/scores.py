@@ -156,14 +156,10 @@ class RunScores:
     def summary(self) -> list[tuple[str, str, str]]:
         """Encoders, heads, training data and checkpoint of the run as (term, value, detail)."""
         settings, run = self.settings, self.content["run"]
-        facts = [
-            (
-                f"{modality} encoder",
-                encoder["id"],
-                f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}",
-            )
-            for modality, encoder in self.content["encoders"].items()
-        ]
+        facts = []
+        for side, encoder in self.content["encoders"].items():
+            detail = f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}"
+            facts.append((f"{side} encoder", encoder["id"], detail))
         checkpoint = ("checkpoint", run["digest"][:12], self.unfinished)
         if model := settings.get("model"):
             return [*facts, ("model", model, "embeds pictures and texts by itself"), checkpoint]
@@ -269,9 +265,9 @@ class ScoreWriter:
         write_atomically(record.file(self.run.path, "outcomes"), outcomes)
         return self.merge(record)
 
-    def add_error(self, manifest: "Manifest", problem: Exception) -> Record:
+    def add_error(self, manifest: "Manifest", reason: str) -> Record:
         """Write that a set could not be scored. Return the record."""
-        return self.merge(Record(**_describe(manifest), error=" ".join(str(problem).split())))
+        return self.merge(Record(**_describe(manifest), error=reason))
 
     def merge(self, record: Record) -> Record:
         """Put a record into `scores.json`, in place of an older one of the same set and protocol. Return it.
