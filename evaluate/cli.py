@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate.tasks.task import EvaluationTask, all_tasks, find_task
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import DataRoot, Device, Quiet, run_command
@@ -198,8 +199,6 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
     Raises:
         UserError: Both are given, or what is given is none of these or is damaged.
     """
-    from sail_align.align.runs.folder import RunFolder
-
     if run and model:
         raise UserError(f"--run {run} and --model {model} exclude each other. Remove one.")
     if model:
@@ -222,7 +221,6 @@ def _evaluate(
     run: "Run", is_newest: bool, sets: Sets, features_dir: Path, device: str, quiet: bool, *, stop_at_fault: bool
 ) -> None:
     """Score the sets, print the table and write the report, even after an error. Exit with 1 if a set failed."""
-    from sail_align.align.runs.folder import RunFolder
     from sail_align.evaluate.evaluator import evaluate_sets
     from sail_align.evaluate.report.formats import score_table, text
     from sail_align.evaluate.report.overview import Overview

@@ -12,9 +12,6 @@ from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError
 
-Set = tuple[str, str]
-"""Data set and task."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -56,26 +53,28 @@ class Comparison:
         Raises:
             UserError: Outcomes are missing, or nothing can be compared.
         """
-        ours, theirs = _by_set(first), _by_set(second)
-        if not ours.keys() & theirs.keys():
+        names = [dict.fromkeys(record.name for record in run.scored) for run in (first, second)]
+        if not names[0].keys() & names[1].keys():
+            ours, theirs = (", ".join(each) or "nothing" for each in names)
             raise UserError(
-                f"{first.path} (scored on {_list_sets(ours)}) and {second.path} (on {_list_sets(theirs)}) have no set "
-                "in common. Score both on one with `sail-eval`."
+                f"{first.path} (scored on {ours}) and {second.path} (on {theirs}) have no set in common. Score both on "
+                "one with `sail-eval`."
             )
         differences: list[Difference] = []
-        refusals: dict[Set, str] = {}
-        for which in dict.fromkeys([*ours, *theirs]):
-            pairs = [(a, b) for a in ours.get(which, []) for b in theirs.get(which, []) if a.key == b.key]
+        refusals: dict[str, str] = {}
+        for name in names[0] | names[1]:
+            mine, others = ([record for record in run.scored if record.name == name] for run in (first, second))
+            pairs = [(one, other) for one in mine for other in others if one.key == other.key]
             if not pairs:
-                refusals[which] = _explain_refusal(first, ours.get(which, []), second, theirs.get(which, []))
-            for mine, other in pairs:
-                metrics = find_task(mine["task"]).metrics
-                found = paired_difference(metrics(first.outcomes(mine)), metrics(second.outcomes(other)), mine["items"])
-                for a, b, (bounds, p) in zip(mine["metrics"], other["metrics"], found, strict=True):
-                    about = (mine["dataset"], mine["protocol"], a["label"], a["unit"])
+                refusals[name] = _explain_refusal(first, mine, second, others)
+            for one, other in pairs:
+                metrics = find_task(one["task"]).metrics
+                found = paired_difference(metrics(first.outcomes(one)), metrics(second.outcomes(other)), one["items"])
+                for a, b, (bounds, p) in zip(one["metrics"], other["metrics"], found, strict=True):
+                    about = (one["dataset"], one["protocol"], a["label"], a["unit"])
                     differences.append(Difference(*about, a["value"], b["value"], bounds, p))
         if not differences:
-            raise UserError(next(message for which, message in refusals.items() if which in ours and which in theirs))
+            raise UserError(next(message for name, message in refusals.items() if all(name in each for each in names)))
         return cls(differences, list(refusals.values()))
 
     def table(self) -> str:
@@ -109,21 +108,8 @@ def paired_difference(
     return found
 
 
-def _by_set(scores: RunScores) -> dict[Set, list[Record]]:
-    """Return the scores by set and task, one record for each protocol."""
-    found: dict[Set, list[Record]] = {}
-    for record in scores.scored:
-        found.setdefault((record["dataset"], record["task"]), []).append(record)
-    return found
-
-
-def _list_sets(scored: dict[Set, list[Record]]) -> str:
-    return ", ".join(f"{dataset} ({task})" for dataset, task in scored) or "nothing"
-
-
 def _explain_refusal(first: RunScores, ours: list[Record], second: RunScores, theirs: list[Record]) -> str:
-    record = (ours or theirs)[-1]
-    name = f"{record['dataset']} ({record['task']})"
+    name = (ours or theirs)[-1].name
     if not ours or not theirs:
         has, lacks = (first, second) if ours else (second, first)
         return f"{name} was scored with {has.path} and not with {lacks.path}."

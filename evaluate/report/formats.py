@@ -30,11 +30,10 @@ def score_table(records: Iterable[Record]) -> str:
     """Return a table with one line per metric, and notes on failed or incomplete sets below it."""
     rows, notes = [], []
     for record in records:
-        name, task = record["dataset"], record["task"]
         if record.error:
-            notes.append(f"{name} ({task}) ERROR: {record.error}")
+            notes.append(f"{record.name} ERROR: {record.error}")
             continue
-        first = (name, task, str(record["items"]))
+        first = (record["dataset"], record["task"], str(record["items"]))
         for metric in record["metrics"]:
             value, chance = number(metric["value"]), number(metric["chance"])
             rows.append(

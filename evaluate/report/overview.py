@@ -109,7 +109,7 @@ class Overview:
             for mark, record in marked
         ]
         errors = [
-            f"{record['dataset']} ({record['task']}) was not scored with {run.name}: {record.error}"
+            f"{record.name} was not scored with {run.name}: {record.error}"
             for run in runs
             for record in run.records
             if record.error

@@ -39,6 +39,11 @@ class Record(dict[str, Any]):
     """The scores of one set under one protocol, or the error that prevented them, as `scores.json` has them."""
 
     @property
+    def name(self) -> str:
+        """Data set and task."""
+        return f"{self['dataset']} ({self['task']})"
+
+    @property
     def error(self) -> str:
         """Why the set could not be scored. Empty if it was."""
         return str(self.get("error", ""))
@@ -290,7 +295,7 @@ class ScoreWriter:
 
 
 def _merge(records: list[Record], new: Record) -> list[Record]:
-    same_set = [each for each in records if (each["dataset"], each["task"]) == (new["dataset"], new["task"])]
+    same_set = [each for each in records if each.name == new.name]
     if new.error and not all(each.error for each in same_set):
         return records
     replaced = [each for each in same_set if each.error or each["protocol"] == new.get("protocol")]
