@@ -209,8 +209,10 @@ def load_scored(run: Path | None, model: str | None, device: str) -> "Run":
         from sail_align.align.hub.folder import read_hub_folder
 
         return read_hub_folder(run)
-    if run and RunFolder(run).is_checkpoint and not RunFolder(run).run.is_run:
-        raise UserError(f"{run} is a checkpoint outside its run. Move it back into that run's checkpoints/.")
+    if run:
+        RunFolder(run).require()  # before torch is imported
+        if not RunFolder(run).run.is_run:
+            raise UserError(f"{run} is a checkpoint outside its run. Move it back into that run's checkpoints/.")
 
     from sail_align.align.runs.checkpoint import load_run
 

@@ -100,7 +100,7 @@ class EvaluationSet:
 
     @property
     def class_parts(self) -> list[str]:
-        """Origin of class names and prompts, as parts of a protocol id. Those of no library have a digest."""
+        """Origin of class names and prompts, as parts of a protocol id. Lists of no library have a digest."""
         classes, templates = self.source.classes, self.task.templates
         named = getattr(self.manifest.source, "classes", None)
         origin = named if isinstance(named, str) else "listed" if named else "source"

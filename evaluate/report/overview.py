@@ -93,9 +93,9 @@ class Overview:
             key: [records.get(key) for records in own] for key in dict.fromkeys(k for each in own for k in each)
         }
         self.marks: dict[Key, str] = dict(zip(self.records, MARKS, strict=False))
+        marked = [(mark, self.any_record(key)) for key, mark in self.marks.items()]
         columns: list[list[Column]] = []
-        for key, mark in self.marks.items():
-            record = self.any_record(key)
+        for mark, record in marked:
             metrics = (record.metric(name) for name in find_task(record["task"]).headlines)
             group = [Column(mark, record, metric) for metric in metrics if metric]
             if columns and len(columns[-1]) + len(group) <= WIDTH:
@@ -103,7 +103,6 @@ class Overview:
             else:
                 columns.append(group)
         self.panels = [Panel(group, self._rows(group)) for group in columns]
-        marked = [(mark, self.any_record(key)) for key, mark in self.marks.items()]
         self.notes = [
             (mark, f"{record['protocol']}, n = {record['items']:,}, data {record.key[1][:12]}")
             for mark, record in marked
@@ -134,15 +133,14 @@ class Overview:
     def _rows(self, columns: Sequence[Column]) -> list[Row]:
         rows = []
         for place, run in enumerate(self.runs):
-            records = [self.records[column.record.key][place] for column in columns]
-            found = [
-                record.metric(column.metric["name"]) if record else None
-                for record, column in zip(records, columns, strict=True)
-            ]
-            cells = [(metric["value"], metric.get("interval")) if metric else (None, None) for metric in found]
+            cells: list[tuple[float | None, Interval]] = []
+            for column in columns:
+                record = self.records[column.record.key][place]
+                metric = record.metric(column.metric["name"]) if record else None
+                cells.append((metric["value"], metric.get("interval")) if metric else (None, None))
             rows.append(Row(run.label, "run", self.style(place), cells))
         for model in Reported.read_all():
-            cells = [(model.score(column.record, column.metric["name"]), None) for column in columns]
-            rows.append(Row(model.name, "reported", "reported", cells, model.source))
+            scores = [(model.score(column.record, column.metric["name"]), None) for column in columns]
+            rows.append(Row(model.name, "reported", "reported", scores, model.source))
         chance = Row("chance", "chance", "chance", [(column.metric["chance"], None) for column in columns])
         return [*(row for row in rows if any(value is not None for value, _ in row.cells)), chance]
