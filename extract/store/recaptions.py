@@ -199,8 +199,9 @@ class _Join:
         """
         columns = {"name": batch[self._tables.column]}
         for name, column in self._tables.captions.items():
-            blank = pc.equal(pc.utf8_trim_whitespace(batch[column]), "")
-            columns[CAPTION + name] = pc.if_else(blank, None, batch[column])
+            has_text = pc.not_equal(pc.utf8_trim_whitespace(batch[column]), "")
+            # Not `if_else`, which returns damaged arrays for slices of text in some versions of pyarrow.
+            columns[CAPTION + name] = pc.case_when(pc.make_struct(has_text), batch[column])
         columns["order"] = pa.array(np.arange(self.report.rows, self.report.rows + len(batch)))
         table = pa.table(columns)
         captioned = pc.is_valid(pc.coalesce(*(table[CAPTION + name] for name in self._tables.captions)))
