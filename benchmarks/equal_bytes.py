@@ -4,8 +4,9 @@
     python benchmarks/equal_bytes.py run AFTER       # in the checkout after
     python benchmarks/equal_bytes.py diff BEFORE AFTER
 
-`run` takes the commands of the interpreter that runs it. `diff` compares every file by its bytes, JSON files by their
-values without seconds and versions, and exits with 1 if anything differs. Logs and reports are left out.
+`run` takes the commands of the interpreter that runs it. `diff` compares every file by its bytes, JSON files and the
+headers of safetensors (which have no fixed order) by their values without seconds and versions, and exits with 1 if
+anything differs. Logs and reports are left out.
 """
 
 import json
@@ -22,7 +23,7 @@ COMMANDS = (
     ("sail-align", "fit", "--features", "features/demo.zarr", "--steps", "20", "--out", "runs/steps20"),
     ("sail-eval", "all"),
 )
-IGNORED_KEYS = {"seconds", "sail_align", "versions", "version"}
+IGNORED_KEYS = {"seconds", "encoding_seconds", "sail_align", "versions", "version"}
 IGNORED_FILES = {"features/demo.zarr.log.jsonl"}
 IGNORED_SUFFIXES = {".html"}
 
@@ -50,11 +51,23 @@ def differences(before: Path, after: Path) -> Iterator[str]:
             continue
         if missing := [str(root) for root in (before, after) if not (root / name).exists()]:
             yield f"{name}: missing in {missing[0]}"
-        elif name.suffix == ".json":
-            old, new = (json.loads((root / name).read_bytes()) for root in (before, after))
-            yield from (f"{name}: {line}" for line in json_differences(old, new))
-        elif (before / name).read_bytes() != (after / name).read_bytes():
+            continue
+        (old, old_rest), (new, new_rest) = (parse(root / name) for root in (before, after))
+        yield from (f"{name}: {line}" for line in json_differences(old, new))
+        if old_rest != new_rest:
             yield f"{name}: other bytes"
+
+
+def parse(file: Path) -> tuple[Any, bytes]:
+    """Return the JSON of a file or of the header of safetensors, if it has one, and all other bytes."""
+    content = file.read_bytes()
+    match file.suffix:
+        case ".json":
+            return json.loads(content), b""
+        case ".safetensors":
+            start = 8 + int.from_bytes(content[:8], "little")
+            return json.loads(content[8:start]), content[start:]
+    return None, content
 
 
 def json_differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
