@@ -79,16 +79,16 @@ def export(
         raise UserError("--licence has no effect with --to onnx, which has no model card. Leave one of them out.")
     RunFolder(run).require()
 
-    from sail_align.align.runs.checkpoint import load_run
-
     folder = out or Path("exports") / f"{run.resolve().name}-{to}"
     if to == "hub-folder":
+        from sail_align.align.runs.checkpoint import load_run
+
         _write_hub_folder(load_run(run), folder, licence or "unknown")
         return
 
     from sail_align.align.hub.onnx_heads import write_onnx
 
-    difference = write_onnx(load_run(run), folder)
+    difference = write_onnx(run, folder)
     typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {difference:.1g} of PyTorch's embeddings")
 
 

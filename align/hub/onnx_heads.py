@@ -10,28 +10,27 @@ from torch import Tensor, nn
 
 from sail_align.align.hub.folder import write_folder
 from sail_align.align.model.alignment import AlignmentModel
-from sail_align.align.runs.checkpoint import Run
-from sail_align.extract.errors import UserError
+from sail_align.align.runs.checkpoint import load_run
+from sail_align.extract.errors import UserError, import_extra
 
 TOLERANCE = 1e-5
 """Maximum difference between the coordinates of unit vectors from ONNX Runtime and PyTorch."""
 _LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 
 
-def write_onnx(run: Run, folder: Path) -> float:
+def write_onnx(path: Path, folder: Path) -> float:
     """Write `image_head.onnx` and `text_head.onnx` to a new folder; return their maximum difference from PyTorch.
 
     Each graph maps `features` (B, D) float32, for any B, to unit-norm `embeddings` (B, E) float32. The metadata names
     the run, the encoder of the features, and t and b of the loss.
 
     Raises:
-        UserError: A library is missing, the folder is not empty, or ONNX Runtime gives other embeddings.
+        UserError: A library is missing, `path` is not a run, the folder is not empty, or ONNX Runtime gives other
+            embeddings.
     """
     for library in _LIBRARIES:
-        try:
-            importlib.import_module(library)
-        except ImportError as problem:
-            raise UserError(f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'.") from problem
+        import_extra(library, f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'.")
+    run = load_run(path)
     graphs, farthest = {}, 0.0
     for side, identity in (("image", run.image), ("text", run.text)):
         head = _Side(run.model, side).eval()

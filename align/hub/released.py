@@ -77,15 +77,15 @@ class Released:
             raise UserError(f"{path} has no 'state_dict'. Pass a file of heads published by the paper's authors.")
         architecture = _architecture(path, tensors)
         model = architecture.build()
-        weights = model.state_dict()
+        places, weights = model.state_dict(), {}
         for theirs, ours in OUR_NAMES.items():
-            found, expected = tuple(tensors[theirs].shape), tuple(weights[ours].shape) or (1,)
+            found, expected = tuple(tensors[theirs].shape), tuple(places[ours].shape) or (1,)
             if found != expected:
                 raise UserError(
                     f"{theirs} in {path} has shape {found}; expected {expected}, given its other tensors. It is a file "
                     f"of another model."
                 )
-            weights[ours] = tensors[theirs].float().reshape(weights[ours].shape)
+            weights[ours] = tensors[theirs].float().reshape(places[ours].shape)
         model.load_state_dict(weights)
         sha256, epoch = hashlib.sha256(content).hexdigest(), saved.get("epoch")
         epoch = epoch if isinstance(epoch, int) else None

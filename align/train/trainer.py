@@ -185,7 +185,8 @@ class _Training:
         rate = settings.learning_rate(step - 1)
         loss = self.stepper.step(batch, rate)._asdict()
         t, b = self.model.log_scale.detach().exp(), self.model.bias.detach()
-        logged = {"loss": loss.pop("total"), "t": t, "b": b, **loss}
+        total = loss.pop("total")
+        logged = {"loss": total, "t": t, "b": b, **loss}
         numbers = torch.stack(list(logged.values())).tolist()  # one transfer from a GPU
         values = dict(zip(logged, numbers, strict=True))
         if not math.isfinite(values["loss"]):

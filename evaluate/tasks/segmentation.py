@@ -65,6 +65,11 @@ class Segmentation(EvaluationTask):
         with progress(len(samples), f"{data.manifest.name} patches", unit="image", quiet=data.quiet) as bar:
             for row, sample in enumerate(samples):
                 truth = _read_mask(data, sample)
+                if (highest := int(truth[truth != IGNORED].max(initial=0))) >= len(names):
+                    raise UserError(
+                        f"Mask {sample.mask!r} of {data.manifest.name} is invalid: got the value {highest}, expected "
+                        f"one of {len(names)} classes or {IGNORED}. Correct it."
+                    )
                 masks.update(repr(truth.shape).encode() + truth.tobytes())
                 predicted = segmenter.label(sample, truth.shape)
                 counts.append(count_pixels(truth, predicted, len(names)))

@@ -102,12 +102,12 @@ class Worker:
             WorkersFailedError: The shard cannot be encoded.
             UserError: The disk is full, or encoding failed for a reason that concerns all shards.
         """
-        try:
-            with report_write_errors(self.store.path, during_run=True):
+        with report_write_errors(self.store.path, during_run=True):
+            try:
                 if leased := self._lease_and_encode(shard):
                     self._write(shard, *leased)
-        finally:
-            self._end()
+            finally:
+                self._end()
         return self._is_committed(shard)
 
     def _try_each(self, shards: Sequence[Shard], writer: ThreadPoolExecutor) -> bool:

@@ -64,7 +64,7 @@ class MappedChunks:
         (codec,) = metadata.codecs
         return (
             isinstance(codec, ShardingCodec)
-            and codec.index_location == ShardingCodec(chunk_shape=codec.chunk_shape).index_location  # at the end
+            and getattr(codec.index_location, "value", codec.index_location) == "end"  # an enum before zarr 3.4
             and codec.index_codecs == (BytesCodec(endian="little"), Crc32cCodec())
             and codec.codecs in ((BytesCodec(endian="little"),), (BytesCodec(endian=None),))
             and array.dtype == array.dtype.newbyteorder("<")

@@ -65,7 +65,8 @@ class _SourceCheck:
             for number, (part, stamps) in enumerate(zip(parts, now.stamps, strict=True)):
                 rows, old = known[number] if number < len(known) else (None, [])
                 if rows is None or old != stamps:
-                    changed = [file for file, stamp in zip(part.files, stamps, strict=False) if stamp not in old]
+                    seen = set(old)
+                    changed = [file for file, stamp in zip(part.files, stamps, strict=False) if stamp not in seen]
                     rows = self.compare(part, start, rows, changed or list(part.files))
                 bar.update(rows)
                 now.rows[number] = rows

@@ -265,7 +265,8 @@ class Leases:
             yield lease
         finally:
             self.release(lease)
-            self.tidy()
+            if waiting is not None:
+                self.tidy()
 
     def names(self) -> set[str]:
         """Return the names of all leases that have a file, whether their owners are dead or alive."""

@@ -91,7 +91,7 @@ def test_missing_library_is_reported(run, monkeypatch, library):
         if name == library:
             raise ImportError(name)
 
-    monkeypatch.setattr(onnx_heads.importlib, "import_module", import_module)
+    monkeypatch.setattr("importlib.import_module", import_module)
     problem = export(path).exception
     assert isinstance(problem, UserError)
     assert str(problem) == f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'."

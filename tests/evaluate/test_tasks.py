@@ -208,6 +208,15 @@ def test_unreadable_mask_is_named(world, tmp_path):
         evaluate(world.open(manifest))
 
 
+def test_unknown_mask_value_is_rejected(world, tmp_path):
+    data = world.open(world.halves("seg", [("red", "green")], {"kind": "segmentation"}))
+    data.source.mask = lambda _: np.full((32, 32), 6, dtype=np.uint8)
+    with pytest.raises(
+        UserError, match=r"Mask '000.png' of seg is invalid: got the value 6, expected one of 6 classes"
+    ):
+        evaluate(data)
+
+
 def test_mask_of_another_shape_is_rejected(world, tmp_path):
     """Such as that of a photo whose EXIF data turn it."""
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
