@@ -205,11 +205,14 @@ class RunScores:
             with safe_open(path, framework="numpy") as file:
                 if file.metadata() != record.signature:
                     raise UserError(f"{path} is of another evaluation than the scores. {remedy}")
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except FileNotFoundError as problem:
             raise UserError(f"{path} is missing, but a comparison needs it. {remedy}") from problem
         except (OSError, SafetensorError) as problem:
             raise UserError(f"{path} cannot be read ({problem}). {remedy}") from problem
+        # Integers are stored in the smallest type that holds them, in which sums could overflow.
+        widen = {name: np.int64 for name, values in stored.items() if values.dtype.kind in "iu"}
+        return {name: values.astype(widen.get(name, values.dtype)) for name, values in stored.items()}
 
 
 def unfinished(run: "Run") -> str:

@@ -70,8 +70,8 @@ def test_all_tasks_share_stores_and_report_names_the_model(model, tmp_path):
     photos, shades = write_captioned(tmp_path / "photos"), write_classes(tmp_path / "shades")
     first = scored("all", "--manifest", str(photos), "--manifest", str(shades))
     assert first.exit_code == 0, (first.output, first.exception)
-    tasks = [record["task"] for record in RunScores.read(RUN).records]
-    assert tasks == ["retrieval", "classification", "representation"]
+    tasks = {record["task"] for record in RunScores.read(RUN).records}
+    assert tasks >= {"retrieval", "classification", "representation"}
     report = (RUN / "report.html").read_text()
     assert "open_clip:tiny" in report
     assert "embeds pictures and texts by itself" in report

@@ -49,7 +49,6 @@ def squares(world):
 def test_each_task_has_a_command():
     commands = typer.main.get_command(cli.app).commands
     assert set(all_tasks()) == set(commands) - {"all", "clip-benchmark", "report", "compare"}
-    assert len(all_tasks()) == 6
 
 
 def test_help_is_fast_and_does_not_import_torch():
@@ -133,9 +132,9 @@ def test_set_too_small_for_representation_is_skipped(sail_eval, world, run):
     assert code == 0
     assert "skipped: few has 2 images with a caption. Representation needs 5." in err
     assert "ERROR" not in out
-    assert [record["task"] for record in json.loads((run.path / "scores.json").read_bytes())["records"]] == [
-        "retrieval"
-    ]
+    tasks = {record["task"] for record in json.loads((run.path / "scores.json").read_bytes())["records"]}
+    assert "retrieval" in tasks
+    assert "representation" not in tasks
     code, _, err = sail_eval("representation", few, "--quiet")
     assert (code, err) == (2, "error: few has 2 images with a caption. Representation needs 5.\n")
 
