@@ -32,7 +32,7 @@ def die_at_write(left: int) -> None:
     def dying(method):
         def wrapper(self, *args, **kwargs):
             nonlocal left
-            left -= method.__name__ == "replace" or "wb" in args
+            left -= method.__name__ == "replace" or bool({"wb", "xb"} & set(args))
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return method(self, *args, **kwargs)

@@ -287,9 +287,10 @@ class Store:
             return arrays[encoder]
         if encoder is None and len(arrays) == 1:
             return next(iter(arrays.values()))
-        asked = f"of encoder {encoder!r} " if encoder else ""
-        existing = ", ".join(arrays) or "none"
-        raise UserError(f"{self.path} has no single array of {what} {asked}(encoders: {existing}). Name one of them.")
+        if not arrays:
+            raise UserError(f"{self.path} has no {what}. Make them with `sail-extract run`.")
+        found = f"no {what} of encoder {encoder!r}" if encoder else f"{what} of several encoders"
+        raise UserError(f"{self.path} has {found}. Name one of its encoders: {', '.join(arrays)}.")
 
     def _create_array(self, node: Path, folder: Path, identity: Identity) -> None:
         """Create an array in an order that can be resumed after any step."""

@@ -17,6 +17,8 @@ from sail_align.extract.errors import UserError
 NOT_A_STORE = "{path} is not a feature store. Make one with `sail-extract run`."
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+"""Errors of file systems that cannot sync a folder. Any other error means that it was not synced."""
 
 
 def as_path(location: str | Path) -> Path:
@@ -111,7 +113,7 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
     while not written:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -121,12 +123,15 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
         finally:
             temporary.unlink(missing_ok=True)
     # Sync the folder too: after a power cut, a marker must not be there without the files written before it.
-    with suppress(OSError):  # not supported everywhere
+    try:
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as problem:
+        if problem.errno not in _UNSUPPORTED:
+            raise
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -192,6 +197,11 @@ def report_write_errors(path: Path, *, during_run: bool = False) -> Iterator[Non
             raise UserError(
                 f"No space is left for {path} ({problem.strerror}). Free some and rerun the same command; committed "
                 "work is kept."
+            ) from problem
+        if problem.errno == errno.EIO:
+            raise UserError(
+                f"{problem.filename or path} cannot be read or written ({problem.strerror}). Check the disk and rerun "
+                "the same command; committed work is kept."
             ) from problem
         if during_run and isinstance(problem, FileNotFoundError) and not path.exists():
             raise UserError(f"{path} has disappeared. Restore it and rerun the same command.") from problem

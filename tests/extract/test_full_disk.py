@@ -2,8 +2,11 @@
 
 import errno
 import os
+import stat
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import FakeChoice
@@ -16,7 +19,7 @@ from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.files import report_write_errors, write_atomically
 
 
 def extract_into(root: Path, store: Path):
@@ -107,3 +110,28 @@ def test_writer_retries_if_its_temporary_file_is_removed(tmp_path, monkeypatch):
     write_atomically(tmp_path / "marker", b"whole")
     assert (tmp_path / "marker").read_bytes() == b"whole"
     assert others.exists()
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_failed_sync_of_a_folder_is_an_error_unless_unsupported(tmp_path, monkeypatch, number, raised):
+    fsync = os.fsync
+
+    def fail_for_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    expected = pytest.raises(UserError, match="rerun the same command") if raised else nullcontext()
+    with expected, report_write_errors(tmp_path, during_run=True):
+        write_atomically(tmp_path / "marker", b"whole")
+
+
+def test_temporary_files_never_follow_planted_links(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_bytes(b"precious")
+    monkeypatch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex="0"))
+    monkeypatch.setattr("sail_align.extract.system.files._remove_leftovers", lambda _: None)
+    (tmp_path / ".marker.0.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "marker", b"whole")
+    assert (tmp_path / "victim").read_bytes() == b"precious"

@@ -264,6 +264,14 @@ def test_shard_rows_grow_with_the_data_set(tmp_path):
     assert [shard_rows(rows) for rows in (1, 3_000, 70_000)] == [256, 256, 8_192]
 
 
+def test_array_that_cannot_be_chosen_is_reported(store):
+    with pytest.raises(UserError, match=r"has no image features\. Make them with `sail-extract run`\."):
+        store.image()
+    store.add(identity("image"))
+    with pytest.raises(UserError, match=r"no image features of encoder 'x'\. Name one of its encoders: fake-image\."):
+        store.image("x")
+
+
 def test_encoder_id_becomes_a_folder_name(store):
     other = identity("image")
     spec = replace(other.spec, id="hf:facebook/dinov2-base@abc.cls+mean")
