@@ -31,6 +31,8 @@ TTL = 120.0
 POLL = 1.0
 """Seconds between two looks at a lease while waiting for it."""
 
+_MAX_PID = 2**31
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.json\.[0-9a-f]{32}\.tmp")
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -60,12 +62,14 @@ class Owner:
 
     @classmethod
     def parse(cls, content: bytes) -> "Owner | None":
-        """Return the owner named in a lease's content, None if a full disk or a crash cut it short."""
+        """Return the owner named in a lease's content, None if it is damaged, as by a full disk or a crash."""
         try:
             record = json.loads(content.split(b"\n")[0])
-            return cls(record["machine"], record["pid"], record["start"])
-        except (ValueError, KeyError, TypeError):
+            machine, pid, start = record["machine"], record["pid"], record["start"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
+        is_process = type(pid) is int and 0 < pid < _MAX_PID
+        return cls(machine, pid, start) if is_process and isinstance(machine, str) and isinstance(start, str) else None
 
     def is_alive(self) -> bool | None:
         """Return whether the process is running, None if this machine cannot tell."""
@@ -119,7 +123,7 @@ class Lease:
             names = [file.name for file in path.parent.iterdir()] if is_remote(path) else os.listdir(path.parent)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        pattern = re.compile(re.escape(path.name) + r"\.([0-9]+)\.json")
+        pattern = re.compile(re.escape(path.name) + r"\.([0-9]{1,18})\.json")
         return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
 
     @staticmethod
@@ -206,10 +210,13 @@ class Leases:
 
         Raises:
             UserError: The store's folder has disappeared. It must not be created again: if a disk was unmounted, the
-                work would go to the disk below.
+                work would go to the disk below. Or the folder of leases is a link.
         """
-        if not is_remote(self.folder) and not self.folder.parent.is_dir():
-            raise UserError(f"{self.folder.parent} has disappeared. Restore it and rerun the same command.")
+        if not is_remote(self.folder):
+            if not self.folder.parent.is_dir():
+                raise UserError(f"{self.folder.parent} has disappeared. Restore it and rerun the same command.")
+            if self.folder.is_symlink():
+                raise UserError(f"{self.folder} is a link, which a store never contains. Remove it.")
         path = self.folder / name
         newest = Lease.newest(path)
         if newest is not None and not self._is_dead(Lease.file_of(path, newest)):
@@ -293,11 +300,11 @@ class Leases:
         return owner is not None and owner.is_alive() is True
 
     def tidy(self) -> None:
-        """Remove temporary files of killed processes, and empty folders."""
-        if is_remote(self.folder):
+        """Remove temporary files of killed processes, and empty folders. Links are not followed."""
+        if is_remote(self.folder) or self.folder.is_symlink():
             return
         for folder, _, files in os.walk(self.folder, topdown=False):
-            for leftover in (Path(folder, file) for file in files if file.endswith(".tmp")):
+            for leftover in (Path(folder, file) for file in files if _TEMPORARY.fullmatch(file)):
                 leftover.unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or already removed
                 os.rmdir(folder)

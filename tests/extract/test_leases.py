@@ -4,10 +4,14 @@ import errno
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sail_align.extract.errors import UserError
 from sail_align.extract.system import leases as module
 from sail_align.extract.system.leases import Lease, LeaseLostError, Leases, Owner
 
@@ -55,7 +59,25 @@ def test_reused_pid_does_not_own_the_lease(tmp_path):
     assert Leases(tmp_path).take("a") is not None
 
 
-@pytest.mark.parametrize("content", [FOREIGN, b"", b'{"machine": "th'])
+def of_owner(**changes) -> bytes:
+    return json.dumps(asdict(Owner.current()) | changes).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        FOREIGN,
+        b"",
+        b'{"machine": "th',
+        of_owner(pid=-1),
+        of_owner(pid=10**40),
+        of_owner(pid="1"),
+        of_owner(pid=True),
+        of_owner(start=None),
+        of_owner(machine=[1]),
+        b"[" * 100_000,
+    ],
+)
 def test_foreign_lease_is_free_after_ttl_without_change(tmp_path, content, monkeypatch):
     now = [1_000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -144,3 +166,31 @@ def test_lease_on_a_file_system_without_links(tmp_path, monkeypatch):
     assert Leases(tmp_path).take("a") is None
     leases.release(lease)
     assert not list(tmp_path.iterdir())
+
+
+VALUES = st.recursive(st.none() | st.integers() | st.text(), st.lists)
+
+
+@given(st.binary() | VALUES.map(lambda value: of_owner(pid=value, start=value)))
+def test_owner_of_any_content_is_known_or_none(content):
+    owner = Owner.parse(content)
+    assert owner is None or owner.is_alive() in (True, False, None)
+
+
+def test_numbers_of_impossible_generations_are_ignored(tmp_path):
+    (tmp_path / f"a.{'9' * 200}.json").write_bytes(FOREIGN)
+    assert Leases(tmp_path).take("a").generation == 0
+
+
+def test_tidying_removes_only_own_files_and_follows_no_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("precious.tmp", f".a.0.json.{'0' * 32}.tmp"):
+        (tmp_path / "elsewhere" / name).write_bytes(b"!")
+    leases = Leases(tmp_path / "leases")
+    leases.folder.symlink_to(tmp_path / "elsewhere")
+    leases.tidy()
+    with pytest.raises(UserError, match="leases is a link, which a store never contains"):
+        leases.take("a")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+    Leases(tmp_path / "elsewhere").tidy()
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["precious.tmp"]
