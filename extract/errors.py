@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,3 +31,8 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return the end of a message that suggests the known value most similar to an unknown one; "" if none is."""
     near = difflib.get_close_matches(value, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: escape codes, and marks that reverse the direction of writing, become visible."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)

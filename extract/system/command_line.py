@@ -1,5 +1,6 @@
 """Common parts of the three commands' command lines."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.errors import UserError, WorkersFailedError, printable
 
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run")
@@ -33,10 +34,13 @@ def run_command(app: Callable[[], object]) -> None:
     # Let torch's threads sleep while they wait for each other. By default they spin for a while, on cores that image
     # decoders need, or the thread they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding has no →
     try:
         app()
     except (UserError, WorkersFailedError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(printable(f"error: {problem}"), file=sys.stderr)
         sys.exit(2 if isinstance(problem, UserError) else 1)
 
 

@@ -6,6 +6,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from sail_align.extract.errors import printable
+
 LOG_SECONDS = 30.0
 
 
@@ -39,7 +41,7 @@ def progress(
 
 def note(message: str) -> None:
     """Print a message to stderr, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
 
 
 class _Lines(io.StringIO):
