@@ -17,6 +17,7 @@ from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.errors import UserError
 from sail_align.extract.store.mapped import MappedChunks
 from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
 from sail_align.extract.system.leases import Lease
@@ -133,6 +134,23 @@ class FeatureArray:
         self.rows, self.dim = self._features.zarr.shape
         self.shard_rows, self.chunk_rows = self._features.shard_rows, self._features.chunk_rows
         self.shards = range(-(-self.rows // self.shard_rows))
+
+    def require_layout(self, rows: int, shard_rows: int) -> None:
+        """Raise `UserError` unless both arrays have the store's sizes, the encoder's dimension, and our types."""
+        dim = self.identity.spec.dim
+        expected: dict[str, tuple[Any, ...]] = {
+            "features": ((rows, dim), (shard_rows, dim), "float16", "nan"),
+            "status": ((rows,), (shard_rows,), "uint8", str(int(Status.PENDING))),
+        }
+        for name, array in self._arrays.items():
+            shards = array.zarr.shards or array.zarr.chunks
+            found = (array.zarr.shape, shards, array.zarr.dtype.name, str(array.zarr.fill_value))
+            for part, got, right in zip(("shape", "shards", "dtype", "fill value"), found, expected[name], strict=True):
+                if got != right:
+                    raise UserError(
+                        f"{array.folder / 'zarr.json'} is damaged: got {part} {got}, expected {right}. Restore it or "
+                        "make the store again."
+                    )
 
     @staticmethod
     def create(folder: Path, rows: int, dim: int, shard_rows: int, chunk_rows: int) -> None:

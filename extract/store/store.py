@@ -30,7 +30,7 @@ from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.store.build_index import build_index
 from sail_align.extract.store.features import FeatureArray
-from sail_align.extract.store.index import Index
+from sail_align.extract.store.index import FILE_ROWS, Index
 from sail_align.extract.system.files import (
     NOT_A_STORE,
     as_path,
@@ -48,6 +48,7 @@ from sail_align.extract.system.progress import note
 STORE_FORMAT = 1
 SHARD_ROWS = 65_536
 CHUNK_ROWS = 1_024
+MAX_SHARD_ROWS = 1 << 24
 LEASES, INDEX, ARRAY = "leases", "index", "array"
 UNFINISHED = re.compile(r"index|leases|\.zarr\.json\..*\.tmp")
 CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -179,6 +180,7 @@ class Store:
                 attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
                 if (version := attributes["format"]) != STORE_FORMAT:
                     raise UserError(f"{path} has store format {version!r}, expected {STORE_FORMAT}. Update sail-align.")
+                _require_valid(path / "zarr.json", attributes)
                 store = cls(path, attributes)
             except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
                 raise UserError(NOT_A_STORE.format(path=path)) from problem
@@ -270,7 +272,9 @@ class Store:
 
     def _array(self, path: str) -> FeatureArray:
         modality, encoder, *_ = path.split("/")
-        return FeatureArray(self.path, path, self._identity(self.path / modality / encoder))
+        array = FeatureArray(self.path, path, self._identity(self.path / modality / encoder))
+        array.require_layout(self.rows, self.shard_rows)
+        return array
 
     def _identity(self, node: Path) -> Identity:
         path = node / "zarr.json"
@@ -310,6 +314,19 @@ class Store:
             if what in (INDEX, ARRAY) or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)
         self.leases.tidy()
+
+
+def _require_valid(file: Path, attributes: dict[str, Any]) -> None:
+    """Raise `UserError` unless the sizes of a store are possible and agree with each other and with its index."""
+    files = len(attributes["index_sha256"])
+    ranges = {"chunk_rows": MAX_SHARD_ROWS, "shard_rows": MAX_SHARD_ROWS, "rows": files * FILE_ROWS}
+    for name, most in ranges.items():
+        if type(value := attributes[name]) is not int or not 0 < value <= most:
+            raise UserError(f"{file} is damaged: got {name} {value!r}, expected 1 to {most:,}. Restore it.")
+    if attributes["shard_rows"] % attributes["chunk_rows"]:
+        raise UserError(f"{file} is damaged: its shard_rows are not a multiple of its chunk_rows. Restore it.")
+    if wrong := [name for name in attributes["captions"] if not CAPTION_NAME.fullmatch(name)]:
+        raise UserError(f"{file} is damaged: got the caption name {wrong[0]!r}. Restore it.")
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:

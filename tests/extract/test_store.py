@@ -255,6 +255,58 @@ def test_newer_format_is_rejected(store):
         Store.open(store.path)
 
 
+def change(file, *keys, to):
+    content = json.loads(file.read_bytes())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = to
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", 10**9),
+        ("rows", 0),
+        ("rows", 600.0),
+        ("shard_rows", 1 << 40),
+        ("shard_rows", 100),
+        ("chunk_rows", 0),
+        ("chunk_rows", True),
+        ("captions", ["raw", "../.."]),
+        ("index_sha256", []),
+    ],
+)
+def test_impossible_sizes_of_a_store_are_damage(store, name, value):
+    change(store.path / "zarr.json", "attributes", "sail", name, to=value)
+    with pytest.raises(UserError, match=r"zarr\.json is damaged: "):
+        Store.open(store.path)
+
+
+@pytest.mark.parametrize(
+    ("array", "keys", "value"),
+    [
+        ("features", ["data_type"], "float32"),
+        ("features", ["data_type"], "int16"),
+        ("features", ["shape"], [600, 8]),
+        ("features", ["shape"], [599, 4]),
+        ("features", ["shape"], [10**9, 4]),
+        ("features", ["fill_value"], 0.0),
+        ("features", ["chunk_grid", "configuration", "chunk_shape"], [512, 4]),
+        ("features", ["chunk_grid", "configuration", "chunk_shape"], [256, 1 << 30]),
+        ("status", ["data_type"], "int8"),
+        ("status", ["shape"], [601]),
+        ("status", ["fill_value"], 0),
+    ],
+)
+def test_changed_arrays_are_damage(store, array, keys, value):
+    store.add(identity("image"))
+    change(store.path / "image/fake-image" / array / "zarr.json", *keys, to=value)
+    with pytest.raises(UserError, match=rf"{array}/zarr\.json is (missing or )?damaged"):
+        Store.open(store.path).image()
+
+
 def test_shard_rows_grow_with_the_data_set(tmp_path):
     def shard_rows(rows):
         samples = [Sample(str(i), "") for i in range(rows)]
