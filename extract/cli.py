@@ -4,17 +4,17 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import DataRoot, Device, GroupedCommand, Quiet, run_command
 from sail_align.extract.system.files import as_path, require_store
 
 if TYPE_CHECKING:
+    from sail_align.extract.executor.job import Job
     from sail_align.extract.executor.local import LocalExecutor
     from sail_align.extract.executor.ray_cluster import RayCluster
     from sail_align.extract.manifest import Manifest
@@ -49,8 +49,13 @@ AddCaptions = Annotated[
     str | None, _data_option(help="Add these captions to an existing store, without reading its images.")
 ]
 
-ImageEncoder = Annotated[str | None, _encoder_option(help="[default: the manifest's, else dinov2-large]")]
-TextEncoder = Annotated[str | None, _encoder_option(help="[default: the manifest's, else gte-large]")]
+_ENCODER = "Name, or hf:REPOSITORY{choices}. A wrong name lists all.  [default: the manifest's, else {default}]"
+ImageEncoder = Annotated[
+    str | None, _encoder_option(help=_ENCODER.format(choices=", timm:MODEL, open_clip:MODEL", default="dinov2-large"))
+]
+TextEncoder = Annotated[
+    str | None, _encoder_option(help=_ENCODER.format(choices=", open_clip:MODEL", default="gte-large"))
+]
 Pooling = Annotated[str | None, _encoder_option(help="[default: the encoder's own]")]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
 TrustRemoteCode = Annotated[bool, _encoder_option(help="Run a model's own code. Needs a pinned revision.")]
@@ -132,7 +137,7 @@ def run(
     results: list[object] = [run_job(job, executor, share, partial(_report_opened, about), quiet=quiet)]
     if retry:
         results.append(retry_failed(job, share, device, quiet=quiet))
-    _report_run(Store.open(path), results, all_shards=worker == "1/1")
+    _report_run(Store.open(path), job, results, all_shards=worker == "1/1")
 
 
 def _check_options(retry: str | None, workers: str, add_captions: str | None, conflicting: str | None) -> None:
@@ -150,7 +155,9 @@ def _find_data(manifest: str, data_root: str | None, *, needed: bool) -> tuple["
 
     about, root = find_manifest(manifest, data_root)
     if needed and manifest in packaged_manifests() and not about.is_here(root):
-        raise UserError(f"The data of {manifest!r} are not under {root}. See `sail-extract check {manifest}`.")
+        raise UserError(
+            f"The data of {manifest!r} are not in {root}. See `{command('sail-extract', 'check', manifest)}`."
+        )
     return about, root
 
 
@@ -187,7 +194,7 @@ def _report_opened(about: "Manifest | None", store: "Store") -> None:
         typer.echo(f"note: {about.name} has {store.rows:,} samples here; its manifest expects {about.expected_rows:,}.")
 
 
-def _report_run(store: "Store", results: Sequence[object], *, all_shards: bool) -> None:
+def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_shards: bool) -> None:
     """Print the state of a store after a run, and the next command."""
     from sail_align.extract.quality.doctor import diagnose
     from sail_align.extract.quality.pairing import Verdict
@@ -198,19 +205,26 @@ def _report_run(store: "Store", results: Sequence[object], *, all_shards: bool) 
     for result in results:
         typer.echo(f"{store.path}: {result}.")
     complete = all(array.complete for array in arrays)
-    command = "sail-align fit --features"
+    broken = False
     if complete and store.images() and any(store.texts(name) for name in store.captions):
         diagnosis = diagnose(store)
         broken = diagnosis.verdict is Verdict.BROKEN
         typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.summary}")
-        command = "sail-extract doctor" if broken else command
-    name = quote(str(store.path))
     if failed := sum(sum(array.failed_counts.values()) for array in store.images().values()):
-        typer.echo(f"{failed:,} images could not be encoded. `sail-extract status --failed {name}` lists them.")
-    if all_shards:
-        typer.echo(f"Next: {command} {name}")
-    elif not complete:
-        typer.echo("The shards of this worker are done. The others are left to other workers.")
+        listing = command("sail-extract", "status", "--failed", store.path)
+        typer.echo(f"{failed:,} image{'s' * (failed > 1)} could not be encoded. `{listing}` lists them.")
+    if not all_shards:
+        if not complete:
+            typer.echo("The shards of this worker are done. The others are left to other workers.")
+    elif broken:
+        typer.echo(f"Next: {command('sail-extract', 'doctor', store.path)}")
+    elif job.manifest.purpose == "evaluate":
+        typer.echo(f"Next: {command('sail-extract', 'overlap', 'TRAIN.zarr', store.path)}")
+    else:
+        images = store.images()
+        ours = [name for name, array in images.items() if job.image and job.image.matches(array.identity.spec)]
+        chosen = ["--image-encoder", *ours] if ours and len(images) > 1 else []
+        typer.echo(f"Next: {command('sail-align', 'fit', '--features', store.path, *chosen)}")
 
 
 @app.command(cls=GroupedCommand)
@@ -262,7 +276,7 @@ def download(
     about, root = find_manifest(manifest, data_root)
     processes = processes or os.cpu_count() or 1
     done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
-    typer.echo(f"{about.name}: {done}\nNext: sail-extract run {quote(manifest)}")
+    typer.echo(f"{about.name}: {done}\nNext: {command('sail-extract', 'run', manifest)}")
 
 
 @app.command(cls=GroupedCommand)
@@ -366,7 +380,7 @@ def overlap(
     )
     if out:
         found.write(out, rows)
-        typer.echo(f"wrote {out}\nNext: sail-align fit --features {quote(str(train))} --exclude {quote(str(out))}")
+        typer.echo(f"wrote {out}\nNext: {command('sail-align', 'fit', '--features', train, '--exclude', out)}")
 
 
 def main() -> None:

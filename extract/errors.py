@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,3 +37,8 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """Return a text for a terminal: escape codes, and marks that reverse the direction of writing, become visible."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def command(*words: object) -> str:
+    """Return a command line for a message. A shell splits it into exactly these words."""
+    return shlex.join(map(str, words))

@@ -10,7 +10,7 @@ import typer
 from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, with_settings
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, SETTINGS, check_options
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import Device, Quiet
 from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
 from sail_align.extract.system.signals import report_stop
@@ -157,7 +157,7 @@ def measure(
         with report_write_errors(out):
             write_atomically(out, json.dumps(result, indent=1, ensure_ascii=False).encode())
         typer.echo(f"wrote {out}")
-    typer.echo(f"Next: sail-align fit --features {store}")
+    typer.echo(f"Next: {command('sail-align', 'fit', '--features', store)}")
 
 
 def _check(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:

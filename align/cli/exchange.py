@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.align.runs.folder import RunFolder
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
 
 if TYPE_CHECKING:
     from sail_align.align.runs.checkpoint import Run
@@ -59,7 +59,7 @@ def import_released(
         f"{'already imported:' if claim.finished else 'wrote'} {run}: {shape.head} heads from {shape.image_dim} and "
         f"{shape.text_dim} to {shape.dim} dimensions, {shape.expansion} × hidden; file {sha256[:12]}"
     )
-    typer.echo(f"Next: sail-eval all --run {run}")
+    typer.echo(f"Next: {command('sail-eval', 'all', '--run', run)}")
 
 
 def export(
@@ -97,7 +97,7 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
     from sail_align.align.hub.model_card import model_card, read_scores
 
     scores, outdated = read_scores(run)
-    how = f"Run `sail-eval all --run {run.path}` first to include"
+    how = f"Run `{command('sail-eval', 'all', '--run', run.path)}` first to include"
     if outdated:
         typer.echo(f"note: Left out the scores in {run.path}, which are for other weights. {how} new ones.")
     elif not scores:
@@ -112,4 +112,5 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
             )
     write_hub_folder(run, folder, model_card(run, scores, licence))
     typer.echo(f"wrote {folder}: heads, config and a model card with scores of {len(scores)} sets")
-    typer.echo(f"Next: hf upload <owner>/{RunFolder(run.path).run.path.resolve().name} {folder}")
+    name = RunFolder(run.path).run.path.resolve().name
+    typer.echo(f"Next: hf upload OWNER/{command(name, folder)}")

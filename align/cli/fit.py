@@ -12,7 +12,7 @@ from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import check_options, choose_precision
 from sail_align.align.train.trackers import parse_trackers
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import Device, Quiet
 from sail_align.extract.system.files import report_write_errors, require_store
 from sail_align.extract.system.signals import report_stop
@@ -117,10 +117,12 @@ def _print_results(run: Path, plan: "Plan", scores: dict[str, float]) -> None:
         best = Checkpoint.best(run)
         if best is not None and best.step < plan.settings.steps:
             typer.echo(f"best: mean R@1 {best.r1:.1f} after step {best.step:,}, kept in {best.folder}")
+    score_all = command("sail-eval", "all", "--run", run)
     if any(pairs.store.dataset == "demo" for pairs in plan.pairs):
-        typer.echo(f"Next: sail-eval all --run {run}")
+        typer.echo(f"Next: {score_all}")
     else:
+        score_own = command("sail-eval", "retrieval", "TEST.yaml", "--run", run)
         typer.echo(
-            f"Next: sail-eval retrieval TEST.yaml --run {run}     (your own images; see docs/data.md)\n"
-            f"  or: sail-eval all --run {run}     (published sets found on this machine)"
+            f"Next: {score_own}     (your own images; see docs/data.md)\n"
+            f"  or: {score_all}     (published sets found on this machine)"
         )

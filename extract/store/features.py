@@ -227,13 +227,16 @@ class FeatureArray:
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
 
     def read(self, start: int = 0, stop: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-        """Return features (n, dim) and status (n,) of rows start … stop − 1; NaN and pending if not committed."""
-        stop = self.rows if stop is None else stop
+        """Return features (n, dim) and status (n,) of rows start … stop − 1; NaN and pending if not committed.
+
+        As in a slice, rows beyond the last one are left out.
+        """
+        stop = self.rows if stop is None else min(stop, self.rows)
         return self._features.read(start, stop, self.markers), self.read_status(start, stop)
 
     def read_status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """Return the status (n,) of rows start … stop − 1, without reading their features."""
-        return self._status.read(start, self.rows if stop is None else stop, self.markers)
+        return self._status.read(start, self.rows if stop is None else min(stop, self.rows), self.markers)
 
     @property
     def mapped(self) -> bool:

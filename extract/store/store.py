@@ -294,7 +294,8 @@ class Store:
         if not arrays:
             raise UserError(f"{self.path} has no {what}. Make them with `sail-extract run`.")
         found = f"no {what} of encoder {encoder!r}" if encoder else f"{what} of several encoders"
-        raise UserError(f"{self.path} has {found}. Name one of its encoders: {', '.join(arrays)}.")
+        option = f"--{what.split()[0]}-encoder"
+        raise UserError(f"{self.path} has {found}. Choose one with {option}: {', '.join(arrays)}.")
 
     def _create_array(self, node: Path, folder: Path, identity: Identity) -> None:
         """Create an array in an order that can be resumed after any step."""

@@ -320,7 +320,9 @@ def test_array_that_cannot_be_chosen_is_reported(store):
     with pytest.raises(UserError, match=r"has no image features\. Make them with `sail-extract run`\."):
         store.image()
     store.add(identity("image"))
-    with pytest.raises(UserError, match=r"no image features of encoder 'x'\. Name one of its encoders: fake-image\."):
+    with pytest.raises(
+        UserError, match=r"no image features of encoder 'x'\. Choose one with --image-encoder: fake-image\."
+    ):
         store.image("x")
 
 
