@@ -56,7 +56,8 @@ ImageEncoder = Annotated[
 TextEncoder = Annotated[
     str | None, _encoder_option(help=_ENCODER.format(choices=", open_clip:MODEL", default="gte-large"))
 ]
-Pooling = Annotated[str | None, _encoder_option(help="[default: the encoder's own]")]
+ImagePooling = Annotated[str | None, _encoder_option(help="cls, mean or cls+mean.  [default: the encoder's own]")]
+TextPooling = Annotated[str | None, _encoder_option(help="cls, mean or last.  [default: the encoder's own]")]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
 TrustRemoteCode = Annotated[bool, _encoder_option(help="Run a model's own code. Needs a pinned revision.")]
 Compiled = Annotated[bool, _encoder_option("--compile", help="Compile the encoders with torch.compile.")]
@@ -82,9 +83,9 @@ def run(
     manifest: Annotated[str, typer.Argument(help="Name of a packaged manifest, such as demo, or a .yaml file.")],
     out: Out = None,
     image_encoder: ImageEncoder = None,
-    image_pooling: Pooling = None,
+    image_pooling: ImagePooling = None,
     text_encoder: TextEncoder = None,
-    text_pooling: Pooling = None,
+    text_pooling: TextPooling = None,
     captions: Captions = None,
     add_captions: AddCaptions = None,
     data_root: DataRoot = None,

@@ -106,10 +106,11 @@ def probe(
     runner = TrialRunner(folder / "runs", seeds, Runtime.of(device, "float32").device, quiet)
     with report_stop(lambda: RESUME.format(folder)), report_write_errors(folder, during_run=True):
         result = Probe.run(combinations, options, runner)
+    spread = "± is the standard deviation over seeds, the" if seeds > 1 else "The"
     typer.echo(
         f"\n{result.table()}\n\nR@1 in % of linear heads on held-out pairs, ranked by the mean of both "
-        "directions. ± is the standard deviation over seeds, the interval is over pairs. If intervals overlap "
-        "widely, the encoders are indistinguishable."
+        f"directions. {spread} interval is over pairs. If intervals overlap widely, the encoders are "
+        "indistinguishable."
     )
     _write(folder, {"probe.json": json.dumps(result.record(), indent=1, ensure_ascii=False)})
 

@@ -107,12 +107,13 @@ def _how_to_resume(run: Path) -> str:
 
 def _print_results(run: Path, plan: "Plan", scores: dict[str, float]) -> None:
     from sail_align.align.runs.checkpoint import Checkpoint
+    from sail_align.align.stats.tables import number
 
     if scores:
         recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")}
         typer.echo(
             f"held out ({plan.held_out_rows:,} pairs): loss {scores['loss']:.4g}, R@1/5/10 text→image "
-            f"{recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {scores['chance']:.2g}"
+            f"{recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {number(scores['chance'])}"
         )
         best = Checkpoint.best(run)
         if best is not None and best.step < plan.settings.steps:

@@ -90,7 +90,7 @@ def _scores(scores: Sequence[Record]) -> str:
         for metric in record["metrics"]
     ]
     head = ("data", "metric", "score", "95 % interval", "chance", "items", "protocol")
-    about = "Zero-shot, by `sail-eval`, in percent. Ranks count from 1."
+    about = "Zero-shot, by `sail-eval`, in per cent. Ranks count from 1."
     return f"## Scores\n\n{about}\n\n{_table(head, rows)}"
 
 
