@@ -18,7 +18,7 @@ from zarr.storage import FsspecStore, MemoryStore
 from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.store.mapped import MappedChunks
+from sail_align.extract.store.mapped import MappedChunks, damaged
 from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
 from sail_align.extract.system.leases import Lease
 
@@ -134,6 +134,8 @@ class FeatureArray:
         self.rows, self.dim = self._features.zarr.shape
         self.shard_rows, self.chunk_rows = self._features.shard_rows, self._features.chunk_rows
         self.shards = range(-(-self.rows // self.shard_rows))
+        self._compared: set[int] = set()
+        """Shards whose statuses are known to be those that were committed."""
 
     def require_layout(self, rows: int, shard_rows: int) -> None:
         """Raise `UserError` unless both arrays have the store's sizes, the encoder's dimension, and our types."""
@@ -235,8 +237,19 @@ class FeatureArray:
         return self._features.read(start, stop, self.markers), self.read_status(start, stop)
 
     def read_status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-        """Return the status (n,) of rows start … stop − 1, without reading their features."""
-        return self._status.read(start, self.rows if stop is None else min(stop, self.rows), self.markers)
+        """Return the status (n,) of rows start … stop − 1, without reading their features.
+
+        Raises:
+            UserError: A status file does not have the digest in its marker, which is compared before the first reading.
+        """
+        stop = self.rows if stop is None else min(stop, self.rows)
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
+            if shard in self.markers and shard not in self._compared:
+                file = self._status.shard_file(shard)
+                if file_digest(file) != self.markers[shard]["sha256"]["status"]:
+                    raise damaged(file, "its content is not what was committed")
+                self._compared.add(shard)
+        return self._status.read(start, stop, self.markers)
 
     @property
     def mapped(self) -> bool:
@@ -314,6 +327,7 @@ class FeatureArray:
         """Remove a shard's marker, so that the next extraction writes the shard again."""
         self._marker_path(shard).unlink(missing_ok=True)
         self.markers.pop(shard, None)
+        self._compared.discard(shard)
         for array in self._arrays.values():
             if array.mapped:
                 array.mapped.forget(shard)

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sail_align.extract.data import Part, Sample
-from sail_align.extract.system.files import canonical_json, is_remote, report_read_errors, write_atomically
+from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
 
 FILE_ROWS = 65_536
 GROUP_ROWS = 8_192
@@ -43,10 +44,17 @@ def text_hashes(texts: Sequence[str]) -> NDArray[np.int64]:
 
 
 class Index:
-    """The parquet files of an index."""
+    """The parquet files of an index.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: Their folder.
+        digests: SHA-256 of each file, which is compared before the first reading. Empty while the index is being built.
+    """
+
+    def __init__(self, folder: Path, digests: Sequence[str] = ()):
         self.folder = folder
+        self.digests = digests
+        self._unread = set(range(len(digests)))
 
     def file(self, number: int) -> Path:
         """Return the path of one file."""
@@ -75,17 +83,34 @@ class Index:
         """Return rows start … stop − 1 (at least one), reading only the row groups that hold them.
 
         Raises:
-            UserError: A file is missing or cannot be read.
+            UserError: A file is missing, cannot be read or has changed, or there is no such column.
         """
         tables = []
         for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):
+            self._require_unchanged(number)
             first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
             groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
             path = self.file(number)
             with report_read_errors(path), pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
+                names = file.schema_arrow.names
+                if unknown := set(columns or ()) - set(names):
+                    raise UserError(f"The index has no column {min(unknown)!r}. Its columns are {', '.join(names)}.")
                 table = file.read_row_groups(list(groups), columns=columns)
             tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
         return pa.concat_tables(tables)
+
+    def changed(self, number: int) -> bool:
+        """Return whether a file does not have the digest recorded in the store."""
+        return file_digest(self.file(number)) != self.digests[number]
+
+    def _require_unchanged(self, number: int) -> None:
+        if number in self._unread:
+            if self.changed(number):
+                raise UserError(
+                    f"{self.file(number)} is missing or has changed since the store was made. Restore it or make the "
+                    "store again."
+                )
+            self._unread.discard(number)
 
     def samples(self, start: int, stop: int, captions: Sequence[str]) -> Iterator[Sample]:
         """Yield rows start … stop − 1 as samples with these captions, reading one row group at a time."""

@@ -119,10 +119,10 @@ class MappedChunks:
             content = np.frombuffer(file.read_buffer(), np.uint8)  # stays valid when the file is closed
         size = 16 * self._per_shard
         if len(content) < size + 4:
-            raise _damaged(path, f"it has {len(content):,} bytes, fewer than its index of {size + 4:,} bytes")
+            raise damaged(path, f"it has {len(content):,} bytes, fewer than its index of {size + 4:,} bytes")
         index = content[-size - 4 : -4].tobytes()
         if google_crc32c.value(index) != int.from_bytes(content[-4:].tobytes(), "little"):
-            raise _damaged(path, "the index at its end does not match its checksum")
+            raise damaged(path, "the index at its end does not match its checksum")
         offsets = []
         for start, length in struct.iter_unpack("<QQ", index):
             if start == length == 2**64 - 1:
@@ -130,7 +130,7 @@ class MappedChunks:
             elif length == self._bytes and start + length <= len(content) - size - 4:
                 offsets.append(start)
             else:
-                raise _damaged(
+                raise damaged(
                     path, f"its index lists {length:,} bytes at {start:,}, expected a chunk of {self._bytes:,} bytes"
                 )
         return _Shard(path, content, offsets)
@@ -144,7 +144,8 @@ def _is_cached(file: int, at: int) -> bool:
         return False
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path, what: str) -> UserError:
+    """Return the error that a file of features or statuses is damaged."""
     return UserError(
         f"{path} is damaged: {what}. Discard its commit with `sail-extract verify --discard` and rerun the extraction."
     )

@@ -35,7 +35,6 @@ from sail_align.extract.system.files import (
     NOT_A_STORE,
     as_path,
     canonical_json,
-    file_digest,
     is_remote,
     remove_tree,
     report_read_errors,
@@ -78,7 +77,7 @@ class Store:
         self.dataset: str = attributes["dataset"]
         self.captions: tuple[str, ...] = tuple(attributes["captions"])
         self.leases = Leases(path / LEASES)
-        self.index_files = Index(path / INDEX)
+        self.index_files = Index(path / INDEX, attributes["index_sha256"])
 
     @classmethod
     def create(
@@ -262,8 +261,8 @@ class Store:
 
     def damaged_index_files(self) -> list[Path]:
         """Return the index files that do not have the digest recorded in the store."""
-        files = ((self.index_files.file(part), digest) for part, digest in enumerate(self.attributes["index_sha256"]))
-        return [file for file, digest in files if file_digest(file) != digest]
+        index = self.index_files
+        return [index.file(number) for number in range(len(index.digests)) if index.changed(number)]
 
     def _arrays(self, modality: str, caption: str) -> dict[str, FeatureArray]:
         nodes = sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)

@@ -129,7 +129,7 @@ def test_flipped_byte_in_the_shard_index_is_damage(array, name, byte):
     content[-byte] ^= 0x10
     file.write_bytes(content)
     again = FeatureArray(array._store, array.path, array.identity)
-    with pytest.raises(UserError, match=r"is damaged: the index at its end does not match its checksum\. Discard"):
+    with pytest.raises(UserError, match=r"is damaged: (the index at its end|its content) .*\. Discard"):
         again.read(64, 128)
 
 

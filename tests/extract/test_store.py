@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fakes import identity
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sail_align.extract.data import Part, Sample, Status
@@ -305,6 +305,38 @@ def test_changed_arrays_are_damage(store, array, keys, value):
     change(store.path / "image/fake-image" / array / "zarr.json", *keys, to=value)
     with pytest.raises(UserError, match=rf"{array}/zarr\.json is (missing or )?damaged"):
         Store.open(store.path).image()
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] ^= 1
+    file.write_bytes(content)
+
+
+@given(place=st.integers(0, 10**6))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flipped_byte_of_the_index_is_damage_when_it_is_first_used(store, place):
+    index = store.path / "index" / "part-00000.parquet"
+    flip(index, place)
+    with pytest.raises(UserError, match=r"part-00000\.parquet is missing or has changed since the store was made"):
+        Store.open(store.path).samples(0, 1)
+    flip(index, place)
+    assert len(Store.open(store.path).samples(0, 1)) == 1
+
+
+@given(place=st.integers(0, 10**6))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flipped_byte_of_statuses_is_damage_when_they_are_first_used(store, place):
+    array = store.add(identity("image"))
+    array.write(0, np.ones((256, 4), dtype=np.float16), np.zeros(256, dtype=np.uint8))
+    flip(array._status.shard_file(0), place)
+    with pytest.raises(UserError, match="status/c/0 is damaged"):
+        Store.open(store.path).image().read_status()
+
+
+def test_unknown_column_of_the_index_is_rejected(store):
+    with pytest.raises(UserError, match=r"The index has no column 'nope'\. Its columns are key, image,"):
+        store.index(["key", "nope"])
 
 
 def test_shard_rows_grow_with_the_data_set(tmp_path):
