@@ -197,5 +197,6 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-def _text(value: str | None) -> str:
-    return (value or "").strip()
+def _text(value: str | float | None) -> str:
+    """Return a caption or URL, "" for null and NaN."""
+    return "" if value is None or value != value else str(value).strip()

@@ -136,7 +136,8 @@ class TableSource(FolderSource):
         url = [config.url] if config.url else []
         own_split = split if split and split.file is None else None
         before = 0
-        for batch in read_batches(file, [config.image, *url, *columns, *([own_split.column] if own_split else [])]):
+        plain = [config.image, *url, *([own_split.column] if own_split else [])]
+        for batch in read_batches(file, [*plain, *columns], plain):
             empty = pc.index(pc.equal(pc.coalesce(batch[config.image], ""), ""), True).as_py()
             if empty >= 0:
                 raise UserError(
@@ -158,6 +159,7 @@ class TableSource(FolderSource):
         if split is None or split.file is None:
             return None
         kept: set[str] = set()
-        for batch in read_batches(self._root / split.file, [self._config.image, split.column]):
+        columns = [self._config.image, split.column]
+        for batch in read_batches(self._root / split.file, columns, plain=columns):
             kept.update(batch.filter(pc.equal(batch[split.column], split.keep))[self._config.image].to_pylist())
         return kept

@@ -1,12 +1,13 @@
 """Readers of CSV, TSV, JSONL and parquet files, a few thousand rows at a time, and caption tables made of these."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from pydantic import Field, model_validator
@@ -18,6 +19,10 @@ from sail_align.extract.sources.config import FilesConfig, NonEmpty
 BATCH_ROWS = 8_192
 CSV_BLOCK = 2 << 20
 """Bytes of a CSV that are parsed at a time. This is also the longest possible row."""
+
+_CONSTANTS = {"Infinity": "Infinity", "-Infinity": "-Infinity"}
+"""Numbers of JSON as text. NaN is null."""
+_JSON_TYPES = {str: "text", list: "list", bool: "boolean", dict: "mapping"}
 
 
 class Recaptions(FilesConfig):
@@ -84,21 +89,19 @@ def read_captions(file: Path, tables: CaptionTables) -> Iterator[pa.Table]:
         UserError: As `read_batches`, or a column contains lists.
     """
     columns = [tables.column, *tables.captions.values()]
-    for batch in read_batches(file, columns):
-        for name in columns:
-            if not pa.types.is_string(batch[name].type):
-                raise UserError(f"Column {name!r} of {file} contains lists. Recaptions need one text per row.")
-        yield batch
+    yield from read_batches(file, columns, plain=columns)
 
 
-def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read_batches(path: Path, columns: Sequence[str], plain: Collection[str] = ()) -> Iterator[pa.Table]:
     """Yield the rows of a table in order, at most `BATCH_ROWS` at a time.
 
-    Bytes that are not UTF-8 become U+FFFD, so that one bad caption does not end a run over millions of rows.
+    Bytes that are not UTF-8 become U+FFFD, so that one bad caption does not end a run over millions of rows. NaN
+    becomes null. If a column of JSONL has texts and lists of texts, the texts become lists of one.
 
     Args:
         path: A file that ends in .csv, .tsv, .jsonl or .parquet.
         columns: The columns to read. They contain text, numbers (returned as text), or lists of these.
+        plain: Columns of these that must not contain lists.
 
     Raises:
         UserError: The ending is unknown, the file is missing or malformed, a column is missing, or a column contains
@@ -120,7 +123,11 @@ def read_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
         for batch in batches:
             for start in range(0, len(batch), BATCH_ROWS):
                 rows = batch.slice(start, BATCH_ROWS)
-                yield pa.table({name: _as_text(rows[name], name, path) for name in columns})
+                texts = pa.table({name: _as_text(rows[name], name, path) for name in columns})
+                for name in plain:
+                    if not pa.types.is_string(texts[name].type):
+                        raise UserError(f"Column {name!r} of {path} contains lists, expected one text per row.")
+                yield texts
     except (pa.ArrowException, OSError, ValueError) as problem:
         raise UserError(f"Table {path} cannot be read: {' '.join(str(problem).split())}.") from problem
 
@@ -147,27 +154,68 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[pa.Table]:
 def _read_jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     """Read some keys of each line. Numbers keep their spelling; other keys may have any value."""
     keys: dict[str, None] = {}
-    for row in _lines(path):
+    for _, row in _lines(path):
         keys |= dict.fromkeys(row)
         if keys.keys() >= set(columns):
             break
     _require_columns(path, columns, list(keys))
     rows = _lines(path)
+    checks = {name: _TypeCheck(path, name) for name in columns}
     while batch := list(islice(rows, BATCH_ROWS)):
-        yield pa.table({name: [_replace_surrogates(row.get(name)) for row in batch] for name in columns})
+        yield pa.table({name: checks[name].uniform(batch) for name in columns})
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the object of each line."""
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    row = json.loads(line, parse_int=str, parse_float=str)
+                    row = json.loads(line, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get)
                 except ValueError as problem:
                     raise ValueError(f"line {number}: {problem}") from problem
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is not a JSON object")
-                yield row
+                yield number, row
+
+
+class _TypeCheck:
+    """Check that all values of a JSONL column have one type. Null fits any, and a text fits a column of lists."""
+
+    def __init__(self, path: Path, column: str):
+        self._path, self._column = path, column
+        self._first: tuple[type, int] | None = None  # type and line of the first value
+
+    def uniform(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Any]:
+        """Return the column of consecutive rows, in which all values are texts or all are lists.
+
+        Raises:
+            UserError: Two values have different types.
+        """
+        values = [row.get(self._column) for _, row in rows]
+        types = set(map(type, values))
+        if self._first is None or not types <= {type(None), self._first[0]}:
+            self._require_one_type(rows)
+        if list in types:
+            values = [[value] if isinstance(value, str) else value for value in values]
+        return [_replace_surrogates(value) for value in values]
+
+    def _require_one_type(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        for line, row in rows:
+            if (value := row.get(self._column)) is None:
+                continue
+            self._first = self._first or (type(value), line)
+            kind, first = type(value), self._first[0]
+            if kind is not first and not {kind, first} <= {str, list}:
+                got = f"a {_JSON_TYPES[kind]} in line {line} and a {_JSON_TYPES[first]} in line {self._first[1]}"
+            elif isinstance(value, list) and (others := {*map(type, value)} - {str, type(None)}):
+                got = f"a list with a {' and a '.join(sorted(_JSON_TYPES[other] for other in others))} in line {line}"
+            else:
+                continue
+            raise UserError(
+                f"Column {self._column!r} of {self._path} is invalid: got {got}, expected texts or lists of texts. "
+                "Correct these lines."
+            )
 
 
 def _replace_surrogates(value: Any) -> Any:
@@ -188,6 +236,7 @@ def _require_columns(path: Path, columns: list[str], names: list[str]) -> None:
 
 def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
     """Return a column as text or lists of text."""
+    column = nan_as_null(column)
     types, kind = pa.types, column.type
     listed = types.is_list(kind) or types.is_large_list(kind)
     value_kind = kind.value_type if listed else kind
@@ -202,6 +251,17 @@ def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
         return column.cast(text)
     except pa.ArrowInvalid:  # not UTF-8, although a parquet file may declare it as such
         return pa.chunked_array([pa.array(map(_decode, column.to_pylist()), text)])
+
+
+def nan_as_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column in which NaN is null. It is how pandas writes a missing text."""
+    kind = column.type
+    if pa.types.is_floating(kind):
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+    if hasattr(kind, "value_type") and pa.types.is_floating(kind.value_type):
+        rows = [row and [None if value != value else value for value in row] for row in column.to_pylist()]
+        return pa.chunked_array([pa.array(rows, kind)])
+    return column
 
 
 def _decode(value: Any) -> Any:

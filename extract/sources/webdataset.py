@@ -128,25 +128,25 @@ class WebDatasetSource(Source):
             image=f"{tar}:{image}" if image else "",
             captions=self._captions_of(key, members),
             label=self._label(key, members.get(self._config.label)) if self.classes else -1,
-            url=_text(members.get(self._config.url)),
+            url=_text(members.get(self._config.url), self._config.url, key),
         )
 
     def _captions_of(self, key: str, members: Mapping[str, Any]) -> dict[str, str]:
         captions = self._config.captions
         if isinstance(captions, str):
             value = members.get(captions)
-            several = value if isinstance(value, list) else _text(value).split("\n")
-            texts = [text for text in map(_text, several) if text]
-            return self.numbered(texts)
+            several = value if isinstance(value, list) else _text(value, captions, key).split("\n")
+            return self.numbered([text for each in several if (text := _text(each, captions, key))])
         for origin in captions.values():
-            if isinstance(members.get(origin), (list, dict)):
+            if isinstance(members.get(origin), list):
                 raise UserError(f"{origin!r} of {key} is not text. If it is a list, write `captions: {origin}`.")
-        return {name: text for name, origin in captions.items() if (text := _text(members.get(origin)))}
+        texts = {name: _text(members.get(origin), origin, key) for name, origin in captions.items()}
+        return {name: text for name, text in texts.items() if text}
 
     def _label(self, key: str, value: object) -> int:
-        if value is None:
+        if value is None or value != value:
             return -1
-        number = _text(value)
+        number = _text(value, self._config.label, key)
         if not number.isdecimal() or int(number) >= len(self.classes):
             raise UserError(f"Label of {key} is invalid: got {number!r}, expected 0 to {len(self.classes) - 1}.")
         return int(number)
@@ -179,11 +179,20 @@ class WebDatasetSource(Source):
             return tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip())
 
 
-def _text(value: object) -> str:
-    """Return a member or field as text, "" if there is none.
+def _text(value: object, origin: str, key: str) -> str:
+    """Return a member or field of a sample as text, "" if there is none.
 
     JSON may contain halves of surrogate pairs, which no file can. They become U+FFFD, as invalid UTF-8 does.
+
+    Raises:
+        UserError: The value is neither text nor a number.
     """
-    if value is None:
+    if value is None or value != value:  # NaN, as pandas writes a missing text
         return ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, list | dict | bool):
+        raise UserError(
+            f"{origin!r} of {key} is invalid: got {str(value)[:60]}, expected text. Correct it or the manifest."
+        )
     return str(value).strip().encode("utf-8", "surrogatepass").decode("utf-8", "replace")

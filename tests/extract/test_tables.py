@@ -80,8 +80,8 @@ def test_ignores_byte_order_mark(tmp_path, name):
 
 def test_replaces_half_surrogate_pairs(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"c": "a \\ud83d b"}\n{"c": ["\\ud83d\\ude00", "\\ude00"]}\n')
-    batch = [table_files._replace_surrogates(row["c"]) for row in table_files._lines(tmp_path / "t.jsonl")]
-    assert batch == ["a \ufffd b", ["\U0001f600", "\ufffd"]]
+    expected = [["a \ufffd b"], ["\U0001f600", "\ufffd"]]
+    assert [row["c"] for row in rows_of(tmp_path / "t.jsonl", ["c"])] == expected
 
 
 def test_jsonl_key_of_a_late_line(tmp_path):
@@ -92,6 +92,85 @@ def test_jsonl_key_of_a_late_line(tmp_path):
     assert [i for i, row in enumerate(rows) if row["long"]] == [40]
     with pytest.raises(UserError, match=r"no column 'short'\. Its columns are image, long"):
         rows_of(path, ["short"])
+
+
+NUMBERS = st.floats(width=32) | st.integers(-9, 9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.none() | st.text("nan ", max_size=4) | NUMBERS, max_size=30), listed=st.booleans())
+def test_nan_is_null(tmp_path_factory, values, listed):
+    """In JSONL a number keeps its spelling; in parquet a column has one type."""
+    folder = tmp_path_factory.mktemp("nan")
+    rows = [{"c": [value, "x"] if listed else value} for value in [*values, "nan"]]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [None if value is None or value != value else str(value) for value in [*values, "nan"]]
+    read = [row["c"] for row in rows_of(folder / "t.jsonl", ["c"])]
+    assert [value.replace("inf", "Infinity") if value and "inf" in value else value for value in texts] == (
+        [value for value, _ in read] if listed else read
+    )
+    floats = [None if isinstance(value, str) else value for value in values]
+    column = pa.array(
+        [[value] if listed else value for value in floats], pa.list_(pa.float64()) if listed else pa.float64()
+    )
+    pq.write_table(pa.table({"c": column}), folder / "t.parquet")
+    read = [row["c"][0] if listed else row["c"] for row in rows_of(folder / "t.parquet", ["c"])]
+    assert [value is None for value in read] == [value is None or value != value for value in floats]
+
+
+def test_texts_and_lists_of_texts_in_one_column(tmp_path):
+    rows = [None, "a", ["b", None], 3, "c", [4, "d"], *["e"] * 20, ["f"]]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"c": row}) + "\n" for row in rows))
+    read = [row["c"] for row in rows_of(tmp_path / "t.jsonl", ["c"])]
+    assert read[:7] == [None, ["a"], ["b", None], ["3"], ["c"], ["4", "d"], ["e"]]
+    assert read[-1] == ["f"]
+
+
+VALUES = {"text": ["a", 1, 0.5], "boolean": [True, False], "mapping": [{}, {"a": 1}], "list": [["a"], []]}
+
+
+@given(data=st.data(), before=st.integers(0, 10))
+def test_rejects_types_that_do_not_fit(tmp_path_factory, data, before):
+    first, other = data.draw(st.permutations(list(VALUES)).map(lambda names: names[:2]))
+    if {first, other} == {"text", "list"}:
+        return
+    path = tmp_path_factory.mktemp("types") / "t.jsonl"
+    rows = [None] * before + [data.draw(st.sampled_from(VALUES[name])) for name in (first, first, other)]
+    path.write_text("".join(json.dumps({"c": row}) + "\n" for row in rows))
+    with pytest.raises(UserError) as mistake:
+        rows_of(path, ["c"])
+    if first == "mapping" and before % 7 >= 5:  # the table of an earlier batch is a mistake by itself
+        assert "got values of type struct" in str(mistake.value)
+    else:
+        assert f"got a {other} in line {before + 3} and a {first} in line {before + 1}" in str(mistake.value)
+
+
+def test_rejects_lists_with_other_values(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"c": ["a"]}\n{"c": ["a", {}, true]}\n')
+    with pytest.raises(UserError, match="got a list with a boolean and a mapping in line 2, expected texts or lists"):
+        rows_of(tmp_path / "t.jsonl", ["c"])
+
+
+@pytest.mark.parametrize("column", ["image", "link"])
+def test_rejects_lists_outside_captions(pictures, column):
+    row = {"image": "1.png", "link": "http://x/1", "caption": "a"}
+    (pictures / "l.jsonl").write_text(json.dumps(row | {column: [row[column]]}))
+    with pytest.raises(UserError, match=f"Column '{column}' of .*l.jsonl contains lists"):
+        source(pictures, files="l.jsonl", captions="caption", url="link")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_nan_is_an_absent_caption_or_url(pictures, ending):
+    nan = float("nan")
+    rows = [{"image": "1.png", "link": nan, "caption": nan}, {"image": "2.png", "link": nan, "caption": nan}]
+    if ending == "jsonl":
+        rows.append({"image": "3.png", "link": "http://x/3", "caption": "nan"})
+        (pictures / "n.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), pictures / "n.parquet")
+    expected = [("", {}), ("", {}), ("http://x/3", {"raw": "nan"})][: len(rows)]
+    named = source(pictures, files=f"n.{ending}", captions={"raw": "caption"}, url="link")
+    assert [(s.url, dict(s.captions)) for s in named.samples()] == expected
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,32 @@ def test_table_beside_tar_replaces_json(tmp_path):
     assert tars.parts()[0].files == (tmp_path / "0.tar", tmp_path / "0.parquet")
 
 
+def test_nan_is_absent(tmp_path):
+    """pandas writes it for a missing text, into the json or into the table beside the tar."""
+    values = [float("nan"), None, "", "nan", "text"]
+    members = [(f"{i}.jpg", picture(i)) for i in range(6)]
+    row = b'{"caption": NaN, "url": NaN, "label": NaN, "texts": ["a", NaN]}'
+    write_tar(tmp_path / "0.tar", [*members, ("5.json", row)])
+    rows = [{"key": str(i), "caption": value, "url": value} for i, value in enumerate(values)]
+    pq.write_table(
+        pa.table({name: pa.array([r[name] for r in rows], from_pandas=True) for name in rows[0]}),
+        tmp_path / "0.parquet",
+    )
+    samples = read(tmp_path, captions={"raw": "json:caption"}, label="json:label", classes=["cat"])
+    assert [(s.captions.get("raw"), s.url) for s in samples] == [
+        (None, ""),
+        (None, ""),
+        (None, ""),
+        ("nan", "nan"),
+        ("text", "text"),
+        (None, ""),
+    ]
+    assert {s.label for s in samples} == {-1}
+    assert dict(read(tmp_path, captions="json:texts")[5].captions) == {"c0": "a"}
+    pq.write_table(pa.table({"key": ["0", "1"], "caption": [float("nan"), 2.5]}), tmp_path / "0.parquet")
+    assert [dict(s.captions) for s in read(tmp_path, captions={"raw": "json:caption"})[:2]] == [{}, {"raw": "2.5"}]
+
+
 def test_ambiguous_rows_beside_tar_are_not_used(tmp_path, caplog):
     """Its captions would be paired with other images."""
     keys = ["a/1", "b/1", "a/2", "3", "c/4", "5"]
@@ -213,6 +239,9 @@ def test_rejects_tar_changed_since_indexing(tmp_path):
         tars.image(location)
 
 
+ODD = {"tags": ["a"], "width": 20, "size": {"a": 1}, "sizes": ["a", {"a": 1}], "kept": True}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -230,13 +259,17 @@ def test_rejects_tar_changed_since_indexing(tmp_path):
             {"captions": {"raw": "json:tags"}},
             "'json:tags' of 0/000000000 is not text. If it is a list, write `captions: json",
         ),
+        ({"captions": {"raw": "json:size"}}, "'json:size' of 0/000000000 is invalid: got {'a': 1}, expected text"),
+        ({"captions": "json:size"}, "'json:size' of 0/000000000 is invalid: got {'a': 1}, expected text"),
+        ({"captions": "json:sizes"}, "'json:sizes' of 0/000000000 is invalid: got {'a': 1}, expected text"),
+        ({"captions": {"raw": "json:kept"}}, "'json:kept' of 0/000000000 is invalid: got True, expected text"),
         ({"classes": ["cat"], "label": "json:width"}, "Label of 0/000000000 is invalid: got '20', expected 0 to 0"),
         ({"files": "nowhere://bucket/0.tar"}, "nowhere://bucket/0.tar cannot be opened: Protocol not known"),
     ],
 )
 def test_rejects_wrong_description(tmp_path, fields, message):
     members = img2dataset_members(range(2))
-    members[1] = ("000000000.json", json.dumps({"tags": ["a"], "width": 20}).encode())
+    members[1] = ("000000000.json", json.dumps(ODD).encode())
     write_tar(tmp_path / "0.tar", members)
     with pytest.raises(UserError, match=message):
         read(tmp_path, **fields)
