@@ -104,12 +104,16 @@ class CaptionTables:
         field: Field of the samples to join by.
         column: Column of the tables to join by.
         captions: Column of each caption, by the caption's name.
+        delimiter: Delimiter of the tables, if they are CSV or TSV and it is not found out.
+        encoding: Encoding of such tables without a byte order mark, by default UTF-8.
     """
 
     files: tuple[Path, ...]
     field: Literal["url", "key"]
     column: str
     captions: Mapping[str, str]
+    delimiter: str | None = None
+    encoding: str | None = None
 
 
 class Source(ABC):

@@ -125,7 +125,7 @@ def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) 
     columns = [settings.url, settings.caption]
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
     with pq.ParquetWriter(temporary, schema) as writer, progress(None, "URLs", unit="URL", quiet=quiet) as bar:
-        for batch in read_batches(table, columns, plain=columns):
+        for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
             writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
             bar.update(len(batch))
     temporary.replace(path)

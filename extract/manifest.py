@@ -15,7 +15,7 @@ from sail_align.extract import sources
 from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError, did_you_mean
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
-from sail_align.extract.sources.table_files import Recaptions
+from sail_align.extract.sources.table_files import Recaptions, TextFormat
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
@@ -59,7 +59,7 @@ class Encoders(Strict):
     captions: Annotated[list[str], Field(min_length=1)] | None = None
 
 
-class Download(Strict):
+class Download(TextFormat):
     """Settings of `sail-extract download`. Paths are under the data root.
 
     Attributes:

@@ -13,18 +13,19 @@ from pydantic import Field
 
 from sail_align.extract.data import IGNORED, Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig, Strict
+from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import FolderSource
-from sail_align.extract.sources.table_files import find_tables, read_batches
+from sail_align.extract.sources.table_files import TextFormat, find_tables, read_batches
 
 PROBED_IMAGES = 100
 """Number of samples whose images are looked for when the source is opened."""
 
 
-class Split(Strict):
+class Split(TextFormat):
     """Keep the rows whose `column` equals `keep`.
 
-    The column is in the tables themselves, or in another table `file` that is joined by the image.
+    The column is in the tables themselves, or in another table `file` that is joined by the image. By default, `file`
+    has the encoding of the tables.
     """
 
     column: str
@@ -32,7 +33,7 @@ class Split(Strict):
     file: str | None = None
 
 
-class TableConfig(FilesConfig, SourceConfig):
+class TableConfig(FilesConfig, TextFormat, SourceConfig):
     """Tables (CSV, TSV, JSONL, parquet) that name images in a folder and contain their captions.
 
     A table has either one row per image and a column for each caption (`captions: {raw: title, long: description}`), or
@@ -137,7 +138,7 @@ class TableSource(FolderSource):
         own_split = split if split and split.file is None else None
         before = 0
         plain = [config.image, *url, *([own_split.column] if own_split else [])]
-        for batch in read_batches(file, [*plain, *columns], plain):
+        for batch in read_batches(file, [*plain, *columns], plain, config.delimiter, config.encoding):
             empty = pc.index(pc.equal(pc.coalesce(batch[config.image], ""), ""), True).as_py()
             if empty >= 0:
                 raise UserError(
@@ -159,7 +160,7 @@ class TableSource(FolderSource):
         if split is None or split.file is None:
             return None
         kept: set[str] = set()
-        columns = [self._config.image, split.column]
-        for batch in read_batches(self._root / split.file, columns, plain=columns):
+        columns, encoding = [self._config.image, split.column], split.encoding or self._config.encoding
+        for batch in read_batches(self._root / split.file, columns, columns, split.delimiter, encoding):
             kept.update(batch.filter(pc.equal(batch[split.column], split.keep))[self._config.image].to_pylist())
         return kept

@@ -8,24 +8,52 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.config import FilesConfig, NonEmpty
+from sail_align.extract.sources.config import FilesConfig, NonEmpty, Strict
+from sail_align.extract.sources.delimited import DELIMITERS, read_delimited, require_columns
 
 BATCH_ROWS = 8_192
-CSV_BLOCK = 2 << 20
-"""Bytes of a CSV that are parsed at a time. This is also the longest possible row."""
 
 _CONSTANTS = {"Infinity": "Infinity", "-Infinity": "-Infinity"}
 """Numbers of JSON as text. NaN is null."""
 _JSON_TYPES = {str: "text", list: "list", bool: "boolean", dict: "mapping"}
 
 
-class Recaptions(FilesConfig):
+class TextFormat(Strict):
+    """Format of a CSV or TSV, if it cannot be found out from the file.
+
+    `delimiter` is one character. By default it is the first of comma (tab for .tsv), tab, semicolon and vertical bar
+    that yields the columns. `encoding` is any that Python supports. A byte order mark has priority, and UTF-8 is the
+    default.
+    """
+
+    delimiter: Annotated[str, Field(pattern=r"^[\t !#-\[\]-~]$")] | None = None
+    encoding: NonEmpty | None = None
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, encoding: str | None) -> str | None:
+        if encoding is not None:
+            try:
+                b" ".decode(encoding, "replace")
+            except LookupError as problem:
+                raise ValueError(f"{problem}. Use one that Python supports, such as latin-1 or utf-16-le") from problem
+        return encoding
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the fields out of stores that do not need them, so that older stores can be resumed."""
+        fields: dict[str, Any] = serialize(self)
+        return {
+            name: value for name, value in fields.items() if value is not None or name not in TextFormat.model_fields
+        }
+
+
+class Recaptions(FilesConfig, TextFormat):
     """Tables with further captions of a source's images, one row per image. They go with any kind of source.
 
     A row belongs to the samples whose URL equals its column `url`, or whose key equals its column `key`. The match is
@@ -57,7 +85,8 @@ class Recaptions(FilesConfig):
         """
         files = tuple(find_tables(data_root / self.root, self.files))
         field: Literal["url", "key"] = "key" if self.url is None else "url"
-        tables = CaptionTables(files, field, str(self.url or self.key), self.captions)
+        column = str(self.url or self.key)
+        tables = CaptionTables(files, field, column, self.captions, self.delimiter, self.encoding)
         next(read_captions(files[0], tables), None)
         return tables
 
@@ -89,10 +118,16 @@ def read_captions(file: Path, tables: CaptionTables) -> Iterator[pa.Table]:
         UserError: As `read_batches`, or a column contains lists.
     """
     columns = [tables.column, *tables.captions.values()]
-    yield from read_batches(file, columns, plain=columns)
+    yield from read_batches(file, columns, columns, tables.delimiter, tables.encoding)
 
 
-def read_batches(path: Path, columns: Sequence[str], plain: Collection[str] = ()) -> Iterator[pa.Table]:
+def read_batches(
+    path: Path,
+    columns: Sequence[str],
+    plain: Collection[str] = (),
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> Iterator[pa.Table]:
     """Yield the rows of a table in order, at most `BATCH_ROWS` at a time.
 
     Bytes that are not UTF-8 become U+FFFD, so that one bad caption does not end a run over millions of rows. NaN
@@ -102,6 +137,8 @@ def read_batches(path: Path, columns: Sequence[str], plain: Collection[str] = ()
         path: A file that ends in .csv, .tsv, .jsonl or .parquet.
         columns: The columns to read. They contain text, numbers (returned as text), or lists of these.
         plain: Columns of these that must not contain lists.
+        delimiter: Delimiter of a CSV or TSV; see `TextFormat`.
+        encoding: Encoding of a CSV or TSV; see `TextFormat`.
 
     Raises:
         UserError: The ending is unknown, the file is missing or malformed, a column is missing, or a column contains
@@ -111,7 +148,9 @@ def read_batches(path: Path, columns: Sequence[str], plain: Collection[str] = ()
     try:
         match path.suffix.lower():
             case ".csv" | ".tsv" as ending:
-                batches = _read_csv(path, columns, delimiter="," if ending == ".csv" else "\t")
+                usual = "," if ending == ".csv" else "\t"
+                tried = [delimiter] if delimiter else list(dict.fromkeys([usual, *DELIMITERS]))
+                batches = read_delimited(path, columns, tried, encoding)
             case ".jsonl":
                 batches = _read_jsonl(path, columns)
             case ".parquet":
@@ -132,22 +171,9 @@ def read_batches(path: Path, columns: Sequence[str], plain: Collection[str] = ()
         raise UserError(f"Table {path} cannot be read: {' '.join(str(problem).split())}.") from problem
 
 
-def _read_csv(path: Path, columns: list[str], delimiter: str) -> Iterator[pa.Table]:
-    read = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK)
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pyarrow.csv.open_csv(path, read, parse) as header:
-        _require_columns(path, columns, header.schema.names)
-    # Read bytes, because pyarrow rejects a whole file for one byte that is not UTF-8.
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=columns, column_types=dict.fromkeys(columns, pa.binary()), check_utf8=False
-    )
-    with pyarrow.csv.open_csv(path, read, parse, convert) as reader:
-        yield from (pa.Table.from_batches([batch]) for batch in reader)
-
-
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-        _require_columns(path, columns, file.schema_arrow.names)
+        require_columns(path, columns, file.schema_arrow.names)
         yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(BATCH_ROWS, columns=columns))
 
 
@@ -158,7 +184,7 @@ def _read_jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
         keys |= dict.fromkeys(row)
         if keys.keys() >= set(columns):
             break
-    _require_columns(path, columns, list(keys))
+    require_columns(path, columns, list(keys))
     rows = _lines(path)
     checks = {name: _TypeCheck(path, name) for name in columns}
     while batch := list(islice(rows, BATCH_ROWS)):
@@ -225,13 +251,6 @@ def _replace_surrogates(value: Any) -> Any:
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
-
-
-def _require_columns(path: Path, columns: list[str], names: list[str]) -> None:
-    for name in columns:
-        if (times := names.count(name)) != 1:
-            found = "more than one" if times else "no"
-            raise UserError(f"{path} has {found} column {name!r}. Its columns are {', '.join(names)}.")
 
 
 def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources import table_files
+from sail_align.extract.sources import delimited, table_files
 from sail_align.extract.sources.table import Split, TableConfig
 from sail_align.extract.sources.table_files import find_tables, read_batches
 
@@ -28,7 +28,7 @@ def rows_of(path, columns):
 def small_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_files, "BATCH_ROWS", 7)
-        patch.setattr(table_files, "CSV_BLOCK", 2_000)
+        patch.setattr(delimited, "BLOCK", 2_000)
         yield
 
 
