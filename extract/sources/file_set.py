@@ -68,8 +68,9 @@ class FileSet:
         try:
             if path := self.local(name):
                 with path.open("rb", buffering=0) as file:
+                    stop = min(stop, file.seek(0, 2))  # a damaged header may declare any size, which `read` allocates
                     file.seek(start)
-                    return file.read(stop - start)
+                    return file.read(max(stop - start, 0))
             filesystem, remote_path = _resolve_url(name)
             return bytes(filesystem.cat_file(remote_path, start=start, end=stop))
         except FileNotFoundError as problem:

@@ -23,8 +23,10 @@ _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
 _LONGEST_EXTENSION = 1 << 20
+_LONGEST_TEXT = 64 << 20
 _LARGEST = 1 << 50
 _NUMBER = re.compile(rb"[0-9]{1,20}")
+_RECORD_LENGTH = re.compile(rb"([0-9]{1,20}) ")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -136,16 +138,16 @@ def _read_extension(tar: BinaryIO, data: int, size: int) -> bytes:
 def _parse_records(extension: bytes, data: int) -> dict[str, str]:
     """Return `path` and `size` from a PAX extension: records of the form `<length> <key>=<value>` and a newline."""
     found: dict[str, str] = {}
-    rest = extension
-    while rest.strip(b"\0"):
-        digits = rest.split(b" ", 1)[0]
-        length = int(digits) if _NUMBER.fullmatch(digits) else 0
-        key, equals, value = rest[len(digits) + 1 : length - 1].partition(b"=")
-        if not 0 < length <= len(rest) or not equals or (key == b"size" and not _NUMBER.fullmatch(value)):
+    at, end = 0, len(extension.rstrip(b"\0"))
+    while at < end:
+        match = _RECORD_LENGTH.match(extension, at)
+        length = int(match[1]) if match else 0
+        key, equals, value = extension[match.end() if match else at : at + length - 1].partition(b"=")
+        if not 0 < length <= len(extension) - at or not equals or (key == b"size" and not _NUMBER.fullmatch(value)):
             raise DamagedTarError(f"contains an invalid PAX header at byte {data:,}")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "replace")
-        rest = rest[length:]
+        at += length
     return found
 
 
@@ -197,6 +199,8 @@ class TarSamples:
                         repeated[key] = name
                     elif ending in images:
                         sample[ending] = f"{offset}:{size}"
+                    elif ending in texts and size > _LONGEST_TEXT:
+                        found.warnings.append(f"has a text of {size:,} bytes, left out: {name!r}")
                     elif ending in texts:
                         stream.seek(offset)
                         content = stream.read(size)

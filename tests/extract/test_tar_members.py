@@ -141,6 +141,15 @@ def test_rejects_invalid_pax_records(record):
     assert scan_damaged(data) == ([], "contains an invalid PAX header at byte 512")
 
 
+def test_time_is_linear_in_the_length_of_pax_headers():
+    """Small records up to the limit of one header took minutes."""
+    records = b"6 a=b\n" * 170_000 + b"14 path=b.jpg\n"
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    data = header.tobuf() + records + bytes(-len(records) % 512) + tar_of(("a.jpg", b"x"))
+    assert [name for name, _, _ in scan(data)] == ["b.jpg"]
+
+
 def test_rejects_impossible_sizes():
     binary = bytearray(tar_of(("a.jpg", b"x")))
     binary[124:136] = b"\xff" * 12

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -207,6 +208,30 @@ def test_truncated_tar_keeps_its_intact_samples(tmp_path, caplog):
         tars.image(samples[2].image)
     assert problem.value.status is Status.UNDECODABLE
     assert "cut.tar is truncated at byte" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["jpg", "txt", "json"])
+@pytest.mark.parametrize("size", [1 << 36, 8_000_000])
+def test_sizes_beyond_the_end_are_not_allocated(tmp_path, caplog, ending, size):
+    write_tar(tmp_path / "0.tar", img2dataset_members(range(2)))
+    header = tarfile.TarInfo(f"2.{ending}")
+    header.size = size
+    content = (tmp_path / "0.tar").read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % 512)
+    (tmp_path / "0.tar").write_bytes(content + header.tobuf(tarfile.GNU_FORMAT) + b"short")
+    tars = source(tmp_path)
+    tracemalloc.start()
+    try:
+        samples = list(tars.samples())
+        for sample in samples[2:]:
+            with pytest.raises(UnreadableImageError, match="the tar is truncated"):
+                tars.image(sample.image)
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(samples) == (3 if ending == "jpg" else 2)
+    assert "in the middle of a member" in caplog.text
+    assert ("has a text of 68,719,476,736 bytes, left out" in caplog.text) == (ending != "jpg" and size == 1 << 36)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>Not found</html>" * 100])
