@@ -3,7 +3,9 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +18,13 @@ from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import FileSet
 from sail_align.extract.sources.images import read_image
-from sail_align.extract.sources.tars import BLOCK, TarSamples, header_size
+from sail_align.extract.sources.tars import BLOCK, DamagedTarError, TarSamples, header_size
+from sail_align.extract.sources.tars import members as tar_members
 
 _log = logging.getLogger(__name__)
+
+PROBED = 300
+"""Number of members of the first tar among which texts are looked for, if the manifest names no captions."""
 
 Origin = Annotated[str, Field(pattern=r"^(json:.+|[^:.][^:]*)$")]
 """Origin of a value in a sample: `txt` is the member with that ending, `json:caption` a field of its json."""
@@ -29,7 +35,8 @@ class WebDatasetConfig(FilesConfig, SourceConfig):
 
     `files` are tars under `root`, absolute paths or URLs, given as names, globs or ranges (`{00000..00331}.tar`).
     `captions` maps a caption's name to its origin. With a single origin, each of its lines (or each text of a list in
-    the json) is a caption: `c0`, `c1`, …. A field `json:…` comes from the `.parquet` beside a tar if a sample has no
+    the json) is a caption: `c0`, `c1`, …. Without `captions`, the `.txt` is the caption `raw`, unless there are classes
+    or recaptions. A field `json:…` comes from the `.parquet` beside a tar if a sample has no
     json. `classes` is a file under `root` (or a URL) with one class name per line, a published list
     (`open_clip:imagenet`), or the names themselves. `label` is then the origin of the class number. If a sample has
     several images, the first ending in `images` counts.
@@ -72,9 +79,36 @@ class WebDatasetSource(Source):
         self._files = FileSet(data_root / config.root)
         self._tars = self._files.find(config.files)
         self.classes = self._read_classes()
-        self.caption_origins = config.captions
-        self._origins = {config.captions} if isinstance(config.captions, str) else {*config.captions.values()}
-        self._origins |= {config.url, *([config.label] if self.classes else [])}
+
+    @cached_property
+    def caption_origins(self) -> str | dict[str, Origin]:  # type: ignore[override]  # looks into a tar when first used
+        """The manifest's `captions`. If it has none, and neither classes nor recaptions, the texts of img2dataset."""
+        config = self._config
+        if "captions" in config.model_fields_set or self.classes or self.recaptions or not self._have_texts():
+            return config.captions
+        _log.warning(
+            "The manifest names no captions. The .txt of each sample becomes its caption 'raw'. "
+            "Write `captions: {}` for images only."
+        )
+        return {"raw": "txt"}
+
+    def _have_texts(self) -> bool:
+        """Return whether there is a .txt with content among the first members of the first tar that has any."""
+        for tar in self._tars:
+            sizes: dict[str, int] = {}
+            with self._files.open(tar) as stream, suppress(DamagedTarError):
+                for name, _, size in islice(tar_members(stream, tar), PROBED):
+                    ending = name.rpartition("/")[2].partition(".")[2].lower()
+                    sizes[ending] = max(size, sizes.get(ending, 0))
+            if sizes:
+                return sizes.get("txt", 0) > 0
+        return False
+
+    @cached_property
+    def _origins(self) -> set[str]:
+        captions = self.caption_origins
+        origins = {captions} if isinstance(captions, str) else {*captions.values()}
+        return origins | {self._config.url, *([self._config.label] if self.classes else [])}
 
     def parts(self) -> Sequence[Part]:
         """Return one part per tar, which is read from the tar and the table beside it."""
@@ -132,7 +166,7 @@ class WebDatasetSource(Source):
         )
 
     def _captions_of(self, key: str, members: Mapping[str, Any]) -> dict[str, str]:
-        captions = self._config.captions
+        captions = self.caption_origins
         if isinstance(captions, str):
             value = members.get(captions)
             several = value if isinstance(value, list) else _text(value, captions, key).split("\n")
@@ -164,7 +198,7 @@ class WebDatasetSource(Source):
         endings = f"Its members end in {', '.join(sorted(found.endings))}"
         if not any(sample.image for sample in samples):
             raise UserError(f"{tar} contains no {' or '.join(self._config.images)}. {endings}: correct source.images.")
-        captions = self._config.captions
+        captions = self.caption_origins
         for name, origin in {"c0": captions}.items() if isinstance(captions, str) else captions.items():
             if not any(name in sample.captions for sample in samples):
                 raise UserError(f"No sample of {tar} has a caption {origin!r}. {endings}: correct source.captions.")

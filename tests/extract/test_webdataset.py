@@ -51,6 +51,34 @@ def test_reads_img2dataset_output(tmp_path):
     ]
 
 
+def test_texts_are_captions_unless_the_manifest_says_otherwise(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [*img2dataset_members(range(2)), ("x.jpg", picture(2))])
+    fields = {"name": "made", "purpose": "train", "title": "Made", "licence": "none", "get": "made by a test"}
+    manifest = fields | {"source": {"kind": "webdataset"}}
+
+    def opened(**changes):
+        caplog.clear()
+        return Manifest.model_validate(manifest | changes).open_source(tmp_path)
+
+    tars = opened()
+    assert [dict(s.captions) for s in tars.samples()] == [{"raw": "picture 0"}, {"raw": "picture 1"}, {}]
+    assert tars.captions == ("raw",)
+    assert caplog.text.count("The .txt of each sample becomes its caption 'raw'.") == 1
+    (tmp_path / "c.csv").write_text("url,text\nhttp://example.org/0.jpg,a\n")
+    joined = opened(recaptions={"files": "c.csv", "url": "url", "captions": {"raw": "text"}})
+    for source in (joined, opened(source={"kind": "webdataset", "captions": {}})):
+        assert [dict(s.captions) for s in source.samples()] == [{}] * 3
+        assert (source.captions, caplog.text) == ((), "")
+    write_tar(tmp_path / "1.tar", img2dataset_members(range(2)))
+    write_tar(tmp_path / "0.tar", [])
+    assert opened().captions == ("raw",)
+    (tmp_path / "1.tar").unlink()
+    write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.cls", b"0"), ("0.txt", b""), ("0.long.txt", b"a")])
+    for source in (opened(), opened(source={"kind": "webdataset", "classes": ["a"]})):
+        assert [dict(s.captions) for s in source.samples()] == [{}]
+        assert (source.captions, caplog.text) == ((), "")
+
+
 @given(order=st.permutations(range(12)), form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT]))
 def test_member_order_does_not_matter(tmp_path_factory, order, form):
     root = tmp_path_factory.mktemp("any")
