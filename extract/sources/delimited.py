@@ -149,6 +149,7 @@ class _Table:
         require_columns(path, columns, self._names)
         self.header_bytes = header.used
         self._columns = {name: self._names.index(name) for name in columns}
+        self._found = np.empty(0, bool)  # reused, because new memory costs more than the comparison
         self._border = np.zeros(256, bool)
         self._border[[ord(self._delimiter), *b'"\r\n']] = True
         self._start += header.used
@@ -156,14 +157,19 @@ class _Table:
     def parse(self, data: bytes, final: bool) -> tuple[pa.Table, int]:
         """Parse whole rows from the start of the data. Return them and their number of bytes."""
         characters = np.frombuffer(data, np.uint8)
-        quotes = np.flatnonzero(characters == ord('"'))
+        quotes = self._positions(characters, b'"')
         used = len(data) if final else self._end_of_rows(data, quotes)
         rows = None
         quotes = quotes[: np.searchsorted(quotes, used)]
-        if used and not (self._escaped and _has_escapes(data, used)) and self._are_regular(characters, quotes):
+        unclear = _has_escapes(data, used) and (self._escaped or data.find(b'\\"', 0, used) >= 0)
+        if used and not unclear and self._are_regular(characters, quotes):
             rows = self._parse_quickly(data, used)
         if rows is None:
             rows, used = self._parse_exactly(data, final)
+        elif len(quotes) and self._joined is None:
+            joined = self._find_joined(characters[:used], quotes)
+            self._joined = None if joined is None else self._start + joined
+        self._require_one_use_of_quotes()
         self._backslashes |= not self._escaped and _has_escapes(data, used)
         self._start += used
         return rows, used
@@ -178,19 +184,33 @@ class _Table:
     def _are_regular(self, characters: NDArray[np.uint8], quotes: NDArray[np.intp]) -> bool:
         """Return whether each quotation mark opens or closes a field, or is doubled.
 
-        They then alternate between opening and closing, and two that are doubled close and open again. A TSV in whose
-        quoted fields are tabs is not regular, because these may be rows between two stray quotation marks.
+        They then alternate between opening and closing, and two that are doubled close and open again.
         """
         if len(quotes) % 2:
             return False
         opening, closing = quotes[::2], quotes[1::2]
         opening = opening[1:] if len(opening) and opening[0] == 0 else opening
-        if not (self._border[characters[opening - 1]].all() and self._border[characters[closing + 1]].all()):
-            return False
-        if self._delimiter != "\t" or not len(quotes):
-            return True
-        tabs = np.flatnonzero(characters[: quotes[-1]] == ord("\t"))
-        return not (np.searchsorted(quotes, tabs) % 2).any()
+        return bool(self._border[characters[opening - 1]].all() and self._border[characters[closing + 1]].all())
+
+    def _positions(self, characters: NDArray[np.uint8], character: str | bytes) -> NDArray[np.intp]:
+        if len(self._found) < len(characters):
+            self._found = np.empty(len(characters), bool)
+        return np.flatnonzero(np.equal(characters, ord(character), out=self._found[: len(characters)]))
+
+    def _find_joined(self, characters: NDArray[np.uint8], quotes: NDArray[np.intp]) -> int | None:
+        """Return the start of the first row of several lines, each of which could be a row, in regular rows."""
+        ends = self._positions(characters, self._line_break)
+        last_lines = np.flatnonzero(np.searchsorted(quotes, ends) % 2 == 0)
+        if len(last_lines) == len(ends) or len(self._names) == 1:
+            return None
+        delimiters = self._positions(characters, self._delimiter)
+        could_be_row = np.diff(np.searchsorted(delimiters, ends), prepend=0) == len(self._names) - 1
+        first_lines = np.concatenate([[0], last_lines[:-1] + 1])
+        joined = np.logical_and.reduceat(could_be_row, first_lines) & (last_lines > first_lines)
+        if not joined.any():
+            return None
+        line = int(first_lines[joined.argmax()])
+        return int(ends[line - 1]) + 1 if line else 0
 
     def _parse_quickly(self, data: bytes, used: int) -> pa.Table | None:
         """Parse rows with pyarrow. Return None if it rejects them."""
@@ -217,32 +237,41 @@ class _Table:
             UserError: A quotation mark is out of place.
         """
         found = self._rows(data, final, len(self._names))
-        may_escape = not self._escaped and self._delimiter != "\t" and not self._backslashes and b'\\"' in data
-        # In a field without quotation marks around it, `\"` is only written by programs that escape them.
-        if may_escape and (found.problem or found.escapes):
+        if self._delimiter != "\t" and not self._escaped and b'\\"' in data:
             self._escaped = True
             escaped = self._rows(data, final, len(self._names))
-            self._escaped = not escaped.problem
-            found = escaped if self._escaped else found
+            # Programs that double quotation marks leave none in an unquoted field.
+            better = found.problem or found.literal is not None or len(escaped.rows) > len(found.rows)
+            self._escaped = bool(better and not escaped.problem and not self._backslashes)
+            if self._escaped:
+                found = escaped
+            elif better and not escaped.problem and not found.problem:
+                line = self._line(self._start)
+                found.problem = (
+                    f"{self._path} is invalid: backslashes escape quotation marks only from line {line} on. {_REMEDY}"
+                )
         self._literal = found.literal if self._literal is None else self._literal
         self._joined = found.joined if self._joined is None else self._joined
-        if not found.problem and self._literal is not None and self._joined is not None:
-            joined, literal = self._line(self._joined), self._line(self._literal)
-            found.problem = (
-                f"{self._path} is invalid: the quotation marks in line {joined} enclose several lines, each of which "
-                f"could be a row, and those in line {literal} are text. {_REMEDY}"
-            )
         if found.problem:
             raise UserError(found.problem)
         columns = list(zip(*found.rows, strict=True)) or [()] * len(self._names)
         table = {name: pa.array(columns[number], pa.binary()) for name, number in self._columns.items()}
         return pa.table(table), found.used
 
+    def _require_one_use_of_quotes(self) -> None:
+        if self._literal is None or self._joined is None:
+            return
+        joined, literal = self._line(self._joined), self._line(self._literal)
+        raise UserError(
+            f"{self._path} is invalid: the quotation marks in line {joined} enclose several lines, each of which could "
+            f"be a row, and those in line {literal} are text. {_REMEDY}"
+        )
+
     def finish(self) -> None:
         """Warn of rows that may have been joined by stray quotation marks."""
-        if self._joined is not None and self._delimiter == "\t":
+        if self._joined is not None:
             _log.warning(
-                "%s: the row in line %d has several lines in quotation marks, each of which could be a row.",
+                "%s: the row in line %d has several lines in quotation marks, each of which could be a row. Check it.",
                 self._path,
                 self._line(self._joined),
             )
@@ -267,7 +296,6 @@ class _Table:
             quoted, text, end = match.groups()
             if is_literal:
                 found.literal = self._start + at if found.literal is None else found.literal
-                found.escapes |= b'\\"' in text
             row.append(self._unescape(quoted, text))
             several_lines |= quoted is not None and (b"\n" in quoted or b"\r" in quoted)
             at = match.end()
@@ -333,7 +361,6 @@ class _Rows:
         rows: The fields of each row.
         used: Number of bytes of these rows.
         literal: Position in the file of the first unquoted field with a quotation mark.
-        escapes: Whether an unquoted field contains one after a backslash.
         joined: Position of the first row of several lines, each of which could be a row.
         problem: Why the row after these cannot be read.
     """
@@ -341,7 +368,6 @@ class _Rows:
     rows: list[list[bytes]] = field(default_factory=list)
     used: int = 0
     literal: int | None = None
-    escapes: bool = False
     joined: int | None = None
     problem: str = ""
 
