@@ -1,6 +1,7 @@
 """Check whether a data set is present and complete."""
 
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -109,7 +110,7 @@ def _check_images(source: Source, samples: list[Sample], strict: bool) -> Findin
 def _check_captions(source: Source, samples: list[Sample], strict: bool) -> Iterator[Finding]:
     if tables := source.recaptions:
         for table in tables.files:
-            next(read_captions(table, tables), None)
+            deque(read_captions(table, tables), maxlen=0)  # to the end, because `run` stops at any fault
         joinable = sum(bool(getattr(sample, tables.field)) for sample in samples)
         names = ", ".join(tables.captions)
         yield joinable > 0, f"{joinable} of these have a {tables.field} to join captions by: {names}"

@@ -287,6 +287,13 @@ def test_check_reports_missing_tables(recaptioned):
     assert any("cc_3long*.csv is missing" in text for _, text in check(manifest, data_root))
 
 
+def test_check_reads_tables_to_the_end(recaptioned):
+    with (recaptioned / "cc_3long_3short_1raw_captions_url-1.csv").open("a") as file:
+        file.write('http://x/1.png,"not closed\n')
+    found = list(check(*find_manifest(str(recaptioned / "pictures.yaml"))))
+    assert any(not good and "url-1.csv is invalid: got the quotation mark of the field" in text for good, text in found)
+
+
 def test_img2dataset_images_join_by_url_not_position(tmp_path):
     there = [number for number in range(40) if number % 7]  # the others could not be downloaded
     write_tar(tmp_path / "00000.tar", img2dataset_members(there[:20]))
