@@ -77,6 +77,7 @@ def of_owner(**changes) -> bytes:
         of_owner(machine=[1]),
         b"[" * 100_000,
     ],
+    ids=["foreign", "empty", "short", "pid -1", "huge pid", "text pid", "true pid", "no start", "list", "deep"],
 )
 def test_foreign_lease_is_free_after_ttl_without_change(tmp_path, content, monkeypatch):
     now = [1_000.0]
