@@ -103,10 +103,11 @@ class PretrainedModel(nn.Module):
 
         Raises:
             TypeError: The argument is not a PIL image, but, for instance, a path.
+            ValueError: The image's values have no defined black and white, such as integers of 32 bits.
         """
         if not isinstance(image, Image.Image):
             raise TypeError(f"Expected a PIL image, got {image!r}. Open a file with PIL.Image.open.")
-        return self._image.preprocess(upright_rgb(image.copy()))
+        return self._image.preprocess(upright_rgb(image))
 
     def tokenizer(self, texts: str | Sequence[str]) -> Tensor:
         """Return the tokens (B, T) int64 of texts, for `encode_text` only."""

@@ -174,5 +174,9 @@ class Source(ABC):
 
         Returns:
             Class indices, (H, W); `IGNORED` where a pixel belongs to no class.
+
+        Raises:
+            UnreadableImageError: The mask is missing or cannot be decoded.
+            UserError: The mask does not match the source's description.
         """
         raise UserError(f"This source has no masks: got {location!r}. Use kind 'mask-folder', or 'table' with 'masks'.")

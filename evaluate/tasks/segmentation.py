@@ -22,7 +22,7 @@ from sail_align.align.stats.bootstrap import weighted_mean
 from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result
 from sail_align.evaluate.tasks.metrics import count_pixels, iou_per_class
 from sail_align.evaluate.tasks.task import EvaluationTask
-from sail_align.extract.data import IGNORED, Sample
+from sail_align.extract.data import IGNORED, Sample, UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.progress import progress
 
@@ -140,7 +140,7 @@ class Segmentation(EvaluationTask):
 def _read_mask(data: "EvaluationSet", sample: Sample) -> Labels:
     try:
         return data.source.mask(sample.mask)
-    except (OSError, SyntaxError, ValueError) as problem:  # how Pillow reports broken bytes
+    except (UnreadableImageError, OSError) as problem:
         raise UserError(f"Mask {sample.mask!r} of {data.manifest.name} cannot be read ({problem}).") from problem
 
 

@@ -2,13 +2,16 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
@@ -19,7 +22,8 @@ PIXEL_LIMIT = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """Formats that are recognised by their bytes, whatever the file's ending. Pillow supports more, but starts an external
 program for one of them (EPS)."""
-
+MASK_FORMATS = ("PNG",)
+"""Formats of masks. Lossy formats change class values."""
 
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """Errors for a name without a file. Tables may contain any text as the name of an image."""
@@ -41,24 +45,11 @@ def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.I
     Raises:
         UnreadableImageError: The file is missing, is not an image, is truncated, or has more than `PIXEL_LIMIT` pixels.
     """
-    if isinstance(file, bytes):
-        content, path = file, name
-    else:
-        content, path = _read_file(file), str(file)
-    try:
-        with Image.open(BytesIO(content), formats=_formats()) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
-            if least and image.format == "JPEG":
-                _reduce(image, least)
-            return upright_rgb(image)
-    except Image.DecompressionBombError as problem:
-        raise UnreadableImageError(Status.TOO_LARGE, f"{path}: {problem}") from problem
-    except MemoryError:
-        raise
-    # Damaged bytes make Pillow's decoders raise errors of any kind. None may end a run of days.
-    except Exception as problem:
-        raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem}") from problem
+    content, path = (file, name) if isinstance(file, bytes) else (_read_file(file), str(file))
+    with _open(content, path, FORMATS) as image:
+        if least and image.format == "JPEG":
+            _reduce(image, least)
+        return upright_rgb(image, in_place=True)
 
 
 class FolderSource(Source):
@@ -88,34 +79,108 @@ class FolderSource(Source):
         """Read a one-channel mask as it is stored, palette indices included, (H, W).
 
         Raises:
+            UnreadableImageError: The mask is missing, is not a PNG, or is damaged.
             UserError: The image has other channels. Converting them would invent class values.
         """
-        with Image.open(path) as image:
+        with _open(_read_file(path), str(path), MASK_FORMATS) as image:
+            stored = image.tile[0][3] if image.tile else ""
             if image.mode not in {"L", "P"}:
                 raise UserError(
                     f"Mask {path} is invalid: got mode {image.mode}, expected 8 bits with one channel or a palette."
                 )
-            return np.array(image, dtype=np.uint8)
+            # Pillow stretches grey values of 2 and 4 bits to 0 … 255, but not palette indices.
+            step = {"L;2": 85, "L;4": 17}.get(str(stored), 1)
+            return np.asarray(np.array(image) // step, dtype=np.uint8)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image, *, in_place: bool = False) -> Image.Image:
     """Return an opened image turned as its EXIF data say, in RGB, with transparent parts white.
 
-    The given image is turned in place.
+    Values of more than 8 bits are scaled as `_to_8_bits` describes.
+
+    Args:
+        image: An image of any mode.
+        in_place: Whether the image may be changed, which saves a copy.
+
+    Raises:
+        ValueError: The range of the values from black to white is unknown.
     """
+    range_ = _value_range(image)
+    if not in_place:
+        image = image.copy()
     image.getexif()
     # Pillow has parsed the EXIF data now. It would write them again without the orientation, which fails for many
     # cameras.
     for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's own conversion clips at 255 instead of scaling
-        scaled = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if range_:
+        return Image.fromarray(_to_8_bits(np.asarray(image), *range_)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _value_range(image: Image.Image) -> tuple[int, int] | None:
+    """Return the values that stand for black and white in an image of more than 8 bits, None for any other image.
+
+    Pillow's own conversion clips such values at 255.
+
+    Raises:
+        ValueError: The values are integers that have no such range: of 32 bits, or signed.
+    """
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    signed = 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ())
+    if image.mode == "F":
+        white = 1
+    elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"}):
+        (bits,) = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+        white = 2**bits - 1
+    elif image.mode.startswith("I") or signed:
+        raise ValueError("signed values and integers of 32 bits have no defined black and white")
+    else:
+        return None
+    return (white, 0) if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else (0, white)
+
+
+def _to_8_bits(values: NDArray[Any], black: int, white: int) -> NDArray[np.uint8]:
+    """Scale values from black to white to 0 … 255. Integers are rounded down, floating-point numbers to the nearest.
+
+    Raises:
+        ValueError: A value is outside the range or is not a number.
+    """
+    if not (min(black, white) <= values.min() and values.max() <= max(black, white)):
+        raise ValueError(f"got values from {values.min():g} to {values.max():g}, expected 0 to {max(black, white)}")
+    if values.dtype.kind == "f":
+        scaled = np.rint(np.abs(values - black) * 255)
+    else:
+        scaled = np.abs(values.astype(np.int64) - black) * 255 // max(black, white)
+    return np.asarray(scaled, dtype=np.uint8)
+
+
+@contextmanager
+def _open(content: bytes, name: str, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
+    """Open an encoded image, the only place where that happens. Errors of the block count as errors of the image.
+
+    Raises:
+        UnreadableImageError: The image cannot be decoded or has more than `PIXEL_LIMIT` pixels.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=_supported(formats)) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+            yield image
+    except Image.DecompressionBombError as problem:
+        raise UnreadableImageError(Status.TOO_LARGE, f"{name}: {problem}") from problem
+    except UnidentifiedImageError as problem:
+        reason = f"cannot identify image file, expected {', '.join(formats)}"
+        raise UnreadableImageError(Status.UNDECODABLE, f"{name}: {reason}") from problem
+    except (MemoryError, UserError):
+        raise
+    # Damaged bytes make Pillow's decoders raise errors of any kind. None may end a run of days.
+    except Exception as problem:
+        raise UnreadableImageError(Status.UNDECODABLE, f"{name}: {problem}") from problem
 
 
 def _is_empty(folder: Path) -> bool:
@@ -145,9 +210,10 @@ def _read_file(path: Path) -> bytes:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the formats that this Pillow can read."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in formats if name in Image.OPEN)
 
 
 def _reduce(image: Image.Image, least: int) -> None:

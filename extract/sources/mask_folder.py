@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sail_align.extract.data import IGNORED, Part, Sample
+from sail_align.extract.data import IGNORED, Part, Sample, UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
@@ -83,7 +83,10 @@ class MaskFolderSource(FolderSource):
             self._index[value] = index
         probed = np.linspace(0, len(self._samples) - 1, PROBED_MASKS).astype(int)
         for row in sorted(set(probed.tolist())):
-            self.mask(self._samples[row].mask)
+            try:
+                self.mask(self._samples[row].mask)
+            except UnreadableImageError as problem:
+                raise UserError(f"A mask cannot be read: {problem}. Restore it.") from problem
 
     def parts(self) -> Sequence[Part]:
         """Return one part, the list of names or the folder of masks."""

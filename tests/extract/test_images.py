@@ -1,6 +1,8 @@
 """Pictures as they are found on the web: which are read, as what, and what becomes of the rest."""
 
 import random
+import struct
+import zlib
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -11,13 +13,13 @@ import pytest
 from fakes import FakeVision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from sail_align.extract.data import Status, UnreadableImageError
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.executor.encode import encode_images
 from sail_align.extract.sources.class_folder import ClassFolderConfig
-from sail_align.extract.sources.images import PIXEL_LIMIT, read_image
+from sail_align.extract.sources.images import PIXEL_LIMIT, FolderSource, read_image, upright_rgb
 
 # Pillow warns of what it mends in damaged files.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -106,6 +108,122 @@ def test_16_bits_keep_their_brightness():
     assert np.unique(np.asarray(grey)).tolist() == [40_000 // 257]
 
 
+def scaled(values: np.ndarray, format_: str = "TIFF", **tags: int) -> np.ndarray:
+    """Save values, read them as RGB, and return one of the three equal channels."""
+    info = {getattr(TiffImagePlugin, name): value for name, value in tags.items()}
+    options = {"tiffinfo": info} if tags else {}
+    pixels = np.asarray(read_image(encoded(Image.fromarray(values), format_, **options)))
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[..., 0]
+
+
+LEVELS = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize("format_", ["TIFF", "PPM"])
+def test_floats_from_0_to_1_are_scaled(format_):
+    np.testing.assert_array_equal(scaled((LEVELS / 255).astype(np.float32), format_), LEVELS)
+
+
+@pytest.mark.parametrize("format_", ["TIFF", "PNG", "JPEG2000"])
+def test_16_bits_are_scaled_in_every_format(format_):
+    np.testing.assert_array_equal(scaled((LEVELS * 257).astype(np.uint16), format_), LEVELS)
+
+
+@pytest.mark.parametrize("white", [65_535, 510])
+def test_grey_maps_of_any_range_are_scaled(white):
+    content = f"P5 16 16 {white}\n".encode() + (LEVELS * (white // 255)).astype(">u2").tobytes()
+    np.testing.assert_array_equal(np.asarray(read_image(content))[..., 0], LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("values", "white_is_zero"),
+    [((LEVELS * 257).astype(np.uint16), 255 - LEVELS), ((LEVELS / 255).astype(np.float32), 255 - LEVELS)],
+    ids=["16 bits", "float"],
+)
+def test_white_is_zero(values, white_is_zero):
+    np.testing.assert_array_equal(scaled(values, PHOTOMETRIC_INTERPRETATION=0), white_is_zero)
+
+
+def test_12_bits_are_scaled():
+    values = [0, 4095, 2048, 16]
+    packed = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x10])  # two values in three bytes
+    entries = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1, 279: 6}.items():
+        entries[tag] = value
+    content = b"II*\0" + (8).to_bytes(4, "little") + entries.tobytes(8) + packed
+    assert np.asarray(read_image(content))[0, :, 0].tolist() == [value * 255 // 4095 for value in values]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        LEVELS.astype(np.int32),
+        LEVELS.astype(np.int32) * 65_536,
+        LEVELS.astype(np.float32),
+        np.full((4, 4), np.nan, dtype=np.float32),
+        np.full((4, 4), -0.25, dtype=np.float32),
+    ],
+    ids=["int32", "large int32", "float to 255", "nan", "negative"],
+)
+def test_unknown_range_is_undecodable(values):
+    with pytest.raises(UnreadableImageError) as problem:
+        scaled(values)
+    assert problem.value.status is Status.UNDECODABLE
+    with pytest.raises(ValueError, match=r"black and white|expected 0 to 1"):
+        upright_rgb(Image.fromarray(values))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([np.uint8, np.uint16, np.int32, np.float32]),
+    st.floats(-2, 70_000, width=32),
+    st.floats(-2, 70_000, width=32),
+    st.sampled_from([None, "tiff_lzw", "tiff_adobe_deflate"]),
+)
+def test_no_picture_loses_its_contrast_unnoticed(dtype, low, high, compression):
+    """Whatever is read keeps the values' order, and more than a level of their range remains visible."""
+    limits = (-2, 70_000) if dtype == np.float32 else (0, min(np.iinfo(dtype).max, 70_000))
+    values = np.clip(np.linspace(low, high, 64), *limits).astype(dtype).reshape(8, 8)
+    with suppress(UnreadableImageError):
+        read = np.asarray(read_image(encoded(Image.fromarray(values), "TIFF", compression=compression)))[..., 0]
+        white = 1 if dtype == np.float32 else np.iinfo(dtype).max
+        assert np.abs(read / 255 - values / white).max() <= 1 / 255
+
+
+def test_original_image_is_not_changed():
+    image = Image.open(BytesIO(encoded(photo(), "JPEG", exif=TURNED)))
+    assert upright_rgb(image).size == (48, 64)
+    assert image.size == (64, 48)
+    assert image.getexif()[0x0112] == 6
+    inverted = Image.open(BytesIO(encoded(Image.fromarray(np.zeros((2, 2), np.uint16)), "TIFF", tiffinfo={262: 0})))
+    assert np.unique(upright_rgb(inverted)).tolist() == [255]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+
+
+@pytest.mark.parametrize("content", [EPS, JPEG, b"", encoded(photo().convert("L"), "TIFF")])
+def test_mask_that_is_no_png(tmp_path, content, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)
+    (tmp_path / "mask.png").write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"mask\.png: cannot identify image file, expected PNG"):
+        FolderSource.read_mask(tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_few_bits_keep_their_values(tmp_path, bits):
+    values = np.arange(2**bits, dtype=np.uint8).reshape(2, -1)
+    stored = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(2, -1), axis=-1)
+    rows = b"".join(b"\0" + row.tobytes() for row in stored)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], 2, bits, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in [*chunks, (b"IEND", b"")]:
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "mask.png").write_bytes(content)
+    np.testing.assert_array_equal(FolderSource.read_mask(tmp_path / "mask.png"), values)
+
+
 def see_through(mode: str) -> Image.Image:
     """Left half red, right half transparent over hidden blue."""
     image = Image.new("RGBA", (8, 4), (*BLUE, 0))
@@ -155,7 +273,7 @@ def test_broken_exif_data_are_ignored():
 
 def test_starts_no_external_program():
     with pytest.raises(UnreadableImageError):
-        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+        read_image(EPS)
 
 
 def test_pixel_limit():
