@@ -6,18 +6,28 @@ Kinds: `coco-captions`, `karpathy`, `winoground` and `mmvp`, each in its publish
 import csv
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from reprlib import repr as shortened
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypeVar
 
-from pydantic import Field
+from pydantic import FailFast, Field, StrictInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.system.files import read_json
+
+Form = TypeVar("Form")
+Id = StrictInt | str
+Caption = str | None
+"""A caption as files list it. None and text without a word stand for a caption that is absent."""
+PairedCaption = Annotated[str, Field(pattern=r"\S")]
+"""A caption that a pair cannot do without."""
 
 
 class AnnotatedConfig(FilesConfig, SourceConfig):
@@ -50,14 +60,15 @@ class AnnotatedConfig(FilesConfig, SourceConfig):
         Keys and locations are paths under the folder of images, unless noted.
 
         Raises:
-            KeyError, TypeError, ValueError: A field is missing or of another form.
+            ValueError: An entry is invalid; the message names it.
+            OSError, csv.Error: The file cannot be read or is not of its format.
         """
 
     @staticmethod
-    def sample(image: str, texts: list[str], url: str = "") -> Sample:
-        """Return a sample whose captions are named c0, c1, …. Empty ones are left out."""
-        captions = {name: text for name, text in Source.numbered(texts).items() if text}
-        return Sample(key=image, image=image, captions=captions, url=url)
+    def sample(image: str, texts: Sequence[Caption], url: str = "", most: int | None = None) -> Sample:
+        """Return a sample whose first `most` captions are named c0, c1, …. Absent ones are not counted."""
+        captions = [text.strip() for text in texts if text and text.strip()]
+        return Sample(key=image, image=image, captions=Source.numbered(captions[:most]), url=url)
 
 
 class AnnotatedSource(FolderSource):
@@ -80,11 +91,13 @@ class AnnotatedSource(FolderSource):
     def _annotations(self) -> tuple[list[Sample], tuple[str, ...]]:
         try:
             samples, classes = self._config.read(self._file)
-        except (KeyError, TypeError, ValueError) as problem:
-            reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-            raise UserError(f"{self._file} is not of the published form ({reason}).") from problem
-        if not samples:
-            raise UserError(f"{self._file} contains no samples. Correct the manifest's source.")
+            _require_unique("sample", [sample.key for sample in samples])
+        except (OSError, ValueError, csv.Error) as problem:
+            reason = " ".join(str(problem).split())
+            raise UserError(f"{self._file} is not of the published form ({reason}). Correct the file.") from problem
+        if not any(sample.captions for sample in samples):
+            what = "captions" if samples else "samples"
+            raise UserError(f"{self._file} contains no {what}. Correct the manifest's source.")
         return samples, classes
 
     @cached_property
@@ -95,6 +108,23 @@ class AnnotatedSource(FolderSource):
     def parts(self) -> Sequence[Part]:
         """Return one part, the annotation file."""
         return [Part(self._file.name, lambda: iter(self._annotations[0]), (self._file,))]
+
+
+class _CocoImage(TypedDict):
+    id: Id
+    file_name: NonEmpty
+    coco_url: NotRequired[str | None]
+
+
+class _CocoCaption(TypedDict):
+    id: Id
+    image_id: Id
+    caption: Caption
+
+
+class _Coco(TypedDict):
+    images: Annotated[list[_CocoImage], FailFast()]
+    annotations: Annotated[list[_CocoCaption], FailFast()]
 
 
 class CocoCaptionsConfig(AnnotatedConfig):
@@ -110,15 +140,36 @@ class CocoCaptionsConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        content = read_json(path)
-        texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
-            texts[annotation["image_id"]].append(annotation["caption"].strip())
-        images = sorted(content["images"], key=lambda each: each["id"])
+        content = _validate(_Coco, read_json(path))
+        _require_unique("image id", [image["id"] for image in content["images"]])
+        texts: dict[Id, list[Caption]] = {image["id"]: [] for image in content["images"]}
+        for annotation in sorted(content["annotations"], key=_order):
+            if annotation["image_id"] not in texts:
+                raise ValueError(
+                    f"annotation {annotation['id']!r} names image {annotation['image_id']!r}, "
+                    "which 'images' does not list"
+                )
+            texts[annotation["image_id"]].append(annotation["caption"])
+        images = sorted(content["images"], key=_order)
         return [
-            self.sample(image["file_name"], texts[image["id"]][: self.captions], image.get("coco_url", ""))
+            self.sample(image["file_name"], texts[image["id"]], image.get("coco_url") or "", self.captions)
             for image in images
         ], ()
+
+
+class _Sentence(TypedDict):
+    raw: Caption
+
+
+class _KarpathyImage(TypedDict):
+    filepath: NotRequired[str | None]
+    filename: NonEmpty
+    split: str
+    sentences: list[_Sentence]
+
+
+class _Karpathy(TypedDict):
+    images: Annotated[list[_KarpathyImage], FailFast()]
 
 
 class KarpathyConfig(AnnotatedConfig):
@@ -134,18 +185,27 @@ class KarpathyConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        images = read_json(path)["images"]
+        images = _validate(_Karpathy, read_json(path))["images"]
         kept = [image for image in images if image["split"] == self.split]
         if not kept:
             splits = ", ".join(sorted({image["split"] for image in images}))
             raise UserError(f"{path} has no split {self.split!r}. Its splits are {splits}.")
         return [
             self.sample(
-                (Path(image.get("filepath", "")) / image["filename"]).as_posix(),
-                [sentence["raw"].strip() for sentence in image["sentences"]],
+                (Path(image.get("filepath") or "") / image["filename"]).as_posix(),
+                [sentence["raw"] for sentence in image["sentences"]],
             )
             for image in kept
         ], ()
+
+
+class _WinogroundExample(TypedDict):
+    id: Id
+    image_0: NonEmpty
+    image_1: NonEmpty
+    caption_0: PairedCaption
+    caption_1: PairedCaption
+    collapsed_tag: Literal["Object", "Relation", "Both"]
 
 
 class WinogroundConfig(AnnotatedConfig):
@@ -167,16 +227,23 @@ class WinogroundConfig(AnnotatedConfig):
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         with path.open(encoding="utf-8") as lines:
-            examples = [json.loads(line) for line in lines if line.strip()]
+            examples = [
+                _validate(_WinogroundExample, _parse(line, number), f"line {number}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
         samples = [
             Sample(
                 key=f"{example['id']}/{side}",
-                image=example[f"image_{side}"].removesuffix(".png") + ".png",  # published without the ending
-                captions={"raw": example[f"caption_{side}"]},
+                image=image.removesuffix(".png") + ".png",  # published without the ending
+                captions={"raw": caption},
                 label=self.swapped.index(example["collapsed_tag"]),
             )
-            for example in sorted(examples, key=lambda each: each["id"])
-            for side in (0, 1)
+            for example in sorted(examples, key=_order)
+            for side, image, caption in (
+                (0, example["image_0"], example["caption_0"]),
+                (1, example["image_1"], example["caption_1"]),
+            )
         ]
         return samples, self.swapped
 
@@ -200,14 +267,52 @@ class MmvpConfig(AnnotatedConfig):
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row][1:]
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row][1:]
+        for line, row in rows:
+            if len(row) != 3 or not row[0].strip().isdecimal() or not row[1].strip() or not row[2].strip():
+                raise ValueError(f"line {line}: got {shortened(row)}, expected a number, a category and a statement")
         if len(rows) % 2:
             raise ValueError(f"{len(rows)} rows cannot be split into pairs")
-        categories = list(dict.fromkeys(category.strip() for _, category, _ in rows[::2]))
+        categories = list(dict.fromkeys(category.strip() for _, (_, category, _) in rows[::2]))
         samples = []
-        for row, (question, _, statement) in enumerate(rows):
-            category = rows[row - row % 2][1].strip()
+        for number, (_, (question, _, statement)) in enumerate(rows):
+            category = rows[number - number % 2][1][1].strip()
             image = f"{category}/{int(question)}.jpg"
             label = categories.index(category)
             samples.append(Sample(key=image, image=image, captions={"raw": statement.strip()}, label=label))
         return samples, tuple(categories)
+
+
+def _parse(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"line {number}: {problem}") from problem
+
+
+def _validate(form: type[Form], content: Any, place: str = "") -> Form:
+    """Return the content of a file as a form, checked. Dictionaries are several times faster than models here.
+
+    Raises:
+        ValueError: An entry is missing or invalid. The message names its place in the file, and its value.
+    """
+    try:
+        return TypeAdapter(form).validate_python(content)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        for name in first["loc"]:
+            place += f"[{name}]" if isinstance(name, int) else f".{name}" if place else name
+        got = "no value" if first["type"] == "missing" else shortened(first["input"])
+        raise ValueError(f"{place}: got {got}; {first['msg']}") from problem
+
+
+def _require_unique(what: str, names: Sequence[Id]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{what} {name!r} is listed {count} times")
+
+
+def _order(entry: Any) -> tuple[bool, Id]:
+    """Return a sort key by id, numbers before text."""
+    return isinstance(entry["id"], str), entry["id"]

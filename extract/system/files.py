@@ -75,7 +75,7 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}); {remedy}.") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is not valid JSON ({problem}); {remedy}.") from problem
     if not isinstance(content, dict):
         raise UserError(f"{path} is invalid: got {type(content).__name__}, expected a JSON object; {remedy}.")
