@@ -136,6 +136,7 @@ class EvaluationSet:
             "expected_rows": self.manifest.expected_rows,
             "captions": sum(len(sample.captions) for sample in self.samples),
             "expected_captions": self.manifest.expected_captions,
+            **({"left_out": dict(left_out)} if (left_out := self.source.left_out) else {}),
         }
 
     def image_features(self) -> NDArray[np.float16]:

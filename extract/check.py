@@ -1,16 +1,18 @@
 """Check whether a data set is present and complete."""
 
+import os
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from sail_align.extract.data import Sample, Source, UnreadableImageError
+from sail_align.extract.data import Sample, Source, UnreadableImageError, describe_left_out
 from sail_align.extract.download import Downloaded
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.sources.class_names import templates
+from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.sources.table_files import read_captions
 from sail_align.extract.sources.webdataset import WebDatasetConfig
 
@@ -49,25 +51,43 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
         downloaded = Downloaded.read(data_root / manifest.download.folder)
         if downloaded.listed:
             yield downloaded.tried >= downloaded.listed, f"download: {downloaded}"
+    strict = manifest.purpose == "evaluate"
     parts = source.parts()
     has_tars = isinstance(manifest.source, WebDatasetConfig) and manifest.purpose == "train"
     if has_tars and len(parts) > PROBED_TARS:
         some = [parts[0], *random.Random(0).sample(list(parts[1:]), PROBED_TARS)]  # reading all of them takes hours
-        samples, _, _ = _probe(chain.from_iterable(islice(tar.read(), 2) for tar in some))
+        samples, *_ = _probe(chain.from_iterable(islice(tar.read(), 2) for tar in some))
         yield True, f"{len(parts):,} tars, of which some are checked; `run` counts their rows"
     else:
-        samples, rows, captions = _probe(source.samples())
+        samples, rows, captions, faults = _probe(source.samples(), source if strict else None)
         yield from _check_counts(manifest, "rows", rows, manifest.expected_rows)
         yield from _check_counts(manifest, "captions", captions, manifest.expected_captions)
-    strict = manifest.purpose == "evaluate"
+        for fault, (count, first) in faults.items():
+            yield False, f"{count:,} rows have no {fault}; the first is {first!r}"
+    if left_out := describe_left_out(source.left_out):
+        yield True, left_out
     if source.classes:
         yield True, f"{len(source.classes)} classes"
     yield _check_images(source, samples, strict)
     yield from _check_captions(source, samples, strict)
 
 
-def _probe(samples: Iterable[Sample]) -> tuple[list[Sample], int, int]:
-    """Return the first sample and a random selection, the same each time, and the numbers of rows and captions."""
+def _probe(
+    samples: Iterable[Sample], complete: Source | None = None
+) -> tuple[list[Sample], int, int, dict[str, tuple[int, str]]]:
+    """Return the first sample and a random selection, the same each time, and the numbers of rows and captions.
+
+    Args:
+        samples: The samples.
+        complete: Their source, if each of them must have an image and a caption. Only images in a folder are looked
+            for.
+
+    Returns:
+        Samples, rows, captions, and how many rows lack an image or a caption, with the key of the first one.
+    """
+    folder = complete.folder if isinstance(complete, FolderSource) else None
+    has_captions = bool(complete and complete.captions)
+    faults: dict[str, tuple[int, str]] = {}
     probed: list[Sample] = []
     rows = captions = 0
     draw = random.Random(0)
@@ -78,7 +98,12 @@ def _probe(samples: Iterable[Sample]) -> tuple[list[Sample], int, int]:
             probed[place] = sample
         rows += 1
         captions += len(sample.captions)
-    return probed, rows, captions
+        lacks = [] if folder is None or os.path.isfile(folder / sample.image) else ["image file"]
+        lacks += ["caption"] if has_captions and not sample.captions else []
+        for what in lacks:
+            count, first = faults.get(what, (0, sample.key))
+            faults[what] = count + 1, first
+    return probed, rows, captions, faults
 
 
 def _check_counts(manifest: Manifest, name: str, count: int, expected: int | None) -> Iterator[Finding]:
@@ -98,7 +123,7 @@ def _check_images(source: Source, samples: list[Sample], strict: bool) -> Findin
             source.image(sample.image)
             if sample.mask:
                 source.mask(sample.mask)
-        except (UnreadableImageError, UserError, OSError, SyntaxError, ValueError) as problem:
+        except (UnreadableImageError, UserError, OSError) as problem:
             problems.append(" ".join(str(problem).split()))
     readable = len(samples) - len(problems)
     first = f"; first problem: {problems[0]}" if problems else ""

@@ -105,6 +105,7 @@ def run(
     _check_options(retry, workers, add_captions, captions or image_encoder)
     about, root = _find_data(manifest, data_root, needed=not add_captions)
 
+    from sail_align.extract.data import describe_left_out
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.executor.job import Job
@@ -125,7 +126,10 @@ def run(
     else:
         image_name, options = image_encoder or about.encoders.image, (precision, trust_remote_code, compiled)
         image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
-        known = about.open_source(root).all_captions
+        source = about.open_source(root)
+        if left_out := describe_left_out(source.left_out):
+            typer.echo(f"note: {about.name}: {left_out}.")
+        known = source.all_captions
         chosen = captions.split(",") if captions else list(about.encoders.captions or known)
     names = _require_captions(about.name, chosen, known)
     text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None

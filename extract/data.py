@@ -15,6 +15,8 @@ from PIL import Image
 
 from sail_align.extract.errors import UserError
 
+SHOWN = 8
+"""Kinds of files that a text about files left out names."""
 IGNORED = 255
 """Value of mask pixels that belong to no class."""
 
@@ -116,6 +118,13 @@ class CaptionTables:
     encoding: str | None = None
 
 
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Return a text about the files that a source leaves out; "" if there are none."""
+    counts = [f"{count:,} {what}" for what, count in left_out.items()]
+    more = f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else ""
+    return f"{sum(left_out.values()):,} files are left out: {', '.join(counts[:SHOWN])}{more}" if counts else ""
+
+
 class Source(ABC):
     """Samples in a fixed order, and access to their pixels."""
 
@@ -125,6 +134,11 @@ class Source(ABC):
     """The names of the captions, or a mapping from them. A string is the one origin of numbered captions: c0, c1, …."""
     recaptions: CaptionTables | None = None
     """Tables whose captions are joined to the samples in the index of a store."""
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Numbers of files among those of the samples that are not used, by extension or reason."""
+        return {}
 
     @property
     def captions(self) -> tuple[str, ...]:

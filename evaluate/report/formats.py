@@ -42,6 +42,8 @@ def score_table(records: Iterable[Record]) -> str:
             first = ("", "", "")
         if record.mismatch:
             notes.append(f"note: {record.mismatch}")
+        if record.left_out:
+            notes.append(f"note: {record.left_out}")
     header = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
     return "\n".join([format_table(header, rows, "llrl", style="simple"), *dict.fromkeys(notes)])
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from sail_align.align.runs.folder import CONFIG, RunFolder, read_file, read_json
 from sail_align.evaluate.results.metric import Outcomes, Result
+from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
 from sail_align.extract.system.progress import note
@@ -63,6 +64,12 @@ class Record(dict[str, Any]):
             if data.get(f"expected_{what}") not in (None, data.get(what))
         ]
         return f"{self['dataset']} has {' and '.join(counts)}: its scores are of another set." if counts else ""
+
+    @property
+    def left_out(self) -> str:
+        """Text about files of the set that are not used. Empty if there are none."""
+        text = describe_left_out(self.get("data", {}).get("left_out", {}))
+        return f"{self['dataset']}: {text}." if text else ""
 
     def metric(self, name: str) -> dict[str, Any] | None:
         """Return the score of a metric, or None if the record has none of that name."""

@@ -1,18 +1,19 @@
 """Source kind `class-folder`: one subfolder of images per class."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.images import FolderSource
+from sail_align.extract.sources.file_set import require_utf8
+from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
 
 WORDNET_IDS = resources.files("sail_align.data_manifests") / "classes" / "imagenet-wordnet-ids.txt"
 """The WordNet ids of ImageNet-1k's classes in label order, which is their sorted order."""
@@ -52,6 +53,7 @@ class ClassFolderSource(FolderSource):
         if not self.folder.is_dir():
             raise UserError(f"Folder {self.folder} is missing. Set --data-root or the manifest's 'root'.")
         folders = sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        require_utf8(self.folder, folders)
         self._names = self._name_folders(config.classes, folders)
         self.classes = tuple(self._names.values())
         for folder in self._names:
@@ -104,9 +106,20 @@ class ClassFolderSource(FolderSource):
             raise UserError(f"Got {len(folders)} folders, but {reference} names {len(names)} classes.{hint}")
         return dict(zip(folders, names, strict=True))
 
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Files in the folders of the classes that are not images, and images beside and below these folders."""
+        counts = Counter(f"{ending_of(name)} outside the class folders" for name in list_folder(self.folder)[0])
+        for folder in self._names:
+            counts.update(map(ending_of, list_folder(self.folder / folder)[1]))
+            with os.scandir(self.folder / folder) as entries:
+                below = [entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+            for where, _, _ in (walked for path in below for walked in os.walk(path)):
+                if "/." not in where.removeprefix(str(self.folder / folder)):
+                    counts.update(f"{ending_of(name)} in subfolders" for name in list_folder(Path(where))[0])
+        return dict(sorted(counts.items()))
+
     def _read(self, label: int, folder: str) -> Iterator[Sample]:
-        endings = Image.registered_extensions()
-        for path in sorted((self.folder / folder).iterdir()):
-            if path.suffix.lower() in endings and not path.name.startswith("."):
-                key = f"{folder}/{path.name}"
-                yield Sample(key=key, image=key, label=label)
+        for name in list_folder(self.folder / folder)[0]:
+            key = f"{folder}/{name}"
+            yield Sample(key=key, image=key, label=label)

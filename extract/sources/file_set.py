@@ -1,7 +1,8 @@
 """Files by name: under a folder, at absolute paths, or at URLs (s3://, gs://, https://, hf:// …)."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -89,11 +90,27 @@ class FileSet:
             base = Path(anchor) if anchor else self.root
             found = sorted(path for path in base.glob(pattern.removeprefix(anchor)) if path.is_file())
             names = [str(path) if anchor else path.relative_to(base).as_posix() for path in found]
+            require_utf8(base, names)
         if not names:
             raise UserError(
                 f"No file matches {self.root.resolve() / pattern}. Correct source.files or set --data-root."
             )
         return names
+
+
+def require_utf8(folder: Path, names: Iterable[str]) -> None:
+    """Require that names of files in a folder are UTF-8, as the index of a store and JSON are.
+
+    Raises:
+        UserError: A name is not UTF-8.
+    """
+    for name in names:
+        if not name.isascii():
+            try:
+                name.encode()
+            except UnicodeEncodeError as problem:
+                shown = os.fsencode(folder / name).decode("utf-8", "backslashreplace")
+                raise UserError(f"File name {shown} is invalid: it is not UTF-8. Rename the file.") from problem
 
 
 def _expand(pattern: str) -> list[str]:

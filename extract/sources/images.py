@@ -15,6 +15,7 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageEr
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
+from sail_align.extract.sources.file_set import require_utf8
 
 PIXEL_LIMIT = 100_000_000
 """Images with more pixels than this are rejected before they are decoded."""
@@ -50,6 +51,32 @@ def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.I
         if least and image.format == "JPEG":
             _reduce(image, least)
         return upright_rgb(image, in_place=True)
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the files in a folder: those that are images, and the others.
+
+    A file is an image if its extension belongs to one of `FORMATS`. The first bytes of any other file decide. Folders
+    and hidden files are not listed.
+
+    Raises:
+        UserError: A name is not UTF-8.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
+    require_utf8(folder, names)
+    endings = _endings()
+    others = [name for name in names if os.path.splitext(name)[1].lower() not in endings]
+    if not others:
+        return names, []
+    no_images = {name for name in others if not _is_image(folder / name)}
+    return [name for name in names if name not in no_images], [name for name in others if name in no_images]
+
+
+def ending_of(name: str) -> str:
+    """Return the extension by which a file that is left out is counted: letters and digits that are safe to print."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if ending[1:].isalnum() else "of another extension" if ending[1:] else "without extension"
 
 
 class FolderSource(Source):
@@ -160,14 +187,14 @@ def _to_8_bits(values: NDArray[Any], black: int, white: int) -> NDArray[np.uint8
 
 
 @contextmanager
-def _open(content: bytes, name: str, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
+def _open(file: Path | bytes, name: str, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
     """Open an encoded image, the only place where that happens. Errors of the block count as errors of the image.
 
     Raises:
         UnreadableImageError: The image cannot be decoded or has more than `PIXEL_LIMIT` pixels.
     """
     try:
-        with Image.open(BytesIO(content), formats=_supported(formats)) as image:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=_supported(formats)) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
             yield image
@@ -181,6 +208,23 @@ def _open(content: bytes, name: str, formats: tuple[str, ...]) -> Iterator[Image
     # Damaged bytes make Pillow's decoders raise errors of any kind. None may end a run of days.
     except Exception as problem:
         raise UnreadableImageError(Status.UNDECODABLE, f"{name}: {problem}") from problem
+
+
+@cache
+def _endings() -> frozenset[str]:
+    Image.init()
+    return frozenset(ending for ending, format_ in Image.EXTENSION.items() if format_ in FORMATS)
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether a file begins like an image."""
+    if not path.is_file():
+        return False
+    try:
+        with _open(path, str(path), FORMATS):
+            return True
+    except UnreadableImageError as problem:
+        return problem.status is Status.TOO_LARGE
 
 
 def _is_empty(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Source kind `mask-folder`: images and semantic masks of the same names, the form of ADE20K, VOC and COCO-Stuff."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +14,12 @@ from sail_align.extract.data import IGNORED, Part, Sample, UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.images import FolderSource
+from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
 
 MaskValue = Annotated[int, Field(ge=0, le=255)]
+
+Names = dict[str, list[str]]
+"""Names of files by the name without ending."""
 
 NO_CLASS = -1
 PROBED_MASKS = 16
@@ -116,19 +120,54 @@ class MaskFolderSource(FolderSource):
                 return f" (label_offset: {offset} with ignored: [{unlabelled}] fits this mask)"
         return ""
 
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Images without a mask and other files, unless a list names the images to use."""
+        return {} if self._list else self._files[2]
+
+    @cached_property
+    def _files(self) -> tuple[Names, Names, dict[str, int]]:
+        """Names of images and of masks by stem, and numbers of files that are neither.
+
+        In a folder of both, PNGs are masks.
+        """
+        pictures, others = list_folder(self.folder)
+        masks, no_masks = list_folder(self._masks)
+        pngs = [name for name in masks if name.lower().endswith(".png")]
+        if self.folder.samefile(self._masks):
+            pictures, no_masks, masks = sorted({*pictures} - {*pngs}), [], pngs
+        no_masks += sorted({*masks} - {*pngs})
+        image_names, mask_names = _by_stem(pictures), _by_stem(pngs)
+        left_out = Counter(map(ending_of, [*others, *no_masks]))
+        if without := sum(len(found) for stem, found in image_names.items() if stem not in mask_names):
+            left_out["images without a mask"] = without
+        return image_names, mask_names, dict(sorted(left_out.items()))
+
     @cached_property
     def _samples(self) -> list[Sample]:
-        images = {path.stem: path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-        masks = {path.stem for path in self._masks.glob("*.png")}
-        if self._list:
-            lines = self._list.read_text(encoding="utf-8-sig").splitlines()
-            names = [line.strip() for line in lines if line.strip()]
-        else:
-            names = sorted(masks)
+        images, masks, _ = self._files
+        names = self._read_names(self._list) if self._list else sorted(masks)
         for name in names:
-            if name not in images or name not in masks:
-                folder = self._masks if name in images else self.folder
-                raise UserError(f"{folder} has no picture {name!r}. The data set is incomplete.")
+            for folder, found in ((self.folder, images.get(name, [])), (self._masks, masks.get(name, []))):
+                if not found:
+                    raise UserError(f"{folder} has no picture {name!r}. The data set is incomplete.")
+                if len(found) > 1:
+                    raise UserError(f"{folder} has several pictures {name!r}: {', '.join(found)}. Keep one of them.")
         if not names:
             raise UserError(f"{self._masks} contains no masks. Expected PNGs with the names of the images.")
-        return [Sample(key=images[name], image=images[name], mask=f"{name}.png") for name in names]
+        return [Sample(key=images[name][0], image=images[name][0], mask=masks[name][0]) for name in names]
+
+    @staticmethod
+    def _read_names(path: Path) -> list[str]:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"{path} cannot be read ({problem}). Expected one name per line.") from problem
+        return [line.strip() for line in lines if line.strip()]
+
+
+def _by_stem(names: list[str]) -> Names:
+    by_stem: Names = {}
+    for name in names:
+        by_stem.setdefault(Path(name).stem, []).append(name)
+    return by_stem

@@ -62,9 +62,17 @@ class Index:
 
     @staticmethod
     def table(samples: Sequence[Sample], captions: Sequence[str]) -> pa.Table:
-        """Return samples as rows of an index."""
-        columns = [pa.array([getattr(s, name) for s in samples], FIELDS.field(name).type) for name in FIELDS.names]
-        columns += [pa.array([sample.captions.get(name) for sample in samples], pa.string()) for name in captions]
+        """Return samples as rows of an index.
+
+        Raises:
+            UserError: A key, a location or a caption is not valid Unicode.
+        """
+        try:
+            columns = [pa.array([getattr(s, name) for s in samples], FIELDS.field(name).type) for name in FIELDS.names]
+            columns += [pa.array([sample.captions.get(name) for sample in samples], pa.string()) for name in captions]
+        except UnicodeEncodeError as problem:
+            text = problem.object
+            raise UserError(f"Text {text[:200]!a} of a sample is invalid: it is not Unicode. Correct it.") from problem
         return pa.table(columns, names=[*FIELDS.names, *(CAPTION + name for name in captions)])
 
     def write(self, number: int, tables: Iterable[pa.Table]) -> str:

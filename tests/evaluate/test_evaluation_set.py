@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from sail_align.evaluate.evaluator import evaluate_sets
+from sail_align.evaluate.report.formats import score_table
 from sail_align.evaluate.results import scores
+from sail_align.evaluate.results.scores import Record
 from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.manifest import find_manifest
@@ -182,3 +184,16 @@ def test_damaged_scores_are_rejected(run, score, squares, content):
     for read in (lambda: score(squares), lambda: scores.RunScores.read(run.path)):
         with pytest.raises(UserError, match=r"scores.json is damaged: .* Remove it and evaluate again"):
             read()
+
+
+def test_files_left_out_are_recorded(world):
+    path = world.class_folders("squares", [("a", "red"), ("b", "green")], {"kind": "classification"})
+    assert "left_out" not in world.open(path).describe("")
+    (path.parent / "a" / "notes.txt").write_text("no image")
+    (path.parent / "a" / "0.png").rename(path.parent / "0.png")
+    (path.parent / "a" / "1.png").write_bytes((path.parent / "0.png").read_bytes())
+    data = world.open(path).describe("")
+    assert data["left_out"] == {".png outside the class folders": 1, ".txt": 1}
+    record = Record(dataset="squares", task="classification", items=2, metrics=[], data=data)
+    note = "note: squares: 2 files are left out: 1 .png outside the class folders, 1 .txt."
+    assert score_table([record]).splitlines()[-1] == note

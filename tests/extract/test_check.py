@@ -157,3 +157,15 @@ def test_rejects_unknown_name(typed):
     code, _, err = typed("check", "coco-val2018")
     assert (code, err.count("\n")) == (2, 1)
     assert "Manifest 'coco-val2018' is unknown" in err
+
+
+def test_evaluation_sets_need_every_image_and_caption(photos, typed):
+    path = photos.parent / "photos" / "captions.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] != 41]
+    path.write_text(json.dumps(content))
+    (photos.parent / "photos" / "images" / "040.jpg").unlink()
+    code, out, _ = typed("check", str(photos))
+    assert code == 1
+    assert "  NOT  1 rows have no image file; the first is '040.jpg'\n" in out
+    assert "  NOT  1 rows have no caption; the first is '041.jpg'\n" in out

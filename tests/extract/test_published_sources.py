@@ -318,3 +318,60 @@ def test_coco_stuff_171_labels():
         all_labels = {int(row["label"]): row["name"] for row in csv.DictReader(file, delimiter="\t")}
     absent = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
     assert label_names("coco-stuff-171") == {label: all_labels[label] for label in all_labels if label not in absent}
+
+
+PAIRED = {"kind": "mask-folder", "images": "both", "masks": "both", "classes": {1: "one"}}
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Three photos, each beside its mask in one folder."""
+    masks(tmp_path, [[1], [1], [1]])
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "masks").iterdir()]:
+        path.rename(folder / path.name)
+    return folder
+
+
+def test_masks_beside_images_are_told_apart_by_kind(both):
+    (both / "p0.json").write_text("{}")
+    source = opened(both.parent, **PAIRED)
+    assert [(sample.image, sample.mask) for sample in source.samples()] == [
+        (f"p{i}.jpg", f"p{i}.png") for i in range(3)
+    ]
+    assert source.left_out == {".json": 1}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_photos_of_one_stem_are_an_error(both, shared):
+    picture(both / "p1.webp")
+    fields = PAIRED
+    if not shared:
+        (both.parent / "masks").rmdir()
+        (both.parent / "masks").mkdir()
+        for path in both.glob("*.png"):
+            path.rename(both.parent / "masks" / path.name)
+        picture(both / "p1.png")
+        fields = {**PAIRED, "masks": "masks"}
+    with pytest.raises(UserError, match=r"several pictures 'p1': p1\.jpg, (p1\.png, )?p1\.webp\. Keep one"):
+        opened(both.parent, **fields)
+
+
+def test_photos_without_a_mask_are_counted(both):
+    (both / "p1.png").rename(both / "p1.PNG")
+    (both / "p2.png").unlink()
+    source = opened(both.parent, **PAIRED)
+    assert [sample.mask for sample in source.samples()] == ["p0.png", "p1.PNG"]
+    assert source.left_out == {"images without a mask": 1}
+    (both.parent / "val.txt").write_text("p0\n")
+    assert opened(both.parent, **PAIRED, names="val.txt").left_out == {}
+
+
+def test_unreadable_list_or_mask_is_named(both):
+    (both.parent / "val.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"val\.txt cannot be read"):
+        opened(both.parent, **PAIRED, names="val.txt")
+    (both / "p0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(UserError, match=r"A mask cannot be read: .*p0\.png"):
+        opened(both.parent, **PAIRED)
