@@ -354,8 +354,12 @@ def doctor(store: StorePath) -> None:
 
 @app.command(cls=GroupedCommand)
 def overlap(
-    train: Annotated[Path, typer.Argument(metavar="TRAIN", help="Store to train on.", show_default=False)],
-    evaluation: Annotated[Path, typer.Argument(metavar="EVAL", help="Store to score on.", show_default=False)],
+    train: Annotated[
+        Path, typer.Argument(metavar="TRAIN", help="Store to train on.", show_default=False, parser=as_path)
+    ],
+    evaluation: Annotated[
+        Path, typer.Argument(metavar="EVAL", help="Store to score on.", show_default=False, parser=as_path)
+    ],
     threshold: Annotated[float, typer.Option(help="Lowest cosine of near-duplicates.")] = THRESHOLD,
     out: Annotated[Path | None, typer.Option(help="Write the list for `sail-align fit --exclude`.")] = None,
     image_encoder: Annotated[

@@ -1,5 +1,6 @@
 """Base classes for the models that describe a source, or other files, in a manifest."""
 
+import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,15 @@ class FilesConfig(Strict):
     def requirements(self, data_root: Path) -> dict[str, bool]:
         """Return the required files and folders, and whether each is present."""
         root = data_root / self.root
-        return {
-            str(root / need): (root / need).exists() or ("*" in need and any(root.glob(need))) for need in self.needs
-        }
+        return {str(root / need): _is_present(root, need) for need in self.needs}
+
+
+def _is_present(root: Path, need: str) -> bool:
+    """Return whether a file or folder exists, or a pattern with `*` matches one."""
+    if os.path.exists(root / need):
+        return True
+    anchor = Path(need).anchor  # "" unless the pattern is an absolute path
+    try:
+        return "*" in need and any((Path(anchor) if anchor else root).glob(need.removeprefix(anchor)))
+    except ValueError:  # not a valid pattern
+        return False

@@ -88,7 +88,10 @@ class FileSet:
         else:
             anchor = Path(pattern).anchor  # "" unless the pattern is an absolute path
             base = Path(anchor) if anchor else self.root
-            found = sorted(path for path in base.glob(pattern.removeprefix(anchor)) if path.is_file())
+            try:
+                found = sorted(path for path in base.glob(pattern.removeprefix(anchor)) if path.is_file())
+            except ValueError as problem:
+                raise UserError(f"Pattern {pattern!r} is invalid: {problem}. Correct source.files.") from problem
             names = [str(path) if anchor else path.relative_to(base).as_posix() for path in found]
             require_utf8(base, names)
         if not names:

@@ -54,8 +54,9 @@ class TableConfig(FilesConfig, TextFormat, SourceConfig):
 
     @property
     def needs(self) -> list[str]:
-        """The tables, and the folder of images."""
-        return [*([self.files] if isinstance(self.files, str) else self.files), self.images]
+        """The tables, the folders of images and masks, and the table of the split."""
+        others = [name for name in (self.masks, self.split.file if self.split else None) if name]
+        return [*([self.files] if isinstance(self.files, str) else self.files), self.images, *others]
 
     def open(self, data_root: Path) -> "TableSource":
         """Open the source."""

@@ -10,8 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest, packaged_manifests
 from sail_align.extract.sources.class_names import templates
+from sail_align.extract.sources.file_set import FileSet
+from sail_align.extract.sources.table import TableConfig
 
 PHOTOS = """
 name: photos
@@ -169,3 +172,17 @@ def test_evaluation_sets_need_every_image_and_caption(photos, typed):
     assert code == 1
     assert "  NOT  1 rows have no image file; the first is '040.jpg'\n" in out
     assert "  NOT  1 rows have no caption; the first is '041.jpg'\n" in out
+
+
+def test_needs_of_a_table(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "t.csv").write_text("image,caption\n")
+    fields = {"captions": {"raw": "caption"}, "masks": "masks", "split": {"column": "s", "keep": "1", "file": "s.csv"}}
+    for files in ("t.csv", "*.csv", f"{tmp_path}/*.csv", f"{tmp_path}/t.csv"):
+        config = TableConfig(kind="table", files=files, images="images", **fields)
+        found = {"images": True, "masks": False, "s.csv": False}
+        needed = {str(tmp_path / name): present for name, present in found.items()}
+        assert config.requirements(tmp_path) == {str(tmp_path / files): True, **needed}
+    assert TableConfig(kind="table", files="a**", **fields).requirements(tmp_path)[str(tmp_path / "a**")] is False
+    with pytest.raises(UserError, match=r"Pattern 'a\*\*' is invalid"):
+        FileSet(tmp_path).find("a**")

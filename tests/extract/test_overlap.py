@@ -11,6 +11,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.quality import overlap as module
 from sail_align.extract.quality.overlap import Overlap
 from sail_align.extract.store.store import Store
+from sail_align.extract.system.files import as_path
 
 DIM = 16
 
@@ -97,3 +98,14 @@ def test_overlap_rejects_stores_that_cannot_be_compared(stores, tmp_path):
     found = Overlap.between(odd, train, quiet=True)
     with pytest.raises(UserError, match="contains a tab or a line break"):
         found.write(tmp_path / "x.txt", found.closest(0.0))
+
+
+@pytest.mark.slow
+def test_stores_at_urls(stores):
+    pytest.importorskip("upath")
+    _, _, train_ND, held_MD = stores
+    bucket = as_path("memory://overlap")
+    names = [str(make(bucket, values, name=name).path) for name, values in (("a", train_ND), ("b", held_MD))]
+    result = CliRunner().invoke(app, ["overlap", *names, "--threshold", "0.95", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert f"{names[0]}: 3 of 700 images are near-duplicates of images of {names[1]}" in result.output
