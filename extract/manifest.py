@@ -6,9 +6,9 @@ import pkgutil
 import re
 from importlib import resources
 from pathlib import Path
+from reprlib import Repr
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract import sources
@@ -16,6 +16,11 @@ from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError, did_you_mean
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.table_files import Recaptions, TextFormat
+from sail_align.extract.system.yaml_files import read_yaml
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+shortened = _repr.repr
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
@@ -125,15 +130,12 @@ class Manifest(Strict):
         """Read and validate a manifest.
 
         Raises:
-            UserError: The file is not YAML, or a field is missing, unknown or invalid. The message names file, field
-                and value.
+            UserError: The file cannot be read as YAML, or a field is missing, unknown or invalid. The message names
+                file, field and value.
         """
-        try:
-            content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as problem:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}.") from problem
+        content = read_yaml(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path} is invalid: got {content!r}, expected a mapping of fields.")
+            raise UserError(f"{path} is invalid: got {shortened(content)}, expected a mapping of fields.")
         try:
             return cls.model_validate(content)
         except ValidationError as problem:
@@ -211,7 +213,7 @@ def _describe_first(error: ValidationError) -> str:
     field, value = ".".join(map(str, problem["loc"])), problem["input"]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"field {field!r} is unknown: got value {value!r}. Remove or correct it."
+        return f"field {field!r} is unknown: got value {shortened(value)}. Remove or correct it."
     if problem["type"] == "missing":
         return f"field {field!r} is missing. Add it."
     if problem["type"] == "union_tag_not_found":
@@ -224,5 +226,5 @@ def _describe_first(error: ValidationError) -> str:
             expected = context["expected"]
         names = re.findall("'(.+?)'", expected) or [expected]
         guess = did_you_mean(str(value), names)
-        return f"field {field!r} is invalid: got {value!r}, expected {', '.join(names)}.{guess}"
-    return f"field {field!r} is invalid: got {value!r}. {message}." if field else f"{message}."
+        return f"field {field!r} is invalid: got {shortened(value)}, expected {', '.join(names)}.{guess}"
+    return f"field {field!r} is invalid: got {shortened(value)}. {message}." if field else f"{message}."

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, product
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -11,7 +13,10 @@ from sail_align.extract.errors import UserError
 READ_AHEAD = 8 << 20
 """Bytes per request when a file at a URL is read from start to end."""
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST_NAMES = 1_000_000
+"""Limit on the names that ranges stand for."""
+
+_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 
 class FileSet:
@@ -27,10 +32,11 @@ class FileSet:
         requested here, because there may be thousands.
 
         Raises:
-            UserError: A pattern matches no file, or no installed package supports this kind of URL.
+            UserError: A pattern matches no file, a range is invalid, or no installed package supports this kind of
+                URL.
         """
         given = [patterns] if isinstance(patterns, str) else patterns
-        names = [name for pattern in given for expanded in _expand(pattern) for name in self._matches(expanded)]
+        names = [name for expanded in list(_expand(given)) for name in self._matches(expanded)]
         return list(dict.fromkeys(names))
 
     def local(self, name: str) -> Path | None:
@@ -116,14 +122,29 @@ def require_utf8(folder: Path, names: Iterable[str]) -> None:
                 raise UserError(f"File name {shown} is invalid: it is not UTF-8. Rename the file.") from problem
 
 
-def _expand(pattern: str) -> list[str]:
-    """Return a pattern once for each number of its ranges, padded with zeros to the width of the first number."""
-    if not (given := _RANGE.search(pattern)):
-        return [pattern]
-    first, last = given.groups()
-    before, after = pattern[: given.start()], pattern[given.end() :]
-    expanded = [f"{before}{number:0{len(first)}}{after}" for number in range(int(first), int(last) + 1)]
-    return [name for each in expanded for name in _expand(each)]
+def _expand(patterns: Sequence[str]) -> Iterator[str]:
+    """Yield each pattern once for each number of its ranges, padded with zeros to the width of the first number.
+
+    Raises:
+        UserError: A range ends before it begins, or the ranges stand for more than `MOST_NAMES` names.
+    """
+    total = 0
+    for pattern in patterns:
+        fixed, ranges = _RANGE.split(pattern)[::3], _RANGE.findall(pattern)
+        counts = [int(last[:20]) - int(first[:20]) + 1 for first, last in ranges]
+        total += prod(counts)
+        if min(counts, default=1) < 1:
+            raise UserError(f"Range in {pattern[:200]!r} is invalid: it ends before it begins. Correct source.files.")
+        if total > MOST_NAMES or any(len(last) > 20 for _, last in ranges):
+            raise UserError(
+                f"Range in {pattern[:200]!r} is invalid: got more than {MOST_NAMES:,} names. Correct source.files."
+            )
+        numbers = (
+            [f"{number:0{len(first)}}" for number in range(int(first), int(first) + count)]
+            for (first, _), count in zip(ranges, counts, strict=True)
+        )
+        for chosen in product(*numbers):
+            yield "".join(chain.from_iterable(zip(fixed, (*chosen, ""), strict=True)))
 
 
 def _resolve_url(url: str) -> tuple[Any, str]:

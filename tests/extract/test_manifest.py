@@ -22,7 +22,7 @@ def test_packaged_manifests_are_valid(name):
             ("kind: table", "kind: tabel"),
             "yaml: field 'source.kind' is invalid: got 'tabel', expected .*demo, .*\\. Did you mean 'table'\\?$",
         ),
-        (("kind: table", "files: a.csv"), "field 'source.kind' is missing"),
+        (("kind: table", "root: ."), "field 'source.kind' is missing"),
         (("images: images", "imagse: images"), "field 'source.table.imagse' is unknown: got value 'images'"),
         (
             ("purpose: train", "purpose: training"),
