@@ -2,10 +2,14 @@
 
 import os
 import random
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+
+import numpy as np
 
 from sail_align.extract.data import Sample, Source, UnreadableImageError, describe_left_out
 from sail_align.extract.download import Downloaded
@@ -56,14 +60,17 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
     has_tars = isinstance(manifest.source, WebDatasetConfig) and manifest.purpose == "train"
     if has_tars and len(parts) > PROBED_TARS:
         some = [parts[0], *random.Random(0).sample(list(parts[1:]), PROBED_TARS)]  # reading all of them takes hours
-        samples, *_ = _probe(chain.from_iterable(islice(tar.read(), 2) for tar in some))
+        samples = _Probe.of(chain.from_iterable(islice(tar.read(), 2) for tar in some)).samples
         yield True, f"{len(parts):,} tars, of which some are checked; `run` counts their rows"
     else:
-        samples, rows, captions, faults = _probe(source.samples(), source if strict else None)
-        yield from _check_counts(manifest, "rows", rows, manifest.expected_rows)
-        yield from _check_counts(manifest, "captions", captions, manifest.expected_captions)
-        for fault, (count, first) in faults.items():
+        probe = _Probe.of(source.samples(), source if strict else None)
+        samples = probe.samples
+        yield from _check_counts(manifest, "rows", probe.rows, manifest.expected_rows)
+        yield from _check_counts(manifest, "captions", probe.captions, manifest.expected_captions)
+        for fault, (count, first) in probe.faults.items():
             yield False, f"{count:,} rows have no {fault}; the first is {first!r}"
+        if repeated := probe.repeated_key(source):
+            yield False, f"key {repeated!r} occurs more than once; make the keys unique"
     if left_out := describe_left_out(source.left_out):
         yield True, left_out
     if source.classes:
@@ -72,38 +79,58 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
     yield from _check_captions(source, samples, strict)
 
 
-def _probe(
-    samples: Iterable[Sample], complete: Source | None = None
-) -> tuple[list[Sample], int, int, dict[str, tuple[int, str]]]:
-    """Return the first sample and a random selection, the same each time, and the numbers of rows and captions.
+@dataclass
+class _Probe:
+    """Some samples of a source, and what is counted of all of them.
 
-    Args:
-        samples: The samples.
-        complete: Their source, if each of them must have an image and a caption. Only images in a folder are looked
-            for.
-
-    Returns:
-        Samples, rows, captions, and how many rows lack an image or a caption, with the key of the first one.
+    Attributes:
+        samples: The first sample and a random selection, the same each time.
+        rows: Number of samples.
+        captions: Number of captions.
+        faults: What samples lack: of how many, and the key of the first one.
+        hashes: 64-bit hash of each key.
     """
-    folder = complete.folder if isinstance(complete, FolderSource) else None
-    has_captions = bool(complete and complete.captions)
-    faults: dict[str, tuple[int, str]] = {}
-    probed: list[Sample] = []
-    rows = captions = 0
-    draw = random.Random(0)
-    for sample in samples:
-        if len(probed) <= PROBED_SAMPLES:
-            probed.append(sample)
-        elif (place := draw.randint(1, rows)) <= PROBED_SAMPLES:
-            probed[place] = sample
-        rows += 1
-        captions += len(sample.captions)
-        lacks = [] if folder is None or os.path.isfile(folder / sample.image) else ["image file"]
-        lacks += ["caption"] if has_captions and not sample.captions else []
-        for what in lacks:
-            count, first = faults.get(what, (0, sample.key))
-            faults[what] = count + 1, first
-    return probed, rows, captions, faults
+
+    samples: list[Sample] = field(default_factory=list)
+    rows: int = 0
+    captions: int = 0
+    faults: dict[str, tuple[int, str]] = field(default_factory=dict)
+    hashes: "array[int]" = field(default_factory=lambda: array("q"))
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample], complete: Source | None = None) -> "_Probe":
+        """Read samples.
+
+        Args:
+            samples: The samples.
+            complete: Their source, if each must have a caption and an image. Only images in a folder are looked for.
+        """
+        folder = complete.folder if isinstance(complete, FolderSource) else None
+        has_captions = bool(complete and complete.captions)
+        probe, draw = cls(), random.Random(0)
+        for sample in samples:
+            if len(probe.samples) <= PROBED_SAMPLES:
+                probe.samples.append(sample)
+            elif (place := draw.randint(1, probe.rows)) <= PROBED_SAMPLES:
+                probe.samples[place] = sample
+            probe.rows += 1
+            probe.captions += len(sample.captions)
+            probe.hashes.append(hash(sample.key))
+            if folder is not None and not os.path.isfile(folder / sample.image):
+                probe._count("image file", sample)
+            if has_captions and not sample.captions:
+                probe._count("caption", sample)
+        return probe
+
+    def repeated_key(self, source: Source) -> str | None:
+        """Return a key that occurs more than once; None if there is none."""
+        hashes = np.sort(np.array(self.hashes, dtype=np.int64))
+        repeated = {*hashes[1:][hashes[1:] == hashes[:-1]].tolist()}
+        return next((each.key for each in source.samples() if hash(each.key) in repeated), None) if repeated else None
+
+    def _count(self, fault: str, sample: Sample) -> None:
+        count, first = self.faults.get(fault, (0, sample.key))
+        self.faults[fault] = count + 1, first
 
 
 def _check_counts(manifest: Manifest, name: str, count: int, expected: int | None) -> Iterator[Finding]:
@@ -128,7 +155,7 @@ def _check_images(source: Source, samples: list[Sample], strict: bool) -> Findin
     readable = len(samples) - len(problems)
     first = f"; first problem: {problems[0]}" if problems else ""
     kind = "images with masks" if any(sample.mask for sample in samples) else "images"
-    good = not problems if strict else readable > 0
+    good = readable > 0 and not (strict and problems)
     return good, f"{readable} of {len(samples)} checked {kind} are readable{first}"
 
 

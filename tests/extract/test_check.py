@@ -186,3 +186,23 @@ def test_needs_of_a_table(tmp_path):
     assert TableConfig(kind="table", files="a**", **fields).requirements(tmp_path)[str(tmp_path / "a**")] is False
     with pytest.raises(UserError, match=r"Pattern 'a\*\*' is invalid"):
         FileSet(tmp_path).find("a**")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("0.png,a\n0.png,b\n", "  NOT  key '0.png' occurs more than once; make the keys unique\n"),
+        ("", "  NOT  0 of 0 checked images are readable\n"),
+    ],
+)
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_table_that_run_would_reject_is_not_ready(tmp_path, typed, rows, message, purpose):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
+    fields = {"name": "made", "purpose": purpose, "title": "Made", "licence": "none", "get": "made by a test"}
+    source = {"kind": "table", "files": "t.csv", "captions": {"raw": "caption"}}
+    task = {"task": {"kind": "retrieval"}} if purpose == "evaluate" else {}
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump({**fields, "source": source, **task}))
+    code, out, _ = typed("check", str(tmp_path / "made.yaml"))
+    assert code == 1
+    assert message in out
