@@ -18,7 +18,7 @@ from sail_align.align.runs.checkpoint import Run, load_run
 from sail_align.align.runs.folder import CONFIG, RunFolder
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import load_recorded
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.encoders.weights import download
@@ -125,7 +125,7 @@ class PretrainedModel(nn.Module):
         pixels = images if isinstance(images, Tensor) else [self.preprocess(image) for image in images]
         _require_some(pixels, "image")
         pixels_BHWC = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), tf32_products(), torch.autocast(self.device.type, enabled=False):
             batches_BHWC = torch.split(pixels_BHWC, self._image.batch_size)
             features_BD = torch.cat([self._image.encode(batch_BHWC) for batch_BHWC in batches_BHWC])
             return self.heads.encode_image(features_BD.half().to(self.device))
@@ -138,7 +138,7 @@ class PretrainedModel(nn.Module):
         """
         texts = [texts] if isinstance(texts, str) else texts
         _require_some(texts, "text")
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), tf32_products(), torch.autocast(self.device.type, enabled=False):
             tokens_BT = texts if isinstance(texts, Tensor) else self.tokenizer(texts)
             features_BD = self._text.encode_tokens(tokens_BT)
             return self.heads.encode_text(features_BD.half().to(self.device))

@@ -34,7 +34,7 @@ WORDS = [
 ]
 
 
-def save_tokenizer(folder: Path, padding_side: str = "right") -> PreTrainedTokenizerFast:
+def save_tokenizer(folder: Path, padding_side: str = "right", limit: int = 64) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
@@ -44,7 +44,7 @@ def save_tokenizer(folder: Path, padding_side: str = "right") -> PreTrainedToken
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-        model_max_length=64,
+        model_max_length=limit,
         padding_side=padding_side,
     )
     wrapped.save_pretrained(folder)

@@ -24,6 +24,7 @@ from sail_align.align.model.heads import Head
 from sail_align.align.model.loss import Loss, LossValue
 from sail_align.align.settings import FitSettings, Precision
 from sail_align.align.train.distributed import ALONE, World
+from sail_align.extract.encoders.runtime import tf32_products
 from sail_align.extract.system.memory import free_memory
 
 MICRO_BATCH = 2_048
@@ -68,6 +69,10 @@ class Stepper:
         image of the whole batch, and add their gradients. Dropout uses torch's global random state and differs between
         processes.
         """
+        with tf32_products(self.precision == "tf32"):
+            return self._step(batch, rate)
+
+    def _step(self, batch: Batch, rate: float) -> LossValue:
         model, optimizer, world = self.model, self.optimizer, self.world
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -105,9 +110,7 @@ class Stepper:
         return LossValue(*sums[:-2])
 
     def products(self) -> AbstractContextManager[object]:
-        """Return a context that computes matrix products in `precision`, and everything else in float32."""
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        """Return a context of a forward pass that computes matrix products in bfloat16 if that is the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _room(self) -> int:

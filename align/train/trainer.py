@@ -25,6 +25,7 @@ from sail_align.align.train.initial import build_model
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
 from sail_align.align.train.writer import SAVE_SECONDS, RunWriter
+from sail_align.extract.encoders.runtime import tf32_products
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError, defer_signals
 
@@ -205,6 +206,7 @@ class _Training:
 
 
 @torch.no_grad()
+@tf32_products()
 def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.device) -> dict[str, float]:
     """Score a model on held-out pairs.
 

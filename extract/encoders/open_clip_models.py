@@ -20,7 +20,7 @@ from torch.func import functional_call
 from sail_align.extract.encoders.catalogue import OpenClipTower
 from sail_align.extract.encoders.identity import GOLDEN_TEXT
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError, import_extra
@@ -136,6 +136,7 @@ class OpenClipTextEncoder:
         return torch.cat(embeddings)
 
     @torch.no_grad()
+    @tf32_products()
     def _encode_batch(self, tokens_BT: Tensor) -> Tensor:
         embeddings_BE: Tensor = self._model.encode_text(tokens_BT.to(self._runtime.device))
         return embeddings_BE.float().cpu()

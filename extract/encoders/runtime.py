@@ -1,6 +1,7 @@
 """The device and the precision that a network runs with. Differences between CPU and GPU are confined to this file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,32 @@ from torch import Tensor, nn
 from sail_align.extract.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LAYERS = (nn.Linear, nn.Conv2d)
+
+
+@contextmanager
+def tf32_products(allowed: bool = False) -> Iterator[None]:
+    """Allow or forbid TF32 in the float32 products and convolutions of a GPU within a `with` block or a function.
+
+    PyTorch allows it in convolutions by default. Its flags are global, so they are restored at the end.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: list[tuple[Any, str, Any]] = [(backend, *_read_tf32(backend)) for backend in backends]
+    try:
+        for backend, name, _ in flags:
+            setattr(backend, name, allowed if name == "allow_tf32" else "tf32" if allowed else "ieee")
+        yield
+    finally:
+        for backend, name, value in flags:
+            setattr(backend, name, value)
+
+
+def _read_tf32(backend: Any) -> tuple[str, Any]:
+    """Return a backend's flag and its value. If a program set the flags of newer PyTorch, the older one is an error."""
+    try:
+        return "allow_tf32", backend.allow_tf32
+    except RuntimeError:
+        return "fp32_precision", backend.fp32_precision
 
 
 @dataclass(frozen=True)
@@ -43,11 +70,32 @@ class Runtime:
         return PRECISIONS[self.precision]
 
     def freeze(self, network: nn.Module) -> nn.Module:
-        """Return the network on the device, in the precision, in evaluation mode and without gradients."""
+        """Return the network on the device, in the precision, in evaluation mode and without gradients.
+
+        Buffers that the precision would round stay in float32. Rotary frequencies are multiplied by positions, so that
+        their rounding grows with the length of a text. Statistics of batch norms take the precision of their layer.
+        """
+        kept = [
+            (module, name, buffer)
+            for module in network.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if not hasattr(module, "running_var") and self._rounds(buffer)
+        ]
         frozen = network.to(self.device, self.dtype).eval().requires_grad_(False)
+        for module, name, buffer in kept:
+            setattr(module, name, buffer.to(self.device, torch.complex64 if buffer.is_complex() else torch.float32))
+        for layer in frozen.modules() if kept else ():
+            if isinstance(layer, _LAYERS):
+                layer.register_forward_pre_hook(_cast_inputs)
         if self.compiled:
             frozen.compile()
         return frozen
+
+    def _rounds(self, buffer: Tensor) -> bool:
+        """Return whether the precision cannot represent all values of a buffer."""
+        if not buffer.is_floating_point():
+            return buffer.is_complex()
+        return not torch.equal(buffer, buffer.to(self.dtype).to(buffer.dtype))
 
     @staticmethod
     def host_buffer(*shape: int) -> Tensor:
@@ -89,3 +137,9 @@ class Runtime:
                 return max(fits * 3 // 4, 1)
             fits = attempt
         return fits
+
+
+def _cast_inputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the inputs of a layer in the dtype of its weights, because some networks pass it a float32 buffer."""
+    weight: Any = layer.weight
+    return tuple(each.to(weight.dtype) for each in inputs)

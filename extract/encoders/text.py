@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from sail_align.extract.encoders.catalogue import TransformersText
 from sail_align.extract.encoders.identity import GOLDEN_TEXT, Identity
 from sail_align.extract.encoders.pooling import pool_tokens
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
@@ -136,6 +136,7 @@ class TransformersTextEncoder:
                 yield block, tokens
 
     @torch.no_grad()
+    @tf32_products()
     def _encode_batch(self, tokens: Tokens) -> Tensor:
         """Return the features of one batch, padded to its longest text."""
         padded = self._tokenizer.pad(tokens, return_tensors="pt").to(self._runtime.device)

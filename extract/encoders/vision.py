@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, pad_to_multiple
-from sail_align.extract.encoders.runtime import Runtime
+from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
@@ -154,6 +154,7 @@ class VisionEncoder:
         return pool_patches(cls_BD, patches_BhwD, self._pooling).float().cpu()
 
     @torch.no_grad()
+    @tf32_products()
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.dtype))
         return cls_BD, patches_BhwD

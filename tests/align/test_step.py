@@ -12,6 +12,8 @@ from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 from sail_align.align.settings import FitSettings, choose_precision
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
+from sail_align.align.train.trainer import score
+from sail_align.extract.encoders.runtime import tf32_products
 from sail_align.extract.errors import UserError
 
 CPU = torch.device("cpu")
@@ -164,6 +166,43 @@ def test_a_device_says_what_it_computes_in():
     assert choose_precision("tf32", "cuda") == "tf32"
     with pytest.raises(UserError, match="--precision tf32 needs an NVIDIA GPU, got device cpu"):
         choose_precision("tf32", "cpu")
+
+
+def tf32():
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_step_allows_tf32_only_if_asked_and_restores_the_flag(precision, before):
+    seen = []
+
+    def loss(*learned, first):
+        seen.append(("loss", tf32()))
+        learned[0].register_hook(lambda gradient: seen.append(("backward", tf32())))
+        if len(seen) > 3:
+            raise ZeroDivisionError
+        return sigmoid_loss(*learned, first=first)
+
+    used = stepper(ROWS, EVERYTHING, loss=loss, precision=precision)
+    used.model.image_head.out.weight.register_hook(lambda gradient: seen.append(("head", tf32())))
+    with tf32_products(before):
+        used.step(batch(), 1e-9)
+        assert seen == [(name, precision == "tf32") for name in ("loss", "backward", "head")]
+        assert tf32() == before
+        with pytest.raises(ZeroDivisionError):
+            used.step(batch(), 1e-9)
+        assert tf32() == before
+
+
+def test_scores_are_computed_without_tf32():
+    seen = []
+    model = stepper(ROWS, EVERYTHING).model
+    model.image_head.register_forward_hook(lambda *_: seen.append(tf32()))
+    with tf32_products(True):
+        score(model, sigmoid_loss, batch(), CPU)
+        assert seen == [False]
+        assert tf32()
 
 
 def test_the_free_memory_decides_what_is_kept(monkeypatch):
