@@ -58,7 +58,7 @@ def fit(
             if options.get("head") != "cca":
                 options["precision"] = choose_precision(options.get("precision", "auto"), where.type)
             encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
-            plan, notes = make_plan(features, options, captions=names, exclude=exclude or (), **encoders)
+            plan, notes = make_plan(features, options, captions=names, exclude=exclude or (), quiet=quiet, **encoders)
             if 0 < plan.settings.batch_size < world.size and plan.settings.steps:
                 raise UserError(
                     f"--batch-size is invalid: got {plan.settings.batch_size} for {world.size} processes. Give each "

@@ -20,7 +20,7 @@ class CaptionPolicy:
     """Caption names with weights, and the number of them used per image and step (`positives`).
 
     If all captions are used, each caption's loss is multiplied by its weight. If fewer are used, they are sampled for
-    each image and step from the captions of its store, with probabilities in proportion to the weights. Every caption
+    each image and step from the captions that it has, with probabilities in proportion to the weights. Every caption
     set of a batch then mixes long and short captions, and all losses count alike.
     """
 
@@ -48,14 +48,28 @@ class CaptionPolicy:
         """Return the captions in the form that `--captions` accepts; weights of 1 are left out."""
         return ", ".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in self.weights.items())
 
-    def draw(self, captions: Sequence[str], rows: int, random: np.random.Generator) -> NDArray[np.int64]:
+    def draw(
+        self,
+        captions: Sequence[str],
+        rows: int,
+        random: np.random.Generator,
+        present: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.int64]:
         """Sample captions without replacement for each row; return their positions in `captions`, (positives, rows).
 
         A caption is chosen among the remaining ones with odds by weight. This equals the order in which exponential
         clocks, whose rates are the weights, ring first.
+
+        Args:
+            captions: Names of the captions.
+            rows: Number of rows.
+            random: Source of random numbers.
+            present: Which captions (captions, rows) each row has: at least as many as are drawn. All by default.
         """
         weights = np.array([self.weights[name] for name in captions])
         arrivals = random.exponential(size=(len(captions), rows)) / weights[:, None]
+        if present is not None:
+            arrivals[~present] = np.inf
         return np.argsort(arrivals, axis=0)[: self.positives]
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.align.data.captions import CaptionPolicy
-from sail_align.align.data.pairs import Half, Pairs, Rows
+from sail_align.align.data.pairs import Half, Pairs, Rows, fill_missing
 from sail_align.align.data.sampler import Numbers, Order, StreamState
 
 try:
@@ -126,6 +126,10 @@ class Stream:
         first = rank * size + min(rank, larger)
         self._part = slice(first, first + size + (rank < larger))
         self._policy = policy or CaptionPolicy.uniform(pairs[0].captions)
+        self._present: list[Rows | None] = [None] * len(pairs)  # by row number within the store
+        if self._policy.drawn:
+            present = (each.present()[:, chosen] for each, chosen in zip(pairs, rows, strict=True))
+            self._present = [None if has_CN.all() else has_CN for has_CN in present]
         self._pin = pin
         self._expected: set[int] = set()
         self._decoded: dict[tuple[int, int], Half] = {}
@@ -186,13 +190,20 @@ class Stream:
             yield batch, next_state
 
     def scan(self) -> Iterator[Batch]:
-        """Yield each row once with all captions of its store, store by store, for sums over all rows."""
-        for pairs, (first, stop) in zip(self._pairs, pairwise(self._starts.tolist()), strict=True):
+        """Yield each row once with all captions of its store, store by store, for sums over all rows.
+
+        A row that has only some of the captions gets its first one in place of the others.
+        """
+        for pairs, has_CN, (first, stop) in zip(
+            self._pairs, self._present, pairwise(self._starts.tolist()), strict=True
+        ):
             for start in range(first, stop, SCAN_ROWS):
                 numbers = np.arange(start, min(start + SCAN_ROWS, stop))
                 batch = self._allocate(len(numbers), len(pairs.texts))
                 for copy in self._gather(batch, numbers):
                     copy.result()
+                if has_CN is not None:
+                    fill_missing(batch.texts.numpy(), has_CN[:, numbers - first])
                 self._decoded.clear()
                 self._expected.clear()  # the page cache may have dropped it by the time a batch needs it
                 yield batch
@@ -240,10 +251,13 @@ class Stream:
         if not self._policy.drawn:
             return None
         random = self._order.random(state.epoch, state.batch, 1)  # `Order` itself uses positions of two numbers
-        counts = np.diff(np.searchsorted(self._order.batch(state), self._starts)).tolist()
-        drawn = [
-            self._policy.draw(pairs.captions, rows, random) for pairs, rows in zip(self._pairs, counts, strict=True)
-        ]
+        numbers = self._order.batch(state)
+        drawn = []
+        for pairs, start, (first, stop), has_CN in zip(
+            self._pairs, self._starts, pairwise(np.searchsorted(numbers, self._starts)), self._present, strict=False
+        ):
+            present = None if has_CN is None else has_CN[:, numbers[first:stop] - start]
+            drawn.append(self._policy.draw(pairs.captions, stop - first, random, present))
         return np.concatenate(drawn, axis=1)[:, self._part]
 
     def _numbers(self, state: StreamState) -> Numbers:

@@ -19,6 +19,7 @@ from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import FILE_ROWS
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import canonical_json
+from sail_align.extract.system.progress import progress
 
 Rows = NDArray[np.bool_]
 """A mask over the rows of a store."""
@@ -27,6 +28,9 @@ Half = NDArray[np.float16]
 
 MIN_HELD_OUT = 100
 MAX_HELD_OUT = 5_000
+READ_AHEAD = 64
+"""Chunks that are read from the disk in advance when the features of all rows are compared."""
+_ODD = np.array([0x9E3779B97F4A7C15 * (2 * n + 1) % 2**64 for n in range(8)], np.uint64)
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,17 @@ class Pairs:
                 f"{self.store.dataset} --out {path}` and its original options."
             )
 
-    def usable(self) -> Rows:
-        """Return the rows whose image and captions all have features. Other rows are never served."""
-        usable = np.ones(self.store.rows, dtype=np.bool_)
-        for array in self.arrays:
-            usable &= array.read_status() == Status.OK
-        return usable
+    def usable(self, positives: int | None = None) -> Rows:
+        """Return the rows whose image and at least `positives` captions have features; by default all captions.
+
+        Other rows are never served.
+        """
+        usable: Rows = self.image.read_status() == Status.OK
+        return usable & (self.present().sum(axis=0, dtype=np.uint16) >= (positives or len(self.texts)))
+
+    def present(self) -> Rows:
+        """Return which captions have features, (captions, rows)."""
+        return np.stack([array.read_status() == Status.OK for array in self.texts])
 
     @property
     def digest(self) -> str:
@@ -155,7 +164,8 @@ def require_half(pairs: Sequence[Pairs], usable: Sequence[Rows]) -> None:
     rarest = min(caption_rows, key=lambda name: caption_rows[name])
     raise UserError(
         f"Only {count:,} of {with_image:,} rows with an image have all captions ({', '.join(caption_rows)}). The "
-        f"rarest is {rarest}, in {caption_rows[rarest]:,} rows. Choose captions to train on with --captions."
+        f"rarest is {rarest}, in {caption_rows[rarest]:,} rows. Choose captions to train on with "
+        "--captions, or pass --positives 1 to sample from those that a row has."
     )
 
 
@@ -174,6 +184,45 @@ def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: flo
     return [rows & (each <= usable_hashes[count - 1]) for each, rows in zip(hashes, usable, strict=True)]
 
 
+def held_out_pictures(
+    pairs: Sequence[Pairs], rows: Sequence[Rows], held_out: Sequence[Rows], *, quiet: bool = True
+) -> list[Rows]:
+    """Return those of the rows whose picture is also in a held-out row: their image features are equal.
+
+    This reads the image features of all rows, as an epoch does. Rows are compared by a hash of their first features,
+    and in full if those are equal. `quiet` shows no progress bar.
+    """
+    held: set[bytes] = set()
+    for each, chosen in zip(pairs, held_out, strict=True):
+        for number, span in enumerate(each.chunks()):
+            if chosen[span].any():
+                held.update(map(bytes, each.image.chunk(number)[chosen[span]]))
+    width = pairs[0].image.dim
+    hashes = np.unique(_head_hashes(np.frombuffer(b"".join(held), np.float16).reshape(-1, width)))
+    found = [np.zeros_like(chosen) for chosen in rows]
+    if not held:
+        return found
+    with progress(sum(map(len, rows)), "compare pictures", quiet=quiet, delay=1) as bar:
+        for each, chosen, same in zip(pairs, rows, found, strict=True):
+            spans = each.chunks()
+            for number, span in enumerate(spans):
+                if number % READ_AHEAD == 0:
+                    each.image.prefetch(list(range(number, min(number + READ_AHEAD, len(spans)))))
+                chunk_ND = each.image.chunk(number)
+                for place in np.flatnonzero(chosen[span] & np.isin(_head_hashes(chunk_ND), hashes)):
+                    same[span.start + place] = bytes(chunk_ND[place]) in held
+                bar.update(len(chunk_ND))
+    return found
+
+
+def _head_hashes(features_ND: Half) -> NDArray[np.uint64]:
+    """Return a hash (N,) of the first 32 features of each row."""
+    head = np.zeros((len(features_ND), 32), np.float16)
+    head[:, : features_ND.shape[1]] = features_ND[:, :32]
+    hashes: NDArray[np.uint64] = head.view(np.uint64) @ _ODD
+    return hashes
+
+
 def key_hashes(keys: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Return the hashes (N,) of keys; the rows with the lowest are held out."""
     digests = b"".join([hashlib.blake2b(key, digest_size=8).digest() for key in keys.cast(pa.binary()).to_pylist()])
@@ -186,8 +235,17 @@ def held_out_count(usable: int, fraction: float) -> int:
     return count if fraction else 0
 
 
+def fill_missing(text_CND: Half, present_CN: Rows) -> None:
+    """Replace missing captions by the first caption that the row has, in place."""
+    if not present_CN.all():
+        spare_ND = text_CND[present_CN.argmax(axis=0), np.arange(text_CND.shape[1])]
+        np.copyto(text_CND, spare_ND, where=~present_CN[..., None])
+
+
 def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]:
     """Return the images (n, D_I) and texts (C, n, D_T) of the chosen rows of all stores.
+
+    A row that has only some of the captions gets its first one in place of the others.
 
     Raises:
         UserError: A feature is NaN or inf.
@@ -197,14 +255,17 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
     text_CND = np.empty((len(first.texts), count, first.texts[0].dim), np.float16)
     at = 0
     for each, chosen in zip(pairs, rows, strict=True):
+        present_CN = each.present()
         for number, span in enumerate(each.chunks()):
             places = np.flatnonzero(chosen[span])
             if len(places):
+                part = slice(at, at + len(places))
                 for out_ND, array in zip((image_ND, *text_CND), each.arrays, strict=True):
-                    out_ND[at : at + len(places)] = array.chunk(number)[places]
-                    if not np.isfinite(out_ND[at : at + len(places)]).all():
-                        raise not_finite([each.store])
-                at += len(places)
+                    out_ND[part] = array.chunk(number)[places]
+                fill_missing(text_CND[:, part], present_CN[:, span][:, places])
+                if not (np.isfinite(image_ND[part]).all() and np.isfinite(text_CND[:, part]).all()):
+                    raise not_finite([each.store])
+                at = part.stop
     return image_ND, text_CND
 
 

@@ -216,7 +216,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str,
         stores = ", ".join(map(str, there.get("stores", [])))
         changed = there.get("stores") == here.get("stores")
         return (f"{stores} has changed since" if changed else f"--features: there {stores}", *_options(names))
-    return _options(names)
+    return _options(names) or (("rows used",) if names else ())
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The plan of a fit: data, rows and settings, checked before anything is computed."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -12,6 +13,7 @@ from sail_align.align.data.pairs import (
     Exclusions,
     Pairs,
     Rows,
+    held_out_pictures,
     open_pairs,
     require_half,
     split_held_out,
@@ -52,9 +54,8 @@ class Plan:
 
     @property
     def scored(self) -> list[Pairs]:
-        """The data with the captions to score with: those in all stores or, if there are none, the first of each."""
-        shared = [name for name in self.pairs[0].captions if all(name in each.captions for each in self.pairs)]
-        return [each.only(shared or each.captions[:1]) for each in self.pairs]
+        """The data with the captions to score with."""
+        return scored_pairs(self.pairs)
 
     @property
     def architecture(self) -> Architecture:
@@ -127,6 +128,12 @@ class Plan:
         }
 
 
+def scored_pairs(pairs: Sequence[Pairs]) -> list[Pairs]:
+    """Return the data with the captions to score with: those in all stores or, if there are none, the first of each."""
+    shared = [name for name in pairs[0].captions if all(name in each.captions for each in pairs)]
+    return [each.only(shared or each.captions[:1]) for each in pairs]
+
+
 def make_plan(
     stores: Sequence[Path],
     options: Mapping[str, Any],
@@ -135,6 +142,7 @@ def make_plan(
     image_encoder: str | None = None,
     text_encoder: str | None = None,
     exclude: Sequence[Path] = (),
+    quiet: bool = True,
 ) -> tuple[Plan, list[str]]:
     """Open the stores, choose rows and settings; return the plan, and notes about what was chosen or changed.
 
@@ -145,6 +153,7 @@ def make_plan(
         image_encoder: Image encoder to use if a store has more than one.
         text_encoder: Text encoder to use if a store has more than one.
         exclude: Files with keys to leave out, as for `Exclusions.read`.
+        quiet: Show no progress bar.
 
     Raises:
         UserError: An option, a list or a store cannot be used, or too few rows are left.
@@ -155,21 +164,27 @@ def make_plan(
     positives = options.get("positives")
     encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
     pairs = open_pairs(stores, list(weights), positives=positives, **encoders)
-    usable = [each.usable() for each in pairs]
+    usable = [each.usable(positives) for each in pairs]
     policy = _policy(pairs, weights, options)
     if not weights:
         require_half(pairs, usable)
     unusable = sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable)
     excluded = [exclusions.rows(each.store) for each in pairs]
     usable = [rows & ~left_out for rows, left_out in zip(usable, excluded, strict=True)]
-    held_out = split_held_out(pairs, usable, options.get("held_out", FitSettings.held_out))
+    scorable = [
+        rows & each.usable(1 if positives else None) for rows, each in zip(usable, scored_pairs(pairs), strict=True)
+    ]
+    held_out = split_held_out(pairs, scorable, options.get("held_out", FitSettings.held_out))
     training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
+    leaks = held_out_pictures(pairs, training, held_out, quiet=quiet)
+    training = [rows & ~leaked for rows, leaked in zip(training, leaks, strict=True)]
     count = sum(int(rows.sum()) for rows in training)
     if count < MIN_ROWS:
         raise UserError(
             f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, expected at least "
             f"{MIN_ROWS}. A pair has an image and the captions {', '.join(policy.weights)}"
-            f"{', and is not excluded' if exclude else ''}. See `sail-extract status`."
+            f"{', and is not excluded' if exclude else ''}; its picture is in no held-out pair. See "
+            "`sail-extract status`."
         )
     dims = {"image_dim": pairs[0].image.dim, "text_dim": pairs[0].texts[0].dim}
     settings, notes = choose_settings(options, rows=count, **dims)
@@ -178,10 +193,29 @@ def make_plan(
         fewer = sum(int(left_out.sum()) for left_out in excluded)
         notes.insert(0, f"Rows excluded by a list of {len(exclusions.keys):,} keys: {fewer:,}.")
     if unusable:
-        notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.")
+        advice = _caption_advice(pairs, positives, can_sample=options.get("head") != "cca")
+        notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.{advice}")
+    if leaked := sum(int(rows.sum()) for rows in leaks):
+        notes.append(f"Rows left out of training because their picture is also in a held-out pair: {leaked:,}.")
     if settings.held_out > 0 and not any(rows.any() for rows in held_out):
         notes.append(f"{count} pairs are too few to hold any out; the run will not be scored.")
     return Plan(pairs, training, held_out, settings, exclusions, policy), notes
+
+
+def _caption_advice(pairs: Sequence[Pairs], positives: int | None, *, can_sample: bool) -> str:
+    """Return how to keep rows that have only some of the captions; "" if there are none."""
+    kept, missing = (sum(int(each.usable(count).sum()) for each in pairs) for count in (1, positives))
+    if kept == missing:
+        return ""
+    rows = Counter[str]()
+    for each in pairs:
+        for name, has_N in zip(each.captions, each.present(), strict=True):
+            rows[name] += int(has_N.sum())
+    counts = ", ".join(f"{name} in {count:,}" for name, count in rows.items())
+    sample = "--positives 1, which samples from the captions that a row has, or " if can_sample else ""
+    return (
+        f" {kept - missing:,} of them have some captions ({counts} rows). To keep them, pass {sample}fewer --captions."
+    )
 
 
 def _policy(pairs: Sequence[Pairs], weights: Mapping[str, float], options: Mapping[str, Any]) -> CaptionPolicy:

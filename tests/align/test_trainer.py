@@ -250,7 +250,7 @@ def test_rare_captions_must_be_chosen_explicitly(make_store):
         make_plan([path], {})
     assert str(mistake.value) == (
         "Only 0 of 60 rows with an image have all captions (c0, c1, c2). The rarest is c2, in 30 rows. "
-        "Choose captions to train on with --captions."
+        "Choose captions to train on with --captions, or pass --positives 1 to sample from those that a row has."
     )
     plan, _ = make_plan([path], {}, captions=["c0", "c1"])
     assert plan.training_rows + plan.held_out_rows == 50
