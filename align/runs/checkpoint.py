@@ -2,6 +2,7 @@
 
 RUN/settings.json                     what decides the weights; written when the run is created
 RUN/metrics.jsonl                     one JSON object per line
+RUN/finished.json                     digest of the finished log; written last
 RUN/checkpoints/step-00001200/        the state to resume from, or the result of a finished run
     model.safetensors                 weights, τ and b
     optimizer.safetensors             state of the optimiser; removed once the run is finished
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
-from sail_align.align.runs.folder import RunFolder, damaged, read_file, read_json, record_digest
+from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file, read_json, record_digest
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
@@ -93,9 +94,13 @@ class Checkpoint:
             UserError: It has another format, or is damaged.
         """
         folder = path if RunFolder(path).is_checkpoint else RunFolder(path).last
+        finished = None if folder == path else RunFolder(path).finished
+        if finished and (folder is None or RunFolder(folder).step != finished["step"]):
+            raise damaged(RunFolder(path).checkpoint(finished["step"]) / "model.json", BEGIN_AGAIN)
         if folder is None:
             return None
-        remedy = f"Restore it, or remove {folder} to resume from the checkpoint before."
+        resume = f"Restore it, or remove {folder} to resume from the checkpoint before."
+        remedy = BEGIN_AGAIN if finished else resume
         record = read_json(folder / "model.json", remedy)
         if record.get("format", FORMAT) != FORMAT:
             raise UserError(
@@ -178,6 +183,19 @@ class Checkpoint:
                 parameter = parameters[key]
                 # torch's optimisers keep their step counter on the CPU.
                 optimizer.state[parameter][slot] = tensor if slot == "step" else tensor.to(parameter.device)
+
+    def check_finished(self, run: Path) -> None:
+        """Check the weights and the log of a finished run, whose last checkpoint this is.
+
+        Raises:
+            UserError: One of them is missing or damaged.
+        """
+        self._read_tensors("model", "weights_sha256")
+        folder = RunFolder(run)
+        folder.read_log(self.step)
+        log = hashlib.sha256(read_file(folder.metrics, BEGIN_AGAIN)).hexdigest()
+        if folder.finished and folder.finished["metrics_sha256"] != log:
+            raise damaged(folder.metrics, BEGIN_AGAIN)
 
     def load(self, path: Path, digest: str) -> Run:
         """Load the model on the CPU, as a run with this path and digest. Raises `UserError` like `restore`."""

@@ -20,6 +20,12 @@ EXPORT_AGAIN = "Export or download it again."
 CONFIG = "config.json"
 """Description of an exported folder."""
 
+LOG_FIELDS = {
+    "train": ("t", "positive_logit", "negative_logit"),
+    "heldout": ("r1", "chance", "image_rank", "text_rank"),
+}
+"""Numbers that each kind of line of metrics.jsonl has, among others."""
+
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
@@ -86,6 +92,45 @@ class RunFolder:
         """Log of the run's metrics."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """Content of finished.json, which a run writes last: its `step` and the `metrics_sha256` of its log.
+
+        None if the run is not finished, or was finished by an older version.
+        """
+        path = self.path / "finished.json"
+        if not path.exists():
+            return None
+        record = read_json(path, BEGIN_AGAIN)
+        if not (isinstance(record.get("step"), int) and isinstance(record.get("metrics_sha256"), str)):
+            raise damaged(path, BEGIN_AGAIN)
+        return record
+
+    def finish(self, step: int) -> None:
+        """Write finished.json."""
+        digest = hashlib.sha256(read_file(self.metrics, BEGIN_AGAIN)).hexdigest()
+        write_atomically(self.path / "finished.json", json.dumps({"step": step, "metrics_sha256": digest}).encode())
+
+    def read_log(self, step: int) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the lines of metrics.jsonl up to a step, and their entries.
+
+        A line after that step may be damaged, as by a power cut; it ends the log.
+
+        Raises:
+            UserError: The log ends before that step, or is damaged before it.
+        """
+        lines: list[str] = []
+        entries: list[dict[str, Any]] = []
+        for line in read_file(self.metrics, BEGIN_AGAIN).decode(errors="replace").splitlines(keepends=True):
+            entry = parse_entry(line)
+            if entry is None or entry["step"] > step:
+                break
+            lines.append(line)
+            entries.append(entry)
+        if [entry["step"] for entry in entries if entry["kind"] == "train"] != list(range(1, step + 1)):
+            raise damaged(self.metrics, BEGIN_AGAIN)
+        return lines, entries
+
     def open_log(self, step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
         """Open metrics.jsonl, which has one JSON object per line with its `kind` and `step`.
 
@@ -100,22 +145,9 @@ class RunFolder:
         Raises:
             UserError: The log ends before that step, or is damaged before it.
         """
-        path = self.metrics
-        lines: list[str] = []
-        entries: list[dict[str, Any]] = []
-        if step is not None:
-            try:
-                for line in read_file(path, BEGIN_AGAIN).decode().splitlines(keepends=True):
-                    if not line.endswith("\n") or (entry := json.loads(line))["step"] > step:
-                        break
-                    lines.append(line)
-                    entries.append(entry)
-            except (ValueError, KeyError, TypeError) as problem:
-                raise damaged(path, BEGIN_AGAIN) from problem
-            if sum(entry["kind"] == "train" for entry in entries) != step:
-                raise damaged(path, BEGIN_AGAIN)
-        write_atomically(path, "".join(lines).encode())
-        return path.open("a"), entries
+        lines, entries = ([], []) if step is None else self.read_log(step)
+        write_atomically(self.metrics, "".join(lines).encode())
+        return self.metrics.open("a"), entries
 
     def settings(self) -> dict[str, Any]:
         """Return the run's settings. Raises `UserError` if the file is damaged."""
@@ -162,6 +194,18 @@ class RunFolder:
         if not saved:
             raise UserError(f"There is no run in {root}. Train one with `sail-align fit`.")
         return max(saved, key=lambda run: ((saved[run] / "model.json").stat().st_mtime_ns, run.name))
+
+
+def parse_entry(line: str) -> dict[str, Any] | None:
+    """Return the entry of a whole line of metrics.jsonl, None if it is not one."""
+    try:
+        entry = json.loads(line) if line.endswith("\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or str(entry.get("kind")) not in LOG_FIELDS or type(entry.get("step")) is not int:
+        return None
+    numbers = (entry.get(name) for name in LOG_FIELDS[entry["kind"]])
+    return entry if all(type(each) in (int, float) for each in numbers) and entry.get("t", 1) else None
 
 
 def read_file(path: Path, remedy: str) -> bytes:

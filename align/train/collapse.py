@@ -4,13 +4,12 @@ Each threshold lies between the values of runs on real photos that learned and o
 has the numbers. The result depends on the logged lines alone, so a resumed run sees the same.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, read_file
+from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, parse_entry, read_file
 
 NEAR_CHANCE, NEAR_CHANCE_SHARE = 5.0, 0.1
 """R@1 is near chance below this multiple of the chance level, which runs that learn soon exceed. With few pairs, where
@@ -59,10 +58,15 @@ class Watch:
 
     @classmethod
     def replay(cls, run: Path, lr: float) -> str | None:
-        """Return the first message about a collapse in the log of a run, None if there is none."""
-        watch = cls(lr)
-        for line in read_file(RunFolder(run).metrics, BEGIN_AGAIN).splitlines():
-            values = json.loads(line)
+        """Return the first message about a collapse in the log of a run, None if there is none.
+
+        Raises:
+            UserError: The log is missing or damaged.
+        """
+        watch, path = cls(lr), RunFolder(run).metrics
+        for line in read_file(path, BEGIN_AGAIN).decode(errors="replace").splitlines():
+            if (values := parse_entry(f"{line}\n")) is None:
+                raise damaged(path, BEGIN_AGAIN)
             if message := watch.see(values.pop("kind"), values.pop("step"), values):
                 return message
         return None

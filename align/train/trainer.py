@@ -24,7 +24,7 @@ from sail_align.align.train.distributed import ALONE, World
 from sail_align.align.train.initial import build_model
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
-from sail_align.align.train.writer import SAVE_SECONDS, RunWriter
+from sail_align.align.train.writer import SAVE_SECONDS, RunWriter, close_finished
 from sail_align.extract.encoders.runtime import tf32_products
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError, defer_signals
@@ -67,6 +67,8 @@ def fit(
                 raise UserError(f"{saved.folder} has other settings than {run / 'settings.json'}. Pass another --out.")
             if saved and saved.finished and on_collapse == "stop" and (message := Watch.replay(run, plan.settings.lr)):
                 raise UserError(message)
+            if saved and saved.finished:
+                close_finished(run, saved, keep)
             return saved, plan.digest
 
         saved, digest = world.first(open_run)

@@ -31,6 +31,41 @@ WINDOW_SECONDS = 2.0
 """Shortest time over which rates are measured."""
 
 
+def remove_outdated(run: RunFolder, best: Path, keep: int, *, finished: bool) -> None:
+    """Remove all checkpoints but the last `keep` and the best, and of a finished run all states of the optimiser."""
+    folders = run.checkpoints()
+    outdated = [folder for folder in run.checkpoints("best") if folder != best]
+    for folder in (*outdated, *folders[:-keep]):
+        RunFolder(folder).discard()
+    if finished:  # nothing resumes from these
+        for folder in folders[-keep:]:
+            (folder / "optimizer.safetensors").unlink(missing_ok=True)
+
+
+def close_finished(run: Path, saved: Checkpoint, keep: int) -> None:
+    """Check a finished run, and end a clean-up during which its process was killed.
+
+    Args:
+        run: Folder of the run.
+        saved: Its last checkpoint.
+        keep: Number of checkpoints to keep, if the clean-up was not finished.
+
+    Raises:
+        UserError: Its weights or its log are damaged.
+    """
+    saved.check_finished(run)
+    folder = RunFolder(run)
+    if folder.finished:
+        return
+    for each in folder.checkpoints("*", incomplete=True):
+        if not RunFolder(each).is_checkpoint:
+            RunFolder(each).discard()
+    best = Checkpoint.best(run)
+    if any((each / "optimizer.safetensors").exists() for each in folder.checkpoints()):
+        remove_outdated(folder, best.folder if best else run, keep, finished=True)
+    folder.finish(saved.step)
+
+
 class RunWriter:
     """Writes the log, checkpoints, trackers and progress of a run, in one process, and watches for a collapse.
 
@@ -157,13 +192,9 @@ class RunWriter:
             scores=scores if scored == step else None,
             optimizer=None if optimizer is None else Checkpoint.optimizer_state(model, optimizer),
         )
-        folders = self._run.checkpoints()
-        outdated = [folder for folder in self._run.checkpoints("best") if folder != self._best_folder]
-        for folder in (*folders[: -self._keep], *outdated):
-            RunFolder(folder).discard()
-        if finished:  # nothing resumes from these
-            for folder in folders[-self._keep :]:
-                (folder / "optimizer.safetensors").unlink(missing_ok=True)
+        remove_outdated(self._run, self._best_folder, self._keep, finished=finished)
+        if finished:
+            self._run.finish(step)
         self._saved = time.monotonic()
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:

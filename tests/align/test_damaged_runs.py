@@ -1,0 +1,163 @@
+"""Rerunning a fit notices what was damaged in its run, and removes what a killed process left."""
+
+import json
+import shutil
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from interrupted import Killed
+
+from sail_align.align.runs.checkpoint import load_run
+from sail_align.align.runs.claim import claim_run
+from sail_align.align.runs.folder import RunFolder, parse_entry
+from sail_align.align.train import writer
+from sail_align.align.train.collapse import Watch
+from sail_align.align.train.plan import make_plan
+from sail_align.align.train.trainer import fit
+from sail_align.extract.errors import UserError
+
+OPTIONS = {"steps": 4, "dim": 4, "preset": "small", "head": "linear"}
+
+
+@pytest.fixture
+def train(make_store, tmp_path):
+    """Trains a run of four steps, saving after each, or reruns it; returns its folder."""
+    store = make_store()
+
+    def rerun(**options):
+        plan, _ = make_plan([store], OPTIONS)
+        run = claim_run(tmp_path / "run", plan.record(), numbered=False).path
+        fit(plan, run, device=torch.device("cpu"), quiet=True, save_seconds=0, **options)
+        return run
+
+    return rerun
+
+
+def files(run):
+    paths = [path for path in run.rglob("*") if path.is_file() and "lease" not in str(path)]
+    return {path.relative_to(run): path.read_bytes() for path in paths}
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_rerun_of_a_finished_run_changes_nothing(train):
+    run = train()
+    before = files(run)
+    assert json.loads((run / "finished.json").read_text())["step"] == 4
+    assert files(train()) == before
+    (run / "finished.json").unlink()  # as of an older version
+    assert files(train()) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: flip(run / "metrics.jsonl", 50), "metrics.jsonl is damaged"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl is damaged"),
+        (lambda run: flip(RunFolder(run).last / "model.safetensors", -1), "model.safetensors is damaged"),
+        (lambda run: (RunFolder(run).last / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+        (lambda run: (RunFolder(run).last / "model.json").unlink(), "step-00000004/model.json is damaged"),
+        (lambda run: shutil.rmtree(RunFolder(run).last), "step-00000004/model.json is damaged"),
+        (lambda run: (run / "finished.json").write_text("[]"), "finished.json is damaged"),
+        (lambda run: (run / "finished.json").write_text("{}"), "finished.json is damaged"),
+    ],
+)
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damage_of_a_finished_run_is_an_error_and_nothing_is_removed(train, spoil, message, keep):
+    run = train(keep=keep)
+    spoil(run)
+    before = files(run)
+    with pytest.raises(UserError, match=message):
+        train(keep=keep)
+    assert files(run) == before
+
+
+def test_lost_record_is_noticed_by_whatever_reads_the_run(train):
+    run = train()
+    (RunFolder(run).last / "model.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000004/model.json is damaged.*Restore it"):
+        load_run(run)
+
+
+@pytest.mark.parametrize("line", ["{\n", '{"kind": "tra', "[]\n", '{"kind": "train", "step": 4}\n', "\x00" * 9])
+def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, line):
+    run = train()
+    whole = files(run)
+    shutil.rmtree(run)
+    original = writer.RunWriter.save
+
+    def die_after_two(self, step, *args):
+        original(self, step, *args)
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.RunWriter, "save", die_after_two)
+        with pytest.raises(Killed):
+            train()
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(line + '{"kind": "train", "step": 5}\n')
+    assert files(train()) == whole
+
+
+@pytest.mark.parametrize("allowed", range(8))
+@pytest.mark.parametrize("keep", [1, 2])
+def test_rerun_ends_the_clean_up_of_a_killed_process(train, monkeypatch, allowed, keep):
+    run = train(keep=keep)
+    whole = files(run)
+    shutil.rmtree(run)
+    calls = []
+
+    def limited(original):
+        def call(*args, **kwargs):
+            if (RunFolder(run).checkpoint(4) / "model.json").exists() and "lease" not in str(args[0]):
+                calls.append(original)
+                if len(calls) > allowed:
+                    raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), "unlink", limited(type(run).unlink))
+        patch.setattr(shutil, "rmtree", limited(shutil.rmtree))
+        with suppress(Killed):
+            train(keep=keep)
+    assert files(train(keep=keep)) == whole
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "train"}', '{"kind": "x", "step": 1}', "\xff"])
+def test_replay_of_a_damaged_log_is_an_error(train, content):
+    run = train()
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(content + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+        Watch.replay(run, 1e-3)
+
+
+@given(st.text() | st.recursive(st.none() | st.integers() | st.floats() | st.text(), st.lists).map(json.dumps))
+def test_no_other_text_is_an_entry(text):
+    assert parse_entry(text) is None
+    assert parse_entry(text + "\n") is None
+
+
+VALUES = {"t": 1.0, "positive_logit": 0.5, "negative_logit": 0.25}
+
+
+OTHER_TYPES = st.none() | st.booleans() | st.text() | st.lists(st.none())
+
+
+@given(st.dictionaries(st.sampled_from(["kind", "step", *VALUES]), OTHER_TYPES))
+def test_entry_with_a_field_of_another_type_is_none(changes):
+    entry = {"kind": "train", "step": 3, **VALUES}
+    assert parse_entry(json.dumps(entry) + "\n") == entry
+    if changes:
+        assert parse_entry(json.dumps(entry | changes) + "\n") is None
