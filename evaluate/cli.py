@@ -168,7 +168,7 @@ def report(
         typer.echo(f"wrote {out}")
         return
     if len(scored) == 1:
-        typer.echo(score_table(scored[0].records))
+        typer.echo(score_table(overview.runs[0].records))
     if len(scored) > 1 or overview.with_reported:
         typer.echo(text(overview))
     for run in scored:
@@ -182,6 +182,7 @@ def compare(runs: ScoredRuns) -> None:
     Differences have a 95 % paired bootstrap interval: both runs on the same draws of images or pairs. p is twice the
     smaller share of draws on either side of no difference.
     """
+    from sail_align.align.stats.tables import one_line
     from sail_align.evaluate.compare import Comparison
     from sail_align.evaluate.results.scores import RunScores
 
@@ -190,7 +191,7 @@ def compare(runs: ScoredRuns) -> None:
     first, *others = (RunScores.read(run, str(run)) for run in runs)
     for other in others:
         table = Comparison.between(first, other).table()
-        typer.echo(f"first: {first.label}, second: {other.label}\n{table}")
+        typer.echo(f"{one_line(f'first: {first.label}, second: {other.label}')}\n{table}")
 
 
 def load_scored(run: Path | None, model: str | None, device: str) -> "Run":

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
-from sail_align.align.stats.tables import format_interval, format_table, number
+from sail_align.align.stats.tables import format_interval, format_table, number, one_line
 from sail_align.evaluate.results.metric import Metric, Unit
 from sail_align.evaluate.results.scores import Record, RunScores
-from sail_align.evaluate.tasks.task import find_task
+from sail_align.evaluate.tasks.task import all_tasks, find_task, without_unknown
 from sail_align.extract.errors import UserError
 
 
@@ -53,6 +53,7 @@ class Comparison:
         Raises:
             UserError: Outcomes are missing, or nothing can be compared.
         """
+        first, second = without_unknown(first), without_unknown(second)
         names = [dict.fromkeys(record.name for record in run.scored) for run in (first, second)]
         if not names[0].keys() & names[1].keys():
             ours, theirs = (", ".join(each) or "nothing" for each in names)
@@ -68,14 +69,15 @@ class Comparison:
             if not pairs:
                 refusals[name] = _explain_refusal(first, mine, second, others)
             for one, other in pairs:
-                metrics = find_task(one["task"]).metrics
-                found = paired_difference(metrics(first.outcomes(one)), metrics(second.outcomes(other)), one["items"])
-                for a, b, (bounds, p) in zip(one["metrics"], other["metrics"], found, strict=True):
-                    about = (one["dataset"], one["protocol"], a["label"], a["unit"])
-                    differences.append(Difference(*about, a["value"], b["value"], bounds, p))
+                found, unmatched = _compare_records(first, one, second, other)
+                differences += found
+                if unmatched:
+                    refusals[name] = f"{name}: not both runs have scores of {', '.join(unmatched)}. Score both again."
         if not differences:
             raise UserError(next(message for name, message in refusals.items() if all(name in each for each in names)))
-        return cls(differences, list(refusals.values()))
+        unknown = [record for run in (first, second) for record in run.records if record["task"] not in all_tasks()]
+        left_out = [f"{record.name} is not compared: {record.error}" for record in unknown]
+        return cls(differences, list(dict.fromkeys([*refusals.values(), *left_out])))
 
     def table(self) -> str:
         """Return a table with one line per metric, and messages on sets that cannot be compared below it."""
@@ -90,7 +92,31 @@ class Comparison:
             rows.append((name, label, *values, bounds, f"{each.p:.3f}"))
             protocol = each.protocol
         header = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
-        return "\n".join([format_table(header, rows, "ll", style="simple"), *self.refusals])
+        return "\n".join([format_table(header, rows, "ll", style="simple"), *map(one_line, self.refusals)])
+
+
+def _compare_records(
+    first: RunScores, one: Record, second: RunScores, other: Record
+) -> tuple[list[Difference], list[str]]:
+    """Return the differences of the metrics that both records and their outcomes have, and the names of the others."""
+    task = find_task(one["task"])
+    try:
+        computed = [
+            {metric.name: metric for metric in task.metrics(run.outcomes(record))}
+            for run, record in ((first, one), (second, other))
+        ]
+    except (KeyError, ValueError, IndexError):  # the outcomes are those of another version of the task
+        computed = [{}, {}]
+    recorded = [{metric["name"]: metric for metric in record["metrics"]} for record in (one, other)]
+    everywhere = [name for name in recorded[0] if all(name in each for each in (recorded[1], *computed))]
+    mine, theirs = ([each[name] for name in everywhere] for each in computed)
+    found = paired_difference(mine, theirs, one["items"])
+    differences = []
+    for name, (bounds, p) in zip(everywhere, found, strict=True):
+        a, b = (each[name] for each in recorded)
+        about = (one["dataset"], one["protocol"], a["label"], a["unit"])
+        differences.append(Difference(*about, a["value"], b["value"], bounds, p))
+    return differences, [name for name in {**recorded[0], **recorded[1]} if name not in everywhere]
 
 
 def paired_difference(

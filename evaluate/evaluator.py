@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sail_align.align.runs.checkpoint import Run
+from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.models import Encoders, RunError
 from sail_align.evaluate.results.scores import Record, ScoreWriter
@@ -12,6 +13,7 @@ from sail_align.evaluate.tasks.task import TooSmallError, find_task
 from sail_align.extract.data import UnreadableImageError
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.progress import note
 
 
@@ -42,13 +44,17 @@ def evaluate_sets(
         RunError: The run's encoders cannot be loaded, or its heads have diverged.
     """
     encoders = Encoders(run, device)
-    writer = ScoreWriter(run)
+    folder = RunFolder(run.path).scores
+    with report_write_errors(folder, has_out=False):
+        writer = ScoreWriter(run)
     for manifest, root in sets:
         started = time.monotonic()
         try:
-            data = EvaluationSet(manifest, root, encoders, features / "eval", quiet)
-            task = find_task(data.task.kind)
-            result = task.score(data)
+            with report_write_errors(features, during_run=True, has_out=False):
+                features.mkdir(parents=True, exist_ok=True)  # else a missing file of the set could be taken for it
+                data = EvaluationSet(manifest, root, encoders, features / "eval", quiet)
+                task = find_task(data.task.kind)
+                result = task.score(data)
         except RunError:
             raise
         except (UserError, WorkersFailedError, UnreadableImageError, OSError) as problem:
@@ -60,6 +66,10 @@ def evaluate_sets(
             if isinstance(problem, TooSmallError):
                 note(f"skipped: {problem}")
             else:
-                yield writer.add_error(manifest, reason)
+                with report_write_errors(folder, has_out=False):
+                    record = writer.add_error(manifest, reason)
+                yield record
         else:
-            yield writer.add(data, task.protocol_id(data), result, time.monotonic() - started)
+            with report_write_errors(folder, has_out=False):
+                record = writer.add(data, task.protocol_id(data), result, time.monotonic() - started)
+            yield record

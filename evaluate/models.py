@@ -24,7 +24,7 @@ from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import canonical_json, write_atomically
+from sail_align.extract.system.files import canonical_json, report_write_errors, write_atomically
 
 PREFIX = "open_clip:"
 
@@ -58,8 +58,9 @@ def load_open_clip(reference: str, device: str) -> Run:
             "image": ImageEncoderConfig(reference).load(device).identity.to_json(),
             "text": TextEncoderConfig(reference).load(device).identity.to_json(),
         }
-        write_atomically(folder / "encoders.json", json.dumps(towers, indent=1).encode())
-        write_atomically(folder / "settings.json", json.dumps({"model": reference}, indent=1).encode())
+        with report_write_errors(folder, has_out=False):
+            write_atomically(folder / "encoders.json", json.dumps(towers, indent=1).encode())
+            write_atomically(folder / "settings.json", json.dumps({"model": reference}, indent=1).encode())
     settings, towers = (read_json(folder / f"{name}.json", f"Remove {folder}.") for name in ("settings", "encoders"))
     if settings.get("model") != reference:
         raise UserError(f"{folder} exists and is of the model {settings.get('model')!r}. Rename that folder.")

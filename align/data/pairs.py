@@ -84,8 +84,9 @@ class Pairs:
 
         Other rows are never served.
         """
-        usable: Rows = self.image.read_status() == Status.OK
-        return usable & (self.present().sum(axis=0, dtype=np.uint16) >= (positives or len(self.texts)))
+        usable: Rows = self.present().sum(axis=0, dtype=np.uint16) >= (positives or len(self.texts))
+        usable &= self.image.read_status() == Status.OK
+        return usable
 
     def present(self) -> Rows:
         """Return which captions have features, (captions, rows)."""

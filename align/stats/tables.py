@@ -1,13 +1,22 @@
 """Tables in Markdown and for a terminal, and the numbers in them."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from tabulate import tabulate
 
+from sail_align.extract.errors import printable
+
 Sign = Literal["-", "+"]
 """`-` marks negative numbers only, `+` positive numbers too."""
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line that no terminal, page or file takes for more than text: see `printable`."""
+    shown = printable(re.sub("[\t\n\r\u061c\u2028\u2029]", " ", text))
+    return shown.encode(errors="backslashreplace").decode()
 
 
 def number(value: float, *, beside: float | None = None, sign: Sign = "-") -> str:
@@ -40,10 +49,12 @@ def format_table(
 
     Args:
         header: Headings. They may have several lines.
-        rows: Cells.
+        rows: Cells. They are shown in `one_line`.
         align: `l` or `r` for each column. Columns beyond its end are aligned to the right.
         style: `pipe` for Markdown, `simple` for a terminal.
     """
+    header = ["\n".join(map(one_line, heading.split("\n"))) for heading in header]
+    rows = [[one_line(cell) for cell in row] for row in rows]
     sides = {"l": "left", "r": "right"}
     colalign = [sides[side] for side in align.ljust(len(header), "r")]
     return tabulate(rows, header, style, disable_numparse=True, colalign=colalign if rows else None)

@@ -3,6 +3,7 @@
 import math
 
 from sail_align.align.stats.charts import COLOURS, styled_figure, to_svg
+from sail_align.align.stats.tables import one_line
 from sail_align.evaluate.report.overview import Panel
 from sail_align.evaluate.tasks.task import find_task
 
@@ -37,6 +38,7 @@ def radar_chart(panel: Panel) -> str | None:
     if len(columns) < 3 or len({column.mark for column in columns}) < 2 or not is_complete:
         return None
     names = [(column.record["dataset"], f"{column.metric['label']} ({column.mark})") for column in columns]
+    names = [(one_line(name), one_line(label)) for name, label in names]
     labels = ["\n".join(name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name in pair) for pair in names]
     turns = [math.tau * number / len(columns) for number in range(len(columns))]
     with styled_figure(580, 380) as figure:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from jinja2 import Environment, PackageLoader
 
-from sail_align.align.stats.tables import format_interval, format_table, number
+from sail_align.align.stats.tables import format_interval, format_table, number, one_line
 from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.results.scores import Record
@@ -45,14 +45,18 @@ def score_table(records: Iterable[Record]) -> str:
         if record.left_out:
             notes.append(f"note: {record.left_out}")
     header = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
-    return "\n".join([format_table(header, rows, "llrl", style="simple"), *dict.fromkeys(notes)])
+    return "\n".join([format_table(header, rows, "llrl", style="simple"), *map(one_line, dict.fromkeys(notes))])
 
 
 def text(overview: Overview, *, markdown: bool = False) -> str:
     """Return the tables as aligned columns or in Markdown, with notes below."""
 
     def escape(text: str) -> str:
-        return re.sub(r"[<\\`*_|\[\]]", r"\\\g<0>", " ".join(text.split())) if markdown else text
+        text = one_line(text)
+        if not markdown:
+            return text
+        escaped = re.sub(r"[<>\\`*_|\[\]&#~$]", r"\\\g<0>", " ".join(text.split()))
+        return re.sub(r"^([-+=]|\d+[.)])", lambda found: f"{found[0][:-1]}\\{found[0][-1]}", escaped)
 
     parts = []
     for panel in overview.panels:
@@ -73,7 +77,7 @@ def latex(overview: Overview) -> str:
     """Return the tables for `booktabs`, no wider than the text, with notes below. All text is escaped."""
 
     def tex(text: str) -> str:
-        return "".join(LATEX_CHARACTERS.get(character, character) for character in text)
+        return "".join(LATEX_CHARACTERS.get(character, character) for character in one_line(text))
 
     def stacked(label: str) -> str:
         """Return a label of several words in two lines."""
@@ -107,28 +111,40 @@ def comma_separated(overview: Overview) -> str:
     file = io.StringIO()
     table = csv.DictWriter(file, FIELDS, lineterminator="\n")
     table.writeheader()
+
+    def write(line: dict[str, object]) -> None:
+        table.writerow({name: _cell(value) for name, value in line.items()})
+
     for run in overview.runs:
         origin = f"measured, {run.unfinished}" if run.unfinished else "measured"
         for record in run.records:
             line = {"model": run.name, "origin": origin, **_provenance(record)}
             if record.error:
-                table.writerow(line | {"error": record.error})
+                write(line | {"error": record.error})
                 continue
             encoders = record["encoders"]
             line |= {"run digest": record["run"], "image encoder": encoders["image"], "text encoder": encoders["text"]}
             for metric in record["metrics"]:
                 low, high = metric.get("interval") or ("", "")
                 score = {"metric": metric["name"], "score": metric["value"], "low": low, "high": high}
-                table.writerow(line | score | {"chance": metric["chance"], "unit": metric["unit"]})
+                write(line | score | {"chance": metric["chance"], "unit": metric["unit"]})
     for key in overview.records:
         record = overview.any_record(key)
         for model in Reported.read_all():
             line = {"model": model.name, "origin": f"reported: {model.source}", **_provenance(record), "unit": "%"}
             scores = {metric["name"]: model.score(record, metric["name"]) for metric in record["metrics"]}
-            table.writerows(
-                line | {"metric": name, "score": score} for name, score in scores.items() if score is not None
-            )
+            for name, value in scores.items():
+                if value is not None:
+                    write(line | {"metric": name, "score": value})
     return file.getvalue()
+
+
+def _cell(value: object) -> object:
+    """Return a value as a cell that no spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _provenance(record: Record) -> dict[str, object]:

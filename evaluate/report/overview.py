@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sail_align.align.stats.tables import number
 from sail_align.evaluate.results.reported import Reported
 from sail_align.evaluate.results.scores import Key, Record, RunScores
-from sail_align.evaluate.tasks.task import find_task
+from sail_align.evaluate.tasks.task import find_task, without_unknown
 
 WIDTH = 8
 """Maximum number of columns in a table. Further ones go into another table."""
@@ -87,7 +87,7 @@ class Overview:
     """
 
     def __init__(self, runs: Sequence[RunScores]):
-        self.runs = runs
+        self.runs = runs = [without_unknown(run) for run in runs]
         own = [{record.key: record for record in run.scored} for run in runs]
         self.records = {
             key: [records.get(key) for records in own] for key in dict.fromkeys(k for each in own for k in each)

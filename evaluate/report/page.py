@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.stats.charts import Points, line_chart
-from sail_align.align.stats.tables import format_interval, number
+from sail_align.align.stats.tables import format_interval, number, one_line
 from sail_align.evaluate.report.charts import MARKERS, radar_chart
 from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, text
 from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.task import all_tasks
-from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.files import report_write_errors, write_atomically
 
 CURVE_ROWS = 12
 """Maximum number of rows of a curve as a table."""
@@ -31,7 +31,9 @@ def write_report(run: Path) -> Path:
         UserError: The run has no scores.
     """
     path = RunFolder(run).scores / "report.html"
-    write_atomically(path, html(Overview(RunScores.read_all([run]))).encode())
+    page = html(Overview(RunScores.read_all([run]))).encode()
+    with report_write_errors(path.parent, has_out=False):
+        write_atomically(path, page)
     return path
 
 
@@ -41,6 +43,7 @@ def html(overview: Overview) -> str:
         loader=PackageLoader("sail_align.evaluate.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: one_line(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -84,11 +87,16 @@ def training_curves(log: Path) -> list[dict[str, Any]]:
 
     Curves with fewer than two points are left out.
     """
-    *lines, _ = log.read_text().split("\n") if log.is_file() else [""]  # a killed run may leave part of a line
-    entries = [json.loads(line) for line in lines]
+    entries: list[dict[str, Any]] = []
+    for line in log.read_bytes().decode(errors="replace").split("\n") if log.is_file() else ():
+        try:
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break  # a killed run may leave part of a line
 
     def points(kind: str, field: str) -> Points:
-        return [(entry["step"], entry[field]) for entry in entries if entry["kind"] == kind and field in entry]
+        found = [(entry.get("step"), entry.get(field)) for entry in entries if entry.get("kind") == kind]
+        return [(x, y) for x, y in found if isinstance(x, int | float) and isinstance(y, int | float)]
 
     loss = {"training": points("train", "loss"), "held out": points("heldout", "loss")}
     recall = {"text→image": points("heldout", "t2i_r1"), "image→text": points("heldout", "i2t_r1")}

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sail_align.align.runs.folder import CONFIG, RunFolder, read_file, read_json
+from sail_align.align.runs.folder import CONFIG, RunFolder, damaged, read_file, read_json
 from sail_align.evaluate.results.metric import Outcomes, Result
 from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.files import canonical_json, write_atomically
 from sail_align.extract.system.progress import note
 
 if TYPE_CHECKING:  # a report reads scores without waiting for torch
@@ -82,6 +82,11 @@ class Record(dict[str, Any]):
         return RunFolder(run).scores / kind / f"{self['dataset']}-{self['task']}-{protocol}.{suffix}"
 
     @property
+    def description(self) -> dict[str, str]:
+        """Data set, title and task."""
+        return {field: self[field] for field in ("dataset", "title", "task") if field in self}
+
+    @property
     def signature(self) -> dict[str, str]:
         """Metadata of the outcomes, by which they are recognised as those of this record."""
         return {"protocol": self["protocol"], "data": self["data"]["digest"], "run": self["run"]}
@@ -111,11 +116,13 @@ class RunScores:
         file = RunFolder(path).scores / "scores.json"
         if not file.is_file():
             raise UserError(f"{path} has no scores.json. Run `sail-eval all --run {path}` first.")
-        content = read_json(file, REMEDY)
+        content = read_scores(file)
         if content.get("schema") != SCHEMA:
             raise UserError(
                 f"{file} is invalid: got schema {content.get('schema')!r}, expected {SCHEMA}. Evaluate again."
             )
+        if not all(isinstance(each, dict) and {"dataset", "task"} <= each.keys() for each in content["records"]):
+            raise damaged(file, REMEDY)
         return cls(path, RunFolder(path).name if name is None else name, content)
 
     @classmethod
@@ -196,7 +203,10 @@ class RunScores:
     def examples(self, record: Record) -> list[dict[str, Any]]:
         """Return the examples of a record, with the fields of `Example`."""
         path = record.file(self.path, "examples")
-        return list(json.loads(path.read_bytes())) if path.is_file() else []
+        try:
+            return list(json.loads(path.read_bytes())) if path.is_file() else []
+        except ValueError as problem:
+            raise damaged(path, "Remove it to leave the examples out, or evaluate again.") from problem
 
     def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
         """Return the outcomes of a record.
@@ -209,17 +219,41 @@ class RunScores:
             f"Score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {self.path}`."
         )
         try:
+            expected = record.get("outcomes_sha256")
+            is_changed = expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected
             with safe_open(path, framework="numpy") as file:
                 if file.metadata() != record.signature:
                     raise UserError(f"{path} is of another evaluation than the scores. {remedy}")
+                if is_changed:
+                    raise damaged(path, remedy)
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except FileNotFoundError as problem:
             raise UserError(f"{path} is missing, but a comparison needs it. {remedy}") from problem
-        except (OSError, SafetensorError) as problem:
+        except (OSError, SafetensorError, ValueError) as problem:
             raise UserError(f"{path} cannot be read ({problem}). {remedy}") from problem
         # Integers are stored in the smallest type that holds them, in which sums could overflow.
         widen = {name: np.int64 for name, values in stored.items() if values.dtype.kind in "iu"}
         return {name: values.astype(widen.get(name, values.dtype)) for name, values in stored.items()}
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Return the content of a scores.json without its digest, which older versions did not write.
+
+    Raises:
+        UserError: The file cannot be read or is damaged.
+    """
+    content = read_json(path, REMEDY)
+    digest = content.pop("digest", None)
+    known = content.keys() <= {"schema", "run", "encoders", "records"}
+    if (digest and digest != _digest(content)) or (content.get("schema") == SCHEMA and not known):
+        raise damaged(path, REMEDY)
+    if not isinstance(content.get("records", []), list) or not isinstance(content.get("run", {}), dict):
+        raise damaged(path, REMEDY)
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def unfinished(run: "Run") -> str:
@@ -276,6 +310,7 @@ class ScoreWriter:
         )
         examples = json.dumps([asdict(example) for example in result.examples]).encode()
         outcomes = save(_compact(result.outcomes), record.signature)
+        record["outcomes_sha256"] = hashlib.sha256(outcomes).hexdigest()
         write_atomically(record.file(self.run.path, "examples"), examples)
         write_atomically(record.file(self.run.path, "outcomes"), outcomes)
         return self.merge(record)
@@ -293,13 +328,14 @@ class ScoreWriter:
         run = {"name": RunFolder(self.run.path).name, "digest": self.run.digest, "unfinished": unfinished(self.run)}
         path = self.folder / "scores.json"
         with _lock(self.folder):
-            older = read_json(path, REMEDY) if path.exists() else {}
+            older = read_scores(path) if path.exists() else {}
             records = [Record(each) for each in older.get("records", [])]
             same = (older.get("schema"), older.get("encoders")) == (SCHEMA, self.encoders)
             if records and not (same and older["run"]["digest"] == self.run.digest):
                 note(f"{path}: {len(records)} scores of another checkpoint, encoder or version are replaced.")
                 records = []
             content = {"schema": SCHEMA, "run": run, "encoders": self.encoders, "records": _merge(records, record)}
+            content["digest"] = _digest(json.loads(json.dumps(content)))
             write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
         return record
 

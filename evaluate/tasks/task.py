@@ -13,6 +13,7 @@ import numpy as np
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
 from sail_align.evaluate.results.metric import Metric, Outcomes, Result
+from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.extract.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the commands derive from the declarations, and `--help` does not wait for torch
@@ -168,6 +169,17 @@ def all_tasks() -> Mapping[str, EvaluationTask]:
     ]
     tasks: list[EvaluationTask] = [module.TASK for module in modules if hasattr(module, "TASK")]
     return {task.kind: task for task in tasks}
+
+
+def without_unknown(run: RunScores) -> RunScores:
+    """Return the scores of a run with an error in place of each record whose task this version lacks."""
+    records: list[Record] = []
+    for record in run.records:
+        if record.error or record["task"] in all_tasks():
+            records.append(record)
+        else:
+            records.append(Record(record.description, error="this version has no such task. Update sail-align."))
+    return replace(run, content={**run.content, "records": records})
 
 
 def find_task(kind: str) -> EvaluationTask:

@@ -182,13 +182,14 @@ def report_read_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def report_write_errors(path: Path, *, during_run: bool = False) -> Iterator[None]:
+def report_write_errors(path: Path, *, during_run: bool = False, has_out: bool = True) -> Iterator[None]:
     """Turn an `OSError` of writing a file or folder into a `UserError`.
 
     Args:
         path: The file or folder that is written.
         during_run: The block also reads other files. Only errors that are certainly about writing `path` are turned
             into a `UserError`: a full disk, missing permission under `path`, or a `path` that has disappeared.
+        has_out: Whether the command has an option --out, which the message then names.
     """
     try:
         yield
@@ -208,6 +209,8 @@ def report_write_errors(path: Path, *, during_run: bool = False) -> Iterator[Non
         denied = problem.errno in _FORBIDDEN and Path(str(problem.filename)).is_relative_to(path)
         if during_run and not denied:
             raise
-        what, remedy = (problem.filename, "Change its permissions or pass") if denied else (path, "Pass")
+        what, remedy = (problem.filename, "Change its permissions") if denied else (path, "Correct this")
+        if has_out:
+            remedy = f"{remedy} or pass another --out" if denied else "Pass another --out"
         reason = problem.strerror or problem
-        raise UserError(f"{what} cannot be written ({reason}). {remedy} another --out.") from problem
+        raise UserError(f"{what} cannot be written ({reason}). {remedy}.") from problem
