@@ -12,7 +12,7 @@ import typer
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate.tasks.task import EvaluationTask, all_tasks, find_task
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import DataRoot, Device, Quiet, run_command
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def evaluate_all(
     demo = [about.name for about, _ in here if isinstance(about.source, DemoConfig) and not trained_on_demo(scored)]
     sets = [(about, root) for about, root in here if about.name not in demo] + own
     if missing := [about.name for about, root in packaged if (about, root) not in here]:
-        typer.echo("not here; each command shows what the set is and how to get it:")
-        for name in missing:
-            typer.echo(f"  sail-extract check {name}")
+        typer.echo(f"not here: {', '.join(missing)}. `sail-extract check NAME` shows what a set is and how to get it.")
     if demo:
         typer.echo(
             f"skipped: {', '.join(demo)}. They are drawings, and this run does not seem to be trained on the demo. "
@@ -267,7 +265,8 @@ def _find_sets(references: list[str], data_root: str | None, task: EvaluationTas
         if task and kind != task.kind:
             raise UserError(f"Manifest {about.name!r} is for {kind}. Use `sail-eval {kind}`.")
         if not about.is_here(root):
-            raise UserError(f"The data of {about.name!r} are not under {root}. See `sail-extract check {reference}`.")
+            how = command("sail-extract", "check", reference)
+            raise UserError(f"The data of {about.name!r} are not in {root}. See `{how}`.")
         sets.append((about, root))
     return sets
 

@@ -14,6 +14,7 @@ from sail_align.extract.system.command_line import DataRoot, Device, GroupedComm
 from sail_align.extract.system.files import as_path, require_store
 
 if TYPE_CHECKING:
+    from sail_align.extract.data import Source
     from sail_align.extract.executor.job import Job
     from sail_align.extract.executor.local import LocalExecutor
     from sail_align.extract.executor.ray_cluster import RayCluster
@@ -105,7 +106,6 @@ def run(
     _check_options(retry, workers, add_captions, captions or image_encoder)
     about, root = _find_data(manifest, data_root, needed=not add_captions)
 
-    from sail_align.extract.data import describe_left_out
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.executor.job import Job
@@ -126,10 +126,7 @@ def run(
     else:
         image_name, options = image_encoder or about.encoders.image, (precision, trust_remote_code, compiled)
         image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
-        source = about.open_source(root)
-        if left_out := describe_left_out(source.left_out):
-            typer.echo(f"note: {about.name}: {left_out}.")
-        known = source.all_captions
+        known = _open_source(about, root).all_captions
         chosen = captions.split(",") if captions else list(about.encoders.captions or known)
     names = _require_captions(about.name, chosen, known)
     text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None
@@ -164,6 +161,16 @@ def _find_data(manifest: str, data_root: str | None, *, needed: bool) -> tuple["
             f"The data of {manifest!r} are not in {root}. See `{command('sail-extract', 'check', manifest)}`."
         )
     return about, root
+
+
+def _open_source(about: "Manifest", root: Path) -> "Source":
+    """Open the source of a manifest, and print which files it leaves out."""
+    from sail_align.extract.data import describe_left_out
+
+    source = about.open_source(root)
+    if left_out := describe_left_out(source.left_out):
+        typer.echo(f"note: {about.name}: {left_out}.")
+    return source
 
 
 def _require_captions(dataset: str, chosen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ finally:
         ("align", "export runs/no", "runs/no is not a run"),
         ("align", "import-released no.pt", "no.pt does not exist"),
         ("extract", "run no.yaml", "no.yaml"),
-        ("extract", "run cc3m", "The data of 'cc3m' are not under"),
+        ("extract", "run cc3m", "The data of 'cc3m' are not in"),
         ("extract", "status no.zarr", "no.zarr is not a feature store"),
         ("extract", "verify no.zarr", "no.zarr is not a feature store"),
         ("extract", "overlap no.zarr no.zarr", "no.zarr is not a feature store"),

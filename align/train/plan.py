@@ -191,7 +191,9 @@ def make_plan(
     notes[:0] = _caption_notes(pairs, policy, named=bool(weights))
     if exclude:
         fewer = sum(int(left_out.sum()) for left_out in excluded)
-        notes.insert(0, f"Rows excluded by a list of {len(exclusions.keys):,} keys: {fewer:,}.")
+        keys = f"{len(exclusions.keys):,} keys"
+        absent = f"Nothing is excluded: none of {keys} is in the stores."
+        notes.insert(0, f"Rows excluded by {keys}: {fewer:,}." if fewer else absent)
     if unusable:
         advice = _caption_advice(pairs, positives, can_sample=options.get("head") != "cca")
         notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.{advice}")

@@ -19,7 +19,12 @@ def test_excluded_rows_are_neither_served_nor_held_out(make_store, tmp_path):
     (tmp_path / "two.txt").write_text("key 3\r\nkey 299\r\nkey 300")
     whole, _ = make_plan([first, second], QUICK)
     plan, notes = make_plan([first, second], QUICK, exclude=[tmp_path / "one.txt", tmp_path / "two.txt"])
-    assert "Rows excluded by a list of 5 keys: 4." in notes
+    assert "Rows excluded by 5 keys: 4." in notes
+    (tmp_path / "other.txt").write_text("a.jpg\nb.jpg\n")
+    assert (
+        "Nothing is excluded: none of 2 keys is in the stores."
+        in make_plan([first, second], QUICK, exclude=[tmp_path / "other.txt"])[1]
+    )
     assert whole.training_rows + whole.held_out_rows == 500
     assert plan.training_rows + plan.held_out_rows == 496
     used = [training | held for training, held in zip(plan.training, plan.held_out, strict=True)]
@@ -59,7 +64,7 @@ def test_run_resumes_only_with_the_same_list(make_store, tmp_path, monkeypatch):
     changed = CliRunner().invoke(app, command).output
     assert "writing runs/photos-glu-2" in changed
     again = CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).output
-    assert "note: Rows excluded by a list of 1 keys: 1." in again
+    assert "note: Rows excluded by 1 keys: 1." in again
     assert "resuming runs/photos-glu:" in again
 
 

@@ -245,7 +245,7 @@ def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path
         (["compare", "RUN"], "One run cannot be compared: got only"),
         (
             ["classification", "SQUARES", "--data-root", "nowhere"],
-            "'squares' are not under nowhere. See `sail-extract check /",
+            "'squares' are not in nowhere. See `sail-extract check /",
         ),
         (["report", "RUN"], "has no scores.json. Run `sail-eval all --run"),
         (
@@ -292,9 +292,7 @@ def test_all_without_data_explains_how_to_get_it(sail_eval, packaged, run, monke
     code, out, _ = sail_eval("all", "--quiet")
     assert code == 0
     assert out.splitlines() == [
-        "not here; each command shows what the set is and how to get it:",
-        "  sail-extract check far",
-        "  sail-extract check demo-pairs",
+        "not here: far, demo-pairs. `sail-extract check NAME` shows what a set is and how to get it.",
         "nothing to score: get one of these, or describe your own pictures (docs/data.md) for --manifest.",
     ]
     assert not (run.path / "scores.json").exists()
