@@ -245,11 +245,19 @@ class FeatureArray:
         stop = self.rows if stop is None else min(stop, self.rows)
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             if shard in self.markers and shard not in self._compared:
-                file = self._status.shard_file(shard)
-                if file_digest(file) != self.markers[shard]["sha256"]["status"]:
-                    raise damaged(file, "its content is not what was committed")
+                self._compare_status(shard)
                 self._compared.add(shard)
         return self._status.read(start, stop, self.markers)
+
+    def _compare_status(self, shard: int) -> None:
+        file = self._status.shard_file(shard)
+        if file_digest(file) == self.markers[shard]["sha256"]["status"]:
+            return
+        # Another process may have written the shard again, such as `--retry failed`.
+        if marker := self._read_marker(shard):
+            self.markers[shard] = marker
+        if file_digest(file) != self.markers[shard]["sha256"]["status"]:
+            raise damaged(file, "its content is not what was committed")
 
     @property
     def mapped(self) -> bool:
