@@ -127,7 +127,7 @@ def run(
         image_name, options = image_encoder or about.encoders.image, (precision, trust_remote_code, compiled)
         image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
         known = _open_source(about, root).all_captions
-        chosen = captions.split(",") if captions else list(about.encoders.captions or known)
+        chosen = captions.split(",") if captions else list(about.encoders.captions or _in_store(known, path))
     names = _require_captions(about.name, chosen, known)
     text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None
     Runtime.of(device, precision)  # raises if either is invalid
@@ -171,6 +171,14 @@ def _open_source(about: "Manifest", root: Path) -> "Source":
     if left_out := describe_left_out(source.left_out):
         typer.echo(f"note: {about.name}: {left_out}.")
     return source
+
+
+def _in_store(captions: Sequence[str], path: Path) -> list[str]:
+    """Return the captions that a store has if it exists: an earlier version may have found fewer in the same data."""
+    from sail_align.extract.store.store import Store
+
+    existing = Store.open(path).captions if (path / "zarr.json").exists() else captions
+    return [name for name in captions if name in existing]
 
 
 def _require_captions(dataset: str, chosen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -93,8 +93,9 @@ class Checkpoint:
         Raises:
             UserError: It has another format, or is damaged.
         """
-        folder = path if RunFolder(path).is_checkpoint else RunFolder(path).last
-        finished = None if folder == path else RunFolder(path).finished
+        is_run = not RunFolder(path).is_checkpoint
+        finished = RunFolder(path).finished if is_run else None  # first: a fit may end between these lines
+        folder = RunFolder(path).last if is_run else path
         if finished and (folder is None or RunFolder(folder).step != finished["step"]):
             raise damaged(RunFolder(path).checkpoint(finished["step"]) / "model.json", BEGIN_AGAIN)
         if folder is None:

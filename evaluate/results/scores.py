@@ -121,7 +121,8 @@ class RunScores:
             raise UserError(
                 f"{file} is invalid: got schema {content.get('schema')!r}, expected {SCHEMA}. Evaluate again."
             )
-        if not all(isinstance(each, dict) and {"dataset", "task"} <= each.keys() for each in content["records"]):
+        records = content.get("records", [None])
+        if not all(isinstance(each, dict) and {"dataset", "task"} <= each.keys() for each in records):
             raise damaged(file, REMEDY)
         return cls(path, RunFolder(path).name if name is None else name, content)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sail_align.extract.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LAYERS = (nn.Linear, nn.Conv2d)
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
 
 
 @contextmanager
@@ -142,4 +142,4 @@ class Runtime:
 def _cast_inputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the inputs of a layer in the dtype of its weights, because some networks pass it a float32 buffer."""
     weight: Any = layer.weight
-    return tuple(each.to(weight.dtype) for each in inputs)
+    return inputs if weight is None else tuple(each.to(weight.dtype) for each in inputs)

@@ -14,6 +14,7 @@ from sail_align.extract.data import Sample, Source, Status, UnreadableImageError
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
+from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import CAPTION
 from sail_align.extract.store.store import Store
@@ -72,8 +73,10 @@ class ArrayTask:
         """Return the task of encoding one caption of a store's samples. Create the array if missing.
 
         Raises:
-            UserError: The store holds features of another encoder under the same name.
+            UserError: The store has no such caption, or holds features of another encoder under the same name.
         """
+        if caption not in store.captions:
+            raise UserError(f"{store.path} has no caption {caption!r}. Pass another --out to index the data set again.")
         column = CAPTION + caption
 
         def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:

@@ -120,6 +120,8 @@ class ClassFolderSource(FolderSource):
         return dict(sorted(counts.items()))
 
     def _read(self, label: int, folder: str) -> Iterator[Sample]:
-        for name in list_folder(self.folder / folder)[0]:
+        names = list_folder(self.folder / folder)[0]
+        require_utf8(self.folder / folder, names)
+        for name in names:
             key = f"{folder}/{name}"
             yield Sample(key=key, image=key, label=label)

@@ -15,7 +15,6 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageEr
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.file_set import require_utf8
 
 PIXEL_LIMIT = 100_000_000
 """Images with more pixels than this are rejected before they are decoded."""
@@ -58,13 +57,9 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
 
     A file is an image if its extension belongs to one of `FORMATS`. The first bytes of any other file decide. Folders
     and hidden files are not listed.
-
-    Raises:
-        UserError: A name is not UTF-8.
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
-    require_utf8(folder, names)
     endings = _endings()
     others = [name for name in names if os.path.splitext(name)[1].lower() not in endings]
     if not others:

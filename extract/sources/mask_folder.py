@@ -14,6 +14,7 @@ from sail_align.extract.data import IGNORED, Part, Sample, UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
+from sail_align.extract.sources.file_set import require_utf8
 from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
 
 MaskValue = Annotated[int, Field(ge=0, le=255)]
@@ -137,6 +138,8 @@ class MaskFolderSource(FolderSource):
         if self.folder.samefile(self._masks):
             pictures, no_masks, masks = sorted({*pictures} - {*pngs}), [], pngs
         no_masks += sorted({*masks} - {*pngs})
+        require_utf8(self.folder, pictures)
+        require_utf8(self._masks, pngs)
         image_names, mask_names = _by_stem(pictures), _by_stem(pngs)
         left_out = Counter(map(ending_of, [*others, *no_masks]))
         if without := sum(len(found) for stem, found in image_names.items() if stem not in mask_names):

@@ -198,7 +198,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 try:
                     row = json.loads(line, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get)
-                except ValueError as problem:
+                except (ValueError, RecursionError) as problem:
                     raise ValueError(f"line {number}: {problem}") from problem
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is not a JSON object")
@@ -277,7 +277,8 @@ def nan_as_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_floating(kind):
         return pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
-    if hasattr(kind, "value_type") and pa.types.is_floating(kind.value_type):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and pa.types.is_floating(kind.value_type):
         rows = [row and [None if value != value else value for value in row] for row in column.to_pylist()]
         return pa.chunked_array([pa.array(rows, kind)])
     return column

@@ -253,11 +253,9 @@ class FeatureArray:
         file = self._status.shard_file(shard)
         if file_digest(file) == self.markers[shard]["sha256"]["status"]:
             return
-        # Another process may have written the shard again, such as `--retry failed`.
-        if marker := self._read_marker(shard):
-            self.markers[shard] = marker
-        if file_digest(file) != self.markers[shard]["sha256"]["status"]:
-            raise damaged(file, "its content is not what was committed")
+        if self._read_marker(shard) != self.markers[shard]:
+            raise UserError(f"{file} is being written again by another process. Rerun this command when it has ended.")
+        raise damaged(file, "its content is not what was committed")
 
     @property
     def mapped(self) -> bool:

@@ -17,8 +17,6 @@ from sail_align.extract.errors import UserError
 NOT_A_STORE = "{path} is not a feature store. Make one with `sail-extract run`."
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
-"""Errors of file systems that cannot sync a folder. Any other error means that it was not synced."""
 
 
 def as_path(location: str | Path) -> Path:
@@ -130,7 +128,7 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
         finally:
             os.close(descriptor)
     except OSError as problem:
-        if problem.errno not in _UNSUPPORTED:
+        if problem.errno in {errno.EIO, *_FULL}:  # other errors: the file system cannot sync folders
             raise
 
 

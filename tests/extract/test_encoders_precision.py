@@ -129,3 +129,21 @@ def test_encoders_forbid_tf32_while_they_run(tmp_path, before):
         image.encode(random_pixels(1, 56, 56))
     assert seen == [(False, False)] * 3
     assert flags() == before
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_layer_norms_take_float32_positions(precision):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.linspace(0, 1, 7 * 8).reshape(7, 8).sin())
+            self.norm, self.bare = nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False)
+
+        def forward(self, x_BLD):
+            return self.norm(self.bare(x_BLD + self.table) + self.table)
+
+    network, x_BLD = Positions(), torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0))
+    expected = network(x_BLD)
+    runtime = Runtime.of("cpu", precision)
+    found = runtime.freeze(network)(x_BLD.to(runtime.dtype))
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from fakes import FakeText, FakeVision
 
+from sail_align.extract.cli import _in_store
+from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
+from sail_align.extract.executor.encode import ArrayTask
 from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store.open_or_create import open_or_create
@@ -59,3 +62,14 @@ def test_progress_includes_shards_of_an_earlier_run(pictures, capfd):
     summary = extract(store, source, image=FakeVision(), text=None, captions=[])
     assert summary.encoded == 256
     assert "600/600" in capfd.readouterr().err
+
+
+def test_store_without_a_caption_is_resumed_without_it(tmp_path):
+    """As one of tars whose texts an earlier version did not use."""
+    path = tmp_path / "s.zarr"
+    store = Store.create(path, dataset="d", manifest={}, parts=[Part.of([Sample("a", "a.jpg")])], captions=[])
+    assert _in_store(["raw"], path) == []
+    assert _in_store(["raw"], tmp_path / "new.zarr") == ["raw"]
+    with pytest.raises(UserError, match=r"s\.zarr has no caption 'raw'\. Pass another --out"):
+        ArrayTask.for_caption(store, "raw", FakeText())
+    assert not (path / "text").exists()

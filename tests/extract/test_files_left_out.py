@@ -80,9 +80,8 @@ def test_every_file_is_a_sample_or_counted(tmp_path_factory, chance: random.Rand
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"caf\xe9", b"\xff.txt"])
-@pytest.mark.parametrize("where", ["cat", "."])
-def test_names_that_are_not_utf8_are_an_error(folder, name, where, typed):
-    shutil.copy(os.fsencode(folder / "cat" / "a.jpg"), os.fsencode(folder / where) + b"/" + name)
+def test_names_that_are_not_utf8_are_an_error(folder, name, typed):
+    shutil.copy(os.fsencode(folder / "cat" / "a.jpg"), os.fsencode(folder / "cat") + b"/" + name)
     manifest = folder.parent / "made.yaml"
     fields = {**ABOUT, "source": {"kind": "class-folder", "root": "val"}, "task": {"kind": "classification"}}
     manifest.write_text(yaml.safe_dump(fields))
@@ -93,6 +92,18 @@ def test_names_that_are_not_utf8_are_an_error(folder, name, where, typed):
     code, _, err = typed("run", str(manifest), "--out", str(folder.parent / "out.zarr"))
     assert code == 2
     assert f"{shown} is invalid: it is not UTF-8. Rename the file." in err
+
+
+def test_unused_files_may_have_any_name(folder):
+    before = opened(folder)
+    rows, left_out = len(list(before.samples())), sum(before.left_out.values())
+    (folder / "cat" / "old").mkdir()
+    for place in (".", "cat/old"):
+        shutil.copy(os.fsencode(folder / "cat" / "a.jpg"), os.fsencode(folder / place) + b"/caf\xe9.jpg")
+    (folder / "cat" / os.fsdecode(b"n\xf6tes.txt")).write_text("no image")
+    after = opened(folder)
+    assert len(list(after.samples())) == rows
+    assert sum(after.left_out.values()) == left_out + 3
 
 
 def test_folders_and_tables_that_are_not_utf8_are_an_error(folder):

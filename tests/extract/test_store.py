@@ -334,14 +334,16 @@ def test_flipped_byte_of_statuses_is_damage_when_they_are_first_used(store, plac
         Store.open(store.path).image().read_status()
 
 
-def test_statuses_that_another_process_has_written_again_are_read(store):
+def test_statuses_that_another_process_has_written_again_are_not_called_damaged(store):
     array = store.add(identity("image"))
     features, missing = np.full((256, 4), np.nan, dtype=np.float16), np.full(256, Status.MISSING, dtype=np.uint8)
     array.write(0, features, missing)
     other = Store.open(store.path).image()
     assert other.markers
     array.write(0, np.ones_like(features), np.zeros_like(missing))
-    assert not other.read_status(0, 256).any()
+    with pytest.raises(UserError, match="is being written again by another process"):
+        other.read_status(0, 256)
+    assert not Store.open(store.path).image().read_status(0, 256).any()
 
 
 def test_unknown_column_of_the_index_is_rejected(store):
