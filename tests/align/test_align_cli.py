@@ -40,6 +40,7 @@ def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp
     assert RunFolder.newest().name == "photos-glu-3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", [[], ["--out", "mine"]])
 def test_finished_run_is_not_trained_again(make_store, monkeypatch, out):
     words = ["--features", make_store("photos"), *QUICK, *out]
@@ -55,6 +56,7 @@ def test_finished_run_is_not_trained_again(make_store, monkeypatch, out):
     assert len(list(Path().glob("runs/*") if not out else Path().glob("mine*"))) == 1
 
 
+@pytest.mark.slow
 def test_stopped_run_prints_how_to_resume_and_resumes(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
@@ -68,6 +70,7 @@ def test_stopped_run_prints_how_to_resume_and_resumes(make_store, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_other_precision_starts_another_run(make_store, monkeypatch):
     path = make_store("photos")
     with monkeypatch.context() as patch:
@@ -101,6 +104,7 @@ def interrupt(*_):
     raise StoppedError(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_new_run_lists_its_differences_and_keeps_a_given_name(make_store):
     words = ["--features", make_store("photos"), *QUICK]
     run_fit(*words)
@@ -140,6 +144,7 @@ def test_differences_name_options_and_stores():
         assert ", ".join(differences(before, {**before, **change})) == expected
 
 
+@pytest.mark.slow
 def test_folder_of_a_killed_first_write_is_free(make_store, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -163,6 +168,7 @@ def test_store_at_a_url_trains_the_same_weights(make_store, tmp_path):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_choices_and_results_are_printed(make_store):
     result = run_fit(
         "--features", make_store("photos", rows=500, bad=[2]), "--quiet", "--steps", "3", "--device", "cpu"
@@ -181,6 +187,7 @@ def mistake(*words):
     return str(result.exception)
 
 
+@pytest.mark.slow
 def test_mistakes_raise_and_leave_no_run(make_store, tmp_path):
     good = make_store("good")
     two = make_store("two", captions={"raw": (), "long": ()})
@@ -221,11 +228,13 @@ def test_duplicate_captions_and_stores_raise(make_store):
     )
 
 
+@pytest.mark.slow
 def test_captions_may_be_separated_by_blanks(make_store):
     path = make_store("two", captions={"raw": (), "long": ()})
     assert "captions raw, long;" in run_fit("--features", path, "--captions", "raw, long ", *QUICK).output
 
 
+@pytest.mark.slow
 def test_out_must_be_free_or_a_run(make_store, tmp_path):
     good = make_store("good")
     (tmp_path / "file").write_text("")
@@ -242,6 +251,7 @@ def command(*words):
     return [sys.executable, "-c", "from sail_align.align.cli import main; main()", "fit", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_mistake_exits_2_with_one_line():
     done = subprocess.run(command("--features", "no.zarr"), capture_output=True, text=True, check=False)
     assert done.returncode == 2

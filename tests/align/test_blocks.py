@@ -56,6 +56,7 @@ def assert_agree(found, expected, rounding):
         assert np.linalg.norm(gradient.double().numpy() - right) <= rounding * np.linalg.norm(size) + 1e-12
 
 
+@pytest.mark.slow
 @BOTH
 @settings(max_examples=50, deadline=None)
 @given(captions=st.integers(1, 3), size=st.integers(2, 14), dim=st.integers(1, 9), seed=st.integers(0, 99))

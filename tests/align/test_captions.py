@@ -85,6 +85,7 @@ def test_sampled_captions_belong_to_their_image_and_change_each_epoch(three):
     assert any(kinds[0, row] != kinds[1, row] for row in range(240))
 
 
+@pytest.mark.slow
 def test_samples_depend_only_on_seed_epoch_and_batch(three):
     policy = CaptionPolicy({"raw": 1.0, "short": 1.0, "long": 4.0}, 1)
     whole = served(stream_of(three, policy), None, 6)
@@ -94,6 +95,7 @@ def test_samples_depend_only_on_seed_epoch_and_batch(three):
         assert torch.equal(torch.cat([first[1], second[1]], dim=1), texts)
 
 
+@pytest.mark.slow
 def test_weights_multiply_the_losses_if_all_captions_are_used(three):
     images, texts = torch.randn(5, 4), torch.randn(2, 5, 4)
     at = torch.tensor(1.0), torch.tensor(-1.0)

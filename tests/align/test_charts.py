@@ -31,6 +31,7 @@ def test_line_chart_places_points_on_its_axes():
     assert points[0][1] == pytest.approx(float(labels["8"].get("y")), abs=6)  # a text's y is its baseline
 
 
+@pytest.mark.slow
 def test_line_chart_is_logarithmic_only_if_allowed_and_wide():
     narrow = {"training": [(0, 2.0), (10, 1.0)]}
     assert "loss (log scale)" in texts(line_chart(LOSS, "step", "loss", allow_log=True))
@@ -48,6 +49,7 @@ def test_dot_chart_places_dots_and_whiskers():
     assert [left, right] == pytest.approx([zero + 0.9 * (ten - zero), zero + 1.1 * (ten - zero)])
 
 
+@pytest.mark.slow
 def test_same_chart_has_same_bytes():
     assert line_chart(LOSS, "step", "loss") == line_chart(LOSS, "step", "loss")
     assert "20" not in re.findall(r"<dc:date>(.*)</dc:date>", line_chart(LOSS, "step", "loss"))

@@ -109,6 +109,7 @@ def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, mon
     assert len(calls) == 13  # another recipe: other runs
 
 
+@pytest.mark.slow
 def test_collapsed_runs_are_marked(make_store, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "LADDER", LADDER[3:5])
     monkeypatch.setattr(Watch, "replay", lambda run, _: "it has" if "sigmoid" in run.name else None)
@@ -146,6 +147,7 @@ def test_rungs_with_long_captions_are_skipped_if_there_are_none(make_store, tmp_
     assert "8/8 + multi-positive, seed 0" in typed(*words, "--raw", "c0", "--long", "c1").output
 
 
+@pytest.mark.slow
 def test_invalid_requests_are_rejected_before_the_first_fit(make_store, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("fitted"))
     path = make_store("photos")

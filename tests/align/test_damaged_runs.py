@@ -47,6 +47,7 @@ def flip(path, place):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_rerun_of_a_finished_run_changes_nothing(train):
     run = train()
     before = files(run)
@@ -56,6 +57,7 @@ def test_rerun_of_a_finished_run_changes_nothing(train):
     assert files(train()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -87,6 +89,7 @@ def test_lost_record_is_noticed_by_whatever_reads_the_run(train):
         load_run(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["{\n", '{"kind": "tra', "[]\n", '{"kind": "train", "step": 4}\n', "\x00" * 9])
 def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, line):
     run = train()
@@ -108,6 +111,7 @@ def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, l
     assert files(train()) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", range(8))
 @pytest.mark.parametrize("keep", [1, 2])
 def test_rerun_ends_the_clean_up_of_a_killed_process(train, monkeypatch, allowed, keep):
@@ -134,6 +138,7 @@ def test_rerun_ends_the_clean_up_of_a_killed_process(train, monkeypatch, allowed
     assert files(train(keep=keep)) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "train"}', '{"kind": "x", "step": 1}', "\xff"])
 def test_replay_of_a_damaged_log_is_an_error(train, content):
     run = train()
@@ -143,6 +148,7 @@ def test_replay_of_a_damaged_log_is_an_error(train, content):
         Watch.replay(run, 1e-3)
 
 
+@pytest.mark.slow
 @given(st.text() | st.recursive(st.none() | st.integers() | st.floats() | st.text(), st.lists).map(json.dumps))
 def test_no_other_text_is_an_entry(text):
     assert parse_entry(text) is None
@@ -155,6 +161,7 @@ VALUES = {"t": 1.0, "positive_logit": 0.5, "negative_logit": 0.25}
 OTHER_TYPES = st.none() | st.booleans() | st.text() | st.lists(st.none())
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["kind", "step", *VALUES]), OTHER_TYPES))
 def test_entry_with_a_field_of_another_type_is_none(changes):
     entry = {"kind": "train", "step": 3, **VALUES}

@@ -188,6 +188,7 @@ def leave(world):
         return str(lost)
 
 
+@pytest.mark.slow
 def test_remaining_process_reports_the_lost_one(in_processes):
     said, left = in_processes(leave)
     assert left is None
@@ -278,6 +279,7 @@ def test_lost_process_ends_the_job_and_any_number_resumes(begin, make_store, tmp
         assert losses == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_mistake_is_reported_once(begin, make_store):
     store = make_store()
     processes = begin(2, "--features", store, "--out", store, "--steps", 1)

@@ -13,6 +13,7 @@ from sail_align.extract.errors import UserError
 QUICK = {"steps": 4, "dim": 8}
 
 
+@pytest.mark.slow
 def test_excluded_rows_are_neither_served_nor_held_out(make_store, tmp_path):
     first, second = make_store("a", rows=300, numbered=True), make_store("b", rows=200, numbered=True, first=300)
     (tmp_path / "one.txt").write_text("key 3\tother key\t0.99\nkey 310\tmore\t0.97\nkey 9999\n\n")
@@ -53,6 +54,7 @@ def test_settings_identify_the_excluded_keys(make_store, tmp_path):
     assert not {name for name in make_plan([store], QUICK)[0].record() if "excluded" in name}
 
 
+@pytest.mark.slow
 def test_run_resumes_only_with_the_same_list(make_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = make_store("photos")

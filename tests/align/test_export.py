@@ -58,6 +58,7 @@ def embeddings(model, pictures):
     return torch.cat([model.encode_image(pictures), model.encode_text(TEXTS)])
 
 
+@pytest.mark.slow
 def test_exported_folder_gives_the_same_embeddings(run, encoders, pictures, folders):
     result = export(run, "--out", "hub")
     assert result.exit_code == 0, result.output
@@ -78,6 +79,7 @@ def test_exported_folder_gives_the_same_embeddings(run, encoders, pictures, fold
         assert model.logit_bias.item() == -10
 
 
+@pytest.mark.slow
 def test_tensors_and_raw_inputs_give_the_same_embeddings(run, pictures):
     model = pretrained.load(run, device="cpu")
     pixels_BHWC = torch.stack([model.preprocess(picture) for picture in pictures])
@@ -123,6 +125,7 @@ def test_export_has_no_local_paths(run, encoders, tmp_path):
         pretrained.load("hub")
 
 
+@pytest.mark.slow
 def test_card_has_scores_and_provenance(run, tmp_path):
     assert "note: runs/photos-glu has no scores" in export(run, "--out", "unscored").output
     manifest = write_captioned(tmp_path / "holiday")

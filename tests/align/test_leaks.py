@@ -26,6 +26,7 @@ def copy_pictures(path, copies, source=None):
         array.write(shard, features[span], status[span])
 
 
+@pytest.mark.slow
 def test_copies_of_held_out_pictures_are_not_trained_on(make_store):
     first, second = make_store("a", rows=300), make_store("b", rows=200, first=1_000)
     whole, notes = make_plan([first, second], OPTIONS)
@@ -43,6 +44,7 @@ def test_copies_of_held_out_pictures_are_not_trained_on(make_store):
     assert plan.training_rows == whole.training_rows - 3
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_found_rows_are_those_with_equal_features(make_store, data):

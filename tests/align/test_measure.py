@@ -21,6 +21,7 @@ def typed(*words):
     return CliRunner().invoke(app, [*map(str, words)])
 
 
+@pytest.mark.slow
 def test_recall_equals_that_of_a_cca_fit(make_store, tmp_path):
     path = make_store("photos", rows=600, bad=[3, 77])
     words = ["fit", "--features", path, "--out", tmp_path / "run", "--head", "cca", "--held-out", 0.2, "--quiet"]
@@ -34,6 +35,7 @@ def test_recall_equals_that_of_a_cca_fit(make_store, tmp_path):
     assert found["chance"] == pytest.approx(100 / 120)
 
 
+@pytest.mark.slow
 def test_matching_captions_score_higher_than_shifted_ones(make_store):
     path = make_store("photos", rows=600, captions={"raw": (), "long": range(300)})
     store = Store.open(path)
@@ -54,6 +56,7 @@ def test_matching_captions_score_higher_than_shifted_ones(make_store):
     assert shifted["t2i_r1"] < 6 * shifted["chance"]
 
 
+@pytest.mark.slow
 def test_each_image_encoder_is_measured_with_each_caption(make_store):
     path = make_store("photos", captions={"raw": (), "long": ()})
     store = Store.open(path)
@@ -70,6 +73,7 @@ def test_each_image_encoder_is_measured_with_each_caption(make_store):
     assert found[0]["cka"] == found[2]["cka"]
 
 
+@pytest.mark.slow
 def test_sample_depends_on_its_seed_and_covers_whole_spans(make_store, monkeypatch):
     monkeypatch.setattr(measuring, "SPAN_ROWS", 16)
     store = Store.open(make_store("photos", rows=1_000, numbered=True))

@@ -85,6 +85,7 @@ def test_choose_captions_rejects_stores_that_do_not_fit(there, asked, positives,
     assert str(error.value) == message
 
 
+@pytest.mark.slow
 def test_make_plan_rejects_more_positives_than_a_store_has(mixed):
     with pytest.raises(UserError, match=r"got 2, but .*few.zarr has 1 captions \(raw\). Give at most 1"):
         make_plan(mixed, {"positives": 2})
@@ -148,6 +149,7 @@ def test_epoch_serves_each_row_once_with_its_own_captions(mixed, positives):
     assert {name for count, name in drawn if count == 3} == set(WEIGHTS)
 
 
+@pytest.mark.slow
 def test_scan_yields_all_captions_of_each_store(mixed):
     pairs = open_pairs(mixed, positives=1)
     with stream_of(pairs, 1) as stream:

@@ -97,5 +97,6 @@ def test_missing_library_is_reported(run, monkeypatch, library):
     assert str(problem) == f"--to onnx needs {library}. Install it with: pip install 'sail-align[onnx]'."
 
 
+@pytest.mark.slow
 def test_licence_is_rejected_for_onnx(run):
     assert "--licence has no effect with --to onnx" in str(export(run(), "--licence", "mit").exception)

@@ -108,6 +108,7 @@ def test_clamp_has_no_effect_on_the_golden_file():
             assert head.gate(normed_BD).abs().max() < 1000
 
 
+@pytest.mark.slow
 def test_weights_that_the_clamp_may_affect_are_noted(typed, tmp_path, features):
     tensors = released_tensors()
     assert "clamps" not in typed(save_released(tmp_path / "a.pt", tensors)).output

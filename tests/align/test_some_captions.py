@@ -48,6 +48,7 @@ def test_without_positives_the_note_says_how_to_keep_rows(store):
     )
 
 
+@pytest.mark.slow
 def test_stream_serves_only_captions_that_a_row_has(store):
     for positives in (1, 2):
         plan, _ = make_plan([store], {**OPTIONS, "positives": positives})
@@ -66,6 +67,7 @@ def test_stream_serves_only_captions_that_a_row_has(store):
         assert seen == {(row, number) for number, row in np.argwhere(has).tolist()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"start": "closed-form"}])
 def test_fit_and_its_scores_are_finite(store, tmp_path, options):
     plan, _ = make_plan([store], {**OPTIONS, **options})

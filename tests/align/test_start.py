@@ -40,6 +40,7 @@ def test_bias_of_a_fresh_model_follows_the_formula(make_store, tmp_path, batch_s
     assert step["b"] == pytest.approx(-math.log(batch_size - 1), abs=0.2)
 
 
+@pytest.mark.slow
 def test_paper_values_are_unbalanced_for_a_small_batch(make_store, tmp_path):
     step = first_step(make_store, tmp_path, batch_size=500, temperature=20.0, bias=-10.0)
     assert not 0.1 < step["negative_mass"] / step["positive_mass"] < 10

@@ -145,6 +145,7 @@ def test_a_seed_counts_with_all_its_bits():
     assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "mlp", "glu"])
 @pytest.mark.parametrize("keep_bytes", [NOTHING, EVERYTHING])
 def test_bfloat16_rounds_the_gradients_and_no_more(head, keep_bytes):

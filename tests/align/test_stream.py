@@ -168,6 +168,7 @@ def compress(path):
         zarr.create_array(features, data=kept[0], shards=kept[1], chunks=kept[2], fill_value=np.nan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zarrs", [True, False])
 def test_compressed_stores_give_the_same_batches_and_decode_each_chunk_once(pair_of_stores, monkeypatch, zarrs):
     if zarrs:
@@ -223,6 +224,7 @@ def test_scan_yields_each_row_once_in_order(pair_of_stores):
     assert numbers(stream_of(pair_of_stores).scan()) == [*range(150), *range(1000, 1070)]
 
 
+@pytest.mark.slow
 def test_held_out_rows_depend_only_on_keys(make_store):
     stores = [make_store("one", rows=900), make_store("two", rows=400, first=1000)]
 
@@ -240,6 +242,7 @@ def test_held_out_rows_depend_only_on_keys(make_store):
     assert held_keys(stores[::-1]) == together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "fraction", "expected"),
     [(300, 0.0, 0), (300, 0.01, 60), (900, 0.05, 100), (900, 0.2, 180), (4, 0.05, 0), (8_000, 0.45, 3_600)],

@@ -30,6 +30,7 @@ def tracked(make_store, tmp_path):
     return run_fit
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_log(tracked):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, log = tracked("tensorboard")
@@ -63,6 +64,7 @@ def wandb(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_weights_and_biases_receives_the_log_and_recognises_a_resumed_run(tracked, wandb):
     assert parse_trackers("wandb") == ["wandb"]
     run, log = tracked("wandb")

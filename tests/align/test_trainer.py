@@ -93,6 +93,7 @@ def test_bfloat16_learns_what_float32_learns(make_store, tmp_path):
         assert rounded[name] == pytest.approx(exact[name], abs=5)
 
 
+@pytest.mark.slow
 def test_each_step_has_its_own_random_numbers(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run", steps=5)
     step, drawn = Stepper.step, []
@@ -112,6 +113,7 @@ def test_cca_is_a_run_without_steps(make_store, tmp_path):
     assert loaded.model.image_head.linear_path is None
 
 
+@pytest.mark.slow
 def test_closed_form_start_scores_like_the_closed_form(make_store, tmp_path):
     store = make_store(rows=500)
     first = {}
@@ -172,6 +174,7 @@ def test_stopped_run_ends_like_an_uninterrupted_one(make_store, tmp_path, monkey
     assert content(run) == content(whole)
 
 
+@pytest.mark.slow
 def test_run_resumes_only_if_unfinished_and_with_the_same_settings(make_store, tmp_path):
     store = make_store()
     plan, run = begin([store], tmp_path / "run", steps=2)
@@ -223,6 +226,7 @@ def test_other_encoders_start_another_run(make_store, tmp_path):
     assert names == {"fake-image": "run", "b": "run-2"}
 
 
+@pytest.mark.slow
 def test_path_of_a_store_is_not_part_of_a_run(make_store, tmp_path, monkeypatch):
     path = make_store()
     monkeypatch.chdir(path.parent)
@@ -236,6 +240,7 @@ def test_path_of_a_store_is_not_part_of_a_run(make_store, tmp_path, monkeypatch)
     assert load_run(run).settings["stores"] == [path.name]
 
 
+@pytest.mark.slow
 def test_run_is_saved_between_scorings(make_store, tmp_path, monkeypatch):
     plan, run = begin([make_store()], tmp_path / "run", steps=60)
     stop_after(monkeypatch, 5)  # it is scored at every third step
@@ -244,6 +249,7 @@ def test_run_is_saved_between_scorings(make_store, tmp_path, monkeypatch):
     assert Checkpoint.read(run).step == 5
 
 
+@pytest.mark.slow
 def test_rare_captions_must_be_chosen_explicitly(make_store):
     path = make_store(rows=100, captions={"c0": (), "c1": range(10), "c2": range(70)}, bad=range(60, 100))
     with pytest.raises(UserError) as mistake:
@@ -272,6 +278,7 @@ def test_infinite_loss_stops_the_run(make_store, tmp_path, monkeypatch):
         fit(plan, run, device=CPU, quiet=True)
 
 
+@pytest.mark.slow
 def test_nan_features_are_distinguished_from_a_high_learning_rate(make_store, poison, tmp_path):
     path = make_store()
     keys = make_plan([path], {})[0].held_out[0]
@@ -289,6 +296,7 @@ def test_nan_features_are_distinguished_from_a_high_learning_rate(make_store, po
         fit(plan, run, device=CPU, quiet=True)
 
 
+@pytest.mark.slow
 def test_run_resumes_after_arrays_were_added_to_its_store(make_store, tmp_path):
     path = make_store(captions={"raw": ()})
     plan, run = begin([path], tmp_path / "run", steps=3)

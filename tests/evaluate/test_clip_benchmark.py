@@ -114,6 +114,7 @@ def test_missing_clip_benchmark_names_the_extra(run, monkeypatch):
     assert "pip install 'sail-align[eval]'" in str(problem)
 
 
+@pytest.mark.slow
 def test_clip_benchmark_loads_the_registered_model(run):
     pytest.importorskip("clip_benchmark.models", reason="clip-benchmark is not installed")
     from clip_benchmark.models import load_clip

@@ -142,6 +142,7 @@ def test_compare_marks_unfinished_runs(two_runs):
     assert output.startswith(f"first: {run.path}, second: {other.path} (unfinished: step 84 of 139)\n")
 
 
+@pytest.mark.slow
 def test_different_protocols_are_not_compared(two_runs):
     run, other, squares, score = two_runs
     (other.path / "scores.json").unlink()

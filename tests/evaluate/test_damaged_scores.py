@@ -39,6 +39,7 @@ def rewrite(folder, change, *, keep_digest=False):
     path.write_text(json.dumps(scores))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_of_the_scores_is_noticed(scored_run, place, bit):
@@ -68,6 +69,7 @@ def test_scores_without_digests_are_read(scored_run):
     assert len(Overview([scores]).panels) == 1
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_outcomes_is_noticed(scored_run):
     scores = RunScores.read(scored_run)
     (record,) = scores.records
@@ -83,6 +85,7 @@ def test_every_flipped_bit_of_the_outcomes_is_noticed(scored_run):
     assert scores.outcomes(record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [{}, [1], [{}], None])
 def test_records_of_another_form_are_damaged(scored_run, records):
     rewrite(scored_run, lambda scores: scores.update(records=records))
@@ -90,6 +93,7 @@ def test_records_of_another_form_are_damaged(scored_run, records):
         RunScores.read(scored_run)
 
 
+@pytest.mark.slow
 def test_unknown_task_does_not_stop_the_report(scored_run):
     def add(scores):
         scores["records"].insert(0, {**scores["records"][0], "task": "telepathy", "dataset": "minds"})
@@ -130,6 +134,7 @@ def test_runs_without_a_common_metric_are_refused(scored_run):
         Comparison.between(first, RunScores.read(scored_run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_failed_write_is_one_message(world, run, squares, monkeypatch, code):
     def fail(path, *_, **__):
@@ -170,6 +175,7 @@ def test_report_that_cannot_be_written_is_one_message(scored_run, monkeypatch):
     assert "report.html cannot be written (Permission denied). Change its permissions." in str(result.exception)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["{", "[1]", '{"kind": "train", "step": "x", "loss": null}', "\x00"])
 def test_damaged_log_ends_the_curves(scored_run, line):
     lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in range(3)]

@@ -51,6 +51,7 @@ def test_each_task_has_a_command():
     assert set(all_tasks()) == set(commands) - {"all", "clip-benchmark", "report", "compare"}
 
 
+@pytest.mark.slow
 def test_help_is_fast_and_does_not_import_torch():
     started = time.monotonic()
     code = "import sys; sys.argv = ['sail-eval', '--help']\nfrom sail_align.evaluate.cli import main\n"
@@ -60,6 +61,7 @@ def test_help_is_fast_and_does_not_import_torch():
     assert time.monotonic() - started < 5  # under a second on an idle machine
 
 
+@pytest.mark.slow
 def test_all_prints_a_table_and_writes_a_report(sail_eval, squares, run):
     code, out, _ = sail_eval("all", "--manifest", squares, "--quiet")
     assert code == 0
@@ -103,6 +105,7 @@ def test_scoring_one_set_again_keeps_the_others(sail_eval, squares, world, run):
     assert [record["dataset"] for record in records] == ["squares", "pairs"]
 
 
+@pytest.mark.slow
 def test_scores_of_an_earlier_checkpoint_are_dropped(sail_eval, squares, run):
     path = run.path / "scores.json"
     sail_eval("classification", squares, "--quiet")
@@ -116,6 +119,7 @@ def test_scores_of_an_earlier_checkpoint_are_dropped(sail_eval, squares, run):
     assert [record["dataset"] for record in json.loads(path.read_bytes())["records"]] == ["squares"]
 
 
+@pytest.mark.slow
 def test_corrupt_set_does_not_stop_the_others(sail_eval, squares, world, run, tmp_path):
     broken = world.class_folders("broken", [("red", "red"), ("blue", "blue")], {"kind": "classification"})
     (tmp_path / "broken" / "red" / "0.png").write_bytes(b"no picture")
@@ -127,6 +131,7 @@ def test_corrupt_set_does_not_stop_the_others(sail_eval, squares, world, run, tm
     assert "not scored" in (run.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_set_too_small_for_representation_is_skipped(sail_eval, world, run):
     few = world.squares("few", [("red", "red"), ("green", "green")], {"kind": "retrieval"})
     code, out, err = sail_eval("all", "--manifest", few, "--quiet")
@@ -140,6 +145,7 @@ def test_set_too_small_for_representation_is_skipped(sail_eval, world, run):
     assert (code, err) == (2, "error: few has 2 images with a caption. Representation needs 5.\n")
 
 
+@pytest.mark.slow
 def test_task_command_stops_at_an_error_and_keeps_earlier_scores(sail_eval, squares, world, run, tmp_path):
     broken = world.class_folders("broken", [("red", "red"), ("blue", "blue")], {"kind": "classification"})
     (tmp_path / "broken" / "red" / "0.png").write_bytes(b"no picture")
@@ -153,6 +159,7 @@ def test_task_command_stops_at_an_error_and_keeps_earlier_scores(sail_eval, squa
     ]
 
 
+@pytest.mark.slow
 def test_error_does_not_replace_scores(sail_eval, squares, run, tmp_path):
     sail_eval("all", "--manifest", squares, "--quiet")
     good = (run.path / "scores.json").read_bytes()
@@ -189,6 +196,7 @@ def test_missing_encoder_stops_all_sets_at_once(sail_eval, squares, monkeypatch)
     assert "colours-linear cannot be used: It is not in the hub's cache." in err
 
 
+@pytest.mark.slow
 def test_report_is_rebuilt_from_the_run_folder(sail_eval, squares, run):
     sail_eval("all", "--manifest", squares, "--quiet")
     first = (run.path / "report.html").read_bytes()
@@ -212,6 +220,7 @@ def test_out_writes_the_format_of_its_ending(sail_eval, squares, run, tmp_path, 
     assert "other" in written
 
 
+@pytest.mark.slow
 def test_scores_of_papers_are_printed(sail_eval, squares, run, monkeypatch):
     assert "reported" not in sail_eval("all", "--manifest", squares, "--quiet")[1]
     (record,) = json.loads((run.path / "scores.json").read_bytes())["records"]
@@ -223,6 +232,7 @@ def test_scores_of_papers_are_printed(sail_eval, squares, run, monkeypatch):
         assert "* reported by the paper, not measured here." in out
 
 
+@pytest.mark.slow
 def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path):
     sail_eval("all", "--manifest", squares, "--quiet")
     shutil.copytree(run.path, tmp_path / "other")
@@ -233,6 +243,7 @@ def test_several_runs_are_printed_side_by_side(sail_eval, squares, run, tmp_path
     assert f"wrote {tmp_path / 'other' / 'report.html'}" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -325,6 +336,7 @@ def test_protocol_option_adds_a_record(sail_eval, squares, run):
     assert (run.path / "report.html").read_text().count("n = 2") == 2
 
 
+@pytest.mark.slow
 def test_newest_run_is_scored(squares, world, monkeypatch, capsys, tmp_path):
     """Nothing of the run is a stand-in here, only the encoders that it names."""
     older, saved = tmp_path / "runs" / "later-in-the-alphabet", tmp_path / "runs" / "colours-glu"

@@ -75,6 +75,7 @@ def test_damaged_features_are_never_scored(world, caps):
     assert mended > len(files)
 
 
+@pytest.mark.slow
 def test_damaged_store_fails_only_its_set(world, score, caps, squares):
     score(caps)
     (metadata,) = (world.folder / "features" / "eval").glob("caps-captions-*/text/*/text/features/zarr.json")
@@ -109,6 +110,7 @@ def test_duplicate_samples_are_rejected(world, monkeypatch):
         find_task("segmentation").score(data)
 
 
+@pytest.mark.slow
 def test_failing_encoder_fails_only_its_set(world, score, caps, squares, monkeypatch):
     text = type(world.open(caps).encoders.text)
     encode = text.encode
@@ -127,6 +129,7 @@ def test_failing_encoder_fails_only_its_set(world, score, caps, squares, monkeyp
     assert failed.value.__cause__ is not failed.value
 
 
+@pytest.mark.slow
 def test_changed_masks_change_the_data_digest(world, score, run, tmp_path):
     manifest = world.halves("seg", [("red", "green")], {"kind": "segmentation"})
     (first,) = score(manifest)
@@ -140,6 +143,7 @@ def test_changed_masks_change_the_data_digest(world, score, run, tmp_path):
     assert second["data"]["digest"] != first["data"]["digest"]
 
 
+@pytest.mark.slow
 def test_ties_are_wrong_in_examples(world):
     """Two equal images: either caption's own image is not ahead of the other."""
     manifest = world.squares("twins", [("red", "red"), ("red", "red or so")], {"kind": "retrieval"})
@@ -177,6 +181,7 @@ def test_concurrent_writers_lose_no_record(run, monkeypatch):
     assert sorted(record["dataset"] for record in found) == [record["dataset"] for record in records]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_damaged_scores_are_rejected(run, score, squares, content):
     path = run.path / "scores.json"

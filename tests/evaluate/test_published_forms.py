@@ -43,6 +43,7 @@ def coco(world):
     return {"root": ".", "images": "."}
 
 
+@pytest.mark.slow
 def test_coco_folder_gives_two_sets(world, coco):
     own = {**coco, "kind": "coco-captions", "annotations": "captions.json", "images": "val"}
     (world.folder / "coco-own").symlink_to(world.folder / "coco")
@@ -136,6 +137,7 @@ def test_clip_benchmark_tars_with_openai_templates(world):
     assert (result.items, values["top1"], values["mean_per_class"]) == (4, 100, 100)
 
 
+@pytest.mark.slow
 def test_imagenet_folders_and_variants(world, monkeypatch):
     """WordNet ids, some of them as in ImageNet-A and -R, and numbers as in ImageNet-V2, which sort in another order."""
     names = ["grey"] * 1000

@@ -114,6 +114,7 @@ def test_export_scores_like_its_run_and_is_not_modified(saved, squares):
     assert [row.split("  ")[0] for row in typed("report", run, folder).splitlines()][3:5] == ["glu", folder.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [

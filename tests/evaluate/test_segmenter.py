@@ -11,6 +11,7 @@ from sail_align.evaluate import segmenter
 from sail_align.evaluate.segmenter import Segmenter, axis_matrix, label_pixels, scaled_size, spans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "patch", "target"),
     [
@@ -60,6 +61,7 @@ def test_scaled_size(size, expected):
     assert scaled_size(*size) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(90, 61), (40, 130), (330, 33)])
 def test_labels_equal_a_plain_implementation(world, size, tmp_path):
     """From the file to the labels: resizing, windows, frames, embedding, cosines, all of it once more."""

@@ -60,6 +60,7 @@ def test_retrieval_accepts_any_caption_of_an_image(world):
     assert result.details == {"captions": 4}
 
 
+@pytest.mark.slow
 def test_retrieval_uses_only_the_named_captions(world):
     rows = [("red", ["red", "cyan"]), ("green", ["green"]), ("blue", ["blue"])]
     manifest = world.squares("caps", rows, {"kind": "retrieval", "captions": ["c0"]}, captions="caption")
@@ -272,6 +273,7 @@ def test_features_are_shared_between_heads_but_not_poolings(world, run, loaded):
     assert loaded == ["text"]
 
 
+@pytest.mark.slow
 def test_stopped_encoding_is_completed(world, loaded):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     data = world.open(manifest)
@@ -290,6 +292,7 @@ def test_store_of_other_samples_is_rejected(world, tmp_path):
         evaluate(world.open(manifest))
 
 
+@pytest.mark.slow
 def test_templates_have_separate_stores(world):
     task = {"kind": "classification"}
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], task)
@@ -302,6 +305,7 @@ def test_templates_have_separate_stores(world):
     assert first.stores["images"].path == second.stores["images"].path
 
 
+@pytest.mark.slow
 def test_folders_have_separate_image_stores(world, tmp_path):
     manifest = world.class_folders("here", [("red", "red"), ("green", "green")], {"kind": "classification"})
     assert values(evaluate(world.open(manifest)))["top1"] == 1.0
@@ -331,6 +335,7 @@ def test_store_of_another_encoder_is_rejected(world, run, tmp_path):
         evaluate(world.open(manifest, other))
 
 
+@pytest.mark.slow
 def test_unreadable_image_is_named_and_retried(world, tmp_path):
     manifest = world.class_folders("colours", [("red", "red"), ("green", "green")], {"kind": "classification"})
     picture = tmp_path / "colours" / "red" / "0.png"

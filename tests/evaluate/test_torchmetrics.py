@@ -24,6 +24,7 @@ def values_of(metrics, items):
     return {metric.name: metric.compute(np.ones(items)) for metric in metrics}
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(2, 30), st.integers(1, 60), SEEDS)
 def test_recall_equals_torchmetrics(images, captions, seed):

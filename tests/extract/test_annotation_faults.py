@@ -84,6 +84,7 @@ def changed(content: Any, path: tuple, value: Any) -> Any:
 VALUES = [..., None, "", " ", 3, -1, 1.5, float("nan"), True, [], [1], {}, {"raw": 1}, "\ud83d", 10**30, "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMS)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())

@@ -41,6 +41,7 @@ def strict_rows(text, **dialect):
         return None
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(lines=st.lists(MARKS.map(lambda text: text.replace("\\", "/")), max_size=12))
 @example(lines=['a,"b', 'c,d"'])
@@ -64,6 +65,7 @@ def test_csv_is_read_as_by_a_strict_reader_or_rejected(folder, lines):
             read(folder / "t.csv")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(captions=st.lists(st.text(st.sampled_from('ab" '), min_size=1, max_size=6), max_size=30))
 @example(captions=['"Stop," he said', '"open, never closed', 'a sign that says "go"', '5" pipe', '"a" and "b"'])
@@ -102,6 +104,7 @@ def test_stray_marks_never_join_rows_silently(folder, caplog, monkeypatch, quick
         read(folder / "t.tsv")
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.tuples(st.text("ab", min_size=1), MARKS), max_size=20), quoting=st.sampled_from([0, 1]))
 @example(rows=[("a", 'a sign, "go"'), ("b", '5" pipe'), ("c", "C:\\dir")], quoting=0)
@@ -140,6 +143,7 @@ def test_message_names_the_line(folder, lines, message):
         read(folder / "t.csv")
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.text("ab", min_size=1), st.text('aé"\n,;\t|', max_size=9)), max_size=20),
@@ -158,6 +162,7 @@ def test_delimiters_encodings_and_line_ends(folder, rows, delimiter, encoding, e
     assert read(folder / "t.csv", delimiter=delimiter, **options) == rows
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.tuples(st.text("ab", min_size=1), st.text('ab",\n\r', max_size=30)), max_size=30))
 def test_both_parsers_return_the_same(folder, rows):

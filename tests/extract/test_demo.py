@@ -69,6 +69,7 @@ def test_pixels_do_not_depend_on_the_order_of_requests(parts: dict[str, DemoSour
     assert len(set(forwards)) == len(locations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_manifest_has_the_number_of_rows(part: str, parts: dict[str, DemoSource]):
     manifests = [Manifest.read(path) for path in packaged_manifests().values()]
@@ -77,6 +78,7 @@ def test_manifest_has_the_number_of_rows(part: str, parts: dict[str, DemoSource]
     assert len(set(keys)) == len(keys) == manifest.expected_rows
 
 
+@pytest.mark.slow
 def test_images_are_rgb(parts: dict[str, DemoSource]):
     for part, source in parts.items():
         image = source.image(f"{part}/0")

@@ -60,12 +60,14 @@ def pairs() -> DemoSource:
     return DemoSource("pairs")
 
 
+@pytest.mark.slow
 def test_raw_captions_count_correctly(source: DemoSource):
     for sample in source.samples():
         scene = source.scene(sample.image)
         assert len(read(sample.captions["raw"], scene)) == min(2, len(scene.groups))
 
 
+@pytest.mark.slow
 def test_long_captions_name_everything_and_its_layout(source: DemoSource):
     for sample in source.samples():
         caption, scene = sample.captions["long"], source.scene(sample.image)
@@ -105,6 +107,7 @@ def only_picture(scene: Scene) -> Picture | None:
     return pictures[0] if len(pictures) == 1 else None
 
 
+@pytest.mark.slow
 def test_background_has_the_colour_of_the_caption():
     source = DemoSource("train")
     samples = [sample for sample in source.samples() if "background" in sample.captions["long"]][:12]

@@ -86,6 +86,7 @@ def test_good_store_passes(tmp_path, seed):
     assert diagnosis.summary == "good: the captions belong to their images."
 
 
+@pytest.mark.slow
 def test_single_wrong_shard_is_named(tmp_path):
     image_ND, text_ND = features(2_560)
     text_ND[512:768] = np.roll(text_ND[512:768], 1, axis=0)
@@ -170,6 +171,7 @@ def test_large_store_is_sampled_over_its_whole_length():
     assert len(np.unique(rows // 1_024)) == 128  # each stretch is in one chunk
 
 
+@pytest.mark.slow
 def test_doctor_command_prints_a_verdict_and_sets_the_exit_code(tmp_path):
     image_ND, text_ND = features(600)
     make(tmp_path / "good.zarr", image_ND, text_ND, missing=range(6))

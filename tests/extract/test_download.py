@@ -86,6 +86,7 @@ def install_fake(tmp_path: Path, monkeypatch, code: int = 0) -> None:
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow
 def test_calls_img2dataset_and_sums_its_reports(web, typed, tmp_path, monkeypatch):
     _, manifest, urls = web
     install_fake(tmp_path, monkeypatch)
@@ -99,6 +100,7 @@ def test_calls_img2dataset_and_sums_its_reports(web, typed, tmp_path, monkeypatc
     assert rows[-1]["caption"] == "raw_caption of 0,\nin two lines"
 
 
+@pytest.mark.slow
 def test_names_truncated_report(web, typed, tmp_path, monkeypatch):
     _, manifest, _ = web
     install_fake(tmp_path, monkeypatch)
@@ -109,6 +111,7 @@ def test_names_truncated_report(web, typed, tmp_path, monkeypatch):
         Downloaded.read(tmp_path / "some")
 
 
+@pytest.mark.slow
 def test_url_list_is_written_once(web, typed, tmp_path, monkeypatch):
     """Finished tars are known by their number, so the list must not change."""
     _, manifest, _ = web
@@ -141,6 +144,7 @@ def test_error_messages(web, typed, tmp_path, monkeypatch, change, message):
     assert message in err
 
 
+@pytest.mark.slow
 def test_missing_img2dataset_names_the_extra(web, typed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))

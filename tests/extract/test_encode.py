@@ -15,6 +15,7 @@ def source(pictures):
     return TableConfig(kind="table", files="captions.csv", images="images", captions={"raw": "caption"}).open(pictures)
 
 
+@pytest.mark.slow
 def test_unreadable_images_do_not_shift_rows(source):
     samples = list(source.samples())[:100]
     done = []

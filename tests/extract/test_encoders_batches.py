@@ -46,6 +46,7 @@ def test_batch_size_reports_that_not_even_one_item_fits():
         GPU.batch_size(Memory(0), on_cpu=32, at_most=256)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 500))
 def test_pack_keeps_every_item_once_and_the_budget(lengths, budget):
     batches = pack(lengths, budget)

@@ -119,6 +119,7 @@ def forward(tensors: dict[str, np.ndarray], ids: list[int], theta: float, factor
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["new.", ""])
 @pytest.mark.parametrize("token_types", [0, 2])
 @pytest.mark.parametrize("factor", [2.0, None])

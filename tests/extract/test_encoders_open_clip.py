@@ -36,6 +36,7 @@ def photos():
     return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(noise, sizes, strict=True)]
 
 
+@pytest.mark.slow
 def test_towers_agree_with_the_model(saved, photos):
     model, folder = saved
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")

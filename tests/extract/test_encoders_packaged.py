@@ -43,6 +43,7 @@ def classifier(name: str) -> torch.nn.Module:
     return load_classifier(EncoderFiles.fetch(entry.origin).path, entry.model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_classifier_recognises_photos(name, photo, expected):
     assert scores.argmax().item() in expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_features_are_the_input_of_the_classifier(name):
     encoder, model = image_encoder(name), classifier(name)
@@ -104,6 +106,7 @@ def test_classifier_rejects_weights_that_do_not_match(tmp_path, change, problem)
         load_classifier(file, "test_efficientnet")
 
 
+@pytest.mark.slow
 def test_paraphrases_are_more_similar_than_other_sentences():
     encoder = TextEncoderConfig("minilm-l6").load()
     pairs = [
@@ -132,6 +135,7 @@ def test_features_depend_on_the_batch_only_by_rounding():
     torch.testing.assert_close(together, alone, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NETS, "minilm-l6"])
 def test_recorded_packaged_encoders_are_loaded(name):
     config = TextEncoderConfig if name == "minilm-l6" else ImageEncoderConfig
@@ -160,6 +164,7 @@ def test_features_of_jpegs_decoded_at_reduced_scale_are_similar():
     assert cosine.min() > 0.999
 
 
+@pytest.mark.slow
 def test_fast_jpeg_is_in_the_spec_and_restored():
     fast = ImageEncoderConfig("efficientnet-lite0", fast_jpeg=True).load().identity
     assert fast.spec.preprocessing == {

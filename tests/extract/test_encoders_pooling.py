@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sail_align.extract.encoders.pooling import pool_image, pool_patches, pool_tokens
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     left=st.booleans(),

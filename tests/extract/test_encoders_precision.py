@@ -48,6 +48,7 @@ def test_only_weights_statistics_and_exact_buffers_are_cast(precision):
         assert frozen(torch.ones(4, 2, dtype=runtime.dtype)).dtype == runtime.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swinv2_cr_tiny_ns_224", "test_vit_relpos"])
 def test_networks_that_pass_buffers_to_layers_run_in_half_precision(name):
     def build():

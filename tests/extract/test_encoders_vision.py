@@ -69,6 +69,7 @@ def reference_tokens(kind, model, pixels):
     return tokens[:, 0], tokens[:, 1 + REGISTERS[kind] :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean"])
 def test_features_agree_with_the_model(saved, pooling):
     kind, model, folder = saved
@@ -80,6 +81,7 @@ def test_features_agree_with_the_model(saved, pooling):
     assert encoder.identity.spec.dim == expected[pooling].shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(56, 56), (28, 84), (98, 56)])
 def test_dense_features_pair_the_class_token_with_each_patch(saved, size):
     kind, model, folder = saved
@@ -123,6 +125,7 @@ def test_images_are_padded_to_a_multiple_of_the_stride(saved):
     torch.testing.assert_close(encoder.encode_dense(pixels).flatten(1, 2), tokens, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dense_features_with_another_normalisation(saved):
     _, _, folder = saved
     encoder = ImageEncoderConfig(f"hf:{folder}", pooling="mean").load()
@@ -239,6 +242,7 @@ def test_timm_models_give_their_reference_tokens(name, pooling, tmp_path, monkey
     assert wide.shape == (1, 2, 3, encoder.identity.spec.dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_changes_the_identity(saved, precision):
     _, _, folder = saved
@@ -261,6 +265,7 @@ def test_spec_of_a_local_folder_does_not_depend_on_its_path(saved, tmp_path):
     assert here.location != there.location
 
 
+@pytest.mark.slow
 def test_recorded_encoder_is_loaded_and_a_changed_one_rejected(saved):
     _, _, folder = saved
     identity = ImageEncoderConfig(f"hf:{folder}", pooling="cls+mean").load().identity

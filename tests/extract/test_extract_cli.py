@@ -16,6 +16,7 @@ def edit(manifest: Path, old: str, new: str) -> None:
     manifest.write_text(content.replace(old, new))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "arguments", "message"),
     [
@@ -111,6 +112,7 @@ def test_captions_are_added_without_reading_images(pictures, typed, monkeypatch)
     assert "0 rows encoded" in printed
 
 
+@pytest.mark.slow
 def test_command_lines_load_without_torch():
     for command in ("extract", "align", "evaluate"):
         code = f"import sys, sail_align.{command}.cli; sys.exit('torch' in sys.modules)"

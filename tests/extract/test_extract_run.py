@@ -26,6 +26,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_rerun_changes_no_byte_of_a_complete_store(pictures):
     first = run(pictures)
     before = contents(pictures / "s.zarr")
@@ -37,6 +38,7 @@ def test_rerun_changes_no_byte_of_a_complete_store(pictures):
     assert contents(pictures / "s.zarr") == before
 
 
+@pytest.mark.slow
 def test_resume_rejects_another_manifest(pictures):
     run(pictures)
     path = pictures / "pictures.yaml"
@@ -45,6 +47,7 @@ def test_resume_rejects_another_manifest(pictures):
         run(pictures)
 
 
+@pytest.mark.slow
 def test_resume_rejects_other_samples(pictures):
     run(pictures)
     table = pictures / "captions.csv"
@@ -53,6 +56,7 @@ def test_resume_rejects_other_samples(pictures):
         run(pictures)
 
 
+@pytest.mark.slow
 def test_progress_includes_shards_of_an_earlier_run(pictures, capfd):
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
     source = manifest.open_source(root)

@@ -61,6 +61,7 @@ def test_images_outside_the_class_folders_are_counted(folder, typed):
     assert f"  ok   {text}" in out
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_every_file_is_a_sample_or_counted(tmp_path_factory, chance: random.Random):

@@ -49,6 +49,7 @@ def difference(image: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean())
 
 
+@pytest.mark.slow
 def test_shard_with_unreadable_images(tmp_path):
     folder = tmp_path / "all" / "one"
     folder.mkdir(parents=True)
@@ -284,6 +285,7 @@ def test_pixel_limit():
     assert problem.value.status is Status.TOO_LARGE
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0, 1))
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -323,6 +325,7 @@ def whole_then_cut(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
     return image.resize((width, height), filter_).crop((left, top, left + how.crop, top + how.crop))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the photos of ../shared/data")
 @pytest.mark.parametrize("how", CROPS)
 def test_crop_while_resizing_equals_crop_after(how):
@@ -336,6 +339,7 @@ def test_crop_while_resizing_equals_crop_after(how):
         assert (np.abs(ours - theirs) > 1).mean() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 10_000), (20_000, 2), (1, 1), (2, 3), (9_000, 5_000)])
 @pytest.mark.parametrize("how", CROPS)
 def test_resizes_any_shape_in_little_memory(size, how):

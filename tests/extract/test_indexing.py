@@ -172,12 +172,14 @@ def parts_read(monkeypatch) -> list[str]:
     return read
 
 
+@pytest.mark.slow
 def test_unchanged_files_are_not_read_again(tables, monkeypatch):
     read = parts_read(monkeypatch)
     open_pictures(tables, "s.zarr")
     assert read == []
 
 
+@pytest.mark.slow
 def test_touched_file_is_read_once(tables, monkeypatch):
     read = parts_read(monkeypatch)
     os.utime(tables / "c-captions.csv", ns=(1, 1))
@@ -189,6 +191,7 @@ def test_touched_file_is_read_once(tables, monkeypatch):
     assert {name for name in after if after[name] != before[name]} == {"index/sources.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
@@ -236,6 +239,7 @@ def test_changed_source_names_file_and_first_row(tables, table, change, message)
         open_pictures(tables, "s.zarr")
 
 
+@pytest.mark.slow
 def test_rejects_missing_table_and_compares_all_without_record(tables, monkeypatch):
     read = parts_read(monkeypatch)
     (tables / "s.zarr/index/sources.json").unlink()

@@ -172,6 +172,7 @@ def test_lease_on_a_file_system_without_links(tmp_path, monkeypatch):
 VALUES = st.recursive(st.none() | st.integers() | st.text(), st.lists)
 
 
+@pytest.mark.slow
 @given(st.binary() | VALUES.map(lambda value: of_owner(pid=value, start=value)))
 def test_owner_of_any_content_is_known_or_none(content):
     owner = Owner.parse(content)

@@ -84,6 +84,7 @@ def test_failed_shard_does_not_stop_the_others(pictures, small_shards, capsys):
     assert run_job(make_job(pictures, FakeChoice("image")), LocalExecutor(["cpu"]), Share(), quiet=True).encoded == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "tries"), [(RuntimeError("device lost"), 3), (UserError("No tar."), 1), (MemoryError(), 1)]
 )
@@ -95,6 +96,7 @@ def test_errors_that_concern_all_shards_end_the_run(pictures, small_shards, prob
     assert not (job.store / "leases").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gone", "empty"])
 def test_images_of_an_unmounted_disk_are_not_recorded_as_missing(pictures, small_shards, how):
     images = pictures / "images"

@@ -24,6 +24,7 @@ def read(folder: Path, text: str) -> Manifest:
     return Manifest.read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -118,6 +119,7 @@ def test_ranges_are_bounded(tmp_path, pattern, message):
     assert len(str(problem.value)) < 400
 
 
+@pytest.mark.slow
 def test_ranges_count_together(tmp_path):
     with pytest.raises(UserError, match="more than 1,000,000 names"):
         FileSet(tmp_path).find(["memory://nowhere/{000000..900000}.tar", "memory://nowhere/{000000..900000}.tar"])

@@ -60,6 +60,7 @@ def test_every_chunk_equals_what_zarr_reads(array):
     assert len(array.chunk(18)) == ROWS % CHUNK
 
 
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, ROWS), stop=st.integers(0, ROWS))
 def test_any_rows_equal_what_zarr_reads(array, start, stop):

@@ -83,6 +83,7 @@ def test_command_prints_pairs_and_writes_the_list(stores, tmp_path):
     assert "… and" in CliRunner().invoke(app, [*command, "--threshold", "0.1"]).output
 
 
+@pytest.mark.slow
 def test_overlap_rejects_stores_that_cannot_be_compared(stores, tmp_path):
     train, *_ = stores
     few = np.ones((300, DIM))

@@ -248,6 +248,7 @@ def test_accepts_touched_and_rejects_changed_caption_tables(recaptioned):
         open_pictures(recaptioned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -287,6 +288,7 @@ def test_check_reports_missing_tables(recaptioned):
     assert any("cc_3long*.csv is missing" in text for _, text in check(manifest, data_root))
 
 
+@pytest.mark.slow
 def test_check_reads_tables_to_the_end(recaptioned):
     with (recaptioned / "cc_3long_3short_1raw_captions_url-1.csv").open("a") as file:
         file.write('http://x/1.png,"not closed\n')

@@ -74,6 +74,7 @@ def test_retried_store_equals_one_made_with_the_images_present(pictures):
     }
 
 
+@pytest.mark.slow
 def test_retry_without_change_writes_nothing(pictures):
     store, _ = run(pictures)
     before = contents(store)
@@ -81,6 +82,7 @@ def test_retry_without_change_writes_nothing(pictures):
     assert contents(store) == before
 
 
+@pytest.mark.slow
 def test_another_failure_status_is_written(pictures):
     store, _ = run(pictures)
     (pictures / "images/7.png").write_text("not an image either")
@@ -88,6 +90,7 @@ def test_another_failure_status_is_written(pictures):
     assert Store.open(store.path).image().counts == {"ok": 597, "undecodable": 3}
 
 
+@pytest.mark.slow
 def test_retry_reads_only_failed_rows_of_its_share(pictures, monkeypatch):
     (pictures / "images/300.png").unlink()
     _, source = run(pictures)
@@ -106,6 +109,7 @@ def test_retry_reads_only_failed_rows_of_its_share(pictures, monkeypatch):
     assert seen == ["300.png"]
 
 
+@pytest.mark.slow
 def test_retry_rejects_a_damaged_shard(pictures):
     store, _ = run(pictures)
     put(pictures, 7)
@@ -136,6 +140,7 @@ def test_retry_skips_shards_of_other_processes(pictures, name):
     assert not (store.path / "leases").exists()
 
 
+@pytest.mark.slow
 def test_tidy_keeps_the_lease_of_a_retry(pictures):
     store, _ = run(pictures)
     retrying, done, dead = Store.open(store.path), "image/fake-image/00000", "image/fake-image/00001"
@@ -147,6 +152,7 @@ def test_tidy_keeps_the_lease_of_a_retry(pictures):
     assert store.leases.names() == {done}
 
 
+@pytest.mark.slow
 def test_retry_without_failures_loads_no_encoder(pictures, monkeypatch):
     for number in (7, 11, 13):
         put(pictures, number)

@@ -30,6 +30,7 @@ def test_captions_by_column_name(pictures):
     assert samples[5].captions == {"raw": "picture 5"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
 def test_all_table_formats_give_the_same_samples(pictures, ending):
     rows = [{"image": f"{i}.png", "caption": f"a, {i}\nb", "story": f'say "{i}"'} for i in range(20)]
@@ -74,6 +75,7 @@ def test_split_by_column_or_file(pictures):
     assert [s.key for s in own] == [f"{i}.png" for i in range(1, 600, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

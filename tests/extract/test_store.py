@@ -324,6 +324,7 @@ def test_flipped_byte_of_the_index_is_damage_when_it_is_first_used(store, place)
     assert len(Store.open(store.path).samples(0, 1)) == 1
 
 
+@pytest.mark.slow
 @given(place=st.integers(0, 10**6))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_byte_of_statuses_is_damage_when_they_are_first_used(store, place):
@@ -351,6 +352,7 @@ def test_unknown_column_of_the_index_is_rejected(store):
         store.index(["key", "nope"])
 
 
+@pytest.mark.slow
 def test_shard_rows_grow_with_the_data_set(tmp_path):
     def shard_rows(rows):
         samples = [Sample(str(i), "") for i in range(rows)]

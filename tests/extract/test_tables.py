@@ -32,6 +32,7 @@ def small_batches():
         yield
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(rows=st.lists(st.tuples(st.text("abc", min_size=1), TEXTS, TEXTS), min_size=1, max_size=60), tab=st.booleans())
 def test_csv_matches_standard_library(tmp_path_factory, rows, tab):
@@ -129,6 +130,7 @@ def test_texts_and_lists_of_texts_in_one_column(tmp_path):
 VALUES = {"text": ["a", 1, 0.5], "boolean": [True, False], "mapping": [{}, {"a": 1}], "list": [["a"], []]}
 
 
+@pytest.mark.slow
 @given(data=st.data(), before=st.integers(0, 10))
 def test_rejects_types_that_do_not_fit(tmp_path_factory, data, before):
     first, other = data.draw(st.permutations(list(VALUES)).map(lambda names: names[:2]))

@@ -30,6 +30,7 @@ def tar_of(*given_members, form=tarfile.GNU_FORMAT) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @given(
     contents=st.lists(
@@ -112,6 +113,7 @@ def test_reports_damage_that_tarfile_ignores():
     assert scan_damaged(b"<html>" * 500) == ([], "is not a tar")
 
 
+@pytest.mark.slow
 @given(data=st.data(), form=st.sampled_from(FORMS[1:]))
 def test_damage_raises_only_known_errors(data, form):
     whole = tar_of((LONG, b"x" * 600), ("b.txt", b"y"), ("ü" * 60, b"z" * 1_100), form=form)

@@ -79,6 +79,7 @@ def test_texts_are_captions_unless_the_manifest_says_otherwise(tmp_path, caplog)
         assert (source.captions, caplog.text) == ((), "")
 
 
+@pytest.mark.slow
 @given(order=st.permutations(range(12)), form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT]))
 def test_member_order_does_not_matter(tmp_path_factory, order, form):
     root = tmp_path_factory.mktemp("any")
@@ -386,6 +387,7 @@ def test_tars_at_urls(tmp_path):
         read(tmp_path, files="memory://bucket/{00000..00001}.tar")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs the photos beside the repository")
 def test_features_of_photos_in_tars(tmp_path):
     with (PHOTOS / "captions.csv").open(newline="") as table:
