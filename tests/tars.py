@@ -34,7 +34,7 @@ def write_tar(path: Path | io.BytesIO, members: Iterable[tuple[str, bytes]], for
 
 
 def img2dataset_members(numbers: Iterable[int]) -> Members:
-    """What img2dataset writes for each image: .jpg, .json, .txt."""
+    """Return the members that img2dataset writes for each image: .jpg, .json, .txt."""
     members = []
     for number in numbers:
         key, caption, url = f"{number:09d}", f"picture {number}", f"http://example.org/{number}.jpg"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Mmvp(PairsTask):
-    """Share of pairs told apart."""
+    """Share of pairs that are distinguished."""
 
     def describe(self, data: "EvaluationSet", pair: int, hits: Hits) -> str:
         """Return the category, or the key of the first image."""

@@ -44,7 +44,7 @@ class Retrieval(EvaluationTask):
         """Return the metrics of ranks from 0 and the image that owns each caption, `owner` (M,).
 
         `image_rank` (N,) is the rank of each image's best caption, `text_rank` (M,) that of each caption's image. An
-        image without a caption can be found, but is no query. Intervals resample images, each with all its captions,
+        image without a caption is a candidate but not a query. Intervals resample images, each with all its captions,
         because the captions of one image are not independent.
         """
         image_ranks_N, text_ranks_M, owner_M = (outcomes[name] for name in ("image_rank", "text_rank", "owner"))

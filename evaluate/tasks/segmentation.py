@@ -4,7 +4,7 @@ The protocol of the paper's tables: the picture is scaled to a short side of 448
 into windows of 448 every 224 pixels. Each patch goes through the image head, paired with its window's class token if
 the encoder's pooling is `cls+mean`. Its cosines with the class embeddings are interpolated to the window, averaged over
 overlaps and interpolated to the size of the mask. The class is the argmax, and mIoU is computed from the pixel counts
-of all images. Pixels of no class are ignored, and there is no background class unless the task sets a threshold.
+of all images. Pixels without a class are ignored. A background class exists only if the task sets a threshold.
 
 Variants have protocol ids of their own: `whole-image` encodes the picture in one piece, `maskclip` lets patches skip
 the last attention, `authors-normalisation` normalises pixels as CLIP does for any encoder, as the authors' code does.

@@ -91,7 +91,7 @@ class Index:
         """Return rows start … stop − 1 (at least one), reading only the row groups that hold them.
 
         Raises:
-            UserError: A file is missing, cannot be read or has changed, or there is no such column.
+            UserError: A file is missing, unreadable or changed, or a column does not exist.
         """
         tables = []
         for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):

@@ -14,7 +14,7 @@ IMAGE_DIM, TEXT_DIM = 12, 8
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
-    """What survives a power cut is not under test, and waiting for it takes most of the time."""
+    """Skip waiting for the disk, which takes most of the time. Power cuts are not under test."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 

@@ -82,7 +82,7 @@ def test_damage_of_a_finished_run_is_an_error_and_nothing_is_removed(train, spoi
     assert files(run) == before
 
 
-def test_lost_record_is_noticed_by_whatever_reads_the_run(train):
+def test_lost_record_is_noticed_by_every_reader_of_the_run(train):
     run = train()
     (RunFolder(run).last / "model.json").unlink()
     with pytest.raises(UserError, match=r"step-00000004/model.json is damaged.*Restore it"):

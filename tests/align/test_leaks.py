@@ -1,4 +1,4 @@
-"""A picture that is held out is in no training row, under whatever key."""
+"""Held-out pictures are in no training row, not even under another key."""
 
 import numpy as np
 import pytest

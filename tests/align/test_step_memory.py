@@ -1,4 +1,4 @@
-"""What a step of the paper's batch holds at most: counted tensor by tensor on a device that computes nothing.
+"""The peak memory of a step of the paper's batch, counted tensor by tensor on a device that computes nothing.
 
 The counts are of float32 products; under bfloat16 autocast activations take half. A GPU's allocator, libraries and the
 batches that are copied ahead come on top.

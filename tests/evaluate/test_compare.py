@@ -39,7 +39,7 @@ def test_paired_interval_equals_a_loop_over_the_same_draws():
 
 
 def test_draws_without_a_value_do_not_lower_p():
-    """Of three images one has a caption: three draws of ten ask nothing, and say nothing of which run is ahead."""
+    """One of three images has a caption, so about three in ten draws contain no query and do not count."""
     first, second = (
         retrieval.TASK.metrics(
             {"image_rank": np.array([rank, 1, 1]), "text_rank": np.array([rank]), "owner": np.array([0])}

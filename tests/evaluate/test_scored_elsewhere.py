@@ -1,4 +1,4 @@
-"""What is scored and is no run, a named checkpoint or an export, has scores of its own, never in a run's place."""
+"""Named checkpoints and exports have their own scores, which never replace those of a run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What commands print is safe on any terminal."""
+"""Commands print safely on any terminal."""
 
 import io
 import sys

@@ -183,7 +183,7 @@ def test_unknown_range_is_undecodable(values):
     st.sampled_from([None, "tiff_lzw", "tiff_adobe_deflate"]),
 )
 def test_no_picture_loses_its_contrast_unnoticed(dtype, low, high, compression):
-    """Whatever is read keeps the values' order, and more than a level of their range remains visible."""
+    """Values that are read keep their order, and more than one level of their range remains visible."""
     limits = (-2, 70_000) if dtype == np.float32 else (0, min(np.iinfo(dtype).max, 70_000))
     values = np.clip(np.linspace(low, high, 64), *limits).astype(dtype).reshape(8, 8)
     with suppress(UnreadableImageError):
