@@ -12,7 +12,7 @@ import typer
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate.tasks.task import EvaluationTask, all_tasks, find_task
-from sail_align.extract.errors import UserError, command
+from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import DataRoot, Device, Quiet, run_command
 
 if TYPE_CHECKING:
@@ -264,9 +264,7 @@ def _find_sets(references: list[str], data_root: str | None, task: EvaluationTas
         find_task(kind).check_manifest(about)
         if task and kind != task.kind:
             raise UserError(f"Manifest {about.name!r} is for {kind}. Use `sail-eval {kind}`.")
-        if not about.is_here(root):
-            how = command("sail-extract", "check", reference)
-            raise UserError(f"The data of {about.name!r} are not in {root}. See `{how}`.")
+        about.require_here(root, reference)
         sets.append((about, root))
     return sets
 

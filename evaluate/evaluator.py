@@ -8,7 +8,8 @@ from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.models import Encoders, RunError
-from sail_align.evaluate.results.scores import Record, ScoreWriter
+from sail_align.evaluate.results.scores import Record
+from sail_align.evaluate.results.writer import ScoreWriter
 from sail_align.evaluate.tasks.task import TooSmallError, find_task
 from sail_align.extract.data import UnreadableImageError
 from sail_align.extract.errors import UserError, WorkersFailedError

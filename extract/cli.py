@@ -156,10 +156,8 @@ def _find_data(manifest: str, data_root: str | None, *, needed: bool) -> tuple["
     from sail_align.extract.manifest import find_manifest, packaged_manifests
 
     about, root = find_manifest(manifest, data_root)
-    if needed and manifest in packaged_manifests() and not about.is_here(root):
-        raise UserError(
-            f"The data of {manifest!r} are not in {root}. See `{command('sail-extract', 'check', manifest)}`."
-        )
+    if needed and manifest in packaged_manifests():
+        about.require_here(root, manifest)
     return about, root
 
 
@@ -219,18 +217,18 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
     from sail_align.extract.quality.doctor import diagnose
     from sail_align.extract.quality.pairing import Verdict
 
-    arrays = store.arrays()
+    arrays, images = store.arrays(), store.images()
     for array in arrays:
         typer.echo(f"  {array.describe()}")
     for result in results:
         typer.echo(f"{store.path}: {result}.")
     complete = all(array.complete for array in arrays)
     broken = False
-    if complete and store.images() and any(store.texts(name) for name in store.captions):
+    if complete and images and any(store.texts(name) for name in store.captions):
         diagnosis = diagnose(store)
         broken = diagnosis.verdict is Verdict.BROKEN
         typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.summary}")
-    if failed := sum(sum(array.failed_counts.values()) for array in store.images().values()):
+    if failed := sum(sum(array.failed_counts.values()) for array in images.values()):
         listing = command("sail-extract", "status", "--failed", store.path)
         typer.echo(f"{failed:,} image{'s' * (failed > 1)} could not be encoded. `{listing}` lists them.")
     if not all_shards:
@@ -241,7 +239,6 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
     elif job.manifest.purpose == "evaluate":
         typer.echo(f"Next: {command('sail-extract', 'overlap', 'TRAIN.zarr', store.path)}")
     else:
-        images = store.images()
         ours = [name for name, array in images.items() if job.image and job.image.matches(array.identity.spec)]
         chosen = ["--image-encoder", *ours] if ours and len(images) > 1 else []
         typer.echo(f"Next: {command('sail-align', 'fit', '--features', store.path, *chosen)}")

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from sail_align.extract import sources
 from sail_align.extract.data import Source
-from sail_align.extract.errors import UserError, did_you_mean
+from sail_align.extract.errors import UserError, command, did_you_mean
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.table_files import Recaptions, TextFormat
 from sail_align.extract.system.yaml_files import read_yaml
@@ -159,6 +159,12 @@ class Manifest(Strict):
     def is_here(self, data_root: Path) -> bool:
         """Whether everything that the data set needs is present. No file is opened."""
         return all(self.requirements(data_root).values())
+
+    def require_here(self, data_root: Path, reference: str) -> None:
+        """Raise `UserError` unless the data are here. `reference` is how the user named the manifest."""
+        if not self.is_here(data_root):
+            how = command("sail-extract", "check", reference)
+            raise UserError(f"The data of {self.name!r} are not in {data_root}. See `{how}`.")
 
     def open_source(self, data_root: Path) -> Source:
         """Open the source, with the tables of further captions if there are any.

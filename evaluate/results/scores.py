@@ -1,36 +1,26 @@
-"""`scores.json` of a run: scores with their protocol, chance level, interval and provenance."""
+"""`scores.json` of a run, as it is read: scores with their protocol, chance level, interval and provenance."""
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from sail_align.align.runs.folder import CONFIG, RunFolder, damaged, read_file, read_json
-from sail_align.evaluate.results.metric import Outcomes, Result
+from sail_align.align.runs.folder import RunFolder, damaged, read_json
 from sail_align.extract.data import describe_left_out
-from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import canonical_json, write_atomically
-from sail_align.extract.system.progress import note
+from sail_align.extract.errors import UserError, command
+from sail_align.extract.system.files import canonical_json
 
 if TYPE_CHECKING:  # a report reads scores without waiting for torch
     from sail_align.align.runs.checkpoint import Run
-    from sail_align.evaluate.dataset import EvaluationSet
-    from sail_align.extract.manifest import Manifest
 
 SCHEMA = 2
 REMEDY = "Remove it and evaluate again."
-LIBRARIES = ("sail-align", "torch", "transformers", "timm", "numpy", "zarr", "open-clip-torch", "clip-benchmark")
 
 Key = tuple[str, str]
 """Protocol id and data digest: scores are comparable if these are equal."""
@@ -115,14 +105,16 @@ class RunScores:
         """
         file = RunFolder(path).scores / "scores.json"
         if not file.is_file():
-            raise UserError(f"{path} has no scores.json. Run `sail-eval all --run {path}` first.")
+            raise UserError(f"{path} has no scores.json. Run `{command('sail-eval', 'all', '--run', path)}` first.")
         content = read_scores(file)
         if content.get("schema") != SCHEMA:
             raise UserError(
                 f"{file} is invalid: got schema {content.get('schema')!r}, expected {SCHEMA}. Evaluate again."
             )
-        records = content.get("records", [None])
-        if not all(isinstance(each, dict) and {"dataset", "task"} <= each.keys() for each in records):
+        records = content.get("records")
+        if records is None or not all(
+            isinstance(each, dict) and {"dataset", "task"} <= each.keys() for each in records
+        ):
             raise damaged(file, REMEDY)
         return cls(path, RunFolder(path).name if name is None else name, content)
 
@@ -216,9 +208,8 @@ class RunScores:
             UserError: They are missing, damaged, or of another evaluation than the record.
         """
         path = record.file(self.path, "outcomes")
-        remedy = (
-            f"Score {record['dataset']} again with `sail-eval {record['task']} {record['dataset']} --run {self.path}`."
-        )
+        again = command("sail-eval", record["task"], record["dataset"], "--run", self.path)
+        remedy = f"Score {record['dataset']} again with `{again}`."
         try:
             expected = record.get("outcomes_sha256")
             is_changed = expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected
@@ -233,8 +224,9 @@ class RunScores:
         except (OSError, SafetensorError, ValueError) as problem:
             raise UserError(f"{path} cannot be read ({problem}). {remedy}") from problem
         # Integers are stored in the smallest type that holds them, in which sums could overflow.
-        widen = {name: np.int64 for name, values in stored.items() if values.dtype.kind in "iu"}
-        return {name: values.astype(widen.get(name, values.dtype)) for name, values in stored.items()}
+        return {
+            name: values.astype(np.int64) if values.dtype.kind in "iu" else values for name, values in stored.items()
+        }
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -246,14 +238,15 @@ def read_scores(path: Path) -> dict[str, Any]:
     content = read_json(path, REMEDY)
     digest = content.pop("digest", None)
     known = content.keys() <= {"schema", "run", "encoders", "records"}
-    if (digest and digest != _digest(content)) or (content.get("schema") == SCHEMA and not known):
+    if (digest and digest != content_digest(content)) or (content.get("schema") == SCHEMA and not known):
         raise damaged(path, REMEDY)
     if not isinstance(content.get("records", []), list) or not isinstance(content.get("run", {}), dict):
         raise damaged(path, REMEDY)
     return content
 
 
-def _digest(content: dict[str, Any]) -> str:
+def content_digest(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of the content of a scores.json without its digest."""
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
@@ -266,123 +259,3 @@ def unfinished(run: "Run") -> str:
         return ""
     step = f"step {run.step:,} of {run.settings['steps']:,}"
     return step if RunFolder(run.path).is_export else f"unfinished: {step}"
-
-
-class ScoreWriter:
-    """Adds records to the scores of a run.
-
-    The folder of a checkpoint or an export gets a copy of its metadata, because its weights may be removed.
-    """
-
-    def __init__(self, run: "Run"):
-        self.run = run
-        self.folder = RunFolder(run.path).scores
-        self.encoders = {
-            side: {"id": spec.id, "pooling": spec.pooling, "dim": spec.dim, "fingerprint": spec.fingerprint}
-            for side, spec in (("image", run.image.spec), ("text", run.text.spec))
-        }
-        if self.folder != run.path:
-            record = CONFIG if RunFolder(run.path).is_export else "model.json"
-            metadata = read_file(run.path / record, "Score another one.")
-            write_atomically(self.folder / "checkpoint.json", metadata)
-
-    def add(self, data: "EvaluationSet", protocol: str, result: Result, seconds: float) -> Record:
-        """Write the scores of a set with its examples and outcomes. Return the record.
-
-        Args:
-            data: The set.
-            protocol: Id of the protocol.
-            result: Scores, examples and outcomes.
-            seconds: Duration of the evaluation, including encoding.
-        """
-        record = Record(
-            **_describe(data.manifest),
-            protocol=protocol,
-            items=result.items,
-            data=data.describe(result.masks),
-            metrics=list(result.scores),
-            details=result.details,
-            run=self.run.digest,
-            encoders={side: encoder["fingerprint"] for side, encoder in self.encoders.items()},
-            stores={name: {"path": str(store.path), "digest": store.digest} for name, store in data.stores.items()},
-            versions=_versions(),
-            seconds=round(seconds, 2),
-            encoding_seconds=round(data.encoding_seconds, 2),
-        )
-        examples = json.dumps([asdict(example) for example in result.examples]).encode()
-        outcomes = save(_compact(result.outcomes), record.signature)
-        record["outcomes_sha256"] = hashlib.sha256(outcomes).hexdigest()
-        write_atomically(record.file(self.run.path, "examples"), examples)
-        write_atomically(record.file(self.run.path, "outcomes"), outcomes)
-        return self.merge(record)
-
-    def add_error(self, manifest: "Manifest", reason: str) -> Record:
-        """Write that a set could not be scored. Return the record."""
-        return self.merge(Record(**_describe(manifest), error=reason))
-
-    def merge(self, record: Record) -> Record:
-        """Put a record into `scores.json`, in place of an older one of the same set and protocol. Return it.
-
-        An error never replaces scores, and any record replaces an error. Scores of another checkpoint, of other
-        encoders or of another schema are dropped. The folder of the run may have been renamed.
-        """
-        run = {"name": RunFolder(self.run.path).name, "digest": self.run.digest, "unfinished": unfinished(self.run)}
-        path = self.folder / "scores.json"
-        with _lock(self.folder):
-            older = read_scores(path) if path.exists() else {}
-            records = [Record(each) for each in older.get("records", [])]
-            same = (older.get("schema"), older.get("encoders")) == (SCHEMA, self.encoders)
-            if records and not (same and older["run"]["digest"] == self.run.digest):
-                note(f"{path}: {len(records)} scores of another checkpoint, encoder or version are replaced.")
-                records = []
-            content = {"schema": SCHEMA, "run": run, "encoders": self.encoders, "records": _merge(records, record)}
-            content["digest"] = _digest(json.loads(json.dumps(content)))
-            write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
-        return record
-
-
-def _merge(records: list[Record], new: Record) -> list[Record]:
-    same_set = [each for each in records if each.name == new.name]
-    if new.error and not all(each.error for each in same_set):
-        return records
-    replaced = [each for each in same_set if each.error or each["protocol"] == new.get("protocol")]
-    place = records.index(replaced[0]) if replaced else len(records)
-    kept = [each for each in records if each not in replaced]
-    return [*kept[:place], new, *kept[place:]]
-
-
-def _describe(manifest: "Manifest") -> dict[str, Any]:
-    if manifest.task is None:
-        raise ValueError(f"{manifest.name} is not an evaluation set")
-    return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind}
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that are installed. Those of the extra `eval` may be missing."""
-    found = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _compact(outcomes: Outcomes) -> dict[str, NDArray[Any]]:
-    """Return the outcomes with integers in the smallest type that holds them."""
-    compact = {}
-    for name, values in outcomes.items():
-        if values.dtype.kind in "iu" and values.size:
-            values = values.astype(np.result_type(*map(np.min_scalar_type, (values.min(), values.max()))))
-        compact[name] = np.ascontiguousarray(values)
-    return compact
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, so that no record is lost when two processes add one."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -140,7 +140,7 @@ def test_failed_write_is_one_message(world, run, squares, monkeypatch, code):
     def fail(path, *_, **__):
         raise OSError(code, "no", str(path))
 
-    monkeypatch.setattr("sail_align.evaluate.results.scores.write_atomically", fail)
+    monkeypatch.setattr("sail_align.evaluate.results.writer.write_atomically", fail)
     with pytest.raises(UserError, match=r"(No space is left for|cannot be written)") as failed:
         list(evaluate_sets(run, [find_manifest(str(squares))], features=world.folder / "features", quiet=True))
     assert "--out" not in str(failed.value)

@@ -1,4 +1,4 @@
-"""What a set's cached features, its scores and its identity are worth when files are damaged, changed or shared."""
+"""Cached features, scores and identity of a set when files are damaged, changed or shared."""
 
 import threading
 from itertools import product
@@ -9,8 +9,8 @@ from PIL import Image
 
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.formats import score_table
-from sail_align.evaluate.results import scores
-from sail_align.evaluate.results.scores import Record
+from sail_align.evaluate.results import writer
+from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.evaluate.tasks.task import find_task
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.manifest import find_manifest
@@ -167,17 +167,15 @@ def test_similar_templates_have_different_protocol_ids(world):
 
 
 def test_concurrent_writers_lose_no_record(run, monkeypatch):
-    write = scores.write_atomically
-    monkeypatch.setattr(scores, "write_atomically", lambda *given: (threading.Event().wait(0.02), write(*given)))
+    write = writer.write_atomically
+    monkeypatch.setattr(writer, "write_atomically", lambda *given: (threading.Event().wait(0.02), write(*given)))
     records = [{"dataset": f"set-{number}", "task": "retrieval", "protocol": "p"} for number in range(8)]
-    threads = [
-        threading.Thread(target=scores.ScoreWriter(run).merge, args=(scores.Record(record),)) for record in records
-    ]
+    threads = [threading.Thread(target=writer.ScoreWriter(run).merge, args=(Record(record),)) for record in records]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = scores.RunScores.read(run.path).records
+    found = RunScores.read(run.path).records
     assert sorted(record["dataset"] for record in found) == [record["dataset"] for record in records]
 
 
@@ -186,7 +184,7 @@ def test_concurrent_writers_lose_no_record(run, monkeypatch):
 def test_damaged_scores_are_rejected(run, score, squares, content):
     path = run.path / "scores.json"
     path.write_text(content)
-    for read in (lambda: score(squares), lambda: scores.RunScores.read(run.path)):
+    for read in (lambda: score(squares), lambda: RunScores.read(run.path)):
         with pytest.raises(UserError, match=r"scores.json is damaged: .* Remove it and evaluate again"):
             read()
 
