@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sail_align.align.data.captions import choose_captions
 from sail_align.extract.data import Status
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import FILE_ROWS
 from sail_align.extract.store.store import Store
@@ -74,9 +74,10 @@ class Pairs:
         shards = sum(len(array.shards) for array in self.arrays)
         if missing := shards - sum(len(array.markers) for array in self.arrays):
             path = self.store.path
+            finish = command("sail-extract", "run", self.store.dataset, "--out", path)
             raise UserError(
-                f"{path} is incomplete: {missing} of {shards} shards are missing. Finish it with `sail-extract run "
-                f"{self.store.dataset} --out {path}` and its original options."
+                f"{path} is incomplete: {missing} of {shards} shards are missing. Finish it with `{finish}` and its "
+                "original options."
             )
 
     def usable(self, positives: int | None = None) -> Rows:
@@ -101,6 +102,11 @@ class Pairs:
         """Return the spans of the inner chunks, each of which is read at once."""
         size = self.store.chunk_rows
         return [slice(start, start + size) for start in range(0, self.store.rows, size)]
+
+
+def count_rows(rows: Sequence[Rows]) -> int:
+    """Return the number of rows over all stores."""
+    return sum(int(chosen.sum()) for chosen in rows)
 
 
 def open_pairs(
@@ -154,7 +160,7 @@ def require_half(pairs: Sequence[Pairs], usable: Sequence[Rows]) -> None:
     Raises:
         UserError: Fewer than half of the rows with an image are usable.
     """
-    count = sum(int(rows.sum()) for rows in usable)
+    count = count_rows(usable)
     with_image = sum(each.image.counts.get(Status.OK.label, 0) for each in pairs)
     if all(len(each.captions) == 1 for each in pairs) or 2 * count >= with_image:
         return
@@ -198,11 +204,11 @@ def held_out_pictures(
         for number, span in enumerate(each.chunks()):
             if chosen[span].any():
                 held.update(map(bytes, each.image.chunk(number)[chosen[span]]))
-    width = pairs[0].image.dim
-    hashes = np.unique(_head_hashes(np.frombuffer(b"".join(held), np.float16).reshape(-1, width)))
     found = [np.zeros_like(chosen) for chosen in rows]
     if not held:
         return found
+    held_ND = np.frombuffer(b"".join(held), np.float16).reshape(len(held), -1)
+    hashes = np.unique(_head_hashes(held_ND))
     with progress(sum(map(len, rows)), "compare pictures", quiet=quiet, delay=1) as bar:
         for each, chosen, same in zip(pairs, rows, found, strict=True):
             spans = each.chunks()
@@ -251,7 +257,7 @@ def read_rows(pairs: Sequence[Pairs], rows: Sequence[Rows]) -> tuple[Half, Half]
     Raises:
         UserError: A feature is NaN or inf.
     """
-    first, count = pairs[0], sum(int(chosen.sum()) for chosen in rows)
+    first, count = pairs[0], count_rows(rows)
     image_ND = np.empty((count, first.image.dim), np.float16)
     text_CND = np.empty((len(first.texts), count, first.texts[0].dim), np.float16)
     at = 0
@@ -314,6 +320,13 @@ class Exclusions:
         for span, keys in _read_keys(store) if len(self.keys) else ():
             excluded[span] = pc.is_in(keys, value_set=self.keys).to_numpy()
         return excluded
+
+    def describe(self, excluded: Sequence[Rows]) -> str:
+        """Return a note on the number of excluded rows."""
+        keys = f"{len(self.keys):,} keys"
+        if count := count_rows(excluded):
+            return f"Rows excluded by {keys}: {count:,}."
+        return f"Nothing is excluded: none of {keys} is in the stores."
 
     def record(self) -> dict[str, Any]:
         """Return the settings that identify the keys, or none if empty. A run resumes only with the same keys."""

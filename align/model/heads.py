@@ -3,6 +3,7 @@
 A head is power → LayerNorm → body, plus an optional linear path beside the body. Its output is not L2-normalised.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,7 +18,7 @@ OfInput = Callable[[nn.Linear], Tensor]
 """Applies a layer to the normalised features, which are the input of a head's body."""
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Base class of heads: power, LayerNorm and dropout, then the body of a subclass. Hidden units drop out too.
 
     Maps features (…, input_dim) to (…, output_dim). Initial weights are Xavier-uniform and initial biases zero.
@@ -36,9 +37,9 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear_path: nn.Linear | None = None
 
+    @abstractmethod
     def body(self, of_input: OfInput) -> Tensor:
         """Return the output (…, output_dim); `of_input` applies a layer to the normalised features."""
-        raise NotImplementedError
 
     @property
     def kept_units(self) -> int:

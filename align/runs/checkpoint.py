@@ -194,8 +194,8 @@ class Checkpoint:
         self._read_tensors("model", "weights_sha256")
         folder = RunFolder(run)
         folder.read_log(self.step)
-        log = hashlib.sha256(read_file(folder.metrics, BEGIN_AGAIN)).hexdigest()
-        if folder.finished and folder.finished["metrics_sha256"] != log:
+        finished = folder.finished
+        if finished and finished["metrics_sha256"] != folder.metrics_digest():
             raise damaged(folder.metrics, BEGIN_AGAIN)
 
     def load(self, path: Path, digest: str) -> Run:

@@ -108,8 +108,12 @@ class RunFolder:
 
     def finish(self, step: int) -> None:
         """Write finished.json."""
-        digest = hashlib.sha256(read_file(self.metrics, BEGIN_AGAIN)).hexdigest()
-        write_atomically(self.path / "finished.json", json.dumps({"step": step, "metrics_sha256": digest}).encode())
+        record = {"step": step, "metrics_sha256": self.metrics_digest()}
+        write_atomically(self.path / "finished.json", json.dumps(record).encode())
+
+    def metrics_digest(self) -> str:
+        """Return the SHA-256 of metrics.jsonl. Raises `UserError` if it cannot be read."""
+        return hashlib.sha256(read_file(self.metrics, BEGIN_AGAIN)).hexdigest()
 
     def read_log(self, step: int) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the lines of metrics.jsonl up to a step, and their entries.
@@ -180,6 +184,12 @@ class RunFolder:
         """Remove a checkpoint, starting with the file that marks it as complete."""
         (self.path / "model.json").unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps than this, and incomplete ones of any step."""
+        for folder in map(RunFolder, self.checkpoints("*", incomplete=True)):
+            if folder.step > step or not folder.is_checkpoint:
+                folder.discard()
 
     @staticmethod
     def default_path(stores: Sequence[Path], kind: str) -> Path:

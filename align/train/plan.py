@@ -13,6 +13,7 @@ from sail_align.align.data.pairs import (
     Exclusions,
     Pairs,
     Rows,
+    count_rows,
     held_out_pictures,
     open_pairs,
     require_half,
@@ -45,12 +46,12 @@ class Plan:
     @property
     def training_rows(self) -> int:
         """Number of pairs to train on."""
-        return sum(int(rows.sum()) for rows in self.training)
+        return count_rows(self.training)
 
     @property
     def held_out_rows(self) -> int:
         """Number of pairs to score on."""
-        return sum(int(rows.sum()) for rows in self.held_out)
+        return count_rows(self.held_out)
 
     @property
     def scored(self) -> list[Pairs]:
@@ -168,7 +169,7 @@ def make_plan(
     policy = _policy(pairs, weights, options)
     if not weights:
         require_half(pairs, usable)
-    unusable = sum(each.store.rows for each in pairs) - sum(int(rows.sum()) for rows in usable)
+    unusable = sum(each.store.rows for each in pairs) - count_rows(usable)
     excluded = [exclusions.rows(each.store) for each in pairs]
     usable = [rows & ~left_out for rows, left_out in zip(usable, excluded, strict=True)]
     scorable = [
@@ -178,7 +179,7 @@ def make_plan(
     training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
     leaks = held_out_pictures(pairs, training, held_out, quiet=quiet)
     training = [rows & ~leaked for rows, leaked in zip(training, leaks, strict=True)]
-    count = sum(int(rows.sum()) for rows in training)
+    count = count_rows(training)
     if count < MIN_ROWS:
         raise UserError(
             f"{' with '.join(map(str, stores))} has {count} pair{'s' * (count != 1)} to train on, expected at least "
@@ -190,14 +191,11 @@ def make_plan(
     settings, notes = choose_settings(options, rows=count, **dims)
     notes[:0] = _caption_notes(pairs, policy, named=bool(weights))
     if exclude:
-        fewer = sum(int(left_out.sum()) for left_out in excluded)
-        keys = f"{len(exclusions.keys):,} keys"
-        absent = f"Nothing is excluded: none of {keys} is in the stores."
-        notes.insert(0, f"Rows excluded by {keys}: {fewer:,}." if fewer else absent)
+        notes.insert(0, exclusions.describe(excluded))
     if unusable:
         advice = _caption_advice(pairs, positives, can_sample=options.get("head") != "cca")
         notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.{advice}")
-    if leaked := sum(int(rows.sum()) for rows in leaks):
+    if leaked := count_rows(leaks):
         notes.append(f"Rows left out of training because their picture is also in a held-out pair: {leaked:,}.")
     if settings.held_out > 0 and not any(rows.any() for rows in held_out):
         notes.append(f"{count} pairs are too few to hold any out; the run will not be scored.")
@@ -206,7 +204,7 @@ def make_plan(
 
 def _caption_advice(pairs: Sequence[Pairs], positives: int | None, *, can_sample: bool) -> str:
     """Return how to keep rows that have only some of the captions; "" if there are none."""
-    kept, missing = (sum(int(each.usable(count).sum()) for each in pairs) for count in (1, positives))
+    kept, missing = (count_rows([each.usable(count) for each in pairs]) for count in (1, positives))
     if kept == missing:
         return ""
     rows = Counter[str]()

@@ -65,9 +65,9 @@ def fit(
             saved = Checkpoint.read(run)
             if saved and run_digest(saved.record["settings"]) != plan.digest:
                 raise UserError(f"{saved.folder} has other settings than {run / 'settings.json'}. Pass another --out.")
-            if saved and saved.finished and on_collapse == "stop" and (message := Watch.replay(run, plan.settings.lr)):
-                raise UserError(message)
             if saved and saved.finished:
+                if on_collapse == "stop" and (message := Watch.replay(run, plan.settings.lr)):
+                    raise UserError(message)
                 close_finished(run, saved, keep)
             return saved, plan.digest
 

@@ -57,9 +57,7 @@ def close_finished(run: Path, saved: Checkpoint, keep: int) -> None:
     folder = RunFolder(run)
     if folder.finished:
         return
-    for each in folder.checkpoints("*", incomplete=True):
-        if not RunFolder(each).is_checkpoint:
-            RunFolder(each).discard()
+    folder.discard_after(saved.step)
     best = Checkpoint.best(run)
     if any((each / "optimizer.safetensors").exists() for each in folder.checkpoints()):
         remove_outdated(folder, best.folder if best else run, keep, finished=True)
@@ -118,9 +116,7 @@ class RunWriter:
         self._watch, self._warned = Watch(plan.settings.lr), False
         self.collapse: str | None = None
         last = self._run.last
-        for folder in self._run.checkpoints("*", incomplete=True):
-            if last is None or RunFolder(folder).step > RunFolder(last).step or not RunFolder(folder).is_checkpoint:
-                RunFolder(folder).discard()
+        self._run.discard_after(RunFolder(last).step if last else -1)
         best = Checkpoint.best(run)
         self._best_r1, self._best_folder = (best.r1, best.folder) if best else (None, run)
         self._unsaved_best: tuple[Tensors, int, Mapping[str, float]] | None = None

@@ -1,6 +1,7 @@
 """Load a frozen encoder by its name, or the one that a store or a run recorded."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from sail_align.extract.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(ABC):
     """Description of an encoder and its options. Small and picklable, so it can be sent to a worker.
 
     Attributes:
@@ -77,10 +78,11 @@ class EncoderConfig:
         return cls(name, spec.pooling, spec.precision)
 
     @property
+    @abstractmethod
     def entry(self) -> VisionEntry | TextEntry:
         """The encoder's entry in the catalogue, or what its reference means."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, device: str = "cpu", *, entry: Any = None) -> VisionEncoder | TextEncoder:
         """Load the encoder.
 
@@ -91,7 +93,6 @@ class EncoderConfig:
         Raises:
             UserError: The device or precision is not available, or the weights are not.
         """
-        raise NotImplementedError
 
     def download(self) -> None:
         """Download the encoder's files if they are not here. Files of OpenCLIP are only downloaded when it loads them.

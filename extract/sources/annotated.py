@@ -4,7 +4,6 @@ Kinds: `coco-captions`, `karpathy`, `winoground` and `mmvp`, each in its publish
 """
 
 import csv
-import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.images import FolderSource
-from sail_align.extract.system.files import read_json
+from sail_align.extract.system.files import json_lines, read_json
 
 Form = TypeVar("Form")
 Id = StrictInt | str
@@ -82,7 +81,6 @@ class AnnotatedSource(FolderSource):
         self._config = config
         self._file = data_root / config.root / config.file
         self.folder = data_root / config.root / config.images
-        self.caption_origins = config.caption_names or config.file
         for path in (self._file, self.folder):
             if not path.exists():
                 raise UserError(f"{path} is missing. Correct the manifest's source or set --data-root.")
@@ -99,6 +97,12 @@ class AnnotatedSource(FolderSource):
             what = "captions" if samples else "samples"
             raise UserError(f"{self._file} contains no {what}. Correct the manifest's source.")
         return samples, classes
+
+    @cached_property
+    def caption_origins(self) -> str | tuple[str, ...]:  # type: ignore[override]  # reads the file when first used
+        """The names of the captions, or the annotation file if they are numbered."""
+        _ = self._annotations  # so that a broken file is an error before encoders are downloaded
+        return self._config.caption_names or self._config.file
 
     @cached_property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]  # read from the file when first used
@@ -226,11 +230,9 @@ class WinogroundConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8") as file:
             examples = [
-                _validate(_WinogroundExample, _parse(line, number), f"line {number}")
-                for number, line in enumerate(lines, 1)
-                if line.strip()
+                _validate(_WinogroundExample, example, f"line {number}") for number, example in json_lines(file)
             ]
         samples = [
             Sample(
@@ -282,13 +284,6 @@ class MmvpConfig(AnnotatedConfig):
             label = categories.index(category)
             samples.append(Sample(key=image, image=image, captions={"raw": statement.strip()}, label=label))
         return samples, tuple(categories)
-
-
-def _parse(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"line {number}: {problem}") from problem
 
 
 def _validate(form: type[Form], content: Any, place: str = "") -> Form:

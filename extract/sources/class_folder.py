@@ -15,8 +15,11 @@ from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfi
 from sail_align.extract.sources.file_set import require_utf8
 from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
 
-WORDNET_IDS = resources.files("sail_align.data_manifests") / "classes" / "imagenet-wordnet-ids.txt"
-"""The WordNet ids of ImageNet-1k's classes in label order, which is their sorted order."""
+
+def imagenet_ids() -> list[str]:
+    """Return the WordNet ids of ImageNet-1k's classes in label order, which is their sorted order."""
+    file = resources.files("sail_align.data_manifests") / "classes" / "imagenet-wordnet-ids.txt"
+    return file.read_text(encoding="utf-8").split()
 
 
 class ClassFolderConfig(FilesConfig, SourceConfig):
@@ -97,7 +100,7 @@ class ClassFolderSource(FolderSource):
             UserError: The list does not exist, or has another number of names than there are folders.
         """
         names = class_names(reference)
-        ids = WORDNET_IDS.read_text(encoding="utf-8").split() if reference == "open_clip:imagenet" else []
+        ids = imagenet_ids() if reference == "open_clip:imagenet" else []
         for known in (ids, [str(number) for number in range(len(names))]):
             if folders and set(folders) <= set(known):
                 return {folder: names[label] for label, folder in enumerate(known) if folder in set(folders)}

@@ -1,6 +1,5 @@
 """Readers of CSV, TSV, JSONL and parquet files, a few thousand rows at a time, and caption tables made of these."""
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, Strict
 from sail_align.extract.sources.delimited import DELIMITERS, read_delimited, require_columns
+from sail_align.extract.system.files import json_lines
 
 BATCH_ROWS = 8_192
 
@@ -193,16 +193,11 @@ def _read_jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each line."""
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get)
-                except (ValueError, RecursionError) as problem:
-                    raise ValueError(f"line {number}: {problem}") from problem
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not a JSON object")
-                yield number, row
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, row in json_lines(file, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get):
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            yield number, row
 
 
 class _TypeCheck:

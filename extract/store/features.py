@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -250,12 +250,13 @@ class FeatureArray:
         return self._status.read(start, stop, self.markers)
 
     def _compare_status(self, shard: int) -> None:
-        file = self._status.shard_file(shard)
-        if file_digest(file) == self.markers[shard]["sha256"]["status"]:
-            return
-        if self._read_marker(shard) != self.markers[shard]:
-            raise UserError(f"{file} is being written again by another process. Rerun this command when it has ended.")
-        raise damaged(file, "its content is not what was committed")
+        if self.changed(shard, ("status",)):
+            file = self._status.shard_file(shard)
+            if self._read_marker(shard) != self.markers[shard]:
+                raise UserError(
+                    f"{file} is being written again by another process. Rerun this command when it has ended."
+                )
+            raise damaged(file, "its content is not what was committed")
 
     @property
     def mapped(self) -> bool:
@@ -338,10 +339,10 @@ class FeatureArray:
             if array.mapped:
                 array.mapped.forget(shard)
 
-    def changed(self, shard: int) -> str | None:
-        """Return which of a committed shard's files, features or status, no longer has the digest in its marker."""
+    def changed(self, shard: int, names: Sequence[str] = NAMES) -> str | None:
+        """Return which of a committed shard's files, of these names, no longer has the digest in its marker."""
         expected = self.markers[shard]["sha256"]
-        digests = ((name, file_digest(array.shard_file(shard))) for name, array in self._arrays.items())
+        digests = ((name, file_digest(self._arrays[name].shard_file(shard))) for name in names)
         return next((name for name, digest in digests if digest != expected[name]), None)
 
     def _has_file(self, name: str, shard: int) -> bool:

@@ -116,11 +116,7 @@ class Store:
         """
         path = as_path(path)
         existed = path.exists()
-        occupied = existed and not (path.is_dir() and all(UNFINISHED.fullmatch(file.name) for file in path.iterdir()))
-        if (path / "zarr.json").exists():  # checked last: another process may be creating the store
-            raise StoreExistsError(f"{path} is already a store. Pass another path or remove it.")
-        if occupied:
-            raise UserError(f"{path} exists and is not a feature store. Pass another --out.")
+        _require_free(path)
         names = [*captions, *(recaptions.captions if recaptions else ())]
         for name in names:
             if not CAPTION_NAME.fullmatch(name):
@@ -314,6 +310,15 @@ class Store:
             if what in (INDEX, ARRAY) or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)
         self.leases.tidy()
+
+
+def _require_free(path: Path) -> None:
+    """Raise `UserError` unless a path does not exist, or holds no more than an unfinished index."""
+    occupied = path.exists() and not (path.is_dir() and all(UNFINISHED.fullmatch(file.name) for file in path.iterdir()))
+    if (path / "zarr.json").exists():  # checked last: another process may be creating the store
+        raise StoreExistsError(f"{path} is already a store. Pass another path or remove it.")
+    if occupied:
+        raise UserError(f"{path} exists and is not a feature store. Pass another --out.")
 
 
 def _require_valid(file: Path, attributes: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +57,21 @@ def remove_tree(folder: Path) -> None:
 def canonical_json(value: Any) -> bytes:
     """Return JSON whose bytes are the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def json_lines(file: Iterable[str], **options: Any) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line that is not blank; `options` are those of `json.loads`.
+
+    Raises:
+        ValueError: A line is not JSON. The message names it.
+    """
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                value = json.loads(line, **options)
+            except (ValueError, RecursionError) as problem:
+                raise ValueError(f"line {number}: {problem}") from problem
+            yield number, value
 
 
 def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from sail_align.extract.data import IGNORED, Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
-from sail_align.extract.sources.class_folder import WORDNET_IDS
+from sail_align.extract.sources.class_folder import imagenet_ids
 from sail_align.extract.sources.class_names import class_names, label_names, templates
 
 CLASSES = Path(__file__).parents[2] / ".." / "shared" / "classes"
@@ -258,7 +258,7 @@ def test_sorted_folders_get_published_names(tmp_path):
 def test_wordnet_ids_match_timm():
     from timm.data import ImageNetInfo
 
-    assert WORDNET_IDS.read_text().split() == ImageNetInfo("imagenet-1k").label_names()
+    assert imagenet_ids() == ImageNetInfo("imagenet-1k").label_names()
 
 
 def test_folders_of_some_wordnet_ids(tmp_path):
