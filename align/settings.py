@@ -14,6 +14,7 @@ from sail_align.extract.errors import UserError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 OnCollapse = Literal["stop", "warn"]
+Verify = Literal["first-epoch", "always", "off"]
 
 PAPER_ROWS = 100_000
 """With at least this many pairs, the default preset is `paper`."""
@@ -34,6 +35,7 @@ COMPARED_FEW: dict[str, Any] = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
+_VERIFY = "When to compare features with their checksums: on their first use, in every epoch, or never."
 _PRECISION = "auto: bfloat16 on a GPU, float32 on a CPU"
 
 
@@ -121,6 +123,7 @@ class FitOptions(FitSettings):
         "Run", "Defaults of the other settings.", None, shown=f"small below {PAPER_ROWS:,} pairs, else paper"
     )
     keep: int = declare("Run", "Number of resumable checkpoints to keep, besides the best one.", 2, ge=1, cca=True)
+    verify: Verify = declare("Data", _VERIFY, "first-epoch", cca=True)  # noqa: RUF009 (a field, not a value)
     on_collapse: OnCollapse = declare(  # noqa: RUF009 (a field, not a value)
         "Run", "Reaction to a collapse of training.", "stop", cca=True
     )

@@ -203,9 +203,7 @@ def _choose_executor(engine: str, ray_address: str | None, workers: str, device:
 
 def _report_opened(about: "Manifest | None", store: "Store") -> None:
     """Print how captions from other tables were joined, and whether the number of samples is unexpected."""
-    from sail_align.extract.store.recaptions import RecaptionReport
-
-    report = RecaptionReport.read(store.path / "index")
+    report = store.recaptions()
     for line in report.lines() if report else ():
         typer.echo(line)
     if about and store.rows != (about.expected_rows or store.rows):
@@ -345,6 +343,18 @@ def verify(
     typer.echo(f"{store}: {problems or 'no'} problem{'s' if problems != 1 else ''} found.")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command(cls=GroupedCommand)
+def upgrade(store: StorePath, quiet: Quiet = False) -> None:
+    """Convert a store of an earlier format. Features keep their bytes; a stopped conversion is continued."""
+    require_store(store)
+
+    from sail_align.extract.store.hierarchy import STORE_FORMAT
+    from sail_align.extract.store.store import Store
+
+    done = Store.open(store).upgrade(quiet=quiet)
+    typer.echo(f"{store}: {'converted to' if done else 'has'} format {STORE_FORMAT}.")
 
 
 @app.command(cls=GroupedCommand)

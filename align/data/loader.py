@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import cycle, pairwise
+from itertools import chain, cycle, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,6 +228,9 @@ class Stream:
         """Start to copy this rank's part of a batch. Raise the error of the preceding look-ahead, if it failed."""
         if look_ahead:
             look_ahead.result()
+        if state.batch == 0:
+            for array in chain.from_iterable(pairs.arrays for pairs in self._pairs if pairs.verify == "always"):
+                array.check_again()
         if self._decoded:
             wait(self._copies)  # the copies of the previous batch read the decoded chunks
             buffered = self._order.buffered(state)

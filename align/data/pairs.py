@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sail_align.align.data.captions import choose_captions
+from sail_align.align.settings import FitOptions, Verify
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.store.features import FeatureArray
@@ -37,13 +38,18 @@ _ODD = np.array([0x9E3779B97F4A7C15 * (2 * n + 1) % 2**64 for n in range(8)], np
 class Pairs:
     """The arrays of one store that training reads; row i of `image` and row i of each of `texts` are a pair.
 
-    `captions` are the names of `texts`. They may differ between stores.
+    `captions` are the names of `texts`. They may differ between stores. `verify` says when features are checked.
     """
 
     store: Store
     captions: tuple[str, ...]
     image: FeatureArray
     texts: tuple[FeatureArray, ...]
+    verify: Verify = FitOptions.verify
+
+    def __post_init__(self) -> None:
+        for array in self.arrays:
+            array.check = self.verify != "off"
 
     @property
     def arrays(self) -> tuple[FeatureArray, ...]:
@@ -52,17 +58,22 @@ class Pairs:
 
     @classmethod
     def open(
-        cls, path: Path, captions: Sequence[str], image_encoder: str | None = None, text_encoder: str | None = None
+        cls,
+        path: Path,
+        captions: Sequence[str],
+        image_encoder: str | None = None,
+        text_encoder: str | None = None,
+        verify: Verify = FitOptions.verify,
     ) -> "Pairs":
         """Open the arrays of a store; an encoder may be None if the store has only one."""
         store = Store.open(path)
         texts = tuple(store.text(name, text_encoder) for name in captions)
-        return cls(store, tuple(captions), store.image(image_encoder), texts)
+        return cls(store, tuple(captions), store.image(image_encoder), texts, verify)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the store's path and the arrays' encoders, so that another process opens them itself."""
         image_encoder, text_encoder = (array.path.split("/")[1] for array in (self.image, self.texts[0]))
-        return Pairs.open, (self.store.path, self.captions, image_encoder, text_encoder)
+        return Pairs.open, (self.store.path, self.captions, image_encoder, text_encoder, self.verify)
 
     def only(self, captions: Sequence[str]) -> "Pairs":
         """Return the pairs with only some of the captions."""
@@ -79,6 +90,14 @@ class Pairs:
                 f"{path} is incomplete: {missing} of {shards} shards are missing. Finish it with `{finish}` and its "
                 "original options."
             )
+
+    @property
+    def unchecked(self) -> str:
+        """A note that the features have no checksums, "" if they have."""
+        if self.store.format > 1:
+            return ""
+        upgrade = command("sail-extract", "upgrade", self.store.path)
+        return f"{self.store.path} has store format 1: its features cannot be checked while they are used. `{upgrade}`"
 
     def usable(self, positives: int | None = None) -> Rows:
         """Return the rows whose image and at least `positives` captions have features; by default all captions.
@@ -116,6 +135,7 @@ def open_pairs(
     positives: int | None = None,
     image_encoder: str | None = None,
     text_encoder: str | None = None,
+    verify: Verify = FitOptions.verify,
 ) -> list[Pairs]:
     """Open the arrays of one or several stores, to train on all of them together.
 
@@ -126,6 +146,7 @@ def open_pairs(
         positives: Number of captions that each image needs; a store may then lack some of them. The default is all.
         image_encoder: Image encoder to use if a store has more than one.
         text_encoder: Text encoder to use if a store has more than one.
+        verify: When features are compared with their checksums.
 
     Raises:
         UserError: A path is not a store, an array is missing or incomplete, the stores' encoders differ, or a store is
@@ -136,7 +157,7 @@ def open_pairs(
     opened: list[Pairs] = []
     first_with: dict[str, Path] = {}
     for path, store, names in zip(paths, stores, chosen, strict=True):
-        pairs = Pairs.open(path, names, image_encoder, text_encoder)
+        pairs = Pairs.open(path, names, image_encoder, text_encoder, verify)
         pairs.require_complete()
         if (digest := store.digest) in first_with:
             raise UserError(f"{path} holds the same data as {first_with[digest]}. Give each store once.")

@@ -23,7 +23,7 @@ from sail_align.align.data.pairs import (
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
 from sail_align.align.runs.folder import run_digest
-from sail_align.align.settings import FitSettings, check_options, choose_settings
+from sail_align.align.settings import FitOptions, FitSettings, check_options, choose_settings
 from sail_align.extract.errors import UserError
 
 MIN_ROWS = 2
@@ -164,7 +164,8 @@ def make_plan(
     weights = parse_captions(captions)
     positives = options.get("positives")
     encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
-    pairs = open_pairs(stores, list(weights), positives=positives, **encoders)
+    verify = options.get("verify", FitOptions.verify)
+    pairs = open_pairs(stores, list(weights), positives=positives, verify=verify, **encoders)
     usable = [each.usable(positives) for each in pairs]
     policy = _policy(pairs, weights, options)
     if not weights:
@@ -197,6 +198,7 @@ def make_plan(
         notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.{advice}")
     if leaked := count_rows(leaks):
         notes.append(f"Rows left out of training because their picture is also in a held-out pair: {leaked:,}.")
+    notes += [each.unchecked for each in pairs if each.unchecked and verify != "off"]
     if settings.held_out > 0 and not any(rows.any() for rows in held_out):
         notes.append(f"{count} pairs are too few to hold any out; the run will not be scored.")
     return Plan(pairs, training, held_out, settings, exclusions, policy), notes

@@ -41,15 +41,19 @@ class Job:
         return (self.image is not None) + (len(self.captions) if self.text is not None else 0)
 
     def open_store(self, *, quiet: bool = False) -> Store:
-        """Open the store, or create it. An existing store is opened without its source if the job has no images.
+        """Open the store, or create it, and restore its metadata if need be. Only a job with images opens the source.
 
         Raises:
             UserError: Source or store cannot be opened, or do not match, or the disk is full.
         """
-        if self.image is None and (self.store / "zarr.json").exists():
-            return Store.open(self.store, manifest=self.manifest.rows)
         with report_write_errors(self.store, during_run=True):
-            return open_or_create(self.store, self.manifest, self.manifest.open_source(self.data_root), quiet=quiet)
+            if self.image is None and (self.store / "zarr.json").exists():
+                store = Store.open(self.store, manifest=self.manifest.rows)
+            else:
+                source = self.manifest.open_source(self.data_root)
+                store = open_or_create(self.store, self.manifest, source, quiet=quiet)
+            store.restore()
+        return store
 
     def worker(self, share: Share, device: str, threads: int, send: Callable[[Event], object]) -> Worker:
         """Return a worker with a task for each array of the job.

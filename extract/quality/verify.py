@@ -23,11 +23,20 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Result]:
     store = Store.open(path)
     for file in store.damaged_index_files():
         yield f"{file}: has changed. The store cannot be trusted; make it again.", True
-    arrays = store.arrays()
-    for lost in sorted(store.committed_paths() - {array.path for array in arrays}):
+    try:
+        store.recaptions()
+    except UserError as problem:
+        yield str(problem), True
+    paths = store.array_paths()
+    for lost in sorted(store.committed_paths() - set(paths)):
         yield f"{lost}: is committed, but the array is missing or damaged. Rerun sail-extract run.", True
     identities: dict[str, Identity] = {}
-    for array in arrays:
+    for name in paths:
+        try:
+            array = store.array(name)
+        except UserError as problem:
+            yield f"{name}: {problem}", True
+            continue
         identities[array.identity.spec.fingerprint] = array.identity
         yield from _verify_array(array, discard)
     yield from map(_compare_with_encoder, identities.values())

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -17,13 +18,16 @@ from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.encoders.identity import Identity
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, command
+from sail_align.extract.store.hierarchy import read_document, write_document
 from sail_align.extract.store.mapped import MappedChunks, damaged
-from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
+from sail_align.extract.store.markers import CONTENT, Marker, Markers
+from sail_align.extract.system.files import file_digest, is_remote, report_read_errors, write_atomically
 from sail_align.extract.system.leases import Lease
 
 NAMES = ("features", "status")
 """The two zarr arrays of a `FeatureArray`."""
+DIMENSIONS = ("row", "feature")
 
 
 class ShardedArray:
@@ -72,8 +76,9 @@ class ShardedArray:
             fill_value=fill_value,
             compressors=None,
             filters=None,
+            dimension_names=DIMENSIONS[: len(shape)],
         )
-        write_atomically(folder / "zarr.json", memory["zarr.json"].to_bytes())
+        write_document(folder, json.loads(memory["zarr.json"].to_bytes()))
 
     def shard_file(self, shard: int) -> Path:
         """Return where a shard's file is, or would be."""
@@ -118,24 +123,43 @@ class ShardedArray:
 class FeatureArray:
     """The features of one encoder for the images or one caption of a store: (rows, dim) float16, and a status per row.
 
+    What is read is compared with its marker: statuses by the SHA-256 of their file before a shard's first use, features
+    by the CRC-32C of each chunk on its first use.
+
     Args:
         store: The store's folder.
         path: The array's path in the store.
         identity: The encoder that made the features.
+        index: Digest of the store's index, to which shards are bound.
+        format_1: Whether the store has format 1. Its features have no checksums, and it is not written to.
+
+    Attributes:
+        check: Whether features are compared with their checksums.
     """
 
-    def __init__(self, store: Path, path: str, identity: Identity):
+    def __init__(self, store: Path, path: str, identity: Identity, index: str = "", *, format_1: bool = False):
         self.path = path
         self.identity = identity
+        self.check = True
         self._store = store
-        self._commits = store / "commits" / path
         self._arrays = {name: ShardedArray(store / path / name, partial(self._has_file, name)) for name in NAMES}
         self._features, self._status = self._arrays.values()
         self.rows, self.dim = self._features.zarr.shape
         self.shard_rows, self.chunk_rows = self._features.shard_rows, self._features.chunk_rows
         self.shards = range(-(-self.rows // self.shard_rows))
+        bound = {
+            "index": index,
+            "fingerprint": identity.spec.fingerprint,
+            "dtype": self._features.zarr.dtype.name,
+            "shape": [self.rows, self.dim],
+            "chunks": [self.shard_rows, self.chunk_rows],
+        }
+        self._commits = Markers(store, path, bound, NAMES, format_1=format_1)
+        self._format_1 = format_1
         self._compared: set[int] = set()
         """Shards whose statuses are known to be those that were committed."""
+        self._checked: set[int] = set()
+        """Chunks whose features are known to be those that were committed."""
 
     def require_layout(self, rows: int, shard_rows: int) -> None:
         """Raise `UserError` unless both arrays have the store's sizes, the encoder's dimension, and our types."""
@@ -160,38 +184,32 @@ class FeatureArray:
         ShardedArray.create(folder / "features", (rows, dim), shard_rows, chunk_rows, "float16", float("nan"))
         ShardedArray.create(folder / "status", (rows,), shard_rows, chunk_rows, "uint8", Status.PENDING)
 
-    @staticmethod
-    def exists(folder: Path) -> bool:
-        """Whether `create` has finished in a folder."""
-        return (folder / "status" / "zarr.json").exists()
+    def name_dimensions(self) -> set[str]:
+        """Give both arrays of a store of format 1 names of their dimensions; return the arrays' paths in the store."""
+        for array in self._arrays.values():
+            document = read_document(array.folder)
+            write_document(array.folder, {**document, "dimension_names": list(DIMENSIONS[: len(document["shape"])])})
+        return {f"{self.path}/{name}" for name in NAMES}
 
     @cached_property
-    def markers(self) -> dict[int, dict[str, Any]]:
+    def markers(self) -> dict[int, Marker]:
         """Valid markers by shard, as they were on first use and as this object has written since."""
         return {shard: marker for shard in self.shards if (marker := self._read_marker(shard))}
 
-    def _read_marker(self, shard: int) -> dict[str, Any] | None:
-        """Return a shard's marker, None if it is missing or not valid. Raises `UserError` if it cannot be read."""
-        path = self._marker_path(shard)
+    def _read_marker(self, shard: int) -> Marker | None:
         start, stop = self.span(shard)
-        with report_read_errors(path):
-            try:
-                marker: Any = json.loads(path.read_bytes())
-                valid = (
-                    marker.keys() == {"fingerprint", "rows", "counts", "sha256"}
-                    and marker["fingerprint"] == self.identity.spec.fingerprint
-                    and marker["rows"] == [start, stop]
-                    and sum(marker["counts"].values()) == stop - start
-                    and marker["sha256"].keys() == set(NAMES)
-                )
-            except (FileNotFoundError, ValueError, TypeError, AttributeError):  # the last three: unexpected content
-                return None
-        return marker if valid else None
+        return self._commits.read(shard, (start, stop), -(-(stop - start) // self.chunk_rows))
+
+    @property
+    def content(self) -> list[Any]:
+        """What a store's digest covers: path, and of each marker the fields that both formats have."""
+        markers = [[shard, {name: marker[name] for name in CONTENT}] for shard, marker in sorted(self.markers.items())]
+        return [self.path, markers]
 
     @property
     def unwritten(self) -> list[int]:
         """Shards that have no marker, not even a damaged one."""
-        return [shard for shard in self.shards if shard not in self.markers and not self._marker_path(shard).exists()]
+        return [shard for shard in self.shards if shard not in self.markers and not self._commits.file(shard).exists()]
 
     @property
     def complete(self) -> bool:
@@ -231,10 +249,19 @@ class FeatureArray:
     def read(self, start: int = 0, stop: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
         """Return features (n, dim) and status (n,) of rows start … stop − 1; NaN and pending if not committed.
 
-        As in a slice, rows beyond the last one are left out.
+        As in a slice, rows beyond the last one are left out. Whole chunks are read, so that they can be checked.
+
+        Raises:
+            UserError: A file is damaged.
         """
         stop = self.rows if stop is None else min(stop, self.rows)
-        return self._features.read(start, stop, self.markers), self.read_status(start, stop)
+        start = min(start, stop)
+        size = self.chunk_rows
+        first, last = start - start % size, min(-(-stop // size) * size, self.rows)
+        features = self._features.read(first, last, self.markers)
+        for at in range(first, last, size):
+            self._check(at // size, features[at - first : at - first + size])
+        return features[start - first : stop - first], self.read_status(start, stop)
 
     def read_status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """Return the status (n,) of rows start … stop − 1, without reading their features.
@@ -245,18 +272,30 @@ class FeatureArray:
         stop = self.rows if stop is None else min(stop, self.rows)
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             if shard in self.markers and shard not in self._compared:
-                self._compare_status(shard)
+                if self.changed(shard, ("status",)):
+                    raise self._damaged("status", shard)
                 self._compared.add(shard)
         return self._status.read(start, stop, self.markers)
 
-    def _compare_status(self, shard: int) -> None:
-        if self.changed(shard, ("status",)):
-            file = self._status.shard_file(shard)
-            if self._read_marker(shard) != self.markers[shard]:
-                raise UserError(
-                    f"{file} is being written again by another process. Rerun this command when it has ended."
-                )
-            raise damaged(file, "its content is not what was committed")
+    def _check(self, chunk: int, features: NDArray[np.float16]) -> None:
+        """Compare the features of a chunk with their checksum, unless that was done."""
+        if not self.check or chunk in self._checked:
+            return
+        shard, inner = divmod(chunk, self.shard_rows // self.chunk_rows)
+        sums = self.markers.get(shard, {}).get("crc32c")
+        if sums and checksum(features) != sums[inner]:
+            raise self._damaged("features", shard)
+        self._checked.add(chunk)
+
+    def check_again(self) -> None:
+        """Compare all chunks with their checksums again on their next use."""
+        self._checked.clear()
+
+    def _damaged(self, name: str, shard: int) -> UserError:
+        file = self._arrays[name].shard_file(shard)
+        if self._read_marker(shard) != self.markers[shard]:
+            return UserError(f"{file} is being written again by another process. Rerun this command when it has ended.")
+        return damaged(file, "its content is not what was committed")
 
     @property
     def mapped(self) -> bool:
@@ -269,6 +308,11 @@ class FeatureArray:
         Raises:
             UserError: The shard's file is damaged.
         """
+        features = self._unchecked_chunk(number)
+        self._check(number, features)
+        return features
+
+    def _unchecked_chunk(self, number: int) -> NDArray[np.float16]:
         start, stop = number * self.chunk_rows, min((number + 1) * self.chunk_rows, self.rows)
         if start // self.shard_rows not in self.markers:
             return np.broadcast_to(np.float16(np.nan), (stop - start, self.dim))
@@ -302,23 +346,21 @@ class FeatureArray:
             The number of bytes of the two files.
 
         Raises:
-            ValueError: The arrays do not have the shard's size.
+            ValueError: The arrays do not have the shard's size, or a status is unknown.
             LeaseLostError: Another process writes the shard now.
+            UserError: The store has format 1.
         """
+        if self._format_1:
+            raise format_1(self._store)
         start, stop = self.span(shard)
         if features.shape != (stop - start, self.dim) or status.shape != (stop - start,):
             raise ValueError(f"shard {shard} has shape {(stop - start, self.dim)}, not {features.shape}")
+        if status.max() not in set(Status):
+            raise ValueError(f"shard {shard} has the unknown status {status.max()}")
         values: dict[str, NDArray[Any]] = {"features": features, "status": status}
         contents = {name: array.shard_content(start, values[name]) for name, array in self._arrays.items()}
-        codes, counts = np.unique(status, return_counts=True)
-        marker = {
-            "fingerprint": self.identity.spec.fingerprint,
-            "rows": [start, stop],
-            "counts": {Status(code).label: int(count) for code, count in zip(codes, counts, strict=True)},
-            "sha256": {
-                name: None if content is None else hashlib.sha256(content).hexdigest()
-                for name, content in contents.items()
-            },
+        digests = {
+            name: None if content is None else hashlib.sha256(content).hexdigest() for name, content in contents.items()
         }
         confirm = lease.confirm if lease else lambda: None
         confirm()
@@ -326,27 +368,71 @@ class FeatureArray:
         for name, array in self._arrays.items():
             write_atomically(array.shard_file(shard), contents[name], below=self._store)
         confirm()
-        write_atomically(self._marker_path(shard), canonical_json(marker), below=self._store)
-        self.markers[shard] = marker
+        self._commit(shard, features, status, digests)
         return sum(len(content) for content in contents.values() if content)
+
+    def _commit(
+        self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8], digests: dict[str, str | None]
+    ) -> None:
+        starts = range(0, len(features), self.chunk_rows)
+        sums = [checksum(features[at : at + self.chunk_rows]) for at in starts]
+        content = {"counts": _count(status), "sha256": digests, "crc32c": sums}
+        self.markers[shard] = self._commits.write(shard, self.span(shard), content)
+
+    def upgrade(self, shard: int) -> None:
+        """Give a committed shard of format 1 a marker of the present format. Raises `UserError` if it is damaged."""
+        if "digest" in self.markers[shard]:
+            return
+        if changed := self.changed(shard):
+            raise self._damaged(changed, shard)
+        start, stop = self.span(shard)
+        self._commit(shard, *self.read(start, stop), self.markers[shard]["sha256"])
 
     def discard(self, shard: int) -> None:
         """Remove a shard's marker, so that the next extraction writes the shard again."""
-        self._marker_path(shard).unlink(missing_ok=True)
+        self._commits.discard(shard)
         self.markers.pop(shard, None)
         self._compared.discard(shard)
+        per_shard = self.shard_rows // self.chunk_rows
+        self._checked.difference_update(range(shard * per_shard, (shard + 1) * per_shard))
         for array in self._arrays.values():
             if array.mapped:
                 array.mapped.forget(shard)
 
     def changed(self, shard: int, names: Sequence[str] = NAMES) -> str | None:
-        """Return which of a committed shard's files, of these names, no longer has the digest in its marker."""
-        expected = self.markers[shard]["sha256"]
-        digests = ((name, file_digest(self._arrays[name].shard_file(shard))) for name in names)
-        return next((name for name, digest in digests if digest != expected[name]), None)
+        """Return which of a committed shard's files, of these names, is not what its marker says, or None."""
+        marker = self.markers[shard]
+        for name in names:
+            if file_digest(self._arrays[name].shard_file(shard)) != marker["sha256"][name]:
+                return name
+        first = self.span(shard)[0] // self.chunk_rows
+        sums = marker.get("crc32c", ()) if "features" in names else ()
+        if any(checksum(self._unchecked_chunk(chunk)) != each for chunk, each in enumerate(sums, first)):
+            return "features"
+        if "status" in names and _count(self._status.read(*self.span(shard), self.markers)) != marker["counts"]:
+            return "status"
+        return None
 
     def _has_file(self, name: str, shard: int) -> bool:
         return self.markers[shard]["sha256"][name] is not None
 
-    def _marker_path(self, shard: int) -> Path:
-        return self._commits / f"{shard:05d}.json"
+
+def checksum(features: NDArray[np.float16]) -> int:
+    """Return the CRC-32C of features (n, dim). Rows that are all NaN count as fill values, as which they are stored."""
+    if np.isnan(features.flat[0]) and np.isnan(features).all():
+        features = np.full_like(features, np.nan)
+    return int(google_crc32c.value(np.ascontiguousarray(features, "<f2").view(np.uint8)))
+
+
+def _count(status: NDArray[np.uint8]) -> dict[str, int]:
+    """Return the number of rows by status label; rows with an unknown status are in none."""
+    counts = np.bincount(status, minlength=len(Status)).tolist()
+    return {status.label: counts[status] for status in Status if counts[status]}
+
+
+def format_1(store: Path) -> UserError:
+    """Return the error of an attempt to add to a store of format 1."""
+    return UserError(
+        f"{store} was made by an earlier version and has format 1, which is only read. Convert it with "
+        f"`{command('sail-extract', 'upgrade', store)}` and rerun this command."
+    )

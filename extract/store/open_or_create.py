@@ -9,7 +9,6 @@ from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.store.index import IndexRecord, Stamp
-from sail_align.extract.store.recaptions import RecaptionReport
 from sail_align.extract.store.store import INDEX, Store
 from sail_align.extract.system.files import file_digest
 from sail_align.extract.system.progress import progress
@@ -99,7 +98,7 @@ class _SourceCheck:
         files = self.source.recaptions.files
         now = IndexRecord.stamps_of(files)
         if before is None or before.tables != now:
-            report = RecaptionReport.read(self.store.path / INDEX)
+            report = self.store.recaptions()
             for file, joined in zip_longest(files, report.tables if report else []):
                 if file is None or joined is None or joined != [file.name, file_digest(file)]:
                     name = file.name if file else joined[0]

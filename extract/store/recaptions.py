@@ -64,9 +64,20 @@ class RecaptionReport:
     duplicates: int = 0
     empty: int = 0
 
+    @staticmethod
+    def digest(folder: Path) -> str | None:
+        """Return the SHA-256 of the report of an index, None if no captions were joined."""
+        return file_digest(folder / REPORT)
+
     @classmethod
-    def read(cls, folder: Path) -> "RecaptionReport | None":
-        """Read the report of an index, None if no captions were joined."""
+    def read(cls, folder: Path, digest: str | None = None) -> "RecaptionReport | None":
+        """Read the report of an index, None if no captions were joined.
+
+        Raises:
+            UserError: The report does not have this digest.
+        """
+        if digest and cls.digest(folder) != digest:
+            raise UserError(f"{folder / REPORT} is missing or has changed since the store was made. Restore it.")
         try:
             return cls(**json.loads((folder / REPORT).read_bytes()))
         except (OSError, ValueError, TypeError):

@@ -1,12 +1,13 @@
-"""The feature store, format version 1. This package alone knows its layout on disk.
+"""The feature store, format version 2. This package alone knows its layout on disk.
 
     cc12m.zarr/
-      zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, index digests
+      zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, digests
       index/part-00000.parquet …         one row per sample: key, image, label, mask, url, captions by name
       index/sources.json                 the sources of the index: rows per part, stamps of their files
       index/recaptions.json              only if captions were joined: from which tables, to how many images
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
       text/<encoder>/<caption>/{features,status}
+                                         every group and array has a zarr.json, of which the root has a copy
       commits/<array path>/<shard>.json  written last: readers ignore a shard without a valid marker
       leases/…                           who is writing what; removed when nobody is
 
@@ -14,7 +15,6 @@ Row i of every array is sample i of the index. A shard is written whole, once, b
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,8 +29,21 @@ from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.store.build_index import build_index
-from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.features import FeatureArray, format_1
+from sail_align.extract.store.hierarchy import (
+    STORE_FORMAT,
+    Document,
+    array_paths,
+    digest_of,
+    group,
+    groups_above,
+    read_document,
+    read_root,
+    write_document,
+    write_root,
+)
 from sail_align.extract.store.index import FILE_ROWS, Index
+from sail_align.extract.store.recaptions import RecaptionReport
 from sail_align.extract.system.files import (
     NOT_A_STORE,
     as_path,
@@ -39,16 +52,15 @@ from sail_align.extract.system.files import (
     remove_tree,
     report_read_errors,
     report_write_errors,
-    write_atomically,
 )
 from sail_align.extract.system.leases import Leases
-from sail_align.extract.system.progress import note
+from sail_align.extract.system.progress import note, progress
 
-STORE_FORMAT = 1
+INDEX_FORMAT = 1
 SHARD_ROWS = 65_536
 CHUNK_ROWS = 1_024
 MAX_SHARD_ROWS = 1 << 24
-LEASES, INDEX, ARRAY = "leases", "index", "array"
+LEASES, INDEX = "leases", "index"
 UNFINISHED = re.compile(r"index|leases|\.zarr\.json\..*\.tmp")
 CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -59,6 +71,7 @@ class Store:
     Attributes:
         path: The store's folder or URL.
         attributes: The attributes of its root, as in zarr.json.
+        format: Version of its format. Format 1 is only read.
         rows: Number of samples.
         shard_rows: Rows per shard.
         chunk_rows: Rows per inner chunk of a shard.
@@ -71,6 +84,7 @@ class Store:
     def __init__(self, path: Path, attributes: dict[str, Any]):
         self.path = path
         self.attributes = attributes
+        self.format: int = attributes["format"]
         self.rows: int = attributes["rows"]
         self.shard_rows: int = attributes["shard_rows"]
         self.chunk_rows: int = attributes["chunk_rows"]
@@ -130,7 +144,7 @@ class Store:
                     raise StoreExistsError(f"{path} has just been created by another run. Open it.")
                 (path / INDEX).mkdir(exist_ok=True)
                 samples_of = {name: value for name, value in manifest.items() if name != "recaptions"}
-                made_of = [STORE_FORMAT, samples_of, list(captions)]
+                made_of = [INDEX_FORMAT, samples_of, list(captions)]
                 index = build_index(path / INDEX, made_of, parts, captions, recaptions, quiet=quiet)
                 rows = sum(index.rows)
                 if rows == 0:
@@ -149,9 +163,9 @@ class Store:
                     "chunk_rows": chunk_rows,
                     "captions": names,
                     "index_sha256": index.digests,
+                    "recaptions_sha256": RecaptionReport.digest(path / INDEX),
                 }
-                _write_group(path, {"sail": attributes})
-                return cls(path, attributes)
+                return cls(path, write_root(path, attributes, {}))
         except Exception:
             if not existed and not is_remote(path):
                 with suppress(OSError):  # not empty
@@ -170,15 +184,12 @@ class Store:
             UserError: The path is not a store, has a newer format, cannot be read, or was made from another manifest.
         """
         path = as_path(path)
-        with report_read_errors(path / "zarr.json"):
-            try:
-                attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]["sail"]
-                if (version := attributes["format"]) != STORE_FORMAT:
-                    raise UserError(f"{path} has store format {version!r}, expected {STORE_FORMAT}. Update sail-align.")
-                _require_valid(path / "zarr.json", attributes)
-                store = cls(path, attributes)
-            except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
-                raise UserError(NOT_A_STORE.format(path=path)) from problem
+        attributes = read_root(path)
+        try:
+            _require_valid(path, attributes)
+            store = cls(path, attributes)
+        except (KeyError, TypeError) as problem:
+            raise UserError(NOT_A_STORE.format(path=path)) from problem
         if manifest is not None and (recorded := attributes["manifest"]) != manifest:
             field = next(name for name in (*manifest, *recorded) if manifest.get(name) != recorded.get(name))
             raise UserError(
@@ -229,24 +240,46 @@ class Store:
         """
         modality, encoder = identity.spec.modality, re.sub(r"[^\w.@+-]+", "-", identity.spec.id)  # hf:a/b@c → hf-a-b@c
         path = "/".join(filter(None, (modality, encoder, caption)))
-        node, folder = self.path / modality / encoder, self.path / path
-        if not FeatureArray.exists(folder):
-            with self.leases.hold(f"{modality}/{encoder}/{ARRAY}", waiting=lambda: None):
-                if not FeatureArray.exists(folder):
-                    self._create_array(node, folder, identity)
-        identity.check_matches(self._identity(node), where=str(self.path))
-        return self._array(path)
+        if path not in self.array_paths():
+            if self.format != STORE_FORMAT:
+                raise format_1(self.path)
+            with self.leases.hold(INDEX, waiting=lambda: None):
+                self.attributes = read_root(self.path)  # another process may have added it
+                if path not in self.array_paths():
+                    self._create_array(path, identity)
+        array = self.array(path)
+        identity.check_matches(array.identity, where=str(self.path))
+        if self.format != STORE_FORMAT and not array.complete:
+            raise format_1(self.path)
+        return array
+
+    def restore(self) -> None:
+        """Write each lost or damaged zarr.json of a group or array again, from its copy in the root."""
+        if self.format != STORE_FORMAT:
+            return
+        copies = read_document(self.path)["consolidated_metadata"]["metadata"]
+        for node in self.attributes["metadata_sha256"]:
+            try:
+                self._document(node)
+            except UserError:
+                write_document(self.path / node, copies[node])
+
+    def recaptions(self) -> RecaptionReport | None:
+        """Return how captions were joined from other tables, None if none were. Raises `UserError` if damaged."""
+        if self.format == STORE_FORMAT and self.attributes["recaptions_sha256"] is None:
+            return None
+        return RecaptionReport.read(self.path / INDEX, self.attributes.get("recaptions_sha256"))
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the digests of the index and all markers, which a checkpoint records."""
+        """SHA-256 over the digests of the index and of all shards, which a checkpoint records; equal in all formats."""
         return self.digest_of(self.arrays())
 
     def digest_of(self, arrays: Sequence[FeatureArray]) -> str:
         """Return the SHA-256 over the digests of the index and the markers of some arrays."""
         digest = hashlib.sha256(canonical_json(self.attributes["index_sha256"]))
         for array in arrays:
-            digest.update(canonical_json([array.path, sorted(array.markers.items())]))
+            digest.update(canonical_json(array.content))
         return digest.hexdigest()
 
     def committed_paths(self) -> set[str]:
@@ -261,20 +294,45 @@ class Store:
         return [index.file(number) for number in range(len(index.digests)) if index.changed(number)]
 
     def _arrays(self, modality: str, caption: str) -> dict[str, FeatureArray]:
-        nodes = sorted((meta.parent for meta in (self.path / modality).glob("*/zarr.json")), key=str)
-        paths = {node.name: "/".join(filter(None, (modality, node.name, caption))) for node in nodes}
-        return {name: self._array(path) for name, path in paths.items() if FeatureArray.exists(self.path / path)}
+        parts = [path.split("/") for path in self.array_paths()]
+        chosen = [each for each in parts if each[0] == modality and each[2:] == [caption] * (modality == "text")]
+        return {each[1]: self.array("/".join(each)) for each in chosen}
 
-    def _array(self, path: str) -> FeatureArray:
+    def array_paths(self) -> list[str]:
+        """Return the paths of all arrays whose creation has finished, such as text/<encoder>/<caption>."""
+        if self.format == STORE_FORMAT:
+            return array_paths(self.attributes["metadata_sha256"])
+        files = [*self.path.glob("image/*/status/zarr.json"), *self.path.glob("text/*/*/status/zarr.json")]
+        skipped = len(self.path.as_posix()) + 1
+        return array_paths(file.parent.as_posix()[skipped:] for file in files)
+
+    def array(self, path: str) -> FeatureArray:
+        """Return the array at a path. Raises `UserError` if one of its zarr.json is damaged."""
         modality, encoder, *_ = path.split("/")
-        array = FeatureArray(self.path, path, self._identity(self.path / modality / encoder))
+        identity = self._identity(f"{modality}/{encoder}")
+        if self.format == STORE_FORMAT:
+            for node in (path, f"{path}/features", f"{path}/status"):
+                self._document(node)
+        index = hashlib.sha256(canonical_json(self.attributes["index_sha256"])).hexdigest()
+        array = FeatureArray(self.path, path, identity, index, format_1=self.format != STORE_FORMAT)
         array.require_layout(self.rows, self.shard_rows)
         return array
 
-    def _identity(self, node: Path) -> Identity:
-        path = node / "zarr.json"
+    def _document(self, node: str) -> Document:
+        """Return the zarr.json of a group or array. Raises `UserError` if it is not the one of which the root knows."""
+        document = read_document(self.path / node)
+        recorded = self.attributes.get("metadata_sha256", {}).get(node)
+        if self.format == STORE_FORMAT and digest_of(document) != recorded:
+            raise UserError(
+                f"{self.path / node / 'zarr.json'} is damaged: its content is not what was written. Rerun "
+                "`sail-extract run`, which restores it."
+            )
+        return document
+
+    def _identity(self, node: str) -> Identity:
+        path = self.path / node / "zarr.json"
         with report_read_errors(path):
-            attributes = json.loads(path.read_bytes())["attributes"]
+            attributes = self._document(node)["attributes"]
             identity = Identity.from_json(attributes)
             recorded = attributes["fingerprint"]
         if identity.spec.fingerprint != recorded:
@@ -292,22 +350,64 @@ class Store:
         option = f"--{what.split()[0]}-encoder"
         raise UserError(f"{self.path} has {found}. Choose one with {option}: {', '.join(arrays)}.")
 
-    def _create_array(self, node: Path, folder: Path, identity: Identity) -> None:
-        """Create an array in an order that can be resumed after any step."""
-        if (node / "zarr.json").exists():
+    def _create_array(self, path: str, identity: Identity) -> None:
+        """Create an array, and record it in the root last. It can be resumed after any step."""
+        node = groups_above(path)[1]
+        if node in self.attributes["metadata_sha256"]:
             identity.check_matches(self._identity(node), where=str(self.path))
-        groups: dict[Path, dict[str, Any]] = {folder: {}, node: identity.to_json()}  # an image array is its node
-        for group, attributes in groups.items():
-            if not (group / "zarr.json").exists():
-                _write_group(group, attributes)
-        FeatureArray.create(folder, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
+        for name in groups_above(path):
+            if name not in self.attributes["metadata_sha256"]:
+                write_document(self.path / name, group(identity.to_json() if name == node else {}))
+        FeatureArray.create(self.path / path, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
+        self._record([*groups_above(path), f"{path}/features", f"{path}/status"])
+
+    def _record(self, new: Sequence[str]) -> None:
+        """Record the zarr.json of new groups and arrays in the root."""
+        known = self.attributes.get("metadata_sha256", {})
+        documents = {node: self._document(node) for node in known}
+        documents |= {node: read_document(self.path / node) for node in new if node not in known}
+        self.attributes = write_root(self.path, {**self.attributes, "format": STORE_FORMAT}, documents)
+        self.format = STORE_FORMAT
+
+    def upgrade(self, *, quiet: bool = False) -> bool:
+        """Convert a store of format 1 to the present one; return False if it has that already.
+
+        Every shard is read and compared with its digest. No file of features, statuses or the index is changed. If it
+        is stopped, the store stays as readable as it was, and the next call continues.
+
+        Raises:
+            UserError: The index or a shard is damaged, another process uses the store, or the disk is full.
+        """
+        if self.format == STORE_FORMAT:
+            return False
+        for file in self.damaged_index_files():
+            raise UserError(f"{file} is missing or has changed since the store was made. Make the store again.")
+        with report_write_errors(self.path), self.leases.hold(INDEX, waiting=lambda: None):
+            if any(name != INDEX and self.leases.is_held_here(name) for name in self.leases.names()):
+                raise UserError(f"{self.path} is in use by another process. Rerun this command when it has ended.")
+            arrays = self.arrays()
+            with progress(sum(len(array.markers) for array in arrays), "shards", quiet=quiet) as bar:
+                for array in arrays:
+                    for shard in sorted(array.markers):
+                        array.upgrade(shard)
+                        bar.update(1)
+            nodes = {node for array in arrays for node in groups_above(array.path)}
+            for node in nodes:
+                if not (self.path / node / "zarr.json").exists():
+                    write_document(self.path / node, group({}))
+            for array in arrays:
+                nodes |= array.name_dimensions()
+            self.attributes["recaptions_sha256"] = RecaptionReport.digest(self.path / INDEX)
+            self._record(sorted(nodes))
+        self.tidy()
+        return True
 
     def tidy(self) -> None:
         """Remove leases that killed processes left on finished work. Those on unfinished work are taken over later."""
         arrays = {array.path: array for array in self.arrays()}
         for name in self.leases.names():
             path, _, what = name.rpartition("/")
-            if what in (INDEX, ARRAY) or (path in arrays and arrays[path].refresh(int(what))):
+            if not what.isdecimal() or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)
         self.leases.tidy()
 
@@ -321,8 +421,9 @@ def _require_free(path: Path) -> None:
         raise UserError(f"{path} exists and is not a feature store. Pass another --out.")
 
 
-def _require_valid(file: Path, attributes: dict[str, Any]) -> None:
+def _require_valid(path: Path, attributes: dict[str, Any]) -> None:
     """Raise `UserError` unless the sizes of a store are possible and agree with each other and with its index."""
+    file = path / "zarr.json"
     files = len(attributes["index_sha256"])
     ranges = {"chunk_rows": MAX_SHARD_ROWS, "shard_rows": MAX_SHARD_ROWS, "rows": files * FILE_ROWS}
     for name, most in ranges.items():
@@ -332,11 +433,6 @@ def _require_valid(file: Path, attributes: dict[str, Any]) -> None:
         raise UserError(f"{file} is damaged: its shard_rows are not a multiple of its chunk_rows. Restore it.")
     if wrong := [name for name in attributes["captions"] if not CAPTION_NAME.fullmatch(name)]:
         raise UserError(f"{file} is damaged: got the caption name {wrong[0]!r}. Restore it.")
-
-
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    write_atomically(folder / "zarr.json", canonical_json(content))
 
 
 def _shard_rows(rows: int) -> int:

@@ -149,7 +149,7 @@ def test_verify_finds_a_missing_array_and_a_changed_count(store):
     marker = store.path / "commits/image/fake-image/00001.json"
     marker.write_text(marker.read_text().replace('"ok":256', '"ok":156'))
     found = [text for text, is_damage in verify_store(store.path) if is_damage]
-    assert [text.split(":")[0] for text in found] == ["text/fake-text/raw", "image/fake-image shard 1"]
+    assert [text.split(":")[0] for text in found] == ["image/fake-image shard 1", "text/fake-text/raw"]
 
 
 def test_damaged_identity_is_rejected(store):
@@ -182,10 +182,11 @@ def test_digest_depends_on_content_only(store):
     assert Store.open(store.path).digest == first
 
 
-def test_adding_a_caption_changes_no_other_file(store):
+def test_adding_a_caption_changes_no_file_but_the_root(store):
     fill(store.add(identity("image")))
     fill(store.add(identity("text"), "raw"))
-    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+    root = store.path / "zarr.json"
+    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file() and path != root}
     fill(store.add(identity("text"), "long"))
     assert all(path.read_bytes() == content for path, content in before.items())
     assert [array.path for array in store.arrays()] == ["image/fake-image", "text/fake-text/raw", "text/fake-text/long"]
@@ -250,61 +251,9 @@ def test_unfinished_index_is_rewritten(tmp_path):
 
 def test_newer_format_is_rejected(store):
     root = store.path / "zarr.json"
-    root.write_text(root.read_text().replace('"format":1', '"format":2'))
-    with pytest.raises(UserError, match="format 2"):
+    root.write_text(root.read_text().replace('"format":2', '"format":3'))
+    with pytest.raises(UserError, match="has store format 3, expected 2"):
         Store.open(store.path)
-
-
-def change(file, *keys, to):
-    content = json.loads(file.read_bytes())
-    place = content
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = to
-    file.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("rows", 10**9),
-        ("rows", 0),
-        ("rows", 600.0),
-        ("shard_rows", 1 << 40),
-        ("shard_rows", 100),
-        ("chunk_rows", 0),
-        ("chunk_rows", True),
-        ("captions", ["raw", "../.."]),
-        ("index_sha256", []),
-    ],
-)
-def test_impossible_sizes_of_a_store_are_damage(store, name, value):
-    change(store.path / "zarr.json", "attributes", "sail", name, to=value)
-    with pytest.raises(UserError, match=r"zarr\.json is damaged: "):
-        Store.open(store.path)
-
-
-@pytest.mark.parametrize(
-    ("array", "keys", "value"),
-    [
-        ("features", ["data_type"], "float32"),
-        ("features", ["data_type"], "int16"),
-        ("features", ["shape"], [600, 8]),
-        ("features", ["shape"], [599, 4]),
-        ("features", ["shape"], [10**9, 4]),
-        ("features", ["fill_value"], 0.0),
-        ("features", ["chunk_grid", "configuration", "chunk_shape"], [512, 4]),
-        ("features", ["chunk_grid", "configuration", "chunk_shape"], [256, 1 << 30]),
-        ("status", ["data_type"], "int8"),
-        ("status", ["shape"], [601]),
-        ("status", ["fill_value"], 0),
-    ],
-)
-def test_changed_arrays_are_damage(store, array, keys, value):
-    store.add(identity("image"))
-    change(store.path / "image/fake-image" / array / "zarr.json", *keys, to=value)
-    with pytest.raises(UserError, match=rf"{array}/zarr\.json is (missing or )?damaged"):
-        Store.open(store.path).image()
 
 
 def flip(file, place):
