@@ -12,7 +12,9 @@ Measures
 - each of these in the first pass of a process, while the system allocates the batches and maps the files page by page,
   and in later passes;
 - cold, after dropping the page cache with fadvise: the stream against `readinto` of the store's files in turn;
-- the time from constructing a stream to its first batch, and the private memory while reading.
+- the time from constructing a stream to its first batch, and the private memory while reading;
+- what comparing features with their checksums costs: the stream with `--verify off`, `first-epoch` (as above) and
+  `always`.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from statistics import median
@@ -102,17 +105,22 @@ def report(folder: Path, batch_size: int, rounds: int, names: list[str]) -> None
     ]
     for pass_ in ("first", "later"):
         print(f"warm, {pass_} pass: stream / memmap by rows {streamed[pass_] / middle['memmap rows'][pass_]:.2f}")
+    seconds = {name: batch / middle[name]["later"] for name in ("stream off", "stream always")}
+    print(f"checksums: stream / without, first pass {streamed['first'] / middle['stream off']['first']:.2f}, ", end="")
+    print(f"later {streamed['later'] / middle['stream off']['later']:.2f}; in every epoch, ", end="")
+    print(f"later {seconds['stream off'] / seconds['stream always']:.2f}: ", end="")
+    print(f"{seconds['stream always'] - seconds['stream off']:.3f} s more per batch")
     for what, value, sign, goal in lines:
         met = value >= goal if sign == ">=" else value <= goal
         print(f"{what}: {value:.2f} (goal {sign} {goal:.3g}: {'met' if met else 'missed'})")
 
 
-def stream(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
+def stream(folder: Path, batch_size: int, epochs: int, verify: Any = "first-epoch") -> dict[str, float]:
     """Read epochs through the stream."""
     from sail_align.align.data.loader import Stream
     from sail_align.align.data.pairs import open_pairs
 
-    pairs = open_pairs([folder / "store.zarr"], ["raw", "long"])
+    pairs = open_pairs([folder / "store.zarr"], ["raw", "long"], verify=verify)
     rows = [each.usable() for each in pairs]
     private = most = rss_anon()
     begun = time.perf_counter()
@@ -223,6 +231,8 @@ def files_cold(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
 
 MEASURES: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
     "stream": stream,
+    "stream off": partial(stream, verify="off"),
+    "stream always": partial(stream, verify="always"),
     "memmap": memmap,
     "memmap rows": memmap_rows,
     "zarr": with_zarr,

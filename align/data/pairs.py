@@ -97,7 +97,7 @@ class Pairs:
         if self.store.format > 1:
             return ""
         upgrade = command("sail-extract", "upgrade", self.store.path)
-        return f"{self.store.path} has store format 1: its features cannot be checked while they are used. `{upgrade}`"
+        return f"{self.store.path} has store format 1: its features cannot be checked. Run `{upgrade}`."
 
     def usable(self, positives: int | None = None) -> Rows:
         """Return the rows whose image and at least `positives` captions have features; by default all captions.

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from sail_align.extract.errors import UserError
 
-GOLDEN_TEXT = "Two brown dogs chase a red ball across the wet grass, and a child in a yellow coat watches them."
-"""Input of the golden vector of text encoders."""
+_SENTENCE = "Two brown dogs chase a red ball across the wet grass, and a child in a yellow coat watches them."
+GOLDEN_TEXTS = (_SENTENCE, " ".join(f"In picture {number}, {_SENTENCE}" for number in range(1, 21)))
+"""Inputs of the golden vectors of text encoders. The second has over 512 tokens: some errors grow with the position."""
 GOLDEN_COSINE = 0.999
 """Lowest cosine of the golden vectors of one encoder on a CPU and a GPU, or in float32 and bfloat16."""
+GOLDEN_LONG_COSINE = 0.99
+"""The same for the long text: 0.9992 was measured in bfloat16, and 0.93 with rotary frequencies in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,26 @@ class Identity:
         golden: Features of a fixed input. They reveal changes that no field of the spec shows.
         versions: Versions of the libraries, by package.
         location: Path of a local model folder, to find it again. Empty for all other encoders.
+        golden_long: Features of a long text. Empty for image encoders, and in records of earlier versions.
     """
 
     spec: EncoderSpec
     golden: list[float]
     versions: dict[str, str]
     location: str = ""
+    golden_long: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-able data, including the fingerprint for readers."""
-        return {**asdict(self), "fingerprint": self.spec.fingerprint}
+        record = {**asdict(self), "fingerprint": self.spec.fingerprint}
+        return record if self.golden_long else {k: v for k, v in record.items() if k != "golden_long"}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Identity":
         """Read a record that `to_json` returned."""
-        return cls(EncoderSpec(**record["spec"]), record["golden"], record["versions"], record["location"])
+        names = ("golden", "versions", "location")
+        spec = EncoderSpec(**record["spec"])
+        return cls(spec, *(record[name] for name in names), golden_long=record.get("golden_long", []))
 
     def check_matches(self, recorded: "Identity", where: str) -> None:
         """Check that this is the encoder that `where` was made with.
@@ -88,10 +96,14 @@ class Identity:
                     f"Encoder {recorded.spec.id!r} has changed: {where} was made with {name} {value!r}, got "
                     f"{found[name]!r}. Use the same encoder, or another store."
                 )
-        cosine = torch.cosine_similarity(torch.tensor(self.golden), torch.tensor(recorded.golden), dim=0).item()
-        if not cosine >= GOLDEN_COSINE:  # also true for NaN
-            raise EncoderChangedError(
-                f"Encoder {recorded.spec.id!r} has changed: its features of a fixed input have a cosine of "
-                f"{cosine:.4f} with those that {where} was made with, expected at least {GOLDEN_COSINE}. Compare the "
-                f"library versions {self.versions} with {recorded.versions}."
-            )
+        pairs = [("a fixed input", GOLDEN_COSINE, self.golden, recorded.golden)]
+        if self.golden_long and recorded.golden_long:
+            pairs.append(("a fixed long text", GOLDEN_LONG_COSINE, self.golden_long, recorded.golden_long))
+        for what, least, here, there in pairs:
+            cosine = torch.cosine_similarity(torch.tensor(here), torch.tensor(there), dim=0).item()
+            if not cosine >= least:  # also true for NaN
+                raise EncoderChangedError(
+                    f"Encoder {recorded.spec.id!r} has changed: its features of {what} have a cosine of {cosine:.4f} "
+                    f"with those that {where} was made with, expected at least {least}. Compare the library versions "
+                    f"{self.versions} with {recorded.versions}."
+                )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sail_align.extract.encoders.catalogue import OpenClipTower
-from sail_align.extract.encoders.identity import GOLDEN_TEXT
+from sail_align.extract.encoders.identity import GOLDEN_TEXTS
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.vision import Backbone
@@ -100,7 +100,7 @@ class OpenClipTextEncoder:
         self._context = int(model.context_length)
         self._model: Any = runtime.freeze(model)
         self.identity = files.identify(
-            self.encode([GOLDEN_TEXT]),
+            torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
             ["torch", "open_clip_torch", "transformers"],
             id=id,
             modality="text",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from sail_align.extract.encoders.catalogue import TransformersText
-from sail_align.extract.encoders.identity import GOLDEN_TEXT, Identity
+from sail_align.extract.encoders.identity import GOLDEN_TEXTS, Identity
 from sail_align.extract.encoders.pooling import pool_tokens
 from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.weights import EncoderFiles
@@ -67,7 +67,7 @@ class TransformersTextEncoder:
         self._token_limit = min(entry.token_limit, self._tokenizer.model_max_length)
         self._model = runtime.freeze(model)
         self.identity = files.identify(
-            self.encode([GOLDEN_TEXT]),
+            torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
             ["torch", "transformers", "tokenizers"],
             id=id,
             modality="text",

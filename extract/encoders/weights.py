@@ -92,15 +92,16 @@ class EncoderFiles:
             raise UserError(f"{folder} has no {name}. Give a folder that `save_pretrained` wrote.")
         return read_json(folder / name)
 
-    def identify(self, features_1D: Tensor, libraries: Sequence[str], **fields: Any) -> Identity:
+    def identify(self, golden_GD: Tensor, libraries: Sequence[str], **fields: Any) -> Identity:
         """Return the identity of an encoder with these weights.
 
-        It records the encoder's features of the golden input, (1, D) float32, the versions of `libraries`, and
-        the `fields` of the spec that do not follow from these.
+        It records the encoder's features of the golden inputs, float32 (1, D), or (2, D) if there is a long one, the
+        versions of `libraries`, and the `fields` of the spec that do not follow from these.
         """
-        golden = [float(f"{value:.6g}") for value in features_1D[0].tolist()]
+        golden, *golden_long = [[float(f"{value:.6g}") for value in row] for row in golden_GD.tolist()]
         spec = EncoderSpec(source=self.source, weights=self.digest, dim=len(golden), **fields)
-        return Identity(spec, golden, {name: metadata.version(name) for name in libraries}, self.location)
+        versions = {name: metadata.version(name) for name in libraries}
+        return Identity(spec, golden, versions, self.location, *golden_long)
 
 
 def download(repository: str, revision: str | None, patterns: list[str]) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import BertConfig, BertModel, GteConfig, GteModel, ModernBertC
 
 from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.catalogue import TEXT, TransformersText
-from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.identity import GOLDEN_LONG_COSINE, GOLDEN_TEXTS, Identity
 from sail_align.extract.encoders.load import TextEncoderConfig, load_recorded
 from sail_align.extract.encoders.text import NO_TOKEN
 from sail_align.extract.errors import UserError
@@ -199,6 +200,21 @@ def test_half_precision_agrees_with_float32_on_a_long_text(tmp_path, monkeypatch
         TextEncoderConfig(f"hf:{tmp_path}", pooling="cls", precision=each).load() for each in ("float32", precision)
     )
     assert torch.cosine_similarity(full.encode([text]), half.encode([text])).item() > 0.999
+    recorded = [torch.tensor(each.identity.golden_long) for each in (full, half)]
+    assert torch.cosine_similarity(*recorded, dim=0) > GOLDEN_LONG_COSINE
+    torch.testing.assert_close(recorded[0], full.encode([GOLDEN_TEXTS[1]])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_encoder_that_differs_on_long_texts_only_is_rejected(saved):
+    _, _, folder = saved
+    now = TextEncoderConfig(f"hf:{folder}", pooling="cls").load().identity
+    turned = replace(now, golden_long=now.golden_long[::-1])
+    with pytest.raises(
+        UserError, match=r"features of a fixed long text have a cosine of .*, expected at least 0\.99\."
+    ):
+        now.check_matches(turned, where="a store")
+    earlier = {name: value for name, value in now.to_json().items() if name != "golden_long"}
+    now.check_matches(Identity.from_json(earlier), where="a store of an earlier version")
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
