@@ -25,8 +25,11 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Result]:
         yield f"{file}: has changed. The store cannot be trusted; make it again.", True
     try:
         store.recaptions()
-    except UserError as problem:
-        yield str(problem), True
+    except UserError as changed:
+        yield str(changed), True
+    damaged = store.damaged_metadata()
+    for problem in damaged.values():
+        yield problem, True
     paths = store.array_paths()
     for lost in sorted(store.committed_paths() - set(paths)):
         yield f"{lost}: is committed, but the array is missing or damaged. Rerun sail-extract run.", True
@@ -35,7 +38,8 @@ def verify_store(path: Path, *, discard: bool = False) -> Iterator[Result]:
         try:
             array = store.array(name)
         except UserError as problem:
-            yield f"{name}: {problem}", True
+            if str(problem) not in damaged.values():
+                yield f"{name}: {problem}", True
             continue
         identities[array.identity.spec.fingerprint] = array.identity
         yield from _verify_array(array, discard)

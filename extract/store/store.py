@@ -258,11 +258,18 @@ class Store:
         if self.format != STORE_FORMAT:
             return
         copies = read_document(self.path)["consolidated_metadata"]["metadata"]
-        for node in self.attributes["metadata_sha256"]:
+        for node in self.damaged_metadata():
+            write_document(self.path / node, copies[node])
+
+    def damaged_metadata(self) -> dict[str, str]:
+        """Return what is wrong with each group or array whose zarr.json is lost or damaged."""
+        damage = {}
+        for node in self.attributes.get("metadata_sha256", ()):
             try:
                 self._document(node)
-            except UserError:
-                write_document(self.path / node, copies[node])
+            except UserError as problem:
+                damage[node] = str(problem)
+        return damage
 
     def recaptions(self) -> RecaptionReport | None:
         """Return how captions were joined from other tables, None if none were. Raises `UserError` if damaged."""

@@ -149,7 +149,10 @@ def test_verify_finds_a_missing_array_and_a_changed_count(store):
     marker = store.path / "commits/image/fake-image/00001.json"
     marker.write_text(marker.read_text().replace('"ok":256', '"ok":156'))
     found = [text for text, is_damage in verify_store(store.path) if is_damage]
-    assert [text.split(":")[0] for text in found] == ["image/fake-image shard 1", "text/fake-text/raw"]
+    assert found[-1].startswith("image/fake-image shard 1: has a damaged commit")
+    nodes = ("text", "text/fake-text", *(f"text/fake-text/raw{name}" for name in ("", "/features", "/status")))
+    lost = sorted(str(store.path / node / "zarr.json") for node in nodes)
+    assert sorted(text.split(" is missing")[0] for text in found[:-1]) == lost
 
 
 def test_damaged_identity_is_rejected(store):

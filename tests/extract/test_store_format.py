@@ -300,7 +300,7 @@ def test_lost_metadata_are_restored(store):
     before = contents(store.path)
     for file in list((store.path / "text").rglob("zarr.json")):
         file.unlink()
-    assert len(damage(store.path)) == 2
+    assert len(damage(store.path)) == 8
     Store.open(store.path).restore()
     assert contents(store.path) == before
 
