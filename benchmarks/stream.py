@@ -173,8 +173,8 @@ def with_zarr(folder: Path, batch_size: int, epochs: int) -> dict[str, float]:
     from sail_align.align.data.loader import GATHER_THREADS
 
     store = folder / "store.zarr"
-    folders = [next(store.glob("image/*")), *(next(store.glob(f"text/*/{name}")) for name in ("raw", "long"))]
-    arrays = [zarr.open_array(each / "features", mode="r") for each in folders]
+    patterns = ["image/*/features", "text/*/raw/features", "text/*/long/features"]
+    arrays = [zarr.open_array(next(store.glob(pattern)), mode="r") for pattern in patterns]
     return in_blocks(arrays, batch_size, epochs, GATHER_THREADS)
 
 

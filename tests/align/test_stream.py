@@ -18,6 +18,7 @@ from sail_align.align.data.pairs import open_pairs, split_held_out
 from sail_align.align.data.sampler import StreamState
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.hierarchy import read_document, read_root, write_root
 
 
 @pytest.fixture
@@ -166,6 +167,8 @@ def compress(path):
         kept = values[:], values.shards, values.chunks
         shutil.rmtree(features)
         zarr.create_array(features, data=kept[0], shards=kept[1], chunks=kept[2], fill_value=np.nan)
+    attributes = read_root(path)
+    write_root(path, attributes, {node: read_document(path / node) for node in attributes["metadata_sha256"]})
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_full_disk_at_any_file_leaves_no_partial_files(pictures, monkeypatch, nu
             raise OSError(number, "full")
         write_atomically(path, content, **below)
 
-    for module in ("features", "store", "index"):
+    for module in ("features", "hierarchy", "markers", "index"):
         monkeypatch.setattr(f"sail_align.extract.store.{module}.write_atomically", full)
     ends = 0
     for files in range(0, 60, 7):
