@@ -10,6 +10,7 @@ import numpy as np
 import typer
 
 from sail_align.align.analysis.trials import FORMAT, Trial, TrialResult, TrialRunner, base_recipe, held_out_by_all
+from sail_align.align.data.pairs import Rows
 from sail_align.align.stats.charts import dot_chart
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
@@ -81,6 +82,7 @@ class Ladder:
         recipe = base_recipe(stores, given)
         rungs = [rung for rung in LADDER if kinds.keys() >= set(rung.captions)]
         trials: list[Trial] = []
+        known_copies: dict[str, list[Rows]] = {}
         for rung in rungs:
             plan, notes = make_plan(
                 stores,
@@ -88,6 +90,7 @@ class Ladder:
                 captions=[kinds[kind] for kind in rung.captions],
                 image_encoder=image_encoder,
                 text_encoder=text_encoder,
+                known_copies=known_copies,
             )
             for note in notes if not trials else ():
                 typer.echo(f"note: {note}")

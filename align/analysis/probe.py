@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from sail_align.align.analysis.trials import FORMAT, Trial, TrialResult, TrialRunner, base_recipe, held_out_by_all
+from sail_align.align.data.pairs import Rows
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
@@ -98,6 +99,7 @@ class Probe:
         """
         options = {**RECIPE, **given}
         trials: list[Trial] = []
+        known_copies: dict[str, list[Rows]] = {}
         by_store: dict[Path, list[Trial]] = {}
         for each in combinations:
             plan, notes = make_plan(
@@ -106,6 +108,7 @@ class Probe:
                 captions=[each.caption],
                 image_encoder=each.image,
                 text_encoder=each.text,
+                known_copies=known_copies,
             )
             for note in notes if not trials else ():
                 typer.echo(f"note: {note}")

@@ -213,13 +213,36 @@ def split_held_out(pairs: Sequence[Pairs], usable: Sequence[Rows], fraction: flo
 
 
 def held_out_pictures(
-    pairs: Sequence[Pairs], rows: Sequence[Rows], held_out: Sequence[Rows], *, quiet: bool = True
+    pairs: Sequence[Pairs],
+    rows: Sequence[Rows],
+    held_out: Sequence[Rows],
+    *,
+    quiet: bool = True,
+    known: dict[str, list[Rows]] | None = None,
 ) -> list[Rows]:
     """Return those of the rows whose picture is also in a held-out row: their image features are equal.
 
     This reads the image features of all rows, as an epoch does. Rows are compared by a hash of their first features,
-    and in full if those are equal. `quiet` shows no progress bar.
+    and in full if those are equal.
+
+    Args:
+        pairs: The stores.
+        rows: The rows to look for of each store.
+        held_out: The held-out rows of each store.
+        quiet: Show no progress bar.
+        known: Earlier results, to which this one is added, for plans that share images and rows.
     """
+    if known is None:
+        return _find_pictures(pairs, rows, held_out, quiet)
+    key = hashlib.sha256()
+    for each, *masks in zip(pairs, rows, held_out, strict=True):
+        key.update(each.store.digest_of([each.image]).encode() + np.packbits(masks).tobytes())
+    if (name := key.hexdigest()) not in known:
+        known[name] = _find_pictures(pairs, rows, held_out, quiet)
+    return known[name]
+
+
+def _find_pictures(pairs: Sequence[Pairs], rows: Sequence[Rows], held_out: Sequence[Rows], quiet: bool) -> list[Rows]:
     held: set[bytes] = set()
     for each, chosen in zip(pairs, held_out, strict=True):
         for number, span in enumerate(each.chunks()):

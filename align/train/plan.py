@@ -144,6 +144,7 @@ def make_plan(
     text_encoder: str | None = None,
     exclude: Sequence[Path] = (),
     quiet: bool = True,
+    known_copies: dict[str, list[Rows]] | None = None,
 ) -> tuple[Plan, list[str]]:
     """Open the stores, choose rows and settings; return the plan, and notes about what was chosen or changed.
 
@@ -155,6 +156,7 @@ def make_plan(
         text_encoder: Text encoder to use if a store has more than one.
         exclude: Files with keys to leave out, as for `Exclusions.read`.
         quiet: Show no progress bar.
+        known_copies: Copies of held-out pictures that earlier plans found, shared between the plans of one command.
 
     Raises:
         UserError: An option, a list or a store cannot be used, or too few rows are left.
@@ -178,7 +180,7 @@ def make_plan(
     ]
     held_out = split_held_out(pairs, scorable, options.get("held_out", FitSettings.held_out))
     training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
-    leaks = held_out_pictures(pairs, training, held_out, quiet=quiet)
+    leaks = held_out_pictures(pairs, training, held_out, quiet=quiet, known=known_copies)
     training = [rows & ~leaked for rows, leaked in zip(training, leaks, strict=True)]
     count = count_rows(training)
     if count < MIN_ROWS:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sail_align.align.data import pairs as pairs_module
 from sail_align.align.data.pairs import held_out_pictures, open_pairs
 from sail_align.align.runs.folder import differences
 from sail_align.align.train.plan import make_plan
@@ -42,6 +43,19 @@ def test_copies_of_held_out_pictures_are_not_trained_on(make_store):
     for before, after in zip(whole.held_out, plan.held_out, strict=True):
         assert np.array_equal(before, after)
     assert plan.training_rows == whole.training_rows - 3
+
+
+def test_plans_of_one_command_look_for_copies_once(make_store, monkeypatch):
+    path, scans = make_store(captions={"raw": (), "long": (), "short": (7,)}), []
+    find = pairs_module._find_pictures
+    monkeypatch.setattr(pairs_module, "_find_pictures", lambda *given: scans.append(1) or find(*given))
+    known = {}
+    for captions, expected in (("raw", 1), ("long", 1), ("short", 2), ("raw", 2)):
+        plan, _ = make_plan([path], OPTIONS, captions=[captions], known_copies=known)
+        alone, _ = make_plan([path], OPTIONS, captions=[captions])
+        assert np.array_equal(plan.training, alone.training)
+        scans.pop()
+        assert len(scans) == expected
 
 
 @pytest.mark.slow
