@@ -352,8 +352,9 @@ def upgrade(store: StorePath, quiet: Quiet = False) -> None:
 
     from sail_align.extract.store.hierarchy import STORE_FORMAT
     from sail_align.extract.store.store import Store
+    from sail_align.extract.store.upgrade import upgrade_store
 
-    done = Store.open(store).upgrade(quiet=quiet)
+    done = upgrade_store(Store.open(store), quiet=quiet)
     typer.echo(f"{store}: {'converted to' if done else 'has'} format {STORE_FORMAT}.")
 
 

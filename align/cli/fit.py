@@ -57,8 +57,15 @@ def fit(
         def prepare() -> "tuple[Plan, Path, bool]":
             if options.get("head") != "cca":
                 options["precision"] = choose_precision(options.get("precision", "auto"), where.type)
-            encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
-            plan, notes = make_plan(features, options, captions=names, exclude=exclude or (), quiet=quiet, **encoders)
+            plan, notes = make_plan(
+                features,
+                options,
+                captions=names,
+                image_encoder=image_encoder,
+                text_encoder=text_encoder,
+                exclude=exclude or (),
+                quiet=quiet,
+            )
             if 0 < plan.settings.batch_size < world.size and plan.settings.steps:
                 raise UserError(
                     f"--batch-size is invalid: got {plan.settings.batch_size} for {world.size} processes. Give each "

@@ -79,9 +79,8 @@ class Identity:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Identity":
         """Read a record that `to_json` returned."""
-        names = ("golden", "versions", "location")
-        spec = EncoderSpec(**record["spec"])
-        return cls(spec, *(record[name] for name in names), golden_long=record.get("golden_long", []))
+        spec, golden_long = EncoderSpec(**record["spec"]), record.get("golden_long", [])
+        return cls(spec, record["golden"], record["versions"], record["location"], golden_long)
 
     def check_matches(self, recorded: "Identity", where: str) -> None:
         """Check that this is the encoder that `where` was made with.

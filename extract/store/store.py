@@ -53,8 +53,8 @@ from sail_align.extract.system.files import (
     report_read_errors,
     report_write_errors,
 )
-from sail_align.extract.system.leases import Leases
-from sail_align.extract.system.progress import note, progress
+from sail_align.extract.system.leases import Lease, LeaseLostError, Leases
+from sail_align.extract.system.progress import note
 
 INDEX_FORMAT = 1
 SHARD_ROWS = 65_536
@@ -232,6 +232,26 @@ class Store:
         found = {array.identity.spec.id: array.identity for array in arrays}
         return next(iter(found.values())) if len(found) == 1 else None
 
+    def array_paths(self) -> list[str]:
+        """Return the paths of all arrays whose creation has finished, such as text/<encoder>/<caption>."""
+        if self.format == STORE_FORMAT:
+            return array_paths(self.attributes["metadata_sha256"])
+        files = [*self.path.glob("image/*/status/zarr.json"), *self.path.glob("text/*/*/status/zarr.json")]
+        skipped = len(self.path.as_posix()) + 1
+        return array_paths(file.parent.as_posix()[skipped:] for file in files)
+
+    def array(self, path: str) -> FeatureArray:
+        """Return the array at a path. Raises `UserError` if one of its zarr.json is damaged."""
+        modality, encoder, *_ = path.split("/")
+        identity = self._identity(f"{modality}/{encoder}")
+        if self.format == STORE_FORMAT:
+            for node in (path, f"{path}/features", f"{path}/status"):
+                self._document(node)
+        index = hashlib.sha256(canonical_json(self.attributes["index_sha256"])).hexdigest()
+        array = FeatureArray(self.path, path, identity, index, format_1=self.format != STORE_FORMAT)
+        array.require_layout(self.rows, self.shard_rows)
+        return array
+
     def add(self, identity: Identity, caption: str = "") -> FeatureArray:
         """Return the array of an image encoder, or of a text encoder for a caption, creating it if needed.
 
@@ -240,18 +260,35 @@ class Store:
         """
         modality, encoder = identity.spec.modality, re.sub(r"[^\w.@+-]+", "-", identity.spec.id)  # hf:a/b@c → hf-a-b@c
         path = "/".join(filter(None, (modality, encoder, caption)))
-        if path not in self.array_paths():
+        while path not in self.array_paths():
             if self.format != STORE_FORMAT:
                 raise format_1(self.path)
-            with self.leases.hold(INDEX, waiting=lambda: None):
+            with suppress(LeaseLostError), self.leases.hold(INDEX, waiting=lambda: None) as lease:
                 self.attributes = read_root(self.path)  # another process may have added it
                 if path not in self.array_paths():
-                    self._create_array(path, identity)
+                    self._create_array(path, identity, lease)
         array = self.array(path)
         identity.check_matches(array.identity, where=str(self.path))
         if self.format != STORE_FORMAT and not array.complete:
             raise format_1(self.path)
         return array
+
+    def record(self, new: Sequence[str], lease: Lease) -> None:
+        """Record the zarr.json of new groups and arrays in the root, and its format.
+
+        Args:
+            new: Paths of the groups and arrays.
+            lease: The lease `INDEX`, under which the attributes were read.
+
+        Raises:
+            LeaseLostError: Another process changes the root.
+        """
+        known = self.attributes.get("metadata_sha256", {})
+        documents = {node: self._document(node) for node in known}
+        documents |= {node: read_document(self.path / node) for node in new if node not in known}
+        lease.confirm()
+        self.attributes = write_root(self.path, {**self.attributes, "format": STORE_FORMAT}, documents)
+        self.format = STORE_FORMAT
 
     def restore(self) -> None:
         """Write each lost or damaged zarr.json of a group or array again, from its copy in the root."""
@@ -305,26 +342,6 @@ class Store:
         chosen = [each for each in parts if each[0] == modality and each[2:] == [caption] * (modality == "text")]
         return {each[1]: self.array("/".join(each)) for each in chosen}
 
-    def array_paths(self) -> list[str]:
-        """Return the paths of all arrays whose creation has finished, such as text/<encoder>/<caption>."""
-        if self.format == STORE_FORMAT:
-            return array_paths(self.attributes["metadata_sha256"])
-        files = [*self.path.glob("image/*/status/zarr.json"), *self.path.glob("text/*/*/status/zarr.json")]
-        skipped = len(self.path.as_posix()) + 1
-        return array_paths(file.parent.as_posix()[skipped:] for file in files)
-
-    def array(self, path: str) -> FeatureArray:
-        """Return the array at a path. Raises `UserError` if one of its zarr.json is damaged."""
-        modality, encoder, *_ = path.split("/")
-        identity = self._identity(f"{modality}/{encoder}")
-        if self.format == STORE_FORMAT:
-            for node in (path, f"{path}/features", f"{path}/status"):
-                self._document(node)
-        index = hashlib.sha256(canonical_json(self.attributes["index_sha256"])).hexdigest()
-        array = FeatureArray(self.path, path, identity, index, format_1=self.format != STORE_FORMAT)
-        array.require_layout(self.rows, self.shard_rows)
-        return array
-
     def _document(self, node: str) -> Document:
         """Return the zarr.json of a group or array. Raises `UserError` if it is not the one of which the root knows."""
         document = read_document(self.path / node)
@@ -357,7 +374,7 @@ class Store:
         option = f"--{what.split()[0]}-encoder"
         raise UserError(f"{self.path} has {found}. Choose one with {option}: {', '.join(arrays)}.")
 
-    def _create_array(self, path: str, identity: Identity) -> None:
+    def _create_array(self, path: str, identity: Identity, lease: Lease) -> None:
         """Create an array, and record it in the root last. It can be resumed after any step."""
         node = groups_above(path)[1]
         if node in self.attributes["metadata_sha256"]:
@@ -366,55 +383,16 @@ class Store:
             if name not in self.attributes["metadata_sha256"]:
                 write_document(self.path / name, group(identity.to_json() if name == node else {}))
         FeatureArray.create(self.path / path, self.rows, identity.spec.dim, self.shard_rows, self.chunk_rows)
-        self._record([*groups_above(path), f"{path}/features", f"{path}/status"])
-
-    def _record(self, new: Sequence[str]) -> None:
-        """Record the zarr.json of new groups and arrays in the root."""
-        known = self.attributes.get("metadata_sha256", {})
-        documents = {node: self._document(node) for node in known}
-        documents |= {node: read_document(self.path / node) for node in new if node not in known}
-        self.attributes = write_root(self.path, {**self.attributes, "format": STORE_FORMAT}, documents)
-        self.format = STORE_FORMAT
-
-    def upgrade(self, *, quiet: bool = False) -> bool:
-        """Convert a store of format 1 to the present one; return False if it has that already.
-
-        Every shard is read and compared with its digest. No file of features, statuses or the index is changed. If it
-        is stopped, the store stays as readable as it was, and the next call continues.
-
-        Raises:
-            UserError: The index or a shard is damaged, another process uses the store, or the disk is full.
-        """
-        if self.format == STORE_FORMAT:
-            return False
-        for file in self.damaged_index_files():
-            raise UserError(f"{file} is missing or has changed since the store was made. Make the store again.")
-        with report_write_errors(self.path), self.leases.hold(INDEX, waiting=lambda: None):
-            if any(name != INDEX and self.leases.is_held_here(name) for name in self.leases.names()):
-                raise UserError(f"{self.path} is in use by another process. Rerun this command when it has ended.")
-            arrays = self.arrays()
-            with progress(sum(len(array.markers) for array in arrays), "shards", quiet=quiet) as bar:
-                for array in arrays:
-                    for shard in sorted(array.markers):
-                        array.upgrade(shard)
-                        bar.update(1)
-            nodes = {node for array in arrays for node in groups_above(array.path)}
-            for node in nodes:
-                if not (self.path / node / "zarr.json").exists():
-                    write_document(self.path / node, group({}))
-            for array in arrays:
-                nodes |= array.name_dimensions()
-            self.attributes["recaptions_sha256"] = RecaptionReport.digest(self.path / INDEX)
-            self._record(sorted(nodes))
-        self.tidy()
-        return True
+        self.record([*groups_above(path), f"{path}/features", f"{path}/status"], lease)
 
     def tidy(self) -> None:
         """Remove leases that killed processes left on finished work. Those on unfinished work are taken over later."""
         arrays = {array.path: array for array in self.arrays()}
         for name in self.leases.names():
             path, _, what = name.rpartition("/")
-            if not what.isdecimal() or (path in arrays and arrays[path].refresh(int(what))):
+            if name == INDEX:  # never of another machine: two writers of the root could undo each other's work
+                self.leases.remove_dead(name)
+            elif not what.isdecimal() or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)
         self.leases.tidy()
 

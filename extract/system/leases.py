@@ -293,11 +293,20 @@ class Leases:
             with suppress(OSError):
                 Lease.file_of(path, generation).unlink(missing_ok=True)
 
+    def remove_dead(self, name: str) -> None:
+        """Remove a lease if its owner was a process of this machine and has ended."""
+        owner = self._owner(name)
+        if owner is not None and owner.is_alive() is False:
+            self.remove(name)
+
     def is_held_here(self, name: str) -> bool:
         """Return whether a live process of this machine has the lease of this name."""
-        newest = Lease.newest(self.folder / name)
-        owner = None if newest is None else Owner.parse(_read(Lease.file_of(self.folder / name, newest)))
+        owner = self._owner(name)
         return owner is not None and owner.is_alive() is True
+
+    def _owner(self, name: str) -> Owner | None:
+        newest = Lease.newest(self.folder / name)
+        return None if newest is None else Owner.parse(_read(Lease.file_of(self.folder / name, newest)))
 
     def tidy(self) -> None:
         """Remove temporary files of killed processes, and empty folders. Links are not followed."""

@@ -177,7 +177,7 @@ def test_compressed_stores_give_the_same_batches_and_decode_each_chunk_once(pair
     if zarrs:
         pytest.importorskip("zarrs")
     else:
-        monkeypatch.setattr("sail_align.extract.store.features.find_spec", lambda _: None)
+        monkeypatch.setattr("sail_align.extract.store.sharded.find_spec", lambda _: None)
     mapped = epoch(stream_of(pair_of_stores), 2)
     for path in pair_of_stores:
         compress(path)

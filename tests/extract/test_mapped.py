@@ -106,7 +106,7 @@ def test_damage_to_a_decoded_array_is_not_read_as_fill_values(array, monkeypatch
     if zarrs:
         pytest.importorskip("zarrs")
     else:
-        monkeypatch.setattr("sail_align.extract.store.features.find_spec", lambda _: None)
+        monkeypatch.setattr("sail_align.extract.store.sharded.find_spec", lambda _: None)
     values, _ = array.read()
     folder = array._features.folder
     shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 import warnings
 import zipfile
@@ -21,7 +22,9 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.quality.verify import verify_store
 from sail_align.extract.store.features import checksum
 from sail_align.extract.store.store import Store
+from sail_align.extract.store.upgrade import upgrade_store
 from sail_align.extract.system.files import canonical_json
+from sail_align.extract.system.leases import LeaseLostError
 
 ROWS, SHARD, CHUNK = 300, 128, 32
 OLD_DIGEST = "cf40fc3fd7fdac46eddbc1cf36d10b9da2d819616559782893a4e43ffebbc942"
@@ -437,13 +440,13 @@ def test_store_of_format_1_is_not_written_to(old):
 
 def test_upgraded_store_has_the_bytes_of_a_new_one(old, store):
     features = {name: file for name, file in contents(old).items() if "/c/" in name or name.startswith("index")}
-    assert Store.open(old).upgrade(quiet=True)
+    assert upgrade_store(Store.open(old), quiet=True)
     upgraded = contents(old)
     assert features.items() <= upgraded.items()
     assert upgraded == contents(store.path)
     assert Store.open(old).digest == OLD_DIGEST == store.digest
     assert not damage(old)
-    assert not Store.open(old).upgrade(quiet=True)
+    assert not upgrade_store(Store.open(old), quiet=True)
 
 
 @pytest.mark.parametrize("writes", range(16))
@@ -464,12 +467,12 @@ def test_stopped_upgrade_is_continued(old, store, monkeypatch, writes):
         for module in (hierarchy, markers):
             patch.setattr(module, "write_atomically", stop)
         with pytest.raises(KeyboardInterrupt):
-            Store.open(old).upgrade(quiet=True)
+            upgrade_store(Store.open(old), quiet=True)
     halfway = Store.open(old)
     assert (halfway.format, halfway.digest) == (1, OLD_DIGEST)
     assert not damage(old)
     read_all(old)
-    assert Store.open(old).upgrade(quiet=True)
+    assert upgrade_store(Store.open(old), quiet=True)
     assert contents(old) == contents(store.path)
 
 
@@ -480,10 +483,10 @@ def test_upgrade_refuses_damage(old, name):
     content[7] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is damaged"):
-        Store.open(old).upgrade(quiet=True)
+        upgrade_store(Store.open(old), quiet=True)
     assert Store.open(old).format == 1
     list(verify_store(old, discard=True))
-    assert Store.open(old).upgrade(quiet=True)
+    assert upgrade_store(Store.open(old), quiet=True)
     assert not damage(old)
 
 
@@ -534,3 +537,30 @@ def test_changed_arrays_of_format_1_are_damage(old, array, keys, value):
     change(old / "image/fake-image" / array / "zarr.json", *keys, to=value)
     with pytest.raises(UserError, match=rf"{array}/zarr\.json is (missing or )?damaged"):
         Store.open(old).image()
+
+
+def test_arrays_that_processes_add_at_once_are_all_recorded(tmp_path, monkeypatch):
+    names = [f"c{number}" for number in range(6)]
+    samples = [Sample("a", "", dict.fromkeys(names, "text"))]
+    store = Store.create(tmp_path / "s.zarr", dataset="x", manifest={}, parts=[Part.of(samples)], captions=names)
+    monkeypatch.setattr("sail_align.extract.system.leases.POLL", 0.01)
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=Store.open(store.path).add, args=(identity("text"), name)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * len(names)
+    assert [array.path for array in Store.open(store.path).arrays()] == [f"text/fake-text/{name}" for name in names]
+    Store.open(store.path).tidy()
+    assert not (store.path / "leases").exists()
+
+
+def test_root_is_not_written_without_the_lease(tmp_path):
+    store = make(tmp_path / "s.zarr", add=())
+    before = (store.path / "zarr.json").read_bytes()
+    with store.leases.hold("index") as lease:
+        lease.file.unlink()  # another process has taken it over
+        with pytest.raises(LeaseLostError):
+            store.record([], lease)
+    assert (store.path / "zarr.json").read_bytes() == before
