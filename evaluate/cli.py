@@ -12,7 +12,7 @@ import typer
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate.tasks.task import EvaluationTask, all_tasks, find_task
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, printable
 from sail_align.extract.system.command_line import DataRoot, Device, Quiet, run_command
 
 if TYPE_CHECKING:
@@ -190,6 +190,37 @@ def compare(runs: ScoredRuns) -> None:
     for other in others:
         table = Comparison.between(first, other).table()
         typer.echo(f"{one_line(f'first: {first.label}, second: {other.label}')}\n{table}")
+
+
+@app.command("trace")
+def trace_scores(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run, a checkpoint or an exported folder with scores.", show_default=False
+        ),
+    ],
+    manifest: Annotated[
+        list[str] | None, typer.Option(help="Manifest of training or evaluation data of your own; repeatable.")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Check the chain from scores back to data. Exits with 1 if a link has changed.
+
+    Each line is one link: what is recorded, and what is there now. Files that were moved or removed are named as not
+    here. Packaged manifests are known by name. Features of training stores are hashed by `sail-extract verify`.
+    """
+    from sail_align.evaluate.trace import State, describe_chain, trace
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
+
+    named = [find_manifest(name, data_root) for name in (*packaged_manifests(), *(manifest or []))]
+    links = []
+    for link in trace(run, {about.name: (about, root) for about, root in named}):
+        links.append(link)
+        typer.echo(printable(str(link)))
+    typer.echo(describe_chain(links))
+    if any(link.state is State.CHANGED for link in links):
+        raise typer.Exit(1)
 
 
 def load_scored(run: Path | None, model: str | None, device: str) -> "Run":

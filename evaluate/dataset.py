@@ -44,34 +44,20 @@ class Texts:
     texts: list[str]
 
 
-class EvaluationSet:
-    """One evaluation set, for one run.
-
-    Images and texts are encoded into stores whose names depend on the encoder and on the folder of the images, or on
-    the texts. All runs with the same encoder share them. Images that are changed in place under the same name are not
-    noticed: their features are kept until the store is removed.
+class ListedSet:
+    """An evaluation set without any encoder: its samples, and the digest of what it lists.
 
     Args:
         manifest: Manifest with the purpose "evaluate".
         data_root: Folder of the manifest's files.
-        encoders: Encoders of the run.
-        folder: Folder of the stores of evaluation sets.
-        quiet: Show no progress bars.
     """
 
-    def __init__(self, manifest: Manifest, data_root: Path, encoders: Encoders, folder: Path, quiet: bool = False):
+    def __init__(self, manifest: Manifest, data_root: Path):
         if manifest.task is None:
             raise UserError(f"Manifest {manifest.name!r} is for training. Give one with purpose 'evaluate'.")
         self.task: TaskSettings = manifest.task
         self.manifest = manifest
-        self.encoders = encoders
-        self.run = encoders.run
         self.source = manifest.open_source(data_root)
-        self.stores: dict[str, Store] = {}
-        self.encoding_seconds = 0.0
-        self._folder = folder
-        self._root = (data_root / manifest.source.root).resolve() if isinstance(manifest.source, FilesConfig) else None
-        self.quiet = quiet
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -98,6 +84,61 @@ class EvaluationSet:
             raise UserError(f"{self.manifest.name} has two samples with the key {duplicate!r}. List each once.")
         return samples
 
+    def describe(self, masks: str) -> dict[str, Any]:
+        """Return the digest and counts of the set for its record, and the counts that its manifest expects.
+
+        The digest is the SHA-256 of classes, keys, captions, labels and names of masks, in order. Of pixels, it covers
+        those of masks.
+
+        Args:
+            masks: Digest of the pixels of all masks. Empty if there are none.
+        """
+        listed = [[each.key, dict(each.captions), each.label, each.mask] for each in self.samples]
+        digest = digest_of([self.source.classes, listed])
+        return {
+            "digest": digest_of([digest, masks]) if masks else digest,
+            "rows": len(self.samples),
+            "expected_rows": self.manifest.expected_rows,
+            "captions": sum(len(sample.captions) for sample in self.samples),
+            "expected_captions": self.manifest.expected_captions,
+            **({"left_out": dict(left_out)} if (left_out := self.source.left_out) else {}),
+        }
+
+    def mask_digest(self) -> str:
+        """Return the digest of the pixels of all masks, which are read. Empty if there are none."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            if not sample.mask:
+                return ""
+            digest.update(mask_bytes(self.source.mask(sample.mask)))
+        return digest.hexdigest()
+
+
+class EvaluationSet(ListedSet):
+    """One evaluation set, for one run.
+
+    Images and texts are encoded into stores whose names depend on the encoder and on the folder of the images, or on
+    the texts. All runs with the same encoder share them. Images that are changed in place under the same name are not
+    noticed: their features are kept until the store is removed.
+
+    Args:
+        manifest: Manifest with the purpose "evaluate".
+        data_root: Folder of the manifest's files.
+        encoders: Encoders of the run.
+        folder: Folder of the stores of evaluation sets.
+        quiet: Show no progress bars.
+    """
+
+    def __init__(self, manifest: Manifest, data_root: Path, encoders: Encoders, folder: Path, quiet: bool = False):
+        super().__init__(manifest, data_root)
+        self.encoders = encoders
+        self.run = encoders.run
+        self.stores: dict[str, Store] = {}
+        self.encoding_seconds = 0.0
+        self._folder = folder
+        self._root = (data_root / manifest.source.root).resolve() if isinstance(manifest.source, FilesConfig) else None
+        self.quiet = quiet
+
     @property
     def class_parts(self) -> list[str]:
         """Origin of class names and prompts, as parts of a protocol id. Lists of no library have a digest."""
@@ -118,26 +159,6 @@ class EvaluationSet:
         names = "+".join(self.task.captions or []) or (f"first-{first}" if isinstance(first, int) else "all")
         prompt = self.task.prompt
         return [f"captions={names}", *([f"prompt={_hyphenate(prompt)}"] if prompt != "{}" else [])]
-
-    def describe(self, masks: str) -> dict[str, Any]:
-        """Return the digest and counts of the set for its record, and the counts that its manifest expects.
-
-        The digest is the SHA-256 of classes, keys, captions, labels and names of masks, in order. Of pixels, it covers
-        those of masks.
-
-        Args:
-            masks: Digest of the pixels of all masks. Empty if there are none.
-        """
-        listed = [[each.key, dict(each.captions), each.label, each.mask] for each in self.samples]
-        digest = digest_of([self.source.classes, listed])
-        return {
-            "digest": digest_of([digest, masks]) if masks else digest,
-            "rows": len(self.samples),
-            "expected_rows": self.manifest.expected_rows,
-            "captions": sum(len(sample.captions) for sample in self.samples),
-            "expected_captions": self.manifest.expected_captions,
-            **({"left_out": dict(left_out)} if (left_out := self.source.left_out) else {}),
-        }
 
     def image_features(self) -> NDArray[np.float16]:
         """Return the encoder features of all images, (N, D). Raises `UserError` if an image cannot be read."""
@@ -248,6 +269,11 @@ class EvaluationSet:
         if not np.isfinite(embeddings).all():
             raise RunError.diverged(self.run)
         return embeddings
+
+
+def mask_bytes(mask: NDArray[np.uint8]) -> bytes:
+    """Return what the digest of masks covers of one: its shape and its pixels."""
+    return repr(mask.shape).encode() + mask.tobytes()
 
 
 def _hyphenate(text: str) -> str:

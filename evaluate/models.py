@@ -65,9 +65,13 @@ def load_open_clip(reference: str, device: str) -> Run:
     if settings.get("model") != reference:
         raise UserError(f"{folder} exists and is of the model {settings.get('model')!r}. Rename that folder.")
     image, text = (Identity.from_json(towers[side]) for side in ("image", "text"))
-    digest = hashlib.sha256(canonical_json([image.spec.fingerprint, text.spec.fingerprint])).hexdigest()
     no_head = cast(Head, nn.Identity())  # the features are embeddings already, up to their length
-    return Run(folder, AlignmentModel(no_head, no_head).eval(), image, text, settings, digest)
+    return Run(folder, AlignmentModel(no_head, no_head).eval(), image, text, settings, model_digest(image, text))
+
+
+def model_digest(image: Identity, text: Identity) -> str:
+    """Return the digest that stands for the checkpoint in the scores of a model without heads."""
+    return hashlib.sha256(canonical_json([image.spec.fingerprint, text.spec.fingerprint])).hexdigest()
 
 
 class Encoders:

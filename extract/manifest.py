@@ -6,7 +6,7 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from importlib import resources
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -251,7 +251,8 @@ def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, str,
 def _shown(before: Any, after: Any) -> tuple[str, str]:
     """Return two values for a message. Of long texts, the part around the first difference."""
     if isinstance(before, str) and isinstance(after, str) and max(len(before), len(after)) > _LONGEST_SHOWN:
-        start = max(len(os.path.commonprefix([before, after])) - _LONGEST_SHOWN // 4, 0)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+        start = max(shared - _LONGEST_SHOWN // 4, 0)
         parts = (text[start : start + _LONGEST_SHOWN] for text in (before, after))
         before, after = (f"…{part}" if start else part for part in parts)
     old, new = ("absent" if value is _ABSENT else shortened(value) for value in (before, after))

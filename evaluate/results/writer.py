@@ -74,6 +74,7 @@ class ScoreWriter:
         examples = json.dumps([asdict(example) for example in result.examples]).encode()
         outcomes = save(_compact(result.outcomes), record.signature)
         record["outcomes_sha256"] = hashlib.sha256(outcomes).hexdigest()
+        record["examples_sha256"] = hashlib.sha256(examples).hexdigest()
         write_atomically(record.file(self.run.path, "examples"), examples)
         write_atomically(record.file(self.run.path, "outcomes"), outcomes)
         return self.merge(record)

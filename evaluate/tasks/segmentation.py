@@ -57,6 +57,7 @@ class Segmentation(EvaluationTask):
 
     def evaluate(self, data: "EvaluationSet") -> Result:
         """Return right, true and predicted pixels by image and class, and the IoU of each class."""
+        from sail_align.evaluate.dataset import mask_bytes
         from sail_align.evaluate.segmenter import Segmenter
 
         samples, names, segmenter = data.samples, data.source.classes, Segmenter(data)
@@ -70,7 +71,7 @@ class Segmentation(EvaluationTask):
                         f"Mask {sample.mask!r} of {data.manifest.name} is invalid: got the value {highest}, expected "
                         f"one of {len(names)} classes or {IGNORED}. Correct it."
                     )
-                masks.update(repr(truth.shape).encode() + truth.tobytes())
+                masks.update(mask_bytes(truth))
                 predicted = segmenter.label(sample, truth.shape)
                 counts.append(count_pixels(truth, predicted, len(names)))
                 if row in candidate_rows and counts[-1][1].any():
