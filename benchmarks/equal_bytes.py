@@ -5,7 +5,7 @@
     python benchmarks/equal_bytes.py diff BEFORE AFTER
 
 `run` takes the commands of the interpreter that runs it. `diff` compares every file by its bytes, JSON files and the
-headers of safetensors (which have no fixed order) by their values without seconds and versions, and exits with 1 if
+headers of safetensors (which had no fixed order once) by their values without seconds and versions, and exits with 1 if
 anything differs. Logs and reports are left out.
 """
 

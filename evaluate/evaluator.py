@@ -72,5 +72,8 @@ def evaluate_sets(
                 yield record
         else:
             with report_write_errors(folder, has_out=False):
-                record = writer.add(data, task.protocol_id(data), result, time.monotonic() - started)
+                record = writer.add(data, task.protocol_id(data), result)
+            if not quiet:
+                seconds = time.monotonic() - started
+                note(f"{record.name}: {seconds:.1f} s, of which {data.encoding_seconds:.1f} s for encoding.")
             yield record

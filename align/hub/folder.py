@@ -11,10 +11,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save
-
 from sail_align.align.runs.checkpoint import Checkpoint, Run
 from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_json, record_digest
+from sail_align.align.runs.tensors import save_tensors
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import report_write_errors, write_atomically
 
@@ -30,7 +29,7 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
     Raises:
         UserError: The folder is not empty or cannot be written.
     """
-    weights = save({name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()})
+    weights = save_tensors(run.model.state_dict())
     record = {
         "format": FORMAT,
         "library_name": "sail-align",

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
 from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file, read_json, record_digest
+from sail_align.align.runs.tensors import save_tensors
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
@@ -142,12 +143,12 @@ class Checkpoint:
             optimizer: Result of `optimizer_state`, to resume from.
         """
         RunFolder(folder).discard()
-        content = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
+        content = save_tensors(weights)
         record = {"format": FORMAT, **about, "step": step, "finished": finished, "scores": dict(scores or {})}
         record["weights_sha256"] = hashlib.sha256(content).hexdigest()
         write_atomically(folder / "model.safetensors", content)
         if optimizer is not None:
-            state = save(dict(optimizer))
+            state = save_tensors(optimizer)
             record["optimizer_sha256"] = hashlib.sha256(state).hexdigest()
             write_atomically(folder / "optimizer.safetensors", state)
         record["digest"] = record_digest(record)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import CONFIG, RunFolder, read_file
+from sail_align.align.runs.tensors import save_arrays
 from sail_align.evaluate.results.metric import Outcomes, Result
 from sail_align.evaluate.results.scores import SCHEMA, Record, content_digest, read_scores, unfinished
 from sail_align.extract.manifest import Manifest
@@ -48,14 +48,13 @@ class ScoreWriter:
             metadata = read_file(run.path / record, "Score another one.")
             write_atomically(self.folder / "checkpoint.json", metadata)
 
-    def add(self, data: "EvaluationSet", protocol: str, result: Result, seconds: float) -> Record:
+    def add(self, data: "EvaluationSet", protocol: str, result: Result) -> Record:
         """Write the scores of a set with its examples and outcomes. Return the record.
 
         Args:
             data: The set.
             protocol: Id of the protocol.
             result: Scores, examples and outcomes.
-            seconds: Duration of the evaluation, including encoding.
         """
         record = Record(
             **_describe(data.manifest),
@@ -68,11 +67,9 @@ class ScoreWriter:
             encoders={side: encoder["fingerprint"] for side, encoder in self.encoders.items()},
             stores={name: {"path": str(store.path), "digest": store.digest} for name, store in data.stores.items()},
             versions=_versions(),
-            seconds=round(seconds, 2),
-            encoding_seconds=round(data.encoding_seconds, 2),
         )
         examples = json.dumps([asdict(example) for example in result.examples]).encode()
-        outcomes = save(_compact(result.outcomes), record.signature)
+        outcomes = save_arrays(_compact(result.outcomes), record.signature)
         record["outcomes_sha256"] = hashlib.sha256(outcomes).hexdigest()
         record["examples_sha256"] = hashlib.sha256(examples).hexdigest()
         write_atomically(record.file(self.run.path, "examples"), examples)
@@ -135,7 +132,7 @@ def _compact(outcomes: Outcomes) -> dict[str, NDArray[Any]]:
     for name, values in outcomes.items():
         if values.dtype.kind in "iu" and values.size:
             values = values.astype(np.result_type(*map(np.min_scalar_type, (values.min(), values.max()))))
-        compact[name] = np.ascontiguousarray(values)
+        compact[name] = values
     return compact
 
 

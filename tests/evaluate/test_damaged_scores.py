@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sail_align.evaluate.cli import app
 from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.overview import Overview
+from sail_align.evaluate.report.page import write_report
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
@@ -182,3 +184,26 @@ def test_damaged_log_ends_the_curves(scored_run, line):
     (scored_run / "metrics.jsonl").write_text("\n".join([*lines, line, ""]))
     assert CliRunner().invoke(app, ["report", str(scored_run)]).exit_code == 0
     assert np.char.count((scored_run / "report.html").read_text(), "<svg") > 0
+
+
+@pytest.mark.slow
+def test_scoring_again_writes_equal_bytes(world, run, squares):
+    """Also in another process, whose hashes have another order."""
+    caps = world.squares("caps", [("red", "red"), ("green", "green"), ("blue", "blue")], {"kind": "retrieval"})
+    halves = world.halves("halves", [("red", "green"), ("blue", "red")], {"kind": "segmentation"})
+
+    def score():
+        sets = [find_manifest(str(path)) for path in (squares, caps, halves)]
+        list(evaluate_sets(run, sets, features=world.folder / "features", quiet=True))
+        write_report(run.path)
+        return {path.relative_to(run.path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    first = score()
+    assert {path.name for path in first} > {"scores.json", "report.html", "settings.json"}
+    for again in range(4):  # safetensors draws a new order each time
+        for name in ("scores.json", "outcomes", "examples"):
+            gone = run.path / name
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        if again == 3:
+            shutil.rmtree(world.folder / "features")
+        assert score() == first

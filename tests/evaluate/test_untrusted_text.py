@@ -89,7 +89,7 @@ def test_page_has_no_markup_of_its_data(runs, tmp_path):
         (run.path / "settings.json").write_text('{"model": "<b>m\\u001b"}')
         run.content["encoders"] = {}
         for each in run.content["records"]:
-            each.update(stores={}, versions={}, seconds=1.0)
+            each.update(stores={}, versions={})
     page = html(shown)
     assert "<script>alert" not in page
     assert "<img src=x" not in page
