@@ -271,8 +271,8 @@ def _source(store: Store, manifests: Manifests) -> Generator[Link, None, None]:
         return
     yield Link(State.OK, name, "its source is the recorded one")
     name = f"files of {store.dataset}"
-    if not manifest.is_here(root):
-        yield Link(State.ABSENT, name, f"not in {root}")
+    if manifest.source.urls or not manifest.is_here(root):
+        yield Link(State.ABSENT, name, _where_data(manifest, root))
         return
     before = IndexRecord.read(store.path / INDEX)
     parts = manifest.open_source(root).parts()
@@ -333,8 +333,8 @@ def _evaluation_data(record: Record, manifests: Manifests) -> Link:
     if record["dataset"] not in manifests or task is None:
         return Link.of(name, recorded, None, "the scores record no path of its manifest. Name it with --manifest")
     manifest, root = manifests[record["dataset"]]
-    if not manifest.is_here(root):
-        return Link.of(name, recorded, None, f"not in {root}")
+    if manifest.source.urls or not manifest.is_here(root):
+        return Link.of(name, recorded, None, _where_data(manifest, root))
     try:
         data = ListedSet(manifest, root)
         masks = data.mask_digest() if "masks" in task.needs else ""
@@ -349,6 +349,10 @@ def _is_store(path: str) -> bool:
 
 def _where(path: str) -> str:
     return "at a URL, which is not opened" if "://" in path else "moved or removed"
+
+
+def _where_data(manifest: Manifest, root: Path) -> str:
+    return f"at {manifest.source.urls[0]}, which is not opened" if manifest.source.urls else f"not in {root}"
 
 
 def describe_chain(links: Sequence[Link]) -> str:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from io import TextIOWrapper
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypeVar
@@ -17,9 +18,10 @@ from typing_extensions import TypedDict
 
 from sail_align.extract.data import Part, Sample, Source
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
+from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
+from sail_align.extract.sources.file_set import Fence
 from sail_align.extract.sources.images import FolderSource
-from sail_align.extract.system.files import json_lines, read_json
+from sail_align.extract.system.files import json_lines, open_regular, read_json
 
 Form = TypeVar("Form")
 Id = StrictInt | str
@@ -29,7 +31,7 @@ PairedCaption = Annotated[str, Field(pattern=r"\S")]
 """A caption that a pair cannot do without."""
 
 
-class AnnotatedConfig(FilesConfig, SourceConfig):
+class AnnotatedConfig(PathsConfig, SourceConfig):
     """Base class of these kinds."""
 
     file_field: ClassVar[str] = "annotations"
@@ -81,6 +83,7 @@ class AnnotatedSource(FolderSource):
         self._config = config
         self._file = data_root / config.root / config.file
         self.folder = data_root / config.root / config.images
+        self.fence = Fence(data_root, config.allow_outside)
         for path in (self._file, self.folder):
             if not path.exists():
                 raise UserError(f"{path} is missing. Correct the manifest's source or set --data-root.")
@@ -90,6 +93,10 @@ class AnnotatedSource(FolderSource):
         try:
             samples, classes = self._config.read(self._file)
             _require_unique("sample", [sample.key for sample in samples])
+            for sample in samples:
+                self.fence.path(self.folder, sample.image)
+        except UserError as problem:
+            raise UserError(f"{self._file} cannot be used: {problem}") from problem
         except (OSError, ValueError, csv.Error) as problem:
             reason = " ".join(str(problem).split())
             raise UserError(f"{self._file} is not of the published form ({reason}). Correct the file.") from problem
@@ -230,7 +237,7 @@ class WinogroundConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        with path.open(encoding="utf-8") as file:
+        with TextIOWrapper(open_regular(path), encoding="utf-8") as file:
             examples = [
                 _validate(_WinogroundExample, example, f"line {number}") for number, example in json_lines(file)
             ]
@@ -268,7 +275,7 @@ class MmvpConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             rows = [(reader.line_num, row) for row in reader if row][1:]
         for line, row in rows:

@@ -12,7 +12,7 @@ from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.file_set import require_utf8
+from sail_align.extract.sources.file_set import Fence, require_utf8
 from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
 
 
@@ -53,6 +53,7 @@ class ClassFolderSource(FolderSource):
 
     def __init__(self, config: ClassFolderConfig, data_root: Path):
         self.folder = data_root / config.root
+        self.fence = Fence(data_root)
         if not self.folder.is_dir():
             raise UserError(f"Folder {self.folder} is missing. Set --data-root or the manifest's 'root'.")
         folders = sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))

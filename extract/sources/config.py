@@ -25,6 +25,11 @@ class SourceConfig(Strict):
     `sail_align.extract.sources`, or in the module `source` of a package there.
     """
 
+    @property
+    def urls(self) -> list[str]:
+        """What the source opens over the network. Nothing else is fetched, whatever its files contain."""
+        return []
+
     @abstractmethod
     def requirements(self, data_root: Path) -> dict[str, bool]:
         """Return the files, folders or packages that the source needs, and whether each is present."""
@@ -52,6 +57,15 @@ class FilesConfig(Strict):
         """Return the required files and folders, and whether each is present."""
         root = data_root / self.root
         return {str(root / need): _is_present(root, need) for need in self.needs}
+
+
+class PathsConfig(FilesConfig):
+    """Description of files that name others: tables, annotations, rows of a data set.
+
+    With `allow_outside`, paths in them may lead out of the data root. It decides no row, so stores do not record it.
+    """
+
+    allow_outside: bool = Field(default=False, exclude=True)
 
 
 def _is_present(root: Path, need: str) -> bool:

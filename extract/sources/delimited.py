@@ -24,6 +24,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import open_regular
 
 BLOCK = 2 << 20
 """Bytes that are parsed at a time. This is also the longest possible row."""
@@ -88,7 +89,7 @@ def _utf8_chunks(path: Path, encoding: str | None) -> Iterator[tuple[bytes, bool
 
     The last chunk ends with a line break.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         start = file.read(4)
         marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
         name = codecs.lookup(marked or encoding or "utf-8").name

@@ -3,12 +3,14 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, product
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import open_regular
 
 READ_AHEAD = 8 << 20
 """Bytes per request when a file at a URL is read from start to end."""
@@ -19,11 +21,49 @@ MOST_NAMES = 1_000_000
 _RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 
+@dataclass(frozen=True)
+class Fence:
+    """The limit of paths that data name: tables, annotations, the rows of a data set, the index of a store.
+
+    A path may not lead out of the data root, nor out of the folder that the manifest names for these files. This is
+    decided by its text, in which `..` is resolved. A link in one of these folders may lead anywhere, because only the
+    user can have made it.
+
+    Attributes:
+        root: The data root.
+        is_open: Whether the manifest allows all paths.
+    """
+
+    root: Path
+    is_open: bool = False
+
+    def path(self, folder: Path, location: str) -> Path:
+        """Return the path of a file under a folder that the manifest names.
+
+        Raises:
+            UserError: The path leads outside.
+        """
+        if self.is_open or not (location.startswith("/") or ".." in location):
+            return folder / location
+        path = os.path.abspath(folder / location)
+        if not (is_inside(folder, path) or is_inside(self.root, path)):
+            raise UserError(
+                f"Path {location[:200]!r} is outside the data root {self.root}. Correct the data, or write "
+                "`allow_outside: true` in the manifest's source if you trust them."
+            )
+        return Path(path)
+
+
 class FileSet:
-    """Files that patterns match. A file's name is its path under the folder, its absolute path, or its URL."""
+    """Files that a manifest names. A file's name is its path under the folder, its absolute path, or its URL.
+
+    This is the only place where a source opens URLs. Files under the folder can be opened, and others only if the
+    manifest names them: a location from the index of a store or from a row of a data set is never a reason to fetch.
+    """
 
     def __init__(self, root: Path):
         self.root = root
+        self._named: set[str] = set()
 
     def find(self, patterns: str | Sequence[str]) -> list[str]:
         """Return the names that the patterns match, in the order of the patterns and sorted within each.
@@ -37,7 +77,13 @@ class FileSet:
         """
         given = [patterns] if isinstance(patterns, str) else patterns
         names = [name for expanded in list(_expand(given)) for name in self._matches(expanded)]
+        self._named.update(names)
         return list(dict.fromkeys(names))
+
+    def add(self, name: str) -> str:
+        """Return the name of a file that the manifest names, which can be opened from now on."""
+        self._named.add(name)
+        return name
 
     def local(self, name: str) -> Path | None:
         """Return the path of a file, None for a URL."""
@@ -45,6 +91,7 @@ class FileSet:
 
     def exists(self, name: str) -> bool:
         """Return whether a file exists. For a URL this is a request."""
+        self.require_named(name)
         if path := self.local(name):
             return path.is_file()
         filesystem, remote_path = _resolve_url(name)
@@ -54,11 +101,12 @@ class FileSet:
         """Open a file for reading. At a URL, much of the data that is skipped is transferred too.
 
         Raises:
-            UserError: The file does not exist.
+            UserError: The file does not exist, or is outside the folder and the manifest does not name it.
         """
+        self.require_named(name)
         try:
             if path := self.local(name):
-                return path.open("rb")
+                return open_regular(path)
             filesystem, remote_path = _resolve_url(name)
             # The default cache of some protocols transfers a tar twice while its headers are read.
             file = filesystem.open(remote_path, "rb", block_size=READ_AHEAD, cache_type="readahead")
@@ -70,11 +118,12 @@ class FileSet:
         """Return the bytes from `start` to `stop`, fewer if the file ends before.
 
         Raises:
-            UserError: The file does not exist.
+            UserError: As `open`.
         """
+        self.require_named(name)
         try:
             if path := self.local(name):
-                with path.open("rb", buffering=0) as file:
+                with open_regular(path) as file:
                     stop = min(stop, file.seek(0, 2))  # a damaged header may declare any size, which `read` allocates
                     file.seek(start)
                     return file.read(max(stop - start, 0))
@@ -82,6 +131,12 @@ class FileSet:
             return bytes(filesystem.cat_file(remote_path, start=start, end=stop))
         except FileNotFoundError as problem:
             raise UserError(f"{self.local(name) or name} is missing. Restore it and rerun the command.") from problem
+
+    def require_named(self, name: str) -> None:
+        """Raise `UserError` unless a file or the tar that it belongs to is under the folder or in the manifest."""
+        stem = name.removesuffix(".parquet")
+        if not {name, stem, f"{stem}.tar"} & self._named and ("://" in name or not is_inside(self.root, name)):
+            raise UserError(f"{name[:200]} cannot be opened: the manifest does not name it. Correct source.files.")
 
     def _matches(self, pattern: str) -> list[str]:
         if "://" in pattern:
@@ -105,6 +160,12 @@ class FileSet:
                 f"No file matches {self.root.resolve() / pattern}. Correct source.files or set --data-root."
             )
         return names
+
+
+def is_inside(folder: Path, location: str) -> bool:
+    """Return whether a path, taken from a folder, lies in it by its text."""
+    path, base = os.path.abspath(folder / location), os.path.abspath(folder)
+    return path == base or path.startswith(os.path.join(base, ""))
 
 
 def require_utf8(folder: Path, names: Iterable[str]) -> None:

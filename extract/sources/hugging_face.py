@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from pydantic import Field
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError, import_extra
-from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.file_set import FileSet
+from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
+from sail_align.extract.sources.file_set import FileSet, is_inside
 from sail_align.extract.sources.images import read_image
 
 PART_ROWS = 1 << 20
@@ -22,7 +23,7 @@ READ_ROWS = 8_192
 """Number of rows, without their images, that are Python objects at a time."""
 
 
-class HuggingFaceConfig(FilesConfig, SourceConfig):
+class HuggingFaceConfig(PathsConfig, SourceConfig):
     """A data set of the library `datasets`: the folder `root` of `save_to_disk`, or `name` on the hub.
 
     `image`, `captions`, `label` and `url` name columns. `captions` maps a caption's name to a column of text. A single
@@ -45,6 +46,11 @@ class HuggingFaceConfig(FilesConfig, SourceConfig):
         """The folder, or nothing for a name on the hub."""
         return [] if self.name else ["."]
 
+    @property
+    def urls(self) -> list[str]:
+        """The name on the hub, unless it is a local folder."""
+        return [f"hf://datasets/{self.name}"] if self.name and not Path(self.name).is_dir() else []
+
     def open(self, data_root: Path) -> "HuggingFaceSource":
         """Open the source."""
         return HuggingFaceSource(self, data_root)
@@ -65,6 +71,9 @@ class HuggingFaceSource(Source):
         datasets = import_extra(
             "datasets", "This source needs the package datasets: pip install 'sail-align[datasets]'."
         )
+        self._folders = [Path(config.name) if config.name else data_root / config.root]
+        if config.name:  # the library downloads into these
+            self._folders += [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
         self._rows = _load(datasets, config, data_root / config.root)
         self._schema: pa.Schema = self._rows.features.arrow_schema
         self.caption_origins = captions = config.captions
@@ -113,9 +122,13 @@ class HuggingFaceSource(Source):
             return read_image(stored["bytes"], name, least=least)
         if stored["path"] is None:
             raise UnreadableImageError(Status.MISSING, f"{name} has no image")
-        if path := FileSet(Path()).local(stored["path"]):
-            return read_image(path, least=least)
-        with FileSet(Path()).open(stored["path"]) as file:
+        path, files = stored["path"], FileSet(self._folders[0])
+        if self._config.allow_outside or ("://" not in path and any(is_inside(each, path) for each in self._folders)):
+            files.add(path)
+        files.require_named(path)
+        if local := files.local(path):
+            return read_image(local, least=least)
+        with files.open(path) as file:
             return read_image(file.read(), name, least=least)
 
     def _read(self, start: int) -> Iterator[Sample]:

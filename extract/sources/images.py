@@ -15,6 +15,8 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageEr
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
+from sail_align.extract.sources.file_set import Fence
+from sail_align.extract.system.files import open_regular
 
 PIXEL_LIMIT = 100_000_000
 """Images with more pixels than this are rejected before they are decoded."""
@@ -75,9 +77,10 @@ def ending_of(name: str) -> str:
 
 
 class FolderSource(Source):
-    """A source whose images are files under one folder, by their paths in it."""
+    """A source whose images are files under one folder, by their paths in it; `fence` is the limit of these paths."""
 
     folder: Path
+    fence: Fence
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Open an image as upright RGB.
@@ -85,8 +88,9 @@ class FolderSource(Source):
         Raises:
             UnreadableImageError: As `read_image`.
             UserError: The whole folder is missing or empty. An unmounted disk must not be recorded as missing images.
+                Or the path leads out of the data root.
         """
-        path = self.folder / location
+        path = self.fence.path(self.folder, location)
         try:
             return read_image(path, least=least)
         except UnreadableImageError as problem:
@@ -237,10 +241,11 @@ def _read_file(path: Path) -> bytes:
     image's fault and must not be recorded as such.
     """
     try:
-        return path.read_bytes()
-    except IsADirectoryError as problem:
-        raise UnreadableImageError(Status.UNDECODABLE, f"{path}: a folder") from problem
+        with open_regular(path) as file:
+            return file.read()
     except OSError as problem:
+        if problem.errno in {errno.EISDIR, errno.EINVAL, errno.ENXIO}:  # a folder, a FIFO, a device, a socket
+            raise UnreadableImageError(Status.UNDECODABLE, f"{path}: {problem.strerror}") from problem
         if problem.errno not in _NO_SUCH_FILE:
             raise
         raise UnreadableImageError(Status.MISSING, f"{path}: {problem.strerror}") from problem

@@ -14,8 +14,9 @@ from sail_align.extract.data import IGNORED, Part, Sample, UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import label_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.file_set import require_utf8
+from sail_align.extract.sources.file_set import Fence, require_utf8
 from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
+from sail_align.extract.system.files import open_regular
 
 MaskValue = Annotated[int, Field(ge=0, le=255)]
 
@@ -69,6 +70,7 @@ class MaskFolderSource(FolderSource):
     def __init__(self, config: MaskFolderConfig, data_root: Path):
         root = data_root / config.root
         self.folder, self._masks = root / config.images, root / config.masks
+        self.fence = Fence(data_root)
         self._list = root / config.names if config.names else None
         for path in (self.folder, self._masks, self._list):
             if path and not path.exists():
@@ -103,7 +105,7 @@ class MaskFolderSource(FolderSource):
         Raises:
             UserError: A value is neither a class nor ignored.
         """
-        values = self.read_mask(self._masks / location)
+        values = self.read_mask(self.fence.path(self._masks, location))
         indices = self._index[values]
         unknown = values[indices == NO_CLASS]
         if unknown.size:
@@ -163,7 +165,8 @@ class MaskFolderSource(FolderSource):
     @staticmethod
     def _read_names(path: Path) -> list[str]:
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            with open_regular(path) as file:
+                lines = file.read().decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(f"{path} cannot be read ({problem}). Expected one name per line.") from problem
         return [line.strip() for line in lines if line.strip()]

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sail_align.extract.data import IGNORED, Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
+from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
+from sail_align.extract.sources.file_set import Fence
 from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.sources.table_files import TextFormat, find_tables, read_batches
 
@@ -33,7 +35,7 @@ class Split(TextFormat):
     file: str | None = None
 
 
-class TableConfig(FilesConfig, TextFormat, SourceConfig):
+class TableConfig(PathsConfig, TextFormat, SourceConfig):
     """Tables (CSV, TSV, JSONL, parquet) that name images in a folder and contain their captions.
 
     A table has either one row per image and a column for each caption (`captions: {raw: title, long: description}`), or
@@ -79,6 +81,7 @@ class TableSource(FolderSource):
         self.classes = tuple(config.classes.values())
         self._root = data_root / config.root
         self.folder = self._root / config.images
+        self.fence = Fence(data_root, config.allow_outside)
         self._files = find_tables(self._root, config.files)
         if not self.folder.is_dir():
             raise UserError(f"Image folder {self.folder} is missing. Set --data-root or the manifest's 'images'.")
@@ -104,7 +107,9 @@ class TableSource(FolderSource):
         index_of_value = np.full(256, IGNORED, dtype=np.uint8)
         for index, value in enumerate(self._config.classes):
             index_of_value[value] = index
-        indices: NDArray[np.uint8] = index_of_value[self.read_mask(self._root / self._config.masks / location)]
+        indices: NDArray[np.uint8] = index_of_value[
+            self.read_mask(self.fence.path(self._root / self._config.masks, location))
+        ]
         return indices
 
     def _read_grouped(self) -> Iterator[Sample]:
@@ -145,6 +150,7 @@ class TableSource(FolderSource):
                 raise UserError(
                     f"Column {config.image!r} of {file} is empty in row {before + empty + 1}. Every row needs an image."
                 )
+            self._require_inside(file, before, batch[config.image])
             before += len(batch)
             if own_split:
                 batch = batch.filter(pc.equal(batch[own_split.column], own_split.keep))
@@ -153,6 +159,17 @@ class TableSource(FolderSource):
             for row in zip(images, urls, *(batch[name].to_pylist() for name in columns), strict=True):
                 if self._kept is None or row[0] in self._kept:
                     yield row
+
+    def _require_inside(self, file: Path, before: int, images: pa.ChunkedArray) -> None:
+        """Raise `UserError` if the path of an image or of its mask leads out of the data root; name file and row."""
+        for row in np.flatnonzero(pc.match_substring_regex(images, r"^/|(^|/)\.\.(/|$)").to_numpy()):
+            image = images[int(row)].as_py()
+            try:
+                self.fence.path(self.folder, image)
+                if self._config.masks:
+                    self.fence.path(self._root / self._config.masks, image)
+            except UserError as problem:
+                raise UserError(f"Row {before + int(row) + 1} of {file} is invalid: {problem}") from problem
 
     @cached_property
     def _kept(self) -> set[str] | None:

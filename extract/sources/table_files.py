@@ -1,6 +1,7 @@
 """Readers of CSV, TSV, JSONL and parquet files, a few thousand rows at a time, and caption tables made of these."""
 
 from collections.abc import Collection, Iterator, Sequence
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,8 @@ from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, Strict
 from sail_align.extract.sources.delimited import DELIMITERS, read_delimited, require_columns
-from sail_align.extract.system.files import json_lines
+from sail_align.extract.sources.file_set import FileSet
+from sail_align.extract.system.files import json_lines, open_regular, require_regular
 
 BATCH_ROWS = 8_192
 
@@ -83,7 +85,7 @@ class Recaptions(FilesConfig, TextFormat):
             UserError: No table exists, or the first does not match the description. An index must not be built before
                 this is known.
         """
-        files = tuple(find_tables(data_root / self.root, self.files))
+        files = find_tables(data_root / self.root, self.files)
         field: Literal["url", "key"] = "key" if self.url is None else "url"
         column = str(self.url or self.key)
         tables = CaptionTables(files, field, column, self.captions, self.delimiter, self.encoding)
@@ -91,24 +93,16 @@ class Recaptions(FilesConfig, TextFormat):
         return tables
 
 
-def find_tables(root: Path, patterns: str | Sequence[str]) -> list[Path]:
-    """Return the files under `root` that match the patterns, without duplicates.
-
-    A pattern is a name (which may contain brackets), a glob, or an absolute path.
+def find_tables(root: Path, patterns: str | Sequence[str]) -> tuple[Path, ...]:
+    """Return the local files under `root` that match the patterns; see `FileSet.find`.
 
     Raises:
-        UserError: No file matches.
+        UserError: A pattern matches no file, or is a URL.
     """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found: list[Path] = []
-    for pattern in patterns:
-        if (file := root / pattern).is_file():
-            found.append(file)
-        elif not Path(pattern).is_absolute():
-            found += sorted(path for path in root.glob(pattern) if path.is_file())
-    if not found:
-        raise UserError(f"No table {', '.join(patterns)} in {root.resolve()}. Correct 'files' or set --data-root.")
-    return list(dict.fromkeys(found))
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if urls := [pattern for pattern in listed if "://" in pattern]:
+        raise UserError(f"Table {urls[0]} is invalid: got a URL, expected a file. Download it and correct 'files'.")
+    return tuple(dict.fromkeys(root / name for name in FileSet(root).find(listed)))
 
 
 def read_captions(file: Path, tables: CaptionTables) -> Iterator[pa.Table]:
@@ -172,7 +166,7 @@ def read_batches(
 
 
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[pa.Table]:
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+    with pyarrow.parquet.ParquetFile(require_regular(path), pre_buffer=False) as file:
         require_columns(path, columns, file.schema_arrow.names)
         yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(BATCH_ROWS, columns=columns))
 
@@ -193,7 +187,7 @@ def _read_jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each line."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="replace") as file:
         for number, row in json_lines(file, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get):
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not a JSON object")

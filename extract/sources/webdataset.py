@@ -58,6 +58,12 @@ class WebDatasetConfig(FilesConfig, SourceConfig):
         needed += [self.classes] if isinstance(self.classes, str) else []
         return [name for name in needed if ":" not in name and not name.startswith("/")]
 
+    @property
+    def urls(self) -> list[str]:
+        """The URLs among the tars and the list of class names."""
+        files = [self.files] if isinstance(self.files, str) else self.files
+        return [name for name in (*files, self.classes) if isinstance(name, str) and "://" in name]
+
     def open(self, data_root: Path) -> "WebDatasetSource":
         """Open the source."""
         return WebDatasetSource(self, data_root)
@@ -209,7 +215,7 @@ class WebDatasetSource(Source):
             return tuple(classes or ())
         if ":" in classes and "://" not in classes:
             return tuple(class_names(classes))
-        with self._files.open(classes) as file:
+        with self._files.open(self._files.add(classes)) as file:
             return tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip())
 
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from sail_align.extract.errors import UserError
 
@@ -54,6 +55,39 @@ def remove_tree(folder: Path) -> None:
         cast(Any, folder).rmdir(recursive=True)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading in binary. Anything else, such as a FIFO or /dev/zero, could be read forever.
+
+    A link is followed.
+
+    Raises:
+        OSError: The file cannot be opened or is not a regular file.
+    """
+    if is_remote(path):
+        return cast(BinaryIO, path.open("rb"))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO would block
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_regular(path: Path) -> Path:
+    """Return the path of a file that another library opens. Raises `OSError` as `open_regular` does."""
+    if not is_remote(path):
+        _require_regular(path, path.stat().st_mode)
+    return path
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def canonical_json(value: Any) -> bytes:
     """Return JSON whose bytes are the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -85,7 +119,8 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
         UserError: The file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            content = json.loads(file.read())
     except OSError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}); {remedy}.") from problem
     except (ValueError, RecursionError) as problem:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import yaml
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import open_regular
 
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 20
@@ -25,7 +26,7 @@ def read_yaml(path: Path) -> Any:
             or a control character. The message names the line.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise UserError(f"{path} is invalid: got more than {MOST_BYTES:,} bytes. Expected a manifest.")

@@ -188,6 +188,16 @@ def test_modified_export_is_rejected(run, folders):
         pretrained.load("hub3", **folders)
 
 
+def test_export_does_not_name_folders_of_this_machine(run, encoders):
+    export(run, "--out", "hub")
+    record = json.loads(Path("hub/config.json").read_text())
+    record["image"]["location"] = encoders[0].identity.location
+    Path("hub/config.json").write_text(json.dumps({**record, "digest": record_digest(record)}))
+    assert pretrained.read("hub").image.location == ""
+    with pytest.raises(UserError, match=r"is a local folder\. Pass its path with image_folder"):
+        pretrained.load("hub")
+
+
 def test_other_encoder_is_rejected(run, folders, tmp_path):
     export(run, "--out", "hub")
     other, _ = save_encoders(tmp_path / "other")

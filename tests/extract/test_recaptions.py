@@ -255,7 +255,7 @@ def test_accepts_touched_and_rejects_changed_caption_tables(recaptioned):
         (('"url": ', '"key": "image", "url": '), "name exactly one column to join by, either 'url' or 'key'"),
         (('"url": "Image Path", ', ""), "name exactly one column to join by, either 'url' or 'key'"),
         (('"raw": "raw_caption"', '"own": "raw_caption"'), "already has a caption 'own'. Rename it under 'recaptions'"),
-        (("cc_3long*.csv", "cc_4long*.csv"), "No table cc_4long"),
+        (("cc_3long*.csv", "cc_4long*.csv"), "No file matches .*cc_4long"),
         (('"raw_caption"', '"row_caption"'), "has no column 'row_caption'. Its columns are Image Path, raw_caption"),
         (('"raw": ', '"a/b": '), "Caption name 'a/b' is invalid"),
         (('"Image Path"', '"Image Pat"'), "has no column 'Image Pat'. Its columns are Image Path, raw_caption"),

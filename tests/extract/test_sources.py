@@ -80,9 +80,9 @@ def test_split_by_column_or_file(pictures):
     ("fields", "message"),
     [
         ({"captions": {"raw": "captoin"}}, "no column 'captoin'. Its columns are image, caption, story, part"),
-        ({"files": "*.tsv"}, r"No table .* in /"),
+        ({"files": "*.tsv"}, r"No file matches /.*/\*\.tsv"),
         ({"images": "photos"}, "Image folder .*photos is missing"),
-        ({"root": "empty"}, r"No table .* in /"),
+        ({"root": "empty"}, r"No file matches /"),
         ({"images": "."}, "None of the first 100 images is in"),
     ],
 )

@@ -204,7 +204,7 @@ def test_find_tables(tmp_path):
         (tmp_path / name).write_text("")
     found = find_tables(tmp_path, ["[x].csv", "?.csv", str(tmp_path / "a.csv")])
     assert [path.name for path in found] == ["[x].csv", "a.csv", "b.csv"]
-    with pytest.raises(UserError, match=r"No table none\.csv, /none in "):
+    with pytest.raises(UserError, match=r"No file matches /.*/none\.csv\. Correct"):
         find_tables(tmp_path, ["none.csv", "/none"])
 
 
