@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Download, Manifest
 from sail_align.extract.sources.table_files import read_batches
-from sail_align.extract.system.files import read_json
+from sail_align.extract.system.files import read_json, write_stream
 from sail_align.extract.system.progress import progress
 
 SETTINGS = {
@@ -120,12 +120,13 @@ def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) 
     path = _url_list(folder)
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     columns = [settings.url, settings.caption]
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    with pq.ParquetWriter(temporary, schema) as writer, progress(None, "URLs", unit="URL", quiet=quiet) as bar:
+    with (
+        write_stream(path) as stream,
+        progress(None, "URLs", unit="URL", quiet=quiet) as bar,
+        pq.ParquetWriter(stream, schema) as writer,
+    ):
         for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
             writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
             bar.update(len(batch))
-    temporary.replace(path)

@@ -5,17 +5,21 @@ FOLDER/config.json         architecture, encoders, settings, the run's digest, a
 FOLDER/README.md           the model card: description, scores, provenance
 """
 
+import fcntl
+import glob
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+import os
+import re
+import uuid
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from sail_align.align.runs.checkpoint import Checkpoint, Run
-from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_json, record_digest
+from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_json, record_digest, require_digest
 from sail_align.align.runs.tensors import save_tensors
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import report_write_errors, write_atomically
+from sail_align.extract.system.files import remove_own, report_write_errors, write_atomically
 
 FORMAT = 1
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -66,9 +70,10 @@ def read_hub_folder(folder: Path) -> Run:
         )
     if record.get("digest") != record_digest(record):
         raise damaged(folder / CONFIG, EXPORT_AGAIN)
+    digest = require_digest(record.get("run_digest"), folder / CONFIG, "run_digest")
     for side in ("image", "text"):  # no folder of this machine, whatever a stranger wrote here
         record[side] = {**record[side], "location": ""}
-    return Checkpoint(folder, record, EXPORT_AGAIN).load(folder, record["run_digest"])
+    return Checkpoint(folder, record, EXPORT_AGAIN).load(folder, digest)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -79,12 +84,43 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     if folder.name in ("", "..") or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"{folder} exists already. Remove it, or pass another --out.")
-    written = folder.with_name(f".{folder.name}.new")
+    _remove_leftovers(folder, files)
+    written = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.new")
+    lock = None
     try:
-        shutil.rmtree(written, ignore_errors=True)
         with report_write_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            written.mkdir()  # exclusively: it is nobody else's
+            lock = _lock(written)
             for name, content in files.items():
                 write_atomically(written / name, content)
             written.replace(folder)
     finally:
-        shutil.rmtree(written, ignore_errors=True)
+        remove_own(written, files)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed exports to the same folder left. Those that are running hold a lock."""
+    ours = re.compile(re.escape(folder.name).join((r"\.", r"\.[0-9a-f]{32}\.new")))
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.new"):
+        if ours.fullmatch(path.name) and not path.is_symlink() and (lock := _lock(path)) is not None:
+            remove_own(path, names)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return an open and locked folder, None if another process has the lock or it cannot be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor

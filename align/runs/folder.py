@@ -6,14 +6,13 @@ A `remedy` completes such a message with the user's next step.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import canonical_json, write_atomically
+from sail_align.extract.system.files import canonical_json, remove_own, write_atomically
 
 BEGIN_AGAIN = "Restore it, or start again with another --out."
 EXPORT_AGAIN = "Export or download it again."
@@ -26,6 +25,9 @@ LOG_FIELDS = {
 }
 """Numbers that each kind of line of metrics.jsonl has, among others."""
 
+DIGEST = re.compile(r"[0-9a-f]{64}")
+CHECKPOINT_FILES = ("model.json", "model.safetensors", "optimizer.safetensors")
+"""Files of a checkpoint. The first one marks it as complete."""
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
@@ -83,7 +85,8 @@ class RunFolder:
         if self.run != self:
             return self.run.path / "scores" / name
         if self.is_export:
-            digest = str(read_json(self.path / CONFIG, EXPORT_AGAIN).get("run_digest"))
+            file = self.path / CONFIG
+            digest = require_digest(read_json(file, EXPORT_AGAIN).get("run_digest"), file, "run_digest")
             return Path("runs") / f"{name}-{digest[:8]}"
         return self.path
 
@@ -181,9 +184,13 @@ class RunFolder:
         return int(self.path.name.rpartition("-")[2])
 
     def discard(self) -> None:
-        """Remove a checkpoint, starting with the file that marks it as complete."""
-        (self.path / "model.json").unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove a checkpoint, starting with the file that marks it as complete.
+
+        Other files in its folder stay, and so does what a link in its place points to.
+        """
+        if not self.path.is_symlink():
+            (self.path / "model.json").unlink(missing_ok=True)
+        remove_own(self.path, CHECKPOINT_FILES)
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps than this, and incomplete ones of any step."""
@@ -235,6 +242,19 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise damaged(path, remedy)
     return record
+
+
+def require_digest(value: object, path: Path, name: str) -> str:
+    """Return a digest that a file records, before it becomes part of a path.
+
+    Raises:
+        UserError: It is not 64 hexadecimal digits. `path` is the file and `name` the field.
+    """
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return value
+    raise UserError(
+        f"{path} is invalid: got {name} {repr(value)[:100]}, expected 64 hexadecimal digits. {EXPORT_AGAIN}"
+    )
 
 
 def damaged(path: Path, remedy: str) -> UserError:

@@ -66,10 +66,17 @@ class Record(dict[str, Any]):
         return next((metric for metric in self.get("metrics", ()) if metric["name"] == name), None)
 
     def file(self, run: Path, kind: Literal["examples", "outcomes"]) -> Path:
-        """Return the path of the record's examples or outcomes in a run."""
+        """Return the path of the record's examples or outcomes in a run.
+
+        Raises:
+            UserError: The names of the data set and the task lead out of the folder.
+        """
         protocol = hashlib.sha256(self["protocol"].encode()).hexdigest()[:8]
         suffix = "json" if kind == "examples" else "safetensors"
-        return RunFolder(run).scores / kind / f"{self['dataset']}-{self['task']}-{protocol}.{suffix}"
+        name, folder = f"{self['dataset']}-{self['task']}-{protocol}.{suffix}", RunFolder(run).scores
+        if "/" in name or "\0" in name:
+            raise damaged(folder / "scores.json", REMEDY)
+        return folder / kind / name
 
     @property
     def description(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import report_write_errors
+from sail_align.extract.system.files import report_write_errors, write_stream
 
 SHOWN = 20
 """Rows shown of each array."""
@@ -48,14 +48,14 @@ def write_failed(store: Store, path: Path) -> int:
     Raises:
         UserError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     rows = 0
-    with report_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
-            for array in store.arrays():
-                for table in failed_rows(store, array):
-                    file.write_table(table)
-                    rows += len(table)
-        temporary.replace(path)
+    with (
+        report_write_errors(path),
+        write_stream(path) as stream,
+        pq.ParquetWriter(stream, SCHEMA, compression="zstd") as file,
+    ):
+        for array in store.arrays():
+            for table in failed_rows(store, array):
+                file.write_table(table)
+                rows += len(table)
     return rows

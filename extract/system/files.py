@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -182,10 +183,49 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
             raise
 
 
+@contextmanager
+def write_stream(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file under a random name beside `path` for writing. It replaces `path` at the end of the block.
+
+    If the block fails, it is removed. Nothing that exists under the random name is ever written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_own(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of these names from a folder, with their temporary files, and then the folder if it is empty.
+
+    Whatever else is in the folder stays. If the folder is a link, only the link is removed.
+    """
+    with suppress(OSError):
+        if folder.is_symlink():
+            folder.unlink()
+            return
+    for name in names:
+        with suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            _remove_leftovers(folder / name)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _remove_leftovers(path: Path) -> None:
     if not is_remote(path):
+        ours = re.compile(re.escape(path.name).join((r"\.", r"\.[0-9a-f]{32}\.tmp")))
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)
+            if ours.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str | None:

@@ -213,7 +213,7 @@ def die_at(patch, left):
 
         patch.setattr(owner, name, method)
 
-    for owner, name in ((Path, "open"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree")):
+    for owner, name in ((Path, "open"), (Path, "replace"), (Path, "unlink"), (Path, "rmdir")):
         dying(owner, name)
 
 

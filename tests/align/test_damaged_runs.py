@@ -132,7 +132,7 @@ def test_rerun_ends_the_clean_up_of_a_killed_process(train, monkeypatch, allowed
 
     with monkeypatch.context() as patch:
         patch.setattr(type(run), "unlink", limited(type(run).unlink))
-        patch.setattr(shutil, "rmtree", limited(shutil.rmtree))
+        patch.setattr(type(run), "rmdir", limited(type(run).rmdir))
         with suppress(Killed):
             train(keep=keep)
     assert files(train(keep=keep)) == whole
@@ -168,3 +168,32 @@ def test_entry_with_a_field_of_another_type_is_none(changes):
     assert parse_entry(json.dumps(entry) + "\n") == entry
     if changes:
         assert parse_entry(json.dumps(entry | changes) + "\n") is None
+
+
+def test_clean_up_of_a_checkpoint_removes_its_own_files_only(tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    for name in ("model.json", "model.safetensors", "notes.txt", f".model.json.{'0' * 32}.tmp", ".model.json.mine.tmp"):
+        (folder / name).touch()
+    RunFolder(folder).discard()
+    assert sorted(path.name for path in folder.iterdir()) == [".model.json.mine.tmp", "notes.txt"]
+
+
+def test_clean_up_of_a_checkpoint_follows_no_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("model.json", "model.safetensors"):
+        (precious / name).touch()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000009").symlink_to(precious)
+    RunFolder(run).discard_after(3)
+    assert not list((run / "checkpoints").iterdir())
+    assert len(list(precious.iterdir())) == 2
+    for name in ("model.json", "model.safetensors"):  # links in place of files
+        folder = run / "checkpoints" / "step-00000008"
+        folder.mkdir(exist_ok=True)
+        (folder / name).symlink_to(precious / name)
+    RunFolder(folder).discard()
+    assert not folder.exists()
+    assert len(list(precious.iterdir())) == 2

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from typer.testing import CliRunner
 
 from sail_align.align import pretrained
 from sail_align.align.cli import app
+from sail_align.align.hub.folder import _lock
 from sail_align.align.hub.model_card import model_card
 from sail_align.align.runs.checkpoint import load_run
-from sail_align.align.runs.folder import record_digest
+from sail_align.align.runs.folder import RunFolder, record_digest
 from sail_align.evaluate.cli import app as evaluation
 from sail_align.extract.encoders.identity import EncoderChangedError
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
@@ -268,3 +271,68 @@ def test_export_never_overwrites(run):
     there = run.resolve()
     with contextlib.chdir("empty"):
         assert ". exists already" in str(export(there, "--out", ".").exception)
+
+
+@pytest.mark.parametrize(
+    "digest", ["../../../tmp/x", "a/b", "0" * 63, "0" * 65, "A" * 64, "0" * 63 + "\n", "", None, 7, []]
+)
+def test_run_digest_that_is_none_never_becomes_a_path(run, digest):
+    export(run, "--out", "hub")
+    record = json.loads(Path("hub/config.json").read_text()) | {"run_digest": digest}
+    Path("hub/config.json").write_text(json.dumps({**record, "digest": record_digest(record)}))
+    message = r"hub/config\.json is invalid: got run_digest .*, expected 64 hexadecimal digits"
+    for read in (lambda: pretrained.read("hub"), lambda: RunFolder(Path("hub")).scores):
+        with pytest.raises(UserError, match=message):
+            read()
+    before = sorted(Path().rglob("*"))
+    words = ["retrieval", str(write_captioned(Path("holiday"), 3)), "--run", "hub", "--device", "cpu", "--quiet"]
+    assert re.search(message, str(CliRunner().invoke(evaluation, words).exception))
+    assert [path for path in sorted(Path().rglob("*")) if "holiday" not in path.parts] == before
+
+
+def test_export_removes_no_folder_of_another(run):
+    Path(".hub.new").mkdir()
+    Path(".hub.new/precious").touch()
+    Path("elsewhere").mkdir()
+    Path("elsewhere/config.json").touch()
+    hexadecimal = "0" * 32
+    Path(f".hub.{hexadecimal}.new").symlink_to("elsewhere")  # planted
+    half = Path(f".hub.{'1' * 32}.new")  # of a killed export, with a file that is not its own
+    half.mkdir()
+    for name in ("model.safetensors", "precious", f".config.json.{hexadecimal}.tmp"):
+        (half / name).touch()
+    empty = Path(f".hub.{'2' * 32}.new")
+    empty.mkdir()
+    (empty / "config.json").touch()
+    assert export(run, "--out", "hub").exit_code == 0
+    assert Path(".hub.new/precious").exists()
+    assert Path("elsewhere/config.json").exists()
+    assert [path.name for path in half.iterdir()] == ["precious"]
+    assert not empty.exists()
+    assert sorted(path.name for path in Path("hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_running_export_is_not_disturbed(run):
+    written = Path(f".hub.{'3' * 32}.new")
+    written.mkdir()
+    (written / "config.json").touch()
+    lock = _lock(written)
+    assert export(run, "--out", "hub").exit_code == 0
+    assert (written / "config.json").exists()
+    os.close(lock)
+    assert export(run, "--out", "hub").exception
+    assert export(run, "--out", "hub2").exit_code == 0
+    shutil.rmtree("hub")
+    assert export(run, "--out", "hub").exit_code == 0
+    assert not written.exists()
+
+
+def test_failed_export_leaves_nothing(run, monkeypatch):
+    def fail(path, content):
+        path.write_bytes(content[:9])
+        if path.name == "config.json":
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("sail_align.align.hub.folder.write_atomically", fail)
+    assert "No space is left for hub" in str(export(run, "--out", "hub").exception)
+    assert not list(Path().glob("*hub*"))

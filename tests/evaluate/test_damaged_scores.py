@@ -15,7 +15,7 @@ from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.report.page import write_report
-from sail_align.evaluate.results.scores import RunScores
+from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
@@ -184,6 +184,14 @@ def test_damaged_log_ends_the_curves(scored_run, line):
     (scored_run / "metrics.jsonl").write_text("\n".join([*lines, line, ""]))
     assert CliRunner().invoke(app, ["report", str(scored_run)]).exit_code == 0
     assert np.char.count((scored_run / "report.html").read_text(), "<svg") > 0
+
+
+@pytest.mark.parametrize("names", [{"dataset": "../../x"}, {"task": "/etc/x"}, {"dataset": "a\0"}])
+def test_names_in_scores_do_not_lead_out_of_the_folder(tmp_path, names):
+    record = Record({"dataset": "x", "task": "retrieval", "protocol": "p", **names})
+    for kind in ("examples", "outcomes"):
+        with pytest.raises(UserError, match=r"scores\.json is damaged"):
+            record.file(tmp_path, kind)
 
 
 @pytest.mark.slow
