@@ -94,7 +94,7 @@ def _claim_run(plan: "Plan", out: Path | None, stores: list[Path], processes: in
 
     claim = claim_run(out or RunFolder.default_path(stores, plan.settings.head), plan.record(), numbered=out is None)
     if claim.other:
-        typer.echo(f"note: {claim.other} has other settings ({', '.join(claim.differing)}); this is a new run.")
+        typer.echo(f"note: {claim.other} has other settings ({'; '.join(claim.differing)}); this is a new run.")
     if claim.finished:
         state = f"{claim.path} is finished"
     else:

@@ -68,7 +68,7 @@ def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) ->
         if finished:
             return Claim(finished[0], begun=True, finished=True)
         if others and not numbered:
-            raise UserError(f"{path} is a run with other settings ({', '.join(others[0][1])}). Pass another --out.")
+            raise UserError(f"{path} is a run with other settings ({'; '.join(others[0][1])}). Pass another --out.")
         write_atomically(free / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode())
         return Claim(free, False, False, *(others[0] if others else ()))
 

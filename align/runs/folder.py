@@ -280,25 +280,51 @@ def run_digest(settings: Mapping[str, Any]) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the differences between the settings of two runs, as the options that a user gives.
+    """Return the differences between the settings of two runs: the option that a user gives, its old and its new value.
 
     Other encoders or captions imply other arrays, and the number of rows follows from the rest. Only causes are named.
     """
     one, other = _decisive(there), _decisive(here)
     names = {name for name in one | other if one.get(name) != other.get(name)}
+    causes = names - {"features_digests", "training_rows", "held_out_rows"}
+    options = {_OPTIONS.get(name, f"--{name.replace('_', '-')}"): name for name in sorted(causes)}
+    named = tuple(
+        f"{option}: {_shown(one, name)}, now {_shown(other, name)}" for option, name in sorted(options.items())
+    )
     if not names & {"image_encoder", "text_encoder", "captions"} and "features_digests" in names:
-        stores = ", ".join(map(str, there.get("stores", [])))
-        changed = there.get("stores") == here.get("stores")
-        return (f"{stores} has changed since" if changed else f"--features: there {stores}", *_options(names))
-    return _options(names) or (("rows used",) if names else ())
+        before, now = (", ".join(map(str, settings.get("stores", []))) for settings in (there, here))
+        return (f"{before} has changed since" if before == now else f"--features: {before}, now {now}", *named)
+    return named or (("rows used",) if names else ())
+
+
+_OPTIONS = {
+    "captions": "--captions",
+    "caption_weights": "--captions",
+    "excluded_keys": "--exclude",
+    "excluded_sha256": "--exclude",
+    "image_encoder": "image encoder",
+    "text_encoder": "text encoder",
+    "steps": "--steps or --epochs",
+}
+"""Options whose names are not those of the settings."""
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    """Return the value of a setting for a message, as a user gives it."""
+    if name in ("captions", "caption_weights"):
+        names = settings.get("captions", [])
+        weights = settings.get("caption_weights") or [1] * len(names)
+        return ",".join(
+            each if weight == 1 else f"{each}:{weight:g}" for each, weight in zip(names, weights, strict=False)
+        )
+    if name.startswith("excluded"):
+        count = settings.get("excluded_keys")
+        return "none" if count is None else f"{count:,} keys ({str(settings.get('excluded_sha256'))[:8]})"
+    value = settings.get(name)
+    if name.endswith("_encoder"):
+        return str(value)[:8]
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)[:80]
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("stores", "store_digests")}
-
-
-def _options(names: set[str]) -> tuple[str, ...]:
-    options = {"caption_weights": "--captions", "excluded_keys": "--exclude", "excluded_sha256": "--exclude"}
-    options |= {"image_encoder": "image encoder", "text_encoder": "text encoder", "steps": "--steps or --epochs"}
-    chosen = names - {"features_digests", "training_rows", "held_out_rows"}
-    return tuple(sorted({options.get(name, f"--{name.replace('_', '-')}") for name in chosen}))

@@ -16,7 +16,7 @@ from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.loss import Loss
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import hold_run
-from sail_align.align.runs.folder import run_digest
+from sail_align.align.runs.folder import differences, run_digest
 from sail_align.align.settings import FitOptions, OnCollapse
 from sail_align.align.stats.metrics import effective_rank, ranks
 from sail_align.align.train.collapse import Watch
@@ -64,7 +64,10 @@ def fit(
             confirm.append(stack.enter_context(hold_run(run, plan.digest)))
             saved = Checkpoint.read(run)
             if saved and run_digest(saved.record["settings"]) != plan.digest:
-                raise UserError(f"{saved.folder} has other settings than {run / 'settings.json'}. Pass another --out.")
+                differing = "; ".join(differences(saved.record["settings"], plan.record()))
+                raise UserError(
+                    f"{saved.folder} has other settings than {run / 'settings.json'} ({differing}). Pass another --out."
+                )
             if saved and saved.finished:
                 if on_collapse == "stop" and (message := Watch.replay(run, plan.settings.lr)):
                     raise UserError(message)

@@ -8,6 +8,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from sail_align.extract.data import Source
+from sail_align.extract.errors import UserError
+from sail_align.extract.sources.file_set import RANGE, matches
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -69,11 +71,8 @@ class PathsConfig(FilesConfig):
 
 
 def _is_present(root: Path, need: str) -> bool:
-    """Return whether a file or folder exists, or a pattern with `*` matches one."""
-    if os.path.exists(root / need):
-        return True
-    anchor = Path(need).anchor  # "" unless the pattern is an absolute path
+    """Return whether a file or folder exists, or a pattern matches one. A range counts if any number matches."""
     try:
-        return "*" in need and any((Path(anchor) if anchor else root).glob(need.removeprefix(anchor)))
-    except ValueError:  # not a valid pattern
+        return any(os.path.exists(path) for path in matches(root, RANGE.sub("*", need)))
+    except UserError:
         return False

@@ -18,7 +18,8 @@ READ_AHEAD = 8 << 20
 MOST_NAMES = 1_000_000
 """Limit on the names that ranges stand for."""
 
-_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+_GLOB = frozenset("*?[")
+RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 
 @dataclass(frozen=True)
@@ -144,22 +145,39 @@ class FileSet:
             if "*" not in pattern and "[" not in pattern:  # a `?` in a URL begins its query
                 return [pattern]
             names = sorted(filesystem.unstrip_protocol(found) for found in filesystem.glob(remote_path))
-        elif (self.root / pattern).is_file():  # also a name with a bracket
+        elif any(path.is_file() for path in matches(self.root, pattern, globs=False)):  # also a name with a bracket
             return [pattern]
         else:
-            anchor = Path(pattern).anchor  # "" unless the pattern is an absolute path
-            base = Path(anchor) if anchor else self.root
-            try:
-                found = sorted(path for path in base.glob(pattern.removeprefix(anchor)) if path.is_file())
-            except ValueError as problem:
-                raise UserError(f"Pattern {pattern!r} is invalid: {problem}. Correct source.files.") from problem
-            names = [str(path) if anchor else path.relative_to(base).as_posix() for path in found]
-            require_utf8(base, names)
+            found = sorted(path for path in matches(self.root, pattern) if path.is_file())
+            is_absolute = Path(pattern).is_absolute()
+            names = [str(path) if is_absolute else path.relative_to(self.root).as_posix() for path in found]
+            require_utf8(self.root, names)
         if not names:
             raise UserError(
                 f"No file matches {self.root.resolve() / pattern}. Correct source.files or set --data-root."
             )
         return names
+
+
+def matches(root: Path, pattern: str, *, globs: bool = True) -> Iterator[Path]:
+    """Yield the files and folders that a pattern matches: under a folder, or anywhere if it is an absolute path.
+
+    Args:
+        root: The folder.
+        pattern: A name, or a glob (`*`, `?`, `[…]`, `**` for any folders).
+        globs: Whether it may be a glob. A name that exists is not a glob, whatever it contains.
+
+    Raises:
+        UserError: The pattern is not valid.
+    """
+    try:
+        if os.path.lexists(root / pattern):
+            yield root / pattern
+        elif globs and not _GLOB.isdisjoint(pattern):
+            anchor = Path(pattern).anchor  # pathlib has no absolute globs
+            yield from (Path(anchor) if anchor else root).glob(pattern.removeprefix(anchor))
+    except (ValueError, NotImplementedError, OSError) as problem:
+        raise UserError(f"Pattern {pattern[:200]!r} is invalid: {problem}. Correct source.files.") from problem
 
 
 def is_inside(folder: Path, location: str) -> bool:
@@ -191,7 +209,7 @@ def _expand(patterns: Sequence[str]) -> Iterator[str]:
     """
     total = 0
     for pattern in patterns:
-        fixed, ranges = _RANGE.split(pattern)[::3], _RANGE.findall(pattern)
+        fixed, ranges = RANGE.split(pattern)[::3], RANGE.findall(pattern)
         counts = [int(last[:20]) - int(first[:20]) + 1 for first, last in ranges]
         total += prod(counts)
         if min(counts, default=1) < 1:

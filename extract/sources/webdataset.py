@@ -1,7 +1,6 @@
 """Source kind `webdataset`: tars of samples in the form of WebDataset and img2dataset."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImag
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
-from sail_align.extract.sources.file_set import FileSet
+from sail_align.extract.sources.file_set import RANGE, FileSet
 from sail_align.extract.sources.images import read_image
 from sail_align.extract.sources.tars import BLOCK, DamagedTarError, TarSamples, header_size
 from sail_align.extract.sources.tars import members as tar_members
@@ -54,7 +53,7 @@ class WebDatasetConfig(FilesConfig, SourceConfig):
     def needs(self) -> list[str]:
         """The tars under `root`, and the list of class names if it is there too."""
         files = [self.files] if isinstance(self.files, str) else self.files
-        needed = [re.sub(r"\{\d+\.\.\d+\}", "*", file) for file in files]
+        needed = [RANGE.sub("*", file) for file in files]
         needed += [self.classes] if isinstance(self.classes, str) else []
         return [name for name in needed if ":" not in name and not name.startswith("/")]
 

@@ -77,10 +77,8 @@ def test_other_precision_starts_another_run(make_store, monkeypatch):
         patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         run_fit("--features", path, *QUICK)
     other = run_fit("--features", path, *QUICK, "--precision", "bfloat16").output
-    assert (
-        "note: runs/photos-glu has other settings (--precision); this is a new run.\nwriting runs/photos-glu-2: "
-        in other
-    )
+    note = "note: runs/photos-glu has other settings (--precision: float32, now bfloat16); this is a new run."
+    assert f"{note}\nwriting runs/photos-glu-2: " in other
     assert "resuming runs/photos-glu: " in run_fit("--features", path, *QUICK, "--precision", "float32").output
     refused = run_fit("--features", path, *QUICK, "--precision", "float16")
     assert isinstance(refused.exception, UserError)
@@ -109,15 +107,12 @@ def test_new_run_lists_its_differences_and_keeps_a_given_name(make_store):
     words = ["--features", make_store("photos"), *QUICK]
     run_fit(*words)
     other = ["--seed", "3", "--weight-decay", "0.1"]
-    assert (
-        "note: runs/photos-glu has other settings (--seed, --weight-decay); this is a new run."
-        in run_fit(*words, *other).output
-    )
+    differing = "(--seed: 0, now 3; --weight-decay: 1e-07, now 0.1)"
+    note = f"note: runs/photos-glu has other settings {differing}; this is a new run."
+    assert note in run_fit(*words, *other).output
     refused = run_fit(*words, *other, "--out", "runs/photos-glu")
     assert isinstance(refused.exception, UserError)
-    assert str(refused.exception) == (
-        "runs/photos-glu is a run with other settings (--seed, --weight-decay). Pass another --out."
-    )
+    assert str(refused.exception) == (f"runs/photos-glu is a run with other settings {differing}. Pass another --out.")
 
 
 def test_differences_name_options_and_stores():
@@ -125,8 +120,10 @@ def test_differences_name_options_and_stores():
         "stores": ["a.zarr"],
         "captions": ["raw"],
         "caption_weights": [1.0],
-        "image_encoder": "1",
+        "image_encoder": "1" * 64,
         "steps": 3,
+        "lr": 1e-5,
+        "positives": None,
         "features_digests": ["1"],
         "training_rows": 9,
     }
@@ -134,14 +131,22 @@ def test_differences_name_options_and_stores():
         ({"features_digests": ["2"], "training_rows": 8}, "a.zarr has changed since"),
         (
             {"features_digests": ["2"], "stores": ["b.zarr"], "steps": 4},
-            "--features: there a.zarr, --steps or --epochs",
+            "--features: a.zarr, now b.zarr; --steps or --epochs: 3, now 4",
         ),
-        ({"features_digests": ["2"], "captions": ["raw", "long"], "caption_weights": [1.0, 1.0]}, "--captions"),
-        ({"features_digests": ["2"], "image_encoder": "2"}, "image encoder"),
-        ({"excluded_keys": 1, "excluded_sha256": "1", "training_rows": 8}, "--exclude"),
+        (
+            {"features_digests": ["2"], "captions": ["raw", "long"], "caption_weights": [1.0, 0.5]},
+            "--captions: raw, now raw,long:0.5",
+        ),
+        ({"caption_weights": [2.0]}, "--captions: raw, now raw:2"),
+        ({"features_digests": ["2"], "image_encoder": "2" * 64}, "image encoder: 11111111, now 22222222"),
+        (
+            {"excluded_keys": 1200, "excluded_sha256": "3" * 64, "training_rows": 8},
+            "--exclude: none, now 1,200 keys (33333333)",
+        ),
+        ({"lr": 3e-4, "positives": 1}, "--lr: 1e-05, now 0.0003; --positives: none, now 1"),
     ]
     for change, expected in changes:
-        assert ", ".join(differences(before, {**before, **change})) == expected
+        assert "; ".join(differences(before, {**before, **change})) == expected
 
 
 @pytest.mark.slow

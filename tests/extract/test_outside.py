@@ -135,6 +135,38 @@ def test_permission_is_not_part_of_the_rows(tmp_path):
     assert Manifest.model_validate_json(json.dumps({**content, "source": about})) == plain
 
 
+# Patterns.
+
+
+@pytest.mark.parametrize(
+    "pattern", ["t?.csv", "t[1-2].csv", "*.csv", "t{1..2}.csv", "**/t1.csv", "{root}/t*.csv", "../data/t1.csv"]
+)
+def test_check_and_run_agree_on_patterns(root, pattern):
+    for number in (1, 2):
+        (root / f"t{number}.csv").write_text(f"image,caption\n{number}.png,a\n")
+    pattern = pattern.replace("{root}", str(root))
+    about = TableConfig(kind="table", files=pattern, images="images", captions={"raw": "caption"})
+    assert all(about.requirements(root).values())
+    assert next(about.open(root).samples()).image == "1.png"
+    assert FileSet(root).find(pattern)
+
+
+@given(st.text(st.sampled_from("*?[]{}.0123/\\~-!ax \0é"), max_size=12) | st.just("x" * 5000))
+def test_any_pattern_gives_files_or_a_message(tmp_path_factory, pattern):
+    root = tmp_path_factory.getbasetemp() / "patterns"
+    root.mkdir(exist_ok=True)
+    (root / "a.csv").touch()
+    if pattern.startswith("/"):
+        pattern = f"{root}{pattern}"  # not a search of the whole disk
+    about = TableConfig(kind="table", files=pattern or "x", captions={"raw": "caption"})
+    present = all(about.requirements(root).values())
+    try:
+        found = FileSet(root).find(pattern)
+    except UserError:
+        found = []
+    assert present >= bool(found)
+
+
 # Only regular files are opened.
 
 
