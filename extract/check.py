@@ -60,11 +60,11 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
     has_tars = isinstance(manifest.source, WebDatasetConfig) and manifest.purpose == "train"
     if has_tars and len(parts) > PROBED_TARS:
         some = [parts[0], *random.Random(0).sample(list(parts[1:]), PROBED_TARS)]  # reading all of them takes hours
-        samples = _Probe.of(chain.from_iterable(islice(tar.read(), 2) for tar in some)).samples
+        samples, rows = _Probe.of(chain.from_iterable(islice(tar.read(), 2) for tar in some)).samples, None
         yield True, f"{len(parts):,} tars, of which some are checked; `run` counts their rows"
     else:
         probe = _Probe.of(source.samples(), source if strict else None)
-        samples = probe.samples
+        samples, rows = probe.samples, probe.rows
         yield from _check_counts(manifest, "rows", probe.rows, manifest.expected_rows)
         yield from _check_counts(manifest, "captions", probe.captions, manifest.expected_captions)
         for fault, (count, first) in probe.faults.items():
@@ -75,7 +75,7 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
         yield True, left_out
     if source.classes:
         yield True, f"{len(source.classes)} classes"
-    yield _check_images(source, samples, strict)
+    yield _check_images(source, samples, strict, rows)
     yield from _check_captions(source, samples, strict)
 
 
@@ -143,7 +143,8 @@ def _check_counts(manifest: Manifest, name: str, count: int, expected: int | Non
         yield manifest.purpose == "train", f"{count:,} {name}; expected {expected:,}"
 
 
-def _check_images(source: Source, samples: list[Sample], strict: bool) -> Finding:
+def _check_images(source: Source, samples: list[Sample], strict: bool, rows: int | None) -> Finding:
+    """Open the images of some samples, of `rows` in total, None if that is not known."""
     problems = []
     for sample in samples:
         try:
@@ -153,10 +154,16 @@ def _check_images(source: Source, samples: list[Sample], strict: bool) -> Findin
         except (UnreadableImageError, UserError, OSError) as problem:
             problems.append(" ".join(str(problem).split()))
     readable = len(samples) - len(problems)
-    first = f"; first problem: {problems[0]}" if problems else ""
     kind = "images with masks" if any(sample.mask for sample in samples) else "images"
     good = readable > 0 and not (strict and problems)
-    return good, f"{readable} of {len(samples)} checked {kind} are readable{first}"
+    text = f"{readable} of {len(samples)} checked {kind} are readable"
+    if rows != len(samples):
+        text += f" (a sample of {f'{rows:,} rows' if rows else 'some tars'}; `run` reads all)"
+    if problems:
+        text += f"; first problem: {problems[0]}"
+    if problems and good:
+        text += "; `run` leaves such images out and lists them"
+    return good, text
 
 
 def _check_captions(source: Source, samples: list[Sample], strict: bool) -> Iterator[Finding]:

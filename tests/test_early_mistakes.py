@@ -31,8 +31,8 @@ finally:
         ("extract", "verify no.zarr", "no.zarr is not a feature store"),
         ("extract", "overlap no.zarr no.zarr", "no.zarr is not a feature store"),
         ("evaluate", "report runs/no --out scores.pdf", "--out scores.pdf is invalid"),
-        ("evaluate", "report runs/no", "runs/no has no scores.json"),
-        ("evaluate", "compare runs/no runs/none", "runs/no has no scores.json"),
+        ("evaluate", "report runs/no", "runs/no does not exist. Name a run"),
+        ("evaluate", "compare runs/no runs/none", "runs/no does not exist. Name a run"),
         ("evaluate", "all --run runs/no", "runs/no is not a run"),
         (
             "evaluate",

@@ -112,6 +112,7 @@ class RunScores:
         """
         file = RunFolder(path).scores / "scores.json"
         if not file.is_file():
+            _require_scorable(path)
             raise UserError(f"{path} has no scores.json. Run `{command('sail-eval', 'all', '--run', path)}` first.")
         content = read_scores(file)
         if content.get("schema") != SCHEMA:
@@ -234,6 +235,14 @@ class RunScores:
         return {
             name: values.astype(np.int64) if values.dtype.kind in "iu" else values for name, values in stored.items()
         }
+
+
+def _require_scorable(path: Path) -> None:
+    """Raise `UserError` unless a path may get scores: a run, a checkpoint, even if removed since, or an export."""
+    folder = RunFolder(path)
+    if not (folder.is_run or folder.is_checkpoint or folder.is_export or folder.run != folder):
+        found = "is not a run, a checkpoint or an exported folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}. Name a run, such as a folder in runs/.")
 
 
 def read_scores(path: Path) -> dict[str, Any]:

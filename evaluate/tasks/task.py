@@ -129,8 +129,9 @@ class EvaluationTask(ABC):
             UserError: The task has no such protocol.
         """
         if name not in self.variants or manifest.task is None:
-            known = " or ".join(self.variants) or "none"
-            raise UserError(f"Protocol {name!r} of {manifest.name} is invalid: expected {known}.")
+            known = f"expected {' or '.join(self.variants)}" if self.variants else f"{self.kind} has no other protocol"
+            guess = did_you_mean(name, self.variants)
+            raise UserError(f"Protocol {name!r} of {manifest.name} is invalid: {known}. Correct --protocol.{guess}")
         return manifest.model_copy(update={"task": manifest.task.model_copy(update=dict(self.variants[name]))})
 
     def protocol_id(self, data: "EvaluationSet") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -300,7 +301,19 @@ def test_scores_of_a_checkpoint_that_training_has_replaced(chain):
         assert any("checkpoint" in line.partition(":")[0] for line in states[state])
 
 
-def test_run_without_scores_is_one_message(tmp_path):
-    result = CliRunner().invoke(app, ["trace", str(tmp_path)])
-    assert isinstance(result.exception, UserError)
-    assert "has no scores.json. Run `sail-eval all --run" in str(result.exception)
+@pytest.mark.parametrize("words", [["trace"], ["report"], ["compare", "elsewhere"]])
+def test_path_without_scores_is_one_message(tmp_path, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    messages = {
+        tmp_path / "run": r"has no scores\.json\. Run `sail-eval all --run .*` first",
+        tmp_path / "run" / "checkpoints" / "best-00000004": r"has no scores\.json\. Run `sail-eval all --run .*` first",
+        tmp_path / "no": r"no does not exist\. Name a run",
+        tmp_path / "file": r"file is not a run, a checkpoint or an exported folder\. Name a run",
+        tmp_path: r"is not a run, a checkpoint or an exported folder\. Name a run",
+    }
+    for path, message in messages.items():
+        result = CliRunner().invoke(app, [words[0], str(path), *words[1:]])
+        assert isinstance(result.exception, UserError)
+        assert re.search(message, str(result.exception))

@@ -57,7 +57,7 @@ def test_complete_data_set_is_ready(photos, typed):
         f"  ok   {photos.parent}/photos/images",
         "  ok   50 rows, as expected",
         "  ok   100 captions, as expected",
-        "  ok   33 of 33 checked images are readable",
+        "  ok   33 of 33 checked images are readable (a sample of 50 rows; `run` reads all)",
         "  ok   33 of these have a caption (named c0, c1)",
         "ready",
     ]
@@ -76,8 +76,23 @@ def test_reports_unreadable_images(photos, typed):
         image.write_text("no picture")
     code, out, _ = typed("check", str(photos))
     assert code == 1
-    assert "of 33 checked images are readable; first problem: " in out
+    assert "of 33 checked images are readable (a sample of 50 rows; `run` reads all); first problem: " in out
     assert "cannot identify image file" in out
+
+
+def test_rows_that_run_leaves_out_are_announced(tmp_path, typed):
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_text("no picture")
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{number}.png,a\n" for number in range(3)))
+    content = {"name": "made", "purpose": "train", "title": "Made", "licence": "none", "get": "made by a test"}
+    content["source"] = {"kind": "table", "files": "t.csv", "captions": {"raw": "caption"}}
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(content))
+    code, out, _ = typed("check", str(tmp_path / "made.yaml"))
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "checked images" in line]
+    assert line.startswith("  ok   2 of 3 checked images are readable; first problem: ")
+    assert line.endswith("; `run` leaves such images out and lists them")
 
 
 def test_incomplete_set_is_ready_only_for_training(photos, typed):
@@ -133,7 +148,7 @@ def test_checks_some_of_many_tars_and_the_download(typed, tmp_path, tried, code,
     assert exit_code == code
     assert f"download: {tried * 2 // 3} images from {tried} URLs (66.7%); {left} URLs left\n" in out
     assert "  ok   40 tars, of which some are checked; `run` counts their rows\n" in out
-    assert "  ok   33 of 33 checked images are readable\n" in out
+    assert "  ok   33 of 33 checked images are readable (a sample of some tars; `run` reads all)\n" in out
 
 
 @pytest.mark.parametrize("name", packaged_manifests())
