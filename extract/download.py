@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Download, Manifest
 from sail_align.extract.sources.table_files import read_batches
-from sail_align.extract.system.files import read_json, write_stream
+from sail_align.extract.system.files import open_atomically, read_json, report_write_errors
 from sail_align.extract.system.progress import progress
 
 SETTINGS = {
@@ -105,7 +105,8 @@ def download_images(
     command = [program, str(_url_list(folder)), f"--output_folder={folder}", f"--image_size={settings.image_size}"]
     command += [f"--processes_count={processes}", f"--thread_count={threads}"]
     command += [f"--{name}={value}" for name, value in SETTINGS.items()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with report_write_errors(folder, has_out=False):
+        folder.mkdir(parents=True, exist_ok=True)
     if code := subprocess.run(command, check=False).returncode:
         raise UserError(f"img2dataset failed with exit code {code}, see above. Rerun the same command to resume.")
     return Downloaded.read(folder)
@@ -122,11 +123,12 @@ def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) 
         return
     columns = [settings.url, settings.caption]
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    with (
-        write_stream(path) as stream,
-        progress(None, "URLs", unit="URL", quiet=quiet) as bar,
-        pq.ParquetWriter(stream, schema) as writer,
-    ):
-        for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
-            writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
-            bar.update(len(batch))
+    with report_write_errors(path.parent, during_run=True, has_out=False):
+        with (
+            open_atomically(path) as file,
+            pq.ParquetWriter(file, schema) as writer,
+            progress(None, "URLs", unit="URL", quiet=quiet) as bar,
+        ):
+            for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
+                writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
+                bar.update(len(batch))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from sail_align.extract.data import FAILURES, Status
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import report_write_errors, write_stream
+from sail_align.extract.system.files import open_atomically, report_write_errors
 
 SHOWN = 20
 """Rows shown of each array."""
@@ -49,13 +49,10 @@ def write_failed(store: Store, path: Path) -> int:
         UserError: The file cannot be written.
     """
     rows = 0
-    with (
-        report_write_errors(path),
-        write_stream(path) as stream,
-        pq.ParquetWriter(stream, SCHEMA, compression="zstd") as file,
-    ):
-        for array in store.arrays():
-            for table in failed_rows(store, array):
-                file.write_table(table)
-                rows += len(table)
+    with report_write_errors(path):
+        with open_atomically(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+            for array in store.arrays():
+                for table in failed_rows(store, array):
+                    writer.write_table(table)
+                    rows += len(table)
     return rows

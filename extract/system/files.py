@@ -158,19 +158,47 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
         for folder in reversed([each for each in path.parents if each != below and each.is_relative_to(below)]):
             folder.mkdir(exist_ok=True)
     _remove_leftovers(path)  # only once: two slow writers could delete each other's files forever
-    written = False
-    while not written:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    while True:
         try:
-            with temporary.open("xb") as file:
+            with _replacing(path) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            with suppress(FileNotFoundError):  # another writer removed it
-                temporary.replace(path)
-                written = True
-        finally:
+        except FileNotFoundError:  # another writer removed it
+            if not path.parent.exists():
+                raise
+        else:
+            return
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Yield a local file to write, which appears under its name, whole, when the block ends without an error.
+
+    For files that may not fit into memory. Only one process may write the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    with _replacing(path) as file:
+        yield file
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file of a temporary name, and rename it at the end of the block.
+
+    Raises:
+        FileNotFoundError: Another process removed it, or its folder does not exist.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
     # Sync the folder too: after a power cut, a marker must not be there without the files written before it.
     try:
         descriptor = os.open(path.parent, os.O_RDONLY)
@@ -181,25 +209,6 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
     except OSError as problem:
         if problem.errno in {errno.EIO, *_FULL}:  # other errors: the file system cannot sync folders
             raise
-
-
-@contextmanager
-def write_stream(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file under a random name beside `path` for writing. It replaces `path` at the end of the block.
-
-    If the block fails, it is removed. Nothing that exists under the random name is ever written to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_own(folder: Path, names: Iterable[str]) -> None:

@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from sail_align.extract.system.files import remove_own, write_atomically, write_stream
+from sail_align.extract.system.files import open_atomically, remove_own, write_atomically
 
 RANDOM = "0123456789abcdef" * 2
 
 
 def test_stream_replaces_the_file_at_the_end(tmp_path):
     path = tmp_path / "new" / "x.parquet"
-    with write_stream(path) as file:
+    with open_atomically(path) as file:
         file.write(b"whole")
         assert not path.exists()
     assert path.read_bytes() == b"whole"
@@ -23,7 +23,7 @@ def test_failed_stream_leaves_the_old_file(tmp_path):
     path.write_bytes(b"old")
 
     def write():
-        with write_stream(path) as file:
+        with open_atomically(path) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -53,7 +53,7 @@ def test_writing_follows_no_planted_link_and_removes_only_its_own_leftovers(tmp_
 
 
 def write_by_stream(path, content):
-    with write_stream(path) as file:
+    with open_atomically(path) as file:
         file.write(content)
 
 

@@ -1,0 +1,200 @@
+"""Faults injected into small jobs, one at a time, at every operation on the file system.
+
+    python tests/faults/injections.py [--jobs extract,fit] [--workers 2] [--only 'fit: rename runs/… 1: EIO']
+
+A first run of each job numbers its operations (`primitives.py`). Then, for every operation and every fault, the job
+begins anew, fails there, and is rerun without faults:
+
+- An injected error ends with one message and exit code 2, or the job carries on and writes what it should. It never
+  ends with a traceback.
+- What the job does not change is the same after the fault, and the rerun writes nothing committed again.
+- After the rerun, the folder has the bytes of an undisturbed run, and nothing else.
+
+All runs are forks of a process that has imported everything. `make faults` injects everything, the tests a sample.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from tests.faults.harness import Bench, Undisturbed
+from tests.faults.jobs import JOBS, Inputs
+from tests.faults.primitives import FAULTS, OF_WRITES, Point
+
+ENDS = ("message", "carried on", "killed")
+
+
+class Injection(NamedTuple):
+    """A fault at a point of a job."""
+
+    job: str
+    point: Point
+    fault: str
+
+    def __str__(self) -> str:
+        operation, path, occurrence = self.point
+        return f"{self.job}: {operation} {path} {occurrence}: {self.fault}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run with a fault ended, one of `ENDS`, and what is wrong; "" if nothing."""
+
+    job: str
+    fault: str
+    end: str
+    problem: str
+    name: str
+    output: str
+
+
+def list_injections(runs: Sequence[Undisturbed]) -> list[Injection]:
+    """Return every fault at every operation of these jobs."""
+    return [
+        Injection(run.name, point, fault)
+        for run in runs
+        for point in sorted(set(run.points))
+        for fault in FAULTS
+        if point.operation == "write" or fault not in OF_WRITES
+    ]
+
+
+def by_rarity(injections: Sequence[Injection], seed: int = 0) -> list[Injection]:
+    """Return injections in a random order that begins with one of each kind, then has a second one of each, and so on.
+
+    The kind is the job, the operation, the fault, and the path without its numbers.
+    """
+    seen: Counter[tuple[str, ...]] = Counter()
+    ranks = {}
+    for each in random.Random(seed).sample(injections, len(injections)):
+        kind = (each.job, each.point.operation, re.sub(r"\d+", "#", each.point.path), each.fault)
+        ranks[each] = seen[kind]
+        seen[kind] += 1
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def inject(injection: Injection, run: Undisturbed, inputs: Inputs, bench: Bench) -> Outcome:
+    """Run a job with a fault, rerun it without, and check both."""
+    bench.begin(run.base)
+    end = bench.run(lambda: run.job.run(inputs.folder), injection.point, injection.fault)
+    left, committed = bench.files(), run.job.committed(bench.work)
+    problem, how = end.problem, "message"
+    if injection.fault in ("kill", "torn"):
+        how = "killed"
+        if end.code != -signal.SIGKILL:
+            problem = "does not reach the operation"
+    elif end.code == 0:
+        how = "carried on"
+        problem = problem or run.check_carried_on(left)
+        if injection.point not in end.points:
+            problem = "does not reach the operation"
+    elif end.code == 1 and run.job.on_fault:
+        problem = problem or ("" if run.job.on_fault in end.output else "ends with 1 and no message")
+    elif end.code != 2 or not end.output.rstrip().splitlines()[-1:][0].startswith("error: "):
+        problem = problem or f"ends with {end.code} and no message"
+    problem = problem or run.check_left(left)
+    output = end.output
+    if not problem:
+        again = bench.run(lambda: run.job.run(inputs.folder))
+        problem = run.check_rerun(again, bench.files(), committed)
+        output += f"--- rerun\n{again.output}"
+    return Outcome(injection.job, injection.fault, how, problem, str(injection), output)
+
+
+def inject_all(
+    injections: Sequence[Injection], runs: Sequence[Undisturbed], inputs: Inputs, folder: Path, workers: int
+) -> list[Outcome]:
+    """Inject faults in several processes, each with a bench of its own."""
+    of_job, pids = {run.name: run for run in runs}, []
+    for worker in range(workers):
+        sys.stdout.flush()
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        code = 1
+        try:
+            bench = Bench(folder / f"bench-{worker}")
+            with (folder / f"outcomes-{worker}.jsonl").open("w") as file:
+                for injection in injections[worker::workers]:
+                    outcome = inject(injection, of_job[injection.job], inputs, bench)
+                    print(json.dumps(asdict(outcome)), file=file, flush=True)
+            code = 0
+        finally:
+            os._exit(code)
+    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        raise RuntimeError("a process of the harness failed, see above")
+    lines = [line for n in range(workers) for line in (folder / f"outcomes-{n}.jsonl").read_text().splitlines()]
+    return [Outcome(**json.loads(line)) for line in lines]
+
+
+def prepare(names: Sequence[str], folder: Path) -> tuple[Inputs, list[Undisturbed]]:
+    """Write the inputs, and run each job without faults."""
+    bench = Bench(folder / "bench")
+
+    def fork(work, where: Path) -> None:
+        bench.begin(where)
+        if (end := bench.run(work)).code:
+            raise RuntimeError(f"a job fails without faults: exit code {end.code}\n{end.output}")
+        bench.move_to(where)
+
+    inputs = Inputs(folder, fork)
+    return inputs, [Undisturbed.of(name, inputs, bench) for name in names]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return a table of jobs and faults."""
+    header = ("job", "fault", "points", *ENDS, "recovered", "failures")
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for each in outcomes:
+        for key in ((each.job, each.fault), ("all", "all")):
+            found = counts.setdefault(key, Counter())
+            found.update(("points", each.end, "failures" if each.problem else "recovered"))
+    order = [*JOBS, "all"], [*FAULTS, "all"]
+    keys = sorted(counts, key=lambda key: (order[0].index(key[0]), order[1].index(key[1])))
+    rows = [header, *((*key, *(str(counts[key][name]) for name in header[2:])) for key in keys)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    )
+
+
+def main() -> None:
+    """Inject everything that the options choose; exit with 1 if anything fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", default=",".join(JOBS), help="names of jobs, separated by commas")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--count", type=int, help="inject at most so many faults, of all kinds")
+    parser.add_argument("--only", help="part of the names of the injections")
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name).resolve()
+        inputs, runs = prepare(options.jobs.split(","), folder)
+        every = [each for each in list_injections(runs) if (options.only or "") in str(each)]
+        injections = by_rarity(every)[: options.count]
+        print(f"{len(injections)} of {len(every)} injections into {len(runs)} jobs", flush=True)
+        outcomes = inject_all(injections, runs, inputs, folder, options.workers)
+    failures = [each for each in outcomes if each.problem]
+    for each in failures:
+        print(f"\n{each.name}\n  {each.problem}\n{each.output.rstrip()}")
+    print(f"\n{table(outcomes)}\n{time.monotonic() - started:.0f} s; {len(set(each.name for each in outcomes))} distinct")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
