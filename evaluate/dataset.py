@@ -243,6 +243,8 @@ class EvaluationSet(ListedSet):
             text = None if of_images else self.encoders.text
             extract(store, self.source, image=image, text=text, captions=captions, quiet=self.quiet)
             self.encoding_seconds += time.monotonic() - started
+        else:
+            store.tidy()  # what a killed process left
         self.stores[what] = store
         return self._read_all(store, store.image() if of_images else store.text(TEXT))
 

@@ -160,12 +160,12 @@ class TrialRunner:
         Only the last checkpoint of the run is kept, which is the one that is scored.
         """
         path, finished = self.find(trial, seed)
-        if not finished:
-            plan = trial.seeded(seed)
-            claimed = claim_run(path, plan.record()).path
-            fit(plan, claimed, device=self.device, quiet=self.quiet, keep=1, on_collapse="warn")
-            for best in RunFolder(path).checkpoints("best"):
-                RunFolder(best).discard()
+        plan = trial.seeded(seed)
+        claimed = claim_run(path, plan.record()).path
+        # Of a finished run, this removes what a killed process left.
+        fit(plan, claimed, device=self.device, quiet=self.quiet, keep=1, on_collapse="warn")
+        for best in RunFolder(path).checkpoints("best"):
+            RunFolder(best).discard()
         return load_run(path), finished
 
     @torch.no_grad()

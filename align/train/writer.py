@@ -55,9 +55,9 @@ def close_finished(run: Path, saved: Checkpoint, keep: int) -> None:
     """
     saved.check_finished(run)
     folder = RunFolder(run)
+    folder.discard_after(saved.step)
     if folder.finished:
         return
-    folder.discard_after(saved.step)
     best = Checkpoint.best(run)
     if any((each / "optimizer.safetensors").exists() for each in folder.checkpoints()):
         remove_outdated(folder, best.folder if best else run, keep, finished=True)

@@ -19,6 +19,9 @@ from sail_align.extract.system.leases import LeaseLostError
 from sail_align.extract.system.progress import progress
 from sail_align.extract.system.signals import RERUN, report_stop
 
+RETRY = "retry/"
+"""Beginning of the names of the leases on shards that are retried."""
+
 
 @dataclass
 class RetrySummary:
@@ -56,13 +59,11 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
     """
     store, summary = job.open_store(quiet=quiet), RetrySummary()
     choice = job.image
-    if choice is None or not any(
-        array.failed_counts for array in store.images().values() if choice.matches(array.identity.spec)
-    ):
-        return summary
-    with report_stop(lambda: RERUN):
-        source, encoder = job.manifest.open_source(job.data_root), choice.load(device)
-        with report_write_errors(store.path, during_run=True):
+    with report_stop(lambda: RERUN), report_write_errors(store.path, during_run=True):
+        if choice is not None and any(
+            array.failed_counts for array in store.images().values() if choice.matches(array.identity.spec)
+        ):
+            source, encoder = job.manifest.open_source(job.data_root), choice.load(device)
             task = ArrayTask.for_images(store, source, encoder, cores())
             failed = sum(task.array.failed_counts.values())
             with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
@@ -71,8 +72,16 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
                         _retry_shard(store, task, Shard(task.array.path, number), bar.update, summary)
                 finally:
                     store.leases.release_all()
+        _remove_dead_leases(store)
         store.tidy()
     return summary
+
+
+def _remove_dead_leases(store: Store) -> None:
+    """Remove the leases of killed retries, of which `Store.tidy` does not know whether their work is done."""
+    for name in store.leases.names():
+        if name.startswith(RETRY) and (lease := store.leases.take(name)):
+            store.leases.release(lease)
 
 
 def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, summary: RetrySummary) -> None:
@@ -82,7 +91,7 @@ def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, 
     """
     array = task.array
     try:
-        with store.leases.hold(f"retry/{shard.lease}"):
+        with store.leases.hold(f"{RETRY}{shard.lease}"):
             array.markers.pop(shard.number, None)  # another process may have rewritten the shard since it was read
             if not array.refresh(shard.number) or not array.has_failures(shard.number):
                 return

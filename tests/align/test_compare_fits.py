@@ -21,6 +21,7 @@ from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
 from sail_align.align.stats.tables import format_table
 from sail_align.align.train.collapse import Watch
+from sail_align.align.train import trainer
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
@@ -84,15 +85,15 @@ def test_ladder_trains_each_rung_with_each_seed_and_scores_unseen_pairs(make_sto
 def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, monkeypatch):
     path = make_store("photos")
     words = ["ladder", "--features", path, "--out", tmp_path / "ladder", "--seeds", 1, *QUICK]
-    fit, calls = trials.fit, []
+    train, calls = trainer._Training.run, []
 
-    def interrupted(plan, run, **options):
-        calls.append(plan.settings)
+    def interrupted(training, saved):
+        calls.append(training.plan.settings)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return fit(plan, run, **options)
+        return train(training, saved)
 
-    monkeypatch.setattr(trials, "fit", interrupted)
+    monkeypatch.setattr(trainer._Training, "run", interrupted)
     assert typed(*words).exit_code != 0
     done = typed(*words)
     assert done.exit_code == 0, done.output

@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -173,6 +174,32 @@ class Undisturbed:
             if point.operation in ("create", "rename") and any(map(point.path.startswith, committed)):
                 return f"rerun writes {point.path} again"
         return next((f"after the rerun, {why}" for why in _differences(self.after, left)), "")
+
+
+def in_processes(
+    workers: int, folder: Path, work: Callable[[int, Bench], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the results of a function that is called in forks, each with its number and a bench of its own."""
+    pids = []
+    for worker in range(workers):
+        sys.stdout.flush()
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        code = 1
+        try:
+            with (folder / f"results-{worker}.jsonl").open("w") as file:
+                for result in work(worker, Bench(folder / f"bench-{worker}")):
+                    print(json.dumps(result), file=file, flush=True)
+            code = 0
+        except BaseException:  # noqa: BLE001 (shown, and raised below)
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        raise RuntimeError("a process of the harness failed, see above")
+    files = [folder / f"results-{worker}.jsonl" for worker in range(workers)]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def read_files(folder: Path) -> Files:

@@ -14,7 +14,6 @@ All runs are forks of a process that has imported everything. `make faults` inje
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -23,15 +22,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from tests.faults.harness import Bench, Undisturbed
+from tests.faults.harness import Bench, Undisturbed, in_processes
 from tests.faults.jobs import JOBS, Inputs
 from tests.faults.primitives import FAULTS, OF_WRITES, Point
 
@@ -74,17 +73,20 @@ def list_injections(runs: Sequence[Undisturbed]) -> list[Injection]:
 
 
 def by_rarity(injections: Sequence[Injection], seed: int = 0) -> list[Injection]:
-    """Return injections in a random order that begins with one of each kind, then has a second one of each, and so on.
+    """Return injections in a random order in which each beginning has as many kinds as possible.
 
-    The kind is the job, the operation, the fault, and the path without its numbers.
+    A kind is a job, an operation and a fault. Within a kind, paths come first that differ by more than their numbers.
     """
-    seen: Counter[tuple[str, ...]] = Counter()
-    ranks = {}
-    for each in random.Random(seed).sample(injections, len(injections)):
-        kind = (each.job, each.point.operation, re.sub(r"\d+", "#", each.point.path), each.fault)
-        ranks[each] = seen[kind]
-        seen[kind] += 1
-    return sorted(ranks, key=ranks.__getitem__)
+    ordered = random.Random(seed).sample(injections, len(injections))
+    for path_of in (lambda path: re.sub(r"\d+", "#", path), lambda path: ""):
+        seen: Counter[tuple[str, ...]] = Counter()
+        ranks = {}
+        for each in ordered:
+            kind = (each.job, each.point.operation, each.fault, path_of(each.point.path))
+            ranks[each] = seen[kind]
+            seen[kind] += 1
+        ordered.sort(key=ranks.__getitem__)
+    return ordered
 
 
 def inject(injection: Injection, run: Undisturbed, inputs: Inputs, bench: Bench) -> Outcome:
@@ -119,26 +121,13 @@ def inject_all(
     injections: Sequence[Injection], runs: Sequence[Undisturbed], inputs: Inputs, folder: Path, workers: int
 ) -> list[Outcome]:
     """Inject faults in several processes, each with a bench of its own."""
-    of_job, pids = {run.name: run for run in runs}, []
-    for worker in range(workers):
-        sys.stdout.flush()
-        pids.append(os.fork())
-        if pids[-1]:
-            continue
-        code = 1
-        try:
-            bench = Bench(folder / f"bench-{worker}")
-            with (folder / f"outcomes-{worker}.jsonl").open("w") as file:
-                for injection in injections[worker::workers]:
-                    outcome = inject(injection, of_job[injection.job], inputs, bench)
-                    print(json.dumps(asdict(outcome)), file=file, flush=True)
-            code = 0
-        finally:
-            os._exit(code)
-    if any([os.waitpid(pid, 0)[1] for pid in pids]):
-        raise RuntimeError("a process of the harness failed, see above")
-    lines = [line for n in range(workers) for line in (folder / f"outcomes-{n}.jsonl").read_text().splitlines()]
-    return [Outcome(**json.loads(line)) for line in lines]
+    of_job = {run.name: run for run in runs}
+
+    def work(worker: int, bench: Bench) -> Iterator[dict[str, Any]]:
+        for each in injections[worker::workers]:
+            yield asdict(inject(each, of_job[each.job], inputs, bench))
+
+    return [Outcome(**outcome) for outcome in in_processes(workers, folder, work)]
 
 
 def prepare(names: Sequence[str], folder: Path) -> tuple[Inputs, list[Undisturbed]]:
