@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 DATASET ?= demo
 STORE ?= features/$(basename $(notdir $(DATASET))).zarr
 WORKERS ?= 2
+COUNT ?= 1500
+MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help installed setup demo download extract fit eval test quick test-oldest check lint format typecheck bench
+.PHONY: help installed setup demo download extract fit eval test quick test-oldest faults soak check lint format typecheck bench
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +54,15 @@ test-oldest: ## Run the quick tests with the lowest versions that pyproject.toml
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable ".[demo,dev]"
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
+
+# Runs are forks of one process, which must not have threads.
+HARNESS = PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+faults: setup ## Fail small jobs at operations on the disk, rerun them, compare bytes (COUNT=1500 of 15,000, ONLY='fit: rename')
+	@$(HARNESS).injections --count $(COUNT) --workers $(WORKERS) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only '$(ONLY)')
+
+soak: setup ## Kill small jobs at random moments, rerun them, compare bytes (MINUTES=10, SEED=7)
+	@$(HARNESS).soak --minutes $(MINUTES) --workers $(WORKERS) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
 
 check: lint typecheck quick ## Check style and types, and run the quick tests
 

@@ -123,12 +123,12 @@ def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) 
         return
     columns = [settings.url, settings.caption]
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    with report_write_errors(path.parent, during_run=True, has_out=False):
-        with (
-            open_atomically(path) as file,
-            pq.ParquetWriter(file, schema) as writer,
-            progress(None, "URLs", unit="URL", quiet=quiet) as bar,
-        ):
-            for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
-                writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
-                bar.update(len(batch))
+    with (
+        report_write_errors(path.parent, during_run=True, has_out=False),
+        open_atomically(path) as file,
+        pq.ParquetWriter(file, schema) as writer,
+        progress(None, "URLs", unit="URL", quiet=quiet) as bar,
+    ):
+        for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
+            writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
+            bar.update(len(batch))

@@ -49,10 +49,13 @@ def write_failed(store: Store, path: Path) -> int:
         UserError: The file cannot be written.
     """
     rows = 0
-    with report_write_errors(path):
-        with open_atomically(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-            for array in store.arrays():
-                for table in failed_rows(store, array):
-                    writer.write_table(table)
-                    rows += len(table)
+    with (
+        report_write_errors(path),
+        open_atomically(path) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+    ):
+        for array in store.arrays():
+            for table in failed_rows(store, array):
+                writer.write_table(table)
+                rows += len(table)
     return rows

@@ -20,8 +20,8 @@ from sail_align.align.cli import app
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.settings import check_options
 from sail_align.align.stats.tables import format_table
-from sail_align.align.train.collapse import Watch
 from sail_align.align.train import trainer
+from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store

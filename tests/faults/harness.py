@@ -196,7 +196,8 @@ def in_processes(
             traceback.print_exc()
         finally:
             os._exit(code)
-    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    if any(statuses):
         raise RuntimeError("a process of the harness failed, see above")
     files = [folder / f"results-{worker}.jsonl" for worker in range(workers)]
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]

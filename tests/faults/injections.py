@@ -1,6 +1,6 @@
 """Faults injected into small jobs, one at a time, at every operation on the file system.
 
-    python tests/faults/injections.py [--jobs extract,fit] [--workers 2] [--only 'fit: rename runs/… 1: EIO']
+    make faults JOBS=extract,fit COUNT=200
 
 A first run of each job numbers its operations (`primitives.py`). Then, for every operation and every fault, the job
 begins anew, fails there, and is rerun without faults:
@@ -14,7 +14,6 @@ All runs are forks of a process that has imported everything. `make faults` inje
 """
 
 import argparse
-import os
 import random
 import re
 import signal
@@ -26,9 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from tests.faults.harness import Bench, Undisturbed, in_processes
 from tests.faults.jobs import JOBS, Inputs
@@ -181,7 +177,7 @@ def main() -> None:
     failures = [each for each in outcomes if each.problem]
     for each in failures:
         print(f"\n{each.name}\n  {each.problem}\n{each.output.rstrip()}")
-    print(f"\n{table(outcomes)}\n{time.monotonic() - started:.0f} s; {len(set(each.name for each in outcomes))} distinct")
+    print(f"\n{table(outcomes)}\n{len(outcomes):,} distinct injections in {time.monotonic() - started:.0f} s")
     sys.exit(bool(failures))
 
 

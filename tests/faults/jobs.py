@@ -65,7 +65,9 @@ def _markers(folder: Path) -> set[str]:
 
 def _checkpoints(folder: Path) -> set[str]:
     """Return the folders of all checkpoints up to the last whole one, removed or not."""
-    whole = [int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"{RUN}/checkpoints/step-*/model.json")]
+    whole = [
+        int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"{RUN}/checkpoints/step-*/model.json")
+    ]
     return {f"{RUN}/checkpoints/step-{step:08d}/" for step in range(1 + max(whole, default=0))}
 
 
@@ -99,7 +101,9 @@ JOBS: Mapping[str, Job] = {
         committed=_finished_runs,
     ),
     "measure": Job(f"sail-align measure {STORE} --rows 100 --neighbours 3 --out lists/measures.json", (EXTRACT,)),
-    "import": Job(f"sail-align import-released INPUTS/released.pt --encoders big-image,big-text --out {RUN} --device cpu"),
+    "import": Job(
+        f"sail-align import-released INPUTS/released.pt --encoders big-image,big-text --out {RUN} --device cpu"
+    ),
     "evaluate": Job(
         f"sail-eval all --manifest {CAPTIONED} --manifest {CLASSES} --run {RUN} {HERE}",
         TRAINED,
@@ -140,14 +144,15 @@ class Inputs:
     def _after(self, commands: tuple[str, ...]) -> Path:
         if commands not in self._made:
             folder = self._bases / str(len(self._made))
-            if commands:
-                shutil.copytree(self._after(commands[:-1]), folder := folder.with_name(f"{folder.name}-{len(commands)}"))
-                command = commands[-1].removeprefix(WITHOUT_LATE)
-                with self._hide(LATE if command != commands[-1] else ()):
-                    self._fork(lambda: Job(command).run(self.folder), folder)
-            else:
-                folder.mkdir(parents=True)
             self._made[commands] = folder
+            if not commands:
+                folder.mkdir(parents=True)
+                return folder
+            before = self._after(commands[:-1])
+            shutil.copytree(before, folder)
+            command = commands[-1].removeprefix(WITHOUT_LATE)
+            with self._hide(LATE if command != commands[-1] else ()):
+                self._fork(lambda: Job(command).run(self.folder), folder)
         return self._made[commands]
 
     @contextmanager

@@ -26,14 +26,17 @@ RANDOM = re.compile(r"[0-9a-f]{32}|(?<=-)[0-9a-f]{8}(?=[-./]|$)")
 
 FAULTS = {
     "ENOSPC": "no space is left, from this operation on",
+    "EROFS": "the file system is read-only, from this operation on",
     "EIO": "the operation fails with an input/output error, once",
+    "EACCES": "permission for the operation is missing",
     "short": "half of the bytes are written, and the call returns their number",
     "kill": "SIGKILL before the operation",
     "torn": "SIGKILL after half of the bytes",
 }
 OF_WRITES = ("short", "torn")
 ALLOCATING = ("create", "write", "close", "fsync", "mkdir", "link", "rename")
-"""Operations that a full disk fails. Files can be removed from it."""
+LASTING = {"ENOSPC": ALLOCATING, "EROFS": (*ALLOCATING, "unlink", "rmdir")}
+"""Later operations that fail after a fault: files can be removed from a full disk."""
 
 
 class Point(NamedTuple):
@@ -57,7 +60,7 @@ class Disk:
         self.root = root.rstrip("/") + "/"
         self.points: list[Point] = []
         self.files: set[str] = set()
-        self._point, self._fault, self._full = point, fault, False
+        self._point, self._fault, self._lasts = point, fault, False
         self._seen: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
@@ -93,12 +96,11 @@ class Disk:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self._fault in OF_WRITES:
                 return length // 2
-            if self._fault == "EIO":
-                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-            self._full = True
-        if self._full and operation in ALLOCATING or self._full and point == self._point:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        return None
+            self._lasts = self._fault in LASTING
+        elif not self._lasts or operation not in LASTING[self._fault]:
+            return None
+        number = getattr(errno, self._fault)
+        raise OSError(number, os.strerror(number), path)
 
     def write_report(self, path: Any) -> None:
         """Write the operations, files and modules of this process to a file elsewhere."""
@@ -130,10 +132,12 @@ class Disk:
 
         return operation
 
-    def _open_descriptor(self, primitive: Callable[..., Any], path: Any, flags: int, *words: Any, **options: Any) -> int:
+    def _open_descriptor(
+        self, primitive: Callable[..., Any], path: Any, flags: int, *words: Any, **options: Any
+    ) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             self.reach("create", _absolute(path, options.get("dir_fd")))
-        return int(primitive(path, flags, *words, **options))
+        return primitive(path, flags, *words, **options)
 
     def _write_descriptor(self, primitive: Callable[..., Any], descriptor: int, content: Any) -> int:
         part = self.reach("write", _absolute(descriptor), len(content))
@@ -149,7 +153,9 @@ class Disk:
         self.reach("fsync", _absolute(descriptor if isinstance(descriptor, int) else descriptor.fileno()))
 
     def _one_path(self, primitive: Callable[..., Any], operation: str, path: Any, *words: Any, **options: Any) -> Any:
-        self.reach(operation, _absolute(path, options.get("dir_fd")))
+        name = _absolute(path, options.get("dir_fd"))
+        if operation != "mkdir" or not os.path.lexists(name):  # else it fails anyway
+            self.reach(operation, name)
         return primitive(path, *words, **options)
 
     def _two_paths(self, primitive: Callable[..., Any], operation: str, old: Any, new: Any, **options: Any) -> None:

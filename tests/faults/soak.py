@@ -1,6 +1,6 @@
 """Random kills of small jobs.
 
-    python tests/faults/soak.py [--minutes 10] [--seed 7] [--jobs extract,fit] [--workers 2]
+    make soak MINUTES=10 SEED=7
 
 Each round begins a job anew, kills it up to four times at random moments, and lets the last run end. The folder must
 then have the bytes of an undisturbed run. The seed of a round decides its job, the number of kills, and their moments;
@@ -8,8 +8,6 @@ a failure prints it. What a process does until such a moment depends on the mach
 """
 
 import argparse
-import json
-import os
 import random
 import signal
 import sys
@@ -17,9 +15,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from tests.faults.harness import Bench, Undisturbed, in_processes
 from tests.faults.injections import prepare
