@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tests.faults.jobs import JOBS, Inputs, Job
-from tests.faults.primitives import Disk, Point
+from tests.faults.primitives import Disk, Point, without_random
 
 HANGS_AFTER = 60.0
 """Seconds after which a run is taken to hang."""
@@ -170,8 +170,9 @@ class Undisturbed:
         is_done = bool(self.job.when_done) and end.code == 2 and self.job.when_done in end.output
         if end.code and not is_done:
             return f"rerun ends with {end.code}"
+        kept = tuple(map(without_random, committed))
         for point in end.points:
-            if point.operation in ("create", "rename") and any(map(point.path.startswith, committed)):
+            if point.operation in ("create", "rename") and point.path.startswith(kept):
                 return f"rerun writes {point.path} again"
         return next((f"after the rerun, {why}" for why in _differences(self.after, left)), "")
 

@@ -21,8 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-RANDOM = re.compile(r"[0-9a-f]{32}|(?<=-)[0-9a-f]{8}(?=[-./]|$)")
-"""Random names of temporary files, and digests that depend on the place of the inputs."""
+_RANDOM = re.compile(r"[0-9a-f]{32}|(?<=-)(?<!step-)(?<!best-)[0-9a-f]{8}(?=[-./]|$)")
 
 FAULTS = {
     "ENOSPC": "no space is left, from this operation on",
@@ -84,7 +83,7 @@ class Disk:
         """
         if not path.startswith(self.root):
             return None
-        name = RANDOM.sub("*", path[len(self.root) :])
+        name = without_random(path[len(self.root) :])
         with self._lock:
             self._seen[operation, name] += 1
             point = Point(operation, name, self._seen[operation, name])
@@ -163,6 +162,11 @@ class Disk:
         self.reach(operation, after)
         primitive(old, new, **options)
         self.files |= {after + name[len(before) :] for name in self.files if f"{name}/".startswith(f"{before}/")}
+
+
+def without_random(path: str) -> str:
+    """Return a path with * for random names of temporary files, and for digests, which depend on the inputs' place."""
+    return _RANDOM.sub("*", path)
 
 
 class _RawFile(io.FileIO):
