@@ -244,7 +244,8 @@ class EvaluationSet(ListedSet):
             extract(store, self.source, image=image, text=text, captions=captions, quiet=self.quiet)
             self.encoding_seconds += time.monotonic() - started
         else:
-            store.tidy()  # what a killed process left
+            with suppress(OSError):  # a folder that is shared and read-only
+                store.tidy()
         self.stores[what] = store
         return self._read_all(store, store.image() if of_images else store.text(TEXT))
 

@@ -285,7 +285,8 @@ def report_write_errors(path: Path, *, during_run: bool = False, has_out: bool =
     Args:
         path: The file or folder that is written.
         during_run: The block also reads other files. Only errors that are certainly about writing `path` are turned
-            into a `UserError`: a full disk, missing permission under `path`, or a `path` that has disappeared.
+            into a `UserError`: a full or read-only disk, missing permission under `path`, or a `path` that has
+            disappeared.
         has_out: Whether the command has an option --out, which the message then names.
     """
     try:
@@ -304,7 +305,7 @@ def report_write_errors(path: Path, *, during_run: bool = False, has_out: bool =
         if during_run and isinstance(problem, FileNotFoundError) and not path.exists():
             raise UserError(f"{path} has disappeared. Restore it and rerun the same command.") from problem
         denied = problem.errno in _FORBIDDEN and Path(str(problem.filename)).is_relative_to(path)
-        if during_run and not denied:
+        if during_run and not denied and problem.errno != errno.EROFS:  # nothing but a write fails with that
             raise
         what, remedy = (problem.filename, "Change its permissions") if denied else (path, "Correct this")
         if has_out:

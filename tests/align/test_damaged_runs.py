@@ -1,5 +1,6 @@
 """Rerunning a fit notices what was damaged in its run, and removes what a killed process left."""
 
+import errno
 import json
 import shutil
 from contextlib import suppress
@@ -55,6 +56,18 @@ def test_rerun_of_a_finished_run_changes_nothing(train):
     assert files(train()) == before
     (run / "finished.json").unlink()  # as of an older version
     assert files(train()) == before
+
+
+@pytest.mark.slow
+def test_rerun_removes_what_could_not_be_removed_before(train, monkeypatch):
+    with monkeypatch.context() as failing:
+        failing.setattr("os.rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        run = train()
+    folders = set((run / "checkpoints").iterdir())
+    whole = {folder for folder in folders if RunFolder(folder).is_checkpoint}
+    assert len(folders - whole) >= 2
+    train()
+    assert set((run / "checkpoints").iterdir()) == whole
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ the error messages.
 """
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -121,6 +122,18 @@ def test_url_list_is_written_once(web, typed, tmp_path, monkeypatch):
     (tmp_path / "captions.csv").write_text("Image Path,raw_caption\nhttp://other,other\n")
     assert typed("download", str(manifest), "--quiet")[0] == 0
     assert (tmp_path / "some-urls.parquet").read_bytes() == before
+
+
+def test_full_disk_is_reported_and_leaves_no_part_of_the_url_list(web, typed, tmp_path, monkeypatch):
+    _, manifest, _ = web
+    install_fake(tmp_path, monkeypatch)
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        code, _, err = typed("download", str(manifest), "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "No space is left" in err
+    assert list(tmp_path.glob("*urls*")) == list(tmp_path.glob(".*urls*")) == []
+    assert typed("download", str(manifest), "--quiet")[0] == 0
 
 
 @pytest.mark.slow

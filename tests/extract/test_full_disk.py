@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import subprocess
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
 from sail_align.extract.store.store import Store
-from sail_align.extract.system.files import report_write_errors, write_atomically
+from sail_align.extract.system.files import open_atomically, report_write_errors, write_atomically
 
 
 def extract_into(root: Path, store: Path):
@@ -125,6 +125,28 @@ def test_failed_sync_of_a_folder_is_an_error_unless_unsupported(tmp_path, monkey
     expected = pytest.raises(UserError, match="rerun the same command") if raised else nullcontext()
     with expected, report_write_errors(tmp_path, during_run=True):
         write_atomically(tmp_path / "marker", b"whole")
+
+
+def test_read_only_disk_is_reported_also_by_operations_on_descriptors(tmp_path):
+    with pytest.raises(UserError, match="Read-only file system"), report_write_errors(tmp_path, during_run=True):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_streamed_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "lists" / "rows"
+    for content in (b"first", b"second"):
+        with suppress(KeyError), open_atomically(path) as file:
+            file.write(content)
+            file.flush()
+            raise KeyError
+        assert list(path.parent.iterdir()) == ([] if content == b"first" else [path])
+        with open_atomically(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    (path.parent / ".rows.0.tmp").write_bytes(b"of a killed process")
+    with open_atomically(path) as file:
+        file.write(b"third")
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_temporary_files_never_follow_planted_links(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from tests.faults.harness import Bench, Undisturbed, in_processes
 from tests.faults.jobs import JOBS, Inputs
-from tests.faults.primitives import FAULTS, OF_WRITES, Point
+from tests.faults.primitives import FAULTS, OF_WRITES, ON_PATHS, Point
 
 ENDS = ("message", "carried on", "killed")
 
@@ -64,7 +64,7 @@ def list_injections(runs: Sequence[Undisturbed]) -> list[Injection]:
         for run in runs
         for point in sorted(set(run.points))
         for fault in FAULTS
-        if point.operation == "write" or fault not in OF_WRITES
+        if (point.operation == "write" or fault not in OF_WRITES) and (point.operation in ON_PATHS or fault != "EACCES")
     ]
 
 

@@ -34,6 +34,8 @@ FAULTS = {
 }
 OF_WRITES = ("short", "torn")
 ALLOCATING = ("create", "write", "close", "fsync", "mkdir", "link", "rename")
+ON_PATHS = ("create", "mkdir", "rmdir", "unlink", "link", "rename")
+"""Operations that need permission: the others have an open file."""
 LASTING = {"ENOSPC": ALLOCATING, "EROFS": (*ALLOCATING, "unlink", "rmdir")}
 """Later operations that fail after a fault: files can be removed from a full disk."""
 
@@ -75,8 +77,14 @@ class Disk:
         for name, operation in {"replace": "rename", "rename": "rename", "link": "link"}.items():
             setattr(os, name, self._around(getattr(os, name), self._two_paths, operation))
 
-    def reach(self, operation: str, path: str, length: int = 0) -> int | None:
+    def reach(self, operation: str, path: str, length: int = 0, named: Any = ()) -> int | None:
         """Count an operation and fail if it is the chosen one.
+
+        Args:
+            operation: Its kind.
+            path: Absolute path.
+            length: Number of bytes to write.
+            named: Paths as the caller gave them, which the error names. None for operations on descriptors.
 
         Returns:
             How many of `length` bytes to write before the fault, None for all and no fault.
@@ -99,7 +107,8 @@ class Disk:
         elif not self._lasts or operation not in LASTING[self._fault]:
             return None
         number = getattr(errno, self._fault)
-        raise OSError(number, os.strerror(number), path)
+        first, second = (*map(os.fspath, named), None, None)[:2]
+        raise OSError(number, os.strerror(number), first, None, second)
 
     def write_report(self, path: Any) -> None:
         """Write the operations, files and modules of this process to a file elsewhere."""
@@ -118,7 +127,7 @@ class Disk:
         names = ("encoding", "errors", "newline", "closefd", "opener")
         options = dict(zip(names, words, strict=False)) | options
         raw_options = {name: options.pop(name) for name in ("closefd", "opener") if name in options}
-        self.reach("create", path)
+        self.reach("create", path, named=[file])
         raw = _RawFile(path, mode.replace("b", "").replace("t", ""), self, **raw_options)
         if buffering == 0:
             return raw
@@ -135,7 +144,7 @@ class Disk:
         self, primitive: Callable[..., Any], path: Any, flags: int, *words: Any, **options: Any
     ) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            self.reach("create", _absolute(path, options.get("dir_fd")))
+            self.reach("create", _absolute(path, options.get("dir_fd")), named=[path])
         return primitive(path, flags, *words, **options)
 
     def _write_descriptor(self, primitive: Callable[..., Any], descriptor: int, content: Any) -> int:
@@ -154,12 +163,12 @@ class Disk:
     def _one_path(self, primitive: Callable[..., Any], operation: str, path: Any, *words: Any, **options: Any) -> Any:
         name = _absolute(path, options.get("dir_fd"))
         if operation != "mkdir" or not os.path.lexists(name):  # else it fails anyway
-            self.reach(operation, name)
+            self.reach(operation, name, named=[path])
         return primitive(path, *words, **options)
 
     def _two_paths(self, primitive: Callable[..., Any], operation: str, old: Any, new: Any, **options: Any) -> None:
         before, after = _absolute(old, options.get("src_dir_fd")), _absolute(new, options.get("dst_dir_fd"))
-        self.reach(operation, after)
+        self.reach(operation, after, named=[old, new])
         primitive(old, new, **options)
         self.files |= {after + name[len(before) :] for name in self.files if f"{name}/".startswith(f"{before}/")}
 
