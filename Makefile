@@ -58,7 +58,7 @@ test-oldest: ## Run the quick tests with the lowest versions that pyproject.toml
 # Runs are forks of one process, which must not have threads.
 HARNESS = PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
-faults: setup ## Fail small jobs at operations on the disk, rerun them, compare bytes (COUNT=1500 of 15,000, ONLY='fit: rename')
+faults: setup ## Fail small jobs at operations on the disk, rerun them, compare bytes (COUNT=1500 of 10,500)
 	@$(HARNESS).injections --count $(COUNT) --workers $(WORKERS) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only '$(ONLY)')
 
 soak: setup ## Kill small jobs at random moments, rerun them, compare bytes (MINUTES=10, SEED=7)

@@ -22,6 +22,7 @@ def play_sample(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="paths of descriptors are read from /proc")
 def test_jobs_recover_from_faults_of_the_file_system(start_warm, tmp_path):
     process = start_warm(play_sample, tmp_path, output=tmp_path / "output.txt")
     assert process.wait() == 0, process.output
