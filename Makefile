@@ -6,10 +6,9 @@ DATASET ?= demo
 STORE ?= features/$(basename $(notdir $(DATASET))).zarr
 WORKERS ?= 2
 COUNT ?= 1500
-MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help installed setup demo download extract fit eval test quick test-oldest faults soak check lint format typecheck bench
+.PHONY: help installed setup demo download extract fit eval test quick test-oldest faults soak check lint format typecheck bench fuzz
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,8 +60,13 @@ HARNESS = PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 faults: setup ## Fail small jobs at operations on the disk, rerun them, compare bytes (COUNT=1500 of 10,500)
 	@$(HARNESS).injections --count $(COUNT) --workers $(WORKERS) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only '$(ONLY)')
 
+soak: MINUTES ?= 10
 soak: setup ## Kill small jobs at random moments, rerun them, compare bytes (MINUTES=10, SEED=7)
 	@$(HARNESS).soak --minutes $(MINUTES) --workers $(WORKERS) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
+
+fuzz: MINUTES ?= 5
+fuzz: setup ## Read changed files of every kind: make fuzz MINUTES=5 SEED=1 (or FUZZ_ONLY=tar:12345 for one input)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(or $(SEED),0) --only "$(FUZZ_ONLY)"
 
 check: lint typecheck quick ## Check style and types, and run the quick tests
 
