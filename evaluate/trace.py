@@ -19,10 +19,11 @@ from sail_align.evaluate.tasks.task import all_tasks
 from sail_align.extract.data import Part, UnreadableImageError
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import Manifest, describe_difference
+from sail_align.extract.manifest import Manifest
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import IndexRecord, Stamp
 from sail_align.extract.store.store import INDEX, Store
+from sail_align.extract.system.difference import describe_difference
 from sail_align.extract.system.files import file_digest
 
 SHOWN = 12

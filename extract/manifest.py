@@ -4,11 +4,8 @@ import importlib
 import os
 import pkgutil
 import re
-from collections.abc import Iterator
 from importlib import resources
-from itertools import takewhile, zip_longest
 from pathlib import Path
-from reprlib import Repr
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, ValidationError, model_validator
@@ -18,15 +15,8 @@ from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError, command, did_you_mean
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.table_files import Recaptions, TextFormat
+from sail_align.extract.system.validation import Problem, shortened
 from sail_align.extract.system.yaml_files import read_yaml
-
-_repr = Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 200
-shortened = _repr.repr
-
-_ABSENT = object()
-_LONGEST_SHOWN = 80
-"""Longest part of a text that a message on a difference shows."""
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
@@ -218,66 +208,27 @@ def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifes
     return Manifest.read(path), Path(root) if root else default_root
 
 
-def describe_difference(recorded: Any, now: Any) -> str:
-    """Return the first difference of two JSON-able values: the path of the field, its recorded and its present value.
-
-    For example `source.files was 'a.csv' and is now 'b.csv'`. Long values are shortened. Returns "" if there is none.
-    """
-    found = list(_differences(recorded, now, ""))
-    if not found:
-        return ""
-    field, before, after = found[0]
-    more = f" ({len(found) - 1} more differ)" if len(found) > 1 else ""
-    return f"{field or 'it'} was {before} and is now {after}{more}"
-
-
-def _differences(before: Any, after: Any, path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the path, the recorded and the present value of each field that differs; "absent" if there is none."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        both = {
-            f"{path}.{name}" if path else str(name): (before.get(name, _ABSENT), after.get(name, _ABSENT))
-            for name in {**before, **after}
-        }
-    elif isinstance(before, list) and isinstance(after, list):
-        both = {f"{path}[{place}]": pair for place, pair in enumerate(zip_longest(before, after, fillvalue=_ABSENT))}
-    else:
-        if type(before) is not type(after) or before != after:
-            yield path, *_shown(before, after)
-        return
-    for name, (old, new) in both.items():
-        yield from _differences(old, new, name)
-
-
-def _shown(before: Any, after: Any) -> tuple[str, str]:
-    """Return two values for a message. Of long texts, the part around the first difference."""
-    if isinstance(before, str) and isinstance(after, str) and max(len(before), len(after)) > _LONGEST_SHOWN:
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
-        start = max(shared - _LONGEST_SHOWN // 4, 0)
-        parts = (text[start : start + _LONGEST_SHOWN] for text in (before, after))
-        before, after = (f"…{part}" if start else part for part in parts)
-    old, new = ("absent" if value is _ABSENT else shortened(value) for value in (before, after))
-    return old, new
-
-
 def _describe_first(error: ValidationError) -> str:
     """Describe the first validation error. For an unknown value, suggest the nearest valid one."""
-    # A misspelt field is both unknown and missing. The unknown one makes the more helpful message.
-    problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    field, value = ".".join(map(str, problem["loc"])), problem["input"]
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
+    problem = Problem.first(error)
+    field, value = ".".join(map(str, problem.place)), problem.value
+    if problem.kind == "extra_forbidden":
         return f"field {field!r} is unknown: got value {shortened(value)}. Remove or correct it."
-    if problem["type"] == "missing":
+    if problem.kind == "missing":
         return f"field {field!r} is missing. Add it."
-    if problem["type"] == "union_tag_not_found":
+    if problem.kind == "union_tag_not_found":
         return f"field '{field}.kind' is missing. Add it."
-    if problem["type"] in ("union_tag_invalid", "literal_error"):
-        context = problem["ctx"]
-        if "tag" in context:
-            field, value, expected = f"{field}.kind", context["tag"], context["expected_tags"]
-        else:
-            expected = context["expected"]
+    if problem.kind in ("union_tag_invalid", "literal_error"):
+        expected = problem.expected
+        if problem.kind == "union_tag_invalid":
+            field, value, expected = f"{field}.kind", problem.context["tag"], problem.context["expected_tags"]
         names = re.findall("'(.+?)'", expected) or [expected]
-        guess = did_you_mean(str(value), names)
+        guess = did_you_mean(str(value)[:100], names)
         return f"field {field!r} is invalid: got {shortened(value)}, expected {', '.join(names)}.{guess}"
-    return f"field {field!r} is invalid: got {shortened(value)}. {message}." if field else f"{message}."
+    if problem.message:
+        return (
+            f"field {field!r} is invalid: got {shortened(value)}. {problem.message}."
+            if field
+            else f"{problem.message}."
+        )
+    return f"field {field!r} is invalid: got {shortened(value)}, expected {problem.expected}."

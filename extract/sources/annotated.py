@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from io import TextIOWrapper
 from pathlib import Path
-from reprlib import repr as shortened
-from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
-from pydantic import FailFast, Field, StrictInt, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, StrictInt
 from typing_extensions import TypedDict
 
 from sail_align.extract.data import Part, Sample, Source
@@ -22,8 +21,8 @@ from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfi
 from sail_align.extract.sources.file_set import Fence
 from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.system.files import json_lines, open_regular, read_json
+from sail_align.extract.system.validation import shortened, validated
 
-Form = TypeVar("Form")
 Id = StrictInt | str
 Caption = str | None
 """A caption as files list it. None and text without a word stand for a caption that is absent."""
@@ -151,7 +150,7 @@ class CocoCaptionsConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        content = _validate(_Coco, read_json(path))
+        content = validated(_Coco, read_json(path))
         _require_unique("image id", [image["id"] for image in content["images"]])
         texts: dict[Id, list[Caption]] = {image["id"]: [] for image in content["images"]}
         for annotation in sorted(content["annotations"], key=_order):
@@ -196,7 +195,7 @@ class KarpathyConfig(AnnotatedConfig):
 
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
-        images = _validate(_Karpathy, read_json(path))["images"]
+        images = validated(_Karpathy, read_json(path))["images"]
         kept = [image for image in images if image["split"] == self.split]
         if not kept:
             splits = ", ".join(sorted({image["split"] for image in images}))
@@ -239,7 +238,7 @@ class WinogroundConfig(AnnotatedConfig):
         """Read the annotation file."""
         with TextIOWrapper(open_regular(path), encoding="utf-8") as file:
             examples = [
-                _validate(_WinogroundExample, example, f"line {number}") for number, example in json_lines(file)
+                validated(_WinogroundExample, example, f"line {number}") for number, example in json_lines(file)
             ]
         samples = [
             Sample(
@@ -291,22 +290,6 @@ class MmvpConfig(AnnotatedConfig):
             label = categories.index(category)
             samples.append(Sample(key=image, image=image, captions={"raw": statement.strip()}, label=label))
         return samples, tuple(categories)
-
-
-def _validate(form: type[Form], content: Any, place: str = "") -> Form:
-    """Return the content of a file as a form, checked. Dictionaries are several times faster than models here.
-
-    Raises:
-        ValueError: An entry is missing or invalid. The message names its place in the file, and its value.
-    """
-    try:
-        return TypeAdapter(form).validate_python(content)
-    except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        for name in first["loc"]:
-            place += f"[{name}]" if isinstance(name, int) else f".{name}" if place else name
-        got = "no value" if first["type"] == "missing" else shortened(first["input"])
-        raise ValueError(f"{place}: got {got}; {first['msg']}") from problem
 
 
 def _require_unique(what: str, names: Sequence[Id]) -> None:
