@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -72,8 +71,13 @@ def read_hub_folder(folder: Path) -> Run:
         raise damaged(folder / CONFIG, EXPORT_AGAIN)
     digest = require_digest(record.get("run_digest"), folder / CONFIG, "run_digest")
     for side in ("image", "text"):  # no folder of this machine, whatever a stranger wrote here
-        record[side] = {**record[side], "location": ""}
-    return Checkpoint(folder, record, EXPORT_AGAIN).load(folder, digest)
+        if isinstance(record.get(side), dict):
+            record[side] = {**record[side], "location": ""}
+    run = Checkpoint(folder, record, EXPORT_AGAIN).load(folder, digest)
+    for name, tensor in run.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder} is invalid: {name} contains NaN or infinity. {EXPORT_AGAIN}")
+    return run
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -22,6 +22,9 @@ from sail_align.extract.errors import UserError
 CLAMP = 1_000
 """The authors' code clamps both branches of the gated unit to this absolute value; ours does not."""
 
+LONGEST_NAME = 200
+"""Characters of a file's own name that are kept."""
+
 _SIDES = {"vision": "image", "text": "text"}
 _LAYERS = {
     "layer_norm": "norm",
@@ -65,9 +68,8 @@ class Released:
         except OSError as problem:
             raise UserError(f"{path} cannot be read: {problem.strerror}.") from problem
         try:
+            _check_zip(content)
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            if zipfile.is_zipfile(io.BytesIO(content)) and (part := zipfile.ZipFile(io.BytesIO(content)).testzip()):
-                raise ValueError(f"{part} does not match its checksum, which torch does not verify")
         except Exception as problem:  # torch raises many kinds of errors for a damaged file
             raise UserError(
                 f"{path} is not a complete file of torch.save with tensors only. Download it again."
@@ -88,8 +90,10 @@ class Released:
             weights[ours] = tensors[theirs].float().reshape(places[ours].shape)
         model.load_state_dict(weights)
         sha256, epoch = hashlib.sha256(content).hexdigest(), saved.get("epoch")
-        epoch = epoch if isinstance(epoch, int) else None
-        imported = {"file": path.name, "sha256": sha256, "name": str(saved.get("name", "")), "epoch": epoch}
+        epoch = epoch if type(epoch) is int and abs(epoch) < 1 << 63 else None
+        name = saved.get("name")
+        name = name.encode(errors="replace").decode()[:LONGEST_NAME] if isinstance(name, str) else ""
+        imported = {"file": path.name, "sha256": sha256, "name": name, "epoch": epoch}
         return cls(path, imported, architecture, model.eval())
 
     @property
@@ -127,6 +131,21 @@ class Released:
         }
 
 
+def _check_zip(content: bytes) -> None:
+    """Check what torch does not: checksums, and that nothing is compressed, which could take any amount of memory.
+
+    Raises:
+        ValueError, BadZipFile: The file is damaged or was not written by torch.
+    """
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return  # of an older form
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        if compressed := [each.filename for each in file.infolist() if each.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"{compressed[0]} is compressed")
+        if part := file.testzip():
+            raise ValueError(f"{part} does not match its checksum")
+
+
 def _architecture(path: Path, tensors: dict[str, Any]) -> Architecture:
     """Return the architecture of a file's tensors, after checking that none is missing, unknown or invalid."""
     for name in OUR_NAMES:
@@ -134,9 +153,10 @@ def _architecture(path: Path, tensors: dict[str, Any]) -> Architecture:
             raise UserError(f"{path} has no tensor {name!r}. Pass a file of heads published by the paper's authors.")
     for name, tensor in tensors.items():
         if name not in OUR_NAMES:
-            raise UserError(f"{path} has an unknown tensor {name!r}. It is a file of another model.")
-        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
-        if not dense or not tensor.isfinite().all():
+            raise UserError(f"{path} has an unknown tensor {str(name)[:100]!r}. It is a file of another model.")
+        # A few bytes can stand for a tensor of any size if its strides are 0.
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_contiguous()
+        if not (dense and tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.isfinite().all()):
             raise UserError(f"{name} in {path} is not a dense tensor of finite numbers. Download the file again.")
     hidden, image_dim = _matrix(path, tensors, "vision_mapping_network.f1.weight")
     _, text_dim = _matrix(path, tensors, "text_mapping_network.f1.weight")

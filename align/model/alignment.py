@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Any, Required
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from sail_align.align.model.heads import HEADS, Head, HeadKind
+from sail_align.extract.encoders.identity import MOST_DIM
+from sail_align.extract.system.validation import validated
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -44,6 +49,24 @@ class AlignmentModel(nn.Module):
         self.log_scale.clamp_(0, MAX_LOG_SCALE)
 
 
+Dim = Annotated[int, Field(ge=1, le=MOST_DIM)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Form(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # an unknown field would change the model
+
+    head: Required[HeadKind]
+    image_dim: Required[Dim]
+    text_dim: Required[Dim]
+    dim: Required[Dim]
+    expansion: Annotated[int, Field(ge=1, le=1_024)]
+    image_dropout: Dropout
+    text_dropout: Dropout
+    linear_path: bool
+    image_power: Annotated[float, Field(gt=0, le=1)]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The settings that determine the shape of a model; a checkpoint records them to rebuild it."""
@@ -57,6 +80,15 @@ class Architecture:
     text_dropout: float = 0.0
     linear_path: bool = False
     image_power: float = 1.0
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Architecture":
+        """Read a record of a checkpoint or an export.
+
+        Raises:
+            ValueError: A field is missing, unknown or invalid. The message names it.
+        """
+        return cls(**validated(_Form, record))
 
     def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
         """Return a new model with random weights, drawn from torch's global random state."""

@@ -18,22 +18,54 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
-from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, damaged, read_file, read_json, record_digest
+from sail_align.align.runs.folder import (
+    BEGIN_AGAIN,
+    RunFolder,
+    RunSettings,
+    damaged,
+    read_file,
+    read_json,
+    record_digest,
+)
 from sail_align.align.runs.tensors import save_tensors
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.validation import validated
 
 FORMAT = 2
 
 Tensors = Mapping[str, Tensor]
+
+
+class _Progress(TypedDict):
+    """What every reader of a checkpoint needs."""
+
+    step: Annotated[int, Field(ge=0)]
+    finished: bool
+    scores: NotRequired[dict[str, float]]
+
+
+class _Form(TypedDict):
+    """What a checkpoint and an export have to record, besides architecture and encoders, which check themselves."""
+
+    architecture: dict[str, Any]
+    image: dict[str, Any]
+    text: dict[str, Any]
+    settings: RunSettings
+    step: Annotated[int, Field(ge=0)]
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -110,7 +142,12 @@ class Checkpoint:
             )
         if record.get("digest") != record_digest(record):
             raise damaged(folder / "model.json", remedy)
-        return cls(folder, record, remedy)
+        checkpoint = cls(folder, record, remedy)
+        try:
+            validated(_Progress, record)
+        except ValueError as problem:
+            raise checkpoint._invalid(str(problem)) from problem
+        return checkpoint
 
     @classmethod
     def best(cls, run: Path) -> "Checkpoint | None":
@@ -169,22 +206,29 @@ class Checkpoint:
         Raises:
             UserError: A file is damaged, or its tensors do not fit the model; the message names the first that differs.
         """
-        saved, expected = self._read_tensors("model", "weights_sha256"), model.state_dict()
-        for name in (*expected, *saved):
-            shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved, expected)]
-            if shapes[0] != shapes[1]:
-                there, here = (f"of shape {shape}" if shape is not None else "missing" for shape in shapes)
-                raise UserError(
-                    f"{self.folder} does not fit this model: {name} is {there} in the file and {here} in the model."
-                )
+        saved = self._read_tensors("model", "weights_sha256")
+        self._require_fit(saved, model.state_dict())
         model.load_state_dict(saved)
         if optimizer is not None:
             parameters = dict(model.named_parameters())
-            for name, tensor in self._read_tensors("optimizer", "optimizer_sha256").items():
-                key, slot = name.rsplit("/", 1)
+            state = self._read_tensors("optimizer", "optimizer_sha256")
+            for name, tensor in state.items():
+                key, _, slot = name.rpartition("/")
+                if key not in parameters or (slot != "step" and tensor.shape != parameters[key].shape):
+                    raise damaged(self.folder / "optimizer.safetensors", self.remedy)
                 parameter = parameters[key]
                 # torch's optimisers keep their step counter on the CPU.
                 optimizer.state[parameter][slot] = tensor if slot == "step" else tensor.to(parameter.device)
+
+    def _require_fit(self, saved: Tensors, expected: Tensors) -> None:
+        """Raise `UserError` unless the tensors of a file are those of a model, by name, shape and type."""
+        for name in (*expected, *saved):
+            found = [_form_of(tensors[name]) if name in tensors else "missing" for tensors in (saved, expected)]
+            if found[0] != found[1]:
+                raise UserError(
+                    f"{self.folder} does not fit this model: {name} is {found[0]} in the file and {found[1]} in the "
+                    "model."
+                )
 
     def check_finished(self, run: Path) -> None:
         """Check the weights and the log of a finished run, whose last checkpoint this is.
@@ -201,18 +245,50 @@ class Checkpoint:
 
     def load(self, path: Path, digest: str) -> Run:
         """Load the model on the CPU, as a run with this path and digest. Raises `UserError` like `restore`."""
-        model = Architecture(**self.record["architecture"]).build()
+        form, architecture, image, text = self._parse()
+        with torch.device("meta"):  # no memory is taken before the sizes are known to be those of the weights
+            expected = architecture.build().state_dict()
+        self._require_fit(self._read_tensors("model", "weights_sha256"), expected)
+        model = architecture.build()
         self.restore(model)
-        image, text = (Identity.from_json(self.record[side]) for side in ("image", "text"))
-        about = {name: self.record[name] for name in ("settings", "step", "finished", "architecture")}
-        return Run(path, model.eval(), image, text, digest=digest, **about)
+        for name, side in (("image", image), ("text", text)):
+            takes = getattr(architecture, f"{name}_dim")
+            if side.spec.dim != takes:
+                raise self._invalid(f"the {name} head takes {takes} features, its encoder has {side.spec.dim}")
+        about: dict[str, Any] = {name: form[name] for name in ("step", "finished", "architecture")}  # type: ignore[literal-required]
+        return Run(path, model.eval(), image, text, digest=digest, settings=self.record["settings"], **about)
+
+    def _parse(self) -> tuple[_Form, Architecture, Identity, Identity]:
+        """Return the record, its architecture and its encoders, checked: digests do not show who wrote them."""
+        place = ""
+        try:
+            form = validated(_Form, self.record)
+            place = "architecture: "
+            architecture = Architecture.from_json(form["architecture"])
+            place = "image: "
+            image = Identity.from_json(form["image"])
+            place = "text: "
+            return form, architecture, image, Identity.from_json(form["text"])
+        except ValueError as problem:
+            raise self._invalid(f"{place}{problem}") from problem
+
+    def _invalid(self, reason: str) -> UserError:
+        return UserError(f"The record in {self.folder} is invalid: {reason}. {self.remedy}")
 
     def _read_tensors(self, name: str, digest: str) -> dict[str, Tensor]:
         file = self.folder / f"{name}.safetensors"
         content = read_file(file, self.remedy)
         if hashlib.sha256(content).hexdigest() != self.record.get(digest):
             raise damaged(file, self.remedy)
-        return load(content)
+        try:
+            return load(content)
+        except (SafetensorError, ValueError, KeyError) as problem:  # the digest is that of the damaged content
+            raise damaged(file, self.remedy) from problem
+
+
+def _form_of(tensor: Tensor) -> str:
+    kind = "" if tensor.dtype == torch.float32 else f" and type {str(tensor.dtype).removeprefix('torch.')}"
+    return f"of shape {tuple(tensor.shape)}{kind}"
 
 
 def load_run(path: str | Path) -> Run:

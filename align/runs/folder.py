@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from typing_extensions import TypedDict
+
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import canonical_json, remove_own, write_atomically
 
@@ -28,6 +30,35 @@ LOG_FIELDS = {
 DIGEST = re.compile(r"[0-9a-f]{64}")
 CHECKPOINT_FILES = ("model.json", "model.safetensors", "optimizer.safetensors")
 """Files of a checkpoint. The first one marks it as complete."""
+
+class Imported(TypedDict):
+    """The file from which heads were imported."""
+
+    file: str
+    sha256: str
+
+
+class RunSettings(TypedDict, total=False):
+    """The settings of a run that reports and model cards show, as far as they have to be of some type."""
+
+    head: str
+    dim: int
+    ridge: float
+    loss: str
+    optimizer: str
+    lr: float
+    steps: int
+    batch_size: int
+    start: str
+    training_rows: int
+    held_out_rows: int
+    captions: list[str]
+    stores: list[str]
+    store_digests: list[str]
+    model: str
+    imported: Imported
+
+
 CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
@@ -237,7 +268,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `UserError` if it cannot be read or is damaged."""
     try:
         record = json.loads(read_file(path, remedy))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise damaged(path, remedy) from problem
     if not isinstance(record, dict):
         raise damaged(path, remedy)

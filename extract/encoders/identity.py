@@ -3,11 +3,14 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.validation import shortened, validated
 
 _SENTENCE = "Two brown dogs chase a red ball across the wet grass, and a child in a yellow coat watches them."
 GOLDEN_TEXTS = (_SENTENCE, " ".join(f"In picture {number}, {_SENTENCE}" for number in range(1, 21)))
@@ -16,6 +19,9 @@ GOLDEN_COSINE = 0.999
 """Lowest cosine of the golden vectors of one encoder on a CPU and a GPU, or in float32 and bfloat16."""
 GOLDEN_LONG_COSINE = 0.99
 """The same for the long text: 0.9992 was measured in bfloat16, and 0.93 with rotary frequencies in bfloat16."""
+
+MOST_DIM = 1 << 20
+"""Limit on the number of features in a record, which may come from someone else."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,31 @@ class EncoderChangedError(UserError):
     """An encoder differs from the one that a store or a run was made with."""
 
 
+class _SpecForm(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # an unknown field would change features
+
+    id: str
+    modality: Literal["image", "text"]
+    source: dict[str, str]
+    weights: str
+    preprocessing: dict[str, Any]
+    pooling: str
+    precision: str
+    dim: Annotated[int, Field(ge=1, le=MOST_DIM)]
+
+
+Golden = list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class _IdentityForm(TypedDict):
+    spec: _SpecForm
+    golden: Annotated[Golden, Field(min_length=1)]
+    golden_long: NotRequired[Golden]
+    versions: dict[str, str]
+    location: str
+    fingerprint: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Identity:
     """A spec and what is recorded with it in a store's encoder node and in a run's checkpoint.
@@ -78,9 +109,14 @@ class Identity:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Identity":
-        """Read a record that `to_json` returned."""
-        spec, golden_long = EncoderSpec(**record["spec"]), record.get("golden_long", [])
-        return cls(spec, record["golden"], record["versions"], record["location"], golden_long)
+        """Read a record that `to_json` returned.
+
+        Raises:
+            ValueError: A field is missing or invalid. The message names it.
+        """
+        form = validated(_IdentityForm, record)
+        spec, golden_long = EncoderSpec(**form["spec"]), form.get("golden_long", [])
+        return cls(spec, form["golden"], form["versions"], form["location"], golden_long=golden_long)
 
     def check_matches(self, recorded: "Identity", where: str) -> None:
         """Check that this is the encoder that `where` was made with.
@@ -92,13 +128,18 @@ class Identity:
         for name, value in expected.items():
             if found[name] != value:
                 raise EncoderChangedError(
-                    f"Encoder {recorded.spec.id!r} has changed: {where} was made with {name} {value!r}, got "
-                    f"{found[name]!r}. Use the same encoder, or another store."
+                    f"Encoder {recorded.spec.id!r} has changed: {where} was made with {name} {shortened(value)}, got "
+                    f"{shortened(found[name])}. Use the same encoder, or another store."
                 )
         pairs = [("a fixed input", GOLDEN_COSINE, self.golden, recorded.golden)]
         if self.golden_long and recorded.golden_long:
             pairs.append(("a fixed long text", GOLDEN_LONG_COSINE, self.golden_long, recorded.golden_long))
         for what, least, here, there in pairs:
+            if len(here) != len(there):
+                raise EncoderChangedError(
+                    f"Encoder {recorded.spec.id!r} has changed: it has {len(here)} features of {what}, and {where} was "
+                    f"made with {len(there)}. Use the same encoder, or another store."
+                )
             cosine = torch.cosine_similarity(torch.tensor(here), torch.tensor(there), dim=0).item()
             if not cosine >= least:  # also true for NaN
                 raise EncoderChangedError(

@@ -72,9 +72,9 @@ class EncoderConfig(ABC):
         spec = identity.spec
         name = spec.id
         if identity.location:
-            name = f"{'open_clip' if spec.source['loader'] == 'open_clip' else 'hf'}:{identity.location}"
+            name = f"{'open_clip' if spec.source.get('loader') == 'open_clip' else 'hf'}:{identity.location}"
         elif name.startswith("hf:"):
-            name = f"{name}@{spec.source['revision']}"
+            name = f"{name}@{spec.source.get('revision', '')}"
         return cls(name, spec.pooling, spec.precision)
 
     @property
@@ -232,6 +232,9 @@ def load_recorded(
         UserError: It is not available.
     """
     source = identity.spec.source
+    needed = ("loader", *(("repository", "revision") if source.get("loader") == "hub" else ()))
+    if absent := [name for name in needed if name not in source]:
+        raise UserError(f"Record of encoder {identity.spec.id!r} is invalid: its source has no {absent[0]!r}.")
     recorded = ImageEncoderConfig.recorded if identity.spec.modality == "image" else TextEncoderConfig.recorded
     config: EncoderConfig = replace(recorded(identity), trust_remote_code=trust_remote_code)
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
