@@ -7,6 +7,9 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_NAME = 80
+"""Characters of a name that a list of names shows."""
+
 
 class UserError(Exception):
     """A mistake that the user can correct. Commands print its message and exit with code 2."""
@@ -32,6 +35,13 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return the end of a message that suggests the known value most similar to an unknown one; "" if none is."""
     near = difflib.get_close_matches(value, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def listing(names: Iterable[str], most: int = 20) -> str:
+    """Return names for a message: the first ones, without the ends of long ones."""
+    names = list(names)
+    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def printable(text: str) -> str:

@@ -223,7 +223,7 @@ def _describe_first(error: ValidationError) -> str:
         if problem.kind == "union_tag_invalid":
             field, value, expected = f"{field}.kind", problem.context["tag"], problem.context["expected_tags"]
         names = re.findall("'(.+?)'", expected) or [expected]
-        guess = did_you_mean(str(value)[:100], names)
+        guess = did_you_mean(str(value), names) if isinstance(value, str) else ""
         return f"field {field!r} is invalid: got {shortened(value)}, expected {', '.join(names)}.{guess}"
     if problem.message:
         return (

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sail_align.align.runs.folder import RunFolder, damaged, read_json
+from sail_align.align.runs.folder import RunFolder, RunSettings, damaged, read_json
+from sail_align.evaluate.results.schema import DescriptionForm, ExampleForm, RecordForm, ScoresForm
 from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.files import canonical_json
+from sail_align.extract.system.validation import validated
 
 if TYPE_CHECKING:  # a report reads scores without waiting for torch
     from sail_align.align.runs.checkpoint import Run
@@ -119,11 +121,10 @@ class RunScores:
             raise UserError(
                 f"{file} is invalid: got schema {content.get('schema')!r}, expected {SCHEMA}. Evaluate again."
             )
-        records = content.get("records")
-        if records is None or not all(
-            isinstance(each, dict) and {"dataset", "task"} <= each.keys() for each in records
-        ):
-            raise damaged(file, REMEDY)
+        try:
+            _require_form(content)
+        except ValueError as problem:
+            raise UserError(f"{file} is invalid: {problem}. {REMEDY}") from problem
         return cls(path, RunFolder(path).name if name is None else name, content)
 
     @classmethod
@@ -167,15 +168,33 @@ class RunScores:
         Raises:
             UserError: They are missing or damaged.
         """
-        copied = RunFolder(self.path).scores / "checkpoint.json"
-        if copied.is_file():
-            return dict(read_json(copied, REMEDY)["settings"])
-        return read_json(self.path / "settings.json", "Name a run's folder.")
+        file = RunFolder(self.path).scores / "checkpoint.json"
+        if file.is_file():
+            settings = read_json(file, REMEDY).get("settings", {})
+        else:
+            file = self.path / "settings.json"
+            settings = read_json(file, "Name a run's folder.")
+        try:
+            validated(RunSettings, settings)
+        except ValueError as problem:
+            raise UserError(f"{file} is invalid: {problem}. {REMEDY}") from problem
+        return dict(settings)
 
     @property
     def summary(self) -> list[tuple[str, str, str]]:
-        """Encoders, heads, training data and checkpoint of the run as (term, value, detail)."""
-        settings, run = self.settings, self.content["run"]
+        """Encoders, heads, training data and checkpoint of the run as (term, value, detail).
+
+        Raises:
+            UserError: The settings of the run are damaged.
+        """
+        try:
+            return self._summarise(self.settings)
+        except (KeyError, ValueError) as problem:
+            reason = f"they have no {problem}" if isinstance(problem, KeyError) else str(problem)
+            raise UserError(f"The settings of {self.path} are invalid: {reason}. {REMEDY}") from problem
+
+    def _summarise(self, settings: dict[str, Any]) -> list[tuple[str, str, str]]:
+        run = self.content["run"]
         facts = []
         for side, encoder in self.content["encoders"].items():
             detail = f"{encoder['pooling']} pooling, {encoder['dim']:,} dimensions, {encoder['fingerprint'][:12]}"
@@ -201,12 +220,12 @@ class RunScores:
         trained = ("trained on", rows, f"captions {', '.join(settings['captions'])}; {stores}")
         return [*facts, ("heads", heads, made), trained, checkpoint]
 
-    def examples(self, record: Record) -> list[dict[str, Any]]:
+    def examples(self, record: Record) -> list[ExampleForm]:
         """Return the examples of a record, with the fields of `Example`."""
         path = record.file(self.path, "examples")
         try:
-            return list(json.loads(path.read_bytes())) if path.is_file() else []
-        except ValueError as problem:
+            return validated(list[ExampleForm], json.loads(path.read_bytes())) if path.is_file() else []
+        except (ValueError, RecursionError) as problem:
             raise damaged(path, "Remove it to leave the examples out, or evaluate again.") from problem
 
     def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
@@ -259,6 +278,16 @@ def read_scores(path: Path) -> dict[str, Any]:
     if not isinstance(content.get("records", []), list) or not isinstance(content.get("run", {}), dict):
         raise damaged(path, REMEDY)
     return content
+
+
+def _require_form(content: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a scores.json of this schema has all that its readers need, each of its type."""
+    form = validated(ScoresForm, content)
+    for number, record in enumerate(form["records"]):
+        place = f"records[{number}]"
+        description = validated(DescriptionForm, record, place)
+        if not description.get("error"):
+            validated(RecordForm, record, place)
 
 
 def content_digest(content: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pydantic import FailFast, Field, StrictInt
 from typing_extensions import TypedDict
 
 from sail_align.extract.data import Part, Sample, Source
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
 from sail_align.extract.sources.file_set import Fence
 from sail_align.extract.sources.images import FolderSource
@@ -198,7 +198,7 @@ class KarpathyConfig(AnnotatedConfig):
         images = validated(_Karpathy, read_json(path))["images"]
         kept = [image for image in images if image["split"] == self.split]
         if not kept:
-            splits = ", ".join(sorted({image["split"] for image in images}))
+            splits = listing(sorted({image["split"] for image in images}))
             raise UserError(f"{path} has no split {self.split!r}. Its splits are {splits}.")
         return [
             self.sample(

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.system.files import open_regular
 
 BLOCK = 2 << 20
@@ -110,7 +110,7 @@ def require_columns(path: Path, columns: Sequence[str], names: Sequence[str]) ->
     for name in columns:
         if (times := names.count(name)) != 1:
             found = "more than one" if times else "no"
-            raise UserError(f"{path} has {found} column {name!r}. Its columns are {', '.join(names)}.")
+            raise UserError(f"{path} has {found} column {name!r}. Its columns are {listing(names)}.")
 
 
 class _Table:

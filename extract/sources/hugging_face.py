@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import Field
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
-from sail_align.extract.errors import UserError, import_extra
+from sail_align.extract.errors import UserError, import_extra, listing
 from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
 from sail_align.extract.sources.file_set import FileSet, is_inside
 from sail_align.extract.sources.images import read_image
@@ -82,7 +82,7 @@ class HuggingFaceSource(Source):
         for column in (config.image, *self._columns):
             if column not in self._schema.names:
                 raise UserError(
-                    f"The data set has no column {column!r}. Its columns are {', '.join(self._schema.names)}."
+                    f"The data set has no column {column!r}. Its columns are {listing(self._schema.names)}."
                 )
         self._require_texts()
         if not isinstance(feature := self._rows.features[config.image], datasets.Image):

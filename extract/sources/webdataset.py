@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import RANGE, FileSet
@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 PROBED = 300
 """Number of members of the first tar among which texts are looked for, if the manifest names no captions."""
+
+_LONGEST_LABEL = 20
 
 Origin = Annotated[str, Field(pattern=r"^(json:.+|[^:.][^:]*)$")]
 """Origin of a value in a sample: `txt` is the member with that ending, `json:caption` a field of its json."""
@@ -186,8 +188,9 @@ class WebDatasetSource(Source):
         if value is None or value != value:
             return -1
         number = _text(value, self._config.label, key)
-        if not number.isdecimal() or int(number) >= len(self.classes):
-            raise UserError(f"Label of {key} is invalid: got {number!r}, expected 0 to {len(self.classes) - 1}.")
+        if not number.isdecimal() or len(number) > _LONGEST_LABEL or int(number) >= len(self.classes):
+            got = number[: 2 * _LONGEST_LABEL]
+            raise UserError(f"Label of {key} is invalid: got {got!r}, expected 0 to {len(self.classes) - 1}.")
         return int(number)
 
     def _require_content(self, tar: str, found: TarSamples, samples: Sequence[Sample]) -> None:
@@ -200,7 +203,7 @@ class WebDatasetSource(Source):
             if (another := next(others, None)) is None:
                 return
             tar, (found, samples) = another, self._parse(another)
-        endings = f"Its members end in {', '.join(sorted(found.endings))}"
+        endings = f"Its members end in {listing(sorted(found.endings))}"
         if not any(sample.image for sample in samples):
             raise UserError(f"{tar} contains no {' or '.join(self._config.images)}. {endings}: correct source.images.")
         captions = self.caption_origins

@@ -10,7 +10,15 @@ from pydantic import TypeAdapter, ValidationError
 
 Form = TypeVar("Form")
 
-_repr = Repr()
+
+class _Repr(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < _MOST_BITS else f"a number of {x.bit_length():,} bits"
+
+
+_MOST_BITS = 10_000
+"""Python refuses to print numbers of more than 4,300 digits."""
+_repr = _Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 shortened = _repr.repr
 """Return the representation of a value, without the middle of a long one."""

@@ -1,6 +1,7 @@
 """Fuzz everything that reads files: `make fuzz MINUTES=5 SEED=1`, or one input again with `FUZZ_ONLY=tar:12345`."""
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -101,15 +102,22 @@ def signature(message: str) -> str:
     return re.sub(r"[0-9]+", "N", " ".join(first.split("'")[:2])[:60])
 
 
-def fuzz(fuzzer: Fuzzer, seconds: float, first: int = 0) -> int:
-    """Fuzz in turns for some time, print each new kind of failure and a table. Returns the number of failures."""
+def fuzz(fuzzer: Fuzzer, seconds: float, first: int = 0, inputs: int | None = None) -> int:
+    """Fuzz the targets in turns, print each new kind of failure and a table. Returns the number of failures.
+
+    Args:
+        fuzzer: Makes and runs the inputs.
+        seconds: Time after which it ends.
+        first: Number of the first input of each target.
+        inputs: Number of inputs of each target after which it ends.
+    """
     tallies = {name: Tally() for name in fuzzer.cases}
     seen: Counter[tuple[str, str]] = Counter()
     end, start = time.monotonic() + seconds, first
-    while time.monotonic() < end:
+    while time.monotonic() < end and (inputs is None or start < first + inputs):
         for name, tally in tallies.items():
             began = time.monotonic()
-            for number in range(start, start + AT_ONCE):
+            for number in range(start, start + min(AT_ONCE, inputs or AT_ONCE)):
                 outcome, case, files = fuzzer.run(name, number)
                 tally.kinds[outcome.kind] += 1
                 tally.peak = max(tally.peak, outcome.megabytes)
@@ -122,7 +130,7 @@ def fuzz(fuzzer: Fuzzer, seconds: float, first: int = 0) -> int:
                 if time.monotonic() > end:
                     break
             tally.seconds += time.monotonic() - began
-        start += AT_ONCE
+        start += min(AT_ONCE, inputs or AT_ONCE)
     print(f"{'target':<12}{'inputs':>9}{'well':>10}{'declared':>10}{'failed':>10}{'peak MB':>9}{'per s':>8}")
     for name, tally in tallies.items():
         print(tally.row(name))
@@ -136,6 +144,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
+    parser.add_argument("--inputs", type=int, default=0, help="inputs of each target, instead of a time")
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--only", default="", help="targets separated by commas, or TARGET:NUMBER for one input")
     options = parser.parse_args()
@@ -156,7 +165,8 @@ def main() -> int:
             print((Path(folder).resolve() / "input.output").read_text(errors="replace"))
             return int(outcome.kind == "failed")
         print(f"seed {options.seed}; {sum(map(len, fuzzer.cases.values()))} valid folders", flush=True)
-        return int(fuzz(fuzzer, 60 * options.minutes, options.first) > 0)
+        seconds, inputs = (math.inf, options.inputs) if options.inputs else (60 * options.minutes, None)
+        return int(fuzz(fuzzer, seconds, options.first, inputs) > 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,8 +39,12 @@ from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder, record_digest
 from sail_align.align.train.plan import make_plan
 from sail_align.align.train.trainer import fit
+from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.evaluator import evaluate_sets
-from sail_align.evaluate.results.scores import content_digest
+from sail_align.evaluate.report.overview import Overview
+from sail_align.evaluate.report.page import FORMATS, html
+from sail_align.evaluate.results.scores import RunScores, content_digest
+from sail_align.extract.cli import main as extract_main
 from sail_align.extract.data import Part, Sample, Status, UnreadableImageError
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.errors import UserError
@@ -90,22 +93,19 @@ class Case:
         return files, self.reseal(files, random)
 
 
-def run_program(program: str, *words: str) -> str:
-    """Run a command in this process and return what it printed. Raises `UserError` if its exit code is 2."""
+def check(manifest: str) -> str:
+    """Run `sail-extract check` in this process. Returns what it printed. Raises `UserError` if its exit code is 2."""
     out, err = io.StringIO(), io.StringIO()
-    sys.argv = [program, *words]
-    main = import_module(
-        f"sail_align.{ {'sail-extract': 'extract', 'sail-align': 'align', 'sail-eval': 'evaluate'}[program] }.cli"
-    ).main
-    code: Any = 0
+    sys.argv = ["sail-extract", "check", manifest]
+    code: object = 0
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            main()
+            extract_main()
     except SystemExit as end:
         code = end.code or 0
     if code == 2:
         raise UserError(err.getvalue())
-    if code not in (0, 1) or "Traceback" in err.getvalue():
+    if code not in (0, 1):
         raise RuntimeError(f"exit code {code}: {err.getvalue()[-500:]}")
     return out.getvalue()
 
@@ -119,11 +119,11 @@ def ingest(notes: Notes, manifest: str = "manifest.yaml") -> object:
         seen = _ingest(notes, manifest)
     except UserError as problem:
         with suppress(UserError):
-            checked = run_program("sail-extract", "check", manifest)
+            checked = check(manifest)
             if checked.rstrip().endswith("\nready"):
                 raise RuntimeError(f"`check` says ready, but `run` fails: {problem}") from problem
         raise
-    checked = run_program("sail-extract", "check", manifest)
+    checked = check(manifest)
     if not checked.rstrip().endswith("\nready"):
         notes.add(checked)
     return seen
@@ -592,11 +592,10 @@ def score_cases(folder: Path) -> Iterable[Case]:
 
 
 def _report(notes: Notes) -> object:
-    seen = [run_program("sail-eval", "report", "runs/0"), run_program("sail-eval", "compare", "runs/0", "runs/1")]
-    for ending in ("md", "tex", "csv"):
-        run_program("sail-eval", "report", "runs/0", "runs/1", "--out", f"all.{ending}")
-        seen.append(Path(f"all.{ending}").read_text())
-    return seen
+    first, second = (RunScores.read(Path("runs") / name, name) for name in ("0", "1"))
+    overview = Overview([first, second])
+    seen: list[object] = [FORMATS[ending](overview) for ending in (".md", ".tex", ".csv")]
+    return [*seen, html(Overview([first])), Comparison.between(first, second).table()]
 
 
 def _reseal_scores(files: Files, random: Random) -> bool:
