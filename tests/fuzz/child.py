@@ -126,12 +126,12 @@ def _run(work: Callable[[Notes], object]) -> Outcome:
         outcome = _outcome(work, notes)
         signal.setitimer(signal.ITIMER_PROF, 0)
     peak = _memory("VmHWM") - idle
-    message = f"{outcome.message}\n{notes.declared[:3]}" if notes.declared else outcome.message
+    message = "; ".join(filter(None, [outcome.message, *notes.declared[:3], *logged.ours[:3]]))
     foreign = [str(each.message) for each in warned if not _is_ours(each.filename)] + logged.foreign
     foreign += [line for line in _printed() if not EXPECTED.match(line)]
     kind = outcome.kind
     if kind == "well" and (notes.declared or logged.ours):
-        kind, message = "declared", f"{message}\n{logged.ours[:3]}"
+        kind = "declared"
     if peak > MEGABYTES:
         return Outcome("failed", f"memory: {peak} MB; {message}", megabytes=peak)
     if kind == "well" and foreign:
