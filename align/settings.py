@@ -203,7 +203,7 @@ class Setting:
                 parsed = self.number(value)
         valid = parsed in self.choices if isinstance(parsed, str) else self.ge <= parsed <= self.le
         if not valid:
-            got = repr(value) if isinstance(value, str) else f"{value:g}"
+            got = repr(parsed[:100]) if isinstance(parsed, str) else f"{parsed:g}"
             raise UserError(f"{self.flag} is invalid: got {got}, expected {self.values}.")
         return parsed
 

@@ -23,6 +23,8 @@ TextEncoder = Annotated[
     str | None, typer.Option(help="Text encoder to use if a store has more than one.", rich_help_panel="Data")
 ]
 
+_METAVARS = {int: "<int>", float: "<float>"}
+
 
 def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Callable[[Command], Command]:
     """Replace a command's `**given` by an option for each of these settings; None stands for one that is not given.
@@ -43,12 +45,11 @@ def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Cal
             shown = (defaults or {}).get(setting.name) or (paper if small == paper else f"{paper}; small: {small}")
             words = (*setting.choices, *(("NUMBER",) if setting.number else ()))
             option = typer.Option(
-                metavar="|".join(words) if setting.choices else None,
+                metavar="|".join(words) if setting.choices else _METAVARS.get(setting.number),
                 help=f"{setting.help}  [default: {shown}]" if shown else setting.help,
                 rich_help_panel=setting.group,
             )
-            kind: Any = str if setting.choices else setting.number
-            annotation = Annotated[kind | None, option]
+            annotation = Annotated[str | None, option]  # `Setting.parse` converts it, with messages of its own
             parameters.append(
                 inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             )
