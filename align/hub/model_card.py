@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from sail_align.align.runs.checkpoint import Run
-from sail_align.align.runs.folder import RunFolder, damaged, read_json
+from sail_align.align.runs.folder import RunFolder, content_digest, damaged, read_json
 from sail_align.align.stats.tables import format_interval, format_table, number
 from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.system.validation import validated
 
 _TASK = "zero-shot-image-classification"
 """The hub's name for the task of models that compare images with texts."""
@@ -18,6 +21,34 @@ _TASKS = {"classification": _TASK, "segmentation": "image-segmentation"}
 """The hub's names of our tasks. Other tasks keep our names."""
 
 Record = dict[str, Any]
+
+
+class _Weights(TypedDict):
+    digest: str
+
+
+class _Scores(TypedDict):
+    run: _Weights
+    records: list[Record]
+
+
+class _Metric(TypedDict):
+    name: str
+    label: str
+    value: float
+    chance: float
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Scored(TypedDict):
+    """The fields of a record that a card shows."""
+
+    dataset: str
+    title: str
+    task: str
+    protocol: str
+    items: int
+    metrics: list[_Metric]
 
 
 def read_scores(run: Run) -> tuple[list[Record], bool]:
@@ -30,12 +61,18 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
     if not path.is_file():
         return [], False
     scores = read_json(path, remedy)
+    if scores.get("digest", "") not in ("", content_digest(scores)):
+        raise damaged(path, remedy)
     try:
-        outdated = scores["run"]["digest"] != run.digest
-        records = [record for record in scores["records"] if "metrics" in record]
-    except (KeyError, TypeError) as problem:
+        form = validated(_Scores, scores)
+        if form["run"]["digest"] != run.digest:
+            return [], True
+        records = [record for record in form["records"] if "metrics" in record]
+        for record in records:
+            validated(_Scored, record)
+    except ValueError as problem:
         raise damaged(path, remedy) from problem
-    return ([], True) if outdated else (records, False)
+    return records, False
 
 
 def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:

@@ -293,6 +293,13 @@ def damaged(path: Path, remedy: str) -> UserError:
     return UserError(f"{path} is damaged: its content is not what was written. {remedy}")
 
 
+def content_digest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the content of a scores.json without its digest."""
+    return hashlib.sha256(
+        canonical_json({name: value for name, value in content.items() if name != "digest"})
+    ).hexdigest()
+
+
 def record_digest(record: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a checkpoint's record, which leaves out the location of its stores."""
     covered = {name: value for name, value in record.items() if name != "digest"}

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sail_align.align.runs.folder import RunFolder, RunSettings, damaged, read_json
+from sail_align.align.runs.folder import RunFolder, RunSettings, content_digest, damaged, read_json
 from sail_align.evaluate.results.schema import DescriptionForm, ExampleForm, RecordForm, ScoresForm
 from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError, command
-from sail_align.extract.system.files import canonical_json
 from sail_align.extract.system.validation import validated
 
 if TYPE_CHECKING:  # a report reads scores without waiting for torch
@@ -288,11 +287,6 @@ def _require_form(content: dict[str, Any]) -> None:
         description = validated(DescriptionForm, record, place)
         if not description.get("error"):
             validated(RecordForm, record, place)
-
-
-def content_digest(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of the content of a scores.json without its digest."""
-    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def unfinished(run: "Run") -> str:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sail_align.align.runs.checkpoint import Run
-from sail_align.align.runs.folder import CONFIG, RunFolder, read_file
+from sail_align.align.runs.folder import CONFIG, RunFolder, content_digest, read_file
 from sail_align.align.runs.tensors import save_arrays
 from sail_align.evaluate.results.metric import Outcomes, Result
-from sail_align.evaluate.results.scores import SCHEMA, Record, content_digest, read_scores, unfinished
+from sail_align.evaluate.results.scores import SCHEMA, Record, read_scores, unfinished
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.system.files import write_atomically
 from sail_align.extract.system.progress import note

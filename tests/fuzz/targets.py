@@ -33,17 +33,18 @@ from tars import img2dataset_members, write_tar
 
 from sail_align.align import pretrained
 from sail_align.align.hub.folder import write_hub_folder
+from sail_align.align.hub.model_card import model_card, read_scores
 from sail_align.align.hub.released import Released
 from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.claim import claim_run
-from sail_align.align.runs.folder import RunFolder, record_digest
+from sail_align.align.runs.folder import RunFolder, content_digest, record_digest
 from sail_align.align.train.plan import make_plan
 from sail_align.align.train.trainer import fit
 from sail_align.evaluate.compare import Comparison
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.report.page import FORMATS, html
-from sail_align.evaluate.results.scores import RunScores, content_digest
+from sail_align.evaluate.results.scores import RunScores
 from sail_align.extract.cli import main as extract_main
 from sail_align.extract.data import Part, Sample, Status, UnreadableImageError
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
@@ -595,7 +596,9 @@ def _report(notes: Notes) -> object:
     first, second = (RunScores.read(Path("runs") / name, name) for name in ("0", "1"))
     overview = Overview([first, second])
     seen: list[object] = [FORMATS[ending](overview) for ending in (".md", ".tex", ".csv")]
-    return [*seen, html(Overview([first])), Comparison.between(first, second).table()]
+    run = load_run("runs/0")
+    card = model_card(run, read_scores(run)[0], "mit")
+    return [*seen, html(Overview([first])), Comparison.between(first, second).table(), card]
 
 
 def _reseal_scores(files: Files, random: Random) -> bool:
