@@ -92,6 +92,10 @@ def test_automatic_temperature_implies_automatic_bias():
         ({"preset": "big"}, "--preset is invalid: got 'big', expected paper, small."),
         ({"lr": -1e-3}, "--lr is invalid: got -0.001, expected 1e-09 to 1."),
         ({"lr": float("nan")}, "--lr is invalid: got nan, expected 1e-09 to 1."),
+        ({"lr": "abc"}, "--lr is invalid: got 'abc', expected 1e-09 to 1."),
+        ({"lr": "1e400"}, "--lr is invalid: got inf, expected 1e-09 to 1."),
+        ({"steps": "1.5"}, "--steps is invalid: got '1.5', expected 1 to 1,000,000,000."),
+        ({"seed": "9" * 5_000}, f"--seed is invalid: got '{'9' * 100}', expected 0 to 2,147,483,647."),
         ({"held_out": 0.9}, "--held-out is invalid: got 0.9, expected 0 to 0.5."),
         ({"batch_size": 1}, "--batch-size is invalid: got 1, expected 2 to 1,000,000."),
         (

@@ -96,6 +96,74 @@ def test_records_of_another_form_are_damaged(scored_run, records):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("records", 0, "metrics"), {}, r"records\[0\]\.metrics: got {}, expected a list"),
+        (
+            ("records", 0, "metrics", 0, "value"),
+            "12",
+            r"records\[0\]\.metrics\[0\]\.value: got '12', expected a number",
+        ),
+        (
+            ("records", 0, "metrics", 0, "value"),
+            float("nan"),
+            r"metrics\[0\]\.value: got nan, expected a finite number",
+        ),
+        (("records", 0, "metrics", 0, "interval"), [1], r"interval: got \[1\], expected at least 2 entries"),
+        (("records", 0, "metrics", 0, "unit"), "m", r"unit: got 'm', expected '%' or 'rank'"),
+        (("records", 0, "stores"), {"images": "x"}, r"records\[0\]\.stores\.images: got 'x', expected a mapping"),
+        (("records", 0, "details"), 3, r"records\[0\]\.details: got 3, expected a mapping"),
+        (("records", 0, "details", "confusions"), [3], r"details\.confusions\[0\]: got 3, expected a mapping"),
+        (("records", 0, "items"), 1 << 60, r"items: got 1152921504606846976, expected a number less than"),
+        (("records", 0, "data"), {}, r"records\[0\]\.data\.digest: got no value"),
+        (("run",), {}, r"run\.name: got no value"),
+        (("encoders",), {"image": {}}, r"encoders\.image\.id: got no value"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_field_of_scores_is_named(scored_run, path, value, message):
+    def change(scores):
+        *above, last = path
+        for name in above:
+            scores = scores[name]
+        scores[last] = value
+
+    rewrite(scored_run, change)
+    with pytest.raises(UserError, match=rf"scores\.json is invalid: .*{message}"):
+        RunScores.read(scored_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content",
+    ["3", "[3]", '[{"title": "x"}]', '[{"title": "x", "right": 3, "pictures": [], "legend": []}]', "[" * 9_999],
+)
+def test_examples_of_another_form_are_damaged(scored_run, content):
+    scores = RunScores.read(scored_run)
+    scores.records[0].file(scored_run, "examples").write_text(content)
+    with pytest.raises(UserError, match=r"is damaged: .* Remove it to leave the examples out"):
+        scores.examples(scores.records[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("head", None, "no 'head'"),
+        ("lr", "fast", "lr: got 'fast', expected a number"),
+        ("stores", ["a", "b"], "shorter"),
+    ],
+)
+def test_settings_of_another_form_are_named(scored_run, name, value, message):
+    path = scored_run / "settings.json"
+    changed = {**json.loads(path.read_bytes()), name: value}
+    path.write_text(json.dumps({key: each for key, each in changed.items() if each is not None}))
+    with pytest.raises(UserError, match=message):
+        _ = RunScores.read(scored_run).summary
+
+
+@pytest.mark.slow
 def test_unknown_task_does_not_stop_the_report(scored_run):
     def add(scores):
         scores["records"].insert(0, {**scores["records"][0], "task": "telepathy", "dataset": "minds"})

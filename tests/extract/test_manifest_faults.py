@@ -1,5 +1,7 @@
 """Manifests that are damaged, or made to use up time and memory: one clear error at once."""
 
+import json
+import re
 import time
 from pathlib import Path
 
@@ -57,6 +59,38 @@ def test_one_short_error_at_once(tmp_path, text, message):
     assert "made.yaml" in str(problem.value)
     assert len(str(problem.value)) < 600
     assert str(problem.value).isprintable()
+
+
+def table(**fields):
+    return BASE + "source: " + json.dumps({"kind": "table", "files": "t.csv", "captions": "c", **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BASE.replace("title: t", "title: 3") + SOURCE, "'title' is invalid: got 3, expected text"),
+        (BASE.replace("name: x", "name: A B") + SOURCE, "'name' is invalid: got 'A B', expected text that matches"),
+        (BASE + "source: [3]", "'source' is invalid: got [3], expected a mapping"),
+        (BASE + SOURCE + "encoders: 3", "'encoders' is invalid: got 3, expected a mapping"),
+        (BASE + SOURCE + "expected_rows: 0", "'expected_rows' is invalid: got 0, expected a number greater than 0"),
+        (BASE + SOURCE + "expected_rows: 1.5", "'expected_rows' is invalid: got 1.5, expected a whole number"),
+        (BASE.replace("train", "0x" + "f" * 5_000) + SOURCE, "'purpose' is invalid: got a number of 20,000 bits"),
+        (table(files=3), "'source.table.files' is invalid: got 3, expected text or a list."),
+        (table(files=[3]), "'source.table.files.0' is invalid: got 3, expected text."),
+        (table(files=[]), "'source.table.files' is invalid: got [], expected text or at least one entry."),
+        (table(files=""), "'source.table.files' is invalid: got '', expected at least one character or a list."),
+        (table(captions={"raw": 3}), "'source.table.captions.raw' is invalid: got 3, expected text."),
+        (table(classes={"x": "a"}), "'source.table.classes.x' is invalid: got 'x', expected a whole number."),
+        (table(classes={"300": "a"}), "expected a number less than or equal to 254."),
+        (table(encoding="x"), "'source.table.encoding' is invalid: got 'x'. unknown encoding: x."),
+    ],
+    ids=range(15),
+)
+def test_faults_are_described_in_the_words_of_manifests(tmp_path, text, message):
+    with pytest.raises(UserError) as problem:
+        read(tmp_path, text)
+    assert message in str(problem.value)
+    assert not re.search(r"Input|should|constrained|\[type|pydantic", str(problem.value))
 
 
 def test_file_that_cannot_be_read(tmp_path):

@@ -293,7 +293,7 @@ def test_rejects_tar_changed_since_indexing(tmp_path):
         tars.image(location)
 
 
-ODD = {"tags": ["a"], "width": 20, "size": {"a": 1}, "sizes": ["a", {"a": 1}], "kept": True}
+ODD = {"tags": ["a"], "width": 20, "size": {"a": 1}, "sizes": ["a", {"a": 1}], "kept": True, "digits": "9" * 5_000}
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,10 @@ ODD = {"tags": ["a"], "width": 20, "size": {"a": 1}, "sizes": ["a", {"a": 1}], "
         ({"captions": "json:sizes"}, "'json:sizes' of 0/000000000 is invalid: got {'a': 1}, expected text"),
         ({"captions": {"raw": "json:kept"}}, "'json:kept' of 0/000000000 is invalid: got True, expected text"),
         ({"classes": ["cat"], "label": "json:width"}, "Label of 0/000000000 is invalid: got '20', expected 0 to 0"),
+        (
+            {"classes": ["cat"], "label": "json:digits"},
+            r"Label of 0/000000000 is invalid: got '9{40}', expected 0 to 0",
+        ),
         ({"files": "nowhere://bucket/0.tar"}, "nowhere://bucket/0.tar cannot be opened: Protocol not known"),
     ],
 )

@@ -82,6 +82,8 @@ def judge(work: Callable[[Notes], object], folder: Path) -> Outcome:
             os.chdir(folder)
             outcome = _run(work)
             report.write_text(json.dumps(asdict(outcome)))
+        except BaseException:  # noqa: BLE001 (the parent shows the output)
+            traceback.print_exc()
         finally:
             os._exit(0)
     descriptor = os.pidfd_open(child)

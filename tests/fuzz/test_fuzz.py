@@ -60,7 +60,7 @@ def wrapped_memory_error(notes):
         (lambda notes: os.write(2, b"libpng warning: odd\n"), "failed", "warning: only a library"),
         (spins, "failed", "hang: more than"),
         (lambda notes: time.sleep(60), "failed", "hang: not finished"),
-        (lambda notes: bytearray(600 << 20), "failed", "memory: 6"),
+        (lambda notes: len(bytearray(600 << 20)), "failed", "memory: 6"),
         (wrapped_memory_error, "failed", "memory: it was refused"),
         (lambda notes: os.kill(os.getpid(), 9), "failed", "crash"),
     ],
@@ -68,7 +68,7 @@ def wrapped_memory_error(notes):
 )
 def test_every_end_of_an_input_is_judged(tmp_path, monkeypatch, work, kind, message):
     monkeypatch.setattr(child, "SECONDS", 0.2 if work is spins else 2)
-    monkeypatch.setattr(child, "WALL_SECONDS", 1)
+    monkeypatch.setattr(child, "WALL_SECONDS", 1 if message == "hang: not finished" else 15)
     folder = tmp_path / "input"
     folder.mkdir()
     outcome = judge(work, folder)
