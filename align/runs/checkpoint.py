@@ -6,8 +6,9 @@ RUN/finished.json                     digest of the finished log; written last
 RUN/checkpoints/step-00001200/        the state to resume from, or the result of a finished run
     model.safetensors                 weights, τ and b
     optimizer.safetensors             state of the optimiser; removed once the run is finished
-    model.json                        settings, architecture, encoders, step, position in the stream, held-out scores,
-                                      and the digest of all that; written last: it marks a complete checkpoint
+    model.json                        settings, architecture, encoders, step, position in the stream, digest of the log,
+                                      held-out scores, and the digest of all that; written last: it marks a complete
+                                      checkpoint
 RUN/checkpoints/best-00001100/        the weights with the best scores, if they are not the last; no optimiser state
 
 The learning rate and random numbers of a step depend only on the settings and its number, so they are not saved.

@@ -169,13 +169,14 @@ class RunFolder:
             raise damaged(self.metrics, BEGIN_AGAIN)
         return lines, entries
 
-    def open_log(self, step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
+    def open_log(self, step: int | None, digest: str | None = None) -> tuple[TextIO, list[dict[str, Any]]]:
         """Open metrics.jsonl, which has one JSON object per line with its `kind` and `step`.
 
         The log contains no times and no paths: a resumed run writes the same bytes as an uninterrupted one.
 
         Args:
             step: Step after which the run resumes; None for a new run. Later lines are removed.
+            digest: SHA-256 of the log up to that step, as the checkpoint records it; None in those of earlier versions.
 
         Returns:
             The file, open for appending, and the entries that it has.
@@ -184,7 +185,10 @@ class RunFolder:
             UserError: The log ends before that step, or is damaged before it.
         """
         lines, entries = ([], []) if step is None else self.read_log(step)
-        write_atomically(self.metrics, "".join(lines).encode())
+        content = "".join(lines).encode()
+        if digest is not None and digest != hashlib.sha256(content).hexdigest():
+            raise damaged(self.metrics, BEGIN_AGAIN)
+        write_atomically(self.metrics, content)
         return self.metrics.open("a"), entries
 
     def settings(self) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class RunWriter:
         self._unsaved_best: tuple[Tensors, int, Mapping[str, float]] | None = None
         self._scored: tuple[int, Mapping[str, float]] = (-1, {})
         with ExitStack() as opened:
-            self._log, entries = self._run.open_log(done)
+            saved = None if done is None else Checkpoint.read(run)
+            self._log, entries = self._run.open_log(done, saved.record.get("log_sha256") if saved else None)
             opened.callback(self._log.close)
             for entry in entries:
                 self._see(**entry)
@@ -182,7 +183,7 @@ class RunWriter:
         Checkpoint.write(
             self._run.checkpoint(step),
             model.state_dict(),
-            {**self._about, "stream": stream},
+            {**self._about, "stream": stream, "log_sha256": self._run.metrics_digest()},
             step=step,
             finished=finished,
             scores=scores if scored == step else None,

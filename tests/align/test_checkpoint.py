@@ -42,9 +42,10 @@ def save(run, model, about=ABOUT, *, step=1, optimizer=None, **more):
     Checkpoint.write(folder, model.state_dict(), about, step=step, finished=optimizer is None, optimizer=state, **more)
 
 
-def open_writer(run, *, done=None, keep=2):
-    """Return a writer of a run that logs as many steps as were done."""
-    log_of(run, *range(1, (done or 0) + 1))
+def open_writer(run, *, done=None, keep=2, log=True):
+    """Return a writer of a run, whose log has as many steps as were done; keep the log that there is if not `log`."""
+    if log:
+        log_of(run, *range(1, (done or 0) + 1))
     plan = SimpleNamespace(checkpoint_record=lambda: ABOUT, settings=FitSettings(steps=9), record=lambda: {})
     stream = SimpleNamespace(bytes_read=0, wait_seconds=0.0)
     return RunWriter(plan, run, stream, torch.device("cpu"), confirm=lambda: None, done=done, keep=keep, quiet=True)
@@ -176,12 +177,17 @@ def test_writer_removes_checkpoints_after_the_step_to_resume_from(run):
 def test_save_killed_at_any_point_leaves_a_complete_checkpoint(run, monkeypatch, keep):
     ours = model()
     optimizer = make_optimizer(ours, FitSettings(steps=1))
-    open_writer(run, keep=keep).save(1, StreamState(), ours, optimizer)
+    values = {"loss": 1.0, "t": 20.0, "positive_logit": 0.0, "negative_logit": 0.0}
+    writer = open_writer(run, keep=keep)
+    writer.log_step(1, values)
+    writer.save(1, StreamState(), ours, optimizer)
     reached = {1}
     for left in range(100):
         last = Checkpoint.read(run).step
-        writer = open_writer(run, done=last, keep=keep)
+        writer = open_writer(run, done=last, keep=keep, log=False)
+        writer.log_step(last + 1, values)
         writer.log_scores(last + 1, scores(float(last + 1)), ours)
+        writer.log_step(last + 2, values)
         with monkeypatch.context() as patch:
             die_at(patch, left)
             try:

@@ -125,6 +125,25 @@ def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, l
 
 
 @pytest.mark.slow
+def test_changed_number_in_the_log_of_an_unfinished_run_is_noticed(train, tmp_path, monkeypatch):
+    original = writer.RunWriter.save
+
+    def die_after_two(self, step, *args):
+        original(self, step, *args)
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.RunWriter, "save", die_after_two)
+        with pytest.raises(Killed):
+            train()
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        train()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", range(8))
 @pytest.mark.parametrize("keep", [1, 2])
 def test_rerun_ends_the_clean_up_of_a_killed_process(train, monkeypatch, allowed, keep):

@@ -439,8 +439,6 @@ def _state(run: Any) -> list[object]:
     with torch.no_grad():
         image = run.model.encode_image(torch.randn(2, run.image.spec.dim, generator=generator))
         text = run.model.encode_text(torch.randn(2, run.text.spec.dim, generator=generator))
-    if not (image.isfinite().all() and text.isfinite().all()):
-        raise RuntimeError("the embeddings are not finite")
     settings = {name: value for name, value in run.settings.items() if name != "stores"}
     return [weights, image.tolist(), text.tolist(), run.image, run.text, settings, run.digest, run.step, run.finished]
 
