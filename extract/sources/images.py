@@ -2,8 +2,9 @@
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,14 @@ from sail_align.extract.system.files import open_regular
 
 PIXEL_LIMIT = 100_000_000
 """Images with more pixels than this are rejected before they are decoded."""
+
+LARGE = 1 << 25
+"""Images with more pixels than this are decoded one at a time, so that several threads do not need gigabytes."""
+STRIP = 1 << 22
+"""Pixels that are converted at a time. A decoded image has up to 400 MB, and intermediate results have more."""
+_PILLOW_LIMIT = 1024 * 1024 * 1024 // 4 // 3
+"""Pixels above which Pillow warns by default."""
+_one_large = threading.Lock()
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """Formats that are recognised by their bytes, whatever the file's ending. Pillow supports more, but starts an external
@@ -141,11 +150,47 @@ def upright_rgb(image: Image.Image, *, in_place: bool = False) -> Image.Image:
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
     if range_:
-        return Image.fromarray(_to_8_bits(np.asarray(image), *range_)).convert("RGB")
+        return _from_wide(image, *range_)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        return _by_strips(image, _on_white)
+    image.load()  # the file will be closed
+    return image if in_place and image.mode == "RGB" else image.convert("RGB")
+
+
+def _by_strips(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Return an image as RGB, converted a strip at a time."""
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        result.paste(to_rgb(strip), (0, top))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    rows = max(STRIP // max(image.width, 1), 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _from_wide(image: Image.Image, black: int, white: int) -> Image.Image:
+    """Return an image of more than 8 bits as RGB.
+
+    Raises:
+        ValueError: A value is not between black and white.
+    """
+    ends = np.array([(values.min(), values.max()) for _, strip in _strips(image) for values in [np.asarray(strip)]])
+    lowest, highest = ends[:, 0].min(), ends[:, 1].max()  # NaN if there is one
+    if not (min(black, white) <= lowest and highest <= max(black, white)):
+        raise ValueError(f"got values from {lowest:g} to {highest:g}, expected 0 to {max(black, white)}")
+
+    def to_rgb(strip: Image.Image) -> Image.Image:
+        return Image.fromarray(_to_8_bits(np.asarray(strip), black, white)).convert("RGB")
+
+    return _by_strips(image, to_rgb)
 
 
 def _value_range(image: Image.Image) -> tuple[int, int] | None:
@@ -171,13 +216,7 @@ def _value_range(image: Image.Image) -> tuple[int, int] | None:
 
 
 def _to_8_bits(values: NDArray[Any], black: int, white: int) -> NDArray[np.uint8]:
-    """Scale values from black to white to 0 … 255. Integers are rounded down, floating-point numbers to the nearest.
-
-    Raises:
-        ValueError: A value is outside the range or is not a number.
-    """
-    if not (min(black, white) <= values.min() and values.max() <= max(black, white)):
-        raise ValueError(f"got values from {values.min():g} to {values.max():g}, expected 0 to {max(black, white)}")
+    """Scale values from black to white to 0 … 255. Integers are rounded down, floating-point numbers to the nearest."""
     if values.dtype.kind == "f":
         scaled = np.rint(np.abs(values - black) * 255)
     else:
@@ -196,7 +235,8 @@ def _open(file: Path | bytes, name: str, formats: tuple[str, ...]) -> Iterator[I
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=_supported(formats)) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
-            yield image
+            with _one_large if image.width * image.height > LARGE else nullcontext():
+                yield image
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError(Status.TOO_LARGE, f"{name}: {problem}") from problem
     except UnidentifiedImageError as problem:
@@ -257,6 +297,8 @@ def _read_file(path: Path) -> bytes:
 def _supported(formats: tuple[str, ...]) -> tuple[str, ...]:
     """Return the formats that this Pillow can read."""
     Image.init()
+    if Image.MAX_IMAGE_PIXELS == _PILLOW_LIMIT:  # unless the user has changed it
+        Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT  # Pillow would warn of images below our limit
     return tuple(name for name in formats if name in Image.OPEN)
 
 

@@ -285,6 +285,43 @@ def test_pixel_limit():
     assert problem.value.status is Status.TOO_LARGE
 
 
+def test_images_just_below_the_limit_are_read_without_a_warning(recwarn):
+    nearly = encoded(Image.new("1", (PIXEL_LIMIT // 10_000, 10_000)), "PNG")
+    assert read_image(nearly).size == (10_000, 10_000)
+    assert not recwarn.list
+
+
+def _wide(mode):
+    values = np.arange(40 * 30).reshape(30, 40) * 50
+    return Image.fromarray((values / values.max()).astype(np.float32) if mode == "F" else values.astype(np.uint16))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
+def test_strips_make_no_difference(monkeypatch, mode):
+    alpha = Image.fromarray((np.arange(64 * 48) % 256).reshape(48, 64).astype(np.uint8))
+    if mode in ("I;16", "F"):
+        image, options = _wide(mode), {}
+    elif mode == "P":
+        image, options = photo().convert("P", palette=Image.Palette.ADAPTIVE), {"transparency": 3}
+    else:
+        image, options = photo().resize(alpha.size).convert(mode), {}
+        image.putalpha(alpha)
+    content = encoded(image, "TIFF" if mode == "F" else "PNG", **options)
+    whole = np.asarray(read_image(content))
+    monkeypatch.setattr("sail_align.extract.sources.images.STRIP", 100)
+    assert np.array_equal(read_image(content), whole)
+    assert len(np.unique(whole)) > 50
+
+
+def test_values_outside_the_range_are_found_in_any_strip(monkeypatch):
+    monkeypatch.setattr("sail_align.extract.sources.images.STRIP", 100)
+    values = np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)
+    for bad in (np.nan, 1.5, -1):
+        values[29, 39] = bad
+        with pytest.raises(UnreadableImageError, match="got values from"):
+            read_image(encoded(Image.fromarray(values), "TIFF"))
+
+
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0, 1))

@@ -65,7 +65,10 @@ class Fuzzer:
         files, resealed = case.mutated(random)
         folder = self._copy(case)
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content)
         outcome = judge(case.act, folder)
         is_reference = outcome.observed == self._references[target, case.name]
         if outcome.kind == "well" and case.covered and not resealed and not is_reference:
@@ -126,7 +129,10 @@ def fuzz(fuzzer: Fuzzer, seconds: float, first: int = 0, inputs: int | None = No
                     seen[kind] += 1
                     if seen[kind] == 1:
                         replay = f"make fuzz SEED={fuzzer.seed} FUZZ_ONLY={name}:{number}"
-                        print(f"{replay}  ({case.name}: {', '.join(files)})\n  {outcome.message[:600]}", flush=True)
+                        print(
+                            f"{replay}  ({case.name}: {', '.join(map(ascii, files))})\n  {outcome.message[:600]}",
+                            flush=True,
+                        )
                 if time.monotonic() > end:
                     break
             tally.seconds += time.monotonic() - began
@@ -161,7 +167,7 @@ def main() -> int:
             kept = Path("build/fuzz").resolve() / f"{target}-{options.seed}-{number}"
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(Path(folder) / "input", kept)
-            print(f"{case.name}: {', '.join(files)}, kept in {kept}\n{outcome.kind}: {outcome.message}")
+            print(f"{case.name}: {', '.join(map(ascii, files))}, kept in {kept}\n{outcome.kind}: {outcome.message}")
             print((Path(folder).resolve() / "input.output").read_text(errors="replace"))
             return int(outcome.kind == "failed")
         print(f"seed {options.seed}; {sum(map(len, fuzzer.cases.values()))} valid folders", flush=True)

@@ -6,6 +6,7 @@ Each takes the content of a file and a random generator, and returns another con
 import csv
 import io
 import json
+import os
 import re
 import struct
 import zipfile
@@ -213,6 +214,34 @@ def yaml_text(content: bytes, random: Random) -> bytes:
         return lines(content, random)
     tree = change_tree(yaml.safe_load(content), random, RAW_YAML)
     return _written(tree, RAW_YAML).encode()
+
+
+def rename(name: str, random: Random) -> str:
+    """Return another name of a file, in which some bytes are seldom in names."""
+    odd = [
+        b"\xff",
+        b"\xc3",
+        b"\n",
+        b"\r",
+        b"\t",
+        b" ",
+        b"\\",
+        b'"',
+        b"'",
+        b",",
+        b"*",
+        b"[",
+        b"{0..9}",
+        b"\x1b[31m",
+        b"%",
+        b":",
+    ]
+    odd += ["\u202e".encode(), "ü".encode(), "u\u0308".encode(), b"-", b"~", b"#", b"?", b"&", b"x" * 150, b"\x80\x81"]
+    content, at = os.fsencode(name), random.randrange(len(name) + 1)
+    changed = content[:at] + random.choice(odd) + content[at:]
+    if random.random() < 0.3:
+        changed = changed.replace(b".", random.choice([b"", b"..", b".PNG.", b". "]))
+    return os.fsdecode(changed)
 
 
 def lines(content: bytes, random: Random) -> bytes:

@@ -25,7 +25,7 @@ import torch
 import yaml
 from fakes import FakeText, FakeVision, identity
 from fuzz.child import Notes
-from fuzz.mutations import mutate
+from fuzz.mutations import mutate, rename
 from PIL import Image
 from released_file import IMAGE_DIM, TEXT_DIM, released_tensors, save_encoders, save_released
 from small_world import draw, save_run, write_captioned, write_classes
@@ -57,7 +57,8 @@ from sail_align.extract.store.store import Store
 
 READ_IMAGES = 6
 """Images of a data set that are decoded."""
-Files = dict[str, bytes]
+Files = dict[str, bytes | None]
+"""New content of files by their paths, None for a file that is removed."""
 
 
 def _nothing(files: Files, random: Random) -> bool:
@@ -76,6 +77,7 @@ class Case:
         covered: Whether digests cover these files: a change must not alter what is read without an error.
         reseal: Corrects the digests in the files of a mutated folder, so that the mutation reaches the code after the
             check of digests. Returns whether it has done so.
+        rename: Whether files get other names, instead of other content.
     """
 
     name: str
@@ -84,13 +86,17 @@ class Case:
     files: tuple[str, ...]
     covered: bool = False
     reseal: Callable[[Files, Random], bool] = _nothing
+    rename: bool = False
 
     def mutated(self, random: Random) -> tuple[Files, bool]:
         """Return the content of changed files by their paths, and whether their digests are those of the content."""
         paths = sorted({path for pattern in self.files for path in self.folder.glob(pattern) if path.is_file()})
         path = random.choice(paths)
         name = path.relative_to(self.folder).as_posix()
-        files = {name: mutate(name, path.read_bytes(), random)}
+        if self.rename:
+            folder, _, last = name.rpartition("/")
+            return {name: None, f"{folder}/{rename(last, random)}": path.read_bytes()}, False
+        files: Files = {name: mutate(name, path.read_bytes(), random)}
         return files, self.reseal(files, random)
 
 
@@ -290,6 +296,13 @@ def _annotated(folder: Path) -> dict[str, Path]:
 def annotated_cases(folder: Path) -> Iterable[Case]:
     for kind, root in _annotated(folder).items():
         yield Case(kind, root, ingest, ("a.*",))
+
+
+def name_cases(folder: Path) -> Iterable[Case]:
+    patterns = {"class-folder": "val/*/*", "mask-folder": "*/*.png", "table": "images/*", "webdataset": "*.tar"}
+    for name, root in _data_sets(folder).items():
+        if name in patterns:
+            yield Case(name, root, ingest, (patterns[name],), rename=True)
 
 
 def picture_cases(folder: Path) -> Iterable[Case]:
@@ -614,6 +627,7 @@ TARGETS: dict[str, Callable[[Path], Iterable[Case]]] = {
     "manifest": manifest_cases,
     "table": table_cases,
     "annotated": annotated_cases,
+    "name": name_cases,
     "picture": picture_cases,
     "index": index_cases,
     "shard": shard_cases,
