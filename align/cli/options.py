@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -23,7 +23,7 @@ TextEncoder = Annotated[
     str | None, typer.Option(help="Text encoder to use if a store has more than one.", rich_help_panel="Data")
 ]
 
-_METAVARS = {int: "<int>", float: "<float>"}
+_METAVARS: dict[Any, str] = {int: "<int>", float: "<float>"}
 
 
 def with_settings(*names: str, defaults: Mapping[str, str] | None = None) -> Callable[[Command], Command]:

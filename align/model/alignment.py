@@ -6,7 +6,7 @@ from typing import Annotated, Any, Required
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -53,9 +53,8 @@ Dim = Annotated[int, Field(ge=1, le=MOST_DIM)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
+@with_config(ConfigDict(extra="forbid"))  # an unknown field would change the model
 class _Form(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # an unknown field would change the model
-
     head: Required[HeadKind]
     image_dim: Required[Dim]
     text_dim: Required[Dim]

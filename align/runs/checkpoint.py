@@ -249,14 +249,15 @@ class Checkpoint:
         form, architecture, image, text = self._parse()
         with torch.device("meta"):  # no memory is taken before the sizes are known to be those of the weights
             expected = architecture.build().state_dict()
-        self._require_fit(self._read_tensors("model", "weights_sha256"), expected)
+        saved = self._read_tensors("model", "weights_sha256")
+        self._require_fit(saved, expected)
         model = architecture.build()
-        self.restore(model)
+        model.load_state_dict(saved)
         for name, side in (("image", image), ("text", text)):
             takes = getattr(architecture, f"{name}_dim")
             if side.spec.dim != takes:
                 raise self._invalid(f"the {name} head takes {takes} features, its encoder has {side.spec.dim}")
-        about: dict[str, Any] = {name: form[name] for name in ("step", "finished", "architecture")}  # type: ignore[literal-required]
+        about: dict[str, Any] = {name: form[name] for name in ("step", "finished", "architecture")}
         return Run(path, model.eval(), image, text, digest=digest, settings=self.record["settings"], **about)
 
     def _parse(self) -> tuple[_Form, Architecture, Identity, Identity]:

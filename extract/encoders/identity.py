@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, NotRequired
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from sail_align.extract.errors import UserError
@@ -59,9 +59,8 @@ class EncoderChangedError(UserError):
     """An encoder differs from the one that a store or a run was made with."""
 
 
+@with_config(ConfigDict(extra="forbid"))  # an unknown field would change the features
 class _SpecForm(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # an unknown field would change features
-
     id: str
     modality: Literal["image", "text"]
     source: dict[str, str]

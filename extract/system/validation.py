@@ -118,16 +118,18 @@ def validated(form: type[Form], content: Any, place: str = "") -> Form:
     Raises:
         ValueError: A value is missing or invalid. The message names its place in the file, and the value.
     """
+    key: Any = form
     try:
-        return _adapter(form).validate_python(content, strict=True)
+        checked: Form = _adapter(key).validate_python(content, strict=True)
     except ValidationError as problem:
         first = Problem.first(problem)
         for name in first.place:
             place += f"[{name}]" if isinstance(name, int) else f".{name}" if place else name
         got = "no value" if first.kind == "missing" else shortened(first.value)
         raise ValueError(f"{place or 'the content'}: got {got}, expected {first.expected}") from problem
+    return checked
 
 
 @cache
-def _adapter(form: type[Form]) -> TypeAdapter[Form]:
+def _adapter(form: Any) -> TypeAdapter[Any]:
     return TypeAdapter(form)
