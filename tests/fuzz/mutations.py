@@ -622,5 +622,13 @@ def mutate(name: str, content: bytes, random: Random) -> bytes:
         return flip(content, random)
     try:
         return structured(content, random)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, pa.ArrowException):  # not possible here
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        pa.ArrowException,
+    ):  # not possible here
         return flip(content, random)

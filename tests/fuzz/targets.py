@@ -53,6 +53,7 @@ from sail_align.extract.manifest import find_manifest
 from sail_align.extract.quality.verify import verify_store
 from sail_align.extract.sources.images import FolderSource, read_image
 from sail_align.extract.store.open_or_create import open_or_create
+from sail_align.extract.store.recaptions import RecaptionReport
 from sail_align.extract.store.store import Store
 
 READ_IMAGES = 6
@@ -400,6 +401,10 @@ def index_cases(folder: Path) -> Iterable[Case]:
     make_store(folder / "s.zarr")
     files = ("s.zarr/index/*", "s.zarr/**/zarr.json", "s.zarr/commits/**/*.json")
     yield Case("store", folder, _read_store, files, covered=True)
+    joined = _data_sets(folder.with_name(f"{folder.name}-joined"))["recaptions"]
+    about, root = find_manifest(str(joined / "manifest.yaml"))
+    open_or_create(joined / "s.zarr", about, about.open_source(root), quiet=True)
+    yield Case("joined", joined, _open_again, ("s.zarr/index/*", "s.zarr/zarr.json"))
 
 
 def shard_cases(folder: Path) -> Iterable[Case]:
@@ -419,6 +424,13 @@ def _read_store(notes: Notes) -> object:
         with suppress(AttributeError):
             seen.append(array.read(5, 20)[0].tobytes())
     return seen
+
+
+def _open_again(notes: Notes) -> object:
+    about, root = find_manifest("manifest.yaml")
+    store = open_or_create(Path("s.zarr"), about, about.open_source(root), quiet=True)
+    report = RecaptionReport.read(store.path / "index")
+    return [store.samples(0, store.rows), report.lines() if report else None]
 
 
 def lease_cases(folder: Path) -> Iterable[Case]:
@@ -493,8 +505,13 @@ def _reseal_export(hub: Path, files: Files, random: Random) -> bool:
 
 def head_cases(folder: Path) -> Iterable[Case]:
     folder.mkdir(parents=True)
-    save_released(folder / "heads.pt", released_tensors(2))
-    yield Case("released", folder, _import_released, ("heads.pt",))
+    (folder / "zip").mkdir()
+    save_released(folder / "zip/heads.pt", released_tensors(2))
+    yield Case("zip", folder / "zip", _import_released, ("heads.pt",))
+    (folder / "old").mkdir()
+    saved = torch.load(folder / "zip/heads.pt", weights_only=True)
+    torch.save(saved, folder / "old/heads.pt", _use_new_zipfile_serialization=False)
+    yield Case("old form", folder / "old", _import_released, ("heads.pt",))
 
 
 def _import_released(notes: Notes) -> object:
