@@ -14,7 +14,6 @@ from sail_align.extract.errors import UserError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 OnCollapse = Literal["stop", "warn"]
-Verify = Literal["first-epoch", "always", "off"]
 
 PAPER_ROWS = 100_000
 """With at least this many pairs, the default preset is `paper`."""
@@ -123,7 +122,7 @@ class FitOptions(FitSettings):
         "Run", "Defaults of the other settings.", None, shown=f"small below {PAPER_ROWS:,} pairs, else paper"
     )
     keep: int = declare("Run", "Number of resumable checkpoints to keep, besides the best one.", 2, ge=1, cca=True)
-    verify: Verify = declare("Data", _VERIFY, "first-epoch", cca=True)  # noqa: RUF009 (a field, not a value)
+    verify: Literal["first-epoch", "always", "off"] = declare("Data", _VERIFY, "first-epoch", cca=True)
     on_collapse: OnCollapse = declare(  # noqa: RUF009 (a field, not a value)
         "Run", "Reaction to a collapse of training.", "stop", cca=True
     )

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sail_align.align.data.captions import choose_captions
-from sail_align.align.settings import FitOptions, Verify
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.store.features import FeatureArray
@@ -26,6 +25,9 @@ Rows = NDArray[np.bool_]
 """A mask over the rows of a store."""
 
 Half = NDArray[np.float16]
+
+Verify = Literal["first-epoch", "always", "off"]
+"""When features are compared with their checksums: on their first use, on the first use in each epoch, or never."""
 
 MIN_HELD_OUT = 100
 MAX_HELD_OUT = 5_000
@@ -45,7 +47,7 @@ class Pairs:
     captions: tuple[str, ...]
     image: FeatureArray
     texts: tuple[FeatureArray, ...]
-    verify: Verify = FitOptions.verify
+    verify: Verify = "first-epoch"
 
     def __post_init__(self) -> None:
         for array in self.arrays:
@@ -63,7 +65,7 @@ class Pairs:
         captions: Sequence[str],
         image_encoder: str | None = None,
         text_encoder: str | None = None,
-        verify: Verify = FitOptions.verify,
+        verify: Verify = "first-epoch",
     ) -> "Pairs":
         """Open the arrays of a store; an encoder may be None if the store has only one."""
         store = Store.open(path)
@@ -135,7 +137,7 @@ def open_pairs(
     positives: int | None = None,
     image_encoder: str | None = None,
     text_encoder: str | None = None,
-    verify: Verify = FitOptions.verify,
+    verify: Verify = "first-epoch",
 ) -> list[Pairs]:
     """Open the arrays of one or several stores, to train on all of them together.
 

@@ -31,6 +31,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 CHECKPOINT_FILES = ("model.json", "model.safetensors", "optimizer.safetensors")
 """Files of a checkpoint. The first one marks it as complete."""
 
+
 class Imported(TypedDict):
     """The file from which heads were imported."""
 

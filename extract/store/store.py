@@ -44,6 +44,7 @@ from sail_align.extract.store.hierarchy import (
 )
 from sail_align.extract.store.index import FILE_ROWS, Index
 from sail_align.extract.store.recaptions import RecaptionReport
+from sail_align.extract.system.difference import describe_difference
 from sail_align.extract.system.files import (
     NOT_A_STORE,
     as_path,
@@ -190,12 +191,8 @@ class Store:
             store = cls(path, attributes)
         except (KeyError, TypeError) as problem:
             raise UserError(NOT_A_STORE.format(path=path)) from problem
-        if manifest is not None and (recorded := attributes["manifest"]) != manifest:
-            field = next(name for name in (*manifest, *recorded) if manifest.get(name) != recorded.get(name))
-            raise UserError(
-                f"{path} was made from another manifest: its {field} is {recorded.get(field)!r}, now it is "
-                f"{manifest.get(field)!r}. Pass another --out."
-            )
+        if manifest is not None and (difference := describe_difference(attributes["manifest"], manifest)):
+            raise UserError(f"{path} was made from another manifest: {difference}. Pass another --out.")
         return store
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
