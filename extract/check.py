@@ -162,7 +162,7 @@ def _check_images(source: Source, samples: list[Sample], strict: bool, rows: int
     if problems:
         text += f"; first problem: {problems[0]}"
     if problems and good:
-        text += "; `run` leaves such images out and lists them"
+        text += "; `run` counts such images and leaves them without features"
     return good, text
 
 

@@ -15,6 +15,7 @@ from sail_align.align.runs.folder import RunFolder, RunSettings, content_digest,
 from sail_align.evaluate.results.schema import DescriptionForm, ExampleForm, RecordForm, ScoresForm
 from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError, command
+from sail_align.extract.system.files import open_regular
 from sail_align.extract.system.validation import validated
 
 if TYPE_CHECKING:  # a report reads scores without waiting for torch
@@ -238,7 +239,8 @@ class RunScores:
         remedy = f"Score {record['dataset']} again with `{again}`."
         try:
             expected = record.get("outcomes_sha256")
-            is_changed = expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected
+            with open_regular(path) as content:
+                is_changed = expected and hashlib.sha256(content.read()).hexdigest() != expected
             with safe_open(path, framework="numpy") as file:
                 if file.metadata() != record.signature:
                     raise UserError(f"{path} is of another evaluation than the scores. {remedy}")

@@ -231,7 +231,7 @@ def remove_own(folder: Path, names: Iterable[str]) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     if not is_remote(path):
-        ours = re.compile(re.escape(path.name).join((r"\.", r"\.[0-9a-f]{32}\.tmp")))
+        ours = re.compile(re.escape(path.name).join((r"\.", r"\.[0-9a-f]+\.tmp")))
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             if ours.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
@@ -241,7 +241,7 @@ def file_digest(path: Path) -> str | None:
     """Return the SHA-256 of a file, None if it does not exist. Raises `UserError` if it cannot be read."""
     with report_read_errors(path):
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             return None

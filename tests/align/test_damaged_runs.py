@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -13,12 +14,13 @@ from interrupted import Killed
 
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.runs.claim import claim_run
-from sail_align.align.runs.folder import RunFolder, parse_entry
+from sail_align.align.runs.folder import RunFolder, parse_entry, read_file
 from sail_align.align.train import writer
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import make_plan
 from sail_align.align.train.trainer import fit
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.files import file_digest
 
 OPTIONS = {"steps": 4, "dim": 4, "preset": "small", "head": "linear"}
 
@@ -229,3 +231,12 @@ def test_clean_up_of_a_checkpoint_follows_no_link(tmp_path):
     RunFolder(folder).discard()
     assert not folder.exists()
     assert len(list(precious.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["settings.json", "model.json", "config.json", "model.safetensors"])
+def test_fifo_in_a_foreign_run_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(not a regular file\)"):
+        read_file(tmp_path / name, "")
+    with pytest.raises(UserError, match=r"cannot be read"):
+        file_digest(tmp_path / name)

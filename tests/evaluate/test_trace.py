@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from sail_align.align.cli import app as align
 from sail_align.align.runs.checkpoint import Checkpoint
-from sail_align.align.runs.folder import RunFolder
+from sail_align.align.runs.folder import RunFolder, record_digest
 from sail_align.evaluate.cli import app
-from sail_align.evaluate.trace import Link, State
+from sail_align.evaluate.results.scores import Record
+from sail_align.evaluate.trace import Link, State, _evaluation_data, _training
+from sail_align.evaluate.trace import trace as links
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
@@ -317,3 +319,57 @@ def test_path_without_scores_is_one_message(tmp_path, words):
         result = CliRunner().invoke(app, [words[0], str(path), *words[1:]])
         assert isinstance(result.exception, UserError)
         assert re.search(message, str(result.exception))
+
+
+def test_nothing_at_a_url_is_opened(world, monkeypatch):
+    def fetch(url):
+        raise AssertionError(f"fetched {url}")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fetch)
+    settings = {"stores": ["s3://bucket/photos.zarr"], "store_digests": ["a" * 64], "features_digests": ["b" * 64]}
+    (store,) = _training(settings, {})
+    assert store.state is State.ABSENT
+    assert store.detail.endswith("at a URL, which is not opened")
+    about = {"kind": "webdataset", "files": "memory://bucket/{0..9}.tar", "classes": ["a"]}
+    (world.folder / "tars").mkdir()
+    named = {"tars": find_manifest(str(world.manifest("tars", about, {"kind": "classification"})))}
+    data = _evaluation_data(Record(dataset="tars", task="classification", data={"digest": "a" * 64}), named)
+    assert data.state is State.ABSENT
+    assert data.detail.endswith("at memory://bucket/{0..9}.tar, which is not opened")
+
+
+def _places(value, path=()):
+    """Yield the path of each value in a JSON value."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from _places(inner, (*path, key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "odd"), enumerate([None, [], {}, "x", -7]))
+def test_odd_values_in_any_record_are_no_traceback(chain, first, odd):
+    """Also if the digests were computed again."""
+    files = [chain / "scores.json", chain / "checkpoints/step-00000009/model.json", chain / "settings.json"]
+    for file in files:
+        whole = file.read_text()
+        skipped = ("metrics", "details", "versions", "golden", "weights")
+        places = [place for place in _places(json.loads(whole)) if not any(name in place for name in skipped)]
+        for place in places[first::5]:
+            content = json.loads(whole)
+            inner = content
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = odd
+            if file.name == "model.json":
+                content["digest"] = record_digest(content)
+            else:
+                content.pop("digest", None)
+            file.write_text(json.dumps(content))
+            try:
+                for _ in links(chain, {}):
+                    pass
+            except UserError:
+                assert file.name == "scores.json"
+            except Exception as problem:
+                raise AssertionError(f"{file.name} {place}") from problem
+        file.write_text(whole)

@@ -92,7 +92,7 @@ def test_rows_that_run_leaves_out_are_announced(tmp_path, typed):
     assert code == 0
     (line,) = [line for line in out.splitlines() if "checked images" in line]
     assert line.startswith("  ok   2 of 3 checked images are readable; first problem: ")
-    assert line.endswith("; `run` leaves such images out and lists them")
+    assert line.endswith("; `run` counts such images and leaves them without features")
 
 
 def test_incomplete_set_is_ready_only_for_training(photos, typed):
