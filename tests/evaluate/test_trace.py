@@ -346,7 +346,7 @@ def _places(value, path=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "odd"), enumerate([None, [], {}, "x", -7]))
+@pytest.mark.parametrize(("first", "odd"), [*enumerate([None, [], {}, "x", -7])])
 def test_odd_values_in_any_record_are_no_traceback(chain, first, odd):
     """Also if the digests were computed again."""
     files = [chain / "scores.json", chain / "checkpoints/step-00000009/model.json", chain / "settings.json"]
