@@ -69,7 +69,7 @@ class RecordForm(DescriptionForm):
     run: str
     stores: dict[str, _Store]
     versions: dict[str, str]
-    seconds: Number
+    examples_sha256: NotRequired[str]
     outcomes_sha256: NotRequired[str]
 
 
