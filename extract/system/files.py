@@ -242,7 +242,7 @@ def file_digest(path: Path) -> str | None:
     with report_read_errors(path):
         try:
             with open_regular(path) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
         except FileNotFoundError:
             return None
 
