@@ -3,13 +3,14 @@
 import os
 import random
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sail_align.extract.data import Sample, Source, UnreadableImageError, describe_left_out
 from sail_align.extract.download import Downloaded
@@ -168,11 +169,15 @@ def _check_images(source: Source, samples: list[Sample], strict: bool, rows: int
 
 def _check_captions(source: Source, samples: list[Sample], strict: bool) -> Iterator[Finding]:
     if tables := source.recaptions:
+        wanted = [getattr(sample, tables.field) for sample in samples]
+        found: set[str] = set()
         for table in tables.files:
-            deque(read_captions(table, tables), maxlen=0)  # to the end, because `run` stops at any fault
-        joinable = sum(bool(getattr(sample, tables.field)) for sample in samples)
+            for rows in read_captions(table, tables):  # to the end, because `run` stops at any fault
+                matches = rows[tables.column].filter(pc.is_in(rows[tables.column], pa.array(wanted, pa.string())))
+                found.update(matches.to_pylist())
+        joined = sum(value in found for value in wanted if value)
         names = ", ".join(tables.captions)
-        yield joinable > 0, f"{joinable} of these have a {tables.field} to join captions by: {names}"
+        yield joined > 0, f"{joined} of these find their {tables.field} in the tables of captions: {names}"
     if source.captions:
         captioned = sum(bool(sample.captions) for sample in samples)
         good = captioned == len(samples) if strict else captioned > 0

@@ -177,7 +177,7 @@ def test_tars_of_real_img2dataset_join_by_url(web, typed):
     assert (root / "some" / "00000.tar").stat().st_mtime_ns == written
 
     code, out, _ = typed("check", str(manifest))
-    assert (code, "  ok   12 of these have a url to join captions by: raw, long\n" in out) == (0, True)
+    assert (code, "  ok   12 of these find their url in the tables of captions: raw, long\n" in out) == (0, True)
 
     about, data_root = find_manifest(str(manifest))
     source = about.open_source(data_root)

@@ -296,6 +296,22 @@ def test_check_reads_tables_to_the_end(recaptioned):
     assert any(not good and "url-1.csv is invalid: got the quotation mark of the field" in text for good, text in found)
 
 
+@pytest.mark.slow
+def test_check_is_not_ready_if_no_caption_joins(recaptioned):
+    def findings():
+        found = check(*find_manifest(str(recaptioned / "pictures.yaml")))
+        return [(good, text) for good, text in found if "in the tables of captions" in text]
+
+    ((good, text),) = findings()
+    assert good
+    assert not text.startswith("0 ")
+    for table in recaptioned.glob("cc_3long*"):
+        table.write_text(table.read_text().replace("http", "ftp"))
+    ((good, text),) = findings()
+    assert not good
+    assert text.startswith("0 of these find their url")
+
+
 def test_img2dataset_images_join_by_url_not_position(tmp_path):
     there = [number for number in range(40) if number % 7]  # the others could not be downloaded
     write_tar(tmp_path / "00000.tar", img2dataset_members(there[:20]))

@@ -34,9 +34,9 @@ INTERNALS = re.compile(
 )
 """Words of Python, pydantic and their like, which no message for users contains."""
 LONGEST_MESSAGE = 2_000
-EXPECTED = re.compile(r"(note|error|warning|skipped): |\s*$|Fax\d?Decode\w*: |JPEGLib: ")
-"""Lines of ours, and those of libtiff on TIFFs with fax or JPEG compression. Pillow does not learn of these faults, and
-like most damage to the data of a JPEG they change pixels and nothing else."""
+EXPECTED = re.compile(r"(note|error|warning|skipped): |\s*$|Fax\d?Decode\w*: |JPEGLib: |Corrupt EXIF data")
+"""Lines of ours; those of libtiff on TIFFs with fax or JPEG compression, whose faults change pixels and nothing else,
+like most damage to the data of a JPEG; and Pillow's on EXIF data, without which a picture is taken as upright."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _run(work: Callable[[Notes], object]) -> Outcome:
     peak = _memory("VmHWM") - idle
     message = "; ".join(filter(None, [outcome.message, *notes.declared[:3], *logged.ours[:3]]))
     foreign = [str(each.message) for each in warned if not _is_ours(each.filename)] + logged.foreign
-    foreign += [line for line in _printed() if not EXPECTED.match(line)]
+    foreign = [line for line in [*foreign, *_printed()] if not EXPECTED.match(line)]
     kind = outcome.kind
     if kind == "well" and (notes.declared or logged.ours):
         kind = "declared"
