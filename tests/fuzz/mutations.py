@@ -157,7 +157,7 @@ def change_tree(tree: Any, random: Random, raw: dict[str, str] = RAW) -> Any:
         case 6:
             parent[key] = [parent[key]]
         case 7 if isinstance(parent, dict):
-            parent[random.choice(["", "x", f"{key} ", key.upper(), "__class__"])] = parent.pop(key)
+            parent[random.choice(["", "x", f"{key} ", str(key).upper(), "__class__"])] = parent.pop(key)
         case 8 if isinstance(parent, dict):
             parent[random.choice(["x", "format", "label", "zarr_format"])] = value(random, raw)
         case _:
