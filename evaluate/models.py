@@ -64,7 +64,10 @@ def load_open_clip(reference: str, device: str) -> Run:
     settings, towers = (read_json(folder / f"{name}.json", f"Remove {folder}.") for name in ("settings", "encoders"))
     if settings.get("model") != reference:
         raise UserError(f"{folder} exists and is of the model {settings.get('model')!r}. Rename that folder.")
-    image, text = (Identity.from_json(towers[side]) for side in ("image", "text"))
+    try:
+        image, text = (Identity.from_json(towers.get(side, {})) for side in ("image", "text"))
+    except ValueError as problem:
+        raise UserError(f"{folder / 'encoders.json'} is invalid: {problem}. Remove {folder}.") from problem
     no_head = cast(Head, nn.Identity())  # the features are embeddings already, up to their length
     return Run(folder, AlignmentModel(no_head, no_head).eval(), image, text, settings, model_digest(image, text))
 

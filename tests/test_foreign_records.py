@@ -17,6 +17,7 @@ from sail_align.align.hub.folder import read_hub_folder, write_hub_folder
 from sail_align.align.hub.released import Released
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.runs.folder import record_digest
+from sail_align.evaluate.models import load_open_clip
 from sail_align.extract.encoders.load import load_recorded
 from sail_align.extract.errors import UserError
 
@@ -164,3 +165,14 @@ def test_name_in_a_file_of_heads_is_text_of_bounded_length(tmp_path, name, kept)
     torch.save(saved, tmp_path / "heads.pt")
     imported = Released.read(tmp_path / "heads.pt").imported
     assert (imported["name"], imported["epoch"]) == (kept, None)
+
+
+@pytest.mark.parametrize("towers", [{}, {"image": 3, "text": {}}, {"image": {"spec": []}, "text": {}}], ids=str)
+def test_damaged_record_of_a_compared_model_is_named(tmp_path, monkeypatch, towers):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/open_clip-tiny")
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"model": "open_clip:tiny"}')
+    (folder / "encoders.json").write_text(json.dumps(towers))
+    with pytest.raises(UserError, match=r"encoders\.json is invalid: .* Remove runs/open_clip-tiny\."):
+        load_open_clip("open_clip:tiny", "cpu")
