@@ -20,6 +20,7 @@ from sail_align.extract.sources.class_names import templates
 from sail_align.extract.sources.images import FolderSource
 from sail_align.extract.sources.table_files import read_captions
 from sail_align.extract.sources.webdataset import WebDatasetConfig
+from sail_align.extract.system.validation import shortened
 
 PROBED_SAMPLES = 32
 """Number of samples, besides the first, whose image, mask and captions are checked."""
@@ -69,9 +70,9 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
         yield from _check_counts(manifest, "rows", probe.rows, manifest.expected_rows)
         yield from _check_counts(manifest, "captions", probe.captions, manifest.expected_captions)
         for fault, (count, first) in probe.faults.items():
-            yield False, f"{count:,} rows have no {fault}; the first is {first!r}"
+            yield False, f"{count:,} rows have no {fault}; the first is {shortened(first)}"
         if repeated := probe.repeated_key(source):
-            yield False, f"key {repeated!r} occurs more than once; make the keys unique"
+            yield False, f"key {shortened(repeated)} occurs more than once; make the keys unique"
     if left_out := describe_left_out(source.left_out):
         yield True, left_out
     if source.classes:

@@ -34,7 +34,9 @@ INTERNALS = re.compile(
 )
 """Words of Python, pydantic and their like, which no message for users contains."""
 LONGEST_MESSAGE = 2_000
-EXPECTED = re.compile(r"(note|error|warning|skipped): |\s*$|Fax\d?Decode\w*: |JPEGLib: |Corrupt EXIF data")
+EXPECTED = re.compile(
+    r"(note|error|warning|skipped): |\s*$|Fax\d?Decode\w*: |JPEGLib: |Corrupt EXIF data|Tag data larger than file"
+)
 """Lines of ours; those of libtiff on TIFFs with fax or JPEG compression, whose faults change pixels and nothing else,
 like most damage to the data of a JPEG; and Pillow's on EXIF data, without which a picture is taken as upright."""
 
