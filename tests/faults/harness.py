@@ -79,7 +79,7 @@ class Bench:
         if not pid:
             self._call(work, point, fault)
         code = _wait(pid, kill_after)
-        report = json.loads(self._report.read_text()) if self._report.exists() else {}
+        report = json.loads(self._report.read_text()) if code >= 0 and self._report.exists() else {}
         points = [Point(*each) for each in report.get("points", ())]
         output = self._output.read_text(errors="replace")
         return End(code, output, points, set(report.get("files", ())), report.get("modules", []))
