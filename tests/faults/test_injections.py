@@ -9,7 +9,7 @@ import pytest
 from tests.faults import injections
 from tests.faults.jobs import JOBS
 
-SAMPLE = 60
+SAMPLE = 36
 
 
 def play_sample(folder: Path) -> None:
