@@ -68,7 +68,7 @@ def reseal(hub: Path, record, weights=None):
         (("settings", "steps"), "9", "settings.steps: got '9', expected a whole number"),
         (("step",), -1, "step: got -1, expected a number greater than or equal to 0"),
         (("finished",), "yes", "finished: got 'yes', expected true or false"),
-        (("run_digest",), "../../x", r"got run_digest '../../x', expected 64 hex digits"),
+        (("run_digest",), "../../x", r"got run_digest '../../x', expected 64 hexadecimal digits"),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )

@@ -67,6 +67,7 @@ class RecordForm(DescriptionForm):
     metrics: list[MetricForm]
     details: _Details
     run: str
+    encoders: dict[str, str]
     stores: dict[str, _Store]
     versions: dict[str, str]
     examples_sha256: NotRequired[str]

@@ -169,7 +169,7 @@ def test_similar_templates_have_different_protocol_ids(world):
 def test_concurrent_writers_lose_no_record(run, monkeypatch):
     write = writer.write_atomically
     monkeypatch.setattr(writer, "write_atomically", lambda *given: (threading.Event().wait(0.02), write(*given)))
-    records = [{"dataset": f"set-{number}", "task": "retrieval", "protocol": "p"} for number in range(8)]
+    records = [{"dataset": f"set-{number}", "task": "retrieval", "error": "x"} for number in range(8)]
     threads = [threading.Thread(target=writer.ScoreWriter(run).merge, args=(Record(record),)) for record in records]
     for thread in threads:
         thread.start()

@@ -40,6 +40,8 @@ def record(task, protocol, metrics, *, digest="a" * 64, rows=800, expected=800, 
         "details": {},
         "run": "r" * 64,
         "encoders": {"image": "i" * 64, "text": "t" * 64},
+        "stores": {},
+        "versions": {},
         **fields,
     }
 
@@ -64,7 +66,7 @@ def runs(tmp_path):
         for name, own in records.items():
             paths.append(tmp_path / name)
             paths[-1].mkdir(parents=True, exist_ok=True)
-            scores = {"schema": SCHEMA, "run": {"name": name, "digest": "r" * 64, "unfinished": ""}, "records": own}
+            scores = {"schema": SCHEMA, "run": {"name": name, "digest": "r" * 64}, "encoders": {}, "records": own}
             (paths[-1] / "scores.json").write_text(json.dumps(scores))
         return RunScores.read_all(paths)
 
@@ -257,7 +259,8 @@ def test_runs_have_unique_names_and_appear_once(tmp_path):
     paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for path in paths:
         path.mkdir(parents=True)
-        scores = {"schema": SCHEMA, "run": {"unfinished": "unfinished: step 1 of 9"}, "records": [top1()]}
+        about = {"name": "run", "digest": "r" * 64, "unfinished": "unfinished: step 1 of 9"}
+        scores = {"schema": SCHEMA, "run": about, "encoders": {}, "records": [top1()]}
         (path / "scores.json").write_text(json.dumps(scores))
     assert [run.name for run in RunScores.read_all(paths)] == [str(path) for path in paths]
     assert [run.name for run in RunScores.read_all([paths[0], tmp_path / "b" / ".." / "a" / "run"])] == ["run"]

@@ -37,6 +37,8 @@ def record(task, protocol, metrics, title="T"):
         "details": {},
         "run": "r" * 64,
         "encoders": {"image": "i" * 64, "text": "t" * 64},
+        "stores": {},
+        "versions": {},
     }
 
 
@@ -47,7 +49,7 @@ def runs(tmp_path):
     def write(**records):
         for name, own in records.items():
             (tmp_path / name).mkdir(exist_ok=True)
-            scores = {"schema": SCHEMA, "run": {"name": name, "digest": "r" * 64, "unfinished": ""}, "records": own}
+            scores = {"schema": SCHEMA, "run": {"name": name, "digest": "r" * 64}, "encoders": {}, "records": own}
             (tmp_path / name / "scores.json").write_text(json.dumps(scores))
         return RunScores.read_all([tmp_path / name for name in records])
 
@@ -84,7 +86,7 @@ def test_markdown_items_are_no_lists_or_headings(runs):
 
 
 def test_page_has_no_markup_of_its_data(runs, tmp_path):
-    shown = overview(runs, HTML + ESCAPE)
+    shown = overview(runs, HTML.replace("/", "") + ESCAPE)  # a name with a slash is damage
     for run in shown.runs:
         (run.path / "settings.json").write_text('{"model": "<b>m\\u001b"}')
         run.content["encoders"] = {}

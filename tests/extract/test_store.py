@@ -93,7 +93,7 @@ def test_write_removes_leftovers_of_a_killed_writer(store):
     folder = store.path / "image/fake-image/features/c/3"
     whole = (folder / "0").read_bytes()
     (folder / "0").write_bytes(whole[:100])
-    (folder / ".0.deadbeef.tmp").write_bytes(b"half a shard")
+    (folder / f".0.{'deadbeef' * 4}.tmp").write_bytes(b"half a shard")
     array.write(3, features[768:], status[768:])
     assert (folder / "0").read_bytes() == whole
     assert [path.name for path in folder.iterdir()] == ["0"]
