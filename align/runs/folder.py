@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from typing_extensions import TypedDict
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import canonical_json, open_regular, remove_own, write_atomically
+from sail_align.extract.system.files import canonical_json, read_regular, remove_own, write_atomically
 
 BEGIN_AGAIN = "Restore it, or start again with another --out."
 EXPORT_AGAIN = "Export or download it again."
@@ -264,8 +264,7 @@ def parse_entry(line: str) -> dict[str, Any] | None:
 def read_file(path: Path, remedy: str) -> bytes:
     """Return the bytes of a file. Raises `UserError` if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            return file.read()
+        return read_regular(path)
     except OSError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}). {remedy}") from problem
 

@@ -15,7 +15,7 @@ from sail_align.align.runs.folder import RunFolder, RunSettings, content_digest,
 from sail_align.evaluate.results.schema import DescriptionForm, ExampleForm, RecordForm, ScoresForm
 from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError, command
-from sail_align.extract.system.files import open_regular
+from sail_align.extract.system.files import read_regular
 from sail_align.extract.system.validation import validated
 
 if TYPE_CHECKING:  # a report reads scores without waiting for torch
@@ -239,12 +239,11 @@ class RunScores:
         remedy = f"Score {record['dataset']} again with `{again}`."
         try:
             expected = record.get("outcomes_sha256")
-            with open_regular(path) as content:
-                is_changed = expected and hashlib.sha256(content.read()).hexdigest() != expected
+            found = hashlib.sha256(read_regular(path)).hexdigest()
             with safe_open(path, framework="numpy") as file:
                 if file.metadata() != record.signature:
                     raise UserError(f"{path} is of another evaluation than the scores. {remedy}")
-                if is_changed:
+                if expected not in (None, found):
                     raise damaged(path, remedy)
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except FileNotFoundError as problem:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import NOT_A_STORE, canonical_json, report_read_errors, write_atomically
+from sail_align.extract.system.files import (
+    NOT_A_STORE,
+    canonical_json,
+    read_regular,
+    report_read_errors,
+    write_atomically,
+)
 
 STORE_FORMAT = 2
 FORMATS = (1, STORE_FORMAT)
@@ -24,7 +30,7 @@ Document = dict[str, Any]
 def read_document(folder: Path) -> Document:
     """Return the content of a group's or array's zarr.json. Raises `UserError` if it is missing or damaged."""
     with report_read_errors(folder / FILE):
-        document = json.loads((folder / FILE).read_bytes())
+        document = json.loads(read_regular(folder / FILE))
         if not isinstance(document, dict):
             raise TypeError
     return document
@@ -68,7 +74,7 @@ def read_root(path: Path) -> dict[str, Any]:
     file = path / FILE
     with report_read_errors(file):
         try:
-            document = json.loads(file.read_bytes())
+            document = json.loads(read_regular(file))
             attributes: dict[str, Any] = document["attributes"]["sail"]
             version = attributes["format"]
         except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:

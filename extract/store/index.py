@@ -10,16 +10,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_read_errors, write_atomically
+from sail_align.extract.system.files import (
+    canonical_json,
+    file_digest,
+    is_remote,
+    read_regular,
+    report_read_errors,
+    write_atomically,
+)
+from sail_align.extract.system.validation import validated
 
 FILE_ROWS = 65_536
 GROUP_ROWS = 8_192
@@ -135,6 +145,15 @@ class Index:
                 yield pq.read_table(file, columns=[name])[name].to_pylist()
 
 
+class _RecordForm(TypedDict):
+    made_of: str
+    stamps: list[list[Stamp]]
+    rows: list[Annotated[int, Field(ge=0)]]
+    digests: list[str]
+    tables: list[Stamp]
+    complete: bool
+
+
 @dataclass
 class IndexRecord:
     """The sources of an index, kept beside it as sources.json.
@@ -178,12 +197,13 @@ class IndexRecord:
     def read(cls, folder: Path) -> "IndexRecord | None":
         """Return the record of an index, None if it is missing or damaged."""
         try:
-            content = json.loads((folder / RECORD).read_bytes())
+            content = json.loads(read_regular(folder / RECORD))
             content["stamps"] = [list(map(tuple, stamps)) for stamps in content["stamps"]]
             content["tables"] = list(map(tuple, content["tables"]))
-            return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError):
+            record = cls(**validated(_RecordForm, content))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+        return record if len(record.rows) == len(record.stamps) else None
 
     def write(self, folder: Path) -> None:
         """Write the record. Call it after writing the index file that it lists."""

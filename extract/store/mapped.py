@@ -22,7 +22,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.metadata import ArrayV3Metadata
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import report_read_errors
+from sail_align.extract.system.files import report_read_errors, require_regular
 
 ABSENT = -1
 READ_AHEAD = 1 << 17
@@ -115,7 +115,7 @@ class MappedChunks:
 
     def _map(self, path: Path) -> _Shard:
         """Map a shard's file and check its index."""
-        with report_read_errors(path), pa.memory_map(str(path)) as file:
+        with report_read_errors(path), pa.memory_map(str(require_regular(path))) as file:
             content = np.frombuffer(file.read_buffer(), np.uint8)  # stays valid when the file is closed
         size = 16 * self._per_shard
         if len(content) < size + 4:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sail_align.extract.system.files import canonical_json, report_read_errors, write_atomically
+from sail_align.extract.system.files import canonical_json, read_regular, report_read_errors, write_atomically
 
 Marker = dict[str, Any]
 CONTENT = ("fingerprint", "rows", "counts", "sha256")
 """The fields of format 1. A store's digest covers these, so that an upgrade does not change it."""
+_FORM = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""Errors of reading a marker of another form."""
 
 
 class Markers:
@@ -53,7 +55,7 @@ class Markers:
         path = self.file(shard)
         with report_read_errors(path):
             try:
-                marker: Any = json.loads(path.read_bytes())
+                marker: Any = json.loads(read_regular(path))
                 place = {**self._bound, "shard": shard, "rows": list(rows)}
                 if "digest" in marker:
                     valid = marker["digest"] == _seal(marker) and len(marker["crc32c"]) == chunks
@@ -63,7 +65,7 @@ class Markers:
                 valid = valid and all(marker[name] == value for name, value in place.items())
                 valid = valid and sum(marker["counts"].values()) == rows[1] - rows[0]
                 valid = valid and marker["sha256"].keys() == self._names
-            except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):  # unexpected content
+            except (FileNotFoundError, *_FORM):
                 return None
         return marker if valid else None
 

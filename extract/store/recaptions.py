@@ -19,17 +19,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.table_files import read_captions
 from sail_align.extract.store.index import CAPTION, FIELDS, FILE_ROWS, Index, text_hashes
-from sail_align.extract.system.files import canonical_json, file_digest, write_atomically
+from sail_align.extract.system.files import canonical_json, file_digest, read_regular, write_atomically
 from sail_align.extract.system.progress import progress
+from sail_align.extract.system.validation import validated
 
 REPORT = "recaptions.json"
 SPILL_BYTES = 32 << 20
 """Bytes of captions that are collected in memory before they are spilled."""
+
+
+class _ReportForm(TypedDict, total=False):
+    field: str
+    images: int
+    captions: dict[str, int]
+    tables: list[list[str]]
+    nameless: int
+    found: int
+    rows: int
+    joined: int
+    no_image: int
+    duplicates: int
+    empty: int
 
 
 @dataclass
@@ -79,8 +95,8 @@ class RecaptionReport:
         if digest and cls.digest(folder) != digest:
             raise UserError(f"{folder / REPORT} is missing or has changed since the store was made. Restore it.")
         try:
-            return cls(**json.loads((folder / REPORT).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return cls(**validated(_ReportForm, json.loads(read_regular(folder / REPORT))))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def write(self, folder: Path) -> None:

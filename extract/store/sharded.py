@@ -14,7 +14,7 @@ from zarr.storage import FsspecStore, MemoryStore
 
 from sail_align.extract.store.hierarchy import FILE, write_document
 from sail_align.extract.store.mapped import MappedChunks
-from sail_align.extract.system.files import is_remote, report_read_errors
+from sail_align.extract.system.files import is_remote, report_read_errors, require_regular
 
 DIMENSIONS = ("row", "feature")
 
@@ -34,6 +34,7 @@ class ShardedArray:
         self.folder = folder
         self._has_file = has_file
         with report_read_errors(folder / FILE):
+            require_regular(folder / FILE)
             self.zarr = self._open()
         self.width = self.zarr.shape[1:]
         self.shard_rows = (self.zarr.shards or self.zarr.chunks)[0]
@@ -99,6 +100,7 @@ class ShardedArray:
         if file is None:
             return np.full((stop - start, *self.width), self.zarr.fill_value, self.zarr.dtype)
         with report_read_errors(file):
+            require_regular(file)
             rows = np.asarray(self.zarr[start:stop])
             is_fill = np.array_equal(rows.flat[:1], [self.zarr.fill_value], equal_nan=True)
             if is_fill and file.stat().st_size == 0:  # zarr reads an empty or missing file as fill values

@@ -387,7 +387,8 @@ class Store:
         arrays = {array.path: array for array in self.arrays()}
         for name in self.leases.names():
             path, _, what = name.rpartition("/")
-            if name == INDEX:  # never of another machine: two writers of the root could undo each other's work
+            # Never of another machine: two writers of the root could undo each other's work, two retries each other's.
+            if name == INDEX or name.startswith("retry/"):
                 self.leases.remove_dead(name)
             elif not what.isdecimal() or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)

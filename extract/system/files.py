@@ -75,6 +75,12 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file. Raises `OSError` as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def require_regular(path: Path) -> Path:
     """Return the path of a file that another library opens. Raises `OSError` as `open_regular` does."""
     if not is_remote(path):
@@ -120,8 +126,7 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
         UserError: The file cannot be read, or is not a JSON object.
     """
     try:
-        with open_regular(path) as file:
-            content = json.loads(file.read())
+        content = json.loads(read_regular(path))
     except OSError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}); {remedy}.") from problem
     except (ValueError, RecursionError) as problem:

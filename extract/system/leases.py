@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import is_remote
+from sail_align.extract.system.files import is_remote, read_regular
 
 TTL = 120.0
 """Seconds without a heartbeat, of which there are six in this time, after which a lease of another machine is dead."""
@@ -34,6 +34,10 @@ POLL = 1.0
 _MAX_PID = 2**31
 _TEMPORARY = re.compile(r"\..+\.[0-9]+\.json\.[0-9a-f]{32}\.tmp")
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+_UNREMOVED: set[bytes] = set()
+"""Contents of leases that this process has released, but whose files it could not remove. They are dead."""
 
 
 class LeaseLostError(Exception):
@@ -187,8 +191,10 @@ class Lease:
         if not _read(self.file).startswith(self.content):
             return
         for generation in [*(g for g in self.generations(self.path) if g < self.generation), self.generation]:
-            with suppress(OSError):
+            try:
                 self.file_of(self.path, generation).unlink(missing_ok=True)
+            except OSError:
+                _UNREMOVED.add(self.content)
 
 
 class Leases:
@@ -314,12 +320,15 @@ class Leases:
             return
         for folder, _, files in os.walk(self.folder, topdown=False):
             for leftover in (Path(folder, file) for file in files if _TEMPORARY.fullmatch(file)):
-                leftover.unlink(missing_ok=True)
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or already removed
                 os.rmdir(folder)
 
     def _is_dead(self, file: Path) -> bool:
         content = _read(file)
+        if any(content.startswith(each) for each in _UNREMOVED):
+            return True
         owner = Owner.parse(content)
         alive = owner.is_alive() if owner else None
         if alive is not None:
@@ -344,6 +353,10 @@ class Leases:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_regular(file)
     except FileNotFoundError:
         return b""
+    except OSError as problem:
+        if problem.errno in (errno.EINVAL, errno.EISDIR):  # not a file: planted, and as good as damaged
+            return b""
+        raise

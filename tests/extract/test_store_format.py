@@ -1,11 +1,14 @@
 """Format 2 binds every part of a store to its place, is a valid zarr hierarchy, and can be made from format 1."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import dask.array
@@ -21,10 +24,11 @@ from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.quality.verify import verify_store
 from sail_align.extract.store.features import checksum
+from sail_align.extract.store.index import IndexRecord
 from sail_align.extract.store.store import Store
 from sail_align.extract.store.upgrade import upgrade_store
 from sail_align.extract.system.files import canonical_json
-from sail_align.extract.system.leases import LeaseLostError
+from sail_align.extract.system.leases import LeaseLostError, Leases
 
 ROWS, SHARD, CHUNK = 300, 128, 32
 OLD_DIGEST = "cf40fc3fd7fdac46eddbc1cf36d10b9da2d819616559782893a4e43ffebbc942"
@@ -564,3 +568,66 @@ def test_root_is_not_written_without_the_lease(tmp_path):
         with pytest.raises(LeaseLostError):
             store.record([], lease)
     assert (store.path / "zarr.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zarr.json",
+        "index/part-00000.parquet",
+        "index/sources.json",
+        "image/fake-image/zarr.json",
+        "image/fake-image/features/zarr.json",
+        "image/fake-image/features/c/0/0",
+        "image/fake-image/status/c/0",
+        "commits/image/fake-image/00000.json",
+        "leases/index.0.json",
+    ],
+)
+def test_fifo_in_place_of_a_file_is_not_waited_for(store, name):
+    """A store may come from somebody else; without a writer, opening a FIFO waits for ever."""
+    (store.path / name).unlink(missing_ok=True)
+    (store.path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(store.path / name)
+    with suppress(UserError):
+        opened = Store.open(store.path)
+        opened.samples(0, 1)
+        opened.image().read()
+    with suppress(UserError):
+        list(verify_store(store.path))
+    assert IndexRecord.read(store.path / "index") is None or name != "index/sources.json"
+    assert store.leases.take("index") is None or not name.startswith("leases")
+
+
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        max_leaves=6,
+    ),
+    field=st.sampled_from(["made_of", "stamps", "rows", "digests", "tables", "complete", ""]),
+)
+@settings(max_examples=60, deadline=None)
+def test_record_of_an_index_of_another_form_is_none(tmp_path_factory, value, field):
+    folder = tmp_path_factory.mktemp("record")
+    record = IndexRecord("a", [[("b", 1, 2)]], [3], ["c"], [("d", 4, 5)], complete=True)
+    record.write(folder)
+    assert IndexRecord.read(folder) == record
+    content = json.loads((folder / "sources.json").read_bytes())
+    (folder / "sources.json").write_text(json.dumps({**content, field: value} if field else value))
+    found = IndexRecord.read(folder)
+    if found is not None:
+        assert len(found.rows) == len(found.stamps)
+        assert all(len(stamp) == 3 for stamps in found.stamps for stamp in stamps)
+    (folder / "sources.json").write_text("[" * 100_000)
+    assert IndexRecord.read(folder) is None
+
+
+def test_lease_that_cannot_be_removed_is_not_waited_for(tmp_path, monkeypatch):
+    leases = Leases(tmp_path / "leases")
+    with monkeypatch.context() as patch, leases.hold("index"):
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+        leases.release_all()
+    assert (tmp_path / "leases/index.0.json").exists()
+    with leases.hold("index") as lease:
+        assert lease.generation == 1

@@ -32,9 +32,6 @@ from tests.faults.primitives import FAULTS, OF_WRITES, ON_PATHS, Point
 
 ENDS = ("message", "carried on", "killed")
 
-WAITS_FOR_ITSELF = re.compile(r"leases/.*/array\.\d+\.json")
-"""Known fault: a process that cannot remove this lease waits for it when it adds the encoder's next array."""
-
 
 class Injection(NamedTuple):
     """A fault at a point of a job."""
@@ -74,8 +71,6 @@ def list_injections(runs: Sequence[Undisturbed]) -> list[Injection]:
 def _is_possible(point: Point, fault: str) -> bool:
     if fault in OF_WRITES:
         return point.operation == "write"
-    if fault != "kill" and point.operation == "unlink" and WAITS_FOR_ITSELF.search(point.path):
-        return False
     return fault != "EACCES" or point.operation in ON_PATHS
 
 
