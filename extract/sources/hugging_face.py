@@ -1,5 +1,6 @@
 """Source kind `hugging-face`: a data set of the library `datasets`, saved to disk or by its name on the hub."""
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError, import_extra, listing
@@ -19,12 +20,17 @@ from sail_align.extract.sources.file_set import FileSet, is_inside
 from sail_align.extract.sources.images import read_image
 
 PART_ROWS = 1 << 20
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files of a folder that `save_to_disk` wrote."""
 READ_ROWS = 8_192
 """Number of rows, without their images, that are Python objects at a time."""
 
 
 class HuggingFaceConfig(PathsConfig, SourceConfig):
-    """A data set of the library `datasets`: the folder `root` of `save_to_disk`, or `name` on the hub.
+    """A data set of the library `datasets`: a folder `root` that it can read, or `name` on the hub.
+
+    The folder was written by `save_to_disk`, downloaded from the hub, or is another one that `load_dataset` accepts.
 
     `image`, `captions`, `label` and `url` name columns. `captions` maps a caption's name to a column of text. A single
     column of text or lists of text gives `c0`, `c1`, …. `classes` is required if the label's column has no class names.
@@ -41,6 +47,15 @@ class HuggingFaceConfig(PathsConfig, SourceConfig):
     classes: Annotated[list[str], Field(min_length=1)] | None = None
     url: NonEmpty | None = None
 
+    @field_validator("name")
+    @classmethod
+    def _require_hub_name(cls, name: str | None) -> str | None:
+        if name is not None and not _HUB_NAME.fullmatch(name):
+            raise ValueError(
+                "It is not the name of a data set on the hub. For a folder, write `root` instead of `name`"
+            )
+        return name
+
     @property
     def needs(self) -> list[str]:
         """The folder, or nothing for a name on the hub."""
@@ -48,8 +63,8 @@ class HuggingFaceConfig(PathsConfig, SourceConfig):
 
     @property
     def urls(self) -> list[str]:
-        """The name on the hub, unless it is a local folder."""
-        return [f"hf://datasets/{self.name}"] if self.name and not Path(self.name).is_dir() else []
+        """The name on the hub."""
+        return [f"hf://datasets/{self.name}"] if self.name else []
 
     def open(self, data_root: Path) -> "HuggingFaceSource":
         """Open the source."""
@@ -71,9 +86,8 @@ class HuggingFaceSource(Source):
         datasets = import_extra(
             "datasets", "This source needs the package datasets: pip install 'sail-align[datasets]'."
         )
-        self._folders = [Path(config.name) if config.name else data_root / config.root]
-        if config.name:  # the library downloads into these
-            self._folders += [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+        caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]  # of the library's downloads and copies
+        self._folders = [*([] if config.name else [data_root / config.root]), *caches]
         self._rows = _load(datasets, config, data_root / config.root)
         self._schema: pa.Schema = self._rows.features.arrow_schema
         self.caption_origins = captions = config.captions
@@ -190,13 +204,21 @@ class HuggingFaceSource(Source):
 
 
 def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
+    formats = getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ())
+    if config.name and (config.name in formats or Path(config.name).exists()):
+        # `load_dataset` would read the current folder instead of the hub.
+        raise UserError(
+            f"Name {config.name!r} is that of a format or of a file here, not of a data set on the hub. For a folder, "
+            "write `root` instead of `name`."
+        )
+    where, was_saved = config.name or str(folder), any((folder / name).is_file() for name in _SAVED)
     try:
-        if config.name:
-            return datasets.load_dataset(config.name, config.config, split=config.split, revision=config.revision)
-        found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as problem:
+        if config.name or not was_saved:
+            return datasets.load_dataset(where, config.config, split=config.split, revision=config.revision)
+        found = datasets.load_from_disk(where)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
         reason = " ".join(str(problem).split()).rstrip(".")
-        raise UserError(f"Data set {config.name or folder} cannot be opened: {reason}.") from problem
+        raise UserError(f"Data set {where} cannot be opened: {reason}.") from problem
     if isinstance(found, datasets.DatasetDict):
         if config.split not in found:
             raise UserError(f"{folder} has no split {config.split!r}. Its splits are {', '.join(found)}.")

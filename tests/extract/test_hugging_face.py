@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from tars import grey, picture
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
@@ -104,14 +105,32 @@ def test_data_set_without_splits(saved):
     assert len(list(source(saved, root="alone").samples())) == ROWS
 
 
-def test_data_set_by_name(tmp_path, monkeypatch):
+def test_folder_of_parquet_files(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "named").mkdir()
     rows().to_parquet(tmp_path / "named" / "test.parquet")
-    named = source(tmp_path, root=".", name=str(tmp_path / "named"), split="test")
-    samples = list(named.samples())
+    found = source(tmp_path, root="named", split="test")
+    samples = list(found.samples())
     assert len(samples) == ROWS
-    assert grey(named.image("6")) == 6
+    assert grey(found.image("6")) == 6
+    with pytest.raises(UserError, match=r"named cannot be opened: Unknown split"):
+        source(tmp_path, root="named", split="nope")
+
+
+@pytest.mark.parametrize("name", ["./photos", "/photos", "photos/", "a/b/c", ""])
+def test_name_is_one_of_the_hub(tmp_path, name):
+    with pytest.raises(ValidationError):
+        source(tmp_path, name=name)
+
+
+@pytest.mark.parametrize("name", ["photos", "owner/photos", "imagefolder", "csv"])
+def test_name_never_reads_the_current_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "photos").mkdir(parents=True)
+    rows().to_parquet(tmp_path / "owner/photos/train.parquet")
+    (tmp_path / "photos").symlink_to("owner/photos")
+    with pytest.raises(UserError, match=rf"Name '{name}' is that of a format or of a file here.*write `root`"):
+        source(tmp_path, name=name)
 
 
 def test_images_stored_as_paths(tmp_path, monkeypatch):
@@ -121,7 +140,7 @@ def test_images_stored_as_paths(tmp_path, monkeypatch):
     (folder / "metadata.csv").write_text("file_name,title\n6.jpg,a\n7.jpg,b\n")
     for number in (6, 7):
         (folder / f"{number}.jpg").write_bytes(picture(number))
-    by_path = source(tmp_path, name=str(folder))
+    by_path = source(tmp_path, root=folder.name)
     assert [dict(s.captions) for s in by_path.samples()] == [{"raw": "a"}, {"raw": "b"}]
     np.testing.assert_array_equal(by_path.image("0"), Image.open(folder / "6.jpg"))
     (folder / "7.jpg").unlink()
