@@ -1,8 +1,10 @@
 """The public API: `import sail_align`."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,13 @@ def test_dir_lists_the_public_names():
 def test_unknown_attribute_raises_attribute_error():
     with pytest.raises(AttributeError, match="'sail_align' has no attribute 'lod'"):
         _ = sail_align.lod
+
+
+@pytest.mark.parametrize("document", ["docs/guarantees.md", "SECURITY.md"])
+def test_documents_name_tests_that_exist(document):
+    root = Path(__file__).parents[1]
+    named = re.findall(
+        r"`((?:extract/|align/|evaluate/|faults/|fuzz/)(?:test_\w+\.py)?|test_\w+\.py)`", (root / document).read_text()
+    )
+    assert len(named) > 10
+    assert [name for name in named if not (root / "tests" / name).exists()] == []
