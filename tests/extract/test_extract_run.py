@@ -43,7 +43,7 @@ def test_resume_rejects_another_manifest(pictures):
     run(pictures)
     path = pictures / "pictures.yaml"
     path.write_text(path.read_text().replace("long: story", "long: caption"))
-    with pytest.raises(UserError, match="made from another manifest: its source"):
+    with pytest.raises(UserError, match="made from another manifest: source"):
         run(pictures)
 
 
