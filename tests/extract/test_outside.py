@@ -269,9 +269,7 @@ def test_rows_of_a_data_set_are_not_fetched(tmp_path, fetched):
     (tmp_path / "photos").mkdir()
     shutil.copy(tmp_path / "1.png", tmp_path / "photos" / "1.png")
     pq.write_table(rows.data.table, tmp_path / "photos" / "train.parquet")
-    source = HuggingFaceConfig(kind="hugging-face", name=str(tmp_path / "photos"), captions={"raw": "title"}).open(
-        tmp_path
-    )
+    source = HuggingFaceConfig(kind="hugging-face", root="photos", captions={"raw": "title"}).open(tmp_path)
     for row in ("0", "1"):
         with pytest.raises(UserError, match="the manifest does not name it"):
             source.image(row)
