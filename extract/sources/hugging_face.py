@@ -212,9 +212,12 @@ def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
             "write `root` instead of `name`."
         )
     where, was_saved = config.name or str(folder), any((folder / name).is_file() for name in _SAVED)
+    # Without a network, `load_dataset` takes a copy of a local folder for the data set of that name on the hub.
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / ("" if config.name else "folders")
     try:
         if config.name or not was_saved:
-            return datasets.load_dataset(where, config.config, split=config.split, revision=config.revision)
+            options = {"split": config.split, "revision": config.revision, "cache_dir": str(cache)}
+            return datasets.load_dataset(where, config.config, **options)
         found = datasets.load_from_disk(where)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
         reason = " ".join(str(problem).split()).rstrip(".")
