@@ -26,7 +26,7 @@ def upgrade_store(store: Store, *, quiet: bool = False) -> bool:
         if any(name != INDEX and store.leases.is_held_here(name) for name in store.leases.names()):
             raise UserError(f"{store.path} is in use by another process. Rerun this command when it has ended.")
         arrays = store.arrays()
-        with progress(sum(len(array.markers) for array in arrays), "shards", quiet=quiet) as bar:
+        with progress(sum(len(array.markers) for array in arrays), "shards", unit="shard", quiet=quiet) as bar:
             for array in arrays:
                 for shard in sorted(array.markers):
                     array.upgrade(shard)
