@@ -202,7 +202,8 @@ class Setting:
                 parsed = self.number(value)
         valid = parsed in self.choices if isinstance(parsed, str) else self.ge <= parsed <= self.le
         if not valid:
-            got = repr(parsed[:100]) if isinstance(parsed, str) else f"{parsed:g}"
+            is_long = isinstance(parsed, int) and abs(parsed) > 10**15  # `:g` cannot print an int of 400 digits
+            got = repr(str(parsed)[:100]) if is_long or isinstance(parsed, str) else f"{parsed:g}"
             raise UserError(f"{self.flag} is invalid: got {got}, expected {self.values}.")
         return parsed
 

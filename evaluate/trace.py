@@ -213,9 +213,8 @@ def _training(settings: Content, manifests: Manifests) -> Generator[Link, None, 
     """Yield the links to the training stores, or to the file from which the heads were imported."""
     if imported := settings.get("imported"):
         yield Link.of(f"heads {imported['file']}", imported["sha256"], None, "they were imported from this file")
-    digests = settings.get("store_digests", [])
-    used = settings.get("features_digests") or [None] * len(digests)
-    paths = settings.get("stores") or [None] * len(digests)
+    paths = settings.get("stores") or [None] * len(settings.get("store_digests", []))
+    digests, used = (settings.get(name) or [None] * len(paths) for name in ("store_digests", "features_digests"))
     for number, (path, digest, features) in enumerate(zip(paths, digests, used, strict=True), start=1):
         if path is None:
             yield Link.of(f"training store {number}", digest, None, "an export does not record its folder")

@@ -215,6 +215,10 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
     from sail_align.extract.quality.doctor import diagnose
     from sail_align.extract.quality.pairing import Verdict
 
+    for file in store.damaged_index_files():
+        raise UserError(
+            f"{file} is missing or has changed since the store was made. Restore it or make the store again."
+        )
     arrays, images = store.arrays(), store.images()
     for array in arrays:
         typer.echo(f"  {array.describe()}")
@@ -308,6 +312,7 @@ def status(
     require_store(store)
 
     from sail_align.extract.quality.failed import describe_failed, write_failed
+    from sail_align.extract.store.hierarchy import STORE_FORMAT
     from sail_align.extract.store.store import Store
 
     opened = Store.open(store)
@@ -321,6 +326,8 @@ def status(
     _report_opened(None, opened)
     for array in opened.arrays():
         typer.echo(f"  {array.describe()}")
+    if opened.format < STORE_FORMAT:
+        typer.echo(f"format {opened.format}; convert it with `{command('sail-extract', 'upgrade', store)}`")
     typer.echo(f"digest {opened.digest}")
 
 
@@ -355,7 +362,7 @@ def upgrade(store: StorePath, quiet: Quiet = False) -> None:
     from sail_align.extract.store.upgrade import upgrade_store
 
     done = upgrade_store(Store.open(store), quiet=quiet)
-    typer.echo(f"{store}: {'converted to' if done else 'has'} format {STORE_FORMAT}.")
+    typer.echo(f"{store}: {'converted to' if done else 'already has'} format {STORE_FORMAT}.")
 
 
 @app.command(cls=GroupedCommand)

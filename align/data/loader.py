@@ -228,8 +228,9 @@ class Stream:
         """Start to copy this rank's part of a batch. Raise the error of the preceding look-ahead, if it failed."""
         if look_ahead:
             look_ahead.result()
-        if state.batch == 0:
-            for array in chain.from_iterable(pairs.arrays for pairs in self._pairs if pairs.verify == "always"):
+        if state.batch == 0 and any(pairs.verify == "always" for pairs in self._pairs):
+            wait(self._copies)  # those of the previous epoch
+            for array in chain.from_iterable(pairs.arrays for pairs in self._pairs):
                 array.check_again()
         if self._decoded:
             wait(self._copies)  # the copies of the previous batch read the decoded chunks

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from typing_extensions import TypedDict
 
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import canonical_json, read_regular, remove_own, write_atomically
+from sail_align.extract.system.files import canonical_json, digest_without, read_regular, remove_own, write_atomically
 
 BEGIN_AGAIN = "Restore it, or start again with another --out."
 EXPORT_AGAIN = "Export or download it again."
@@ -300,17 +300,15 @@ def damaged(path: Path, remedy: str) -> UserError:
 
 def content_digest(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the content of a scores.json without its digest."""
-    return hashlib.sha256(
-        canonical_json({name: value for name, value in content.items() if name != "digest"})
-    ).hexdigest()
+    return digest_without(content, "digest")
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a checkpoint's record, which leaves out the location of its stores."""
-    covered = {name: value for name, value in record.items() if name != "digest"}
+    covered = dict(record)
     if isinstance(settings := record.get("settings"), dict):
         covered["settings"] = {name: value for name, value in settings.items() if name != "stores"}
-    return hashlib.sha256(canonical_json(covered)).hexdigest()
+    return digest_without(covered, "digest")
 
 
 def run_digest(settings: Mapping[str, Any]) -> str:

@@ -221,12 +221,17 @@ class RunScores:
         return [*facts, ("heads", heads, made), trained, checkpoint]
 
     def examples(self, record: Record) -> list[ExampleForm]:
-        """Return the examples of a record, with the fields of `Example`."""
-        path = record.file(self.path, "examples")
+        """Return the examples of a record, with the fields of `Example`. Raises `UserError` if they are damaged."""
+        path, remedy = record.file(self.path, "examples"), "Remove it to leave the examples out, or evaluate again."
+        if not path.is_file():
+            return []
+        content = read_regular(path)
+        if record.get("examples_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+            raise damaged(path, remedy)
         try:
-            return validated(list[ExampleForm], json.loads(path.read_bytes())) if path.is_file() else []
+            return validated(list[ExampleForm], json.loads(content))
         except (ValueError, RecursionError) as problem:
-            raise damaged(path, "Remove it to leave the examples out, or evaluate again.") from problem
+            raise damaged(path, remedy) from problem
 
     def outcomes(self, record: Record) -> dict[str, NDArray[Any]]:
         """Return the outcomes of a record.

@@ -91,6 +91,7 @@ class Worker:
                             pause = min(2 * pause, LONGEST_PAUSE)
             finally:
                 self._end()
+            self.store.record_again(task.array for task in self.tasks.values())
             self.store.tidy()
         for failure in self.failures.values():
             raise failure

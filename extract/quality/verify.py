@@ -55,7 +55,7 @@ def _verify_array(array: FeatureArray, discard: bool) -> Iterator[Result]:
         name = f"{array.path} shard {shard}"
         if shard in array.markers:
             try:
-                changed = array.changed(shard)
+                changed = array.changed(shard) or array.contradicted(shard)
             except UserError as unreadable:  # such as a bad sector: still check the other shards
                 yield f"{name}: {unreadable}", True
                 continue

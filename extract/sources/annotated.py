@@ -275,9 +275,16 @@ class MmvpConfig(AnnotatedConfig):
     def read(self, path: Path) -> tuple[list[Sample], tuple[str, ...]]:
         """Read the annotation file."""
         with TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, row) for row in reader if row][1:]
+            reader = csv.reader(file, strict=True)
+            try:
+                header, *rows = [(reader.line_num, row) for row in reader if row] or [(1, [""])]
+            except csv.Error as problem:
+                raise ValueError(f"line {reader.line_num}: {problem}") from problem
+        if header[1][0].strip().isdecimal():
+            raise ValueError("it does not begin with the names of its columns")
         for line, row in rows:
+            if any("\n" in field for field in row):
+                raise ValueError(f"line {line}: got a quoted field of several lines; a quotation mark may be missing")
             if len(row) != 3 or not row[0].strip().isdecimal() or not row[1].strip() or not row[2].strip():
                 raise ValueError(f"line {line}: got {shortened(row)}, expected a number, a category and a statement")
         if len(rows) % 2:

@@ -47,12 +47,14 @@ class Fence:
         if self.is_open or not (location.startswith("/") or ".." in location):
             return folder / location
         path = os.path.abspath(folder / location)
-        if not (is_inside(folder, path) or is_inside(self.root, path)):
+        inside = is_inside(folder, path) or is_inside(self.root, path)
+        # After a link, the system takes `..` for the folder above the link's target: another file than the text says.
+        if not inside or (".." in location and os.path.realpath(folder / location) != os.path.realpath(path)):
             raise UserError(
                 f"Path {location[:200]!r} is outside the data root {self.root}. Correct the data, or write "
                 "`allow_outside: true` in the manifest's source if you trust them."
             )
-        return Path(path)
+        return folder / location
 
 
 class FileSet:

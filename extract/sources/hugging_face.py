@@ -219,7 +219,7 @@ def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
             options = {"split": config.split, "revision": config.revision, "cache_dir": str(cache)}
             return datasets.load_dataset(where, config.config, **options)
         found = datasets.load_from_disk(where)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+    except Exception as problem:  # the library raises errors of any kind
         reason = " ".join(str(problem).split()).rstrip(".")
         raise UserError(f"Data set {where} cannot be opened: {reason}.") from problem
     if isinstance(found, datasets.DatasetDict):

@@ -23,12 +23,12 @@ PIXEL_LIMIT = 100_000_000
 """Images with more pixels than this are rejected before they are decoded."""
 
 LARGE = 1 << 25
-"""Images with more pixels than this are decoded one at a time, so that several threads do not need gigabytes."""
+"""Images with more pixels than this are decoded a few at a time, so that many threads do not need gigabytes."""
 STRIP = 1 << 22
 """Pixels that are converted at a time. A decoded image has up to 400 MB, and intermediate results have more."""
 _PILLOW_LIMIT = 1024 * 1024 * 1024 // 4 // 3
 """Pixels above which Pillow warns by default."""
-_one_large = threading.Lock()
+_few_large = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 4))
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """Formats that are recognised by their bytes, whatever the file's ending. Pillow supports more, but starts an external
@@ -235,7 +235,7 @@ def _open(file: Path | bytes, name: str, formats: tuple[str, ...]) -> Iterator[I
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=_supported(formats)) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
-            with _one_large if image.width * image.height > LARGE else nullcontext():
+            with _few_large if image.width * image.height > LARGE else nullcontext():
                 yield image
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError(Status.TOO_LARGE, f"{name}: {problem}") from problem

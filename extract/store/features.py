@@ -66,17 +66,18 @@ class FeatureArray:
         self._checked: set[int] = set()
         """Chunks whose features are known to be those that were committed."""
 
-    def require_layout(self, rows: int, shard_rows: int) -> None:
+    def require_layout(self, rows: int, shard_rows: int, chunk_rows: int) -> None:
         """Raise `UserError` unless both arrays have the store's sizes, the encoder's dimension, and our types."""
         dim = self.identity.spec.dim
         expected: dict[str, tuple[Any, ...]] = {
-            "features": ((rows, dim), (shard_rows, dim), "float16", "nan"),
-            "status": ((rows,), (shard_rows,), "uint8", str(int(Status.PENDING))),
+            "features": ((rows, dim), (shard_rows, dim), (chunk_rows, dim), "float16", "nan"),
+            "status": ((rows,), (shard_rows,), (chunk_rows,), "uint8", str(int(Status.PENDING))),
         }
         for name, array in self._arrays.items():
             shards = array.zarr.shards or array.zarr.chunks
-            found = (array.zarr.shape, shards, array.zarr.dtype.name, str(array.zarr.fill_value))
-            for part, got, right in zip(("shape", "shards", "dtype", "fill value"), found, expected[name], strict=True):
+            found = (array.zarr.shape, shards, array.zarr.chunks, array.zarr.dtype.name, str(array.zarr.fill_value))
+            parts = ("shape", "shards", "chunks", "dtype", "fill value")
+            for part, got, right in zip(parts, found, expected[name], strict=True):
                 if got != right:
                     raise UserError(
                         f"{array.folder / 'zarr.json'} is damaged: got {part} {got}, expected {right}. Restore it or "
@@ -177,7 +178,7 @@ class FeatureArray:
         stop = self.rows if stop is None else min(stop, self.rows)
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             if shard in self.markers and shard not in self._compared:
-                if self.changed(shard, ("status",)):
+                if self.changed(shard, ("status",)) or (self._format_1 and not self._has_counts(shard)):
                     raise self._damaged("status", shard)
                 self._compared.add(shard)
         return self._status.read(start, stop, self.markers)
@@ -310,13 +311,20 @@ class FeatureArray:
         for name in names:
             if file_digest(self._arrays[name].shard_file(shard)) != marker["sha256"][name]:
                 return name
-        first = self.span(shard)[0] // self.chunk_rows
-        sums = marker.get("crc32c", ()) if "features" in names else ()
-        if any(checksum(self._unchecked_chunk(chunk)) != each for chunk, each in enumerate(sums, first)):
-            return "features"
-        if "status" in names and _count(self._status.read(*self.span(shard), self.markers)) != marker["counts"]:
-            return "status"
         return None
+
+    def contradicted(self, shard: int) -> str | None:
+        """Return which of a committed shard's files, with the digest in its marker, contradicts the rest of it."""
+        marker = self.markers[shard]
+        first = self.span(shard)[0] // self.chunk_rows
+        sums = enumerate(marker.get("crc32c", ()), first)
+        if any(checksum(self._unchecked_chunk(chunk)) != each for chunk, each in sums):
+            return "features"
+        return None if self._has_counts(shard) else "status"
+
+    def _has_counts(self, shard: int) -> bool:
+        found = _count(self._status.read(*self.span(shard), self.markers))
+        return bool(found == self.markers[shard]["counts"])
 
     def _has_file(self, name: str, shard: int) -> bool:
         return self.markers[shard]["sha256"][name] is not None

@@ -4,7 +4,6 @@ The copies are zarr's consolidated metadata, with which zarr, xarray and dask li
 arrays. Format 1 had neither these nor digests, and no zarr.json in some groups.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import (
     NOT_A_STORE,
     canonical_json,
+    digest_without,
     read_regular,
     report_read_errors,
     write_atomically,
@@ -22,6 +22,8 @@ from sail_align.extract.system.files import (
 STORE_FORMAT = 2
 FORMATS = (1, STORE_FORMAT)
 FILE = "zarr.json"
+CONSOLIDATED = {"kind": "inline", "must_understand": False}
+"""Fields of consolidated metadata, beside the metadata."""
 
 Document = dict[str, Any]
 """The content of a zarr.json."""
@@ -56,13 +58,14 @@ def array_paths(nodes: Iterable[str]) -> list[str]:
     """Return the paths of the arrays of features among those of all groups and arrays: image/x, text/x/raw."""
     parts = [node.split("/") for node in nodes]
     depth = {"image": 3, "text": 4}
-    return sorted("/".join(each[:-1]) for each in parts if each[-1] == "status" and len(each) == depth.get(each[0]))
+    found = sorted(each[:-1] for each in parts if each[-1] == "status" and len(each) == depth.get(each[0]))
+    return ["/".join(each) for each in found]
 
 
 def digest_of(document: Document) -> str:
-    """Return the SHA-256 of a zarr.json's content, without consolidated metadata that zarr writes into groups."""
-    content = {name: value for name, value in document.items() if name != "consolidated_metadata"}
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+    """Return the SHA-256 of a zarr.json's content, without the empty entry that zarr writes into copies of groups."""
+    is_empty = document.get("consolidated_metadata") == {**CONSOLIDATED, "metadata": {}}
+    return digest_without(document, *(["consolidated_metadata"] if is_empty else []))
 
 
 def read_root(path: Path) -> dict[str, Any]:
@@ -79,9 +82,10 @@ def read_root(path: Path) -> dict[str, Any]:
             version = attributes["format"]
         except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as problem:
             raise UserError(NOT_A_STORE.format(path=path)) from problem
-    if version not in FORMATS:
+    if type(version) is not int or version not in FORMATS:
         raise UserError(f"{path} has store format {version!r}, expected {STORE_FORMAT}. Update sail-align.")
-    if version == STORE_FORMAT and not _is_sealed(document, attributes):
+    has_seal = version == STORE_FORMAT or not attributes.keys().isdisjoint({"sha256", "metadata_sha256"})
+    if has_seal and not _is_sealed(document, attributes):
         raise UserError(f"{file} is damaged: its content is not what was written. Restore it.")
     return attributes
 
@@ -89,9 +93,14 @@ def read_root(path: Path) -> dict[str, Any]:
 def _is_sealed(document: Document, attributes: Mapping[str, Any]) -> bool:
     """Return whether the attributes and the copies of other zarr.json in a root have their digests."""
     try:
-        copies = document["consolidated_metadata"]["metadata"]
+        form = {**group(document["attributes"]), "consolidated_metadata": {**CONSOLIDATED}}
+        form["consolidated_metadata"]["metadata"] = copies = document["consolidated_metadata"]["metadata"]
         found = {node: digest_of(copy) for node, copy in copies.items()}
-        return bool(attributes["sha256"] == _seal(attributes) and attributes["metadata_sha256"] == found)
+        return (
+            document == form
+            and attributes["sha256"] == digest_without(attributes, "sha256")
+            and attributes["metadata_sha256"] == found
+        )
     except (KeyError, TypeError, AttributeError):  # of another form
         return False
 
@@ -108,12 +117,8 @@ def write_root(path: Path, attributes: Mapping[str, Any], documents: Mapping[str
         The attributes with their digests.
     """
     sealed = {**attributes, "metadata_sha256": {node: digest_of(each) for node, each in documents.items()}}
-    sealed["sha256"] = _seal(sealed)
-    consolidated = {"kind": "inline", "must_understand": False, "metadata": dict(documents)}
-    write_document(path, {**group({"sail": sealed}), "consolidated_metadata": consolidated})
+    sealed["sha256"] = digest_without(sealed, "sha256")
+    write_document(
+        path, {**group({"sail": sealed}), "consolidated_metadata": {**CONSOLIDATED, "metadata": dict(documents)}}
+    )
     return sealed
-
-
-def _seal(attributes: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a store's attributes without this digest itself."""
-    return hashlib.sha256(canonical_json({k: v for k, v in attributes.items() if k != "sha256"})).hexdigest()

@@ -4,13 +4,18 @@ A marker binds the content of a shard to its place: the index of its store, its 
 and the array's type and sizes. It contains nothing that differs between two runs of the same job.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sail_align.extract.system.files import canonical_json, read_regular, report_read_errors, write_atomically
+from sail_align.extract.system.files import (
+    canonical_json,
+    digest_without,
+    read_regular,
+    report_read_errors,
+    write_atomically,
+)
 
 Marker = dict[str, Any]
 CONTENT = ("fingerprint", "rows", "counts", "sha256")
@@ -58,7 +63,7 @@ class Markers:
                 marker: Any = json.loads(read_regular(path))
                 place = {**self._bound, "shard": shard, "rows": list(rows)}
                 if "digest" in marker:
-                    valid = marker["digest"] == _seal(marker) and len(marker["crc32c"]) == chunks
+                    valid = marker["digest"] == digest_without(marker, "digest") and len(marker["crc32c"]) == chunks
                 else:
                     valid = self._format_1 and marker.keys() == set(CONTENT)
                     place = {name: place[name] for name in ("fingerprint", "rows")}
@@ -79,15 +84,10 @@ class Markers:
                 (`sha256`), and the CRC-32C of each chunk's features (`crc32c`).
         """
         marker = {**self._bound, "shard": shard, "rows": list(rows), **content}
-        marker["digest"] = _seal(marker)
+        marker["digest"] = digest_without(marker, "digest")
         write_atomically(self.file(shard), canonical_json(marker), below=self._store)
         return marker
 
     def discard(self, shard: int) -> None:
         """Remove a shard's marker."""
         self.file(shard).unlink(missing_ok=True)
-
-
-def _seal(marker: Marker) -> str:
-    """Return the SHA-256 of a marker without this digest itself."""
-    return hashlib.sha256(canonical_json({k: v for k, v in marker.items() if k != "digest"})).hexdigest()

@@ -16,7 +16,7 @@ Row i of every array is sample i of the index. A shard is written whole, once, b
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -56,6 +56,7 @@ from sail_align.extract.system.files import (
 )
 from sail_align.extract.system.leases import Lease, LeaseLostError, Leases
 from sail_align.extract.system.progress import note
+from sail_align.extract.system.validation import shortened
 
 INDEX_FORMAT = 1
 SHARD_ROWS = 65_536
@@ -246,7 +247,7 @@ class Store:
                 self._document(node)
         index = hashlib.sha256(canonical_json(self.attributes["index_sha256"])).hexdigest()
         array = FeatureArray(self.path, path, identity, index, format_1=self.format != STORE_FORMAT)
-        array.require_layout(self.rows, self.shard_rows)
+        array.require_layout(self.rows, self.shard_rows, self.chunk_rows)
         return array
 
     def add(self, identity: Identity, caption: str = "") -> FeatureArray:
@@ -280,12 +281,19 @@ class Store:
         Raises:
             LeaseLostError: Another process changes the root.
         """
-        known = self.attributes.get("metadata_sha256", {})
-        documents = {node: self._document(node) for node in known}
-        documents |= {node: read_document(self.path / node) for node in new if node not in known}
+        is_current = self.format == STORE_FORMAT
+        documents = read_document(self.path)["consolidated_metadata"]["metadata"] if is_current else {}
+        documents |= {node: read_document(self.path / node) for node in new if node not in documents}
         lease.confirm()
         self.attributes = write_root(self.path, {**self.attributes, "format": STORE_FORMAT}, documents)
         self.format = STORE_FORMAT
+
+    def record_again(self, arrays: Iterable[FeatureArray]) -> None:
+        """Record arrays that are missing in the root, because two processes wrote it at the same moment."""
+        if self.format == STORE_FORMAT:
+            self.attributes = read_root(self.path)
+            for array in arrays:
+                self.add(array.identity, *array.path.split("/")[2:])
 
     def restore(self) -> None:
         """Write each lost or damaged zarr.json of a group or array again, from its copy in the root."""
@@ -387,7 +395,7 @@ class Store:
         arrays = {array.path: array for array in self.arrays()}
         for name in self.leases.names():
             path, _, what = name.rpartition("/")
-            # Never of another machine: two writers of the root could undo each other's work, two retries each other's.
+            # Leases of other machines stay: two writers of the root, or two retries, could undo each other's work.
             if name == INDEX or name.startswith("retry/"):
                 self.leases.remove_dead(name)
             elif not what.isdecimal() or (path in arrays and arrays[path].refresh(int(what))):
@@ -414,7 +422,13 @@ def _require_valid(path: Path, attributes: dict[str, Any]) -> None:
             raise UserError(f"{file} is damaged: got {name} {value!r}, expected 1 to {most:,}. Restore it.")
     if attributes["shard_rows"] % attributes["chunk_rows"]:
         raise UserError(f"{file} is damaged: its shard_rows are not a multiple of its chunk_rows. Restore it.")
-    if wrong := [name for name in attributes["captions"] if not CAPTION_NAME.fullmatch(name)]:
+    captions = attributes["captions"]
+    kinds: dict[str, type] = {"dataset": str, "manifest": dict, "captions": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(attributes[name], kind)]
+    if wrong or len(set(captions)) < len(captions):
+        name = (*wrong, "captions")[0]
+        raise UserError(f"{file} is damaged: got {name} {shortened(attributes[name])}. Restore it.")
+    if wrong := [name for name in captions if not CAPTION_NAME.fullmatch(name)]:
         raise UserError(f"{file} is damaged: got the caption name {wrong[0]!r}. Restore it.")
 
 

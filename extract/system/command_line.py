@@ -42,6 +42,11 @@ def run_command(app: Callable[[], object]) -> None:
     except (UserError, WorkersFailedError) as problem:
         print(printable(f"error: {problem}"), file=sys.stderr)
         sys.exit(2 if isinstance(problem, UserError) else 1)
+    except OSError as problem:
+        if problem.filename is None or isinstance(problem, FileNotFoundError):
+            raise
+        print(printable(f"error: {problem.filename} cannot be used ({problem.strerror})."), file=sys.stderr)
+        sys.exit(2)
 
 
 class GroupedCommand(TyperCommand):

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -18,6 +18,8 @@ from sail_align.extract.errors import UserError
 
 NOT_A_STORE = "{path} is not a feature store. Make one with `sail-extract run`."
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ATTEMPTS = 100
+"""How often a file is written again because another writer of the same file removed the temporary one."""
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -100,6 +102,12 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def digest_without(record: Mapping[str, Any], *names: str) -> str:
+    """Return the SHA-256 of a JSON object without these fields."""
+    content = {name: value for name, value in record.items() if name not in names}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
 def json_lines(file: Iterable[str], **options: Any) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each line that is not blank; `options` are those of `json.loads`.
 
@@ -163,12 +171,12 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
         for folder in reversed([each for each in path.parents if each != below and each.is_relative_to(below)]):
             folder.mkdir(exist_ok=True)
     _remove_leftovers(path)  # only once: two slow writers could delete each other's files forever
-    while True:
+    for attempt in range(ATTEMPTS):
         try:
             with _replacing(path) as file:
                 file.write(content)
         except FileNotFoundError:  # another writer removed it
-            if not path.parent.exists():
+            if attempt == ATTEMPTS - 1 or not path.parent.exists():
                 raise
         else:
             return

@@ -240,7 +240,7 @@ def test_unreadable_store_is_not_reported_as_missing(store, monkeypatch):
     def fail(_path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(type(store.path), "read_bytes", fail)
+    monkeypatch.setattr("sail_align.extract.store.hierarchy.read_regular", fail)
     with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
         Store.open(store.path)
 
