@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from pydantic import Field, field_validator
@@ -18,6 +19,7 @@ from sail_align.extract.errors import UserError, import_extra, listing
 from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
 from sail_align.extract.sources.file_set import FileSet, is_inside
 from sail_align.extract.sources.images import read_image
+from sail_align.extract.system.files import read_regular
 
 PART_ROWS = 1 << 20
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -211,6 +213,8 @@ def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
             f"Name {config.name!r} is that of a format or of a file here, not of a data set on the hub. For a folder, "
             "write `root` instead of `name`."
         )
+    if not (config.name or config.allow_outside):
+        _require_inside(folder)
     where, was_saved = config.name or str(folder), any((folder / name).is_file() for name in _SAVED)
     # Without a network, `load_dataset` takes a copy of a local folder for the data set of that name on the hub.
     cache = Path(datasets.config.HF_DATASETS_CACHE) / ("" if config.name else "folders")
@@ -229,6 +233,28 @@ def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
     if found.split is not None and str(found.split) != config.split:
         raise UserError(f"{folder} is the split '{found.split}', but the manifest names {config.split!r}.")
     return found
+
+
+def _require_inside(folder: Path) -> None:
+    """Raise `UserError` if the card of a folder, its README.md, names files outside the folder or at URLs."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    _, *front = re.split(r"^---\s*$", read_regular(card).decode(errors="replace"), maxsplit=2, flags=re.MULTILINE)
+    try:
+        about = yaml.safe_load(front[0]) if front else None
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise UserError(f"{card} is invalid: its metadata are not YAML. Correct or remove it.") from problem
+    waiting = [about.get("configs")] if isinstance(about, dict) else []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and ("://" in value or not is_inside(folder, str(folder / value))):
+            raise UserError(
+                f"{card} names {value[:200]!r}, outside its folder. Correct it, or write `allow_outside: true` "
+                "in the manifest's source if you trust it."
+            )
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -41,9 +41,7 @@ def _upgrade(store: Store, lease: Lease, quiet: bool) -> None:
         )
     arrays = store.arrays()
     if lost := store.committed_paths() - {array.path for array in arrays}:
-        raise UserError(
-            f"{store.path} has commits of {min(lost)}, but not this array or caption. Restore {FILE} of both."
-        )
+        raise UserError(f"{store.path} has commits of {min(lost)}, but not that array or caption. Restore its {FILE}.")
     with progress(sum(len(array.markers) for array in arrays), "shards", unit="shard", quiet=quiet) as bar:
         for array in arrays:
             for shard in sorted(array.markers):

@@ -17,6 +17,7 @@ from sail_align.extract.check import check
 from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.sources.annotated import MmvpConfig
 
 COCO = {
     "images": [{"id": i, "file_name": f"{i}.png", "coco_url": f"http://images/{i}"} for i in range(2)],
@@ -152,3 +153,19 @@ def test_deep_nesting_is_not_json(tmp_path):
     (tmp_path / "made").write_text("[" * 100_000)
     with pytest.raises(UserError, match="made is not valid JSON"):
         list(manifest.open_source(tmp_path).samples())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('id,type,statement\n1,c,"s1\n2,c,s2\n3,c,s3"\n4,c,s4\n', "quotation mark may be missing"),
+        ('id,type,statement\n1,c,"s1\n2,c,s2\n', "line 3: unexpected end of data"),
+        ('id,type,statement\n1,c,"s1" x\n2,c,s2\n', "line 2: "),
+        ("1,c,s1\n2,c,s2\n", "does not begin with the names of its columns"),
+    ],
+)
+def test_questions_of_mmvp_with_stray_quotation_marks_are_an_error(tmp_path, text, message):
+    path = tmp_path / "Questions.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        MmvpConfig(kind="mmvp").read(path)

@@ -133,6 +133,14 @@ def test_name_never_reads_the_current_folder(tmp_path, monkeypatch, name):
         source(tmp_path, name=name)
 
 
+@pytest.mark.parametrize("files", ["../elsewhere/*.parquet", "/etc/*.parquet", "https://example.org/x.parquet"])
+def test_card_of_a_folder_names_no_files_elsewhere(tmp_path, files):
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named/README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+    with pytest.raises(UserError, match=r"README\.md names .* outside its folder.*allow_outside"):
+        source(tmp_path, root="named")
+
+
 def test_images_stored_as_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "images"

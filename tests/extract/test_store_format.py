@@ -24,6 +24,7 @@ from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.quality.verify import verify_store
 from sail_align.extract.store.features import checksum
+from sail_align.extract.store.hierarchy import array_paths, read_document, write_root
 from sail_align.extract.store.index import IndexRecord
 from sail_align.extract.store.store import Store
 from sail_align.extract.store.upgrade import upgrade_store
@@ -303,6 +304,14 @@ def test_edited_metadata_are_found_and_restored(store, node, keys, value):
     assert contents(store.path) == before
 
 
+def test_metadata_of_a_group_that_only_others_read_are_compared_by_verify(store):
+    before = contents(store.path)
+    change(store.path / "text/zarr.json", "consolidated_metadata", to={"metadata": {"a": {}}})
+    assert len(damage(store.path)) == 1
+    Store.open(store.path).restore()
+    assert contents(store.path) == before
+
+
 def test_lost_metadata_are_restored(store):
     before = contents(store.path)
     for file in list((store.path / "text").rglob("zarr.json")):
@@ -323,6 +332,10 @@ def test_lost_metadata_are_restored(store):
         (["attributes", "sail", "metadata_sha256", "image/fake-image"], "0" * 64),
         (["attributes", "sail", "metadata_sha256"], {}),
         (["attributes", "sail", "sha256"], "0" * 64),
+        (["attributes", "sail", "format"], 1),
+        (["node_type"], "array"),
+        (["zarr_format"], 2),
+        (["consolidated_metadata", "kind"], "outline"),
         (["consolidated_metadata", "metadata", "image/fake-image/features", "shape"], [300, 8]),
         (["consolidated_metadata", "metadata"], {}),
     ],
@@ -492,6 +505,41 @@ def test_upgrade_refuses_damage(old, name):
     list(verify_store(old, discard=True))
     assert upgrade_store(Store.open(old), quiet=True)
     assert not damage(old)
+
+
+def test_upgrade_refuses_a_store_that_may_be_in_use(old):
+    lease = old / "leases/image/fake-image/00000.0.json"
+    lease.parent.mkdir(parents=True)
+    lease.write_text('{"machine": "another", "pid": 1, "start": "1", "token": "x"}\n')
+    with pytest.raises(UserError, match=r"is in use: .* holds image/fake-image/00000\. When no extraction is running"):
+        upgrade_store(Store.open(old), quiet=True)
+    assert lease.exists()
+    shutil.rmtree(old / "leases")
+    assert upgrade_store(Store.open(old), quiet=True)
+
+
+def test_upgrade_refuses_a_store_that_lacks_a_caption(old):
+    change(old / "zarr.json", "attributes", "sail", "captions", to=["raw"])
+    with pytest.raises(UserError, match="has commits of text/fake-text/long, but not that array or caption"):
+        upgrade_store(Store.open(old), quiet=True)
+
+
+def test_order_of_encoders_is_that_of_their_names():
+    nodes = [f"text/{name}/raw/status" for name in ("gte-large", "gte", "gte.2")]
+    assert array_paths(nodes) == ["text/gte/raw", "text/gte-large/raw", "text/gte.2/raw"]
+
+
+def test_array_that_another_writer_of_the_root_lost_is_recorded_again(store):
+    before = contents(store.path)
+    make_root = store.attributes
+    arrays = store.arrays()
+    kept = {node: value for node, value in make_root["metadata_sha256"].items() if not node.startswith("text")}
+    copies = read_document(store.path)["consolidated_metadata"]["metadata"]
+    write_root(store.path, make_root, {node: copies[node] for node in kept})
+    assert not Store.open(store.path).texts("raw")
+    store.record_again(arrays)
+    store.tidy()
+    assert contents(store.path) == before
 
 
 def test_counts_edited_in_format_1_are_found(old):
