@@ -20,6 +20,7 @@ from sail_align.extract.errors import UserError, listing
 from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
 from sail_align.extract.sources.file_set import Fence
 from sail_align.extract.sources.images import FolderSource
+from sail_align.extract.sources.table_files import replace_surrogates
 from sail_align.extract.system.files import json_lines, open_regular, read_json
 from sail_align.extract.system.validation import shortened, validated
 
@@ -67,7 +68,7 @@ class AnnotatedConfig(PathsConfig, SourceConfig):
     @staticmethod
     def sample(image: str, texts: Sequence[Caption], url: str = "", most: int | None = None) -> Sample:
         """Return a sample whose first `most` captions are named c0, c1, …. Absent ones are not counted."""
-        captions = [text.strip() for text in texts if text and text.strip()]
+        captions = [replace_surrogates(text.strip()) for text in texts if text and text.strip()]
         return Sample(key=image, image=image, captions=Source.numbered(captions[:most]), url=url)
 
 
@@ -244,7 +245,7 @@ class WinogroundConfig(AnnotatedConfig):
             Sample(
                 key=f"{example['id']}/{side}",
                 image=image.removesuffix(".png") + ".png",  # published without the ending
-                captions={"raw": caption},
+                captions={"raw": replace_surrogates(caption)},
                 label=self.swapped.index(example["collapsed_tag"]),
             )
             for example in sorted(examples, key=_order)

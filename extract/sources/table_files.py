@@ -213,7 +213,7 @@ class _TypeCheck:
             self._require_one_type(rows)
         if list in types:
             values = [[value] if isinstance(value, str) else value for value in values]
-        return [_replace_surrogates(value) for value in values]
+        return [replace_surrogates(value) for value in values]
 
     def _require_one_type(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
         for line, row in rows:
@@ -233,10 +233,10 @@ class _TypeCheck:
             )
 
 
-def _replace_surrogates(value: Any) -> Any:
+def replace_surrogates(value: Any) -> Any:
     """Replace halves of surrogate pairs, which JSON can express and UTF-8 cannot."""
     if isinstance(value, list):
-        return [_replace_surrogates(each) for each in value]
+        return [replace_surrogates(each) for each in value]
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value

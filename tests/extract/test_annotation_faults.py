@@ -109,6 +109,7 @@ def test_any_value_anywhere_is_absent_or_an_error(tmp_path, kind, data):
         TypeAdapter(str).validate_python(sample.key)
         assert set(sample.captions) <= set(source.captions)
         assert all(isinstance(text, str) and text.strip() for text in sample.captions.values())
+        assert all(text.encode() for text in sample.captions.values())  # else `run` would stop where `check` is ready
 
 
 @pytest.mark.parametrize(
