@@ -181,8 +181,12 @@ def _run(
     else:
         yield Link.of(name, digest or found, found, f"step {saved.step:,}")
         yield _weights(saved.folder, saved.record)
-    if finished := folder.finished:
+    finished, logged = folder.finished, saved.record.get("log_sha256")
+    if finished:
         yield Link.of(str(folder.metrics), finished["metrics_sha256"], file_digest(folder.metrics))
+    elif logged and saved.finished:
+        yield Link.of(str(folder.metrics), logged, file_digest(folder.metrics))
+        yield Link(State.ABSENT, str(folder.path / "finished.json"), "the run had ended; moved or removed")
     if settings:
         file = str(folder.path / "settings.json")
         yield Link.of(file, run_digest(saved.record["settings"]), run_digest(settings))
