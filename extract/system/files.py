@@ -18,6 +18,7 @@ from sail_align.extract.errors import UserError
 
 NOT_A_STORE = "{path} is not a feature store. Make one with `sail-extract run`."
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_JSON_KINDS = {type(None): "null", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
 ATTEMPTS = 100
 """How often a file is written again because another writer of the same file removed the temporary one."""
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -140,7 +141,7 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is not valid JSON ({problem}); {remedy}.") from problem
     if not isinstance(content, dict):
-        raise UserError(f"{path} is invalid: got {type(content).__name__}, expected a JSON object; {remedy}.")
+        raise UserError(f"{path} is invalid: got {_JSON_KINDS[type(content)]}, expected a JSON object; {remedy}.")
     return content
 
 

@@ -110,7 +110,7 @@ def test_reports_file_of_another_form(photos, typed):
     (photos.parent / "photos" / "captions.json").write_text("[]")
     code, out, _ = typed("check", str(photos))
     assert code == 1
-    assert "captions.json is invalid: got list, expected a JSON object" in out
+    assert "captions.json is invalid: got a list, expected a JSON object" in out
 
 
 def test_looks_up_published_lists(photos, typed):

@@ -129,7 +129,7 @@ def test_digest_of_sharded_weights_depends_on_every_shard_and_their_order(tmp_pa
     ("files", "message"),
     [
         ({}, "has no config.json"),
-        ({"config.json": "[1]"}, "got list, expected a JSON object"),
+        ({"config.json": "[1]"}, "got a list, expected a JSON object"),
         ({"config.json": "{"}, "is not valid JSON"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "has no .safetensors file, and pickled weights are not"),
     ],
