@@ -20,9 +20,14 @@ from sail_align.extract.system.files import json_lines, open_regular, require_re
 
 BATCH_ROWS = 8_192
 
-_CONSTANTS = {"Infinity": "Infinity", "-Infinity": "-Infinity"}
-"""Numbers of JSON as text. NaN is null."""
-_JSON_TYPES = {str: "text", list: "list", bool: "boolean", dict: "mapping"}
+
+class _Number(str):
+    """A number as the file spells it. A column of numbers is read as texts, but not mixed with texts."""
+
+
+_CONSTANTS = {name: _Number(name) for name in ("Infinity", "-Infinity")}
+"""Numbers that Python adds to JSON. NaN is null."""
+_JSON_TYPES = {str: "text", _Number: "number", list: "list", bool: "boolean", dict: "mapping"}
 
 
 class TextFormat(Strict):
@@ -188,7 +193,7 @@ def _read_jsonl(path: Path, columns: list[str]) -> Iterator[pa.Table]:
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each line."""
     with TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="replace") as file:
-        for number, row in json_lines(file, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get):
+        for number, row in json_lines(file, parse_int=_Number, parse_float=_Number, parse_constant=_CONSTANTS.get):
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not a JSON object")
             yield number, row
@@ -202,18 +207,18 @@ class _TypeCheck:
         self._first: tuple[type, int] | None = None  # type and line of the first value
 
     def uniform(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Any]:
-        """Return the column of consecutive rows, in which all values are texts or all are lists.
+        """Return the column of consecutive rows, in which all values are texts (or numbers as texts) or all are lists.
 
         Raises:
             UserError: Two values have different types.
         """
         values = [row.get(self._column) for _, row in rows]
         types = set(map(type, values))
-        if self._first is None or not types <= {type(None), self._first[0]}:
+        if self._first is None or list in types or not types <= {type(None), self._first[0]}:
             self._require_one_type(rows)
         if list in types:
             values = [[value] if isinstance(value, str) else value for value in values]
-        return [replace_surrogates(value) for value in values]
+        return [str(value) if isinstance(value, _Number) else replace_surrogates(value) for value in values]
 
     def _require_one_type(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
         for line, row in rows:

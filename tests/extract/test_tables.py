@@ -99,18 +99,19 @@ NUMBERS = st.floats(width=32) | st.integers(-9, 9)
 
 
 @settings(max_examples=50, deadline=None)
-@given(values=st.lists(st.none() | st.text("nan ", max_size=4) | NUMBERS, max_size=30), listed=st.booleans())
-def test_nan_is_null(tmp_path_factory, values, listed):
-    """In JSONL a number keeps its spelling; in parquet a column has one type."""
+@given(
+    words=st.lists(st.none() | st.text("nan ", max_size=4) | st.just(float("nan")), max_size=30),
+    values=st.lists(st.none() | NUMBERS, max_size=30),
+    listed=st.booleans(),
+)
+def test_nan_is_null(tmp_path_factory, words, values, listed):
     folder = tmp_path_factory.mktemp("nan")
-    rows = [{"c": [value, "x"] if listed else value} for value in [*values, "nan"]]
+    rows = [{"c": [value, "x"] if listed else value} for value in [*words, "nan"]]
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [None if value is None or value != value else str(value) for value in [*values, "nan"]]
+    texts = [None if value is None or value != value else str(value) for value in [*words, "nan"]]
     read = [row["c"] for row in rows_of(folder / "t.jsonl", ["c"])]
-    assert [value.replace("inf", "Infinity") if value and "inf" in value else value for value in texts] == (
-        [value for value, _ in read] if listed else read
-    )
-    floats = [None if isinstance(value, str) else value for value in values]
+    assert texts == ([value for value, _ in read] if listed else read)
+    floats = values
     column = pa.array(
         [[value] if listed else value for value in floats], pa.list_(pa.float64()) if listed else pa.float64()
     )
@@ -120,14 +121,27 @@ def test_nan_is_null(tmp_path_factory, values, listed):
 
 
 def test_texts_and_lists_of_texts_in_one_column(tmp_path):
-    rows = [None, "a", ["b", None], 3, "c", [4, "d"], *["e"] * 20, ["f"]]
+    rows = [None, "a", ["b", None], "3", "c", ["4", "d"], *["e"] * 20, ["f"]]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"c": row}) + "\n" for row in rows))
     read = [row["c"] for row in rows_of(tmp_path / "t.jsonl", ["c"])]
     assert read[:7] == [None, ["a"], ["b", None], ["3"], ["c"], ["4", "d"], ["e"]]
     assert read[-1] == ["f"]
 
 
-VALUES = {"text": ["a", 1, 0.5], "boolean": [True, False], "mapping": [{}, {"a": 1}], "list": [["a"], []]}
+def test_column_of_numbers_is_read_as_texts(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"c": 1}\n{"c": null}\n{"c": 0.50}\n{"c": NaN}\n{"c": Infinity}\n')
+    assert [row["c"] for row in rows_of(tmp_path / "t.jsonl", ["c"])] == ["1", None, "0.50", None, "Infinity"]
+
+
+@pytest.mark.parametrize("line", [1, 9_000])
+def test_number_in_a_list_of_texts_is_an_error(tmp_path, line):
+    rows = [["a"]] * (line - 1) + [["a", 5]]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"c": row}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"got a list with a number in line {line}, expected texts"):
+        rows_of(tmp_path / "t.jsonl", ["c"])
+
+
+VALUES = {"text": ["a"], "number": [1, 0.5], "boolean": [True, False], "mapping": [{}, {"a": 1}], "list": [["a"], []]}
 
 
 @pytest.mark.slow
