@@ -133,7 +133,9 @@ def inject_all(
 
 
 def prepare(names: Sequence[str], folder: Path) -> tuple[Inputs, list[Undisturbed]]:
-    """Write the inputs, and run each job without faults."""
+    """Write the inputs, and run each job without faults. Exits with a message if there is no job of a name."""
+    if unknown := [name for name in names if name not in JOBS]:
+        sys.exit(f"error: --jobs is invalid: got {unknown[0]!r}, expected some of {', '.join(JOBS)}.")
     bench = Bench(folder / "bench")
 
     def fork(work, where: Path) -> None:
@@ -177,6 +179,8 @@ def main() -> None:
         folder = Path(name).resolve()
         inputs, runs = prepare(options.jobs.split(","), folder)
         every = [each for each in list_injections(runs) if (options.only or "") in str(each)]
+        if not every:
+            parser.error(f"--only {options.only!r} is in the name of no injection")
         injections = by_rarity(every)[: options.count]
         print(f"{len(injections)} of {len(every)} injections into {len(runs)} jobs", flush=True)
         outcomes = inject_all(injections, runs, inputs, folder, options.workers)
