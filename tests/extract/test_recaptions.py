@@ -16,7 +16,7 @@ from interrupted import Killed, contents, open_and_die, open_pictures, shrink
 from tars import img2dataset_members, write_tar
 from typer.testing import CliRunner
 
-from sail_align.extract.check import check
+from sail_align.extract.check import _check_captions, check
 from sail_align.extract.cli import app
 from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.errors import UserError
@@ -310,6 +310,17 @@ def test_check_is_not_ready_if_no_caption_joins(recaptioned):
     ((good, text),) = findings()
     assert not good
     assert text.startswith("0 of these find their url")
+
+
+@pytest.mark.slow
+def test_check_looks_at_all_rows_if_none_of_its_sample_joins(recaptioned):
+    about, root = find_manifest(str(recaptioned / "pictures.yaml"))
+    source = about.open_source(root)
+    strangers = [Sample("k", "", {}, url="ftp://nowhere")]
+    ((good, text),) = [each for each in _check_captions(source, strangers, False) if "in the tables" in each[1]]
+    assert (good, text[-11:]) == (True, "; others do")
+    ((strict, _),) = [each for each in _check_captions(source, strangers, True) if "in the tables" in each[1]]
+    assert not strict
 
 
 def test_img2dataset_images_join_by_url_not_position(tmp_path):
