@@ -124,7 +124,9 @@ class TableSource(FolderSource):
             yield self._sample(image, url, captions)
 
     def _sample(self, image: str, url: str, captions: dict[str, str]) -> Sample:
-        mask = str(Path(image).with_suffix(".png")) if self._config.masks else ""
+        mask = (
+            str(Path(image).with_suffix(".png")) if self._config.masks and Path(image).name else ""
+        )  # `.` has no name
         return Sample(key=image, image=image, captions=captions, mask=mask, url=url)
 
     @cached_property

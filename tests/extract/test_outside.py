@@ -301,3 +301,11 @@ def test_paths_are_compared_by_whole_names():
     assert not is_inside(Path("/a/data"), "/a/database/x")
     assert is_inside(Path("/"), "/x")
     assert np.all([is_inside(Path("."), name) for name in ("a", "./a", "a/../b", str(Path.cwd() / "a"))])
+
+
+def test_image_without_a_name_has_no_mask(root):
+    (root / "masks").mkdir()
+    assert [(sample.image, sample.mask) for sample in table(root, "1.png", ".", masks="masks").samples()] == [
+        ("1.png", "1.png"),
+        (".", ""),
+    ]
