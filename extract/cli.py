@@ -215,10 +215,7 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
     from sail_align.extract.quality.doctor import diagnose
     from sail_align.extract.quality.pairing import Verdict
 
-    for file in store.damaged_index_files():
-        raise UserError(
-            f"{file} is missing or has changed since the store was made. Restore it or make the store again."
-        )
+    store.require_index()
     arrays, images = store.arrays(), store.images()
     for array in arrays:
         typer.echo(f"  {array.describe()}")

@@ -71,7 +71,7 @@ def read_hub_folder(folder: Path) -> Run:
     if record.get("digest") != record_digest(record):
         raise damaged(folder / CONFIG, EXPORT_AGAIN)
     digest = require_digest(record.get("run_digest"), folder / CONFIG, "run_digest")
-    for side in ("image", "text"):  # no folder of this machine, whatever a stranger wrote here
+    for side in ("image", "text"):  # a stranger's export names no folder of this machine
         if isinstance(record.get(side), dict):
             record[side] = {**record[side], "location": ""}
     run = Checkpoint(folder, record, EXPORT_AGAIN).load(folder, digest)

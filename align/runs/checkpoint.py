@@ -51,7 +51,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class _Progress(TypedDict):
-    """What every reader of a checkpoint needs."""
+    """The fields that every reader of a checkpoint needs."""
 
     step: Annotated[int, Field(ge=0)]
     finished: bool
@@ -59,7 +59,7 @@ class _Progress(TypedDict):
 
 
 class _Form(TypedDict):
-    """What a checkpoint and an export have to record, besides architecture and encoders, which check themselves."""
+    """The fields of a checkpoint and of an export. Architecture and encoders have checks of their own."""
 
     architecture: dict[str, Any]
     image: dict[str, Any]

@@ -50,7 +50,7 @@ class _Details(TypedDict, total=False):
 
 
 class DescriptionForm(TypedDict):
-    """What every record has, even of a set that could not be scored or of a task of another version."""
+    """The fields of every record, even of a set that could not be scored or of a task of another version."""
 
     dataset: str
     task: str

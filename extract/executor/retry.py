@@ -13,14 +13,11 @@ from sail_align.extract.executor.encode import Advance, ArrayTask
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Shard, cores
 from sail_align.extract.executor.worker import Share
-from sail_align.extract.store.store import Store
+from sail_align.extract.store.store import RETRY, Store
 from sail_align.extract.system.files import report_write_errors
 from sail_align.extract.system.leases import LeaseLostError
 from sail_align.extract.system.progress import progress
 from sail_align.extract.system.signals import RERUN, report_stop
-
-RETRY = "retry/"
-"""Beginning of the names of the leases on shards that are retried."""
 
 
 @dataclass
@@ -80,7 +77,7 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
 def _remove_dead_leases(store: Store) -> None:
     """Remove the leases of killed retries, of which `Store.tidy` does not know whether their work is done."""
     for name in store.leases.names():
-        if name.startswith(RETRY) and (lease := store.leases.take(name)):
+        if name.startswith(f"{RETRY}/") and (lease := store.leases.take(name)):
             store.leases.release(lease)
 
 
@@ -91,7 +88,7 @@ def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, 
     """
     array = task.array
     try:
-        with store.leases.hold(f"{RETRY}{shard.lease}"):
+        with store.leases.hold(f"{RETRY}/{shard.lease}"):
             array.markers.pop(shard.number, None)  # another process may have rewritten the shard since it was read
             if not array.refresh(shard.number) or not array.has_failures(shard.number):
                 return

@@ -29,7 +29,7 @@ class SourceConfig(Strict):
 
     @property
     def urls(self) -> list[str]:
-        """What the source opens over the network. Nothing else is fetched, whatever its files contain."""
+        """URLs that the source may open. Nothing else is fetched, regardless of the content of its files."""
         return []
 
     @abstractmethod

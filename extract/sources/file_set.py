@@ -167,7 +167,7 @@ def matches(root: Path, pattern: str, *, globs: bool = True) -> Iterator[Path]:
     Args:
         root: The folder.
         pattern: A name, or a glob (`*`, `?`, `[…]`, `**` for any folders).
-        globs: Whether it may be a glob. A name that exists is not a glob, whatever it contains.
+        globs: Whether it may be a glob. A name that exists is not a glob, even with a bracket.
 
     Raises:
         UserError: The pattern is not valid.

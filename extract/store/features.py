@@ -108,7 +108,7 @@ class FeatureArray:
 
     @property
     def content(self) -> list[Any]:
-        """What a store's digest covers: path, and of each marker the fields that both formats have."""
+        """The part that a store's digest covers: the path, and the fields of each marker that both formats have."""
         markers = [[shard, {name: marker[name] for name in CONTENT}] for shard, marker in sorted(self.markers.items())]
         return [self.path, markers]
 

@@ -105,7 +105,7 @@ class Index:
         """
         tables = []
         for number in range(start // FILE_ROWS, -(-stop // FILE_ROWS)):
-            self._require_unchanged(number)
+            self.require_unchanged(number)
             first, last = max(start - number * FILE_ROWS, 0), min(stop - number * FILE_ROWS, FILE_ROWS)
             groups = range(first // GROUP_ROWS, -(-last // GROUP_ROWS))
             path = self.file(number)
@@ -121,7 +121,8 @@ class Index:
         """Return whether a file does not have the digest recorded in the store."""
         return file_digest(self.file(number)) != self.digests[number]
 
-    def _require_unchanged(self, number: int) -> None:
+    def require_unchanged(self, number: int) -> None:
+        """Raise `UserError` if a file does not have its digest, which is compared once."""
         if number in self._unread:
             if self.changed(number):
                 raise UserError(

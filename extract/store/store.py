@@ -62,7 +62,7 @@ INDEX_FORMAT = 1
 SHARD_ROWS = 65_536
 CHUNK_ROWS = 1_024
 MAX_SHARD_ROWS = 1 << 24
-LEASES, INDEX = "leases", "index"
+LEASES, INDEX, RETRY = "leases", "index", "retry"
 UNFINISHED = re.compile(r"index|leases|\.zarr\.json\..*\.tmp")
 CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -243,7 +243,8 @@ class Store:
         modality, encoder, *_ = path.split("/")
         identity = self._identity(f"{modality}/{encoder}")
         if self.format == STORE_FORMAT:
-            for node in (path, f"{path}/features", f"{path}/status"):
+            own = [path] if modality == "text" else []  # of an image array, `_identity` has read it
+            for node in (*own, f"{path}/features", f"{path}/status"):
                 self._document(node)
         index = hashlib.sha256(canonical_json(self.attributes["index_sha256"])).hexdigest()
         array = FeatureArray(self.path, path, identity, index, format_1=self.format != STORE_FORMAT)
@@ -337,6 +338,11 @@ class Store:
         skipped = len(commits.as_posix()) + 1
         return {marker.parent.as_posix()[skipped:] for marker in commits.rglob("*.json")}
 
+    def require_index(self) -> None:
+        """Raise `UserError` if an index file does not have the digest recorded in the store."""
+        for number in range(len(self.index_files.digests)):
+            self.index_files.require_unchanged(number)
+
     def damaged_index_files(self) -> list[Path]:
         """Return the index files that do not have the digest recorded in the store."""
         index = self.index_files
@@ -396,7 +402,7 @@ class Store:
         for name in self.leases.names():
             path, _, what = name.rpartition("/")
             # Leases of other machines stay: two writers of the root, or two retries, could undo each other's work.
-            if name == INDEX or name.startswith("retry/"):
+            if name == INDEX or name.startswith(f"{RETRY}/"):
                 self.leases.remove_dead(name)
             elif not what.isdecimal() or (path in arrays and arrays[path].refresh(int(what))):
                 self.leases.remove(name)

@@ -20,8 +20,7 @@ def upgrade_store(store: Store, *, quiet: bool = False) -> bool:
     """
     if store.format == STORE_FORMAT:
         return False
-    for file in store.damaged_index_files():
-        raise UserError(f"{file} is missing or has changed since the store was made. Make the store again.")
+    store.require_index()
     try:
         with report_write_errors(store.path, during_run=True), store.leases.hold(INDEX, waiting=lambda: None) as lease:
             _upgrade(store, lease, quiet)

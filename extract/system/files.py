@@ -228,7 +228,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 def remove_own(folder: Path, names: Iterable[str]) -> None:
     """Remove files of these names from a folder, with their temporary files, and then the folder if it is empty.
 
-    Whatever else is in the folder stays. If the folder is a link, only the link is removed.
+    Other files in the folder stay. If the folder is a link, only the link is removed.
     """
     with suppress(OSError):
         if folder.is_symlink():

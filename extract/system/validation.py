@@ -39,7 +39,7 @@ _EXPECTED = {
     "int_from_float": _WHOLE,
     "int_parsing_size": "a smaller number",
 }
-"""What a value should have been, by pydantic's type of the error."""
+"""The expected kind of value, by pydantic's type of the error."""
 _BRANCH = re.compile(r"str|int|constrained-.*|(list|dict|nullable|function-[a-z]+)\[.*|\[key\]")
 """Parts of the location of an error that name a branch of a type instead of a field."""
 

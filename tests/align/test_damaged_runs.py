@@ -104,12 +104,7 @@ def test_lost_record_is_noticed_by_every_reader_of_the_run(train):
         load_run(run)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", ["{\n", '{"kind": "tra', "[]\n", '{"kind": "train", "step": 4}\n', "\x00" * 9])
-def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, line):
-    run = train()
-    whole = files(run)
-    shutil.rmtree(run)
+def kill_after_two_steps(train, monkeypatch):
     original = writer.RunWriter.save
 
     def die_after_two(self, step, *args):
@@ -121,6 +116,15 @@ def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, l
         patch.setattr(writer.RunWriter, "save", die_after_two)
         with pytest.raises(Killed):
             train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["{\n", '{"kind": "tra', "[]\n", '{"kind": "train", "step": 4}\n', "\x00" * 9])
+def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, line):
+    run = train()
+    whole = files(run)
+    shutil.rmtree(run)
+    kill_after_two_steps(train, monkeypatch)
     with (run / "metrics.jsonl").open("a") as log:
         log.write(line + '{"kind": "train", "step": 5}\n')
     assert files(train()) == whole
@@ -128,17 +132,7 @@ def test_damaged_line_after_the_last_checkpoint_is_dropped(train, monkeypatch, l
 
 @pytest.mark.slow
 def test_changed_number_in_the_log_of_an_unfinished_run_is_noticed(train, tmp_path, monkeypatch):
-    original = writer.RunWriter.save
-
-    def die_after_two(self, step, *args):
-        original(self, step, *args)
-        if step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.RunWriter, "save", die_after_two)
-        with pytest.raises(Killed):
-            train()
+    kill_after_two_steps(train, monkeypatch)
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):

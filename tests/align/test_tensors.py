@@ -1,4 +1,4 @@
-"""Files of safetensors: the same bytes for the same content, whatever the order, and readable by the library."""
+"""Files of safetensors: the same bytes for the same content in any order, and readable by the library."""
 
 import random
 import struct

@@ -32,6 +32,13 @@ from sail_align.extract.system.files import canonical_json
 from sail_align.extract.system.leases import LeaseLostError, Leases
 
 ROWS, SHARD, CHUNK = 300, 128, 32
+OPTIONS = {
+    "dataset": "old",
+    "manifest": {"name": "old"},
+    "captions": ["raw", "long"],
+    "shard_rows": SHARD,
+    "chunk_rows": CHUNK,
+}
 OLD_DIGEST = "cf40fc3fd7fdac46eddbc1cf36d10b9da2d819616559782893a4e43ffebbc942"
 """Digest of the store in format_1.zip, printed by the version that wrote it."""
 
@@ -44,12 +51,8 @@ def make(path, *, add=("image", "raw", "long"), seed=0):
     ]
     store = Store.create(
         path,
-        dataset="old",
-        manifest={"name": "old"},
         parts=[Part.of(samples)],
-        captions=["raw", "long"],
-        shard_rows=SHARD,
-        chunk_rows=CHUNK,
+        **OPTIONS,
     )
     for number, name in enumerate(("image", "raw", "long")):
         if name in add:
@@ -230,12 +233,8 @@ def test_array_of_another_store_is_found(store, tmp_path):
     samples = [Sample(f"other {n}", f"{n}.jpg", {"raw": "x", "long": "y"}) for n in range(ROWS)]
     other = Store.create(
         tmp_path / "o.zarr",
-        dataset="old",
-        manifest={"name": "old"},
         parts=[Part.of(samples)],
-        captions=["raw", "long"],
-        shard_rows=SHARD,
-        chunk_rows=CHUNK,
+        **OPTIONS,
     )
     fill(other.add(identity("image")), 7)
     for part in ("image", "commits/image"):
@@ -398,7 +397,7 @@ def test_part_of_a_chunk_is_read_without_the_rest_of_its_shard(store):
 )
 @settings(max_examples=25, deadline=None)
 def test_checksum_holds_for_any_features_that_are_written(tmp_path_factory, rows, values):
-    """Zarr leaves out chunks of NaN, whatever NaN these are."""
+    """Zarr leaves out chunks of NaN, with any bits that mean NaN."""
     path = tmp_path_factory.mktemp("nan") / "s.zarr"
     samples = [Sample(str(n), "") for n in range(rows)]
     store = Store.create(path, dataset="x", manifest={}, parts=[Part.of(samples)], captions=[], chunk_rows=8)

@@ -1,6 +1,6 @@
 """The life of a store, as a state machine: written, killed, damaged, discarded, restored, extended, read.
 
-Whatever happens, a reader sees exactly the shards that were committed and not damaged or discarded since.
+In every case, a reader sees exactly the shards that were committed and not damaged or discarded since.
 """
 
 import shutil
