@@ -24,7 +24,7 @@ _CAPTIONS = """Captions to train on together, with optional weights: raw,long:0.
 --positives, those in any]"""
 _EXCLUDE = "Keys to leave out, one per line, as `sail-extract overlap` writes them. Can be repeated."
 _OUT = "Folder of the run.  [default: runs/<store>-<head>, with -2, -3 … added if that has other settings]"
-_TRACK = "Also log to tensorboard, wandb or both (separated by a comma); needs 'sail-align[tracking]'."
+_TRACK = "Also log to tensorboard, wandb or both (separated by a comma); each needs its extra: 'sail-align[wandb]'."
 
 
 @with_settings()

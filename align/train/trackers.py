@@ -77,5 +77,5 @@ def parse_trackers(text: str | None) -> list[str]:
         if name not in TRACKERS:
             raise UserError(f"--track is invalid: got {name!r}, expected {', '.join(TRACKERS)}.")
         if find_spec(name) is None:
-            raise UserError(f"--track {name} needs a package that is missing. Run pip install 'sail-align[tracking]'.")
+            raise UserError(f"--track {name} needs a package that is missing. Run pip install 'sail-align[{name}]'.")
     return names

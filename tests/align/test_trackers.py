@@ -96,6 +96,6 @@ def test_unknown_or_missing_tracker_raises(monkeypatch):
         parse_trackers("tensorboard, mlflow")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"--track wandb needs a package that is missing. Run pip install 'sail-align\[tracking\]'"
+        UserError, match=r"--track wandb needs a package that is missing. Run pip install 'sail-align\[wandb\]'"
     ):
         parse_trackers("wandb")

@@ -1,17 +1,15 @@
-"""sail-extract: encode a data set once with frozen encoders and keep the features in a store."""
+"""sail-extract run: its options and its output."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sail_align.extract.errors import UserError, command
-from sail_align.extract.system.command_line import DataRoot, Device, GroupedCommand, Quiet, run_command
-from sail_align.extract.system.files import as_path, require_store
+from sail_align.extract.system.command_line import DataRoot, Device, Quiet
+from sail_align.extract.system.files import as_path
 
 if TYPE_CHECKING:
     from sail_align.extract.data import Source
@@ -21,20 +19,10 @@ if TYPE_CHECKING:
     from sail_align.extract.manifest import Manifest
     from sail_align.extract.store.store import Store
 
-THRESHOLD = 0.85
-"""Cosine above which images count as near-duplicates. With efficientnet-lite0, all of 250 photos cropped to 95 % or
-mirrored are above it, as are 94 % of these saved again as JPEG of quality 60. Of 3 million pairs of other photos, only
-one is: the same scene a moment later."""
-
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-
 _data_option = partial(typer.Option, rich_help_panel="Data")
 _encoder_option = partial(typer.Option, rich_help_panel="Encoders")
 _run_option = partial(typer.Option, rich_help_panel="Run")
 
-StorePath = Annotated[
-    Path, typer.Argument(metavar="STORE", help="A feature store.", show_default=False, parser=as_path)
-]
 Out = Annotated[
     Path | None,
     _data_option(
@@ -79,7 +67,6 @@ RayAddress = Annotated[
 Retry = Annotated[str | None, _run_option(help="failed: retry the images that could not be encoded.", metavar="failed")]
 
 
-@app.command(cls=GroupedCommand)
 def run(
     manifest: Annotated[str, typer.Argument(help="Name of a packaged manifest, such as demo, or a .yaml file.")],
     out: Out = None,
@@ -136,7 +123,7 @@ def run(
     if engine == "local" and not (path / "zarr.json").exists():
         for encoder in filter(None, (image, text)):
             encoder.download()  # before the store is created
-    results: list[object] = [run_job(job, executor, share, partial(_report_opened, about), quiet=quiet)]
+    results: list[object] = [run_job(job, executor, share, partial(report_opened, about), quiet=quiet)]
     if retry:
         results.append(retry_failed(job, share, device, quiet=quiet))
     _report_run(Store.open(path), job, results, all_shards=worker == "1/1")
@@ -201,7 +188,7 @@ def _choose_executor(engine: str, ray_address: str | None, workers: str, device:
     return LocalExecutor.choose(workers, device)
 
 
-def _report_opened(about: "Manifest | None", store: "Store") -> None:
+def report_opened(about: "Manifest | None", store: "Store") -> None:
     """Print how captions from other tables were joined, and whether the number of samples is unexpected."""
     report = store.recaptions()
     for line in report.lines() if report else ():
@@ -241,184 +228,3 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
         ours = [name for name, array in images.items() if job.image and job.image.matches(array.identity.spec)]
         chosen = ["--image-encoder", *ours] if ours and len(images) > 1 else []
         typer.echo(f"Next: {command('sail-align', 'fit', '--features', store.path, *chosen)}")
-
-
-@app.command(cls=GroupedCommand)
-def check(
-    manifest: Annotated[
-        str | None, typer.Argument(help="Name of a packaged manifest, or a .yaml file.  [default: all packaged ones]")
-    ] = None,
-    data_root: DataRoot = None,
-) -> None:
-    """Show what is missing of a data set and how to get it. Exits with 1 if it is incomplete."""
-    from sail_align.extract.check import check as check_data_set
-    from sail_align.extract.manifest import find_manifest, packaged_manifests
-
-    if manifest is None:
-        for name in packaged_manifests():
-            about, root = find_manifest(name, data_root)
-            kind = about.task.kind if about.task else about.purpose
-            rows = f"{about.expected_rows:,}" if about.expected_rows else ""
-            status = "here   " if about.is_here(root) else "missing"
-            typer.echo(f"{status}  {name:<18} {kind:<15} {rows:>10}  {about.title}")
-        typer.echo("`sail-extract check NAME` shows details and how to get what is missing.")
-        return
-    about, root = find_manifest(manifest, data_root)
-    typer.echo(f"{about.name}: {about.title}\nlicence: {about.licence}\ndata root: {root}")
-    ready = True
-    for good, text in check_data_set(about, root):
-        typer.echo(f"  {'ok ' if good else 'NOT'}  {text}")
-        ready &= good
-    if not ready:
-        typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")
-        raise typer.Exit(1)
-    typer.echo("ready")
-
-
-@app.command(cls=GroupedCommand)
-def download(
-    manifest: Annotated[str, typer.Argument(help="Name of a packaged manifest, such as cc12m, or a .yaml file.")],
-    data_root: DataRoot = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes of img2dataset.  [default: one per core]")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Simultaneous downloads per process.")] = 64,
-    quiet: Quiet = False,
-) -> None:
-    """Download the images of a training set with img2dataset. Rerun the same command to resume."""
-    from sail_align.extract.download import download_images
-    from sail_align.extract.manifest import find_manifest
-
-    about, root = find_manifest(manifest, data_root)
-    processes = processes or os.cpu_count() or 1
-    done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
-    typer.echo(f"{about.name}: {done}\nNext: {command('sail-extract', 'run', manifest)}")
-
-
-@app.command(cls=GroupedCommand)
-def status(
-    store: StorePath,
-    failed: Annotated[bool, typer.Option("--failed", help="List the rows that could not be encoded, and why.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="With --failed, also write them as parquet: key, url, image, array, status.")
-    ] = None,
-) -> None:
-    """Show what a store contains and how much of it is done."""
-    if out and not failed:
-        raise UserError("--out has no effect without --failed. Add it.")
-    require_store(store)
-
-    from sail_align.extract.quality.failed import describe_failed, write_failed
-    from sail_align.extract.store.hierarchy import STORE_FORMAT
-    from sail_align.extract.store.store import Store
-
-    opened = Store.open(store)
-    if failed:
-        for line in describe_failed(opened):
-            typer.echo(line)
-        if out:
-            typer.echo(f"wrote {out}: {write_failed(opened, out):,} rows")
-        return
-    typer.echo(f"{store}: {opened.dataset}, {opened.rows:,} samples, captions {', '.join(opened.captions) or 'none'}")
-    _report_opened(None, opened)
-    for array in opened.arrays():
-        typer.echo(f"  {array.describe()}")
-    if opened.format < STORE_FORMAT:
-        typer.echo(f"format {opened.format}; convert it with `{command('sail-extract', 'upgrade', store)}`")
-    typer.echo(f"digest {opened.digest}")
-
-
-@app.command(cls=GroupedCommand)
-def verify(
-    store: StorePath,
-    discard: Annotated[
-        bool, typer.Option(help="Discard the commits of damaged shards, so that `run` redoes them.")
-    ] = False,
-) -> None:
-    """Recompute every hash, and golden vectors if their encoders are available. Exits with 1 on damage."""
-    require_store(store)
-
-    from sail_align.extract.quality.verify import verify_store
-
-    problems = 0
-    for text, damage in verify_store(store, discard=discard):
-        typer.echo(text)
-        problems += damage
-    typer.echo(f"{store}: {problems or 'no'} problem{'s' if problems != 1 else ''} found.")
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command(cls=GroupedCommand)
-def upgrade(store: StorePath, quiet: Quiet = False) -> None:
-    """Convert a store of an earlier format. Features keep their bytes; a stopped conversion is continued."""
-    require_store(store)
-
-    from sail_align.extract.store.hierarchy import STORE_FORMAT
-    from sail_align.extract.store.store import Store
-    from sail_align.extract.store.upgrade import upgrade_store
-
-    done = upgrade_store(Store.open(store), quiet=quiet)
-    typer.echo(f"{store}: {'converted to' if done else 'already has'} format {STORE_FORMAT}.")
-
-
-@app.command(cls=GroupedCommand)
-def doctor(store: StorePath) -> None:
-    """Test from the features whether captions belong to their images. Exits with 1 if they do not."""
-    require_store(store)
-
-    from sail_align.extract.quality.doctor import diagnose
-    from sail_align.extract.quality.pairing import Verdict
-    from sail_align.extract.store.store import Store
-
-    diagnosis = diagnose(Store.open(store))
-    for line in diagnosis.lines:
-        typer.echo(f"  {line}")
-    typer.echo(f"{store}: {diagnosis.summary}")
-    if diagnosis.verdict is Verdict.BROKEN:
-        raise typer.Exit(1)
-
-
-@app.command(cls=GroupedCommand)
-def overlap(
-    train: Annotated[
-        Path, typer.Argument(metavar="TRAIN", help="Store to train on.", show_default=False, parser=as_path)
-    ],
-    evaluation: Annotated[
-        Path, typer.Argument(metavar="EVAL", help="Store to score on.", show_default=False, parser=as_path)
-    ],
-    threshold: Annotated[float, typer.Option(help="Lowest cosine of near-duplicates.")] = THRESHOLD,
-    out: Annotated[Path | None, typer.Option(help="Write the list for `sail-align fit --exclude`.")] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option(help="Image encoder to use if a store has more than one.")
-    ] = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
-) -> None:
-    """Find near-duplicates of evaluation images in a training store."""
-    if not 0 < threshold <= 1:
-        raise UserError(f"--threshold is invalid: got {threshold:g}, expected a cosine between 0 and 1.")
-    for store in (train, evaluation):
-        require_store(store)
-
-    from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.quality.overlap import Overlap
-    from sail_align.extract.store.store import Store
-
-    where = str(Runtime.of(device, "float32").device)
-    found = Overlap.between(Store.open(train), Store.open(evaluation), encoder=image_encoder, device=where, quiet=quiet)
-    rows = found.closest(threshold)
-    for line in found.describe(rows):
-        typer.echo(line)
-    typer.echo(
-        f"{train}: {len(rows):,} of {found.train.rows:,} images are near-duplicates of images of {evaluation} "
-        f"(cosine {threshold:g} or more)."
-    )
-    if out:
-        found.write(out, rows)
-        typer.echo(f"wrote {out}\nNext: {command('sail-align', 'fit', '--features', train, '--exclude', out)}")
-
-
-def main() -> None:
-    """Run the command line."""
-    run_command(app)

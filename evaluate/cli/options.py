@@ -1,0 +1,26 @@
+"""Options that several commands of sail-eval share, and what they stand for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        help="A run of sail-align, RUN/checkpoints/STEP, or an exported folder.  [default: the newest in runs/]",
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="open_clip:NAME@WEIGHTS",
+        help="Instead of a run: a model of OpenCLIP, such as SigLIP, to compare with.",
+    ),
+]
+FeaturesDir = Annotated[Path, typer.Option(help="Folder of stores. Those of evaluation sets are in its eval/.")]
+ScoredRuns = Annotated[
+    list[Path], typer.Argument(metavar="RUN", help="Runs, or checkpoints of them, with scores.", show_default=False)
+]

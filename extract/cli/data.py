@@ -1,0 +1,60 @@
+"""sail-extract check and download: is a data set here, and how to get it."""
+
+import os
+from textwrap import indent
+from typing import Annotated
+
+import typer
+
+from sail_align.extract.errors import command
+from sail_align.extract.system.command_line import DataRoot, Quiet
+
+
+def check(
+    manifest: Annotated[
+        str | None, typer.Argument(help="Name of a packaged manifest, or a .yaml file.  [default: all packaged ones]")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Show what is missing of a data set and how to get it. Exits with 1 if it is incomplete."""
+    from sail_align.extract.check import check as check_data_set
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
+
+    if manifest is None:
+        for name in packaged_manifests():
+            about, root = find_manifest(name, data_root)
+            kind = about.task.kind if about.task else about.purpose
+            rows = f"{about.expected_rows:,}" if about.expected_rows else ""
+            status = "here   " if about.is_here(root) else "missing"
+            typer.echo(f"{status}  {name:<18} {kind:<15} {rows:>10}  {about.title}")
+        typer.echo("`sail-extract check NAME` shows details and how to get what is missing.")
+        return
+    about, root = find_manifest(manifest, data_root)
+    typer.echo(f"{about.name}: {about.title}\nlicence: {about.licence}\ndata root: {root}")
+    ready = True
+    for good, text in check_data_set(about, root):
+        typer.echo(f"  {'ok ' if good else 'NOT'}  {text}")
+        ready &= good
+    if not ready:
+        typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")
+        raise typer.Exit(1)
+    typer.echo("ready")
+
+
+def download(
+    manifest: Annotated[str, typer.Argument(help="Name of a packaged manifest, such as cc12m, or a .yaml file.")],
+    data_root: DataRoot = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes of img2dataset.  [default: one per core]")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Simultaneous downloads per process.")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """Download the images of a training set with img2dataset. Rerun the same command to resume."""
+    from sail_align.extract.download import download_images
+    from sail_align.extract.manifest import find_manifest
+
+    about, root = find_manifest(manifest, data_root)
+    processes = processes or os.cpu_count() or 1
+    done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
+    typer.echo(f"{about.name}: {done}\nNext: {command('sail-extract', 'run', manifest)}")
