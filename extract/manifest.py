@@ -184,7 +184,7 @@ def packaged_manifests() -> dict[str, Path]:
     return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
 
 
-def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifest, Path]:
+def find_manifest(reference: str, data_root: str | Path | None = None) -> tuple[Manifest, Path]:
     """Read a manifest by its packaged name or its path, and find its data root.
 
     The data root is `data_root`, else `$SAIL_DATA_ROOT`, else `./data` for a packaged manifest and the folder of the
@@ -204,8 +204,12 @@ def find_manifest(reference: str, data_root: str | None = None) -> tuple[Manifes
     else:
         names = ", ".join(packaged)
         raise UserError(f"Manifest {reference!r} is unknown. Give a path to a .yaml file, or one of: {names}.")
-    root = data_root or os.environ.get("SAIL_DATA_ROOT")
-    return Manifest.read(path), Path(root) if root else default_root
+    return Manifest.read(path), data_root_of(data_root, default_root)
+
+
+def data_root_of(given: str | Path | None, default: Path) -> Path:
+    """Return the data root: the given one, else `$SAIL_DATA_ROOT`, else a default."""
+    return Path(given or os.environ.get("SAIL_DATA_ROOT") or default)
 
 
 def _describe_first(error: ValidationError) -> str:

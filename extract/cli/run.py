@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.extract.errors import UserError, command
+from sail_align.extract.errors import command
 from sail_align.extract.system.command_line import DataRoot, Device, Quiet
 from sail_align.extract.system.files import as_path
 
 if TYPE_CHECKING:
     from sail_align.extract.data import Source
     from sail_align.extract.executor.job import Job
-    from sail_align.extract.executor.local import LocalExecutor
-    from sail_align.extract.executor.ray_cluster import RayCluster
     from sail_align.extract.manifest import Manifest
     from sail_align.extract.store.store import Store
 
@@ -90,102 +88,39 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set into a store of features. Rerun the same command to resume."""
-    _check_options(retry, workers, add_captions, captions or image_encoder)
-    about, root = _find_data(manifest, data_root, needed=not add_captions)
+    from sail_align.extract.build import Report, build_store
 
-    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
-    from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.executor.job import Job
-    from sail_align.extract.executor.retry import retry_failed
-    from sail_align.extract.executor.run import run_job
-    from sail_align.extract.executor.worker import Share
-    from sail_align.extract.store.store import Store
-
-    path = out or Path("features") / f"{about.name}.zarr"
-    text_name = text_encoder or about.encoders.text
-    image: ImageEncoderConfig | None = None
-    if add_captions:
-        store = Store.open(path)
-        known, chosen = store.captions, add_captions.split(",")
-        if not text_encoder and (identity := store.text_identity()):
-            recorded = TextEncoderConfig.recorded(identity)
-            text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
-    else:
-        image_name, options = image_encoder or about.encoders.image, (precision, trust_remote_code, compiled)
-        image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
-        known = _open_source(about, root).all_captions
-        chosen = captions.split(",") if captions else list(about.encoders.captions or _in_store(known, path))
-    names = _require_captions(about.name, chosen, known)
-    text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled) if names else None
-    Runtime.of(device, precision)  # raises if either is invalid
-    job = Job(about, root, path, image, text, names)
-    share, executor = Share.parse(worker), _choose_executor(engine, ray_address, workers, device)
-    if engine == "local" and not (path / "zarr.json").exists():
-        for encoder in filter(None, (image, text)):
-            encoder.download()  # before the store is created
-    results: list[object] = [run_job(job, executor, share, partial(report_opened, about), quiet=quiet)]
-    if retry:
-        results.append(retry_failed(job, share, device, quiet=quiet))
-    _report_run(Store.open(path), job, results, all_shards=worker == "1/1")
+    build_store(
+        manifest,
+        out=out,
+        image_encoder=image_encoder,
+        image_pooling=image_pooling,
+        text_encoder=text_encoder,
+        text_pooling=text_pooling,
+        captions=captions,
+        add_captions=add_captions,
+        data_root=data_root,
+        device=device,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        compiled=compiled,
+        fast_jpeg=fast_jpeg,
+        workers=workers,
+        worker=worker,
+        engine=engine,
+        ray_address=ray_address,
+        retry=retry,
+        quiet=quiet,
+        report=Report(_report_source, report_opened, partial(_report_run, all_shards=worker == "1/1")),
+    )
 
 
-def _check_options(retry: str | None, workers: str, add_captions: str | None, conflicting: str | None) -> None:
-    if retry not in (None, "failed"):
-        raise UserError(f"--retry {retry!r} is invalid: expected failed.")
-    if retry and workers not in ("auto", "1"):
-        raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
-    if add_captions and (conflicting or retry):
-        raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
-
-
-def _find_data(manifest: str, data_root: str | None, *, needed: bool) -> tuple["Manifest", Path]:
-    """Return a manifest and its data root. Raises `UserError` if the data are needed but missing."""
-    from sail_align.extract.manifest import find_manifest, packaged_manifests
-
-    about, root = find_manifest(manifest, data_root)
-    if needed and manifest in packaged_manifests():
-        about.require_here(root, manifest)
-    return about, root
-
-
-def _open_source(about: "Manifest", root: Path) -> "Source":
-    """Open the source of a manifest, and print which files it leaves out."""
+def _report_source(about: "Manifest", source: "Source") -> None:
+    """Print which files a source leaves out."""
     from sail_align.extract.data import describe_left_out
 
-    source = about.open_source(root)
     if left_out := describe_left_out(source.left_out):
         typer.echo(f"note: {about.name}: {left_out}.")
-    return source
-
-
-def _in_store(captions: Sequence[str], path: Path) -> list[str]:
-    """Return the captions that a store has if it exists: an earlier version may have found fewer in the same data."""
-    from sail_align.extract.store.store import Store
-
-    existing = Store.open(path).captions if (path / "zarr.json").exists() else captions
-    return [name for name in captions if name in existing]
-
-
-def _require_captions(dataset: str, chosen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in chosen)
-    for name in names:
-        if name not in known:
-            raise UserError(f"{dataset} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
-    return names
-
-
-def _choose_executor(engine: str, ray_address: str | None, workers: str, device: str) -> "LocalExecutor | RayCluster":
-    from sail_align.extract.executor.local import LocalExecutor
-
-    if engine == "ray":
-        from sail_align.extract.executor.ray_cluster import RayCluster
-
-        return RayCluster(ray_address, workers, device)
-    if engine != "local":
-        raise UserError(f"--engine {engine!r} is invalid: expected local or ray.")
-    if ray_address:
-        raise UserError(f"--ray-address {ray_address} has no effect with --engine local. Add --engine ray.")
-    return LocalExecutor.choose(workers, device)
 
 
 def report_opened(about: "Manifest | None", store: "Store") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import FakeChoice
 from PIL import Image
 
 from sail_align.extract.cli import main
@@ -45,6 +46,16 @@ def typed(monkeypatch, capsys):
         return int(end.value.code or 0), printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def fake_encoders(monkeypatch):
+    """Every encoder that a command loads is a fake one, which takes milliseconds."""
+    import sail_align.extract.executor.job  # noqa: F401 (its annotations need the real classes)
+
+    monkeypatch.setattr(FakeChoice, "download", lambda choice: None, raising=False)
+    for name, made in (("ImageEncoderConfig", FakeChoice("image")), ("TextEncoderConfig", FakeChoice("text"))):
+        monkeypatch.setattr(f"sail_align.extract.encoders.load.{name}", lambda *names, made=made, **options: made)
 
 
 MANIFEST = """

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeText, FakeVision
 
-from sail_align.extract.cli.run import _in_store
+from sail_align.extract.build import _in_store
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.executor.encode import ArrayTask

@@ -1,0 +1,188 @@
+"""Building the store of a data set, from Python as from the command line."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sail_align.extract.errors import UserError
+from sail_align.extract.manifest import Manifest, data_root_of, find_manifest, packaged_manifests
+from sail_align.extract.system.files import as_path
+
+if TYPE_CHECKING:
+    from sail_align.extract.data import Source
+    from sail_align.extract.executor.job import Job
+    from sail_align.extract.executor.local import LocalExecutor
+    from sail_align.extract.executor.ray_cluster import RayCluster
+    from sail_align.extract.store.store import Store
+
+
+def _ignore(*received: object) -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Receivers of what a build finds and does.
+
+    Attributes:
+        source_opened: Called with the data set before anything is downloaded or written.
+        store_opened: Called with the store before anything is encoded.
+        encoded: Called at the end with the store, the job and summaries of the encoding and perhaps of a retry.
+    """
+
+    source_opened: "Callable[[Manifest, Source], object]" = _ignore
+    store_opened: "Callable[[Manifest, Store], object]" = _ignore
+    encoded: "Callable[[Store, Job, Sequence[object]], object]" = _ignore
+
+
+def build_store(
+    data: "str | Path | Manifest",
+    *,
+    out: str | Path | None = None,
+    image_encoder: str | None = None,
+    image_pooling: str | None = None,
+    text_encoder: str | None = None,
+    text_pooling: str | None = None,
+    captions: str | Sequence[str] | None = None,
+    add_captions: str | Sequence[str] | None = None,
+    data_root: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    trust_remote_code: bool = False,
+    compiled: bool = False,
+    fast_jpeg: bool = False,
+    workers: str | int = "auto",
+    worker: str = "1/1",
+    engine: str = "local",
+    ray_address: str | None = None,
+    retry: str | None = None,
+    quiet: bool = False,
+    report: Report = Report(),
+) -> "Store":
+    """Encode a data set into a store of features, as `sail-extract run` does. Call it again to resume.
+
+    Args:
+        data: Name of a packaged manifest such as "demo", path of a manifest, or a manifest.
+        out: Path or URL of the store, which is created or resumed. Default: `features/<manifest name>.zarr`.
+        image_encoder: Name, hf:REPOSITORY, timm:MODEL or open_clip:MODEL. Default: the manifest's.
+        image_pooling: "cls", "mean" or "cls+mean". Default: the encoder's own.
+        text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's.
+        text_pooling: "cls", "mean" or "last". Default: the encoder's own.
+        captions: Names of the captions to encode, as a sequence or as "raw,long". Default: the manifest's, else all.
+        add_captions: Captions to add to an existing store, without reading its images.
+        data_root: Folder of the manifest's files. Default: `$SAIL_DATA_ROOT`, else the folder of the manifest's file,
+            `data` for a packaged manifest, and the current folder for a `Manifest`.
+        device: "cpu", "cuda", "cuda:1" …, or "auto" for a GPU if there is one.
+        precision: Precision of the encoders: "float32", "bfloat16" or "float16".
+        trust_remote_code: Run a model's own code, which needs a pinned revision.
+        compiled: Compile the encoders with `torch.compile`.
+        fast_jpeg: Decode large JPEGs at a reduced scale.
+        workers: Processes on this machine, or "auto".
+        worker: Encode only this worker's shards, as "N/OF".
+        engine: "local" for this machine, "ray" for a Ray cluster.
+        ray_address: The Ray cluster. Default: `$RAY_ADDRESS`, else this machine alone.
+        retry: "failed" retries the images that could not be encoded.
+        quiet: Show no progress bars.
+        report: Receives what is found and done.
+
+    Returns:
+        The opened store.
+
+    Raises:
+        UserError: An option is invalid, data or an encoder are missing, or the store belongs to other data.
+        WorkersFailedError: Shards are left because workers failed.
+        StoppedError: SIGTERM or Ctrl-C.
+    """
+    _check_options(retry, workers, add_captions, captions or image_encoder)
+    manifest, root = _find_data(data, data_root, needed=not add_captions)
+
+    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
+    from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.executor.job import Job
+    from sail_align.extract.executor.retry import retry_failed
+    from sail_align.extract.executor.run import run_job
+    from sail_align.extract.executor.worker import Share
+    from sail_align.extract.store.store import Store
+
+    path = as_path(out) if out else Path("features") / f"{manifest.name}.zarr"
+    text_name = text_encoder or manifest.encoders.text
+    image: ImageEncoderConfig | None = None
+    if add_captions:
+        store = Store.open(path)
+        known, chosen = store.captions, _names(add_captions)
+        if not text_encoder and (identity := store.text_identity()):
+            recorded = TextEncoderConfig.recorded(identity)
+            text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
+    else:
+        image_name, options = image_encoder or manifest.encoders.image, (precision, trust_remote_code, compiled)
+        image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
+        source = manifest.open_source(root)
+        report.source_opened(manifest, source)
+        known = source.all_captions
+        chosen = _names(captions) if captions else manifest.encoders.captions or _in_store(known, path)
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"{manifest.name} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
+    text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled) if chosen else None
+    Runtime.of(device, precision)  # raises if either is invalid
+    job = Job(manifest, root, path, image, text, tuple(chosen))
+    share, executor = Share.parse(worker), _choose_executor(engine, ray_address, str(workers), device)
+    if engine == "local" and not (path / "zarr.json").exists():
+        for encoder in filter(None, (image, text)):
+            encoder.download()  # before the store is created
+    results: list[object] = [run_job(job, executor, share, partial(report.store_opened, manifest), quiet=quiet)]
+    if retry:
+        results.append(retry_failed(job, share, device, quiet=quiet))
+    store = Store.open(path)
+    report.encoded(store, job, results)
+    return store
+
+
+def _check_options(
+    retry: str | None, workers: str | int, add_captions: object | None, conflicting: object | None
+) -> None:
+    if retry not in (None, "failed"):
+        raise UserError(f"--retry {retry!r} is invalid: expected failed.")
+    if retry and str(workers) not in ("auto", "1"):
+        raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
+    if add_captions and (conflicting or retry):
+        raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
+
+
+def _find_data(data: "str | Path | Manifest", data_root: str | Path | None, *, needed: bool) -> tuple[Manifest, Path]:
+    """Return a manifest and its data root. Raises `UserError` if the data are needed but missing."""
+    if isinstance(data, Manifest):
+        return data, data_root_of(data_root, Path())
+    manifest, root = find_manifest(str(data), data_root)
+    if needed and str(data) in packaged_manifests():
+        manifest.require_here(root, str(data))
+    return manifest, root
+
+
+def _names(captions: str | Sequence[str]) -> list[str]:
+    given = captions.split(",") if isinstance(captions, str) else captions
+    return [name.strip() for name in given]
+
+
+def _in_store(captions: Sequence[str], path: Path) -> list[str]:
+    """Return the captions that a store has if it exists: an earlier version may have found fewer in the same data."""
+    from sail_align.extract.store.store import Store
+
+    existing = Store.open(path).captions if (path / "zarr.json").exists() else captions
+    return [name for name in captions if name in existing]
+
+
+def _choose_executor(engine: str, ray_address: str | None, workers: str, device: str) -> "LocalExecutor | RayCluster":
+    if engine == "ray":
+        from sail_align.extract.executor.ray_cluster import RayCluster
+
+        return RayCluster(ray_address, workers, device)
+    if engine != "local":
+        raise UserError(f"--engine {engine!r} is invalid: expected local or ray.")
+    if ray_address:
+        raise UserError(f"--ray-address {ray_address} has no effect with --engine local. Add --engine ray.")
+    from sail_align.extract.executor.local import LocalExecutor
+
+    return LocalExecutor.choose(workers, device)
