@@ -13,32 +13,35 @@ COUNT ?= 1500
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(VENV)/ready ## Make a virtual environment in .venv with everything in it
+setup: $(VENV)/ready ## Make a virtual environment in .venv with everything in it, development tools included
 
-$(VENV)/ready: pyproject.toml
+# The demo and the three stages need less than development does.
+RUNS := $(if $(wildcard $(VENV)/ready),$(VENV)/ready,$(VENV)/ready-demo)
+
+$(VENV)/ready-demo: EXTRAS = demo
+$(VENV)/ready: EXTRAS = demo,dev
+$(VENV)/ready $(VENV)/ready-demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; name another, as in make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "Setting up $(VENV); pip takes some minutes over PyTorch ..."
 	$(PYTHON) -m venv $(VENV)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: setup ## The whole pipeline on the embedded data: extract, fit, evaluate, report
-	$(BIN)/sail-extract run demo
-	$(BIN)/sail-align fit --features features/demo.zarr
-	$(BIN)/sail-eval all
+demo: $(RUNS) ## The whole pipeline on the embedded data: extract, fit, evaluate, report
+	$(BIN)/sail-eval demo
 
-download: setup ## Download a training set's images: make download DATASET=cc3m (sail-extract check cc3m says what for)
+download: $(RUNS) ## Download a training set's images: make download DATASET=cc3m (sail-extract check cc3m says what for)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[download]'
 	$(BIN)/sail-extract download $(DATASET)
 
-extract: setup ## Encode a data set into a store: make extract DATASET=demo (or a path to a manifest)
+extract: $(RUNS) ## Encode a data set into a store: make extract DATASET=demo (or a path to a manifest)
 	$(BIN)/sail-extract run $(DATASET) --out $(STORE)
 
-fit: setup ## Train the heads on a store: make fit DATASET=demo (or STORE=features/demo.zarr)
+fit: $(RUNS) ## Train the heads on a store: make fit DATASET=demo (or STORE=features/demo.zarr)
 	$(BIN)/sail-align fit --features $(STORE)
 
-eval: setup ## Score the newest run on every evaluation set that is there
+eval: $(RUNS) ## Score the newest run on every evaluation set that is there
 	$(BIN)/sail-eval all
 
 test: setup ## Run all tests, two at a time (WORKERS=8 for more)

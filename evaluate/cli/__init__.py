@@ -6,6 +6,7 @@ with pictures to RUN/report.html. Those of a named checkpoint go to RUN/scores/,
 
 import typer
 
+from sail_align.evaluate.cli.demo import demo
 from sail_align.evaluate.cli.elsewhere import clip_benchmark
 from sail_align.evaluate.cli.read import compare, report, trace_scores
 from sail_align.evaluate.cli.score import evaluate_all, task_command
@@ -19,6 +20,7 @@ for task in all_tasks().values():
 app.command("clip-benchmark", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     clip_benchmark
 )
+app.command()(demo)
 app.command()(report)
 app.command()(compare)
 app.command("trace")(trace_scores)
