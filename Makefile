@@ -8,7 +8,7 @@ WORKERS ?= 2
 COUNT ?= 1500
 
 .DEFAULT_GOAL := help
-.PHONY: help installed setup demo download extract fit eval test quick test-oldest faults soak check lint format typecheck bench fuzz
+.PHONY: help installed setup demo download extract fit eval test quick test-oldest faults soak check lint format typecheck bench fuzz dist
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -93,3 +93,10 @@ typecheck: installed ## Check types on the package as it installs
 bench: setup ## Measure speed and memory; each benchmark prints ratios against a baseline in the same run
 	@for name in bench_index extract stream loss step evaluate segmentation; do \
 		echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+dist: ## Build the wheel and the source distribution in dist/ and check them as PyPI does
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	build/dist/bin/python -m build
+	build/dist/bin/twine check --strict dist/*
