@@ -31,10 +31,15 @@ def import_extra(name: str, message: str) -> Any:
         raise UserError(message) from problem
 
 
+def nearest(value: str, known: Iterable[str]) -> str | None:
+    """Return the known value most similar to an unknown one, None if none is similar."""
+    return next(iter(difflib.get_close_matches(value, list(known), n=1)), None)
+
+
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return the end of a message that suggests the known value most similar to an unknown one; "" if none is."""
-    near = difflib.get_close_matches(value, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(value, known)
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def listing(names: Iterable[str], most: int = 20) -> str:

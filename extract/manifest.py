@@ -8,18 +8,22 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sail_align.extract import sources
 from sail_align.extract.data import Source
-from sail_align.extract.errors import UserError, command, did_you_mean
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.table_files import Recaptions, TextFormat
-from sail_align.extract.system.validation import Problem, shortened
+from sail_align.extract.system.validation import MOST_MISTAKES, describe_mistakes, shortened
 from sail_align.extract.system.yaml_files import read_yaml
 
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 """A prompt with exactly one `{}`, where the class name goes."""
+
+
+MOST_NAME = 100
+"""Characters of a manifest's name, which becomes the name of a folder."""
 
 
 class TaskSettings(Strict):
@@ -94,17 +98,23 @@ else:
     AnySourceConfig = Annotated[Union[tuple(_source_configs())], Field(discriminator="kind")]  # noqa: UP007
 
 
+def as_name(text: str) -> str:
+    """Return a valid name of a manifest that is similar to a text."""
+    return re.sub("[^a-z0-9._-]+", "-", text.lower()[:MOST_NAME]).lstrip("._-").rstrip("-") or "data"
+
+
 class Manifest(Strict):
     """A data set: its purpose, its files, the expected counts, and how to get it.
 
-    `get` lists the commands that download the data set to the data root `data`.
+    `title`, `licence` (also spelled `license`) and `get` are for people. `get` lists the commands that download the
+    data set to the data root `data`. By default, `title` is the name, and `purpose` is `evaluate` if there is a task.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str
     purpose: Literal["train", "evaluate"]
-    title: str
-    licence: str
-    get: str
+    title: str = ""
+    licence: str = ""
+    get: str = ""
     source: AnySourceConfig
     recaptions: Recaptions | None = None
     task: TaskSettings | None = None
@@ -112,6 +122,26 @@ class Manifest(Strict):
     encoders: Encoders = Encoders()
     expected_rows: int | None = Field(default=None, gt=0)
     expected_captions: int | None = Field(default=None, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _require_file_name(cls, name: str) -> str:
+        if not re.fullmatch("[a-z0-9][a-z0-9._-]*", name):
+            raise ValueError(f"Expected lower-case letters, digits, '.', '_' and '-', such as {as_name(name)!r}")
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        content = dict(content)
+        if "license" in content and "licence" not in content:
+            content["licence"] = content.pop("license")
+        if isinstance(content.get("name"), str):
+            content.setdefault("title", content["name"])
+        content.setdefault("purpose", "train" if content.get("task") is None else "evaluate")
+        return content
 
     @model_validator(mode="after")
     def _require_fields_of_purpose(self) -> "Manifest":
@@ -135,7 +165,7 @@ class Manifest(Strict):
         try:
             return cls.model_validate(content)
         except ValidationError as problem:
-            raise UserError(f"{path}: {_describe_first(problem)}") from problem
+            raise UserError(_name_mistakes(path, describe_mistakes(problem, cls, content))) from problem
 
     def scored_as(self, kind: str) -> "Manifest":
         """Return an evaluation set under another kind of task."""
@@ -212,27 +242,10 @@ def data_root_of(given: str | Path | None, default: Path) -> Path:
     return Path(given or os.environ.get("SAIL_DATA_ROOT") or default)
 
 
-def _describe_first(error: ValidationError) -> str:
-    """Describe the first validation error. For an unknown value, suggest the nearest valid one."""
-    problem = Problem.first(error)
-    field, value = ".".join(map(str, problem.place)), problem.value
-    if problem.kind == "extra_forbidden":
-        return f"field {field!r} is unknown: got value {shortened(value)}. Remove or correct it."
-    if problem.kind == "missing":
-        return f"field {field!r} is missing. Add it."
-    if problem.kind == "union_tag_not_found":
-        return f"field '{field}.kind' is missing. Add it."
-    if problem.kind in ("union_tag_invalid", "literal_error"):
-        expected = problem.expected
-        if problem.kind == "union_tag_invalid":
-            field, value, expected = f"{field}.kind", problem.context["tag"], problem.context["expected_tags"]
-        names = re.findall("'(.+?)'", expected) or [expected]
-        guess = did_you_mean(str(value), names) if isinstance(value, str) else ""
-        return f"field {field!r} is invalid: got {shortened(value)}, expected {', '.join(names)}.{guess}"
-    if problem.message:
-        return (
-            f"field {field!r} is invalid: got {shortened(value)}. {problem.message}."
-            if field
-            else f"{problem.message}."
-        )
-    return f"field {field!r} is invalid: got {shortened(value)}, expected {problem.expected}."
+def _name_mistakes(path: Path, mistakes: list[str]) -> str:
+    """Return the message about a manifest's mistakes: one line if there is only one."""
+    if len(mistakes) == 1:
+        return f"{path}: {mistakes[0]}"
+    shown = [f"\n  {mistake}" for mistake in mistakes[:MOST_MISTAKES]]
+    more = f"\n  and {len(mistakes) - MOST_MISTAKES} more" if len(mistakes) > MOST_MISTAKES else ""
+    return f"{path} has {len(mistakes)} mistakes:{''.join(shown)}{more}"

@@ -30,13 +30,16 @@ def check(
         typer.echo("`sail-extract check NAME` shows details and how to get what is missing.")
         return
     about, root = find_manifest(manifest, data_root)
-    typer.echo(f"{about.name}: {about.title}\nlicence: {about.licence}\ndata root: {root}")
+    typer.echo(about.name if about.title == about.name else f"{about.name}: {about.title}")
+    if about.licence:
+        typer.echo(f"licence: {about.licence}")
+    typer.echo(f"data root: {root}")
     ready = True
     for good, text in check_data_set(about, root):
         typer.echo(f"  {'ok ' if good else 'NOT'}  {text}")
         ready &= good
     if not ready:
-        typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}")
+        typer.echo(f"not ready; to get it:\n{indent(about.get.strip(), '    ')}" if about.get else "not ready")
         raise typer.Exit(1)
     typer.echo("ready")
 

@@ -63,6 +63,21 @@ def test_complete_data_set_is_ready(photos, typed):
     ]
 
 
+def test_prints_only_the_fields_that_are_there(photos, typed):
+    source = next(line for line in PHOTOS.splitlines() if line.startswith("source"))
+    photos.write_text(f"name: photos\n{source}\ntask: {{kind: retrieval}}\n")
+    (photos.parent / "photos" / "captions.json").unlink()
+    code, out, _ = typed("check", str(photos))
+    assert code == 1
+    assert out.splitlines() == [
+        "photos",
+        f"data root: {photos.parent}",
+        f"  NOT  {photos.parent}/photos/captions.json is missing",
+        f"  ok   {photos.parent}/photos/images",
+        "not ready",
+    ]
+
+
 def test_names_missing_files_and_how_to_get_them(photos, typed):
     (photos.parent / "photos" / "captions.json").unlink()
     code, out, _ = typed("check", str(photos))

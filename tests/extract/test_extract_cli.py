@@ -41,7 +41,7 @@ def edit(manifest: Path, old: str, new: str) -> None:
         ),
         ("", "", [*PACKAGED, "--precision", "float8"], "Unknown precision 'float8'"),
         ("raw: caption", "raw: captoin", PACKAGED, "has no column 'captoin'. Its columns are"),
-        ("images: images", "imagse: images", PACKAGED, "field 'source.table.imagse' is unknown"),
+        ("images: images", "imagse: images", PACKAGED, "field 'source.imagse' is unknown"),
         ("", "", [*PACKAGED, "--image-encoder", "hf:/"], "/ has no config.json"),
         ("images: images", "images: empty", PACKAGED, "None of the first 100 images is in"),
     ],
