@@ -155,6 +155,13 @@ def open_pairs(
             given twice.
     """
     stores = [Store.open(path) for path in paths]
+    for store in stores:
+        if not store.captions:
+            raise UserError(
+                f"{store.path} has image features only, and training needs captions. Put a text file beside each image "
+                "(dog.txt for dog.jpg) or name a table of captions under 'recaptions' in the manifest, and run "
+                "`sail-extract run` with another --out."
+            )
     chosen = choose_captions(paths, [stored_captions(store) for store in stores], captions, positives)
     opened: list[Pairs] = []
     first_with: dict[str, Path] = {}

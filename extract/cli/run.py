@@ -159,6 +159,12 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
         typer.echo(f"Next: {command('sail-extract', 'doctor', store.path)}")
     elif job.manifest.purpose == "evaluate":
         typer.echo(f"Next: {command('sail-extract', 'overlap', 'TRAIN.zarr', store.path)}")
+    elif not store.captions:
+        typer.echo(
+            f"note: {store.dataset} has no captions, which `sail-align fit` needs. Put a text file beside each image "
+            "(dog.txt for dog.jpg) or name a table under 'recaptions' in the manifest, and run with another --out.\n"
+            f"Next: {command('sail-extract', 'status', store.path)}"
+        )
     else:
         ours = [name for name, array in images.items() if job.image and job.image.matches(array.identity.spec)]
         chosen = ["--image-encoder", *ours] if ours and len(images) > 1 else []

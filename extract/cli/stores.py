@@ -42,8 +42,11 @@ def status(
         return
     typer.echo(f"{store}: {opened.dataset}, {opened.rows:,} samples, captions {', '.join(opened.captions) or 'none'}")
     report_opened(None, opened)
-    for array in opened.arrays():
+    arrays = opened.arrays()
+    for array in arrays:
         typer.echo(f"  {array.describe()}")
+    if arrays and all(array.complete for array in arrays):
+        typer.echo("complete" if opened.captions else "complete: image features only, because there are no captions")
     if opened.format < STORE_FORMAT:
         typer.echo(f"format {opened.format}; convert it with `{command('sail-extract', 'upgrade', store)}`")
     typer.echo(f"digest {opened.digest}")

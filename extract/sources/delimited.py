@@ -90,8 +90,7 @@ def _utf8_chunks(path: Path, encoding: str | None) -> Iterator[tuple[bytes, bool
     The last chunk ends with a line break.
     """
     with open_regular(path) as file:
-        start = file.read(4)
-        marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+        marked = _marked_encoding(file.read(4))
         name = codecs.lookup(marked or encoding or "utf-8").name
         file.seek(len(codecs.BOM_UTF8) if marked == "utf-8-sig" else 0)
         decoder = codecs.getincrementaldecoder(name)("replace")
@@ -103,6 +102,15 @@ def _utf8_chunks(path: Path, encoding: str | None) -> Iterator[tuple[bytes, bool
                 chunk = decoder.decode(chunk, final).encode(errors="replace")
             last = chunk[-1:] or last
             yield (chunk + b"\n" if final and last not in {b"", b"\n"} else chunk), final
+
+
+def _marked_encoding(content: bytes) -> str | None:
+    return next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+
+
+def decode(content: bytes) -> str:
+    """Return a text in UTF-8, or in the encoding that a byte order mark states. Invalid bytes become U+FFFD."""
+    return content.decode(_marked_encoding(content) or "utf-8", "replace")
 
 
 def require_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:

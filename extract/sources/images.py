@@ -63,11 +63,11 @@ def read_image(file: Path | bytes, name: str = "", *, least: int = 0) -> Image.I
         return upright_rgb(image, in_place=True)
 
 
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+def list_folder(folder: Path, texts: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
     """Return the sorted names of the files in a folder: those that are images, and the others.
 
-    A file is an image if its extension belongs to one of `FORMATS`. The first bytes of any other file decide. Folders
-    and hidden files are not listed.
+    A file is an image if its extension belongs to one of `FORMATS`. The first bytes of any other file decide, unless
+    its name ends with one of `texts`. Folders and hidden files are not listed.
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
@@ -75,7 +75,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     others = [name for name in names if os.path.splitext(name)[1].lower() not in endings]
     if not others:
         return names, []
-    no_images = {name for name in others if not _is_image(folder / name)}
+    no_images = {name for name in others if name.lower().endswith(texts) or not _is_image(folder / name)}
     return [name for name in names if name not in no_images], [name for name in others if name in no_images]
 
 
