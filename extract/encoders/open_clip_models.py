@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,11 +22,15 @@ from sail_align.extract.encoders.catalogue import OpenClipTower
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.runtime import Runtime, tf32_products
+from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError, import_extra
 from sail_align.extract.system.files import file_digest
 
+_NOT_INSTALLED = (
+    "Package open_clip, which OpenCLIP's models need, is not installed. Run: pip install 'sail-align[eval]'."
+)
 CPU_TEXTS, GPU_TEXTS = 32, 1_024
 """Texts per batch, all padded to the model's context: on a CPU, and at most on a GPU."""
 
@@ -50,7 +55,6 @@ class OpenClipBackbone(Backbone):
                 f"The OpenCLIP model is not supported: it takes images of {config.size} with resize mode "
                 f"{config.resize_mode!r}, expected squares without padding. Use another model."
             )
-        steps = transforms.image_transform_v2(config, is_train=False).transforms
         super().__init__(
             ImagePreprocessing(
                 crop=size,
@@ -60,7 +64,7 @@ class OpenClipBackbone(Backbone):
                 std=tuple(config.std),
             )
         )
-        self.resize = transforms.Compose(steps[:-2])  # without ToTensor, Normalize
+        self.resize = open_clip_resize(self.preprocessing)
         self.visual: Any = visual
         transformer: Any = importlib.import_module("open_clip.transformer")
         self.has_patches = isinstance(visual, transformer.VisionTransformer) and visual.attn_pool is None
@@ -91,14 +95,31 @@ class OpenClipBackbone(Backbone):
         return torch.cat([positions_TD[:1], resized_1Dhw.flatten(2)[0].T.to(positions_TD.dtype)])
 
 
-class OpenClipTextEncoder:
+def open_clip_resize(preprocessing: ImagePreprocessing) -> Callable[[Image.Image], Image.Image]:
+    """Return open_clip's own function that resizes and crops an image.
+
+    Raises:
+        UserError: open_clip is not installed.
+    """
+    transforms: Any = import_extra("open_clip.transform", _NOT_INSTALLED)
+    config = transforms.PreprocessCfg(
+        size=preprocessing.crop,
+        resize_mode="squash" if preprocessing.resize is None else "shortest",
+        interpolation=preprocessing.interpolation,
+    )
+    steps = transforms.image_transform_v2(config, is_train=False).transforms
+    resize: Callable[[Image.Image], Image.Image] = transforms.Compose(steps[:-2])  # without ToTensor, Normalize
+    return resize
+
+
+class OpenClipTextEncoder(TextEncoder):
     """A `TextEncoder`: the text tower with the model's own tokenizer, which truncates to the model's context."""
 
     def __init__(self, id: str, files: EncoderFiles, model: Any, tokenizer: Any, runtime: Runtime):
         model.visual = nn.Identity()
-        self._runtime, self._tokenizer = runtime, tokenizer
+        super().__init__(model, runtime)
+        self._tokenizer = tokenizer
         self._context = int(model.context_length)
-        self._model: Any = runtime.freeze(model)
         self.identity = files.identify(
             torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
             ["torch", "open_clip_torch", "transformers"],
@@ -138,7 +159,8 @@ class OpenClipTextEncoder:
     @torch.no_grad()
     @tf32_products()
     def _encode_batch(self, tokens_BT: Tensor) -> Tensor:
-        embeddings_BE: Tensor = self._model.encode_text(tokens_BT.to(self._runtime.device))
+        tower: Any = self.network
+        embeddings_BE: Tensor = tower.encode_text(tokens_BT.to(self.device))
         return embeddings_BE.float().cpu()
 
 
@@ -148,10 +170,7 @@ def load_open_clip(tower: OpenClipTower) -> tuple[Any, Any, EncoderFiles]:
     Raises:
         UserError: open_clip is not installed, lacks the model or its weights, or cannot download or load them.
     """
-    open_clip = import_extra(
-        "open_clip",
-        "Package open_clip, which OpenCLIP's models need, is not installed. Run: pip install 'sail-align[eval]'.",
-    )
+    open_clip = import_extra("open_clip", _NOT_INSTALLED)
     origin = tower.origin
     if isinstance(origin, Path):
         if len(list(origin.glob("*.safetensors"))) != 1:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -90,6 +91,11 @@ class ImagePreprocessing:
         scale_x, scale_y = width / resized[0], height / resized[1]
         box = (left * scale_x, top * scale_y, (left + self.crop) * scale_x, (top + self.crop) * scale_y)
         return image.resize((self.crop, self.crop), resampling, box=box)
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """Return an image as pixels (H, W, 3) uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def margins(side: int, multiple: int) -> tuple[int, int]:

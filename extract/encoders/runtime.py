@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,35 +68,19 @@ class Runtime:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""
-        return PRECISIONS[self.precision]
+        dtype: torch.dtype = getattr(torch, self.precision)
+        return dtype
 
     def freeze(self, network: nn.Module) -> nn.Module:
         """Return the network on the device, in the precision, in evaluation mode and without gradients.
 
-        Buffers that the precision would round stay in float32. Rotary frequencies are multiplied by positions, so that
-        their rounding grows with the length of a text. Statistics of batch norms take the precision of their layer.
+        See `exact_buffers` for the buffers that stay in float32.
         """
-        kept = [
-            (module, name, buffer)
-            for module in network.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if not hasattr(module, "running_var") and self._rounds(buffer)
-        ]
-        frozen = network.to(self.device, self.dtype).eval().requires_grad_(False)
-        for module, name, buffer in kept:
-            setattr(module, name, buffer.to(self.device, torch.complex64 if buffer.is_complex() else torch.float32))
-        for layer in frozen.modules() if kept else ():
-            if isinstance(layer, _LAYERS):
-                layer.register_forward_pre_hook(_cast_inputs)
+        with exact_buffers(network):
+            frozen = network.to(self.device, self.dtype).eval().requires_grad_(False)
         if self.compiled:
             frozen.compile()
         return frozen
-
-    def _rounds(self, buffer: Tensor) -> bool:
-        """Return whether the precision cannot represent all values of a buffer."""
-        if not buffer.is_floating_point():
-            return buffer.is_complex()
-        return not torch.equal(buffer, buffer.to(self.dtype).to(buffer.dtype))
 
     @staticmethod
     def host_buffer(*shape: int) -> Tensor:
@@ -137,6 +122,74 @@ class Runtime:
                 return max(fits * 3 // 4, 1)
             fits = attempt
         return fits
+
+
+@contextmanager
+def exact_buffers(network: nn.Module) -> Iterator[None]:
+    """Keep the buffers that a cast within the block rounds in float32, or complex64, on the network's new device.
+
+    Rotary frequencies are multiplied by positions, so that their rounding grows with the length of a text. Statistics
+    of batch norms take the precision of their layer.
+    """
+    before = [
+        (module, name, buffer)
+        for module in network.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not hasattr(module, "running_var") and (buffer.is_floating_point() or buffer.is_complex())
+    ]
+    yield
+    rounded = [(each, getattr(each[0], each[1])) for each in before]
+    rounded = [(each, now) for each, now in rounded if now.dtype != each[2].dtype and _differs(each[2], now)]
+    for (module, name, buffer), now in rounded:
+        setattr(module, name, buffer.to(now.device, torch.complex64 if buffer.is_complex() else torch.float32))
+    for layer in network.modules() if rounded else ():
+        if isinstance(layer, _LAYERS) and _cast_inputs not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_cast_inputs)
+
+
+def _differs(buffer: Tensor, cast: Tensor) -> bool:
+    return buffer.is_complex() or not torch.equal(buffer, cast.to(buffer.device, buffer.dtype))
+
+
+class FrozenEncoder(nn.Module):
+    """An encoder as a module: `to`, `half` and `state_dict` cover its network.
+
+    Attributes:
+        network: The frozen network.
+        identity: What a store and a run record. It is that of the encoder as it was loaded, before any later cast.
+    """
+
+    network: nn.Module
+    identity: Identity
+
+    def __init__(self, network: nn.Module, runtime: Runtime):
+        super().__init__()
+        self._runtime = runtime
+        self.network = runtime.freeze(network)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self._runtime.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of weights and activations."""
+        return self._runtime.dtype
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: the encoder is frozen."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with exact_buffers(self.network):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        weight = next(self.parameters())
+        precision = str(weight.dtype).removeprefix("torch.")
+        self._runtime = replace(self._runtime, device=weight.device, precision=precision)
+        for measured in ("batch_size", "token_budget"):  # on the device before
+            self.__dict__.pop(measured, None)
+        return self
 
 
 def _cast_inputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

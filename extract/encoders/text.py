@@ -1,20 +1,21 @@
 """Text encoders: their interface, and those of transformers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from sail_align.extract.encoders.catalogue import TransformersText
-from sail_align.extract.encoders.identity import GOLDEN_TEXTS, Identity
+from sail_align.extract.encoders.identity import GOLDEN_TEXTS
 from sail_align.extract.encoders.pooling import pool_tokens
-from sail_align.extract.encoders.runtime import Runtime, tf32_products
+from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
@@ -29,13 +30,10 @@ Tokens = dict[str, list[list[int]]]
 """The output of a tokenizer: `input_ids` and other inputs of the model, one list of numbers per text."""
 
 
-class TextEncoder(Protocol):
+class TextEncoder(FrozenEncoder, ABC):
     """A frozen text encoder."""
 
-    @property
-    def identity(self) -> Identity:
-        """Identity that stores and runs record."""
-
+    @abstractmethod
     def encode(self, texts: Sequence[str], advance: Callable[[int], object] = ...) -> Tensor:
         """Return pooled features, (B, D) float32 on the CPU. Texts are truncated to the token limit.
 
@@ -47,25 +45,26 @@ class TextEncoder(Protocol):
             advance: Called after each batch with the number of its texts.
         """
 
+    @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens of texts, (B, T) int64, in a form that only `encode_tokens` needs to understand."""
 
-    def encode_tokens(self, tokens_BT: Tensor) -> Tensor:
+    @abstractmethod
+    def encode_tokens(self, tokens_BT: Tensor, advance: Callable[[int], object] = ...) -> Tensor:
         """Return the same as `encode` for the texts with these tokens."""
 
 
-class TransformersTextEncoder:
+class TransformersTextEncoder(TextEncoder):
     """A `TextEncoder`: a tokenizer, a transformers model, and a pooling of its last token states."""
 
     def __init__(
         self, id: str, files: EncoderFiles, model: nn.Module, entry: TransformersText, pooling: str, runtime: Runtime
     ):
+        super().__init__(model, runtime)
         self._pooling = pooling
         self._prefix = entry.prefix
-        self._runtime = runtime
         self._tokenizer = _load_tokenizer(files.path)
         self._token_limit = min(entry.token_limit, self._tokenizer.model_max_length)
-        self._model = runtime.freeze(model)
         self.identity = files.identify(
             torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
             ["torch", "transformers", "tokenizers"],
@@ -98,10 +97,10 @@ class TransformersTextEncoder:
                 tokens_BT[row, : len(ids)] = torch.tensor(ids)
         return tokens_BT
 
-    def encode_tokens(self, tokens_BT: Tensor) -> Tensor:
+    def encode_tokens(self, tokens_BT: Tensor, advance: Callable[[int], object] = lambda done: None) -> Tensor:
         """Return the features of texts from the output of `tokenize`, (B, D) float32 on the CPU."""
         ids = [row_T[row_T != NO_TOKEN].tolist() for row_T in tokens_BT.cpu()]
-        return self._encode_blocks([(list(range(len(ids))), {"input_ids": ids})])
+        return self._encode_blocks([(list(range(len(ids))), {"input_ids": ids})], advance)
 
     def _encode_blocks(
         self, blocks: Iterable[tuple[list[int], Tokens]], advance: Callable[[int], object] = lambda done: None
@@ -139,8 +138,8 @@ class TransformersTextEncoder:
     @tf32_products()
     def _encode_batch(self, tokens: Tokens) -> Tensor:
         """Return the features of one batch, padded to its longest text."""
-        padded = self._tokenizer.pad(tokens, return_tensors="pt").to(self._runtime.device)
-        hidden_BTD = self._model(**padded).last_hidden_state
+        padded = self._tokenizer.pad(tokens, return_tensors="pt").to(self.device)
+        hidden_BTD = self.network(**padded).last_hidden_state
         return pool_tokens(hidden_BTD, padded["attention_mask"], self._pooling).float().cpu()
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, pad_to_multiple
-from sail_align.extract.encoders.runtime import Runtime, tf32_products
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, as_pixels, pad_to_multiple
+from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
@@ -47,14 +47,13 @@ class Backbone(nn.Module):
         self.resize: Callable[[Image.Image], Image.Image] = preprocessing.resize_and_crop
 
 
-class VisionEncoder:
+class VisionEncoder(FrozenEncoder):
     """A frozen image encoder.
 
     Its features have the backbone's D dimensions, or 2D for `cls+mean`. With that pooling, the dense feature of a patch
     is concat(CLS, patch), so heads that were trained on images apply to patches.
 
     Attributes:
-        identity: What a store and a run record.
         stride: Pixels per patch in each direction.
         size: Height and width of preprocessed images.
         min_jpeg_side: Length that both sides keep if a JPEG is decoded at reduced scale; 0 for decoding at full scale.
@@ -77,14 +76,14 @@ class VisionEncoder:
             UserError: The pooling is missing, or this backbone does not have it.
         """
         if backbone.has_cls:
-            self._pooling = check_pooling(pooling, IMAGE_POOLINGS, id)
+            pooling = check_pooling(pooling, IMAGE_POOLINGS, id)
         else:
-            self._pooling = check_pooling(pooling or "mean", ("mean",), id)
+            pooling = check_pooling(pooling or "mean", ("mean",), id)
+        super().__init__(backbone, runtime)
+        self._pooling = pooling
         preprocessing = backbone.preprocessing
         self._normalisation = Normalisation(preprocessing.mean, preprocessing.std)
         self._resize = backbone.resize
-        self._runtime = runtime
-        self._backbone = runtime.freeze(backbone)
         self._has_patches = backbone.has_patches
         self.stride = backbone.stride
         self.size = preprocessing.crop
@@ -115,20 +114,30 @@ class VisionEncoder:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image: (size, size, 3) uint8, which is faster to copy to a GPU than float32."""
-        return torch.from_numpy(np.array(self._resize(image).convert("RGB")))
+        return as_pixels(self._resize(image))
+
+    def normalise(self, pixels_BHWC: Tensor, normalisation: Normalisation | None = None) -> Tensor:
+        """Copy uint8 RGB pixels to the device and normalise them: (B, 3, H, W) float32, the input of the network.
+
+        Args:
+            pixels_BHWC: Pixels of any size.
+            normalisation: Replaces the encoder's own.
+        """
+        return (normalisation or self._normalisation).apply(self._runtime.upload(pixels_BHWC))
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Return pooled features of uint8 RGB pixels, (B, D) float32 on the CPU."""
-        pixels_BCHW = self._normalisation.apply(self._runtime.upload(pixels_BHWC))
-        return pool_image(*self._forward(pixels_BCHW), self._pooling).float().cpu()
+        features_BD: Tensor = self(self.normalise(pixels_BHWC))
+        return features_BD.cpu()
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return pooled features of normalised pixels (B, 3, size, size), (B, D) float32 on the device."""
+        return pool_image(*self._forward(pixels_BCHW), self._pooling).float()
 
     def encode_dense(
         self, pixels_BHWC: Tensor, *, normalisation: Normalisation | None = None, last_attention: bool = True
     ) -> Tensor:
         """Return one feature per patch in the space of `encode`, (B, h, w, D) float32 on the CPU.
-
-        Height and width need not be `size`. If they are not multiples of `stride`, the image is padded on all sides
-        with its mean colour (see `preprocessing.margins`).
 
         Args:
             pixels_BHWC: uint8 RGB pixels.
@@ -138,25 +147,39 @@ class VisionEncoder:
         Raises:
             UserError: The patches have no features of their own, or no last attention that they could skip.
         """
+        return self.forward_dense(self.normalise(pixels_BHWC, normalisation), last_attention=last_attention).cpu()
+
+    def forward_dense(self, pixels_BCHW: Tensor, *, last_attention: bool = True) -> Tensor:
+        """Return one feature per patch of normalised pixels (B, 3, H, W), (B, h, w, D) float32 on the device.
+
+        Height and width need not be `size`. If they are not multiples of `stride`, the image is padded on all sides
+        with its mean colour (see `preprocessing.margins`).
+
+        Raises:
+            UserError: The patches have no features of their own, or no last attention that they could skip.
+        """
+        self.require_patches()
+        padded_BCHW = pad_to_multiple(pixels_BCHW, self.stride)
+        if last_attention:
+            cls_BD, patches_BhwD = self._forward(padded_BCHW)
+        else:
+            height, width = (side // self.stride for side in padded_BCHW.shape[-2:])
+            with skip_last_attention(self.network, height * width):
+                cls_BD, patches_BhwD = self._forward(padded_BCHW)
+        return pool_patches(cls_BD, patches_BhwD, self._pooling).float()
+
+    def require_patches(self) -> None:
+        """Raise `UserError` if single patches have no features of their own."""
         if not self._has_patches:
             raise UserError(
                 f"Encoder {self.identity.spec.id!r} pools its patches in a way that gives a single one no embedding. "
                 "Use another encoder for dense features."
             )
-        normalised_BCHW = (normalisation or self._normalisation).apply(self._runtime.upload(pixels_BHWC))
-        padded_BCHW = pad_to_multiple(normalised_BCHW, self.stride)
-        if last_attention:
-            cls_BD, patches_BhwD = self._forward(padded_BCHW)
-        else:
-            height, width = (side // self.stride for side in padded_BCHW.shape[-2:])
-            with skip_last_attention(self._backbone, height * width):
-                cls_BD, patches_BhwD = self._forward(padded_BCHW)
-        return pool_patches(cls_BD, patches_BhwD, self._pooling).float().cpu()
 
     @torch.no_grad()
     @tf32_products()
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
-        cls_BD, patches_BhwD = self._backbone(pixels_BCHW.to(self._runtime.dtype))
+        cls_BD, patches_BhwD = self.network(pixels_BCHW.to(self.device, self.dtype))
         return cls_BD, patches_BhwD
 
 

@@ -126,14 +126,14 @@ def test_attention_with_norms_cannot_be_skipped(tmp_path):
 def test_positions_are_interpolated_for_other_sizes(tmp_path):
     save_open_clip(tmp_path / "model")
     encoder = ImageEncoderConfig(f"open_clip:{tmp_path / 'model'}").load()
-    positions_TD = encoder._backbone.visual.positional_embedding
+    positions_TD = encoder.network.visual.positional_embedding
     assert encoder.encode_dense(random_pixels(1, 64, 40)).shape == (1, 8, 5, 24)
-    grid_TD = encoder._backbone._positions((8, 5))[1:]
+    grid_TD = encoder.network._positions((8, 5))[1:]
     for channel in range(3):
         own_1hw = positions_TD[1:, channel].reshape(1, 1, 4, 4)
         expected = F.interpolate(own_1hw, (8, 5), mode="bicubic", antialias=True)
         torch.testing.assert_close(grid_TD[:, channel], expected.flatten())
-    assert encoder._backbone.visual.positional_embedding is positions_TD
+    assert encoder.network.visual.positional_embedding is positions_TD
 
 
 def test_tower_without_patch_embeddings_rejects_dense_features(tmp_path):

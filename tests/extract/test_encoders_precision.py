@@ -122,8 +122,8 @@ def test_encoders_forbid_tf32_while_they_run(tmp_path, before):
         if len(seen) == 3:
             raise ZeroDivisionError
 
-    text._model.register_forward_hook(observe)
-    image._backbone.register_forward_hook(observe)
+    text.network.register_forward_hook(observe)
+    image.network.register_forward_hook(observe)
     text.encode(["a dog"])
     image.encode_dense(random_pixels(1, 56, 56))
     with pytest.raises(ZeroDivisionError):
