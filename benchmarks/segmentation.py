@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sail_align.evaluate.segmenter import Spans, axis_matrix, label_pixels, scaled_size, spans
+from sail_align.align.segmentation import Spans, axis_matrix, label_pixels, scaled_size, spans
 
 PATCH = 14
 CASES = {

@@ -129,7 +129,7 @@ class Segmentation(EvaluationTask):
 
     def protocol_parts(self, settings: "TaskSettings") -> list[str]:
         """Return the windows, the departures from the protocol, and the background threshold."""
-        from sail_align.evaluate.segmenter import STRIDE, WINDOW
+        from sail_align.align.segmentation import STRIDE, WINDOW
 
         variants, background = settings.variants, settings.background
         parts = [f"windows={'none' if 'whole-image' in variants else f'{WINDOW}-by-{STRIDE}'}"]

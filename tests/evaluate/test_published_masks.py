@@ -13,9 +13,9 @@ import yaml
 from PIL import Image
 from segmentation_reference import reference_scores
 
+from sail_align.align.segmentation import scaled_size
 from sail_align.evaluate import cli
 from sail_align.evaluate.models import Encoders
-from sail_align.evaluate.segmenter import scaled_size
 from sail_align.extract.sources.class_names import templates as published_templates
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "coco-mini"

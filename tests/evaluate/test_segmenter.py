@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from PIL import Image
 from segmentation_reference import assert_labels_agree, reference_scores
 
-from sail_align.evaluate import segmenter
-from sail_align.evaluate.segmenter import Segmenter, axis_matrix, label_pixels, scaled_size, spans
+from sail_align.align import segmentation
+from sail_align.align.segmentation import axis_matrix, label_pixels, scaled_size, spans
+from sail_align.evaluate.segmenter import Segmenter
 
 
 @pytest.mark.slow
@@ -35,13 +36,13 @@ def test_axis_matrices_equal_the_protocol(size, patch, target, monkeypatch):
     assert_labels_agree(labels, expected)
 
     threshold = 0.9
-    unsure = (expected * segmenter.BACKGROUND_SCALE).softmax(dim=0).amax(dim=0) < threshold
+    unsure = (expected * segmentation.BACKGROUND_SCALE).softmax(dim=0).amax(dim=0) < threshold
     assert 0.02 < unsure.float().mean() < 0.98
     with_background = label_pixels(grid, *matrices, threshold)
     assert ((with_background == 7) == unsure).float().mean() > 0.999
     assert torch.equal(with_background[with_background < 7], labels[with_background < 7])
 
-    monkeypatch.setattr(segmenter, "BAND_NUMBERS", 5000)  # other bands, the same labels
+    monkeypatch.setattr(segmentation, "BAND_NUMBERS", 5000)  # other bands, the same labels
     assert (label_pixels(grid, *matrices) == labels).float().mean() > 0.999
 
 
