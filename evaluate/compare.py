@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
 from sail_align.align.stats.tables import format_interval, format_table, number, one_line
-from sail_align.evaluate.results.metric import Metric, Unit
+from sail_align.evaluate.results.metric import Metric, Unit, groups_of
 from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.evaluate.tasks.task import all_tasks, find_task, without_unknown
 from sail_align.extract.errors import UserError
@@ -100,17 +101,17 @@ def _compare_records(
 ) -> tuple[list[Difference], list[str]]:
     """Return the differences of the metrics that both records and their outcomes have, and the names of the others."""
     task = find_task(one["task"])
+    groups_N = None
     try:
-        computed = [
-            {metric.name: metric for metric in task.metrics(run.outcomes(record))}
-            for run, record in ((first, one), (second, other))
-        ]
+        outcomes = [run.outcomes(record) for run, record in ((first, one), (second, other))]
+        computed = [{metric.name: metric for metric in task.metrics(each)} for each in outcomes]
+        groups_N = groups_of(outcomes[0], one["items"])  # the data digest of both records covers the groups
     except (KeyError, ValueError, IndexError):  # the outcomes are those of another version of the task
         computed = [{}, {}]
     recorded = [{metric["name"]: metric for metric in record["metrics"]} for record in (one, other)]
     everywhere = [name for name in recorded[0] if all(name in each for each in (recorded[1], *computed))]
     mine, theirs = ([each[name] for name in everywhere] for each in computed)
-    found = paired_difference(mine, theirs, one["items"])
+    found = paired_difference(mine, theirs, one["items"], groups_N)
     differences = []
     for name, (bounds, p) in zip(everywhere, found, strict=True):
         a, b = (each[name] for each in recorded)
@@ -120,10 +121,10 @@ def _compare_records(
 
 
 def paired_difference(
-    first: Sequence[Metric], second: Sequence[Metric], items: int
+    first: Sequence[Metric], second: Sequence[Metric], items: int, groups_N: NDArray[np.integer] | None = None
 ) -> list[tuple[tuple[float, float], float]]:
-    """Return the interval and p of second − first, for each of two runs' metrics of the same items."""
-    values_RM = bootstrap([metric.compute for metric in (*first, *second)], items)
+    """Return the interval and p of second − first, for each of two runs' metrics of the same items, or groups."""
+    values_RM = bootstrap([metric.compute for metric in (*first, *second)], items, groups_N=groups_N)
     found = []
     for metric, first_R, second_R in zip(first, values_RM.T[: len(first)], values_RM.T[len(first) :], strict=True):
         difference_R = (second_R - first_R) * metric.scale

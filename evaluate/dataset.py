@@ -88,12 +88,15 @@ class ListedSet:
         """Return the digest and counts of the set for its record, and the counts that its manifest expects.
 
         The digest is the SHA-256 of classes, keys, captions, labels and names of masks, in order. Of pixels, it covers
-        those of masks.
+        those of masks. Groups are listed if there are any, because they decide the intervals.
 
         Args:
             masks: Digest of the pixels of all masks. Empty if there are none.
         """
-        listed = [[each.key, dict(each.captions), each.label, each.mask] for each in self.samples]
+        listed = [
+            [each.key, dict(each.captions), each.label, each.mask, *([each.group] if each.group else [])]
+            for each in self.samples
+        ]
         digest = digest_of([self.source.classes, listed])
         return {
             "digest": digest_of([digest, masks]) if masks else digest,
@@ -103,6 +106,35 @@ class ListedSet:
             "expected_captions": self.manifest.expected_captions,
             **({"left_out": dict(left_out)} if (left_out := self.source.left_out) else {}),
         }
+
+    def groups(self, rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
+        """Return the number of each item's group, (items,), in the order in which they occur; None without groups.
+
+        A sample without a group is a group of its own.
+
+        Args:
+            rows: Row of each item, (items,), or rows of the images of each pair, (items, 2).
+
+        Raises:
+            UserError: The images of a pair are of two groups, or all items are of one.
+        """
+        if not any(sample.group for sample in self.samples):
+            return None
+        names = [[self.samples[row].group for row in item] for item in rows.reshape(len(rows), -1).tolist()]
+        for number, (first, *others) in enumerate(names):
+            if any(other != first for other in others):
+                raise UserError(
+                    f"{self.manifest.name} is invalid: got the groups {', '.join(map(repr, names[number]))} for the "
+                    f"images of pair {number + 1}, expected one. Correct its source's 'group'."
+                )
+        numbers: dict[str | int, int] = {}
+        found = [numbers.setdefault(name or place, len(numbers)) for place, (name, *_) in enumerate(names)]
+        if len(numbers) < 2:
+            raise UserError(
+                f"{self.manifest.name} is invalid: got the group {names[0][0]!r} for all its items, expected at least "
+                "two. Correct or remove its source's 'group'."
+            )
+        return np.array(found)
 
     def mask_digest(self) -> str:
         """Return the digest of the pixels of all masks, which are read. Empty if there are none."""
@@ -164,8 +196,10 @@ class EvaluationSet(ListedSet):
         """Return the encoder features of all images, (N, D). Raises `UserError` if an image cannot be read."""
         folder = f"-{digest_of(str(self._root))[:8]}" if self._root else ""
         name = f"{self.manifest.name}{folder}"
-        bare = [replace(sample, captions={}) for sample in self.samples]
-        return self._encode("images", name, self.manifest.name, self.manifest.rows, bare, self.run.image)
+        bare = [replace(sample, captions={}, group="") for sample in self.samples]  # groups do not change features
+        rows = self.manifest.rows
+        rows["source"].pop("group", None)
+        return self._encode("images", name, self.manifest.name, rows, bare, self.run.image)
 
     def text_features(self, what: str, texts: dict[str, str], name: str) -> NDArray[np.float16]:
         """Return the encoder features of texts by key, (M, D). `what` is their role, `name` names their store."""

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ class UnreadableImageError(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """One row of a store, without its pixels.
 
@@ -65,6 +65,8 @@ class Sample:
         label: Index into the source's `classes`; −1 if the sample has no label.
         mask: Location of the segmentation mask; "" if there is none.
         url: Address from which the image was downloaded; "" if unknown.
+        group: Name of the samples that are not independent of this one, such as the frames of a video; "" if it is
+            independent of all others.
     """
 
     key: str
@@ -73,6 +75,12 @@ class Sample:
     label: int = -1
     mask: str = ""
     url: str = ""
+    group: str = ""
+
+    def __repr__(self) -> str:
+        # Names of parts are digests of this text. Without a group, it is that of versions that had no groups.
+        texts = [f"{each.name}={getattr(self, each.name)!r}" for each in fields(self) if each.name != "group"]
+        return f"Sample({', '.join(texts)}{f', group={self.group!r}' if self.group else ''})"
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,8 @@ class Source(ABC):
     """The names of the classes. Label i and mask value i stand for `classes[i]`."""
     caption_origins: str | Collection[str] = ()
     """The names of the captions, or a mapping from them. A string is the one origin of numbered captions: c0, c1, …."""
+    has_groups: bool = False
+    """Whether the manifest names the group of each sample."""
     recaptions: CaptionTables | None = None
     """Tables whose captions are joined to the samples in the index of a store."""
 

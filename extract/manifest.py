@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from sail_align.extract import sources
 from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError, command
+from sail_align.extract.sources.class_names import LIBRARIES
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
 from sail_align.extract.sources.table_files import Recaptions, TextFormat
 from sail_align.extract.system.validation import MOST_MISTAKES, describe_mistakes, shortened
@@ -33,7 +34,8 @@ class TaskSettings(Strict):
 
     Attributes:
         kind: Name of the task.
-        templates: Prompts with one `{}` for the class name, or the name of a published list (`open_clip:imagenet-80`).
+        templates: Prompts with one `{}` for the class name, a single one, or the name of a published list
+            (`open_clip:imagenet-80`).
         captions: Names of the captions to use. Default: all.
         prompt: Text with one `{}` that each caption is put into.
         split: Split of the data set that the files belong to, if the source does not name it.
@@ -48,6 +50,16 @@ class TaskSettings(Strict):
     split: NonEmpty | None = None
     variants: list[NonEmpty] = Field(default=[])
     background: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _list_single_template(cls, templates: Any) -> Any:
+        if isinstance(templates, str) and not templates.startswith(LIBRARIES):
+            if "{" not in templates:
+                lists = " or ".join(f"{library}…" for library in LIBRARIES)
+                raise ValueError(f"Write a prompt with {{}} for the class name, several, or a published list ({lists})")
+            return [templates]
+        return templates
 
     @model_validator(mode="after")
     def _captions_differ(self) -> "TaskSettings":

@@ -42,6 +42,8 @@ def score_table(records: Iterable[Record]) -> str:
             first = ("", "", "")
         if record.mismatch:
             notes.append(f"note: {record.mismatch}")
+        if record.resampled:
+            notes.append(f"note: {record['dataset']}: {record.resampled}.")
         if record.left_out:
             notes.append(f"note: {record.left_out}")
     header = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
@@ -154,5 +156,5 @@ def _provenance(record: Record) -> dict[str, object]:
         "protocol": record.get("protocol", ""),
         "n": record.get("items", ""),
         "data digest": record.get("data", {}).get("digest", ""),
-        "note": record.mismatch,
+        "note": " ".join(filter(None, [record.mismatch, record.resampled])),
     }

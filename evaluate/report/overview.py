@@ -104,8 +104,7 @@ class Overview:
                 columns.append(group)
         self.panels = [Panel(group, self._rows(group)) for group in columns]
         self.notes = [
-            (mark, f"{record['protocol']}, n = {record['items']:,}, data {record.key[1][:12]}")
-            for mark, record in marked
+            (mark, f"{record['protocol']}, {record.size}, data {record.key[1][:12]}") for mark, record in marked
         ]
         errors = [
             f"{record.name} was not scored with {run.name}: {record.error}"

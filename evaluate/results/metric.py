@@ -14,6 +14,8 @@ from sail_align.align.stats.bootstrap import Statistic, weighted_mean
 
 Outcomes = Mapping[str, NDArray[Any]]
 """Arrays by name with one entry per item (hits, ranks …). They are saved with the scores, to compare runs."""
+GROUPS = "groups"
+"""Name of the outcome that numbers the group of each item, (N,), if intervals resample groups instead of items."""
 Unit = Literal["%", "rank"]
 Mark = Literal["right", "wrong", ""]
 PICTURE_SIDE = 256
@@ -95,11 +97,12 @@ class Result:
     """Outcomes, examples and scores of one protocol on one data set.
 
     Attributes:
-        items: Number of images or pairs, which the intervals resample.
+        items: Number of images or pairs. The intervals resample these, or their groups.
         outcomes: What came out for each item.
         examples: Cases for the report.
         details: Further numbers for the report, as JSON-able data.
         masks: Digest of the pixels of all masks. Empty if there are none.
+        rows: Row of each item in the set, (N,), or of both images of each pair, (N, 2). Default: item i is row i.
         scores: Value, chance level and 95 % interval over items of each metric, in per cent or as ranks from 1.
             `EvaluationTask.score` computes them from the outcomes.
     """
@@ -109,7 +112,20 @@ class Result:
     examples: Sequence[Example] = ()
     details: dict[str, Any] = field(default_factory=dict)
     masks: str = ""
+    rows: NDArray[np.intp] | None = None
     scores: Sequence[dict[str, Any]] = ()
+
+
+def groups_of(outcomes: Outcomes, items: int) -> NDArray[np.integer] | None:
+    """Return the number of each item's group, (items,); None if every item is independent.
+
+    Raises:
+        ValueError: There is not one number per item.
+    """
+    groups_N = outcomes.get(GROUPS)
+    if groups_N is not None and (groups_N.shape != (items,) or groups_N.dtype.kind not in "iu"):
+        raise ValueError(f"got groups of shape {groups_N.shape} and type {groups_N.dtype}, expected {items} integers")
+    return groups_N
 
 
 def pick_examples(hits_N: NDArray[np.bool_], each: int) -> list[int]:

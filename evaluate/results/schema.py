@@ -63,6 +63,8 @@ class RecordForm(DescriptionForm):
 
     protocol: str
     items: Annotated[int, Field(ge=1, lt=1 << 31)]
+    resampled: NotRequired[Literal["groups"]]
+    groups: NotRequired[Count]
     data: _Data
     metrics: list[MetricForm]
     details: _Details

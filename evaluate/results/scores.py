@@ -63,6 +63,16 @@ class Record(dict[str, Any]):
         text = describe_left_out(self.get("data", {}).get("left_out", {}))
         return f"{self['dataset']}: {text}." if text else ""
 
+    @property
+    def resampled(self) -> str:
+        """Text about what the intervals resample. Empty if it is the items."""
+        return f"intervals resample {self['groups']:,} groups" if "groups" in self else ""
+
+    @property
+    def size(self) -> str:
+        """The number of items, and of groups if the intervals resample these."""
+        return f"n = {self['items']:,}" + (f" in {self['groups']:,} groups" if "groups" in self else "")
+
     def metric(self, name: str) -> dict[str, Any] | None:
         """Return the score of a metric, or None if the record has none of that name."""
         return next((metric for metric in self.get("metrics", ()) if metric["name"] == name), None)

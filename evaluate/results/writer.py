@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.runs.folder import CONFIG, RunFolder, content_digest, read_file
 from sail_align.align.runs.tensors import save_arrays
-from sail_align.evaluate.results.metric import Outcomes, Result
+from sail_align.evaluate.results.metric import GROUPS, Outcomes, Result
 from sail_align.evaluate.results.scores import SCHEMA, Record, read_scores, unfinished
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.system.files import write_atomically
@@ -60,6 +60,7 @@ class ScoreWriter:
             **_describe(data.manifest),
             protocol=protocol,
             items=result.items,
+            **_resampled(result.outcomes),
             data=data.describe(result.masks),
             metrics=list(result.scores),
             details=result.details,
@@ -115,6 +116,11 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
     if manifest.task is None:
         raise ValueError(f"{manifest.name} is not an evaluation set")
     return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind}
+
+
+def _resampled(outcomes: Outcomes) -> dict[str, Any]:
+    """Return what the intervals resample if it is not the items."""
+    return {"resampled": "groups", "groups": len(np.unique(outcomes[GROUPS]))} if GROUPS in outcomes else {}
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result, pick_examples
+from sail_align.evaluate.results.metric import (
+    GROUPS,
+    Annotation,
+    Example,
+    Metric,
+    Outcomes,
+    Picture,
+    Result,
+    pick_examples,
+)
 from sail_align.evaluate.tasks.task import EvaluationTask
 
 if TYPE_CHECKING:
@@ -56,16 +65,19 @@ class PairsTask(EvaluationTask):
             Example(self.describe(data, pair, hits), bool(right_K[pair]), self._pictures(data, scores_KCI[pair], pair))
             for pair in pick_examples(right_K, each=3)
         ]
+        rows_K2 = np.arange(len(data.samples)).reshape(-1, 2)
+        groups_K = data.groups(rows_K2)
+        grouped = outcomes if groups_K is None else {**outcomes, GROUPS: groups_K}
         labels_K = np.array([sample.label for sample in data.samples[::2]])
         by_label: dict[str, Any] = {}
         for label, name in enumerate(data.source.classes):
             selected_K = labels_K == label
             if items := int(selected_K.sum()):
-                part = {outcome: values_K[selected_K] for outcome, values_K in outcomes.items()}
+                part = {outcome: values_K[selected_K] for outcome, values_K in grouped.items()}
                 scores = self.compute_scores(part, items)
                 values = {score["name"]: [score["value"], *score["interval"]] for score in scores}
                 by_label[name] = {"items": items, **values}
-        return Result(len(scores_KCI), outcomes, examples, self.details(by_label))
+        return Result(len(scores_KCI), outcomes, examples, self.details(by_label), rows=rows_K2)
 
     def metrics(self, outcomes: Outcomes) -> tuple[Metric, ...]:
         """Return the metrics of hits (K,)."""

@@ -48,7 +48,7 @@ class Representation(EvaluationTask):
         ):
             outcomes[f"knn_{which}"] = mutual_knn(image_ND, text_ND, k)
             outcomes[f"cka_{which}"] = cka_by_row(unit_rows(image_ND), unit_rows(text_ND))
-        return Result(len(images), outcomes, details={"k": k})
+        return Result(len(images), outcomes, details={"k": k}, rows=images)
 
     def metrics(self, outcomes: Outcomes) -> tuple[Metric, ...]:
         """Return the metrics of each row's contributions (N,) and `k`."""

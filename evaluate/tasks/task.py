@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sail_align.align.stats.bootstrap import bootstrap, interval
-from sail_align.evaluate.results.metric import Metric, Outcomes, Result
+from sail_align.evaluate.results.metric import GROUPS, Metric, Outcomes, Result, groups_of
 from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.extract.errors import UserError, did_you_mean
 
@@ -82,19 +82,24 @@ class EvaluationTask(ABC):
         return ()
 
     def score(self, data: "EvaluationSet") -> Result:
-        """Evaluate a set and compute its scores.
+        """Evaluate a set and compute its scores. Their intervals resample the groups of the set, if it has any.
 
         Raises:
             UserError: The set lacks data that the task needs.
         """
         self._require_data(data)
         result = self.evaluate(data)
-        return replace(result, scores=self.compute_scores(result.outcomes, result.items))
+        groups_N = data.groups(np.arange(result.items) if result.rows is None else result.rows)
+        outcomes = result.outcomes if groups_N is None else {**result.outcomes, GROUPS: groups_N}
+        return replace(result, outcomes=outcomes, scores=self.compute_scores(outcomes, result.items))
 
     def compute_scores(self, outcomes: Outcomes, items: int) -> list[dict[str, Any]]:
-        """Return the scores over all items as `scores.json` has them. Their intervals share the bootstrap draws."""
+        """Return the scores over all items as `scores.json` has them. Their intervals share the bootstrap draws.
+
+        Whole groups are drawn if the outcomes have `GROUPS`.
+        """
         metrics = self.metrics(outcomes)
-        values_RM = bootstrap([metric.compute for metric in metrics], items)
+        values_RM = bootstrap([metric.compute for metric in metrics], items, groups_N=groups_of(outcomes, items))
         return [
             {
                 "name": metric.name,

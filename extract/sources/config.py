@@ -3,9 +3,9 @@
 import os
 from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from sail_align.extract.data import Source
 from sail_align.extract.errors import UserError
@@ -18,6 +18,17 @@ class Strict(BaseModel):
     """A frozen model that rejects unknown fields, because an unknown field is usually a misspelt one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    omitted: ClassVar[frozenset[str]] = frozenset()
+    """Fields that stores do not record while they have their default, so that stores without them can be resumed."""
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        recorded: dict[str, Any] = serialize(self)
+        for name in self.omitted & recorded.keys():
+            if getattr(self, name) == type(self).model_fields[name].get_default():
+                del recorded[name]
+        return recorded
 
 
 class SourceConfig(Strict):

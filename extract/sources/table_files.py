@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterator, Sequence
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
@@ -38,6 +38,7 @@ class TextFormat(Strict):
     default.
     """
 
+    omitted: ClassVar[frozenset[str]] = frozenset({"delimiter", "encoding"})
     delimiter: Annotated[str, Field(pattern=r"^[\t !#-\[\]-~]$")] | None = None
     encoding: NonEmpty | None = None
 
@@ -50,14 +51,6 @@ class TextFormat(Strict):
             except LookupError as problem:
                 raise ValueError(f"{problem}. Use one that Python supports, such as latin-1 or utf-16-le") from problem
         return encoding
-
-    @model_serializer(mode="wrap")
-    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the fields out of stores that do not need them, so that older stores can be resumed."""
-        fields: dict[str, Any] = serialize(self)
-        return {
-            name: value for name, value in fields.items() if value is not None or name not in TextFormat.model_fields
-        }
 
 
 class Recaptions(FilesConfig, TextFormat):

@@ -6,17 +6,17 @@ from contextlib import suppress
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError, listing
-from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import RANGE, FileSet
 from sail_align.extract.sources.images import read_image
+from sail_align.extract.sources.labels import ClassList, read_class_list
 from sail_align.extract.sources.tars import BLOCK, DamagedTarError, TarSamples, header_size
 from sail_align.extract.sources.tars import members as tar_members
 
@@ -39,16 +39,19 @@ class WebDatasetConfig(FilesConfig, SourceConfig):
     the json) is a caption: `c0`, `c1`, …. Without `captions`, the `.txt` is the caption `raw`, unless there are classes
     or recaptions. A field `json:…` comes from the `.parquet` beside a tar if a sample has no
     json. `classes` is a file under `root` (or a URL) with one class name per line, a published list
-    (`open_clip:imagenet`), or the names themselves. `label` is then the origin of the class number. If a sample has
-    several images, the first ending in `images` counts.
+    (`open_clip:imagenet`), or the names themselves. `label` is then the origin of the class number, and `group` that of
+    the sample's group. If a sample has several images, the first ending in `images` counts.
     """
+
+    omitted: ClassVar[frozenset[str]] = frozenset({"group"})
 
     kind: Literal["webdataset"]
     files: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] = "*.tar"
     captions: Origin | dict[str, Origin] = Field(default={})
     url: Origin = "json:url"
     label: Origin = "cls"
-    classes: NonEmpty | Annotated[list[str], Field(min_length=1)] | None = None
+    classes: ClassList | None = None
+    group: Origin | None = None
     images: Annotated[list[NonEmpty], Field(min_length=1)] = Field(default=["jpg", "jpeg", "png", "webp"])
 
     @property
@@ -85,7 +88,8 @@ class WebDatasetSource(Source):
         self._config = config
         self._files = FileSet(data_root / config.root)
         self._tars = self._files.find(config.files)
-        self.classes = self._read_classes()
+        self.classes = read_class_list(config.classes, self._files) if config.classes else ()
+        self.has_groups = config.group is not None
 
     @cached_property
     def caption_origins(self) -> str | dict[str, Origin]:  # type: ignore[override]  # looks into a tar when first used
@@ -115,7 +119,8 @@ class WebDatasetSource(Source):
     def _origins(self) -> set[str]:
         captions = self.caption_origins
         origins = {captions} if isinstance(captions, str) else {*captions.values()}
-        return origins | {self._config.url, *([self._config.label] if self.classes else [])}
+        config = self._config
+        return origins | {config.url, *([config.label] if self.classes else []), *filter(None, [config.group])}
 
     def parts(self) -> Sequence[Part]:
         """Return one part per tar, which is read from the tar and the table beside it."""
@@ -170,6 +175,7 @@ class WebDatasetSource(Source):
             captions=self._captions_of(key, members),
             label=self._label(key, members.get(self._config.label)) if self.classes else -1,
             url=_text(members.get(self._config.url), self._config.url, key),
+            group=_text(members.get(self._config.group), self._config.group, key) if self._config.group else "",
         )
 
     def _captions_of(self, key: str, members: Mapping[str, Any]) -> dict[str, str]:
@@ -210,15 +216,6 @@ class WebDatasetSource(Source):
         for name, origin in {"c0": captions}.items() if isinstance(captions, str) else captions.items():
             if not any(name in sample.captions for sample in samples):
                 raise UserError(f"No sample of {tar} has a caption {origin!r}. {endings}: correct source.captions.")
-
-    def _read_classes(self) -> tuple[str, ...]:
-        classes = self._config.classes
-        if not isinstance(classes, str):
-            return tuple(classes or ())
-        if ":" in classes and "://" not in classes:
-            return tuple(class_names(classes))
-        with self._files.open(self._files.add(classes)) as file:
-            return tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip())
 
 
 def _text(value: object, origin: str, key: str) -> str:

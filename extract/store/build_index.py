@@ -25,6 +25,7 @@ def build_index(
     captions: Sequence[str],
     recaptions: CaptionTables | None = None,
     *,
+    groups: bool = False,
     quiet: bool,
 ) -> IndexRecord:
     """Write the index files of all parts, resuming a call that was stopped.
@@ -38,6 +39,7 @@ def build_index(
         parts: The parts of the source.
         captions: Names of the samples' own captions.
         recaptions: Tables of further captions, joined when all files are written.
+        groups: Whether the index has the groups of the samples.
         quiet: Show no progress bars.
 
     Raises:
@@ -57,7 +59,7 @@ def build_index(
         folder.mkdir(parents=True, exist_ok=True)
     try:
         if not record.complete:
-            _write_files(index, record, parts, captions, quiet)
+            _write_files(index, record, parts, captions, groups, quiet)
         _require_unique_keys(index, len(record.digests))
     except UserError:
         if record.complete or not record.digests:  # nothing to resume: the data have to be corrected
@@ -73,14 +75,14 @@ def build_index(
 
 
 def _write_files(
-    index: Index, record: IndexRecord, parts: Sequence[Part], captions: Sequence[str], quiet: bool
+    index: Index, record: IndexRecord, parts: Sequence[Part], captions: Sequence[str], groups: bool, quiet: bool
 ) -> None:
     samples = _read_samples(parts, record.rows)
     with progress(None, "index", done=sum(record.rows), quiet=quiet, delay=1) as bar:
 
         def row_groups(of_file: Iterator[Sample]) -> Iterator[Any]:
             while group := list(islice(of_file, GROUP_ROWS)):
-                yield Index.table(group, captions)
+                yield Index.table(group, captions, groups=groups)
                 bar.update(len(group))
 
         while first := next(samples, None):

@@ -1,7 +1,7 @@
 """The index of a store on disk: parquet files of 65,536 rows, one row per sample, in row groups of 8,192.
 
-Columns: key, image (a location that the source can open), label (−1: none), mask, url (where the image came from), and
-`caption.<name>`, null if the sample has no such caption.
+Columns: key, image (a location that the source can open), label (−1: none), mask, url (where the image came from),
+group (only if the manifest names it), and `caption.<name>`, null if the sample has no such caption.
 """
 
 import hashlib
@@ -38,6 +38,8 @@ GROUP_ROWS = 8_192
 FIELDS = pa.schema(
     [("key", pa.string()), ("image", pa.string()), ("label", pa.int32()), ("mask", pa.string()), ("url", pa.string())]
 )
+GROUP = pa.field("group", pa.string())
+"""The column of an index with groups."""
 CAPTION = "caption."
 """Start of the names of columns with captions."""
 RECORD = "sources.json"
@@ -71,19 +73,20 @@ class Index:
         return self.folder / f"part-{number:05d}.parquet"
 
     @staticmethod
-    def table(samples: Sequence[Sample], captions: Sequence[str]) -> pa.Table:
-        """Return samples as rows of an index.
+    def table(samples: Sequence[Sample], captions: Sequence[str], *, groups: bool = False) -> pa.Table:
+        """Return samples as rows of an index, with their groups if there are any.
 
         Raises:
             UserError: A key, a location or a caption is not valid Unicode.
         """
+        fields = [*FIELDS, GROUP] if groups else [*FIELDS]
         try:
-            columns = [pa.array([getattr(s, name) for s in samples], FIELDS.field(name).type) for name in FIELDS.names]
+            columns = [pa.array([getattr(sample, each.name) for sample in samples], each.type) for each in fields]
             columns += [pa.array([sample.captions.get(name) for sample in samples], pa.string()) for name in captions]
         except UnicodeEncodeError as problem:
             text = problem.object
             raise UserError(f"Text {text[:200]!a} of a sample is invalid: it is not Unicode. Correct it.") from problem
-        return pa.table(columns, names=[*FIELDS.names, *(CAPTION + name for name in captions)])
+        return pa.table(columns, names=[*(each.name for each in fields), *(CAPTION + name for name in captions)])
 
     def write(self, number: int, tables: Iterable[pa.Table]) -> str:
         """Write one file, each table a row group, whole or not at all. Returns its SHA-256."""
@@ -97,8 +100,16 @@ class Index:
         write_atomically(self.file(number), content.getbuffer())
         return hashlib.sha256(content.getbuffer()).hexdigest()
 
-    def read(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
+    def read(
+        self, start: int, stop: int, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+    ) -> pa.Table:
         """Return rows start … stop − 1 (at least one), reading only the row groups that hold them.
+
+        Args:
+            start: The first row.
+            stop: The row after the last one.
+            columns: The columns to read. Default: all.
+            optional: Columns among these that the index need not have.
 
         Raises:
             UserError: A file is missing, unreadable or changed, or a column does not exist.
@@ -111,7 +122,7 @@ class Index:
             path = self.file(number)
             with report_read_errors(path), pq.ParquetFile(path.open("rb") if is_remote(path) else path) as file:
                 names = file.schema_arrow.names
-                if unknown := set(columns or ()) - set(names):
+                if unknown := set(columns or ()) - set(optional) - set(names):
                     raise UserError(f"The index has no column {min(unknown)!r}. Its columns are {', '.join(names)}.")
                 table = file.read_row_groups(list(groups), columns=columns)
             tables.append(table.slice(first - groups.start * GROUP_ROWS, last - first))
@@ -133,9 +144,9 @@ class Index:
 
     def samples(self, start: int, stop: int, captions: Sequence[str]) -> Iterator[Sample]:
         """Yield rows start … stop − 1 as samples with these captions, reading one row group at a time."""
-        columns = [*FIELDS.names, *(CAPTION + name for name in captions)]
+        columns = [*FIELDS.names, GROUP.name, *(CAPTION + name for name in captions)]
         for first in range(start, stop, GROUP_ROWS):
-            for row in self.read(first, min(first + GROUP_ROWS, stop), columns).to_pylist():
+            for row in self.read(first, min(first + GROUP_ROWS, stop), columns, [GROUP.name]).to_pylist():
                 texts = {name: row.pop(CAPTION + name) for name in captions}
                 yield Sample(captions={name: text for name, text in texts.items() if text is not None}, **row)
 

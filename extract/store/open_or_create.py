@@ -29,6 +29,7 @@ def open_or_create(path: Path, manifest: Manifest, source: Source, *, quiet: boo
                 parts=source.parts(),
                 captions=source.captions,
                 recaptions=source.recaptions,
+                groups=source.has_groups,
                 quiet=quiet,
             )
     store = Store.open(path, manifest=manifest.rows)

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.table_files import read_captions
-from sail_align.extract.store.index import CAPTION, FIELDS, FILE_ROWS, Index, text_hashes
+from sail_align.extract.store.index import CAPTION, FIELDS, FILE_ROWS, GROUP, Index, text_hashes
 from sail_align.extract.system.files import canonical_json, file_digest, read_regular, write_atomically
 from sail_align.extract.system.progress import progress
 from sail_align.extract.system.validation import validated
@@ -178,7 +178,7 @@ class _Join:
 
     def __init__(self, index: Index, files: int, rows: int, own: Sequence[str], tables: CaptionTables):
         self._index, self._tables = index, tables
-        self._own_columns = [*FIELDS.names, *(CAPTION + name for name in own)]
+        self._own_columns = [*FIELDS.names, GROUP.name, *(CAPTION + name for name in own)]  # those that there are
         self.spill = index.folder / "spill"
         shutil.rmtree(self.spill, ignore_errors=True)
         self.spill.mkdir()

@@ -2,7 +2,7 @@
 
     cc12m.zarr/
       zarr.json                          attributes.sail: format, data set, manifest, rows, sizes, digests
-      index/part-00000.parquet …         one row per sample: key, image, label, mask, url, captions by name
+      index/part-00000.parquet …         one row per sample: key, image, label, mask, url, group, captions by name
       index/sources.json                 the sources of the index: rows per part, stamps of their files
       index/recaptions.json              only if captions were joined: from which tables, to how many images
       image/<encoder>/{features,status}  (N, D) float16, (N,) uint8; the group holds the encoder's identity
@@ -105,6 +105,7 @@ class Store:
         parts: Sequence[Part],
         captions: Sequence[str],
         recaptions: CaptionTables | None = None,
+        groups: bool = False,
         shard_rows: int | None = None,
         chunk_rows: int | None = None,
         quiet: bool = False,
@@ -120,6 +121,7 @@ class Store:
             parts: The samples, in order.
             captions: Names of the samples' own captions.
             recaptions: Tables of further captions.
+            groups: Whether the index keeps the groups of the samples.
             shard_rows: Rows per shard. Defaults to 65,536, and to fewer for small data sets, so that some work is
                 committed every minute there too.
             chunk_rows: Rows per chunk; a divisor of `shard_rows`. Defaults to 1,024 or `shard_rows` if that is less.
@@ -147,7 +149,7 @@ class Store:
                 (path / INDEX).mkdir(exist_ok=True)
                 samples_of = {name: value for name, value in manifest.items() if name != "recaptions"}
                 made_of = [INDEX_FORMAT, samples_of, list(captions)]
-                index = build_index(path / INDEX, made_of, parts, captions, recaptions, quiet=quiet)
+                index = build_index(path / INDEX, made_of, parts, captions, recaptions, groups=groups, quiet=quiet)
                 rows = sum(index.rows)
                 if rows == 0:
                     remove_tree(path / INDEX)
@@ -197,7 +199,10 @@ class Store:
         return store
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
-        """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`."""
+        """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`.
+
+        A store whose manifest names groups also has the column group.
+        """
         return self.index_files.read(start, self.rows if stop is None else stop, columns)
 
     def samples(self, start: int, stop: int, captions: Sequence[str] | None = None) -> list[Sample]:

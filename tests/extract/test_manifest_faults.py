@@ -83,8 +83,11 @@ def table(**fields):
         (table(files=[]), "'source.files' is invalid: got [], expected text or at least one entry."),
         (table(files=""), "'source.files' is invalid: got '', expected at least one character or a list."),
         (table(captions={"raw": 3}), "'source.captions.raw' is invalid: got 3, expected text."),
-        (table(classes={"x": "a"}), "'source.classes.x' is invalid: got 'x', expected a whole number."),
-        (table(classes={"300": "a"}), "expected a number less than or equal to 254."),
+        (
+            table(classes={"x": "a"}),
+            "'source.classes' is invalid: got {'x': 'a'}. Got the mask value 'x', expected 0 to 254.",
+        ),
+        (table(classes={"300": "a"}), "Got the mask value '300', expected 0 to 254."),
         (table(encoding="x"), "'source.encoding' is invalid: got 'x'. unknown encoding: x."),
     ],
     ids=range(15),
