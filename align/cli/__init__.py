@@ -1,14 +1,13 @@
 """sail-align: train heads that map frozen image and text features into one space."""
 
-import typer
-
 from sail_align.align.cli.analyse import ladder, measure, probe
 from sail_align.align.cli.exchange import export, import_released
 from sail_align.align.cli.fit import fit
-from sail_align.extract.system.command_line import GroupedCommand, run_command
+from sail_align.align.cli.runs import runs
+from sail_align.extract.system.command_line import GroupedCommand, make_app, run_command
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-for command in (fit, import_released, measure, export, probe, ladder):
+app = make_app(__doc__)
+for command in (fit, runs, import_released, measure, export, probe, ladder):
     app.command(command.__name__.replace("_", "-"), cls=GroupedCommand)(command)
 
 

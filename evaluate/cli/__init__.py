@@ -4,26 +4,23 @@ Evaluation sets are encoded once, with the run's own encoders, into features/eva
 with pictures to RUN/report.html. Those of a named checkpoint go to RUN/scores/, those of an exported folder to runs/.
 """
 
-import typer
-
 from sail_align.evaluate.cli.demo import demo
 from sail_align.evaluate.cli.elsewhere import clip_benchmark
 from sail_align.evaluate.cli.read import compare, report, trace_scores
 from sail_align.evaluate.cli.score import evaluate_all, task_command
 from sail_align.evaluate.tasks.task import all_tasks
-from sail_align.extract.system.command_line import run_command
+from sail_align.extract.system.command_line import GroupedCommand, make_app, run_command
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.command("all")(evaluate_all)
+app = make_app(__doc__)
+app.command("all", cls=GroupedCommand)(evaluate_all)
 for task in all_tasks().values():
-    app.command(task.kind, help=task.summary)(task_command(task))
-app.command("clip-benchmark", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    clip_benchmark
-)
-app.command()(demo)
-app.command()(report)
-app.command()(compare)
-app.command("trace")(trace_scores)
+    app.command(task.kind, cls=GroupedCommand, help=task.summary)(task_command(task))
+passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("clip-benchmark", cls=GroupedCommand, context_settings=passed_on)(clip_benchmark)
+app.command("demo", cls=GroupedCommand)(demo)
+app.command("report", cls=GroupedCommand)(report)
+app.command("compare", cls=GroupedCommand)(compare)
+app.command("trace", cls=GroupedCommand)(trace_scores)
 
 
 def main() -> None:

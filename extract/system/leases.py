@@ -305,10 +305,14 @@ class Leases:
         if owner is not None and owner.is_alive() is False:
             self.remove(name)
 
+    def is_held(self, name: str) -> bool | None:
+        """Return whether a live process has the lease of this name, None if it is one of another machine."""
+        owner = self._owner(name)
+        return owner.is_alive() if owner else False
+
     def is_held_here(self, name: str) -> bool:
         """Return whether a live process of this machine has the lease of this name."""
-        owner = self._owner(name)
-        return owner is not None and owner.is_alive() is True
+        return self.is_held(name) is True
 
     def _owner(self, name: str) -> Owner | None:
         newest = Lease.newest(self.folder / name)

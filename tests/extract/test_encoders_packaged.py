@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_models import normalised, random_pixels
 
-from sail_align.extract.encoders.catalogue import VISION, TimmVision
+from sail_align.extract.encoders.catalogue import TEXT, VISION, TimmVision, describe
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig, load_recorded
 from sail_align.extract.encoders.timm_models import load_classifier
 from sail_align.extract.encoders.vision import VisionEncoder
@@ -41,6 +41,18 @@ def classifier(name: str) -> torch.nn.Module:
     entry = VISION[name]
     assert isinstance(entry, TimmVision)
     return load_classifier(EncoderFiles.fetch(entry.origin).path, entry.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NETS, "minilm-l6"])
+def test_catalogue_agrees_with_the_loaded_encoder(name):
+    facts = describe((VISION | TEXT)[name])
+    encoder = image_encoder(name) if name in VISION else TextEncoderConfig(name).load()
+    network = encoder._backbone if name in VISION else encoder._model
+    assert facts["dim"] == encoder.identity.spec.dim
+    assert facts["parameters"] == pytest.approx(sum(each.numel() for each in network.parameters()), abs=5e4)
+    if name in VISION:
+        assert encoder.preprocess(Image.new("RGB", (300, 400))).shape == (facts["input"], facts["input"], 3)
 
 
 @pytest.mark.slow
