@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sail_align.extract.data import IGNORED, Part, Sample
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
 from sail_align.extract.sources.file_set import Fence, FileSet
 from sail_align.extract.sources.images import FolderSource
@@ -83,9 +83,8 @@ class TableConfig(PathsConfig, TextFormat, SourceConfig):
             return classes
         if not isinstance(classes, dict):
             raise ValueError("Without 'label', it maps the values of masks to names")
-        for value in classes:
-            if not str(value).isdecimal() or int(value) > 254:
-                raise ValueError(f"Got the mask value {str(value)[:40]!r}, expected 0 to 254")
+        if wrong := [str(value) for value in classes if not str(value).isdecimal() or int(value) > 254]:
+            raise ValueError(f"Got the mask values {listing(wrong, 5)}, expected 0 to 254")
         return classes
 
     @property

@@ -85,9 +85,9 @@ def table(**fields):
         (table(captions={"raw": 3}), "'source.captions.raw' is invalid: got 3, expected text."),
         (
             table(classes={"x": "a"}),
-            "'source.classes' is invalid: got {'x': 'a'}. Got the mask value 'x', expected 0 to 254.",
+            "'source.classes' is invalid: got {'x': 'a'}. Got the mask values x, expected 0 to 254.",
         ),
-        (table(classes={"300": "a"}), "Got the mask value '300', expected 0 to 254."),
+        (table(classes={"300": "a"}), "Got the mask values 300, expected 0 to 254."),
         (table(encoding="x"), "'source.encoding' is invalid: got 'x'. unknown encoding: x."),
     ],
     ids=range(15),
