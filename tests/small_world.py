@@ -51,14 +51,14 @@ def write_captioned(folder: Path, rows: int = 12) -> Path:
     return _manifest(folder, source, {"kind": "retrieval"})
 
 
-def write_classes(folder: Path) -> Path:
+def write_classes(folder: Path, templates: tuple[str, ...] = ("a {}", "the {} on the bench")) -> Path:
     """Write three to seven pictures a class, and their manifest for classification; return the manifest's path."""
     for label, (word, colour) in enumerate(SHADES.items()):
         (folder / "val" / word).mkdir(parents=True)
         for number in range(3 + label):
             draw(100 * label + number, colour).save(folder / "val" / word / f"{number}.png")
     source = {"kind": "class-folder", "root": "val"}
-    return _manifest(folder, source, {"kind": "classification", "templates": ["a {}", "the {} on the bench"]})
+    return _manifest(folder, source, {"kind": "classification", "templates": list(templates)})
 
 
 def _manifest(folder: Path, source: dict, task: dict) -> Path:

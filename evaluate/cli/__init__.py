@@ -5,7 +5,7 @@ with pictures to RUN/report.html. Those of a named checkpoint go to RUN/scores/,
 """
 
 from sail_align.evaluate.cli.demo import demo
-from sail_align.evaluate.cli.elsewhere import clip_benchmark
+from sail_align.evaluate.cli.elsewhere import clip_benchmark, mteb
 from sail_align.evaluate.cli.read import compare, report, trace_scores
 from sail_align.evaluate.cli.score import evaluate_all, task_command
 from sail_align.evaluate.tasks.task import all_tasks
@@ -18,6 +18,7 @@ for task in all_tasks().values():
 passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("clip-benchmark", cls=GroupedCommand, context_settings=passed_on)(clip_benchmark)
 app.command("demo", cls=GroupedCommand)(demo)
+app.command("mteb", cls=GroupedCommand)(mteb)
 app.command("report", cls=GroupedCommand)(report)
 app.command("compare", cls=GroupedCommand)(compare)
 app.command("trace", cls=GroupedCommand)(trace_scores)
