@@ -39,7 +39,7 @@ from sail_align.align.runs.checkpoint import Run, load_run
 from sail_align.align.runs.folder import CONFIG, RunFolder
 from sail_align.align.segmentation import VARIANTS, ImageSegmenter, Segmentation
 from sail_align.align.vision_tower import VisionTower
-from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.identity import Identity, require_known
 from sail_align.extract.encoders.load import load_recorded
 from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.text import TextEncoder
@@ -76,6 +76,7 @@ def load(
         UserError: The model does not exist, its files are damaged, or an encoder cannot be loaded.
     """
     run = read(reference, revision)
+    require_known(run.image, run.text)
     where = str(Runtime.of(device, "float32").device)
     image = cast(VisionEncoder, _encoder(run.image, image_folder, where, "image_folder"))
     text = cast(TextEncoder, _encoder(run.text, text_folder, where, "text_folder"))

@@ -197,13 +197,15 @@ class Setting:
             UserError: The value is invalid.
         """
         parsed = value
-        if self.number and isinstance(value, str) and value not in self.choices:
-            with suppress(ValueError):
-                parsed = self.number(value)
-        valid = parsed in self.choices if isinstance(parsed, str) else self.ge <= parsed <= self.le
-        if not valid:
-            is_long = isinstance(parsed, int) and abs(parsed) > 10**15  # `:g` cannot print an int of 400 digits
-            got = repr(str(parsed)[:100]) if is_long or isinstance(parsed, str) else f"{parsed:g}"
+        is_word = isinstance(value, str) and value in self.choices
+        if self.number and not is_word and not isinstance(value, bool):
+            with suppress(ValueError, TypeError, OverflowError):
+                exact = isinstance(value, str) or self.number is float or value == int(value)
+                parsed = self.number(value) if exact else value
+        is_number = type(parsed) is self.number and self.ge <= parsed <= self.le
+        if not (is_number or (isinstance(parsed, str) and parsed in self.choices)):
+            is_short = isinstance(parsed, float) or (type(parsed) is int and abs(parsed) <= 10**15)
+            got = f"{parsed:g}" if is_short else repr(str(parsed)[:100])  # `:g` cannot print an int of 400 digits
             raise UserError(f"{self.flag} is invalid: got {got}, expected {self.values}.")
         return parsed
 

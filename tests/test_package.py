@@ -1,5 +1,6 @@
 """The public API: `import sail_align`."""
 
+import pydoc
 import re
 import subprocess
 import sys
@@ -20,16 +21,21 @@ def test_version_is_that_of_the_installed_package():
     assert sail_align.__version__ == version("sail-align")
 
 
-def test_load_and_open_store_are_the_functions_of_the_stages():
-    from sail_align.align.pretrained import load
-    from sail_align.extract.store import Store
+def test_each_name_is_imported_from_its_stage():
+    found = {name: getattr(sail_align, name) for name in sail_align.__all__ if name != "__version__"}
+    assert {name: value.__name__ for name, value in found.items()} == {name: name for name in found}
+    assert {value.__module__.split(".")[1] for value in found.values()} == {"extract", "align", "evaluate"}
 
-    assert sail_align.load is load
-    assert sail_align.open_store.__func__ is Store.open.__func__
+
+def test_help_is_a_guide_with_every_function():
+    page = pydoc.render_doc(sail_align, renderer=pydoc.plaintext)
+    for name in sail_align.__all__:
+        assert re.search(rf"^    (class )?{name}\(|^{name.strip('_').upper()}$", page, re.M), name
+    assert "sail_align.fit(" in page.split("FUNCTIONS")[0]
 
 
 def test_dir_lists_the_public_names():
-    assert dir(sail_align) == ["__version__", "load", "open_store"]
+    assert dir(sail_align) == sorted(sail_align.__all__)
 
 
 def test_unknown_attribute_raises_attribute_error():

@@ -95,7 +95,9 @@ def export(
 def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
     from sail_align.align.hub.folder import write_hub_folder
     from sail_align.align.hub.model_card import model_card, read_scores
+    from sail_align.extract.encoders.identity import require_known
 
+    require_known(run.image, run.text)
     scores, outdated = read_scores(run)
     how = f"Run `{command('sail-eval', 'all', '--run', run.path)}` first to include"
     if outdated:

@@ -87,7 +87,8 @@ class Pairs:
         shards = sum(len(array.shards) for array in self.arrays)
         if missing := shards - sum(len(array.markers) for array in self.arrays):
             path = self.store.path
-            finish = command("sail-extract", "run", self.store.dataset, "--out", path)
+            what = ("import",) if self.store.is_imported else ("run", self.store.dataset)
+            finish = command("sail-extract", *what, "--out", path)
             raise UserError(
                 f"{path} is incomplete: {missing} of {shards} shards are missing. Finish it with `{finish}` and its "
                 "original options."

@@ -18,6 +18,7 @@ from pathlib import Path
 from sail_align.align.runs.checkpoint import Checkpoint, Run
 from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_json, record_digest, require_digest
 from sail_align.align.runs.tensors import save_tensors
+from sail_align.extract.encoders.identity import require_known
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import remove_own, report_write_errors, write_atomically
 
@@ -31,8 +32,9 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
     Local paths are left out: the folder has the digests of the stores, and the encoders without their locations.
 
     Raises:
-        UserError: The folder is not empty or cannot be written.
+        UserError: The folder is not empty or cannot be written, or an encoder is unknown.
     """
+    require_known(run.image, run.text)
     weights = save_tensors(run.model.state_dict())
     record = {
         "format": FORMAT,

@@ -20,6 +20,9 @@ GOLDEN_COSINE = 0.999
 GOLDEN_LONG_COSINE = 0.99
 """The same for the long text: 0.9992 was measured in bfloat16, and 0.93 with rotary frequencies in bfloat16."""
 
+IMPORTED = "imported"
+"""Loader of features that were computed elsewhere, by an encoder that nobody named. They have no golden vectors."""
+
 MOST_DIM = 1 << 20
 """Limit on the number of features in a record, which may come from someone else."""
 
@@ -76,7 +79,7 @@ Golden = list[Annotated[float, Field(allow_inf_nan=False)]]
 
 class _IdentityForm(TypedDict):
     spec: _SpecForm
-    golden: Annotated[Golden, Field(min_length=1)]
+    golden: Golden
     golden_long: NotRequired[Golden]
     versions: dict[str, str]
     location: str
@@ -89,7 +92,8 @@ class Identity:
 
     Attributes:
         spec: What determines the output.
-        golden: Features of a fixed input. They reveal changes that no field of the spec shows.
+        golden: Features of a fixed input. They reveal changes that no field of the spec shows. Empty for features that
+            were computed elsewhere by an unknown encoder.
         versions: Versions of the libraries, by package.
         location: Path of a local model folder, to find it again. Empty for all other encoders.
         golden_long: Features of a long text. Empty for image encoders, and in records of earlier versions.
@@ -115,7 +119,29 @@ class Identity:
         """
         form = validated(_IdentityForm, record)
         spec, golden_long = EncoderSpec(**form["spec"]), form.get("golden_long", [])
+        if not form["golden"] and spec.source.get("loader") != IMPORTED:
+            raise ValueError("golden is invalid: got no features, expected at least one")
         return cls(spec, form["golden"], form["versions"], form["location"], golden_long=golden_long)
+
+    @classmethod
+    def imported(cls, modality: Literal["image", "text"], digest: str, dtype: str, dim: int) -> "Identity":
+        """Return the identity of features that were computed elsewhere by an unknown encoder.
+
+        Args:
+            modality: What was encoded.
+            digest: Digest of the files of features, which stands for the weights.
+            dtype: Type of the numbers in these files.
+            dim: Number of features.
+        """
+        spec = EncoderSpec(
+            f"{IMPORTED}-{digest[:8]}", modality, {"loader": IMPORTED}, digest, {}, "unknown", dtype, dim
+        )
+        return cls(spec, [], {})
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the features were computed elsewhere by an unknown encoder, which cannot be loaded."""
+        return self.spec.source.get("loader") == IMPORTED
 
     def check_matches(self, recorded: "Identity", where: str) -> None:
         """Check that this is the encoder that `where` was made with.
@@ -130,6 +156,8 @@ class Identity:
                     f"Encoder {recorded.spec.id!r} has changed: {where} was made with {name} {shortened(value)}, got "
                     f"{shortened(found[name])}. Use the same encoder, or another store."
                 )
+        if self.is_imported and recorded.is_imported:
+            return
         pairs = [("a fixed input", GOLDEN_COSINE, self.golden, recorded.golden)]
         if self.golden_long and recorded.golden_long:
             pairs.append(("a fixed long text", GOLDEN_LONG_COSINE, self.golden_long, recorded.golden_long))
@@ -146,3 +174,18 @@ class Identity:
                     f"with those that {where} was made with, expected at least {least}. Compare the library versions "
                     f"{self.versions} with {recorded.versions}."
                 )
+
+
+def require_known(*identities: Identity) -> None:
+    """Raise `UserError` if features were computed elsewhere by an unknown encoder, so that nothing new can be encoded.
+
+    Args:
+        identities: The encoders that are needed.
+    """
+    if unknown := [identity.spec.modality for identity in identities if identity.is_imported]:
+        made = "encoders that are" if len(unknown) > 1 else "an encoder that is"
+        options = " ".join(f"--{modality}-encoder NAME" for modality in unknown)
+        raise UserError(
+            f"The {' and '.join(unknown)} features were computed elsewhere by {made} unknown, so nothing new can be "
+            f"encoded. Import them again with `sail-extract import … {options}` and train on that store."
+        )

@@ -22,7 +22,7 @@ from sail_align.extract.encoders.catalogue import (
     VisionEntry,
     as_reference,
 )
-from sail_align.extract.encoders.identity import EncoderSpec, Identity
+from sail_align.extract.encoders.identity import EncoderSpec, Identity, require_known
 from sail_align.extract.encoders.open_clip_models import OpenClipBackbone, OpenClipTextEncoder, load_open_clip
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, check_pooling
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
@@ -233,6 +233,7 @@ def load_recorded(
         EncoderChangedError: The encoder under the recorded name has another spec or golden vector.
         UserError: It is not available.
     """
+    require_known(identity)
     source = identity.spec.source
     needed = ("loader", *(("repository", "revision") if source.get("loader") == "hub" else ()))
     if absent := [name for name in needed if name not in source]:

@@ -95,6 +95,16 @@ def extract(
             tasks.append(ArrayTask.for_images(store, source, image, cores()))
         if text is not None:
             tasks += [ArrayTask.for_caption(store, name, text) for name in captions]
-        with closing(Tally(len(tasks) * store.rows, store.dataset, quiet=quiet)) as tally:
-            Worker(store, tasks, tally.receive, Share()).run()
-            return tally.summary()
+        return fill(store, tasks, quiet=quiet)
+
+
+def fill(store: Store, tasks: Sequence[ArrayTask], *, quiet: bool = False) -> Summary:
+    """Fill arrays of a store in this process, except for the shards that are committed already.
+
+    Raises:
+        WorkersFailedError: Some shards failed.
+        UserError: The disk is full, or a task failed for a reason that concerns all shards.
+    """
+    with closing(Tally(len(tasks) * store.rows, store.dataset, quiet=quiet)) as tally:
+        Worker(store, tasks, tally.receive, Share()).run()
+        return tally.summary()

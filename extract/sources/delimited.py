@@ -62,6 +62,30 @@ def read_delimited(
             yield rows
 
 
+def read_header(path: Path, delimiters: Sequence[str] = DELIMITERS, encoding: str | None = None) -> list[str]:
+    """Return the names in the first row of a table, split by the first delimiter that yields several.
+
+    Args:
+        path: The file.
+        delimiters: The delimiters to try.
+        encoding: The encoding of a file without byte order mark, by default UTF-8.
+
+    Raises:
+        UserError: A quotation mark is out of place.
+        ValueError: The file is empty.
+    """
+    chunks = _utf8_chunks(path, encoding)
+    data, final = next(chunks)
+    names: list[list[str]] = []
+    for delimiter in delimiters:
+        try:
+            names.append(_Table(path, (), [delimiter], encoding, data, final)._names)
+        except UserError:
+            if delimiter == delimiters[-1] and not names:
+                raise
+    return next((each for each in names if len(each) > 1), names[0])
+
+
 def _read_blocks(
     path: Path, columns: Sequence[str], delimiters: Sequence[str], encoding: str | None
 ) -> Iterator[pa.Table]:

@@ -44,6 +44,7 @@ from sail_align.extract.store.hierarchy import (
 )
 from sail_align.extract.store.index import FILE_ROWS, Index
 from sail_align.extract.store.recaptions import RecaptionReport
+from sail_align.extract.store.view import StoreView
 from sail_align.extract.system.difference import describe_difference
 from sail_align.extract.system.files import (
     NOT_A_STORE,
@@ -63,12 +64,14 @@ SHARD_ROWS = 65_536
 CHUNK_ROWS = 1_024
 MAX_SHARD_ROWS = 1 << 24
 LEASES, INDEX, RETRY = "leases", "index", "retry"
+IMPORTED = "imported"
+"""Kind of the source of a store that was made of features computed elsewhere."""
 UNFINISHED = re.compile(r"index|leases|\.zarr\.json\..*\.tmp")
 CAPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class Store:
-    """A store on disk. Create one with `create`, open one with `open`.
+class Store(StoreView):
+    """A store on disk. Create one with `create`, open one with `open`. `StoreView` reads it as a sequence of rows.
 
     Attributes:
         path: The store's folder or URL.
@@ -197,6 +200,12 @@ class Store:
         if manifest is not None and (difference := describe_difference(attributes["manifest"], manifest)):
             raise UserError(f"{path} was made from another manifest: {difference}. Pass another --out.")
         return store
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether `sail-extract import` made the store, of features that were computed elsewhere."""
+        source = self.attributes["manifest"].get("source")
+        return isinstance(source, dict) and source.get("kind") == IMPORTED
 
     def index(self, columns: list[str] | None = None, start: int = 0, stop: int | None = None) -> pa.Table:
         """Return rows start … stop − 1 of the index: key, image, label (−1: none), mask, url, and `caption.<name>`.

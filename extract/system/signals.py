@@ -1,6 +1,7 @@
 """Clean ends of a run on SIGTERM and Ctrl-C, within seconds."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ def _on_first(signals: Sequence[signal.Signals], react: Callable[[int], None]) -
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
     before = {each: signal.signal(each, handle) for each in signals}
     try:
         yield

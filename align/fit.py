@@ -1,0 +1,361 @@
+"""Train the heads on feature stores: the function that `sail-align fit` calls."""
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
+
+from sail_align.align.data.captions import parse_captions
+from sail_align.align.runs.folder import RunFolder
+from sail_align.align.settings import SETTINGS, OnCollapse, Setting, check_options, choose_precision
+from sail_align.align.stats.tables import number
+from sail_align.align.train.trackers import parse_trackers
+from sail_align.extract.errors import UserError, did_you_mean
+from sail_align.extract.system.files import report_write_errors, require_store
+from sail_align.extract.system.progress import note
+from sail_align.extract.system.python_calls import PathLike, as_paths, in_python, one_path
+from sail_align.extract.system.signals import report_stop
+
+if TYPE_CHECKING:
+    from sail_align.align.pretrained import PretrainedModel
+    from sail_align.align.train.distributed import World
+    from sail_align.align.train.plan import Plan
+
+K = (1, 5, 10)
+
+
+class FitKeywords(TypedDict, total=False):
+    """Types of the settings as keywords of `fit`, for type checkers. `settings.FitOptions` declares them."""
+
+    head: Literal["linear", "mlp", "glu", "cca"] | None
+    expansion: int | None
+    dim: int | None
+    image_dropout: float | None
+    text_dropout: float | None
+    image_power: float | None
+    start: Literal["random", "closed-form"] | None
+    ridge: float | None
+    positives: int | None
+    loss: Literal["sigmoid", "infonce"] | None
+    divisor: Literal["pairs", "batch"] | None
+    temperature: float | Literal["auto"] | None
+    bias: float | Literal["auto"] | None
+    optimizer: Literal["lion", "adamw"] | None
+    lr: float | None
+    weight_decay: float | None
+    warmup: float | None
+    batch_size: int | None
+    steps: int | None
+    seed: int | None
+    held_out: float | None
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] | None
+    epochs: float | None
+    preset: Literal["paper", "small"] | None
+    keep: int | None
+    verify: Literal["first-epoch", "always", "off"] | None
+    on_collapse: OnCollapse | None
+
+
+@dataclass(frozen=True, repr=False)
+class FitResult(os.PathLike[str]):
+    """A finished run. It can be passed wherever a run is expected, such as to `score` and `load`.
+
+    Attributes:
+        run: Folder of the run.
+        metrics: Scores on held-out pairs after the last step: `loss`, `t2i_r1` … `i2t_r10` (R@1/5/10 in percent),
+            `r1` (mean of both R@1), `chance` (its chance level), and the effective ranks of the embeddings. Empty if no
+            pairs were held out.
+        steps: Number of steps.
+        best_step: Step with the highest `r1`. None if no pairs were held out.
+        best_metrics: Scores after that step.
+        best_checkpoint: Folder of its checkpoint. None if no pairs were held out.
+        training_rows: Number of pairs to train on.
+        held_out_rows: Number of held-out pairs.
+        datasets: Names of the data sets.
+        features_only: Whether an encoder is unknown, because features were imported. Nothing new can be encoded.
+        notes: Messages about what was chosen or changed.
+        seconds: Time that training took in this call.
+        trained: Whether this call trained. It did not if the same run was finished before.
+        leads: Whether this process leads those that torchrun started. The others should print nothing.
+    """
+
+    run: Path
+    metrics: Mapping[str, float]
+    steps: int
+    best_step: int | None
+    best_metrics: Mapping[str, float]
+    best_checkpoint: Path | None
+    training_rows: int
+    held_out_rows: int
+    datasets: tuple[str, ...]
+    features_only: bool = False
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    trained: bool = True
+    leads: bool = True
+
+    def load(self, checkpoint: Literal["last", "best"] = "last", *, device: str = "auto") -> "PretrainedModel":
+        """Load the trained model with its encoders, as `sail_align.load` does.
+
+        Args:
+            checkpoint: The weights after the last step, or those with the best scores on held-out pairs.
+            device: Device of heads and encoders; `auto` uses a GPU if there is one.
+
+        Raises:
+            UserError: The run has no best checkpoint, or an encoder cannot be loaded.
+        """
+        from sail_align.align.pretrained import load
+
+        if checkpoint not in ("last", "best"):
+            raise UserError(f"checkpoint is invalid: got {checkpoint!r}, expected last or best.")
+        folder = self.best_checkpoint if checkpoint == "best" else self.run
+        if folder is None:
+            raise UserError(f"{self.run} has no best checkpoint: no pairs were held out. Load the last one.")
+        return load(folder, device=device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able data."""
+        paths = {"run": str(self.run), "best_checkpoint": self.best_checkpoint and str(self.best_checkpoint)}
+        scores = {"metrics": dict(self.metrics), "best_metrics": dict(self.best_metrics)}
+        lists = {"datasets": list(self.datasets), "notes": list(self.notes)}
+        return {**vars(self), **paths, **scores, **lists}
+
+    def lines(self) -> list[str]:
+        """Return the held-out scores in words, one line for the last step and one for the best, if that is another."""
+        if not self.metrics:
+            return []
+        scores = self.metrics
+        recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in K) for way in ("t2i", "i2t")}
+        lines = [
+            f"held out ({self.held_out_rows:,} pairs): loss {scores['loss']:.4g}, R@1/5/10 text→image "
+            f"{recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {number(scores['chance'])}"
+        ]
+        if self.best_step is not None and self.best_step < self.steps:
+            r1 = self.best_metrics["r1"]
+            lines.append(f"best: mean R@1 {r1:.1f} after step {self.best_step:,}, kept in {self.best_checkpoint}")
+        return lines
+
+    def __fspath__(self) -> str:
+        return str(self.run)
+
+    def __repr__(self) -> str:
+        head = f"{type(self).__name__}: {self.run}, {self.steps:,} steps on {self.training_rows:,} pairs"
+        return "\n".join([head, *(f"  {line}" for line in self.lines())])
+
+
+def fit(
+    features: PathLike | Sequence[PathLike],
+    *,
+    captions: str | Sequence[str] | Mapping[str, float] | None = None,
+    image_encoder: str | None = None,
+    text_encoder: str | None = None,
+    exclude: PathLike | Sequence[PathLike] | None = None,
+    out: PathLike | None = None,
+    device: str = "auto",
+    track: str | Sequence[str] | None = None,
+    quiet: bool = False,
+    **settings: Unpack[FitKeywords],
+) -> FitResult:
+    """Train the heads on feature stores, as `sail-align fit` does. Call it again to resume after a stop.
+
+    A call with the settings of an existing run resumes that run, or returns its result if it is finished.
+
+    Args:
+        features: A store, or several: paths, URLs, or results of `open_store` and `build_store`.
+        captions: Captions to train on together: names, as in "raw,long:0.5" or a list, or weights by name. Default:
+            those in all stores; with `positives`, those in any.
+        image_encoder: Image encoder to use if a store has more than one.
+        text_encoder: Text encoder to use if a store has more than one.
+        exclude: Files with keys to leave out, one per line, as `sail-extract overlap` writes them.
+        out: Folder of the run. Default: runs/<store>-<head>, with -2, -3 … added if that has other settings.
+        device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one.
+        track: Also log to tensorboard, wandb or both.
+        quiet: Print nothing, and show no progress bars.
+        **settings: Any of the settings below. None stands for the default.
+
+    Returns:
+        The run's folder, its scores on held-out pairs, and its best step.
+
+    Raises:
+        UserError: An argument is invalid, a store cannot be used, or training failed.
+        TypeError: There is no setting of that name.
+        KeyboardInterrupt: Ctrl-C stopped the training, after its state was saved.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            guess = did_you_mean(name, inspect.signature(fit).parameters)
+            raise TypeError(f"fit() got an unexpected keyword argument {name!r}.{guess}")
+
+    def say(line: str) -> None:
+        if not quiet:
+            note(in_python(line, inspect.signature(fit).parameters))
+
+    return fit_stores(
+        as_paths(features, "features"),
+        settings,
+        captions=_caption_list(captions),
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        exclude=as_paths(exclude, "exclude") if exclude else (),
+        out=None if out is None else one_path(out, "out"),
+        device=device,
+        track=parse_trackers(track if track is None or isinstance(track, str) else ",".join(track)),
+        quiet=quiet,
+        say=say,
+    )
+
+
+def fit_stores(
+    features: Sequence[Path],
+    settings: Mapping[str, Any],
+    *,
+    captions: Sequence[str],
+    image_encoder: str | None,
+    text_encoder: str | None,
+    exclude: Sequence[Path],
+    out: Path | None,
+    device: str,
+    track: Sequence[str],
+    quiet: bool,
+    say: Callable[[str], object],
+) -> FitResult:
+    """Train on stores. The arguments are those of `fit`, checked or parsed as far as their types show.
+
+    Args:
+        features: The stores.
+        settings: Values by name. Numbers may be given as text.
+        captions: Captions as for `parse_captions`.
+        image_encoder: Image encoder.
+        text_encoder: Text encoder.
+        exclude: Files of keys.
+        out: Folder of the run, or None for the default.
+        device: Device.
+        track: Result of `parse_trackers`.
+        quiet: Show no progress bars.
+        say: Function that prints a note or what is being written.
+    """
+    options = check_options(settings)  # like all checks here, before the seconds that importing torch takes
+    parse_captions(captions)
+    for store in features:
+        require_store(store)
+
+    from sail_align.align.train.distributed import joined
+    from sail_align.align.train.plan import make_plan
+    from sail_align.align.train.trainer import fit as train
+
+    with joined(device) as (world, where):
+
+        def prepare() -> "_Prepared":
+            if options.get("head") != "cca":
+                options["precision"] = choose_precision(options.get("precision", "auto"), where.type)
+            plan, notes = make_plan(
+                features,
+                options,
+                captions=captions,
+                image_encoder=image_encoder,
+                text_encoder=text_encoder,
+                exclude=exclude,
+                quiet=quiet,
+            )
+            if 0 < plan.settings.batch_size < world.size and plan.settings.steps:
+                raise UserError(
+                    f"--batch-size is invalid: got {plan.settings.batch_size} for {world.size} processes. Give each "
+                    "process at least one pair."
+                )
+            for each in notes:
+                say(f"note: {each}")
+            return _Prepared(plan, *_claim_run(plan, out, features, world.size, say), tuple(notes))
+
+        plan, run, finished, notes = world.first(prepare)
+        started = time.monotonic()
+        chosen: dict[str, Any] = {name: options[name] for name in ("keep", "on_collapse") if name in options}
+        chosen |= {"track": track, "quiet": quiet or not world.leads}
+        how = partial(_how_to_resume, run) if world.leads else lambda: None
+        with report_stop(how), report_write_errors(run, during_run=True):
+            scores = train(plan, run, device=where, world=world, **chosen)
+        seconds = 0.0 if finished else time.monotonic() - started
+        return _result(plan, run, scores, world, notes=notes, seconds=seconds, trained=not finished)
+
+
+class _Prepared(NamedTuple):
+    plan: "Plan"
+    run: Path
+    finished: bool
+    notes: tuple[str, ...]
+
+
+def _claim_run(
+    plan: "Plan", out: Path | None, stores: Sequence[Path], processes: int, say: Callable[[str], object]
+) -> tuple[Path, bool]:
+    """Choose the folder of a run and print it; return it, and whether the run is finished."""
+    from sail_align.align.runs.claim import claim_run
+
+    claim = claim_run(out or RunFolder.default_path(stores, plan.settings.head), plan.record(), numbered=out is None)
+    if claim.other:
+        say(f"note: {claim.other} has other settings ({'; '.join(claim.differing)}); this is a new run.")
+    if claim.finished:
+        state = f"{claim.path} is finished"
+    else:
+        state = f"{'resuming' if claim.begun else 'writing'} {claim.path}"
+    say(f"{state}: {plan.describe()}" + (f"; {processes} processes" if processes > 1 else ""))
+    return claim.path, claim.finished
+
+
+def _how_to_resume(run: Path) -> str:
+    from sail_align.align.runs.checkpoint import Checkpoint
+
+    saved = Checkpoint.read(run)
+    if saved is None:
+        return f"The same command starts {run} again: nothing was saved yet."
+    return f"The same command resumes {run} from step {saved.step:,}."
+
+
+def _result(plan: "Plan", run: Path, scores: Mapping[str, float], world: "World", **more: Any) -> FitResult:
+    from sail_align.align.runs.checkpoint import Checkpoint
+
+    best = world.first(lambda: Checkpoint.best(run))
+    return FitResult(
+        run=run,
+        metrics=scores,
+        steps=plan.settings.steps,
+        best_step=best.step if best else None,
+        best_metrics=best.record["scores"] if best else {},
+        best_checkpoint=best.folder if best else None,
+        training_rows=plan.training_rows,
+        held_out_rows=plan.held_out_rows,
+        datasets=tuple(dict.fromkeys(pairs.store.dataset for pairs in plan.pairs)),
+        features_only=any(array.identity.is_imported for array in plan.pairs[0].arrays),
+        leads=world.leads,
+        **more,
+    )
+
+
+def _caption_list(captions: str | Sequence[str] | Mapping[str, float] | None) -> list[str]:
+    """Return captions in the form that `parse_captions` takes."""
+    if isinstance(captions, Mapping):
+        return [f"{name}:{weight}" for name, weight in captions.items()]
+    return captions.split(",") if isinstance(captions, str) and captions else list(map(str, captions or ()))
+
+
+def _document_settings() -> None:
+    """Give `fit` the settings as keywords of its signature, and their help in its docstring, from the declarations."""
+
+    def describe(setting: Setting) -> str:
+        paper, small = setting.defaults
+        default = paper if small == paper else f"{paper}; small: {small}"
+        choices = f" One of: {setting.values}." if setting.choices else ""
+        return f"    {setting.name}: {setting.help}{choices}" + (f" Default: {default}." if default else "")
+
+    lines = "\n".join(map(describe, SETTINGS.values()))
+    parameters = inspect.signature(fit).parameters
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SETTINGS]
+    named = [each for each in parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    fit.__dict__["__signature__"] = inspect.Signature([*named, *keywords], return_annotation=FitResult)
+    fit.__doc__ = f"{inspect.getdoc(fit)}\n\nSettings:\n{in_python(lines, {*parameters, *SETTINGS})}\n"
+
+
+_document_settings()

@@ -1,0 +1,203 @@
+"""sail-extract import: features that were computed elsewhere."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sail_align.extract.errors import UserError, command, listing
+from sail_align.extract.system.command_line import Device, Quiet
+from sail_align.extract.system.files import as_path
+
+if TYPE_CHECKING:
+    from sail_align.extract.exchange.features import Features
+    from sail_align.extract.exchange.importing import Import
+    from sail_align.extract.store.store import Store
+
+DEFAULT_CAPTION = "raw"
+CAPTION = "caption"
+
+_data = partial(typer.Option, rich_help_panel="Data")
+_encoder = partial(typer.Option, rich_help_panel="Encoders")
+_FILES = "file, folder of parts, or quoted pattern of .npy, .parquet, .pt, .safetensors or .h5"
+_KEYS = "Table (.txt, .csv, .parquet, .npy …) with the keys of the {side} features"
+
+
+def import_features(
+    image_features: Annotated[
+        Path, _data(metavar="PATH", help=f"Image features: {_FILES}. Or clip-retrieval's folder.", show_default=False)
+    ],
+    text_features: Annotated[
+        list[str] | None,
+        _data(metavar="[CAPTION=]PATH", help="Text features. Repeat with names for several captions."),
+    ] = None,
+    image_keys: Annotated[
+        Path | None, _data(metavar="FILE", help=f"{_KEYS.format(side='image')}, if they are not in the same files.")
+    ] = None,
+    text_keys: Annotated[
+        list[str] | None, _data(metavar="[CAPTION=]FILE", help=f"{_KEYS.format(side='text')}. Can be repeated.")
+    ] = None,
+    key_column: Annotated[
+        str | None, _data(help="Column to join by.  [default: key, id or image_path if all have it]")
+    ] = None,
+    by_position: Annotated[bool, _data("--by-position", help="Join row i with row i instead of by key.")] = False,
+    image_vector: Annotated[
+        str | None, _data(metavar="NAME", help="Column, tensor or data set to read, if there are several.")
+    ] = None,
+    text_vector: Annotated[
+        list[str] | None, _data(metavar="[CAPTION=]NAME", help="The same for text features. Can be repeated.")
+    ] = None,
+    captions: Annotated[
+        list[str] | None,
+        _data(metavar="[CAPTION=]COLUMN", help="Column with the texts themselves.  [default: caption if there is one]"),
+    ] = None,
+    images: Annotated[Path | None, _data(metavar="DIR", help="Folder of the images, to compare encoders.")] = None,
+    image_column: Annotated[
+        str | None,
+        _data(
+            metavar="COLUMN", help="Column with the images' paths.  [default: image_path, image, file_name or the key]"
+        ),
+    ] = None,
+    name: Annotated[str | None, _data(help="Name of the data set.  [default: from the path of the features]")] = None,
+    out: Annotated[
+        Path | None, _data(metavar="STORE", help="Path of the store.  [default: features/<name>.zarr]", parser=as_path)
+    ] = None,
+    image_encoder: Annotated[
+        str | None, _encoder(help="The encoder that made the image features: a name, or hf:REPOSITORY.")
+    ] = None,
+    image_pooling: Annotated[str | None, _encoder(help="cls, mean or cls+mean.  [default: the encoder's own]")] = None,
+    text_encoder: Annotated[
+        str | None, _encoder(help="The encoder that made the text features: a name, or hf:REPOSITORY.")
+    ] = None,
+    text_pooling: Annotated[str | None, _encoder(help="cls, mean or last.  [default: the encoder's own]")] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Make a store of features that were computed elsewhere. Rerun the same command to resume."""
+    named = {
+        option: _by_caption(option, given or ())
+        for option, given in (
+            ("--text-features", text_features),
+            ("--text-keys", text_keys),
+            ("--text-vector", text_vector),
+            ("--captions", captions),
+        )
+    }
+    paths = named.pop("--text-features")
+    for option, given in named.items():
+        if unknown := [caption for caption in given if caption not in paths]:
+            raise UserError(
+                f"{option} {unknown[0]}=… is invalid: --text-features has {listing(paths) or 'no caption'}."
+            )
+    for option, value, needed, other in (
+        ("--text-encoder", text_encoder, paths, "--text-features"),
+        ("--image-pooling", image_pooling, image_encoder, "--image-encoder"),
+        ("--text-pooling", text_pooling, text_encoder, "--text-encoder"),
+    ):
+        if value and not needed:
+            raise UserError(f"{option} has no effect without {other}. Add it or leave {option} out.")
+    if images is not None and not images.is_dir():
+        raise UserError(f"--images {images} is invalid: there is no such folder. Correct it or leave it out.")
+
+    from sail_align.extract.exchange.features import Features
+    from sail_align.extract.exchange.join import join
+
+    sides = [Features(image_features, "image", "", image_vector, image_keys)]
+    for caption, path in paths.items():
+        keys, vector = (named[option].get(caption) for option in ("--text-keys", "--text-vector"))
+        sides.append(Features(Path(path), "text", caption, vector, Path(keys) if keys else None))
+    joined = join(sides, key_column, by_position=by_position)
+
+    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
+    from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.exchange.importing import Import
+
+    Runtime.of(device, "float32")  # raises if it is invalid
+    image = ImageEncoderConfig(image_encoder, image_pooling) if image_encoder else None
+    text = TextEncoderConfig(text_encoder, text_pooling) if text_encoder else None
+    name = name or _default_name(image_features)
+    made = Import(
+        name, sides, joined, _texts(sides[1:], named["--captions"]), images, image_column, image=image, text=text
+    )
+    for line in joined.lines(sides):
+        typer.echo(line)
+    _report(made, made.run(out or Path("features") / f"{name}.zarr", device, quiet=quiet))
+
+
+def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:
+    """Split `[CAPTION=]VALUE`; a value without a caption is that of the only one."""
+    from sail_align.extract.store.store import CAPTION_NAME
+
+    named: dict[str, str] = {}
+    for text in given:
+        caption, separator, value = text.partition("=")
+        if not separator or not CAPTION_NAME.fullmatch(caption) or Path(text).exists():
+            caption, value = DEFAULT_CAPTION, text
+        if caption in named:
+            raise UserError(f"{option} is invalid: got two for caption {caption!r}. Name each: {option} NAME=…")
+        named[caption] = value
+    return named
+
+
+def _default_name(features: Path) -> str:
+    path = features.resolve()
+    if path.name in ("img_emb", "image") or "*" in path.name:
+        path = path.parent
+    return re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else path.name).lower() or "imported"
+
+
+def _texts(sides: "Sequence[Features]", given: dict[str, str]) -> dict[str, str]:
+    """Return the column of the text of each caption that has one."""
+    texts = dict(given)
+    for side in sides:
+        usual = [f"{CAPTION}_{side.caption}", *([CAPTION] if len(sides) == 1 else [])]
+        found = [column for column in usual if side.texts and column in side.texts.names]
+        if found:
+            texts.setdefault(side.caption, found[0])
+    return texts
+
+
+def _report(made: "Import", store: "Store") -> None:
+    """Print what a store contains, how its features agree with encoders, and the next command."""
+    from sail_align.extract.exchange.identify import LEAST_COSINE, UNIT
+    from sail_align.extract.exchange.importing import agreements
+    from sail_align.extract.quality.doctor import diagnose
+    from sail_align.extract.quality.pairing import Verdict
+
+    for label, counts in made.counts.items():
+        if counts.overflown:
+            typer.echo(
+                f"warning: {counts.overflown:,} rows of {label} exceed float16's 65,504 and have the status "
+                "non-finite. Scale the features and import them again."
+            )
+        if counts.zero:
+            typer.echo(f"warning: {counts.zero:,} rows of {label} are all zeros, as some programs write for failures.")
+    for side, agreement in agreements(store).items():
+        if agreement is None:
+            missing = "--images" if side == "image" else "--captions"
+            typer.echo(f"note: the {side} features were not compared with their encoder. Pass {missing} to do that.")
+            continue
+        typer.echo(
+            f"{side} features agree with their encoder: mean cosine {agreement.cosine:.4f} with {agreement.rows} "
+            f"{side}s encoded again (at least {LEAST_COSINE} is needed), {agreement.norms}."
+        )
+        if agreement.norms == UNIT:
+            typer.echo(
+                f"note: the {side} features are L2-normalised. The heads begin with a LayerNorm, which undoes this "
+                "up to about 1 %."
+            )
+    for array in store.arrays():
+        typer.echo(f"  {array.describe()}")
+    broken = False
+    if made.captions:
+        diagnosis = diagnose(store)
+        broken = diagnosis.verdict is Verdict.BROKEN
+        typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.summary}")
+    typer.echo(f"wrote {store.path}: {store.rows:,} rows")
+    if broken or not made.captions:
+        typer.echo(f"Next: {command('sail-extract', 'doctor' if broken else 'status', store.path)}")
+    else:
+        typer.echo(f"Next: {command('sail-align', 'fit', '--features', store.path)}")
