@@ -35,8 +35,9 @@ download: $(RUNS) ## Download a training set's images: make download DATASET=cc3
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[download]'
 	$(BIN)/sail-extract download $(DATASET)
 
-extract: $(RUNS) ## Encode a data set into a store: make extract DATASET=demo (or a path to a manifest)
-	$(BIN)/sail-extract run $(DATASET) --out $(STORE)
+extract: $(RUNS) ## Encode a data set into a store: make extract DATASET=demo, or DATASET=cc12m DOWNLOAD=yes to download it first
+	$(if $(filter-out no,$(DOWNLOAD)),$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[download]')
+	$(BIN)/sail-extract run $(DATASET) --out $(STORE) $(if $(filter-out no,$(DOWNLOAD)),--download)
 
 fit: $(RUNS) ## Train the heads on a store: make fit DATASET=demo (or STORE=features/demo.zarr)
 	$(BIN)/sail-align fit --features $(STORE)

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sail_align.extract.errors import UserError
-from sail_align.extract.manifest import Manifest, data_root_of, find_manifest, packaged_manifests
+from sail_align.extract.errors import UserError, command
+from sail_align.extract.manifest import Manifest, data_root_of, find_manifest, packaged_manifests, shown_root
 from sail_align.extract.system.files import as_path
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def build_store(
     engine: str = "local",
     ray_address: str | None = None,
     retry: str | None = None,
+    download: bool = False,
     quiet: bool = False,
     report: Report = Report(),
 ) -> "Store":
@@ -84,6 +85,7 @@ def build_store(
         engine: "local" for this machine, "ray" for a Ray cluster.
         ray_address: The Ray cluster. Default: `$RAY_ADDRESS`, else this machine alone.
         retry: "failed" retries the images that could not be encoded.
+        download: First download the images, if the manifest has `download`. They are not downloaded twice.
         quiet: Show no progress bars.
         report: Receives what is found and done.
 
@@ -96,7 +98,15 @@ def build_store(
         StoppedError: SIGTERM or Ctrl-C.
     """
     _check_options(retry, workers, add_captions, captions or image_encoder)
-    manifest, root = _find_data(data, data_root, needed=not add_captions)
+    if download and (add_captions or worker != "1/1"):
+        raise UserError("--download is for one process that reads images. Omit --add-captions and --worker.")
+    manifest, root = _find_data(data, data_root)
+    if download:
+        from sail_align.extract.download import download_all
+
+        download_all(manifest, root, quiet=quiet)
+    elif not add_captions:
+        _require_data(data, manifest, root)
 
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.encoders.runtime import Runtime
@@ -151,14 +161,30 @@ def _check_options(
         raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
 
 
-def _find_data(data: "str | Path | Manifest", data_root: str | Path | None, *, needed: bool) -> tuple[Manifest, Path]:
-    """Return a manifest and its data root. Raises `UserError` if the data are needed but missing."""
+def _find_data(data: "str | Path | Manifest", data_root: str | Path | None) -> tuple[Manifest, Path]:
+    """Return a manifest and its data root."""
     if isinstance(data, Manifest):
         return data, data_root_of(data_root, Path())
-    manifest, root = find_manifest(str(data), data_root)
-    if needed and str(data) in packaged_manifests():
-        manifest.require_here(root, str(data))
-    return manifest, root
+    return find_manifest(str(data), data_root)
+
+
+def _require_data(data: "str | Path | Manifest", manifest: Manifest, root: Path) -> None:
+    """Raise `UserError` with commands, disk space and time if the data of a published set are missing.
+
+    The source of other manifests names the file that is missing.
+    """
+    if not isinstance(data, Manifest) and (manifest.download or str(data) in packaged_manifests()):
+        if manifest.is_here(root):
+            return
+        from sail_align.extract.needs import describe_needs
+
+        lines = [f"The data of {manifest.name!r} are not in {shown_root(root)}. To get them:"]
+        lines += [f"    {line}" for line in manifest.get.strip().splitlines()]
+        lines += describe_needs(manifest, root)
+        if manifest.download:
+            whole = command("sail-extract", "run", data, "--download")
+            lines.append(f"`{whole}` downloads and encodes them as one job; rerun it to resume.")
+        raise UserError("\n".join(lines))
 
 
 def _names(captions: str | Sequence[str]) -> list[str]:

@@ -85,6 +85,7 @@ class Download(TextFormat):
         caption: Column of the captions.
         folder: Folder for the downloaded tars.
         image_size: Largest short side of the saved JPEGs, in pixels.
+        repository: Data set on the Hugging Face hub that has the table, under the same file name.
     """
 
     table: NonEmpty
@@ -92,6 +93,7 @@ class Download(TextFormat):
     caption: NonEmpty
     folder: NonEmpty
     image_size: int = Field(default=256, ge=32)
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
 
 
 def _source_configs() -> list[type[SourceConfig]]:
@@ -202,7 +204,7 @@ class Manifest(Strict):
         """Raise `UserError` unless the data are here. `reference` is how the user named the manifest."""
         if not self.is_here(data_root):
             how = command("sail-extract", "check", reference)
-            raise UserError(f"The data of {self.name!r} are not in {data_root}. See `{how}`.")
+            raise UserError(f"The data of {self.name!r} are not in {shown_root(data_root)}. See `{how}`.")
 
     def open_source(self, data_root: Path) -> Source:
         """Open the source, with the tables of further captions if there are any.
@@ -252,6 +254,11 @@ def find_manifest(reference: str, data_root: str | Path | None = None) -> tuple[
 def data_root_of(given: str | Path | None, default: Path) -> Path:
     """Return the data root: the given one, else `$SAIL_DATA_ROOT`, else a default."""
     return Path(given or os.environ.get("SAIL_DATA_ROOT") or default)
+
+
+def shown_root(root: Path) -> str:
+    """Return a data root for a message. The current folder is named by its path."""
+    return str(root if root.parts else root.absolute())
 
 
 def _name_mistakes(path: Path, mistakes: list[str]) -> str:

@@ -48,4 +48,4 @@ def test_mistake_is_reported_without_importing_torch(tmp_path, stage, words, mes
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("error: ") == 1

@@ -1,6 +1,5 @@
 """sail-extract check and download: is a data set here, and how to get it."""
 
-import os
 from textwrap import indent
 from typing import Annotated
 
@@ -50,14 +49,15 @@ def download(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes of img2dataset.  [default: one per core]")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Simultaneous downloads per process.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Simultaneous downloads per process.  [default: 64]")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Download the images of a training set with img2dataset. Rerun the same command to resume."""
+    """Download the images of a training set from their URLs, with img2dataset. Rerun the same command to resume."""
     from sail_align.extract.download import download_images
     from sail_align.extract.manifest import find_manifest
 
     about, root = find_manifest(manifest, data_root)
-    processes = processes or os.cpu_count() or 1
     done = download_images(about, root, processes=processes, threads=threads, quiet=quiet)
     typer.echo(f"{about.name}: {done}\nNext: {command('sail-extract', 'run', manifest)}")

@@ -62,6 +62,10 @@ Engine = Annotated[str, _run_option(help="local: this machine; ray: a Ray cluste
 RayAddress = Annotated[
     str | None, _run_option(help="The Ray cluster.  [default: $RAY_ADDRESS, else this machine alone]")
 ]
+Download = Annotated[
+    bool,
+    _data_option("--download", help="First download the images, if they are not here. Needs 'sail-align[download]'."),
+]
 Retry = Annotated[str | None, _run_option(help="failed: retry the images that could not be encoded.", metavar="failed")]
 
 
@@ -85,6 +89,7 @@ def run(
     engine: Engine = "local",
     ray_address: RayAddress = None,
     retry: Retry = None,
+    download: Download = False,
     quiet: Quiet = False,
 ) -> None:
     """Encode a data set into a store of features. Rerun the same command to resume."""
@@ -110,6 +115,7 @@ def run(
         engine=engine,
         ray_address=ray_address,
         retry=retry,
+        download=download,
         quiet=quiet,
         report=Report(_report_source, report_opened, partial(_report_run, all_shards=worker == "1/1")),
     )
