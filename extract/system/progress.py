@@ -1,19 +1,23 @@
-"""Progress as a bar on a terminal, and as an occasional line in a log."""
+"""Progress as a bar on a terminal and in a notebook, and as an occasional line in a log."""
 
 import io
 import sys
-from typing import NoReturn
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 from sail_align.extract.errors import printable
+
+if TYPE_CHECKING:
+    Bar = tqdm[NoReturn]
 
 LOG_SECONDS = 30.0
 
 
 def progress(
     total: int | None, what: str, *, unit: str = "row", done: int = 0, quiet: bool = False, delay: float = 0
-) -> "tqdm[NoReturn]":
+) -> "Bar":
     """Return a progress bar with rate and remaining time.
 
     Args:
@@ -24,24 +28,41 @@ def progress(
         quiet: Show nothing.
         delay: Show nothing for work that takes fewer seconds.
     """
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=what,
-        unit=unit,
-        disable=quiet,
-        delay=delay,
-        dynamic_ncols=terminal,
-        mininterval=0.2 if terminal else LOG_SECONDS,
-        maxinterval=LOG_SECONDS,
-        file=sys.stderr if terminal else _Lines(),
-    )
+    terminal, notebook = sys.stderr.isatty(), in_notebook()
+    is_live = terminal or notebook
+    options: dict[str, Any] = {
+        "total": total,
+        "initial": done,
+        "desc": what,
+        "unit": unit,
+        "disable": quiet,
+        "delay": delay,
+        "dynamic_ncols": terminal,
+        "mininterval": 0.2 if is_live else LOG_SECONDS,
+        "maxinterval": LOG_SECONDS,
+        "file": sys.stderr if is_live else _Lines(),
+    }
+    return _notebook_bar(options) if notebook else tqdm(**options)
 
 
 def note(message: str) -> None:
-    """Print a message to stderr, above a progress bar if there is one."""
-    tqdm.write(printable(message), file=sys.stderr)
+    """Print a message to stderr, above a progress bar if there is one. A notebook shows it as ordinary output."""
+    tqdm.write(printable(message), file=sys.stdout if in_notebook() else sys.stderr)
+
+
+def in_notebook() -> bool:
+    """Return whether this is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
+
+
+def _notebook_bar(options: dict[str, Any]) -> "Bar":
+    """Return a bar of `tqdm.auto`: a widget where ipywidgets is installed, text elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)  # text is fine
+        from tqdm.auto import tqdm as bar
+
+    return bar(**options)
 
 
 class _Lines(io.StringIO):
