@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sail_align.align.hub.embeddings import embed
 from sail_align.evaluate.models import Encoders, RunError
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.encoders.identity import Identity
@@ -29,7 +29,6 @@ from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 
 Embeddings = NDArray[np.float32]
-HEAD_BATCH = 4096
 TEXT = "text"
 """Name of the only caption in a store of texts."""
 
@@ -299,10 +298,7 @@ class EvaluationSet(ListedSet):
         )
 
     def _embed(self, encode: Callable[[Tensor], Tensor], features: NDArray[np.float16]) -> Embeddings:
-        with torch.inference_mode():
-            batches = torch.split(torch.from_numpy(features), HEAD_BATCH)
-            parts = [encode(batch.to(self.encoders.device, torch.float32)).float().cpu() for batch in batches]
-        embeddings = cast(Embeddings, torch.cat(parts).numpy())
+        embeddings = embed(encode, features, self.encoders.device)
         if not np.isfinite(embeddings).all():
             raise RunError.diverged(self.run)
         return embeddings

@@ -1,13 +1,14 @@
 """sail-align: train heads that map frozen image and text features into one space."""
 
 from sail_align.align.cli.analyse import ladder, measure, probe
+from sail_align.align.cli.embed import embed
 from sail_align.align.cli.exchange import export, import_released
 from sail_align.align.cli.fit import fit
 from sail_align.align.cli.runs import runs
 from sail_align.extract.system.command_line import GroupedCommand, make_app, run_command
 
 app = make_app(__doc__)
-for command in (fit, runs, import_released, measure, export, probe, ladder):
+for command in (fit, runs, import_released, measure, export, embed, probe, ladder):
     app.command(command.__name__.replace("_", "-"), cls=GroupedCommand)(command)
 
 

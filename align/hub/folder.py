@@ -5,14 +5,10 @@ FOLDER/config.json         architecture, encoders, settings, the run's digest, a
 FOLDER/README.md           the model card: description, scores, provenance
 """
 
-import fcntl
-import glob
 import hashlib
 import json
-import os
 import re
-import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from sail_align.align.runs.checkpoint import Checkpoint, Run
@@ -20,7 +16,8 @@ from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_jso
 from sail_align.align.runs.tensors import save_tensors
 from sail_align.extract.encoders.identity import require_known
 from sail_align.extract.errors import UserError
-from sail_align.extract.system.files import remove_own, report_write_errors, write_atomically
+from sail_align.extract.system.files import write_atomically
+from sail_align.extract.system.folders import new_folder
 
 FORMAT = 1
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -89,45 +86,6 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         UserError: The folder is not empty or cannot be written.
     """
-    if folder.name in ("", "..") or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise UserError(f"{folder} exists already. Remove it, or pass another --out.")
-    _remove_leftovers(folder, files)
-    written = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.new")
-    lock = None
-    try:
-        with report_write_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            written.mkdir()  # exclusively: it is nobody else's
-            lock = _lock(written)
-            for name, content in files.items():
-                write_atomically(written / name, content)
-            written.replace(folder)
-    finally:
-        remove_own(written, files)
-        if lock is not None:
-            os.close(lock)
-
-
-def _remove_leftovers(folder: Path, names: Collection[str]) -> None:
-    """Remove what killed exports to the same folder left. Those that are running hold a lock."""
-    ours = re.compile(re.escape(folder.name).join((r"\.", r"\.[0-9a-f]{32}\.new")))
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.new"):
-        if ours.fullmatch(path.name) and not path.is_symlink() and (lock := _lock(path)) is not None:
-            remove_own(path, names)
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Return an open and locked folder, None if another process has the lock or it cannot be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
+    with new_folder(folder, "|".join(map(re.escape, files))) as written:
+        for name, content in files.items():
+            write_atomically(written / name, content)

@@ -1,4 +1,4 @@
-"""sail-extract import: features that were computed elsewhere."""
+"""sail-extract import and export: features that were computed elsewhere, and features for other programs."""
 
 import re
 from collections.abc import Sequence
@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sail_align.extract.cli.options import StorePath
 from sail_align.extract.errors import UserError, command, listing
 from sail_align.extract.system.command_line import Device, Quiet
-from sail_align.extract.system.files import as_path
+from sail_align.extract.system.files import as_path, require_store
+from sail_align.extract.system.folders import require_new
 
 if TYPE_CHECKING:
     from sail_align.extract.exchange.features import Features
     from sail_align.extract.exchange.importing import Import
     from sail_align.extract.store.store import Store
 
+FORMATS = ("npy", "parquet", "safetensors", "webdataset")
 DEFAULT_CAPTION = "raw"
 CAPTION = "caption"
 
@@ -24,6 +27,11 @@ _data = partial(typer.Option, rich_help_panel="Data")
 _encoder = partial(typer.Option, rich_help_panel="Encoders")
 _FILES = "file, folder of parts, or quoted pattern of .npy, .parquet, .pt, .safetensors or .h5"
 _KEYS = "Table (.txt, .csv, .parquet, .npy …) with the keys of the {side} features"
+
+To = Annotated[str, typer.Option("--to", metavar="|".join(FORMATS), help="Format.")]
+CaptionNames = Annotated[
+    str | None, typer.Option("--captions", help="Captions to write, such as raw,long.  [default: all]")
+]
 
 
 def import_features(
@@ -125,6 +133,57 @@ def import_features(
     for line in joined.lines(sides):
         typer.echo(line)
     _report(made, made.run(out or Path("features") / f"{name}.zarr", device, quiet=quiet))
+
+
+def export_features(
+    store: StorePath,
+    to: To = FORMATS[0],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<store>-<format>]")
+    ] = None,
+    captions: CaptionNames = None,
+    image_encoder: Annotated[
+        str | None, typer.Option(help="Image encoder to use if the store has more than one.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Text encoder to use if the store has more than one.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the features of a store, with keys and captions, for other programs."""
+    folder = check_export(store, to, out)
+
+    from sail_align.extract.exchange.writing import open_arrays, write_vectors
+    from sail_align.extract.store.store import Store
+
+    opened = Store.open(store)
+    arrays = open_arrays(opened, split_captions(captions), image_encoder, text_encoder)
+    report_written(folder, *write_vectors(opened, arrays, to, folder, quiet=quiet), opened.dataset)
+
+
+def check_export(store: Path, to: str, out: Path | None, suffix: str = "") -> Path:
+    """Return the folder to write to. Raises `UserError` unless store, format and folder can be used."""
+    if to not in FORMATS:
+        raise UserError(f"--to is invalid: got {to!r}, expected {', '.join(FORMATS)}.")
+    require_store(store)
+    folder = out or Path("exports") / f"{store.stem}{suffix}-{to}"
+    require_new(folder)
+    return folder
+
+
+def split_captions(given: str | None) -> list[str] | None:
+    """Return the names of captions in an option; None if it is not given."""
+    return [name.strip() for name in given.split(",")] if given else None
+
+
+def report_written(folder: Path, rows: int, left_out: int, dataset: str) -> None:
+    """Print how many rows of a store were written and left out."""
+    if left_out:
+        typer.echo(
+            f"note: {left_out:,} rows of {dataset} are left out, because not all of these features exist. Choose fewer "
+            "with --captions, or see `sail-extract status --failed`."
+        )
+    typer.echo(f"wrote {folder}: {rows:,} rows")
 
 
 def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from sail_align.align import pretrained
 from sail_align.align.cli import app
-from sail_align.align.hub.folder import _lock
 from sail_align.align.hub.model_card import model_card
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.align.runs.folder import RunFolder, record_digest
@@ -25,6 +24,7 @@ from sail_align.evaluate.cli import app as evaluation
 from sail_align.extract.encoders.identity import EncoderChangedError
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.errors import UserError
+from sail_align.extract.system.folders import lock_folder
 
 TEXTS = ["a red cat", "the dog sleeps on the green bench", "a"]
 
@@ -311,7 +311,7 @@ def test_running_export_is_not_disturbed(run):
     written = Path(f".hub.{'3' * 32}.new")
     written.mkdir()
     (written / "config.json").touch()
-    lock = _lock(written)
+    lock = lock_folder(written)
     assert export(run, "--out", "hub").exit_code == 0
     assert (written / "config.json").exists()
     os.close(lock)

@@ -1,5 +1,6 @@
 """Features that were computed elsewhere, from import to scores: with encoders that are named, and without."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from sail_align.align import pretrained
 from sail_align.align.cli import app as align
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate.cli import app as evaluate
 from sail_align.extract.cli import app as extract
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
@@ -148,3 +150,38 @@ def test_one_unknown_encoder_is_named(outside):
     fit()
     with pytest.raises(UserError, match="The text features were computed elsewhere by an encoder that is unknown"):
         pretrained.load("runs/x")
+
+
+def test_embed_writes_the_numbers_of_a_run(outside):
+    assert imported(outside, *encoders(outside)).exit_code == 0
+    fit()
+    result = CliRunner().invoke(align, ["embed", "x.zarr", "--run", "runs/x", "--out", "out", "--device", "cpu"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert result.output.splitlines()[-1] == "wrote out: 60 rows"
+    store, run = Store.open("x.zarr"), load_run("runs/x")
+    for file, encode, array in (
+        ("img_emb", run.model.encode_image, store.image()),
+        ("text_emb", run.model.encode_text, store.text("raw")),
+    ):
+        written = np.load(f"out/{file}/{file}_0.npy")
+        with torch.inference_mode():
+            expected = encode(torch.from_numpy(array.read()[0]).float()).numpy()
+        assert written.tobytes() == expected.tobytes()
+        assert np.allclose(np.linalg.norm(written, axis=1), 1, atol=1e-6)
+    about = json.loads(Path("out/about.json").read_text())
+    assert about["run_digest"] == run.digest
+    words = ["embed", "x.zarr", "--run", "runs/x", "--device", "cpu", "--to", "parquet", "--batch-size", "7"]
+    assert CliRunner().invoke(align, words).exit_code == 0
+    table = pq.read_table("exports/x-x-parquet/part-0.parquet")
+    assert table["key"].to_pylist() == store.index(["key"])["key"].to_pylist()
+    assert np.allclose(np.stack(table["text_embedding"].to_numpy()), written, atol=1e-6)
+
+
+def test_embed_refuses_features_of_another_encoder(outside):
+    assert imported(outside, *encoders(outside)).exit_code == 0
+    fit()
+    Path("x.zarr").rename("before.zarr")
+    assert imported(outside).exit_code == 0
+    result = CliRunner().invoke(align, ["embed", "x.zarr", "--run", "runs/x", "--out", "out", "--device", "cpu"])
+    assert "runs/x was made with id" in str(result.exception)
+    assert not Path("out").exists()

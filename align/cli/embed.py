@@ -1,0 +1,45 @@
+"""sail-align embed: embeddings of a store for other programs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sail_align.align.runs.folder import RunFolder
+from sail_align.extract.cli.exchange import FORMATS, CaptionNames, To, check_export, report_written, split_captions
+from sail_align.extract.cli.options import StorePath
+from sail_align.extract.system.command_line import Device, Quiet
+
+
+def embed(
+    store: StorePath,
+    run: Annotated[
+        Path, typer.Option(metavar="RUN", help="Run, checkpoint or exported folder with the heads.", show_default=False)
+    ],
+    to: To = FORMATS[0],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<store>-<run>-<format>]")
+    ] = None,
+    captions: CaptionNames = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that pass through a head at a time.")] = 4096,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Write the embeddings of a store by the heads of a run: unit-norm, float32, as `sail-eval` computes them."""
+    folder = check_export(store, to, out, f"-{run.resolve().name}")
+    if not RunFolder(run).is_export:
+        RunFolder(run).require()
+
+    from sail_align.align.hub.embeddings import write_embeddings
+    from sail_align.align.hub.folder import read_hub_folder
+    from sail_align.align.runs.checkpoint import load_run
+    from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.store.store import Store
+
+    where = str(Runtime.of(device, "float32").device)
+    opened, heads = Store.open(store), (read_hub_folder if RunFolder(run).is_export else load_run)(run)
+    names = split_captions(captions)
+    written = write_embeddings(
+        heads, opened, to, folder, captions=names, device=where, batch_size=batch_size, quiet=quiet
+    )
+    report_written(folder, *written, opened.dataset)

@@ -1,0 +1,83 @@
+"""Embeddings of a store by the heads of a run, written for other programs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sail_align.align.runs.checkpoint import Run
+from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.errors import UserError
+from sail_align.extract.exchange.writing import Written, open_arrays, write_vectors
+from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.store import Store
+
+HEAD_BATCH = 4_096
+"""Rows that pass through a head at a time."""
+Half = NDArray[np.float16]
+
+
+def write_embeddings(
+    run: Run,
+    store: Store,
+    form: str,
+    folder: Path,
+    *,
+    captions: Sequence[str] | None = None,
+    device: str = "cpu",
+    batch_size: int = HEAD_BATCH,
+    quiet: bool = False,
+) -> Written:
+    """Write the unit-norm embeddings of a store's rows as float32: the numbers of `sail-eval`.
+
+    Args:
+        run: The run, whose heads are moved to the device.
+        store: A store with features of the run's encoders.
+        form: One of the formats of `sail_align.extract.exchange.writing`.
+        folder: A folder that does not exist or is empty.
+        captions: Names of captions. None takes all that have features.
+        device: Device of the heads.
+        batch_size: Rows that pass through a head at a time.
+        quiet: Show no progress bar.
+
+    Raises:
+        UserError: The store has no features of these encoders, the folder cannot be written, or an embedding is NaN.
+    """
+    model = run.model.to(device)
+    arrays = open_arrays(
+        store,
+        captions,
+        _node(run.image, store.images()),
+        _node(run.text, {name: each for caption in store.captions for name, each in store.texts(caption).items()}),
+    )
+    for name, array in arrays.items():
+        array.identity.check_matches(run.text if name else run.image, where=str(run.path))
+
+    def convert(modality: str, features_ND: Half) -> NDArray[np.float32]:
+        encode = model.encode_text if modality == "text" else model.encode_image
+        embeddings_NE = embed(encode, features_ND, device, batch_size)
+        if not np.isfinite(embeddings_NE).all():
+            raise UserError(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
+        return embeddings_NE
+
+    about = {"run": run.path.name, "run_digest": run.digest}
+    return write_vectors(store, arrays, form, folder, convert, about, quiet=quiet)
+
+
+def embed(
+    encode: Callable[[Tensor], Tensor], features_ND: Half, device: str | torch.device, batch_size: int = HEAD_BATCH
+) -> NDArray[np.float32]:
+    """Return the embeddings (N, E) of features by one head, a batch at a time."""
+    with torch.inference_mode():
+        batches = torch.split(torch.from_numpy(features_ND), batch_size)
+        parts = [encode(batch.to(device, torch.float32)).float().cpu() for batch in batches]
+    embeddings_NE: NDArray[np.float32] = torch.cat(parts).numpy()
+    return embeddings_NE
+
+
+def _node(identity: Identity, arrays: dict[str, FeatureArray]) -> str | None:
+    """Return the name of the arrays of an encoder; None if there are none, so that the only other one is compared."""
+    return next((name for name, array in arrays.items() if array.identity.spec == identity.spec), None)
