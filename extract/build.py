@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sail_align.extract.errors import UserError, command
-from sail_align.extract.manifest import Manifest, data_root_of, find_manifest, packaged_manifests, shown_root
-from sail_align.extract.system.files import as_path
+from sail_align.extract.manifest import (
+    Manifest,
+    data_root_of,
+    find_manifest,
+    is_manifest,
+    packaged_manifests,
+    shown_root,
+)
+from sail_align.extract.recognise.columns import Choices
+from sail_align.extract.recognise.record import Recognised
+from sail_align.extract.system.files import as_path, is_remote
 
 if TYPE_CHECKING:
     from sail_align.extract.data import Source
@@ -27,11 +36,13 @@ class Report:
     """Receivers of what a build finds and does.
 
     Attributes:
+        recognised: Called with what a path of data holds, the file of its manifest, and whether this file is new.
         source_opened: Called with the data set before anything is downloaded or written.
         store_opened: Called with the store before anything is encoded.
         encoded: Called at the end with the store, the job and summaries of the encoding and perhaps of a retry.
     """
 
+    recognised: "Callable[[Recognised, Path, bool], object]" = _ignore
     source_opened: "Callable[[Manifest, Source], object]" = _ignore
     store_opened: "Callable[[Manifest, Store], object]" = _ignore
     encoded: "Callable[[Store, Job, Sequence[object]], object]" = _ignore
@@ -41,6 +52,9 @@ def build_store(
     data: "str | Path | Manifest",
     *,
     out: str | Path | None = None,
+    image_column: str | None = None,
+    caption_columns: str | Sequence[str] | None = None,
+    images: str | Path | None = None,
     image_encoder: str | None = None,
     image_pooling: str | None = None,
     text_encoder: str | None = None,
@@ -65,8 +79,13 @@ def build_store(
     """Encode a data set into a store of features, as `sail-extract run` does. Call it again to resume.
 
     Args:
-        data: Name of a packaged manifest such as "demo", path of a manifest, or a manifest.
+        data: Name of a packaged manifest such as "demo", path of a manifest, or a manifest. Or the path of data: a
+            folder of images, class folders, a table (.csv, .tsv, .jsonl, .parquet), tars, a folder of the Hugging Face
+            library, or annotations of COCO or Karpathy (.json). Their manifest is then written beside the store.
         out: Path or URL of the store, which is created or resumed. Default: `features/<manifest name>.zarr`.
+        image_column: Column of the images' paths in a table of yours, if several could be.
+        caption_columns: Columns of captions in data of yours, if several could be, as a sequence or as "title,text".
+        images: Folder of the images that a table or annotation file of yours names, if it is not near the file.
         image_encoder: Name, hf:REPOSITORY, timm:MODEL or open_clip:MODEL. Default: the manifest's.
         image_pooling: "cls", "mean" or "cls+mean". Default: the encoder's own.
         text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's.
@@ -100,13 +119,23 @@ def build_store(
     _check_options(retry, workers, add_captions, captions or image_encoder)
     if download and (add_captions or worker != "1/1"):
         raise UserError("--download is for one process that reads images. Omit --add-captions and --worker.")
-    manifest, root = _find_data(data, data_root)
-    if download:
-        from sail_align.extract.download import download_all
+    folder = Path(images) if images else None
+    choices = Choices(image_column, tuple(_names(caption_columns) if caption_columns else ()), folder)
+    if isinstance(data, str | Path) and _is_own_data(str(data)):
+        if data_root or download:
+            option = "--data-root" if data_root else "--download"
+            raise UserError(f"{option} has no effect: {data} is the path of the data. Omit it.")
+        manifest, root, path = _recognise(Path(data), choices, out, report)
+    else:
+        choices.require_unused(tuple(choices.given()), "a manifest names its columns and folders")
+        manifest, root = _find_data(data, data_root)
+        path = as_path(out) if out else Path("features") / f"{manifest.name}.zarr"
+        if download:
+            from sail_align.extract.download import download_all
 
-        download_all(manifest, root, quiet=quiet)
-    elif not add_captions:
-        _require_data(data, manifest, root)
+            download_all(manifest, root, quiet=quiet)
+        elif not add_captions:
+            _require_data(data, manifest, root)
 
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
     from sail_align.extract.encoders.runtime import Runtime
@@ -116,7 +145,6 @@ def build_store(
     from sail_align.extract.executor.worker import Share
     from sail_align.extract.store.store import Store
 
-    path = as_path(out) if out else Path("features") / f"{manifest.name}.zarr"
     text_name = text_encoder or manifest.encoders.text
     image: ImageEncoderConfig | None = None
     if add_captions:
@@ -159,6 +187,24 @@ def _check_options(
         raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
     if add_captions and (conflicting or retry):
         raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
+
+
+def _is_own_data(reference: str) -> bool:
+    return reference not in packaged_manifests() and not is_manifest(reference) and Path(reference).exists()
+
+
+def _recognise(data: Path, choices: Choices, out: str | Path | None, report: Report) -> tuple[Manifest, Path, Path]:
+    """Write the manifest of the user's data beside their store, and return it with its data root and the store's path.
+
+    Raises:
+        UserError: The data cannot be read, the user has to pass an option, or another manifest is there.
+    """
+    recognised = Recognised.of(data, choices)
+    path = as_path(out) if out else Path("features") / f"{recognised.name}.zarr"
+    beside = Path("features") / path.name if is_remote(path) else path
+    file = beside.with_suffix(".yaml")
+    report.recognised(recognised, file, recognised.write(file))
+    return Manifest.read(file), file.parent, path
 
 
 def _find_data(data: "str | Path | Manifest", data_root: str | Path | None) -> tuple[Manifest, Path]:

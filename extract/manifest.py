@@ -228,6 +228,11 @@ def packaged_manifests() -> dict[str, Path]:
     return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
 
 
+def is_manifest(reference: str) -> bool:
+    """Return whether a path is that of a manifest, by its ending."""
+    return Path(reference).suffix in {".yaml", ".yml"}
+
+
 def find_manifest(reference: str, data_root: str | Path | None = None) -> tuple[Manifest, Path]:
     """Read a manifest by its packaged name or its path, and find its data root.
 
@@ -238,16 +243,22 @@ def find_manifest(reference: str, data_root: str | Path | None = None) -> tuple[
         UserError: The manifest does not exist or is invalid.
     """
     path, packaged = Path(reference), packaged_manifests()
-    is_file_name = path.suffix in {".yaml", ".yml"}
     if reference in packaged:
         path, default_root = packaged[reference], Path("data")
-    elif is_file_name and path.is_file():
+    elif is_manifest(reference) and path.is_file():
         default_root = path.parent
-    elif is_file_name:
+    elif is_manifest(reference):
         raise UserError(f"{reference} is missing. Give the path of a manifest, or the name of a packaged one.")
+    elif path.exists():
+        how = command("sail-extract", "init", reference)
+        raise UserError(
+            f"{reference} is not a manifest. Make one with `{how}`, or give its data to `sail-extract run`."
+        )
     else:
         names = ", ".join(packaged)
-        raise UserError(f"Manifest {reference!r} is unknown. Give a path to a .yaml file, or one of: {names}.")
+        raise UserError(
+            f"Manifest {reference!r} is unknown. Give a path to a .yaml file or to your data, or one of: {names}."
+        )
     return Manifest.read(path), data_root_of(data_root, default_root)
 
 

@@ -1,12 +1,39 @@
-"""sail-extract check and download: is a data set here, and how to get it."""
+"""sail-extract init, check and download: describe a data set, see whether it is here, and get it."""
 
+from pathlib import Path
 from textwrap import indent
 from typing import Annotated
 
 import typer
 
-from sail_align.extract.errors import command
+from sail_align.extract.cli.run import CaptionColumns, ImageColumn, Images, report_recognised
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import DataRoot, Quiet
+
+
+def init(
+    data: Annotated[
+        Path, typer.Argument(help="Path of your own data, as `run` takes it.", metavar="DATA", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="File of the manifest.  [default: NAME.yaml]")] = None,
+    image_column: ImageColumn = None,
+    caption_columns: CaptionColumns = None,
+    images: Images = None,
+) -> None:
+    """Write a manifest of your own data, to read or edit before `run`."""
+    from sail_align.extract.manifest import is_manifest
+    from sail_align.extract.recognise.columns import Choices
+    from sail_align.extract.recognise.record import Recognised
+
+    if out and not is_manifest(str(out)):
+        raise UserError(f"--out {out} is invalid: expected a file that ends in .yaml.")
+    if is_manifest(str(data)):
+        raise UserError(f"{data} is a manifest. Give the path of the data instead.")
+    columns = tuple(name.strip() for name in caption_columns.split(",")) if caption_columns else ()
+    recognised = Recognised.of(data, Choices(image_column, columns, Path(images) if images else None))
+    file = out or Path(f"{recognised.name}.yaml")
+    report_recognised(recognised, file, recognised.write(file))
+    typer.echo(f"Next: {command('sail-extract', 'run', file)}")
 
 
 def check(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sail_align.extract.data import Source
     from sail_align.extract.executor.job import Job
     from sail_align.extract.manifest import Manifest
+    from sail_align.extract.recognise.record import Recognised
     from sail_align.extract.store.store import Store
 
 _data_option = partial(typer.Option, rich_help_panel="Data")
@@ -28,6 +29,15 @@ Out = Annotated[
         metavar="<path>",
         parser=as_path,
     ),
+]
+ImageColumn = Annotated[
+    str | None, _data_option(help="Column of the images' paths in a table of yours.  [default: found by its values]")
+]
+CaptionColumns = Annotated[
+    str | None, _data_option(help="Columns of captions, such as title,text.  [default: found by their values]")
+]
+Images = Annotated[
+    str | None, _data_option(help="Folder of the images that your table names.  [default: found near the table]")
 ]
 Captions = Annotated[
     str | None, _data_option(help="Captions to encode, such as raw,long.  [default: the manifest's, else all]")
@@ -70,8 +80,20 @@ Retry = Annotated[str | None, _run_option(help="failed: retry the images that co
 
 
 def run(
-    manifest: Annotated[str, typer.Argument(help="Name of a packaged manifest, such as demo, or a .yaml file.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a packaged manifest, such as demo, or a .yaml file. Or the path of your own data: a folder "
+            "of images, class folders, a table (.csv, .tsv, .jsonl, .parquet), tars, a folder of the Hugging Face "
+            "library, annotations of COCO or Karpathy (.json).",
+            metavar="DATA",
+            show_default=False,
+        ),
+    ],
     out: Out = None,
+    image_column: ImageColumn = None,
+    caption_columns: CaptionColumns = None,
+    images: Images = None,
     image_encoder: ImageEncoder = None,
     image_pooling: ImagePooling = None,
     text_encoder: TextEncoder = None,
@@ -96,8 +118,11 @@ def run(
     from sail_align.extract.build import Report, build_store
 
     build_store(
-        manifest,
+        data,
         out=out,
+        image_column=image_column,
+        caption_columns=caption_columns,
+        images=images,
         image_encoder=image_encoder,
         image_pooling=image_pooling,
         text_encoder=text_encoder,
@@ -117,8 +142,17 @@ def run(
         retry=retry,
         download=download,
         quiet=quiet,
-        report=Report(_report_source, report_opened, partial(_report_run, all_shards=worker == "1/1")),
+        report=Report(
+            report_recognised, _report_source, report_opened, partial(_report_run, all_shards=worker == "1/1")
+        ),
     )
+
+
+def report_recognised(recognised: "Recognised", file: Path, is_new: bool) -> None:
+    """Print what the user's data were recognised as, and where their manifest is."""
+    for line in recognised.lines:
+        typer.echo(line)
+    typer.echo(f"{'wrote' if is_new else 'using'} {file}")
 
 
 def _report_source(about: "Manifest", source: "Source") -> None:

@@ -63,7 +63,7 @@ def read_delimited(
 
 
 def read_header(path: Path, delimiters: Sequence[str] = DELIMITERS, encoding: str | None = None) -> list[str]:
-    """Return the names in the first row of a table, split by the first delimiter that yields several.
+    """Return the names in the first row of a table, split by the delimiter that yields most of them.
 
     Args:
         path: The file.
@@ -83,7 +83,7 @@ def read_header(path: Path, delimiters: Sequence[str] = DELIMITERS, encoding: st
         except UserError:
             if delimiter == delimiters[-1] and not names:
                 raise
-    return next((each for each in names if len(each) > 1), names[0])
+    return max(names, key=len)
 
 
 def _read_blocks(

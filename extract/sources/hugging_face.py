@@ -25,6 +25,7 @@ PART_ROWS = 1 << 20
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SAVED = ("dataset_dict.json", "state.json")
 """Files of a folder that `save_to_disk` wrote."""
+_NOT_INSTALLED = "This source needs the package datasets: pip install 'sail-align[datasets]'."
 READ_ROWS = 8_192
 """Number of rows, without their images, that are Python objects at a time."""
 
@@ -85,9 +86,7 @@ class HuggingFaceSource(Source):
 
     def __init__(self, config: HuggingFaceConfig, data_root: Path):
         self._config = config
-        datasets = import_extra(
-            "datasets", "This source needs the package datasets: pip install 'sail-align[datasets]'."
-        )
+        datasets = import_extra("datasets", _NOT_INSTALLED)
         caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]  # of the library's downloads and copies
         self._folders = [*([] if config.name else [data_root / config.root]), *caches]
         self._rows = _load(datasets, config, data_root / config.root)
@@ -203,6 +202,33 @@ class HuggingFaceSource(Source):
                 "set source.classes."
             )
         return tuple(names)
+
+
+def open_rows(config: HuggingFaceConfig, data_root: Path) -> Any:
+    """Return a split as a data set of the library, with all its columns.
+
+    Raises:
+        UserError: The library is not installed, or the data set or split does not exist.
+    """
+    return _load(import_extra("datasets", _NOT_INSTALLED), config, data_root / config.root)
+
+
+def split_names(folder: Path) -> list[str]:
+    """Return the names of the splits of a folder that the library can read.
+
+    Raises:
+        UserError: The library is not installed, or cannot read the folder.
+    """
+    datasets = import_extra("datasets", _NOT_INSTALLED)
+    _require_inside(folder)
+    try:
+        if any((folder / name).is_file() for name in _SAVED):
+            found = datasets.load_from_disk(str(folder))
+            return list(found) if isinstance(found, datasets.DatasetDict) else [str(found.split or "train")]
+        return [str(name) for name in datasets.get_dataset_split_names(str(folder))]
+    except Exception as problem:  # the library raises errors of any kind
+        reason = " ".join(str(problem).split()).rstrip(".")
+        raise UserError(f"Data set {folder} cannot be opened: {reason}.") from problem
 
 
 def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:

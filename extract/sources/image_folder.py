@@ -17,7 +17,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, SourceConfig
 from sail_align.extract.sources.delimited import decode
 from sail_align.extract.sources.file_set import Fence, require_utf8
-from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
+from sail_align.extract.sources.images import FolderSource, ending_of, folders_below, list_folder
 from sail_align.extract.system.files import open_regular
 
 LONGEST_TEXT = 1 << 20
@@ -68,7 +68,7 @@ class ImagesSource(FolderSource):
         self.fence = Fence(data_root)
         if not self.folder.is_dir():
             raise UserError(f"Folder {self.folder} is missing. Set --data-root or the manifest's 'root'.")
-        if not any(self._list(folder).images for folder in self._walk()):
+        if not any(self._list(folder).images for folder in folders_below(self.folder)):
             raise UserError(f"{self.folder} contains no images. Correct the manifest's 'root'.")
 
     @cached_property
@@ -94,22 +94,7 @@ class ImagesSource(FolderSource):
 
     @cached_property
     def _folders(self) -> dict[str, _Listing]:
-        return {folder: self._list(folder) for folder in self._walk()}
-
-    def _walk(self, folder: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-        """Yield the paths of all folders, each before its subfolders, which are sorted."""
-        path = self.folder / folder
-        status = path.stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:  # a link to a folder above
-            return
-        with os.scandir(path) as entries:
-            names = {entry.name: entry.is_dir() for entry in entries}
-        if "zarr.json" in names:
-            return
-        yield folder
-        for name in sorted(name for name, is_folder in names.items() if is_folder and not name.startswith(".")):
-            yield from self._walk(os.path.join(folder, name), (*above, identity))
+        return {folder: self._list(folder) for folder in folders_below(self.folder)}
 
     def _list(self, folder: str) -> _Listing:
         origins = TEXT if self._config.captions is None else self._config.captions

@@ -71,12 +71,33 @@ def list_folder(folder: Path, texts: tuple[str, ...] = ()) -> tuple[list[str], l
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
-    endings = _endings()
+    endings = image_endings()
     others = [name for name in names if os.path.splitext(name)[1].lower() not in endings]
     if not others:
         return names, []
     no_images = {name for name in others if name.lower().endswith(texts) or not _is_image(folder / name)}
     return [name for name in names if name not in no_images], [name for name in others if name in no_images]
+
+
+def folders_below(root: Path) -> Iterator[str]:
+    """Yield the paths of a folder ("") and of its subfolders under it, each before its own subfolders, sorted.
+
+    Hidden folders and stores are left out. A link to a folder is followed, unless it leads to a folder above.
+    """
+
+    def walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        path = root / folder
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in above or (path / "zarr.json").exists():
+            return
+        yield folder
+        with os.scandir(path) as entries:
+            inner = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+        for name in inner:
+            yield from walk(os.path.join(folder, name), (*above, identity))
+
+    yield from walk("", ())
 
 
 def ending_of(name: str) -> str:
@@ -250,7 +271,8 @@ def _open(file: Path | bytes, name: str, formats: tuple[str, ...]) -> Iterator[I
 
 
 @cache
-def _endings() -> frozenset[str]:
+def image_endings() -> frozenset[str]:
+    """Return the extensions of `FORMATS`, in lower case with their dots."""
     Image.init()
     return frozenset(ending for ending, format_ in Image.EXTENSION.items() if format_ in FORMATS)
 

@@ -14,11 +14,12 @@ from pydantic import Field, field_validator, model_validator
 from sail_align.extract.data import CaptionTables
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, Strict
-from sail_align.extract.sources.delimited import DELIMITERS, read_delimited, require_columns
+from sail_align.extract.sources.delimited import DELIMITERS, read_delimited, read_header, require_columns
 from sail_align.extract.sources.file_set import FileSet
 from sail_align.extract.system.files import json_lines, open_regular, require_regular
 
 BATCH_ROWS = 8_192
+UNKNOWN_ENDING = "{path} is invalid: got the ending {other!r}, expected .csv, .tsv, .jsonl or .parquet."
 
 
 class _Number(str):
@@ -148,9 +149,7 @@ def read_batches(
             case ".parquet":
                 batches = _read_parquet(path, columns)
             case other:
-                raise UserError(
-                    f"{path} is invalid: got the ending {other!r}, expected .csv, .tsv, .jsonl or .parquet."
-                )
+                raise UserError(UNKNOWN_ENDING.format(path=path, other=other))
         for batch in batches:
             for start in range(0, len(batch), BATCH_ROWS):
                 rows = batch.slice(start, BATCH_ROWS)
@@ -161,6 +160,36 @@ def read_batches(
                 yield texts
     except (pa.ArrowException, OSError, ValueError) as problem:
         raise UserError(f"Table {path} cannot be read: {' '.join(str(problem).split())}.") from problem
+
+
+def text_columns(path: Path) -> list[str]:
+    """Return the names of the columns of a table that may contain texts or lists of texts.
+
+    Names that are blank or occur twice are left out. In JSONL, the first rows decide.
+
+    Raises:
+        UserError: The ending is unknown, or the file is missing or malformed.
+    """
+    try:
+        match path.suffix.lower():
+            case ".csv" | ".tsv" as ending:
+                names = read_header(path, DELIMITERS if ending == ".csv" else ("\t", *DELIMITERS))
+            case ".jsonl":
+                names = []
+                rows = [row for _, row in islice(_lines(path), BATCH_ROWS)]
+                for name in dict.fromkeys(name for row in rows for name in row):
+                    values = [value for row in rows if (value := row.get(name)) is not None]
+                    flat = [inner for value in values for inner in (value if isinstance(value, list) else [value])]
+                    if flat and all(inner is None or isinstance(inner, str) for inner in flat):
+                        names.append(name)
+            case ".parquet":
+                with pyarrow.parquet.ParquetFile(require_regular(path), pre_buffer=False) as file:
+                    names = [field.name for field in file.schema_arrow if _holds_text(field.type, as_bytes=False)]
+            case other:
+                raise UserError(UNKNOWN_ENDING.format(path=path, other=other))
+    except (pa.ArrowException, OSError, ValueError) as problem:
+        raise UserError(f"Table {path} cannot be read: {' '.join(str(problem).split())}.") from problem
+    return [name for name in names if name.strip() and names.count(name) == 1]
 
 
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[pa.Table]:
@@ -243,12 +272,9 @@ def replace_surrogates(value: Any) -> Any:
 def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
     """Return a column as text or lists of text."""
     column = nan_as_null(column)
-    types, kind = pa.types, column.type
-    listed = types.is_list(kind) or types.is_large_list(kind)
-    value_kind = kind.value_type if listed else kind
+    kind, is_text = column.type, _holds_text(column.type)
+    listed = _is_list(kind)
     text, raw = (pa.list_(pa.string()), pa.list_(pa.binary())) if listed else (pa.string(), pa.binary())
-    text_types = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
-    is_text = any(is_type(value_kind) for is_type in text_types)
     try:
         column = column.cast(raw if is_text else text)
     except pa.ArrowException as problem:
@@ -259,13 +285,23 @@ def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array(map(_decode, column.to_pylist()), text)])
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _holds_text(kind: pa.DataType, *, as_bytes: bool = True) -> bool:
+    """Return whether values of a type are texts or lists of texts, which may be declared as bytes."""
+    types, kind = pa.types, kind.value_type if _is_list(kind) else kind
+    declared = (types.is_binary, types.is_large_binary) if as_bytes else ()
+    return any(is_type(kind) for is_type in (types.is_string, types.is_large_string, types.is_string_view, *declared))
+
+
 def nan_as_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column in which NaN is null. It is how pandas writes a missing text."""
     kind = column.type
     if pa.types.is_floating(kind):
         return pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if is_list and pa.types.is_floating(kind.value_type):
+    if _is_list(kind) and pa.types.is_floating(kind.value_type):
         rows = [row and [None if value != value else value for value in row] for row in column.to_pylist()]
         return pa.chunked_array([pa.array(rows, kind)])
     return column

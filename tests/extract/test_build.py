@@ -21,7 +21,9 @@ def test_python_and_the_command_build_the_same_bytes(pictures, typed, fake_encod
     assert typed("run", "pictures.yaml", "--captions", "long, raw", "--quiet")[0] == 0
     command = contents(Path("features/pictures.zarr"))
     seen = []
-    report = Report(*(lambda *got, event=event: seen.append((event, *got)) for event in ("source", "store", "end")))
+    report = Report(
+        *(lambda *got, event=event: seen.append((event, *got)) for event in ("own", "source", "store", "end"))
+    )
     built = {
         "path": build_store(pictures / "pictures.yaml", out="a.zarr", captions=["long", "raw"], quiet=True),
         "manifest": build_store(manifest, out="b.zarr", captions="long,raw", workers=1, quiet=True, report=report),

@@ -1,0 +1,54 @@
+"""Recognition of data sets of the Hugging Face library: saved by it, or downloaded from the hub as parquet files."""
+
+from pathlib import Path
+from typing import Any
+
+from sail_align.extract.errors import UserError, listing
+from sail_align.extract.recognise.columns import Choices, UndecidedError, Understood, choose_captions, name_captions
+from sail_align.extract.sources.hugging_face import HuggingFaceConfig, open_rows, split_names
+
+PROBED = 200
+"""Rows whose texts are looked at."""
+
+
+def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
+    """Return how to read a folder that `save_to_disk` wrote, or that was downloaded from the hub.
+
+    Raises:
+        UserError: The library is not installed, or cannot read the folder, or a choice does not fit the data set.
+        UndecidedError: The user has to name a column.
+    """
+    choices.require_unused(("--images",), f"the data set in {folder} has its images in a column")
+    splits = split_names(folder)
+    split = "train" if "train" in splits or not splits else splits[0]
+    rows = open_rows(HuggingFaceConfig(kind="hugging-face", root=str(folder), split=split), Path())
+    images = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"]
+    image = choices.image_column or (images[0] if len(images) == 1 else None)
+    if not images:
+        raise UserError(f"{folder} has no column of images. Its columns are: {listing(rows.features)}.")
+    if image not in images:
+        what = "--image-column is invalid: " if image else ""
+        raise UndecidedError(f"{what}{folder} has images in the columns {listing(images)}. Pass --image-column.")
+    types = {name: str(getattr(feature, "feature", feature)) for name, feature in rows.features.items()}
+    texts = [name for name, kind in types.items() if "string" in kind]
+    table = rows.select(range(min(PROBED, len(rows)))).select_columns(texts) if texts else None
+    columns: dict[str, list[Any]] = {name: list(table[name]) for name in texts} if table is not None else {}
+    chosen = choose_captions(columns, choices, folder)
+    lists = [name for name in chosen if any(isinstance(value, list) for value in columns[name])]
+    if lists and len(chosen) > 1:
+        raise UndecidedError(
+            f"{folder} has lists of captions in {lists[0]!r}. Pass --caption-columns {lists[0]} alone."
+        )
+    source: dict[str, Any] = {"kind": "hugging-face", "split": split, "image": image}
+    if chosen:
+        source["captions"] = chosen[0] if lists else name_captions(chosen)
+    labels = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
+    task = None
+    if len(labels) == 1 and not chosen:
+        source["label"], task = labels[0], {"kind": "classification"}
+    notes = []
+    if len(splits) > 1:
+        notes.append(f"splits: {listing(splits)}; {split!r} is used. Change `split` in the manifest for another")
+    if unused := [name for name in rows.features if name not in {image, source.get("label"), *chosen}]:
+        notes.append(f"columns not used: {listing(unused)}")
+    return Understood("a data set of the Hugging Face library", folder, source, task, notes)
