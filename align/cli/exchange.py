@@ -9,12 +9,13 @@ from sail_align.align.runs.folder import RunFolder
 from sail_align.extract.errors import UserError, command
 
 if TYPE_CHECKING:
+    from sail_align.align.hub.model_card import Record
     from sail_align.align.runs.checkpoint import Run
 
-FORMATS = ("hub-folder", "onnx")
+FORMATS = ("hub-folder", "sentence-transformers", "onnx")
 Pooling = Annotated[str | None, typer.Option(help="Pooling of its features.  [default: the encoder's own]")]
 _OUT = "Folder of the run.  [default: runs/<name of the file>, with -2, -3 … added if that is another import]"
-_TO = "Folder for the Hugging Face hub, or ONNX graphs of the heads for programs without PyTorch."
+_TO = "Folder for the Hugging Face hub, folder for sentence-transformers, or ONNX graphs for programs without PyTorch."
 
 
 def import_released(
@@ -80,10 +81,11 @@ def export(
     RunFolder(run).require()
 
     folder = out or Path("exports") / f"{run.resolve().name}-{to}"
-    if to == "hub-folder":
+    if to != "onnx":
         from sail_align.align.runs.checkpoint import load_run
 
-        _write_hub_folder(load_run(run), folder, licence or "unknown")
+        write = _write_hub_folder if to == "hub-folder" else _write_sentence_transformers
+        write(load_run(run), folder, licence or "unknown")
         return
 
     from sail_align.align.hub.onnx_heads import write_onnx
@@ -92,12 +94,10 @@ def export(
     typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {difference:.1g} of PyTorch's embeddings")
 
 
-def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
-    from sail_align.align.hub.folder import write_hub_folder
-    from sail_align.align.hub.model_card import model_card, read_scores
-    from sail_align.extract.encoders.identity import require_known
+def _read_scores(run: "Run", licence: str) -> "list[Record]":
+    """Return the scores for the model card, and note what it lacks."""
+    from sail_align.align.hub.model_card import read_scores
 
-    require_known(run.image, run.text)
     scores, outdated = read_scores(run)
     how = f"Run `{command('sail-eval', 'all', '--run', run.path)}` first to include"
     if outdated:
@@ -106,6 +106,16 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
         typer.echo(f"note: {run.path} has no scores for the model card. {how} some.")
     if licence == "unknown":
         typer.echo("note: The model card says that the licence is unknown. Name it with --licence.")
+    return scores
+
+
+def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
+    from sail_align.align.hub.folder import write_hub_folder
+    from sail_align.align.hub.model_card import model_card
+    from sail_align.extract.encoders.identity import require_known
+
+    require_known(run.image, run.text)
+    scores = _read_scores(run, licence)
     for side, identity in (("image", run.image), ("text", run.text)):
         if identity.location:
             typer.echo(
@@ -116,3 +126,23 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
     typer.echo(f"wrote {folder}: heads, config and a model card with scores of {len(scores)} sets")
     name = RunFolder(run.path).run.path.resolve().name
     typer.echo(f"Next: hf upload OWNER/{command(name, folder)}")
+
+
+def _write_sentence_transformers(run: "Run", folder: Path, licence: str) -> None:
+    from sail_align.align.hub.model_card import model_card
+    from sail_align.align.hub.sentence_transformers import write_sentence_transformers
+
+    scores = _read_scores(run, licence)
+
+    def card(usage: str) -> str:
+        return model_card(run, scores, licence, library="sentence-transformers", usage=usage)
+
+    written = write_sentence_transformers(run, folder, card)
+    if written.not_native:
+        load = f"SentenceTransformer({str(folder)!r}, trust_remote_code=True)"
+        kind = f"with a module of sail-align, because {written.not_native}"
+    else:
+        load = f"SentenceTransformer({str(folder)!r})"
+        kind = f"modules of sentence-transformers alone, within {written.difference:.1g} of sail-align's embeddings"
+    typer.echo(f"wrote {folder}: {kind}")
+    typer.echo(f"Load it with: {load}")

@@ -24,12 +24,21 @@ WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
 def write_hub_folder(run: Run, folder: Path, card: str) -> None:
-    """Write the model of a run and its card to a new folder, completely or not at all.
+    """Write the model of a run and its card to a new folder, completely or not at all. See `hub_files`.
+
+    Raises:
+        UserError: The folder is not empty or cannot be written, or an encoder is unknown.
+    """
+    write_folder(folder, hub_files(run, card))
+
+
+def hub_files(run: Run, card: str) -> dict[str, bytes]:
+    """Return the files of an exported folder by name.
 
     Local paths are left out: the folder has the digests of the stores, and the encoders without their locations.
 
     Raises:
-        UserError: The folder is not empty or cannot be written, or an encoder is unknown.
+        UserError: An encoder is unknown.
     """
     require_known(run.image, run.text)
     weights = save_tensors(run.model.state_dict())
@@ -47,7 +56,7 @@ def write_hub_folder(run: Run, folder: Path, card: str) -> None:
     }
     record["digest"] = record_digest(record)
     config = json.dumps(record, indent=1, ensure_ascii=False).encode()
-    write_folder(folder, {WEIGHTS: weights, CONFIG: config, CARD: card.encode()})
+    return {WEIGHTS: weights, CONFIG: config, CARD: card.encode()}
 
 
 def read_hub_folder(folder: Path) -> Run:

@@ -75,34 +75,48 @@ def read_scores(run: Run) -> tuple[list[Record], bool]:
     return records, False
 
 
-def model_card(run: Run, scores: Sequence[Record], licence: str) -> str:
-    """Return the text of a README.md with metadata, scores, and the digests of encoders and data."""
+def model_card(
+    run: Run, scores: Sequence[Record], licence: str, *, library: str = "sail-align", usage: str | None = None
+) -> str:
+    """Return the text of a README.md with metadata, scores, and the digests of encoders and data.
+
+    Args:
+        run: The run.
+        scores: See `read_scores`.
+        licence: Licence of the heads.
+        library: The hub's name of the library that loads the folder.
+        usage: What the folder contains and how it is loaded, in Markdown. None is for folders of heads.
+    """
     name = RunFolder(run.path).run.path.resolve().name
     sources = (run.image.spec.source, run.text.spec.source)
     about = ModelCardData(
         license=licence,
-        library_name="sail-align",
+        library_name=library,
         pipeline_tag=_TASK,
         tags=["sail", "clip", "vision-language"],
         base_model=[source["repository"] for source in sources if "repository" in source] or None,
         model_name=name,
         eval_results=[_result(record, metric) for record in scores for metric in record["metrics"]] or None,
     )
-    parts = [f"---\n{about.to_yaml()}\n---", _introduction(run, name)]
+    parts = [f"---\n{about.to_yaml()}\n---", _introduction(run, name, usage or _usage(name))]
     if scores:
         parts.append(_scores(scores))
     parts += [_origin(run), _settings(run)]
     return str(ModelCard("\n\n".join(parts) + "\n", ignore_metadata_errors=False))
 
 
-def _introduction(run: Run, name: str) -> str:
+def _introduction(run: Run, name: str, usage: str) -> str:
     image, text = run.image.spec, run.text.spec
     steps = "" if run.finished else f"\n\nTraining was not finished: these are the weights after {run.step:,} steps."
     return f"""# {name}
 
 Two heads that map the features of two frozen encoders, `{image.id}` for images and `{text.id}` for texts, into a shared
-space (SAIL: Swift Alignment of Image and Language). This repository contains the heads. The encoders are loaded from
-where their authors published them, and rejected if they differ from those used in training.{steps}
+space (SAIL: Swift Alignment of Image and Language). {usage}{steps}"""
+
+
+def _usage(name: str) -> str:
+    return f"""This repository contains the heads. The encoders are loaded from
+where their authors published them, and rejected if they differ from those used in training.
 
 ```python
 import sail_align  # pip install sail-align

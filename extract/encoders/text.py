@@ -63,8 +63,8 @@ class TransformersTextEncoder(TextEncoder):
         super().__init__(model, runtime)
         self._pooling = pooling
         self._prefix = entry.prefix
-        self._tokenizer = _load_tokenizer(files.path)
-        self._token_limit = min(entry.token_limit, self._tokenizer.model_max_length)
+        self.tokenizer = _load_tokenizer(files.path)
+        self._token_limit = min(entry.token_limit, self.tokenizer.model_max_length)
         self.identity = files.identify(
             torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
             ["torch", "transformers", "tokenizers"],
@@ -78,7 +78,7 @@ class TransformersTextEncoder(TextEncoder):
     @cached_property
     def token_budget(self) -> int:
         """Number of tokens per batch on this device, including padding."""
-        longest = [self._tokenizer.pad_token_id or 0] * self._token_limit
+        longest = [self.tokenizer.pad_token_id or 0] * self._token_limit
 
         def encode(tokens: int) -> None:
             self._encode_batch({"input_ids": [longest[:tokens]] * max(tokens // self._token_limit, 1)})
@@ -124,7 +124,7 @@ class TransformersTextEncoder(TextEncoder):
 
         def tokenize(block: list[int]) -> Tokens:
             prefixed = [self._prefix + texts[row] for row in block]
-            return dict(self._tokenizer(prefixed, truncation=True, max_length=self._token_limit))
+            return dict(self.tokenizer(prefixed, truncation=True, max_length=self._token_limit))
 
         with ThreadPoolExecutor(1) as worker:
             next_tokens = worker.submit(tokenize, blocks[0])
@@ -138,7 +138,7 @@ class TransformersTextEncoder(TextEncoder):
     @tf32_products()
     def _encode_batch(self, tokens: Tokens) -> Tensor:
         """Return the features of one batch, padded to its longest text."""
-        padded = self._tokenizer.pad(tokens, return_tensors="pt").to(self.device)
+        padded = self.tokenizer.pad(tokens, return_tensors="pt").to(self.device)
         hidden_BTD = self.network(**padded).last_hidden_state
         return pool_tokens(hidden_BTD, padded["attention_mask"], self._pooling).float().cpu()
 

@@ -110,7 +110,7 @@ def load_pretrained(files: EncoderFiles, *, allow_code: bool) -> nn.Module:
             initialise those at random.
     """
     config, is_remote = _read_config(files, allow_code)
-    with _no_progress_bar():
+    with no_progress_bar():
         model, loading = AutoModel.from_pretrained(
             files.path,
             config=config,
@@ -156,7 +156,7 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Hide transformers' progress bar for the tensors of a file, which takes seconds and clutters logs."""
     bars: Any = logging  # has no type hints
     was_enabled = bars.is_progress_bar_enabled()
@@ -173,6 +173,10 @@ class TransformersBackbone(Backbone):
 
     The last h · w tokens are the patches. If there are more, the first one is the class token; any others are registers
     between the two and are ignored.
+
+    Attributes:
+        tokens: Number of tokens of an image, with all special ones.
+        interpolates: Whether the model takes images of other sizes than its own only on request.
     """
 
     library = "transformers"
@@ -185,12 +189,15 @@ class TransformersBackbone(Backbone):
         size = preprocessing.crop
         accepted = inspect.signature(model.forward).parameters
         # ViT and related models reject other sizes than their own without this option; DINOv2 and DINOv3 accept them.
-        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        self.interpolates = "interpolate_pos_encoding" in accepted
+        self._options = {"interpolate_pos_encoding": True} if self.interpolates else {}
         with torch.inference_mode():
             features = self._features(torch.zeros(1, 3, size, size))
         if features.ndim == 4:
             self.stride, self.has_cls = size // features.shape[-1], False
+            self.tokens = features.shape[2] * features.shape[3]
         else:
+            self.tokens = features.shape[1]
             patch = model.config.patch_size
             self.stride = patch if isinstance(patch, int) else patch[0]
             self.has_cls = features.shape[1] > (size // self.stride) ** 2

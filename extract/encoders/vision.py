@@ -89,7 +89,7 @@ class VisionEncoder(FrozenEncoder):
         self.size = preprocessing.crop
         self.min_jpeg_side = FAST_JPEG * (preprocessing.resize or preprocessing.crop) if fast_jpeg else 0
         self.identity = files.identify(
-            self.encode(self.preprocess(_golden_image())[None]),
+            self.encode(self.preprocess(golden_image())[None]),
             ["torch", "pillow", backbone.library],
             id=id,
             modality="image",
@@ -183,7 +183,7 @@ class VisionEncoder(FrozenEncoder):
         return cls_BD, patches_BhwD
 
 
-def _golden_image() -> Image.Image:
+def golden_image() -> Image.Image:
     """Return the input of golden vectors: gradients, a checkerboard and a disc in 240 × 320, in integer arithmetic."""
     y, x = np.mgrid[0:240, 0:320]
     red = x * 255 // 319

@@ -261,7 +261,7 @@ def test_export_never_overwrites(run):
     assert export(run).exit_code == 0
     assert Path("exports/photos-glu-hub-folder/config.json").is_file()
     assert "exports/photos-glu-hub-folder exists already" in str(export(run).exception)
-    assert "expected hub-folder, onnx." in str(export(run, "--to", "zip").exception)
+    assert "expected hub-folder, sentence-transformers, onnx." in str(export(run, "--to", "zip").exception)
     Path("empty").mkdir()
     there = run.resolve()
     with contextlib.chdir("empty"):
