@@ -70,6 +70,9 @@ def _check_content(manifest: Manifest, data_root: Path) -> Iterator[Finding]:
         samples, rows = probe.samples, probe.rows
         yield from _check_counts(manifest, "rows", probe.rows, manifest.expected_rows)
         yield from _check_counts(manifest, "captions", probe.captions, manifest.expected_captions)
+        if strict and source.has_groups:
+            several = len(probe.groups) > 1
+            yield several, f"{len(probe.groups):,} groups" if several else "one group; intervals need at least two"
         for fault, (count, first) in probe.faults.items():
             yield False, f"{count:,} rows have no {fault}; the first is {shortened(first)}"
         if repeated := probe.repeated_key(source):
@@ -92,6 +95,7 @@ class _Probe:
         captions: Number of captions.
         faults: What samples lack: of how many, and the key of the first one.
         hashes: 64-bit hash of each key.
+        groups: Names of the groups, and rows of samples without one, if the samples must be complete.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -99,6 +103,7 @@ class _Probe:
     captions: int = 0
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
     hashes: "array[int]" = field(default_factory=lambda: array("q"))
+    groups: set[str | int] = field(default_factory=set)
 
     @classmethod
     def of(cls, samples: Iterable[Sample], complete: Source | None = None) -> "_Probe":
@@ -119,6 +124,8 @@ class _Probe:
             probe.rows += 1
             probe.captions += len(sample.captions)
             probe.hashes.append(hash(sample.key))
+            if complete and complete.has_groups:
+                probe.groups.add(sample.group or probe.rows)
             if folder is not None and not os.path.isfile(folder / sample.image):
                 probe._count("image file", sample)
             if has_captions and not sample.captions:

@@ -85,7 +85,7 @@ class EvaluationTask(ABC):
         """Evaluate a set and compute its scores. Their intervals resample the groups of the set, if it has any.
 
         Raises:
-            UserError: The set lacks data that the task needs.
+            UserError: The set lacks data that the task needs, or its groups do not fit.
         """
         self._require_data(data)
         result = self.evaluate(data)
@@ -165,6 +165,8 @@ class EvaluationTask(ABC):
             raise UserError(f"{name} has {len(data.captions)} captions per row. Name one in task.captions.")
         if "pairs" in self.needs and (captions != len(samples) or captions % 2):
             raise UserError(f"{name} has {len(samples)} images and {captions} captions. Each pair needs two of both.")
+        rows = np.arange(len(samples))
+        data.groups(rows.reshape(-1, 2) if "pairs" in self.needs else rows)  # before anything is encoded
 
 
 @cache

@@ -5,7 +5,8 @@ from typing import Any
 
 from sail_align.extract.errors import UserError, listing
 from sail_align.extract.recognise.columns import Choices, UndecidedError, Understood, choose_captions, name_captions
-from sail_align.extract.sources.hugging_face import HuggingFaceConfig, open_rows, split_names
+from sail_align.extract.sources.hugging_face import HuggingFaceConfig
+from sail_align.extract.sources.hugging_face_load import open_rows, split_names
 
 PROBED = 200
 """Rows whose texts are looked at."""
@@ -31,8 +32,9 @@ def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
         raise UndecidedError(f"{what}{folder} has images in the columns {listing(images)}. Pass --image-column.")
     types = {name: str(getattr(feature, "feature", feature)) for name, feature in rows.features.items()}
     texts = [name for name, kind in types.items() if "string" in kind]
-    table = rows.select(range(min(PROBED, len(rows)))).select_columns(texts) if texts else None
-    columns: dict[str, list[Any]] = {name: list(table[name]) for name in texts} if table is not None else {}
+    tables = (table for each in rows.stretches() for table in rows.tables(each, texts)) if texts else iter(())
+    first = next(tables, None)
+    columns: dict[str, list[Any]] = {name: first[name][:PROBED].to_pylist() for name in texts} if first else {}
     chosen = choose_captions(columns, choices, folder)
     lists = [name for name in chosen if any(isinstance(value, list) for value in columns[name])]
     if lists and len(chosen) > 1:

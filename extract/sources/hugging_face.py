@@ -1,53 +1,63 @@
-"""Source kind `hugging-face`: a data set of the library `datasets`, saved to disk or by its name on the hub."""
+"""Source kind `hugging-face`: a data set of the library `datasets`, on disk or by its name on the hub."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from sail_align.extract.data import Part, Sample, Source, Status, UnreadableImageError
-from sail_align.extract.errors import UserError, import_extra, listing
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.sources.config import NonEmpty, PathsConfig, SourceConfig
-from sail_align.extract.sources.file_set import FileSet, is_inside
+from sail_align.extract.sources.file_set import RANGE, FileSet, is_inside
+from sail_align.extract.sources.hugging_face_load import data_folder, import_datasets, open_rows
+from sail_align.extract.sources.hugging_face_rows import Stretch
 from sail_align.extract.sources.images import read_image
-from sail_align.extract.system.files import read_regular
+from sail_align.extract.sources.labels import ClassList, Labels, read_class_list
 
-PART_ROWS = 1 << 20
+PROBED_PATHS = 100
+"""Number of rows in which a column of texts must have the path of an image."""
+
+DataFiles = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_SAVED = ("dataset_dict.json", "state.json")
-"""Files of a folder that `save_to_disk` wrote."""
-_NOT_INSTALLED = "This source needs the package datasets: pip install 'sail-align[datasets]'."
-READ_ROWS = 8_192
-"""Number of rows, without their images, that are Python objects at a time."""
 
 
 class HuggingFaceConfig(PathsConfig, SourceConfig):
-    """A data set of the library `datasets`: a folder `root` that it can read, or `name` on the hub.
+    """A data set of the library `datasets`: a folder or file `root` that it can read, or `name` on the hub.
 
     The folder was written by `save_to_disk`, downloaded from the hub, or is another one that `load_dataset` accepts.
+    `data_files` names some of its files (names or patterns), or those of each split.
 
-    `image`, `captions`, `label` and `url` name columns. `captions` maps a caption's name to a column of text. A single
-    column of text or lists of text gives `c0`, `c1`, …. `classes` is required if the label's column has no class names.
+    With `streaming`, parquet files are read where they are. Otherwise the library first copies all rows to its cache.
+
+    `image`, `captions`, `label`, `url`, `group` and `key` name columns. Without `key`, a sample's key is its row
+    number. `captions` maps a caption's name to a column of text, or of lists of text: `alt` then gives `alt0`, `alt1`,
+    …. A single column of either gives `c0`, `c1`, …. `classes` is required if `label` contains numbers without names.
     """
+
+    omitted: ClassVar[frozenset[str]] = frozenset({"data_files", "streaming", "key", "group"})
 
     kind: Literal["hugging-face"]
     name: NonEmpty | None = None
     config: str | None = None
     revision: str | None = None
     split: NonEmpty = "train"
+    data_files: DataFiles | Annotated[dict[str, DataFiles], Field(min_length=1)] | None = None
+    streaming: bool = False
+    key: NonEmpty | None = None
     image: NonEmpty = "image"
     captions: NonEmpty | dict[str, NonEmpty] = Field(default={})
     label: NonEmpty | None = None
-    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    classes: dict[int | str, str] | ClassList | None = None
+    group: NonEmpty | None = None
     url: NonEmpty | None = None
 
     @field_validator("name")
@@ -59,15 +69,30 @@ class HuggingFaceConfig(PathsConfig, SourceConfig):
             )
         return name
 
+    @field_validator("data_files")
+    @classmethod
+    def _require_split(cls, files: Any, info: ValidationInfo) -> Any:
+        split = info.data.get("split")
+        if isinstance(files, dict) and split not in files:
+            raise ValueError(f"It has no files of the split {split!r}")
+        return files
+
+    @property
+    def files_of_split(self) -> list[str]:
+        """The names and patterns of the split's data files. Empty if the data set itself decides."""
+        files = self.data_files[self.split] if isinstance(self.data_files, dict) else self.data_files or []
+        return [files] if isinstance(files, str) else files
+
     @property
     def needs(self) -> list[str]:
-        """The folder, or nothing for a name on the hub."""
-        return [] if self.name else ["."]
+        """The folder and the data files, or nothing for a name on the hub."""
+        files = [*self.files_of_split, *([self.classes] if isinstance(self.classes, str) else [])]
+        return [] if self.name else [".", *(RANGE.sub("*", file) for file in files if ":" not in file)]
 
     @property
     def urls(self) -> list[str]:
-        """The name on the hub."""
-        return [f"hf://datasets/{self.name}"] if self.name else []
+        """The name on the hub, and the URLs of data files."""
+        return [f"hf://datasets/{self.name}"] if self.name else [url for url in self.files_of_split if "://" in url]
 
     def open(self, data_root: Path) -> "HuggingFaceSource":
         """Open the source."""
@@ -75,9 +100,7 @@ class HuggingFaceConfig(PathsConfig, SourceConfig):
 
 
 class HuggingFaceSource(Source):
-    """Rows of a data set. The key and location of a sample are its row number.
-
-    The tables stay on disk, mapped into memory. Images are read one at a time.
+    """Rows of a data set. The location of a sample is its row; see `hugging_face_rows`. Images are read one at a time.
 
     Raises:
         UserError: The library is not installed, the data set or split does not exist, or a column is missing or has an
@@ -86,58 +109,51 @@ class HuggingFaceSource(Source):
 
     def __init__(self, config: HuggingFaceConfig, data_root: Path):
         self._config = config
-        datasets = import_extra("datasets", _NOT_INSTALLED)
+        datasets = import_datasets()
         caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]  # of the library's downloads and copies
-        self._folders = [*([] if config.name else [data_root / config.root]), *caches]
-        self._rows = _load(datasets, config, data_root / config.root)
-        self._schema: pa.Schema = self._rows.features.arrow_schema
-        self.caption_origins = captions = config.captions
-        self._captions = [captions] if isinstance(captions, str) else list(captions.values())
-        self._columns = [*self._captions, *(name for name in (config.url, config.label) if name)]
+        self._root = data_folder(config, data_root)
+        self._folders = [*([] if config.name else [self._root]), *caches]
+        self._rows = open_rows(config, data_root)
+        self._schema = self._rows.schema
+        self._texts = {"c": config.captions} if isinstance(config.captions, str) else config.captions
+        named = (config.url, config.label, config.group, config.key)
+        self._columns = list(dict.fromkeys([*self._texts.values(), *filter(None, named)]))
+        self.has_groups = config.group is not None
         for column in (config.image, *self._columns):
             if column not in self._schema.names:
                 raise UserError(
                     f"The data set has no column {column!r}. Its columns are {listing(self._schema.names)}."
                 )
-        self._require_texts()
-        if not isinstance(feature := self._rows.features[config.image], datasets.Image):
-            raise UserError(
-                f"Column {config.image!r} is invalid: got {feature}. Cast it to an Image and save the data set."
-            )
-        self._images = self._rows.select_columns([config.image]).cast_column(config.image, datasets.Image(decode=False))
-        self.classes = self._class_names()
+        self._require_types()
+        self._require_images()
 
     @cached_property
-    def _most_captions(self) -> int:
-        column = self._captions[0]
-        if not _is_list(self._schema.field(column).type):
-            return 1
-        most = 0
-        for table in self._rows.select_columns([column]).with_format("arrow").iter(READ_ROWS):
-            lists = table[column].combine_chunks()
-            is_caption = pc.not_equal(pc.utf8_trim_whitespace(pc.list_flatten(lists)), "")
-            row_of_caption = pc.list_parent_indices(lists).filter(is_caption)
-            most = max(most, int(np.bincount(row_of_caption).max(initial=0)))
-        return most
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]  # reads the rows when first used
+        """The names of the classes."""
+        return self._labels.classes if self._config.label else ()
+
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """The names of all captions; those of a column of lists go up to the most texts of any row."""
+        names = [name for caption in self._texts for name in self._names(caption)]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"Caption {repeated[0]!r} occurs twice in source.captions. Rename one.")
+        return tuple(names)
 
     def parts(self) -> Sequence[Part]:
-        """Return one part per million rows.
-
-        Each part depends on all files of the data set, because the library does not tell which rows are in which file.
-        """
-        files = tuple(Path(file["filename"]) for file in self._rows.cache_files)
-        starts = range(0, len(self._rows), PART_ROWS)
-        return [Part(f"rows from {start}", partial(self._read, start), files) for start in starts]
+        """Return the parts: a data file each if they are streamed, else a million rows each."""
+        return [Part(each.name, partial(self._read, each), each.files) for each in self._rows.stretches()]
 
     def image(self, location: str, least: int = 0) -> Image.Image:
         """Decode the image of a row, from its bytes or from the file that the row names."""
-        stored = self._images[int(location)][self._config.image] or {"bytes": None, "path": None}
+        value = self._rows.value(location, self._config.image)
+        content, path = _image_of(value)
         name = f"row {location}"
-        if stored["bytes"] is not None:
-            return read_image(stored["bytes"], name, least=least)
-        if stored["path"] is None:
+        if content is not None:
+            return read_image(content, name, least=least)
+        if not path:
             raise UnreadableImageError(Status.MISSING, f"{name} has no image")
-        path, files = stored["path"], FileSet(self._folders[0])
+        files = FileSet(self._folders[0])
         if self._config.allow_outside or ("://" not in path and any(is_inside(each, path) for each in self._folders)):
             files.add(path)
         files.require_named(path)
@@ -146,145 +162,125 @@ class HuggingFaceSource(Source):
         with files.open(path) as file:
             return read_image(file.read(), name, least=least)
 
-    def _read(self, start: int) -> Iterator[Sample]:
-        captions, url, label = self._config.captions, self._config.url, self._config.label
-        for number, row in enumerate(self._batches(start), start):
-            if isinstance(captions, str):
-                value = row[captions]
-                texts = [text for text in map(_text, value if isinstance(value, list) else [value]) if text]
-                named = self.numbered(texts)
-            else:
-                named = {name: text for name, column in captions.items() if (text := _text(row[column]))}
+    def _read(self, stretch: Stretch) -> Iterator[Sample]:
+        config = self._config
+        numbers = self._rows.span(stretch)
+        for offset, row in enumerate(self._values(stretch, self._columns)):
+            number = numbers[offset]
+            captions: dict[str, str] = {}
+            for name, column in self._texts.items():
+                value = row[column]
+                if self._is_numbered(name):
+                    texts = [text for text in map(_text, value if isinstance(value, list) else [value]) if text]
+                    captions |= {f"{name}{place}": text for place, text in enumerate(texts)}
+                elif text := _text(value):
+                    captions[name] = text
+            if config.key and not _text(row[config.key]):
+                raise UserError(f"Column {config.key!r} is empty in row {number}. Every row needs a key.")
             yield Sample(
-                key=str(number),
-                image=str(number),
-                captions=named,
-                label=self._label(number, row[label]) if label else -1,
-                url=_text(row[url]) if url else "",
+                key=str(row[config.key]) if config.key else str(number),
+                image=self._rows.location(stretch, offset),
+                captions=captions,
+                label=self._labels.of(row[config.label], f"row {number}") if config.label else -1,
+                url=_text(row[config.url]) if config.url else "",
+                group=_text(row[config.group]) if config.group else "",
             )
 
-    def _batches(self, start: int) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a part, without their images."""
-        stop = min(start + PART_ROWS, len(self._rows))
-        if not self._columns:
-            yield from ({} for _ in range(start, stop))
+    def _values(self, stretch: Stretch, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield some columns of the rows of a stretch."""
+        if not columns:
+            yield from ({} for _ in self._rows.span(stretch))
             return
-        columns = list(dict.fromkeys(self._columns))
-        rows = self._rows.select(range(start, stop)).select_columns(columns).with_format("arrow")
-        for table in rows.iter(READ_ROWS):
+        for table in self._rows.tables(stretch, columns):
             yield from table.to_pylist()
 
-    def _label(self, row: int, value: int | None) -> int:
-        if value is None or value == -1:
-            return -1
-        if not 0 <= value < len(self.classes):
-            raise UserError(f"Label of row {row} is invalid: got {value}, expected 0 to {len(self.classes) - 1}.")
-        return value
+    def _is_numbered(self, caption: str) -> bool:
+        return isinstance(self._config.captions, str) or _is_list(self._schema.field(self._texts[caption]).type)
 
-    def _require_texts(self) -> None:
-        for column in self._captions:
+    def _names(self, caption: str) -> list[str]:
+        """Return the names of the captions of a column."""
+        if not self._is_numbered(caption):
+            return [caption]
+        column, most = self._texts[caption], 1
+        if _is_list(self._schema.field(column).type):
+            most = max((self._most_texts(each, column) for each in self._rows.stretches()), default=0)
+        return [f"{caption}{number}" for number in range(most)]
+
+    def _most_texts(self, stretch: Stretch, column: str) -> int:
+        """Return the most texts of any row."""
+        most = 0
+        for table in self._rows.tables(stretch, [column]):
+            lists = table[column].combine_chunks()
+            is_caption = pc.not_equal(pc.utf8_trim_whitespace(pc.list_flatten(lists)), "")
+            row_of_caption = pc.list_parent_indices(lists).filter(is_caption)
+            most = max(most, int(np.bincount(row_of_caption).max(initial=0)))
+        return most
+
+    def _require_types(self) -> None:
+        config, types = self._config, pa.types
+        for column in self._texts.values():
             kind = self._schema.field(column).type
-            if _is_list(kind) and not isinstance(self._config.captions, str):
-                raise UserError(f"Column {column!r} contains lists. Write `captions: {column}` for such a column.")
-            value_kind = kind.value_type if _is_list(kind) else kind
-            if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
+            if not _is_text(kind.value_type if _is_list(kind) else kind):
                 raise UserError(f"Column {column!r} is invalid: got {kind}, expected text or lists of text.")
+        for column in filter(None, (config.key, config.group)):
+            kind = self._schema.field(column).type
+            if not (_is_text(kind) or types.is_integer(kind)):
+                raise UserError(f"Column {column!r} is invalid: got {kind}, expected text or whole numbers.")
 
-    def _class_names(self) -> tuple[str, ...]:
-        column = self._config.label
-        if not column:
-            return ()
-        feature = self._rows.features[column]
-        names = self._config.classes or getattr(feature, "names", None)
-        if not names or not pa.types.is_integer(self._schema.field(column).type):
+    def _require_images(self) -> None:
+        """Raise `UserError` unless the column has images: as bytes, as paths, or as both, cast to an Image or not."""
+        column = self._config.image
+        kind = self._schema.field(column).type
+        names = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+        if _is_binary(kind) or (names & {"bytes", "path"} and names <= {"bytes", "path"}):
+            return
+        if not _is_text(kind):
             raise UserError(
-                f"Column {column!r} is invalid: got {feature}, expected numbers with class names. Use a ClassLabel or "
-                "set source.classes."
+                f"Column {column!r} is invalid: got {kind}, expected an Image, bytes, or paths. Correct source.image."
             )
-        return tuple(names)
-
-
-def open_rows(config: HuggingFaceConfig, data_root: Path) -> Any:
-    """Return a split as a data set of the library, with all its columns.
-
-    Raises:
-        UserError: The library is not installed, or the data set or split does not exist.
-    """
-    return _load(import_extra("datasets", _NOT_INSTALLED), config, data_root / config.root)
-
-
-def split_names(folder: Path) -> list[str]:
-    """Return the names of the splits of a folder that the library can read.
-
-    Raises:
-        UserError: The library is not installed, or cannot read the folder.
-    """
-    datasets = import_extra("datasets", _NOT_INSTALLED)
-    _require_inside(folder)
-    try:
-        if any((folder / name).is_file() for name in _SAVED):
-            found = datasets.load_from_disk(str(folder))
-            return list(found) if isinstance(found, datasets.DatasetDict) else [str(found.split or "train")]
-        return [str(name) for name in datasets.get_dataset_split_names(str(folder))]
-    except Exception as problem:  # the library raises errors of any kind
-        reason = " ".join(str(problem).split()).rstrip(".")
-        raise UserError(f"Data set {folder} cannot be opened: {reason}.") from problem
-
-
-def _load(datasets: Any, config: HuggingFaceConfig, folder: Path) -> Any:
-    formats = getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ())
-    if config.name and (config.name in formats or Path(config.name).exists()):
-        # `load_dataset` would read the current folder instead of the hub.
-        raise UserError(
-            f"Name {config.name!r} is that of a format or of a file here, not of a data set on the hub. For a folder, "
-            "write `root` instead of `name`."
-        )
-    if not (config.name or config.allow_outside):
-        _require_inside(folder)
-    where, was_saved = config.name or str(folder), any((folder / name).is_file() for name in _SAVED)
-    # Without a network, `load_dataset` takes a copy of a local folder for the data set of that name on the hub.
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / ("" if config.name else "folders")
-    try:
-        if config.name or not was_saved:
-            options = {"split": config.split, "revision": config.revision, "cache_dir": str(cache)}
-            return datasets.load_dataset(where, config.config, **options)
-        found = datasets.load_from_disk(where)
-    except Exception as problem:  # the library raises errors of any kind
-        reason = " ".join(str(problem).split()).rstrip(".")
-        raise UserError(f"Data set {where} cannot be opened: {reason}.") from problem
-    if isinstance(found, datasets.DatasetDict):
-        if config.split not in found:
-            raise UserError(f"{folder} has no split {config.split!r}. Its splits are {', '.join(found)}.")
-        return found[config.split]
-    if found.split is not None and str(found.split) != config.split:
-        raise UserError(f"{folder} is the split '{found.split}', but the manifest names {config.split!r}.")
-    return found
-
-
-def _require_inside(folder: Path) -> None:
-    """Raise `UserError` if the card of a folder, its README.md, names files outside the folder or at URLs."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return
-    _, *front = re.split(r"^---\s*$", read_regular(card).decode(errors="replace"), maxsplit=2, flags=re.MULTILINE)
-    try:
-        about = yaml.safe_load(front[0]) if front else None
-    except (yaml.YAMLError, RecursionError) as problem:
-        raise UserError(f"{card} is invalid: its metadata are not YAML. Correct or remove it.") from problem
-    waiting = [about.get("configs")] if isinstance(about, dict) else []
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and ("://" in value or not is_inside(folder, str(folder / value))):
+        rows = (row for each in self._rows.stretches() for row in self._values(each, [column]))
+        paths = [row[column] for row in islice(rows, PROBED_PATHS) if row[column]]
+        files = FileSet(self._folders[0])
+        if paths and not any((path := files.local(name)) and path.is_file() for name in paths):
             raise UserError(
-                f"{card} names {value[:200]!r}, outside its folder. Correct it, or write `allow_outside: true` "
-                "in the manifest's source if you trust it."
+                f"Column {column!r} is invalid: none of its first {len(paths)} texts is the path of a file in "
+                f"{self._folders[0]} (the first is {paths[0][:200]!r}). Correct source.image."
             )
+
+    @cached_property
+    def _labels(self) -> Labels:
+        column, classes = str(self._config.label), self._config.classes
+        kind, feature = self._schema.field(column).type, self._rows.features.get(column)
+        are_numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not (are_numbers or _is_text(kind)):
+            raise UserError(f"Column {column!r} is invalid: got {kind}, expected numbers or names of classes.")
+        if isinstance(classes, Mapping):
+            return Labels.mapped({str(value): name for value, name in classes.items()})
+        if classes:
+            return Labels.named(read_class_list(classes, FileSet(self._root)), numbers=are_numbers)
+        if names := getattr(feature, "names", None):
+            return Labels.named(names, numbers=True)
+        values = (row[column] for each in self._rows.stretches() for row in self._values(each, [column]))
+        return Labels.found(column, lambda: values)
+
+
+def _image_of(value: Any) -> tuple[bytes | None, str | None]:
+    """Return the bytes and the path of an image, of which one may be missing."""
+    if isinstance(value, Mapping):
+        return value.get("bytes"), value.get("path")
+    return (value, None) if isinstance(value, bytes) else (None, value)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _text(value: str | float | None) -> str:

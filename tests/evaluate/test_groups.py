@@ -15,6 +15,7 @@ from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.results.metric import GROUPS, Metric
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.task import all_tasks, find_task
+from sail_align.extract.check import check
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import find_manifest
 
@@ -164,8 +165,13 @@ def test_pairs_are_resampled_by_group(world, run):
 
 
 def test_one_group_has_no_interval(world):
+    path = grouped_set(world, "alone", ["a", "a"])
     with pytest.raises(UserError, match="alone is invalid: got the group 'a' for all its items, expected at least two"):
-        find_task("retrieval").score(world.open(grouped_set(world, "alone", ["a", "a"])))
+        find_task("retrieval").score(world.open(path))
+    assert not list((world.folder / "features").rglob("*.zarr"))  # before anything is encoded
+    assert (False, "one group; intervals need at least two") in check(find_manifest(str(path))[0], path.parent)
+    path = grouped_set(world, "clips", CLIPS)
+    assert (True, "4 groups") in check(find_manifest(str(path))[0], path.parent)
 
 
 def test_groups_of_damaged_outcomes_are_refused(world, run):

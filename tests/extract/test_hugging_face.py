@@ -4,6 +4,8 @@ import io
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -11,7 +13,7 @@ from tars import grey, picture
 
 from sail_align.extract.data import Source, Status, UnreadableImageError
 from sail_align.extract.errors import UserError
-from sail_align.extract.sources import hugging_face
+from sail_align.extract.sources import hugging_face_rows
 from sail_align.extract.sources.hugging_face import HuggingFaceConfig
 
 ROWS = 7
@@ -92,9 +94,69 @@ def test_numbered_captions(saved):
     assert next(alone.samples()).captions == {"c0": "title 0"}
 
 
+def test_named_lists_of_captions(saved):
+    both = source(saved, captions={"raw": "title", "alt": "sentences"})
+    assert both.captions == ("raw", "alt0", "alt1")
+    found = [dict(s.captions) for s in both.samples()]
+    assert found[:2] == [{"raw": "title 0", "alt0": "0 a", "alt1": "0 b"}, {"raw": "title 1", "alt0": "1 a"}]
+    assert found[4] == {}
+
+
+def test_keys_and_groups_are_columns(saved):
+    found = source(saved, key="link", group="number")
+    assert [(s.key, s.image, s.group) for s in found.samples()][1] == ("http://example.org/1", "1", "1")
+    assert [s.key for s in source(saved, key="number").samples()] == [str(i) for i in range(ROWS)]
+    assert found.has_groups
+    assert not source(saved).has_groups
+
+
+@pytest.mark.parametrize(
+    ("fields", "classes", "labels"),
+    [
+        ({"label": "word"}, ("cat", "dog"), [1, 0, -1, 1]),
+        ({"label": "word", "classes": ["dog", "cat"]}, ("dog", "cat"), [0, 1, -1, 0]),
+        ({"label": "word", "classes": {"dog": "a dog", "cat": "a cat"}}, ("a dog", "a cat"), [0, 1, -1, 0]),
+        ({"label": "word", "classes": "names.txt"}, ("cat", "dog"), [1, 0, -1, 1]),
+        ({"label": "digit"}, ("9", "1"), [1, 0, -1, 0]),
+        ({"label": "float", "classes": ["a", "b"]}, ("a", "b"), [1, 0, -1, 1]),
+    ],
+)
+def test_labels_are_texts_or_numbers(tmp_path, fields, classes, labels):
+    """A number counts classes even where the names are numbers too. pandas writes integers with gaps as floats."""
+    columns = {"image": [png(0)] * 4, "word": ["dog", "cat", None, "dog"], "float": [1.0, 0.0, None, 1.0]}
+    features = {"image": datasets.Value("binary"), "word": datasets.Value("string"), "float": datasets.Value("float64")}
+    features["digit"] = datasets.ClassLabel(names=["9", "1"])
+    rows = datasets.Dataset.from_dict({**columns, "digit": [1, 0, -1, 0]}, features=datasets.Features(features))
+    rows.save_to_disk(tmp_path / "photos")
+    (tmp_path / "photos/names.txt").write_text("cat\ndog\n")
+    found = source(tmp_path, captions={}, **fields)
+    assert found.classes == classes
+    assert [sample.label for sample in found.samples()] == labels
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "bytes", "both", "path", "text"])
+def test_images_that_were_not_cast(tmp_path, cache, kind, streaming):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/6.png").write_bytes(png(6))
+    pair = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    types = {"binary": pa.binary(), "large_binary": pa.large_binary(), "text": pa.string(), "both": pair}
+    types |= {each: pa.struct({each: pair.field(each).type}) for each in ("bytes", "path")}
+    content, path = png(6), "images/6.png"
+    value = {"text": path, "both": {"bytes": None, "path": path}, "path": {"path": path}, "bytes": {"bytes": content}}
+    column = pa.array([value.get(kind, content), None], types[kind])
+    pq.write_table(pa.table({"image": column, "title": ["a", "b"]}), tmp_path / "t.parquet")
+    found = source(tmp_path, root="t.parquet", streaming=streaming)
+    first, second = found.samples()
+    assert grey(found.image(first.image)) == 6
+    with pytest.raises(UnreadableImageError) as problem:
+        found.image(second.image)
+    assert problem.value.status is Status.MISSING
+
+
 def test_parts_are_ranges_of_rows(saved, monkeypatch):
     expected = list(source(saved, captions="sentences").samples())
-    monkeypatch.setattr(hugging_face, "PART_ROWS", 3)
+    monkeypatch.setattr(hugging_face_rows, "PART_ROWS", 3)
     photos = source(saved, captions="sentences")
     assert [part.name for part in photos.parts()] == ["rows from 0", "rows from 3", "rows from 6"]
     assert list(photos.samples()) == expected
@@ -105,8 +167,13 @@ def test_data_set_without_splits(saved):
     assert len(list(source(saved, root="alone").samples())) == ROWS
 
 
-def test_folder_of_parquet_files(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_folder_of_parquet_files(tmp_path, cache):
     (tmp_path / "named").mkdir()
     rows().to_parquet(tmp_path / "named" / "test.parquet")
     found = source(tmp_path, root="named", split="test")
@@ -133,16 +200,17 @@ def test_name_never_reads_the_current_folder(tmp_path, monkeypatch, name):
         source(tmp_path, name=name)
 
 
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
 @pytest.mark.parametrize("files", ["../elsewhere/*.parquet", "/etc/*.parquet", "https://example.org/x.parquet"])
-def test_card_of_a_folder_names_no_files_elsewhere(tmp_path, files):
+def test_card_of_a_folder_names_no_files_elsewhere(tmp_path, files, name):
     (tmp_path / "named").mkdir()
-    (tmp_path / "named/README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
-    with pytest.raises(UserError, match=r"README\.md names .* outside its folder.*allow_outside"):
+    line = "---\n" if name.endswith(".md") else ""
+    (tmp_path / "named" / name).write_text(f"{line}configs:\n- config_name: default\n  data_files: {files}\n{line}")
+    with pytest.raises(UserError, match=r"(README\.md|\.yaml) names .* outside its folder.*allow_outside"):
         source(tmp_path, root="named")
 
 
-def test_images_stored_as_paths(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_images_stored_as_paths(tmp_path, cache):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "metadata.csv").write_text("file_name,title\n6.jpg,a\n7.jpg,b\n")
@@ -163,15 +231,31 @@ def test_images_stored_as_paths(tmp_path, monkeypatch):
         ({"root": "nowhere"}, "Data set .*nowhere cannot be opened"),
         ({"split": "test"}, "photos has no split 'test'. Its splits are train"),
         ({"image": "picture"}, "no column 'picture'. Its columns are image, title"),
-        ({"image": "title"}, r"Column 'title' is invalid: got Value\('string'\). Cast it to an Image"),
+        (
+            {"image": "title"},
+            r"'title' is invalid: none of its first 6 texts is the path .* \(the first is 'title 0 '\)",
+        ),
+        ({"image": "number"}, "'number' is invalid: got int64, expected an Image, bytes, or paths"),
+        ({"image": "sentences"}, "'sentences' is invalid: got list<.*>, expected an Image"),
         ({"captions": {"raw": "captoin"}}, "no column 'captoin'"),
-        ({"captions": {"raw": "sentences"}}, "'sentences' contains lists. Write `captions: sentences`"),
+        ({"captions": {"a": "sentences", "a1": "title"}}, "Caption 'a1' occurs twice in source.captions"),
         ({"captions": "number"}, "'number' is invalid: got int64, expected text"),
-        ({"label": "number"}, "expected numbers with class names"),
-        ({"label": "title", "classes": ["a"]}, "expected numbers with class names"),
-        ({"label": "number", "classes": ["a", "b"]}, "Label of row 2 is invalid: got 2, expected 0 to 1"),
+        (
+            {"label": "number"},
+            "'number' is invalid: got the numbers 0, 1, 2, 3, 4 and 2 more, expected names of classes",
+        ),
+        ({"label": "image"}, "'image' is invalid: got struct<.*>, expected numbers or names of classes"),
+        ({"label": "title", "classes": ["a"]}, "Label of row 0 is invalid: got 'title 0', expected 0 to 0 or a"),
+        ({"label": "number", "classes": ["a", "b"]}, "Label of row 2 is invalid: got '2', expected 0 to 1"),
+        ({"key": "title"}, "Column 'title' is empty in row 4. Every row needs a key"),
+        ({"key": "sentences"}, "'sentences' is invalid: got list<.*>, expected text or whole numbers"),
+        ({"group": "image"}, "'image' is invalid: got struct<.*>, expected text or whole numbers"),
     ],
 )
 def test_rejects_wrong_description(saved, fields, message):
+    def read():
+        found = source(saved, **fields)
+        return list(found.samples()), found.captions
+
     with pytest.raises(UserError, match=message):
-        list(source(saved, **fields).samples())
+        read()
