@@ -135,6 +135,8 @@ class Features:
 
     def take(self, rows: Places) -> Block:
         """Return rows in any order, each once. Rows that lie close together are read at once."""
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+            return self.read(int(rows[0]), int(rows[-1]) + 1)
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         values: NDArray[np.floating] | None = None

@@ -155,7 +155,7 @@ def is_text(kind: pa.DataType) -> bool:
 def _is_vectors(kind: pa.DataType) -> bool:
     types = pa.types
     listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return listed and types.is_floating(kind.value_type)
+    return bool(listed and types.is_floating(kind.value_type))
 
 
 def _column_of(path: Path, name: str) -> Callable[[], pa.ChunkedArray]:
@@ -304,7 +304,7 @@ def _texts_of(values: Sequence[Any]) -> Callable[[], pa.ChunkedArray]:
 def _open_safetensors(path: Path, choose: Choose) -> VectorFile:
     from safetensors import safe_open
 
-    file = safe_open(path, framework="pt")
+    file: Any = safe_open(path, framework="pt")  # has no type hints
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     kinds = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
     matrices = [name for name, each in slices.items() if len(each.get_shape()) == 2]
