@@ -72,15 +72,20 @@ def export(
     licence: Annotated[
         str | None, typer.Option(help="Licence of the heads for the model card: apache-2.0 …  [default: unknown]")
     ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="With --to onnx: graphs of the encoders with their heads.")
+    ] = False,
 ) -> None:
-    """Export the heads of a run: a folder for the hub with a model card, or ONNX graphs."""
+    """Export a run for the hub, for sentence-transformers, or as ONNX graphs of its heads or of the whole model."""
     if to not in FORMATS:
         raise UserError(f"--to is invalid: got {to!r}, expected {', '.join(FORMATS)}.")
     if to == "onnx" and licence:
         raise UserError("--licence has no effect with --to onnx, which has no model card. Leave one of them out.")
+    if whole and to != "onnx":
+        raise UserError(f"--whole has no effect with --to {to}, only with --to onnx. Leave one of them out.")
     RunFolder(run).require()
 
-    folder = out or Path("exports") / f"{run.resolve().name}-{to}"
+    folder = out or Path("exports") / f"{run.resolve().name}-{to}{'-whole' if whole else ''}"
     if to != "onnx":
         from sail_align.align.runs.checkpoint import load_run
 
@@ -88,10 +93,15 @@ def export(
         write(load_run(run), folder, licence or "unknown")
         return
 
-    from sail_align.align.hub.onnx_heads import write_onnx
+    if whole:
+        from sail_align.align.hub.onnx_whole import write_whole
 
-    difference = write_onnx(run, folder)
-    typer.echo(f"wrote {folder}: image_head.onnx and text_head.onnx, within {difference:.1g} of PyTorch's embeddings")
+        difference, files = write_whole(run, folder), "image.onnx, text.onnx, tokenizer and README.md"
+    else:
+        from sail_align.align.hub.onnx_heads import write_onnx
+
+        difference, files = write_onnx(run, folder), "image_head.onnx and text_head.onnx, also for float16"
+    typer.echo(f"wrote {folder}: {files}, within {difference:.1g} of PyTorch's embeddings")
 
 
 def _read_scores(run: "Run", licence: str) -> "list[Record]":

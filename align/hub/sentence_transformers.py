@@ -21,10 +21,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sail_align.align.hub.folder import CARD, hub_files
+from sail_align.align.hub.image_processing import processor_config
 from sail_align.align.model.heads import Head, LinearHead, MLPHead
 from sail_align.align.runs.checkpoint import Run
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS, require_known
@@ -179,7 +179,7 @@ def _image_encoder(encoder: VisionEncoder) -> _Encoder:
     pooling, correction = _patch_mean(encoder)
 
     def save_processor(folder: Path) -> None:
-        write_atomically(folder / "preprocessor_config.json", json.dumps(_processor(spec.preprocessing)).encode())
+        write_atomically(folder / "preprocessor_config.json", json.dumps(processor_config(spec.preprocessing)).encode())
 
     return _Encoder(backbone.model, save_processor, pooling, correction)
 
@@ -211,25 +211,6 @@ def _check_network(side: str, network: nn.Module, precision: str) -> None:
         raise NotNativeError(f"the {side} encoder runs code of its own")
     if precision != "float32":
         raise NotNativeError(f"the {side} encoder runs in {precision}")
-
-
-def _processor(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the `preprocessor_config.json` of a recorded preprocessing."""
-    side, resize = recorded["crop"], recorded["resize"]
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": resize} if resize else {"height": side, "width": side},
-        "resample": int(Image.Resampling[recorded["interpolation"].upper()]),
-        "do_center_crop": resize is not None,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": recorded["mean"],
-        "image_std": recorded["std"],
-    }
 
 
 def _head(head: Head) -> list[Any]:

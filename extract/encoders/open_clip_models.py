@@ -83,7 +83,7 @@ class OpenClipBackbone(Backbone):
         if self.visual.final_ln_after_pool:
             tokens_BTD = self.visual.ln_post(tokens_BTD)
         patches_BTE = tokens_BTD if self.visual.proj is None else tokens_BTD @ self.visual.proj
-        return pooled_BE, patches_BTE.reshape(len(pooled_BE), *grid, -1)
+        return pooled_BE, patches_BTE.reshape(pooled_BE.shape[0], *grid, -1)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Return position embeddings for a grid of patches, (1 + h · w, D), interpolated if it is not the model's."""

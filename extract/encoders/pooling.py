@@ -47,7 +47,7 @@ def pool_tokens(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
         mask_BT: 1 for tokens of the text, 0 for padding on either side.
         pooling: `cls` is the first token of the text, `last` its last one, `mean` the mean of all.
     """
-    rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+    rows = torch.arange(hidden_BTD.shape[0], device=hidden_BTD.device)
     if pooling == "mean":
         # At least float32: the sum over a long text exceeds the range of float16.
         weight_BT1 = mask_BT[:, :, None].to(torch.promote_types(hidden_BTD.dtype, torch.float32))

@@ -39,7 +39,7 @@ class TimmBackbone(Backbone):
         if features.ndim == 4:
             return None, features.movedim(self._channel_dim, 3)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
-        patches_BhwD = features[:, self._prefix_tokens :].reshape(len(features), height, width, -1)
+        patches_BhwD = features[:, self._prefix_tokens :].reshape(features.shape[0], height, width, -1)
         return (features[:, 0] if self.has_cls else None), patches_BhwD
 
 

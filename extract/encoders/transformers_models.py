@@ -208,7 +208,7 @@ class TransformersBackbone(Backbone):
         if features.ndim == 4:
             return None, features.permute(0, 2, 3, 1)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
-        patches_BhwD = features[:, -height * width :].reshape(len(features), height, width, -1)
+        patches_BhwD = features[:, -height * width :].reshape(features.shape[0], height, width, -1)
         return (features[:, 0] if self.has_cls else None), patches_BhwD
 
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
