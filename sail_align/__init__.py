@@ -10,7 +10,7 @@ Use a model: a run, an exported folder, or a repository on the hub.
 
 Make one: encode a data set into a store of frozen features, train the heads on it, and score them.
 
-    store = sail_align.build_store("demo")  # or a manifest of your own data
+    store = sail_align.build_store("demo")  # or a manifest of your own data, or import_features("img.npy", "txt.npy")
     result = sail_align.fit(store)
     print(result.metrics["r1"], "% R@1 on held-out pairs; chance is", result.metrics["chance"])
     scores = sail_align.score(result, ["demo-retrieval"])
@@ -24,9 +24,9 @@ Look into a store.
     dataset = store.torch_dataset("raw")  # pairs of feature vectors for a model of your own
 
 Each function does the same as a command and takes its options as keywords (`--batch-size` is `batch_size`):
-`build_store` is `sail-extract run`, `fit` is `sail-align fit`, `score` is `sail-eval`. A mistake raises
-`sail_align.UserError` with a message that names the value and what to do. `quiet=True` prints nothing. docs/python.md
-has an example of everything.
+`build_store` is `sail-extract run`, `import_features` is `sail-extract import`, `fit` is `sail-align fit`, `score` is
+`sail-eval`. A mistake raises `sail_align.UserError` with a message that names the value and what to do. `quiet=True`
+prints nothing. docs/python.md has an example of everything.
 
 Names are imported on first use, so `import sail_align` takes milliseconds and does not import torch.
 """
@@ -40,16 +40,18 @@ if TYPE_CHECKING:
     from sail_align.evaluate.score import score
     from sail_align.extract.build import build_store
     from sail_align.extract.errors import UserError
+    from sail_align.extract.exchange.import_features import import_features
     from sail_align.extract.store import open_store
 
     __version__: str
 
-__all__ = ["UserError", "__version__", "build_store", "fit", "load", "open_store", "score"]
+__all__ = ["UserError", "__version__", "build_store", "fit", "import_features", "load", "open_store", "score"]
 
 _HOMES = {
     "UserError": "extract.errors",
     "build_store": "extract.build",
     "fit": "align.fit",
+    "import_features": "extract.exchange.import_features",
     "load": "align.pretrained",
     "open_store": "extract.store",
     "score": "evaluate.score",

@@ -1,6 +1,5 @@
 """sail-extract import and export: features that were computed elsewhere, and features for other programs."""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,19 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.extract.cli.options import StorePath
-from sail_align.extract.errors import UserError, command, listing
+from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import Device, Quiet
 from sail_align.extract.system.files import as_path, require_store
 from sail_align.extract.system.folders import require_new
 
 if TYPE_CHECKING:
-    from sail_align.extract.exchange.features import Features
     from sail_align.extract.exchange.importing import Import
     from sail_align.extract.store.store import Store
 
 FORMATS = ("npy", "parquet", "safetensors", "webdataset")
-DEFAULT_CAPTION = "raw"
-CAPTION = "caption"
 
 _data = partial(typer.Option, rich_help_panel="Data")
 _encoder = partial(typer.Option, rich_help_panel="Encoders")
@@ -85,7 +81,7 @@ def import_features(
     quiet: Quiet = False,
 ) -> None:
     """Make a store of features that were computed elsewhere. Rerun the same command to resume."""
-    named = {
+    by_caption = {
         option: _by_caption(option, given or ())
         for option, given in (
             ("--text-features", text_features),
@@ -94,45 +90,31 @@ def import_features(
             ("--captions", captions),
         )
     }
-    paths = named.pop("--text-features")
-    for option, given in named.items():
-        if unknown := [caption for caption in given if caption not in paths]:
-            raise UserError(
-                f"{option} {unknown[0]}=… is invalid: --text-features has {listing(paths) or 'no caption'}."
-            )
-    for option, value, needed, other in (
-        ("--text-encoder", text_encoder, paths, "--text-features"),
-        ("--image-pooling", image_pooling, image_encoder, "--image-encoder"),
-        ("--text-pooling", text_pooling, text_encoder, "--text-encoder"),
-    ):
-        if value and not needed:
-            raise UserError(f"{option} has no effect without {other}. Add it or leave {option} out.")
-    if images is not None and not images.is_dir():
-        raise UserError(f"--images {images} is invalid: there is no such folder. Correct it or leave it out.")
 
-    from sail_align.extract.exchange.features import Features
-    from sail_align.extract.exchange.join import join
+    from sail_align.extract.exchange.import_features import prepare_import
 
-    sides = [Features(image_features, "image", "", image_vector, image_keys)]
-    for caption, path in paths.items():
-        keys, vector = (named[option].get(caption) for option in ("--text-keys", "--text-vector"))
-        sides.append(Features(Path(path), "text", caption, vector, Path(keys) if keys else None))
-    joined = join(sides, key_column, by_position=by_position)
-
-    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
-    from sail_align.extract.encoders.runtime import Runtime
-    from sail_align.extract.exchange.importing import Import
-
-    Runtime.of(device, "float32")  # raises if it is invalid
-    image = ImageEncoderConfig(image_encoder, image_pooling) if image_encoder else None
-    text = TextEncoderConfig(text_encoder, text_pooling) if text_encoder else None
-    name = name or _default_name(image_features)
-    made = Import(
-        name, sides, joined, _texts(sides[1:], named["--captions"]), images, image_column, image=image, text=text
+    made = prepare_import(
+        image_features,
+        by_caption["--text-features"],
+        image_keys=image_keys,
+        text_keys=by_caption["--text-keys"],
+        key_column=key_column,
+        by_position=by_position,
+        image_vector=image_vector,
+        text_vector=by_caption["--text-vector"],
+        captions=by_caption["--captions"],
+        images=images,
+        image_column=image_column,
+        name=name,
+        image_encoder=image_encoder,
+        image_pooling=image_pooling,
+        text_encoder=text_encoder,
+        text_pooling=text_pooling,
+        device=device,
     )
-    for line in joined.lines(sides):
+    for line in made.joined.lines(made.sides):
         typer.echo(line)
-    _report(made, made.run(out or Path("features") / f"{name}.zarr", device, quiet=quiet))
+    _report(made, made.run(out or made.default_path, device, quiet=quiet))
 
 
 def export_features(
@@ -188,6 +170,7 @@ def report_written(folder: Path, rows: int, left_out: int, dataset: str) -> None
 
 def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:
     """Split `[CAPTION=]VALUE`; a value without a caption is that of the only one."""
+    from sail_align.extract.exchange.import_features import DEFAULT_CAPTION
     from sail_align.extract.store.store import CAPTION_NAME
 
     named: dict[str, str] = {}
@@ -199,24 +182,6 @@ def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{option} is invalid: got two for caption {caption!r}. Name each: {option} NAME=…")
         named[caption] = value
     return named
-
-
-def _default_name(features: Path) -> str:
-    path = features.resolve()
-    if path.name in ("img_emb", "image") or "*" in path.name:
-        path = path.parent
-    return re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else path.name).lower() or "imported"
-
-
-def _texts(sides: "Sequence[Features]", given: dict[str, str]) -> dict[str, str]:
-    """Return the column of the text of each caption that has one."""
-    texts = dict(given)
-    for side in sides:
-        usual = [f"{CAPTION}_{side.caption}", *([CAPTION] if len(sides) == 1 else [])]
-        found = [column for column in usual if side.texts and column in side.texts.names]
-        if found:
-            texts.setdefault(side.caption, found[0])
-    return texts
 
 
 def _report(made: "Import", store: "Store") -> None:

@@ -101,6 +101,11 @@ class Import:
             self.counts[side.label] = Counts()
 
     @property
+    def default_path(self) -> Path:
+        """Where the store is made unless another path is given."""
+        return Path("features") / f"{self.name}.zarr"
+
+    @property
     def captions(self) -> list[str]:
         """Names of the captions."""
         return [side.caption for side in self.sides[1:]]
