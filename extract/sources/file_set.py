@@ -100,8 +100,13 @@ class FileSet:
         filesystem, remote_path = _resolve_url(name)
         return bool(filesystem.isfile(remote_path))
 
-    def open(self, name: str) -> BinaryIO:
-        """Open a file for reading. At a URL, much of the data that is skipped is transferred too.
+    def open(self, name: str, *, ahead: bool = True) -> BinaryIO:
+        """Open a file for reading.
+
+        Args:
+            name: Name of the file.
+            ahead: Whether a file at a URL is read from start to end. Much of the data that is skipped is then
+                transferred too. Otherwise each reading is a request.
 
         Raises:
             UserError: The file does not exist, or is outside the folder and the manifest does not name it.
@@ -112,7 +117,8 @@ class FileSet:
                 return open_regular(path)
             filesystem, remote_path = _resolve_url(name)
             # The default cache of some protocols transfers a tar twice while its headers are read.
-            file = filesystem.open(remote_path, "rb", block_size=READ_AHEAD, cache_type="readahead")
+            cache_type = "readahead" if ahead else "none"
+            file = filesystem.open(remote_path, "rb", block_size=READ_AHEAD, cache_type=cache_type)
             return cast(BinaryIO, file)
         except FileNotFoundError as problem:
             raise UserError(f"{self.local(name) or name} is missing. Correct source.files.") from problem

@@ -5,12 +5,12 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,11 +169,12 @@ class ParquetRows(Rows):
             raise UserError(
                 f"Row {location[:200]!r} is invalid: the data set has no such file. Correct source.data_files."
             )
-        with self._lock, self._report(name):
+        is_local = self._files.local(self._names[name]) is not None  # a network may work again for the next shard
+        with self._lock, self._report(name) if is_local else nullcontext():
             fitting = [each for each in self._cursors if (each.name, each.column) == (name, column)]
             cursor = next((each for each in fitting if each.is_before(int(row))), None)
             if cursor is None:
-                cursor = _Cursor(name, column, pq.ParquetFile(self._files.open(self._names[name]), **_OPTIONS))
+                cursor = _Cursor(name, column, pq.ParquetFile(self._opened(name), **_OPTIONS))
                 self._require_columns(name, cursor.schema, [column])
             self._cursors = [*(each for each in self._cursors if each is not cursor), cursor]
             while len(self._cursors) > CURSORS:
@@ -191,9 +192,11 @@ class ParquetRows(Rows):
 
     @contextmanager
     def _open(self, name: str) -> Iterator[pq.ParquetFile]:
-        opened = self._files.open(self._names[name])
-        with opened, self._report(name), pq.ParquetFile(opened, **_OPTIONS) as file:
+        with self._report(name), self._opened(name) as opened, pq.ParquetFile(opened, **_OPTIONS) as file:
             yield file
+
+    def _opened(self, name: str) -> BinaryIO:
+        return self._files.open(self._names[name], ahead=False)
 
     @contextmanager
     def _report(self, name: str) -> Iterator[None]:

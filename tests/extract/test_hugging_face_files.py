@@ -1,14 +1,22 @@
 """Data files of a Hugging Face data set by name, and parquet files that are streamed instead of copied."""
 
+import io
+import json
+import os
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_hub import COMMIT, FakeHub
+from PIL import Image
 from pydantic import ValidationError
 from tars import grey, picture
 
@@ -152,6 +160,51 @@ def test_streams_files_at_urls(folder):
             streamed.image("memory://bucket/other.parquet:0")
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+READ_FROM_HUB = """
+import json, sys
+from pathlib import Path
+from sail_align.extract.sources.hugging_face import HuggingFaceConfig
+
+found = HuggingFaceConfig(kind="hugging-face", name="owner/photos", streaming=True, captions="title").open(Path())
+samples = [(sample.image, sample.captions["c0"]) for sample in found.samples()]
+print(json.dumps([samples, [part.name for part in found.parts()]]), flush=True)
+sys.stdin.readline()
+print(json.dumps([found.image(samples[119][0]).getpixel((x, 0)) for x in range(90)]))
+"""
+
+
+@pytest.mark.slow
+def test_streams_a_data_set_of_the_hub(tmp_path):
+    """With the real clients. Captions are indexed without transferring images, and nothing is copied to the disk."""
+    noise, files = np.random.default_rng(0), {}
+    for part in range(2):
+        pixels = noise.integers(0, 256, (60, 90, 90, 3), dtype=np.uint8)
+        table = pa.table({"image": [encode(each) for each in pixels], "title": [f"{part} {row}" for row in range(60)]})
+        pq.write_table(table, tmp_path / "part.parquet", row_group_size=20)
+        files[f"data/train-{part}.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    home = tmp_path / "home"
+    with FakeHub(files) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", READ_FROM_HUB], env={**os.environ, **settings}, **piped) as child:
+            samples, parts = json.loads(child.stdout.readline())
+            for_index, hub.sent = hub.sent, 0
+            row, _ = child.communicate("\n", timeout=60)
+        hub.shutdown()
+    assert samples == [[f"data/train-{part}.parquet:{row}", f"{part} {row}"] for part in range(2) for row in range(60)]
+    assert parts == [f"hf://datasets/owner/photos@{COMMIT}/{name}" for name in files]
+    assert json.loads(row) == pixels[-1, 0].tolist()
+    assert for_index < sum(map(len, files.values())) / 4
+    assert hub.sent < len(files["data/train-1.parquet"]) / 2  # its row group
+    assert sum(file.stat().st_size for file in home.rglob("*") if file.is_file()) < 10_000
+
+
+def encode(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_names_of_files_on_the_hub(tmp_path):
