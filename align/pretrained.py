@@ -203,7 +203,7 @@ class PretrainedModel(nn.Module):
         listed = list_images(images)
         embeddings = []
         with (
-            self._exact(),
+            self.exact(),
             ThreadPoolExecutor(min(os.cpu_count() or 1, size, len(listed))) as readers,
             progress_bar(len(listed), "images", unit="image", quiet=not progress) as bar,
         ):
@@ -242,7 +242,7 @@ class PretrainedModel(nn.Module):
         else:
             listed, encode = list_texts(texts), self.text_encoder.encode
         embeddings = []
-        with self._exact(), progress_bar(len(listed), "texts", unit="text", quiet=not progress) as bar:
+        with self.exact(), progress_bar(len(listed), "texts", unit="text", quiet=not progress) as bar:
             for start in range(0, len(listed), size):
                 batch = listed[start : start + size]
                 features_BD = encode(batch, bar.update)
@@ -270,7 +270,7 @@ class PretrainedModel(nn.Module):
         head = self.alignment.image_head if text is None else self.alignment.text_head
         rows_ND = list_features(features, head.norm.normalized_shape[0])
         chunks = (rows_ND[start : start + _HEAD_BATCH] for start in range(0, len(rows_ND), _HEAD_BATCH))
-        with self._exact():
+        with self.exact():
             embedded = [self._embed(head, torch.as_tensor(chunk_BD).half(), normalize) for chunk_BD in chunks]
         return torch.cat(embedded).reshape(*features.shape[:-1], -1)
 
@@ -294,7 +294,8 @@ class PretrainedModel(nn.Module):
     def similarity(self, images: ImageInput, texts: TextInput) -> Tensor:
         """Return the cosine of each image with each text, (I, T) float32. See `encode_image` for the arguments."""
         texts_TE = self.encode_text(texts)
-        return self.encode_image(images) @ texts_TE.T
+        with self.exact():
+            return self.encode_image(images) @ texts_TE.T
 
     def encode_labels(self, labels: Sequence[str], templates: Templates = None) -> Tensor:
         """Embed class names by prompts: the mean of the unit embeddings of a class's prompts, of unit length.
@@ -331,7 +332,8 @@ class PretrainedModel(nn.Module):
             Probabilities (I, C) float32. One image gives one row.
         """
         labels_CE = self.encode_labels(labels, templates)
-        return (self.logit_scale.float() * self.encode_image(images) @ labels_CE.T).softmax(dim=-1)
+        with self.exact():
+            return (self.logit_scale.float() * self.encode_image(images) @ labels_CE.T).softmax(dim=-1)
 
     def segment(
         self,
@@ -374,7 +376,7 @@ class PretrainedModel(nn.Module):
             variants=variants,
         )
         picture = read_picture(listed[0], 0)
-        with self._exact():
+        with self.exact():
             return Segmentation(segmenter.label(picture, (picture.height, picture.width)), list(labels))
 
     def vision_tower(self, *, normalize: bool = True) -> VisionTower:
@@ -395,7 +397,7 @@ class PretrainedModel(nn.Module):
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
     @contextmanager
-    def _exact(self) -> Iterator[None]:
+    def exact(self) -> Iterator[None]:
         """Compute without gradients, TF32 and autocast."""
         with torch.no_grad(), tf32_products(), torch.autocast(self.device.type, enabled=False):
             yield

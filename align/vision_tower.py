@@ -62,12 +62,7 @@ class VisionTower(nn.Module):
         """
         if isinstance(pixel_values, list):
             return [self(pixels_CHW[None]) for pixels_CHW in pixel_values]
-        size = self.encoder.size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"pixel_values is invalid: got shape {tuple(pixel_values.shape)}, expected (B, 3, {size}, {size}). Use "
-                "image_processor."
-            )
+        self.encoder.require_pixels(pixel_values)
         with torch.autocast(self.device.type, enabled=False):
             patches_BhwD = self.encoder.forward_dense(pixel_values.to(self.device).float())
             tokens_BNE = self.head(patches_BhwD.flatten(1, 2)).float()

@@ -3,13 +3,17 @@
 FOLDER/model.safetensors   weights, τ and b
 FOLDER/config.json         architecture, encoders, settings, the run's digest, and a digest of everything
 FOLDER/README.md           the model card: description, scores, provenance
+FOLDER/preprocessor_config.json, tokenizer_config.json
+                           read by the transformers library alone (see `sail_align.transformers`)
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sail_align.align.runs.checkpoint import Checkpoint, Run
 from sail_align.align.runs.folder import CONFIG, EXPORT_AGAIN, damaged, read_json, record_digest, require_digest
@@ -21,6 +25,9 @@ from sail_align.extract.system.folders import new_folder
 
 FORMAT = 1
 WEIGHTS, CARD = "model.safetensors", "README.md"
+PREPROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
+MODEL_TYPE = "sail"
+"""Name of the architecture in transformers. Exports of earlier versions lack it, and are not read by transformers."""
 
 
 def write_hub_folder(run: Run, folder: Path, card: str) -> None:
@@ -40,9 +47,17 @@ def hub_files(run: Run, card: str) -> dict[str, bytes]:
     Raises:
         UserError: An encoder is unknown.
     """
+    from sail_align.align.image_processor import SailImageProcessor  # imports transformers
+
     require_known(run.image, run.text)
     weights = save_tensors(run.model.state_dict())
     record = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["SailModel"],
+        # Names instead of configs: other models of transformers, such as VisionTextDualEncoderModel, expect configs
+        # here, and end with an error instead of loading the folder with random weights.
+        "vision_config": run.image.spec.id,
+        "text_config": run.text.spec.id,
         "format": FORMAT,
         "library_name": "sail-align",
         "architecture": run.architecture,
@@ -55,8 +70,15 @@ def hub_files(run: Run, card: str) -> dict[str, bytes]:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     record["digest"] = record_digest(record)
-    config = json.dumps(record, indent=1, ensure_ascii=False).encode()
-    return {WEIGHTS: weights, CONFIG: config, CARD: card.encode()}
+    preprocessor = {**SailImageProcessor.of(run.image).to_dict(), "processor_class": "SailProcessor"}
+    tokenizer = {"tokenizer_class": "SailTokenizer", "encoder": asdict(run.text.spec)}
+    files = {PREPROCESSOR: as_json(preprocessor), TOKENIZER: as_json(tokenizer)}
+    return {WEIGHTS: weights, CONFIG: as_json(record), CARD: card.encode(), **files}
+
+
+def as_json(record: Mapping[str, Any]) -> bytes:
+    """Return the content of a JSON file of an export."""
+    return json.dumps(record, indent=1, ensure_ascii=False).encode()
 
 
 def read_hub_folder(folder: Path) -> Run:

@@ -122,7 +122,17 @@ where their authors published them, and rejected if they differ from those used 
 import sail_align  # pip install sail-align
 
 model = sail_align.load("<owner>/{name}")
-similarity = model.encode_image(image) @ model.encode_text(["a cat", "a dog"]).T
+probabilities = model.classify(["photo.jpg"], ["a cat", "a dog"], templates="a photo of {{}}")
+```
+
+Or with the transformers library:
+
+```python
+import sail_align.transformers
+from transformers import pipeline
+
+classify = pipeline("{_TASK}", model="<owner>/{name}")
+classify("photo.jpg", candidate_labels=["a cat", "a dog"], hypothesis_template="a photo of {{}}")
 ```"""
 
 

@@ -51,6 +51,11 @@ class EncoderSpec:
     precision: str
     dim: int
 
+    @classmethod
+    def from_json(cls, record: Any) -> "EncoderSpec":
+        """Read the fields of a spec. Raises `ValueError`, with the name of the field, if one is missing or invalid."""
+        return cls(**validated(_SpecForm, record))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of the spec. It does not cover library versions and golden vectors."""

@@ -23,15 +23,20 @@ from sail_align.extract.encoders.catalogue import (
     as_reference,
 )
 from sail_align.extract.encoders.identity import EncoderSpec, Identity, require_known
-from sail_align.extract.encoders.open_clip_models import OpenClipBackbone, OpenClipTextEncoder, load_open_clip
+from sail_align.extract.encoders.open_clip_models import (
+    OpenClipBackbone,
+    OpenClipTextEncoder,
+    load_open_clip,
+    load_open_clip_tokenizer,
+)
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, check_pooling
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder
+from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder, load_tokenizer_files
 from sail_align.extract.encoders.timm_models import fetch_timm, load_timm
 from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained
 from sail_align.extract.encoders.vision import Backbone, VisionEncoder
-from sail_align.extract.encoders.weights import EncoderFiles
+from sail_align.extract.encoders.weights import TOKENIZER_FILES, EncoderFiles
 from sail_align.extract.errors import UserError, did_you_mean
 
 
@@ -244,3 +249,24 @@ def load_recorded(
     encoder = config.load(device, entry=replace(config.entry, **pinned))
     encoder.identity.check_matches(identity, where="the record")
     return encoder
+
+
+def load_tokenizer(spec: EncoderSpec, location: str = "") -> Any:
+    """Load the tokenizer of a recorded text encoder without the network.
+
+    Args:
+        spec: What was recorded.
+        location: Path of the encoder if it is a local folder.
+
+    Returns:
+        A tokenizer of transformers, or open_clip's function from texts to tokens.
+
+    Raises:
+        UserError: It is not available.
+    """
+    entry = TextEncoderConfig.recorded(Identity(spec, [], {}, location)).entry
+    if isinstance(entry, OpenClipTower):
+        return load_open_clip_tokenizer(entry)
+    pinned = spec.source["loader"] == "hub"
+    origin = Hub(spec.source["repository"], spec.source["revision"]) if pinned else entry.origin
+    return load_tokenizer_files(EncoderFiles.locate(origin, TOKENIZER_FILES))

@@ -176,9 +176,10 @@ def load_open_clip(tower: OpenClipTower) -> tuple[Any, Any, EncoderFiles]:
         if len(list(origin.glob("*.safetensors"))) != 1:
             raise UserError(f"{origin} is not the folder of an OpenCLIP model: expected one safetensors file.")
         files = EncoderFiles.in_folder(origin, "open_clip", "open_clip_config.json")
-        name, tag = f"local-dir:{origin}", None
+        tag = None
     else:
-        files, name, tag = _download(open_clip, origin, tower.weights), origin, tower.weights
+        files, tag = _download(open_clip, origin, tower.weights), tower.weights
+    name = _name(tower)
     try:
         with _no_logging():
             model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
@@ -186,6 +187,17 @@ def load_open_clip(tower: OpenClipTower) -> tuple[Any, Any, EncoderFiles]:
     except (RuntimeError, ValueError, OSError) as problem:
         raise UserError(f"open_clip cannot load {name}: {' '.join(str(problem).split())[:300]}") from problem
     return model.eval(), tokenizer, files
+
+
+def load_open_clip_tokenizer(tower: OpenClipTower) -> Any:
+    """Return a model's function from texts to tokens. Raises `UserError` if open_clip is not installed."""
+    open_clip = import_extra("open_clip", _NOT_INSTALLED)
+    with _no_logging():
+        return open_clip.get_tokenizer(_name(tower))
+
+
+def _name(tower: OpenClipTower) -> str:
+    return f"local-dir:{tower.origin}" if isinstance(tower.origin, Path) else tower.origin
 
 
 def _download(open_clip: Any, model: str, weights: str) -> EncoderFiles:

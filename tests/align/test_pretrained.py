@@ -192,6 +192,8 @@ def test_classify_is_the_softmax_of_scaled_cosines(model, pictures):
     logits = model.logit_scale.item() * model.encode_image(pictures).double().numpy() @ means.T
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(model.classify(pictures, names, templates).numpy(), expected, atol=1e-5)
+    with torch.autocast("cpu"):
+        np.testing.assert_allclose(model.classify(pictures, names, templates).numpy(), expected, atol=1e-5)
     assert model.classify(pictures[0], names).shape == (1, 3)
     assert torch.equal(model.classify(pictures, names), model.classify(pictures, names, "{}"))
     assert torch.equal(model.classify(pictures, names, "a {}"), model.classify(pictures, names, ["a {}"]))

@@ -184,7 +184,7 @@ def test_vision_tower_gives_the_patches_of_sail_eval(run):
     assert torch.equal(F.normalize(raw, dim=-1), tokens_BNE)
     one_by_one = tower(list(values))
     torch.testing.assert_close(torch.cat(one_by_one), tokens_BNE, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"pixel_values is invalid: got shape \(5, 3, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"Pixels are invalid: got shape \(5, 3, 28, 28\)"):
         tower(values[:, :, :28, :28])
     half = tower.half()
     assert half.dtype == torch.float16
