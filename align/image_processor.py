@@ -9,6 +9,7 @@ from sail_align.align.inputs import ImageInput, list_images, read_picture
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.open_clip_models import open_clip_resize
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, as_pixels
+from sail_align.extract.errors import UserError
 
 
 class SailImageProcessor(BaseImageProcessor):
@@ -42,18 +43,24 @@ class SailImageProcessor(BaseImageProcessor):
 
     @classmethod
     def of(cls, identity: Identity) -> Self:
-        """Return the processor of a recorded image encoder."""
-        recorded = identity.spec.preprocessing
-        side = recorded["crop"]
-        return cls(
-            crop_size={"height": side, "width": side},
-            resize=recorded["resize"],
-            interpolation=recorded["interpolation"],
-            image_mean=recorded["mean"],
-            image_std=recorded["std"],
-            library="open_clip" if identity.spec.source["loader"] == "open_clip" else "pillow",
-            least=recorded.get("jpeg_least", 0),
-        )
+        """Return the processor of a recorded image encoder. Raises `UserError` if the record lacks a field."""
+        recorded, source = identity.spec.preprocessing, identity.spec.source
+        try:
+            side = recorded["crop"]
+            return cls(
+                crop_size={"height": side, "width": side},
+                resize=recorded["resize"],
+                interpolation=recorded["interpolation"],
+                image_mean=recorded["mean"],
+                image_std=recorded["std"],
+                library="open_clip" if source.get("loader") == "open_clip" else "pillow",
+                least=recorded.get("jpeg_least", 0),
+            )
+        except KeyError as problem:
+            raise UserError(
+                f"Record of encoder {identity.spec.id!r} is invalid: its preprocessing has no {problem}. Encode the "
+                "images again."
+            ) from problem
 
     @property
     def size(self) -> dict[str, int]:

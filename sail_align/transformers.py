@@ -10,6 +10,9 @@ classes. An export holds the heads. The encoders are loaded from where their aut
 they differ from those used in training.
 """
 
+# mypy: disable-error-code="arg-type,assignment,attr-defined,no-untyped-call,override"
+# The base classes have few type hints.
+
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -152,9 +155,10 @@ class SailModel(PreTrainedModel):
         folder = _fetch(pretrained_model_name_or_path, hub, [CONFIG, WEIGHTS, CARD])
         model = load(folder, device=_device(device_map), image_folder=image_folder, text_folder=text_folder)
         loaded = cls(SailConfig(**json.loads((folder / CONFIG).read_bytes())), model)
-        if dtype not in (None, "auto"):
+        if dtype is not None and dtype != "auto":
             loaded.to(_dtype(dtype))
-        return loaded.eval()
+        loaded.eval()
+        return loaded
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write config and heads. A processor saves itself.
@@ -231,8 +235,6 @@ class SailTokenizer(PreTrainedTokenizerBase):
         **of_transformers: What transformers adds.
     """
 
-    model_input_names = ("input_ids", "attention_mask")
-
     def __init__(self, encoder: dict[str, Any], text_folder: str | Path | None = None, **of_transformers: Any):
         try:
             self.spec = EncoderSpec.from_json(encoder)
@@ -245,7 +247,8 @@ class SailTokenizer(PreTrainedTokenizerBase):
         self.is_open_clip = not isinstance(self.inner, PreTrainedTokenizerBase)
         special = {} if self.is_open_clip else self.inner.special_tokens_map
         name, limit = of_transformers.get("name_or_path", ""), self.spec.preprocessing["token_limit"]
-        super().__init__(name_or_path=name, model_max_length=limit, **special)
+        names = ["input_ids", "attention_mask"]
+        super().__init__(name_or_path=name, model_max_length=limit, model_input_names=names, **special)
 
     def __call__(
         self,
@@ -314,11 +317,13 @@ class SailTokenizer(PreTrainedTokenizerBase):
         """Return tokens by their numbers."""
         return self.inner.convert_ids_to_tokens(ids, skip_special_tokens)
 
-    def decode(self, token_ids: Any, **options: Any) -> Any:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
         """Return the text of tokens, with the encoder's prefix."""
-        return self.inner.decode(token_ids, **options)
+        if self.is_open_clip:
+            return self.inner.decode(torch.as_tensor(token_ids).tolist())
+        return self.inner.decode(token_ids, skip_special_tokens=skip_special_tokens, **options)
 
-    def save_pretrained(self, save_directory: str | Path, **_options: Any) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> tuple[str, ...]:
         """Write the tokenizer_config.json, which names the encoder whose tokenizer this is."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,10 @@ COLOURS = {
 
 
 def identity(modality, weights="0"):
-    spec = EncoderSpec(f"colour-{modality}", modality, {"loader": "test"}, weights, {}, "mean", "float32", 3)
+    of_images = {"crop": 16, "resize": None, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    preprocessing = of_images if modality == "image" else {"prefix": "", "token_limit": 8}
+    source = {"loader": "test"}
+    spec = EncoderSpec(f"colour-{modality}", modality, source, weights, preprocessing, "mean", "float32", 3)
     return Identity(spec, [1.0, 2.0, 3.0], {"torch": "x"})
 
 
