@@ -16,10 +16,7 @@ from sail_align.extract.errors import UserError
 
 
 def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float = 1.0) -> Identity:
-    of_images = {"crop": 8, "resize": None, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-    preprocessing = of_images if modality == "image" else {"prefix": "", "token_limit": 8}
-    source = {"loader": "test"}
-    spec = EncoderSpec(f"fake-{modality}", modality, source, "0" * 64, preprocessing, pooling, "float32", dim)
+    spec = EncoderSpec(f"fake-{modality}", modality, {"loader": "test"}, "0" * 64, {}, pooling, "float32", dim)
     return Identity(spec, [golden, 2.0, 3.0, 4.0], {"torch": "test"})
 
 

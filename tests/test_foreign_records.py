@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from sail_align.extract.errors import UserError
 
 class Encoder:
     def __init__(self, modality):
-        self.identity = identity(modality)
-        self.spec = self.identity.spec
+        plain = identity(modality)
+        recorded = {"crop": 8, "resize": None, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+        self.spec = replace(plain.spec, preprocessing=recorded if modality == "image" else {})
+        self.identity = replace(plain, spec=self.spec)
 
     def to_json(self):
         return self.identity.to_json()
