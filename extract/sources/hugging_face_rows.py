@@ -21,7 +21,7 @@ from sail_align.extract.sources.file_set import READ_AHEAD, FileSet
 PART_ROWS = 1 << 20
 READ_ROWS = 8_192
 """Number of rows, without their images, that are Python objects at a time."""
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 4 << 20
 """Bytes of images that are read from a parquet file at a time, if these are more than `LEAST_ROWS`."""
 LEAST_ROWS, MOST_ROWS = 8, 1_024
 """Limits of the number of images that are read at a time."""
