@@ -5,7 +5,7 @@ from typing import Any
 
 from sail_align.extract.errors import UserError, listing
 from sail_align.extract.recognise.columns import Choices, UndecidedError, Understood, choose_captions, name_captions
-from sail_align.extract.sources.hugging_face import HuggingFaceConfig
+from sail_align.extract.sources.hugging_face import HuggingFaceConfig, holds_images
 from sail_align.extract.sources.hugging_face_load import open_rows, split_names
 
 PROBED = 200
@@ -23,7 +23,11 @@ def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
     splits = split_names(folder)
     split = "train" if "train" in splits or not splits else splits[0]
     rows = open_rows(HuggingFaceConfig(kind="hugging-face", root=str(folder), split=split), Path())
-    images = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"]
+    images = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"] or [
+        name
+        for name, feature in rows.features.items()
+        if type(feature).__name__ in ("Value", "dict") and holds_images(rows.schema.field(name).type)
+    ]  # that were not cast to Image
     image = choices.image_column or (images[0] if len(images) == 1 else None)
     if not images:
         raise UserError(f"{folder} has no column of images. Its columns are: {listing(rows.features)}.")
@@ -37,13 +41,9 @@ def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
     columns: dict[str, list[Any]] = {name: first[name][:PROBED].to_pylist() for name in texts} if first else {}
     chosen = choose_captions(columns, choices, folder)
     lists = [name for name in chosen if any(isinstance(value, list) for value in columns[name])]
-    if lists and len(chosen) > 1:
-        raise UndecidedError(
-            f"{folder} has lists of captions in {lists[0]!r}. Pass --caption-columns {lists[0]} alone."
-        )
     source: dict[str, Any] = {"kind": "hugging-face", "split": split, "image": image}
     if chosen:
-        source["captions"] = chosen[0] if lists else name_captions(chosen)
+        source["captions"] = chosen[0] if lists and len(chosen) == 1 else name_captions(chosen)
     labels = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
     task = None
     if len(labels) == 1 and not chosen:

@@ -231,8 +231,7 @@ class HuggingFaceSource(Source):
         """Raise `UserError` unless the column has images: as bytes, as paths, or as both, cast to an Image or not."""
         column = self._config.image
         kind = self._schema.field(column).type
-        names = {field.name for field in kind} if pa.types.is_struct(kind) else set()
-        if _is_binary(kind) or (names & {"bytes", "path"} and names <= {"bytes", "path"}):
+        if holds_images(kind):
             return
         if not _is_text(kind):
             raise UserError(
@@ -264,6 +263,13 @@ class HuggingFaceSource(Source):
         return Labels.found(column, lambda: values)
 
 
+def holds_images(kind: pa.DataType) -> bool:
+    """Return whether values of a type may be images: as bytes, or as structs of `bytes` and `path`."""
+    names = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(is_binary or (names & {"bytes", "path"} and names <= {"bytes", "path"}))
+
+
 def _image_of(value: Any) -> tuple[bytes | None, str | None]:
     """Return the bytes and the path of an image, of which one may be missing."""
     if isinstance(value, Mapping):
@@ -277,10 +283,6 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _text(value: str | float | None) -> str:

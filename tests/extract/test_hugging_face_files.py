@@ -22,6 +22,8 @@ from tars import grey, picture
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.manifest import Manifest
+from sail_align.extract.recognise.columns import Choices
+from sail_align.extract.recognise.hub import recognise_hub_folder
 from sail_align.extract.sources import hugging_face_rows
 from sail_align.extract.sources.hugging_face import HuggingFaceConfig
 from sail_align.extract.sources.hugging_face_load import _short_names
@@ -68,7 +70,7 @@ def write(path, numbers):
 
 def source(data_root, **fields):
     fields = {"root": "hub", "captions": {"raw": "title", "alt": "others"}, "label": "kind"} | fields
-    return HuggingFaceConfig(kind="hugging-face", **fields).open(data_root)
+    return HuggingFaceConfig(**{"kind": "hugging-face", **fields}).open(data_root)
 
 
 def test_streamed_rows_equal_loaded_ones(folder, cache):
@@ -246,6 +248,21 @@ def test_other_files_are_loaded(folder):
         found = source(folder, root=name, captions={"raw": "title"}, label=None)
         (sample,) = found.samples()
         assert (grey(found.image(sample.image)), sample.captions) == (7, {"raw": "hello"})
+
+
+def test_recognises_lists_of_captions_and_images_that_were_not_cast(tmp_path):
+    (tmp_path / "hub").mkdir()
+    sentences = [["a red house", "the house"], ["two dogs"]]
+    columns = {
+        "picture": [picture(0), picture(1)],
+        "title": ["a house by a lake", "dogs at play"],
+        "sentences": sentences,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "hub/train.parquet")
+    found = recognise_hub_folder(tmp_path / "hub", Choices())
+    assert found.source["image"] == "picture"
+    assert found.source["captions"] == {"title": "title", "sentences": "sentences"}
+    assert source(tmp_path, **found.source, label=None).captions == ("title", "sentences0", "sentences1")
 
 
 @pytest.mark.parametrize(
