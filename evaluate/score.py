@@ -130,6 +130,7 @@ def score(
     *,
     task: str | None = None,
     protocol: str | None = None,
+    checkpoint: str | None = None,
     model: str | None = None,
     manifest: PathLike | Sequence[PathLike] | None = None,
     data_root: PathLike | None = None,
@@ -145,6 +146,8 @@ def score(
             Default: all packaged sets whose data are here, as with `sail-eval all`.
         task: Kind of task, such as "retrieval". Default: that of each set.
         protocol: Another protocol of the task than the set's.
+        checkpoint: "last" for the weights after the last step, the default, or "best" for those with the best scores on
+            held-out pairs.
         model: Instead of a run: a model of OpenCLIP to compare with, `open_clip:NAME@WEIGHTS`.
         manifest: Sets of your own to add to the packaged ones, if `sets` is not given.
         data_root: Folder of the sets' files. Default: $SAIL_DATA_ROOT, else data/ or the manifest's folder.
@@ -164,6 +167,7 @@ def score(
         None if sets is None else _references(sets, "sets"),
         task=task,
         protocol=protocol,
+        checkpoint=checkpoint,
         model=model,
         manifest=_references(manifest, "manifest") if manifest else (),
         data_root=None if data_root is None else os.fspath(data_root),
@@ -171,7 +175,7 @@ def score(
         device=device,
         quiet=quiet,
     )
-    scores = Scores(job.run.path, notes=[in_python(line, ("manifest", "sets")) for line in job.notes])
+    scores = Scores(job.run.path, notes=[in_python(line, ("manifest", "sets", "checkpoint")) for line in job.notes])
     if not quiet:
         for line in (*scores.notes, job.describe()):
             note(line)
@@ -249,6 +253,7 @@ def prepare(
     *,
     task: str | None = None,
     protocol: str | None = None,
+    checkpoint: str | None = None,
     model: str | None = None,
     manifest: Sequence[str] = (),
     data_root: str | None = None,
@@ -265,12 +270,59 @@ def prepare(
     found = find_sets(manifest if sets is None else sets, data_root, chosen)
     if protocol:
         found = [(find_task(about.task.kind).variant(about, protocol), root) for about, root in found if about.task]
+    is_newest = not (run or model)
+    if checkpoint:
+        run = _choose_checkpoint(run, checkpoint, model)
     scored = load_scored(run, model, device)
     notes: list[str] = []
     if sets is None:
         found, notes = _sets_here(scored, found, data_root)
-    is_newest = not (run or model)
+    if checkpoint is None:
+        notes += _note_best(scored.path)
     return ScoringJob(scored, is_newest, found, notes, features_dir, device, quiet, stop_at_fault=sets is not None)
+
+
+def _choose_checkpoint(run: Path | None, checkpoint: str, model: str | None) -> Path:
+    """Return the folder of the checkpoint to score: that of the run, whose last one is meant, or of its best one.
+
+    Raises:
+        UserError: The choice is invalid or not there.
+    """
+    if checkpoint not in ("best", "last"):
+        raise UserError(f"--checkpoint is invalid: got {checkpoint!r}, expected best or last.")
+    if model:
+        raise UserError(f"--checkpoint {checkpoint} has no effect with --model. Leave one of them out.")
+    path = run or RunFolder.newest()
+    if not RunFolder(path).is_run:
+        if not RunFolder(path).is_export:
+            RunFolder(path).require()
+        kind = "an export" if RunFolder(path).is_export else "a checkpoint"
+        raise UserError(f"--checkpoint {checkpoint} is for runs, and {path} is {kind}. Leave it out.")
+    if checkpoint == "last":
+        return path
+
+    from sail_align.align.runs.checkpoint import Checkpoint
+
+    best = Checkpoint.best(path)
+    if best is None:
+        raise UserError(f"{path} has no best checkpoint: no pairs were held out. Score the last one.")
+    return path if best.folder == RunFolder(path).last else best.folder
+
+
+def _note_best(path: Path) -> list[str]:
+    """Return a note if a run has better weights than its last ones, which were chosen."""
+    if not RunFolder(path).is_run or not RunFolder(path).checkpoints("best"):
+        return []
+
+    from sail_align.align.runs.checkpoint import Checkpoint
+
+    best = Checkpoint.best(path)
+    if best is None or best.r1 is None or best.folder == RunFolder(path).last:
+        return []
+    return [
+        f"best: step {best.step:,}, mean R@1 {best.r1:.1f} on held-out pairs; scored: last. Pass --checkpoint best to "
+        "score the best."
+    ]
 
 
 def _sets_here(run: "Run", own: Sets, data_root: str | None) -> tuple[Sets, list[str]]:
@@ -283,10 +335,8 @@ def _sets_here(run: "Run", own: Sets, data_root: str | None) -> tuple[Sets, list
     demo = [about.name for about, _ in here if isinstance(about.source, DemoConfig) and not trained_on_demo(run)]
     sets = [(about, root) for about, root in here if about.name not in demo] + own
     notes = []
-    if missing := [about.name for about, root in packaged if (about, root) not in here]:
-        notes.append(
-            f"not here: {', '.join(missing)}. `sail-extract check NAME` shows what a set is and how to get it."
-        )
+    if missing := len(packaged) - len(here):
+        notes.append(f"{missing} published sets are not here; `sail-extract check` lists them.")
     if demo:
         notes.append(
             f"skipped: {', '.join(demo)}. They are drawings, and this run does not seem to be trained on the demo. "

@@ -21,12 +21,14 @@ DOWNLOADS_PER_SECOND = 630
 """As the authors of img2dataset report for CC12M, with 16 cores and 2 Gbit/s."""
 ENCODED_PER_SECOND = (500, 2_000)
 """Examples, not measurements."""
+FEW_ROWS = 10_000
+"""Features of fewer rows take at most some MB and minutes."""
 GIGABYTE = 1e9
 
 
 def describe_needs(manifest: Manifest, data_root: Path) -> list[str]:
-    """Return lines on the disk space and the hours that a data set takes; none if its manifest expects no rows."""
-    if not manifest.expected_rows:
+    """Return lines on the disk space and the hours that a data set takes; none for small or unknown ones."""
+    if not manifest.expected_rows or (manifest.expected_rows < FEW_ROWS and not manifest.download):
         return []
     rows, downloaded = manifest.expected_rows, manifest.download is not None
     images = round(ALIVE * rows) if downloaded else rows

@@ -10,8 +10,9 @@ import typer
 from sail_align.align.cli.options import Features, ImageEncoder, TextEncoder, with_settings
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import COMPARED, COMPARED_FEW, SETTINGS, check_options
-from sail_align.extract.errors import UserError, command
-from sail_align.extract.system.command_line import Device, Quiet
+from sail_align.extract.cli.options import next_command
+from sail_align.extract.errors import UserError
+from sail_align.extract.system.command_line import Device, Quiet, Result, with_json
 from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
 from sail_align.extract.system.signals import report_stop
 
@@ -25,6 +26,7 @@ DEFAULTS = {
 """Defaults of the settings that these commands take, as their help texts show them."""
 
 
+@with_json
 @with_settings("lr", "weight_decay", "batch_size", "epochs", "steps", "optimizer", "dim", "held_out", defaults=DEFAULTS)
 def ladder(
     features: Features,
@@ -42,7 +44,7 @@ def ladder(
     device: Device = "auto",
     quiet: Quiet = False,
     **given: Any,
-) -> None:
+) -> Result:
     """Repeat the paper's ablation on stores: heads, losses, captions. Writes a table and a plot. Can be resumed."""
     options = _check(features, given)
 
@@ -63,16 +65,13 @@ def ladder(
         result = Ladder.run(features, options, runner, kinds=kinds, **encoders)
     text = f"{result.table()}\n\n{result.explanation()}\n"
     typer.echo(f"\n{text}", nl=False)
-    _write(
-        folder,
-        {
-            "ladder.md": text,
-            "ladder.json": json.dumps(result.record(), indent=1, ensure_ascii=False),
-            "ladder.svg": result.chart(),
-        },
-    )
+    record = result.record()
+    as_json = json.dumps(record, indent=1, ensure_ascii=False)
+    _write(folder, {"ladder.md": text, "ladder.json": as_json, "ladder.svg": result.chart()})
+    return {"folder": str(folder), **record}
 
 
+@with_json
 @with_settings("lr", "batch_size", "epochs", "steps", "dim", "held_out", defaults=DEFAULTS)
 def probe(
     features: Features,
@@ -92,7 +91,7 @@ def probe(
     device: Device = "auto",
     quiet: Quiet = False,
     **given: Any,
-) -> None:
+) -> Result:
     """Rank image encoders, text encoders and captions by linear heads trained on each combination. Can be resumed."""
     options = _check(features, given)
 
@@ -112,9 +111,12 @@ def probe(
         f"directions. {spread} interval is over pairs. If intervals overlap widely, the encoders are "
         "indistinguishable."
     )
-    _write(folder, {"probe.json": json.dumps(result.record(), indent=1, ensure_ascii=False)})
+    record = result.record()
+    _write(folder, {"probe.json": json.dumps(record, indent=1, ensure_ascii=False)})
+    return {"folder": str(folder), **record}
 
 
+@with_json
 def measure(
     store: Annotated[
         Path | None, typer.Argument(metavar="STORE", help="Feature store.", show_default=False, parser=as_path)
@@ -132,7 +134,7 @@ def measure(
     ] = COMPARED["held_out"],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
-) -> None:
+) -> Result:
     """Measure how alike image and text features are before training: mutual k-NN, CKA, recall of the closed form."""
     if out and out.is_dir():
         raise UserError(f"--out is invalid: {out} is a folder. Name a file.")
@@ -158,7 +160,10 @@ def measure(
         with report_write_errors(out):
             write_atomically(out, json.dumps(result, indent=1, ensure_ascii=False).encode())
         typer.echo(f"wrote {out}")
-    typer.echo(f"Next: {command('sail-align', 'fit', '--features', store)}")
+    best = max(result["measures"], key=lambda each: each["t2i_r1"] + each["i2t_r1"])
+    following = next_command(opened, image=best["image"], text=best["text"])
+    typer.echo(f"Next: {following}")
+    return {**result, "next": following}
 
 
 def _check(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:

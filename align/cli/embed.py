@@ -8,9 +8,10 @@ import typer
 from sail_align.align.runs.folder import RunFolder
 from sail_align.extract.cli.exchange import FORMATS, CaptionNames, To, check_export, report_written, split_captions
 from sail_align.extract.cli.options import StorePath
-from sail_align.extract.system.command_line import Device, Quiet
+from sail_align.extract.system.command_line import Device, Quiet, Result, with_json
 
 
+@with_json
 def embed(
     store: StorePath,
     run: Annotated[
@@ -24,7 +25,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that pass through a head at a time.")] = 4096,
     device: Device = "auto",
     quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Write the embeddings of a store by the heads of a run: unit-norm, float32, as `sail-eval` computes them."""
     folder = check_export(store, to, out, f"-{run.resolve().name}")
     if not RunFolder(run).is_export:
@@ -42,4 +43,4 @@ def embed(
     written = write_embeddings(
         heads, opened, to, folder, captions=names, device=where, batch_size=batch_size, quiet=quiet
     )
-    report_written(folder, *written, opened.dataset)
+    return report_written(folder, *written, opened.dataset)

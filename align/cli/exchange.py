@@ -1,5 +1,6 @@
 """sail-align import-released and export: conversion from and to other formats."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.extract.errors import UserError, command
+from sail_align.extract.system.command_line import Result, with_json
 
 if TYPE_CHECKING:
     from sail_align.align.hub.model_card import Record
@@ -18,6 +20,7 @@ _OUT = "Folder of the run.  [default: runs/<name of the file>, with -2, -3 … a
 _TO = "Folder for the Hugging Face hub, folder for sentence-transformers, or ONNX graphs for programs without PyTorch."
 
 
+@with_json
 def import_released(
     file: Annotated[Path, typer.Argument(help="File of heads published by the paper's authors.", show_default=False)],
     encoders: Annotated[
@@ -27,7 +30,7 @@ def import_released(
     text_pooling: Pooling = None,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help=_OUT)] = None,
     device: Annotated[str, typer.Option(help="Device to test the encoders on: auto, cpu, cuda …")] = "auto",
-) -> None:
+) -> Result:
     """Import heads published by the paper's authors as a run, which can be evaluated like any other."""
     names = [name.strip() for name in encoders.split(",")]
     if len(names) != 2 or not all(names):
@@ -60,9 +63,12 @@ def import_released(
         f"{'already imported:' if claim.finished else 'wrote'} {run}: {shape.head} heads from {shape.image_dim} and "
         f"{shape.text_dim} to {shape.dim} dimensions, {shape.expansion} × hidden; file {sha256[:12]}"
     )
-    typer.echo(f"Next: {command('sail-eval', 'all', '--run', run)}")
+    following = command("sail-eval", "all", "--run", run)
+    typer.echo(f"Next: {following}")
+    return {"run": str(run), "imported": released.imported, "architecture": asdict(shape), "next": following}
 
 
+@with_json
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run or a checkpoint.", show_default=False)],
     to: Annotated[str, typer.Option(metavar="|".join(FORMATS), help=_TO)] = "hub-folder",
@@ -75,7 +81,7 @@ def export(
     whole: Annotated[
         bool, typer.Option("--whole", help="With --to onnx: graphs of the encoders with their heads.")
     ] = False,
-) -> None:
+) -> Result:
     """Export a run for the hub, for sentence-transformers, or as ONNX graphs of its heads or of the whole model."""
     if to not in FORMATS:
         raise UserError(f"--to is invalid: got {to!r}, expected {', '.join(FORMATS)}.")
@@ -91,7 +97,7 @@ def export(
 
         write = _write_hub_folder if to == "hub-folder" else _write_sentence_transformers
         write(load_run(run), folder, licence or "unknown")
-        return
+        return {"run": str(run), "format": to, "wrote": str(folder)}
 
     if whole:
         from sail_align.align.hub.onnx_whole import write_whole
@@ -102,6 +108,7 @@ def export(
 
         difference, files = write_onnx(run, folder), "image_head.onnx and text_head.onnx, also for float16"
     typer.echo(f"wrote {folder}: {files}, within {difference:.1g} of PyTorch's embeddings")
+    return {"run": str(run), "format": to, "wrote": str(folder), "largest_difference": difference}
 
 
 def _read_scores(run: "Run", licence: str) -> "list[Record]":
@@ -135,7 +142,7 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
     write_hub_folder(run, folder, model_card(run, scores, licence))
     typer.echo(f"wrote {folder}: heads, config and a model card with scores of {len(scores)} sets")
     name = RunFolder(run.path).run.path.resolve().name
-    typer.echo(f"Next: hf upload OWNER/{command(name, folder)}")
+    typer.echo(f"To publish it: hf upload OWNER/{command(name, folder)}")
 
 
 def _write_sentence_transformers(run: "Run", folder: Path, licence: str) -> None:

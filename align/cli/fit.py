@@ -10,7 +10,7 @@ from sail_align.align.fit import FitResult, fit_stores
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import command
-from sail_align.extract.system.command_line import Device, Quiet
+from sail_align.extract.system.command_line import Device, Quiet, Result, with_json
 
 _CAPTIONS = """Captions to train on together, with optional weights: raw,long:0.5.  [default: those in all stores; with
 --positives, those in any]"""
@@ -19,6 +19,7 @@ _OUT = "Folder of the run.  [default: runs/<store>-<head>, with -2, -3 … added
 _TRACK = "Also log to tensorboard, wandb or both (separated by a comma); each needs its extra: 'sail-align[wandb]'."
 
 
+@with_json
 @with_settings()
 def fit(
     features: Features,
@@ -31,7 +32,7 @@ def fit(
     track: Annotated[str | None, typer.Option(help=_TRACK, rich_help_panel="Run")] = None,
     quiet: Quiet = False,
     **given: Any,
-) -> None:
+) -> Result:
     """Train the heads on feature stores. Rerun the same command to resume after a stop."""
     result = fit_stores(
         features,
@@ -46,22 +47,29 @@ def fit(
         quiet=quiet,
         say=typer.echo,
     )
-    if result.leads:
-        if result.trained:
-            typer.echo(f"wrote {result.run} in {result.seconds:.0f} s")
-        for line in (*result.lines(), *_next_commands(result)):
-            typer.echo(line)
+    if not result.leads:
+        return None
+    if result.trained:
+        typer.echo(f"wrote {result.run} in {result.seconds:.0f} s")
+    following = _next_command(result)
+    for line in (*result.lines(), f"Next: {following}"):
+        typer.echo(line)
+    if "demo" not in result.datasets and not result.features_only:
+        own = command("sail-eval", "retrieval", "TEST.yaml", "--run", result.run)
+        typer.echo(f"To score your own images, describe them as in docs/data.md: {own}")
+    return {**result.to_dict(), "next": following}
 
 
-def _next_commands(result: FitResult) -> list[str]:
+def _next_command(result: FitResult) -> str:
+    """Return the command that scores a run. If there is nothing to score it on, return the one that exports it."""
+    from sail_align.extract.manifest import find_manifest, packaged_manifests
+    from sail_align.extract.sources.demo.source import DemoConfig
+
     if result.features_only:
         (store, *_), out = RunFolder(result.run).settings()["stores"], f"{result.run.name}-npy"
-        return [f"Next: {command('sail-align', 'embed', store, '--run', result.run, '--to', 'npy', '--out', out)}"]
-    score_all = command("sail-eval", "all", "--run", result.run)
-    if "demo" in result.datasets:
-        return [f"Next: {score_all}"]
-    score_own = command("sail-eval", "retrieval", "TEST.yaml", "--run", result.run)
-    return [
-        f"Next: {score_own}     (your own images; see docs/data.md)",
-        f"  or: {score_all}     (published sets found on this machine)",
-    ]
+        return command("sail-align", "embed", store, "--run", result.run, "--to", "npy", "--out", out)
+    sets = [find_manifest(name) for name in packaged_manifests()]
+    here = [about for about, root in sets if about.task and about.is_here(root)]
+    if any("demo" in result.datasets or not isinstance(about.source, DemoConfig) for about in here):
+        return command("sail-eval", "all", "--run", result.run)
+    return command("sail-align", "export", result.run)

@@ -24,4 +24,4 @@ def runs(
         return {"runs": []}
     found = list_runs(folder)
     typer.echo(runs_table(found) if found else f"There are no runs in {folder}. Train one with `sail-align fit`.")
-    return {"runs": [run.record() for run in found]}
+    return {"runs": [run.to_dict() for run in found]}

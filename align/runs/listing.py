@@ -132,7 +132,7 @@ class RunSummary:
         more = f", {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
         return ", ".join(texts[:SHOWN]) + more + (" (of earlier weights)" if self.outdated and texts else "")
 
-    def record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all facts, ready for JSON."""
         saved = datetime.fromtimestamp(self.saved / 1e9, UTC).isoformat(timespec="seconds")
         return {**asdict(self), "path": str(self.path), "saved": saved}

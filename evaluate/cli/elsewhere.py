@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sail_align.extract.errors import UserError, printable
-from sail_align.extract.system.command_line import Device, Quiet
+from sail_align.extract.system.command_line import BadResult, Device, Quiet, Result, with_json
 
 Model = Annotated[
     str, typer.Argument(metavar="RUN", help="A run, an exported folder, or <owner>/<name>.", show_default=False)
@@ -28,6 +28,7 @@ def clip_benchmark(context: typer.Context, model: Model) -> None:
     evaluate(model, context.args)
 
 
+@with_json
 def mteb(
     model: Model,
     tasks: Annotated[
@@ -39,7 +40,7 @@ def mteb(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of mteb's result files.")] = Path("mteb"),
     device: Device = "auto",
     quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Score a run with mteb, which includes the image benchmark MIEB. Finished tasks of the same run are kept.
 
     mteb downloads the data of its tasks from the Hugging Face hub.
@@ -61,5 +62,9 @@ def mteb(
         rows = [(name, metric, f"{value:.4f}") for name, metric, value in results.scores]
         typer.echo(format_table(("task", "main score", "value"), rows, "ll", style="simple"))
         typer.echo(f"wrote {results.folder}")
-    if results.failures:
-        raise typer.Exit(1)
+    scored = [{"task": name, "metric": metric, "value": value} for name, metric, value in results.scores]
+    failures = {name: str(problem) for name, problem in results.failures.items()}
+    result = {"folder": str(results.folder), "scores": scored, "failures": failures}
+    if failures:
+        raise BadResult(result)
+    return result

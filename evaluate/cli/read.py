@@ -1,5 +1,6 @@
 """sail-eval report, compare and trace: read the scores of runs."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,9 +8,10 @@ import typer
 
 from sail_align.evaluate.cli.options import ScoredRuns
 from sail_align.extract.errors import UserError, printable
-from sail_align.extract.system.command_line import DataRoot
+from sail_align.extract.system.command_line import BadResult, DataRoot, Result, with_json
 
 
+@with_json
 def report(
     runs: ScoredRuns,
     out: Annotated[
@@ -18,13 +20,13 @@ def report(
             help="Write all runs into one file: .html, .md, .tex or .csv.  [default: RUN/report.html of each run]"
         ),
     ] = None,
-) -> None:
+) -> Result:
     """Show the scores of runs side by side, and those that papers report by the same protocols.
 
     Each column of a table has one protocol and one set of data. Scores by another protocol or on other data get their
     own column.
     """
-    from sail_align.evaluate.report.formats import score_table, text
+    from sail_align.evaluate.report.formats import score_lines, score_table, text
     from sail_align.evaluate.report.overview import Overview
     from sail_align.evaluate.report.page import FORMATS, write_report
     from sail_align.evaluate.results.scores import RunScores
@@ -38,16 +40,19 @@ def report(
         with report_write_errors(out):
             write_atomically(out, FORMATS[out.suffix](overview).encode())
         typer.echo(f"wrote {out}")
-        return
+        return {"scores": list(score_lines(overview)), "wrote": [str(out)]}
     if len(scored) == 1:
         typer.echo(score_table(overview.runs[0].records))
     if len(scored) > 1 or overview.with_reported:
         typer.echo(text(overview))
-    for run in scored:
-        typer.echo(f"wrote {write_report(run.path)}")
+    written = [write_report(run.path) for run in scored]
+    for path in written:
+        typer.echo(f"wrote {path}")
+    return {"scores": list(score_lines(overview)), "wrote": list(map(str, written))}
 
 
-def compare(runs: ScoredRuns) -> None:
+@with_json
+def compare(runs: ScoredRuns) -> Result:
     """Compare runs with the first, item by item, on sets and protocols that they share.
 
     Differences have a 95 % paired bootstrap interval: both runs on the same draws of images or pairs. p is twice the
@@ -60,11 +65,15 @@ def compare(runs: ScoredRuns) -> None:
     if len(runs) < 2:
         raise UserError(f"One run cannot be compared: got only {runs[0]}. Name another one.")
     first, *others = (RunScores.read(run, str(run)) for run in runs)
+    comparisons = []
     for other in others:
-        table = Comparison.between(first, other).table()
-        typer.echo(f"{one_line(f'first: {first.label}, second: {other.label}')}\n{table}")
+        found = Comparison.between(first, other)
+        typer.echo(f"{one_line(f'first: {first.label}, second: {other.label}')}\n{found.table()}")
+        comparisons.append({"first": str(first.path), "second": str(other.path), **asdict(found)})
+    return {"comparisons": comparisons}
 
 
+@with_json
 def trace_scores(
     run: Annotated[
         Path,
@@ -76,7 +85,7 @@ def trace_scores(
         list[str] | None, typer.Option(help="Manifest of training or evaluation data of your own; repeatable.")
     ] = None,
     data_root: DataRoot = None,
-) -> None:
+) -> Result:
     """Check the chain from scores back to data. Exits with 1 if a link has changed.
 
     Each line is one link: what is recorded, and what is there now. Files that were moved or removed are named as not
@@ -91,5 +100,8 @@ def trace_scores(
         links.append(link)
         typer.echo(printable(str(link)))
     typer.echo(describe_chain(links))
-    if any(link.state is State.CHANGED for link in links):
-        raise typer.Exit(1)
+    counts = {state.value: sum(link.state is state for link in links) for state in State}
+    result = {"run": str(run), "links": links, "counts": counts}
+    if counts[State.CHANGED.value]:
+        raise BadResult(result)
+    return result

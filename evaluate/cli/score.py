@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.evaluate.cli.options import FeaturesDir, ModelName, RunPath
-from sail_align.extract.system.command_line import DataRoot, Device, Quiet
+from sail_align.evaluate.cli.options import FeaturesDir, ModelName, RunPath, WhichCheckpoint
+from sail_align.extract.system.command_line import BadResult, DataRoot, Device, Quiet, Result, with_json
 
 if TYPE_CHECKING:
     from sail_align.evaluate.score import ScoringJob
     from sail_align.evaluate.tasks.task import EvaluationTask
 
 
+@with_json
 def evaluate_all(
     run: RunPath = None,
+    checkpoint: WhichCheckpoint = None,
     model: ModelName = None,
     manifest: Annotated[
         list[str] | None, typer.Option(help="An evaluation set of your own, a .yaml file; repeatable.")
@@ -24,14 +26,15 @@ def evaluate_all(
     features_dir: FeaturesDir = Path("features"),
     device: Device = "auto",
     quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Score a run on all packaged sets whose data are here, and on those of --manifest."""
     from sail_align.evaluate.score import prepare
 
-    _evaluate(
+    return _evaluate(
         prepare(
             run,
             None,
+            checkpoint=checkpoint,
             model=model,
             manifest=manifest or (),
             data_root=data_root,
@@ -42,30 +45,33 @@ def evaluate_all(
     )
 
 
-def task_command(task: "EvaluationTask") -> Callable[..., None]:
+def task_command(task: "EvaluationTask") -> Callable[..., Result]:
     """Return the command of a task."""
     protocols = f"Another protocol than the manifest's: {', '.join(task.variants)}."
 
+    @with_json
     def evaluate_task(
         manifests: Annotated[
             list[str], typer.Argument(metavar="MANIFEST", help="Packaged names or .yaml files.", show_default=False)
         ],
         run: RunPath = None,
+        checkpoint: WhichCheckpoint = None,
         model: ModelName = None,
         data_root: DataRoot = None,
         features_dir: FeaturesDir = Path("features"),
         device: Device = "auto",
         quiet: Quiet = False,
         protocol: Annotated[str | None, typer.Option(help=protocols, hidden=not task.variants)] = None,
-    ) -> None:
+    ) -> Result:
         from sail_align.evaluate.score import prepare
 
-        _evaluate(
+        return _evaluate(
             prepare(
                 run,
                 manifests,
                 task=task.kind,
                 protocol=protocol,
+                checkpoint=checkpoint,
                 model=model,
                 data_root=data_root,
                 features_dir=features_dir,
@@ -77,7 +83,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., None]:
     return evaluate_task
 
 
-def _evaluate(job: "ScoringJob") -> None:
+def _evaluate(job: "ScoringJob") -> Result:
     """Score the sets and print the table, even after an error. Exit with 1 if a set failed."""
     from sail_align.evaluate.report.formats import text
     from sail_align.evaluate.report.overview import Overview
@@ -86,7 +92,7 @@ def _evaluate(job: "ScoringJob") -> None:
 
     for line in (*job.notes, job.describe()):
         typer.echo(line)
-    scores = Scores(job.run.path)
+    scores = Scores(job.run.path, notes=job.notes)
     try:
         job.fill(scores)
     finally:
@@ -95,5 +101,7 @@ def _evaluate(job: "ScoringJob") -> None:
             if (overview := Overview(RunScores.read_all([scores.run]))).with_reported:
                 typer.echo(f"\n{text(overview)}")
             typer.echo(f"wrote {scores.file} and {scores.report}")
+    result = {**scores.to_dict(), "report": scores.report if scores.records else None}
     if scores.errors:
-        raise typer.Exit(1)
+        raise BadResult(result)
+    return result

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from jinja2 import Environment, PackageLoader
 
@@ -108,28 +108,21 @@ def latex(overview: Overview) -> str:
     return template.render(overview=overview, reported=REPORTED, how_to_read=HOW_TO_READ)
 
 
-def comma_separated(overview: Overview) -> str:
-    """Return every score of the runs, one per line, and what papers report by the same protocols."""
-    file = io.StringIO()
-    table = csv.DictWriter(file, FIELDS, lineterminator="\n")
-    table.writeheader()
-
-    def write(line: dict[str, object]) -> None:
-        table.writerow({name: _cell(value) for name, value in line.items()})
-
+def score_lines(overview: Overview) -> Iterator[dict[str, object]]:
+    """Yield every score of the runs, and what papers report by the same protocols, with the names of `FIELDS`."""
     for run in overview.runs:
         origin = f"measured, {run.unfinished}" if run.unfinished else "measured"
         for record in run.records:
-            line = {"model": run.name, "origin": origin, **_provenance(record)}
+            line: dict[str, object] = {"model": run.name, "origin": origin, **_provenance(record)}
             if record.error:
-                write(line | {"error": record.error})
+                yield line | {"error": record.error}
                 continue
             encoders = record["encoders"]
             line |= {"run digest": record["run"], "image encoder": encoders["image"], "text encoder": encoders["text"]}
             for metric in record["metrics"]:
-                low, high = metric.get("interval") or ("", "")
+                low, high = metric.get("interval") or (None, None)
                 score = {"metric": metric["name"], "score": metric["value"], "low": low, "high": high}
-                write(line | score | {"chance": metric["chance"], "unit": metric["unit"]})
+                yield line | score | {"chance": metric["chance"], "unit": metric["unit"]}
     for key in overview.records:
         record = overview.any_record(key)
         for model in Reported.read_all():
@@ -137,7 +130,16 @@ def comma_separated(overview: Overview) -> str:
             scores = {metric["name"]: model.score(record, metric["name"]) for metric in record["metrics"]}
             for name, value in scores.items():
                 if value is not None:
-                    write(line | {"metric": name, "score": value})
+                    yield line | {"metric": name, "score": value}
+
+
+def comma_separated(overview: Overview) -> str:
+    """Return every score of the runs, one per line, and what papers report by the same protocols."""
+    file = io.StringIO()
+    table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    table.writeheader()
+    for line in score_lines(overview):
+        table.writerow({name: _cell(value) for name, value in line.items()})
     return file.getvalue()
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.extract.cli.options import StorePath
+from sail_align.extract.cli.options import StorePath, next_command
 from sail_align.extract.errors import UserError, command
-from sail_align.extract.system.command_line import Device, Quiet
+from sail_align.extract.system.command_line import Device, Quiet, Result, with_json
 from sail_align.extract.system.files import as_path, require_store
 from sail_align.extract.system.folders import require_new
 
@@ -30,6 +30,7 @@ CaptionNames = Annotated[
 ]
 
 
+@with_json
 def import_features(
     image_features: Annotated[
         Path, _data(metavar="PATH", help=f"Image features: {_FILES}. Or clip-retrieval's folder.", show_default=False)
@@ -79,7 +80,7 @@ def import_features(
     text_pooling: Annotated[str | None, _encoder(help="cls, mean or last.  [default: the encoder's own]")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Make a store of features that were computed elsewhere. Rerun the same command to resume."""
     by_caption = {
         option: _by_caption(option, given or ())
@@ -114,9 +115,11 @@ def import_features(
     )
     for line in made.joined.lines(made.sides):
         typer.echo(line)
-    _report(made, made.run(out or made.default_path, device, quiet=quiet))
+    store = made.run(out or made.default_path, device, quiet=quiet)
+    return {**store.to_dict(), "next": _report(made, store)}
 
 
+@with_json
 def export_features(
     store: StorePath,
     to: To = FORMATS[0],
@@ -131,7 +134,7 @@ def export_features(
         str | None, typer.Option(help="Text encoder to use if the store has more than one.")
     ] = None,
     quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Write the features of a store, with keys and captions, for other programs."""
     folder = check_export(store, to, out)
 
@@ -140,7 +143,7 @@ def export_features(
 
     opened = Store.open(store)
     arrays = open_arrays(opened, split_captions(captions), image_encoder, text_encoder)
-    report_written(folder, *write_vectors(opened, arrays, to, folder, quiet=quiet), opened.dataset)
+    return report_written(folder, *write_vectors(opened, arrays, to, folder, quiet=quiet), opened.dataset)
 
 
 def check_export(store: Path, to: str, out: Path | None, suffix: str = "") -> Path:
@@ -158,14 +161,15 @@ def split_captions(given: str | None) -> list[str] | None:
     return [name.strip() for name in given.split(",")] if given else None
 
 
-def report_written(folder: Path, rows: int, left_out: int, dataset: str) -> None:
-    """Print how many rows of a store were written and left out."""
+def report_written(folder: Path, rows: int, left_out: int, dataset: str) -> Result:
+    """Print how many rows of a store were written and left out. Return that, ready for JSON."""
     if left_out:
         typer.echo(
             f"note: {left_out:,} rows of {dataset} are left out, because not all of these features exist. Choose fewer "
             "with --captions, or see `sail-extract status --failed`."
         )
     typer.echo(f"wrote {folder}: {rows:,} rows")
+    return {"data_set": dataset, "wrote": str(folder), "rows": rows, "left_out": left_out}
 
 
 def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:
@@ -184,8 +188,8 @@ def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _report(made: "Import", store: "Store") -> None:
-    """Print what a store contains, how its features agree with encoders, and the next command."""
+def _report(made: "Import", store: "Store") -> str:
+    """Print what a store contains, how its features agree with encoders, and the next command, which is returned."""
     from sail_align.extract.exchange.identify import LEAST_COSINE, UNIT
     from sail_align.extract.exchange.importing import agreements
     from sail_align.extract.quality.doctor import diagnose
@@ -221,7 +225,6 @@ def _report(made: "Import", store: "Store") -> None:
         broken = diagnosis.verdict is Verdict.BROKEN
         typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.summary}")
     typer.echo(f"wrote {store.path}: {store.rows:,} rows")
-    if broken or not made.captions:
-        typer.echo(f"Next: {command('sail-extract', 'doctor' if broken else 'status', store.path)}")
-    else:
-        typer.echo(f"Next: {command('sail-align', 'fit', '--features', store.path)}")
+    following = command("sail-extract", "doctor", store.path) if broken else next_command(store)
+    typer.echo(f"Next: {following}")
+    return following

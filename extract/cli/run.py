@@ -1,14 +1,16 @@
 """sail-extract run: its options and its output."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sail_align.extract.errors import command
-from sail_align.extract.system.command_line import DataRoot, Device, Quiet
+from sail_align.extract.cli.options import next_command
+from sail_align.extract.errors import UserError, command
+from sail_align.extract.system.command_line import DataRoot, Device, Quiet, Result, with_json
 from sail_align.extract.system.files import as_path
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ AddCaptions = Annotated[
     str | None, _data_option(help="Add these captions to an existing store, without reading its images.")
 ]
 
-_ENCODER = "Name, or hf:REPOSITORY{choices}. A wrong name lists all.  [default: the manifest's, else {default}]"
+_ENCODER = (
+    "Name, or hf:REPOSITORY{choices}. `sail-extract encoders` lists names.  [default: the manifest's, else {default}]"
+)
 ImageEncoder = Annotated[
     str | None, _encoder_option(help=_ENCODER.format(choices=", timm:MODEL, open_clip:MODEL", default="dinov2-large"))
 ]
@@ -79,6 +83,7 @@ Download = Annotated[
 Retry = Annotated[str | None, _run_option(help="failed: retry the images that could not be encoded.", metavar="failed")]
 
 
+@with_json
 def run(
     data: Annotated[
         str,
@@ -113,9 +118,14 @@ def run(
     retry: Retry = None,
     download: Download = False,
     quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Encode a data set into a store of features. Rerun the same command to resume."""
     from sail_align.extract.build import Report, build_store
+
+    result: dict[str, Any] = {}
+
+    def report_run(store: "Store", job: "Job", results: Sequence[object]) -> None:
+        result.update(_report_run(store, job, results, all_shards=worker == "1/1"))
 
     build_store(
         data,
@@ -142,10 +152,9 @@ def run(
         retry=retry,
         download=download,
         quiet=quiet,
-        report=Report(
-            report_recognised, _report_source, report_opened, partial(_report_run, all_shards=worker == "1/1")
-        ),
+        report=Report(report_recognised, _report_source, report_opened, report_run),
     )
+    return result
 
 
 def report_recognised(recognised: "Recognised", file: Path, is_new: bool) -> None:
@@ -172,8 +181,8 @@ def report_opened(about: "Manifest | None", store: "Store") -> None:
         typer.echo(f"note: {about.name} has {store.rows:,} samples here; its manifest expects {about.expected_rows:,}.")
 
 
-def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_shards: bool) -> None:
-    """Print the state of a store after a run, and the next command."""
+def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_shards: bool) -> dict[str, Any]:
+    """Print the state of a store after a run, and the next command. Return both, ready for JSON."""
     from sail_align.extract.quality.doctor import diagnose
     from sail_align.extract.quality.pairing import Verdict
 
@@ -183,8 +192,7 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
         typer.echo(f"  {array.describe()}")
     for result in results:
         typer.echo(f"{store.path}: {result}.")
-    complete = all(array.complete for array in arrays)
-    broken = False
+    complete, diagnosis = all(array.complete for array in arrays), None
     if complete and images and any(store.texts(name) for name in store.captions):
         diagnosis = diagnose(store)
         broken = diagnosis.verdict is Verdict.BROKEN
@@ -192,20 +200,40 @@ def _report_run(store: "Store", job: "Job", results: Sequence[object], *, all_sh
     if failed := sum(sum(array.failed_counts.values()) for array in images.values()):
         listing = command("sail-extract", "status", "--failed", store.path)
         typer.echo(f"{failed:,} image{'s' * (failed > 1)} could not be encoded. `{listing}` lists them.")
+    following = None
     if not all_shards:
         if not complete:
             typer.echo("The shards of this worker are done. The others are left to other workers.")
-    elif broken:
-        typer.echo(f"Next: {command('sail-extract', 'doctor', store.path)}")
+    elif diagnosis and diagnosis.verdict is Verdict.BROKEN:
+        following = command("sail-extract", "doctor", store.path)
     elif job.manifest.purpose == "evaluate":
-        typer.echo(f"Next: {command('sail-extract', 'overlap', 'TRAIN.zarr', store.path)}")
-    elif not store.captions:
-        typer.echo(
-            f"note: {store.dataset} has no captions, which `sail-align fit` needs. Put a text file beside each image "
-            "(dog.txt for dog.jpg) or name a table under 'recaptions' in the manifest, and run with another --out.\n"
-            f"Next: {command('sail-extract', 'status', store.path)}"
-        )
+        train = _training_store(store)
+        following = command("sail-extract", *(["overlap", train, store.path] if train else ["status", store.path]))
     else:
+        if not store.captions:
+            typer.echo(
+                f"note: {store.dataset} has no captions, which `sail-align fit` needs. Put a text file beside each "
+                "image (dog.txt for dog.jpg) or name a table under 'recaptions' in the manifest, and run with another "
+                "--out."
+            )
         ours = [name for name, array in images.items() if job.image and job.image.matches(array.identity.spec)]
-        chosen = ["--image-encoder", *ours] if ours and len(images) > 1 else []
-        typer.echo(f"Next: {command('sail-align', 'fit', '--features', store.path, *chosen)}")
+        following = next_command(store, image=ours[0] if ours else None)
+    if following:
+        typer.echo(f"Next: {following}")
+    pairing = diagnosis.to_dict() if diagnosis else None
+    return {**store.to_dict(), "work": list(results), "pairing": pairing, "next": following}
+
+
+def _training_store(evaluation: "Store") -> Path | None:
+    """Return a store beside that of an evaluation set, whose images have the same encoder, None if there is none."""
+    from sail_align.extract.store.store import Store
+
+    for path in sorted(evaluation.path.parent.glob("*.zarr")):
+        with suppress(UserError, OSError):
+            store = Store.open(path)
+            theirs, ours = (list(each.images().values()) for each in (store, evaluation))
+            if len(theirs) != 1 or len(ours) != 1 or store.digest == evaluation.digest or not store.captions:
+                continue
+            if theirs[0].complete and theirs[0].identity.spec.fingerprint == ours[0].identity.spec.fingerprint:
+                return path
+    return None

@@ -1,7 +1,8 @@
 """Checks of a store's features, from the store alone: do captions belong to their images, are features plausible?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,22 @@ class Diagnosis:
     Attributes:
         lines: Facts about each array and each pair of arrays, as text.
         reasons: Verdict on each pair of arrays, with its reason.
+        scores: Numbers of each pair that was tested, by name, as `lines` has them.
     """
 
     lines: list[str] = field(default_factory=list)
     reasons: list[tuple[Verdict, str]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def verdict(self) -> Verdict:
         """The worst verdict on any pair of arrays; unknown if there is none."""
         return max((verdict for verdict, _ in self.reasons), default=Verdict.UNKNOWN)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict with its numbers, ready for JSON."""
+        about = {"verdict": self.verdict.name.lower(), "summary": self.summary}
+        return {**about, "pairs": self.scores, "facts": self.lines}
 
     @property
     def summary(self) -> str:
@@ -69,7 +77,10 @@ def diagnose(store: Store) -> Diagnosis:
                 continue
             verdict, reason = pairing.judge(row_N // store.shard_rows)
             diagnosis.reasons.append((verdict, f"{pair}: {reason}"))
-            diagnosis.lines.append(f"{pair}: {_scores(pairing)}")
+            scores = _scores(pairing)
+            diagnosis.lines.append(f"{pair}: {_describe(scores)}")
+            about = {"image": image.path, "text": text.path, "verdict": verdict.name.lower(), "reason": reason}
+            diagnosis.scores.append({**about, **scores})
     return diagnosis
 
 
@@ -106,13 +117,24 @@ def _facts(array: FeatureArray, features_ND: Half, usable_N: Mask) -> Iterator[s
         yield f"{repeated:,} of {len(usable_ND):,} rows repeat another row's features"
 
 
-def _scores(pairing: Pairing) -> str:
+def _scores(pairing: Pairing) -> dict[str, Any]:
     wrong, error = pairing.matched.wrong
+    return {
+        "score": pairing.matched.score,
+        "shuffled": pairing.shuffled.score,
+        "best_shift": max((shift.score for shift in pairing.shifted.values()), default=0.5),
+        "rows": len(pairing.matched.values),
+        "wrong": wrong,
+        "wrong_error": error,
+    }
+
+
+def _describe(scores: Mapping[str, Any]) -> str:
     text = (
-        f"score {pairing.matched.score:.2f}, shuffled {pairing.shuffled.score:.2f}, best shift "
-        f"{max((shift.score for shift in pairing.shifted.values()), default=0.5):.2f} "
-        f"({len(pairing.matched.values):,} rows tested)"
+        f"score {scores['score']:.2f}, shuffled {scores['shuffled']:.2f}, best shift {scores['best_shift']:.2f} "
+        f"({scores['rows']:,} rows tested)"
     )
-    if wrong > NOTED:
-        text += f"; up to {wrong:.0%} (± {error:.0%}) of the captions may be wrong or not recognisable"
+    if scores["wrong"] > NOTED:
+        text += f"; up to {scores['wrong']:.0%} (± {scores['wrong_error']:.0%}) of the captions may be wrong or not "
+        text += "recognisable"
     return text

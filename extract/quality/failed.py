@@ -1,8 +1,9 @@
 """The rows of a store that could not be encoded, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,15 +30,24 @@ def failed_rows(store: Store, array: FeatureArray) -> Iterator[pa.Table]:
         yield pa.table(columns, schema=SCHEMA)
 
 
-def describe_failed(store: Store) -> Iterator[str]:
-    """Yield lines of text: each array's counts by status, and its first `SHOWN` failed rows."""
+def list_failed(store: Store) -> list[dict[str, Any]]:
+    """Return the number of rows of each array, those failed by status, and the `first` ones, ready for JSON."""
+    found = []
     for array in store.arrays():
-        counts = array.failed_counts
+        rows = (row for table in failed_rows(store, array) for row in table.to_pylist())
+        first = [{name: row[name] for name in ("key", "url", "status")} for row in islice(rows, SHOWN)]
+        found.append({"path": array.path, "rows": array.rows, "failed": array.failed_counts, "first": first})
+    return found
+
+
+def describe_failed(failed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield lines of text about the result of `list_failed`."""
+    for array in failed:
+        counts = array["failed"]
         total = sum(counts.values())
         reasons = f": {', '.join(f'{count:,} {label}' for label, count in counts.items())}" if counts else ""
-        yield f"{array.path}: {total:,} of {array.rows:,} rows failed{reasons}"
-        rows = (row for table in failed_rows(store, array) for row in table.to_pylist())
-        yield from (f"  {row['status']}  {row['key']}" for row in islice(rows, SHOWN))
+        yield f"{array['path']}: {total:,} of {array['rows']:,} rows failed{reasons}"
+        yield from (f"  {row['status']}  {row['key']}" for row in array["first"])
         if total > SHOWN:
             yield f"  … and {total - SHOWN:,} more; --out failed.parquet writes all of them"
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,9 +89,20 @@ class Overlap:
             yield f"  {cosine:.4f}  {key}  {match}"
         if len(rows) > SHOWN:
             yield f"  … and {len(rows) - SHOWN:,} more"
-        valid = self.cosines[self.cosines > -1]
-        half, most, highest = np.quantile(valid, [0.5, 0.99, 1]) if len(valid) else (np.nan,) * 3
+        half, most, highest = self._quantiles()
         yield f"best matches: half below {half:.2f}, 99 % below {most:.2f}, highest {highest:.2f}."
+
+    def to_dict(self, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """Return what `describe` shows, ready for JSON."""
+        quantiles = dict(zip(("half_below", "99_percent_below", "highest"), self._quantiles(), strict=True))
+        pairs = [
+            {"train": key, "evaluation": match, "cosine": cosine} for key, match, cosine in self.pairs(rows[:SHOWN])
+        ]
+        return {"near_duplicates": len(rows), "rows": self.train.rows, "best_matches": quantiles, "first": pairs}
+
+    def _quantiles(self) -> tuple[float, ...]:
+        valid = self.cosines[self.cosines > -1]
+        return tuple(np.quantile(valid, [0.5, 0.99, 1]).tolist()) if len(valid) else (np.nan,) * 3
 
     def write(self, path: Path, rows: NDArray[np.int64]) -> None:
         """Write a line for each training row: key, key of its match, and cosine, separated by tabs.

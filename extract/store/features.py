@@ -148,6 +148,13 @@ class FeatureArray:
         counts = ", ".join(f"{count:,} {label}" for label, count in sorted(self.counts.items()))
         return f"{self.path}: {len(self.markers)}/{len(self.shards)} shards, dim {self.dim}: {counts}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts that `describe` shows, ready for JSON."""
+        shards = {"committed_shards": len(self.markers), "shards": len(self.shards)}
+        spec = self.identity.spec
+        about = {"path": self.path, "encoder": spec.id, "fingerprint": spec.fingerprint, "dim": self.dim}
+        return {**about, **shards, "complete": self.complete, "rows_by_status": dict(sorted(self.counts.items()))}
+
     def span(self, shard: int) -> tuple[int, int]:
         """Return the first row of a shard and the row after its last."""
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)

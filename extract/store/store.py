@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -333,6 +334,20 @@ class Store(StoreView):
         if self.format == STORE_FORMAT and self.attributes["recaptions_sha256"] is None:
             return None
         return RecaptionReport.read(self.path / INDEX, self.attributes.get("recaptions_sha256"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the store holds, ready for JSON."""
+        report = self.recaptions()
+        return {
+            "store": str(self.path),
+            "data_set": self.dataset,
+            "rows": self.rows,
+            "captions": list(self.captions),
+            "format": self.format,
+            "digest": self.digest,
+            "arrays": [array.to_dict() for array in self.arrays()],
+            "recaptions": asdict(report) if report else None,
+        }
 
     @property
     def digest(self) -> str:

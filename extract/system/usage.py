@@ -63,7 +63,7 @@ OPTIONS = {
     "workers": "num-workers n-workers jobs j nproc",
     "processes": "num-processes nproc jobs j",
     "data-root": "data-dir root data-path",
-    "run": "model checkpoint weights resume",
+    "run": "model weights ckpt",
     "track": "wandb tensorboard report-to logger",
     "neighbours": "k neighbors n-neighbors",
     "quiet": "silent q no-progress",

@@ -66,7 +66,7 @@ def embeddings(model, pictures):
 def test_exported_folder_gives_the_same_embeddings(run, encoders, pictures, folders):
     result = export(run, "--out", "hub")
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines()[-1] == "Next: hf upload OWNER/photos-glu hub"
+    assert result.output.splitlines()[-1] == "To publish it: hf upload OWNER/photos-glu hub"
     assert sorted(path.name for path in Path("hub").iterdir()) == FILES
     heads, (image, text) = load_run(run).model, encoders
     pixels_BHWC = torch.stack([image.preprocess(picture) for picture in pictures])

@@ -74,7 +74,7 @@ def test_prints_only_the_fields_that_are_there(photos, typed):
         f"data root: {photos.parent}",
         f"  NOT  {photos.parent}/photos/captions.json is missing",
         f"  ok   {photos.parent}/photos/images",
-        "not ready",
+        "not ready: files are missing",
     ]
 
 
@@ -83,7 +83,7 @@ def test_names_missing_files_and_how_to_get_them(photos, typed):
     code, out, _ = typed("check", str(photos))
     assert code == 1
     assert f"  NOT  {photos.parent}/photos/captions.json is missing\n  ok   {photos.parent}/photos/images\n" in out
-    assert out.endswith("not ready; to get it:\n    cd data\n    wget http://nowhere/photos.zip\n")
+    assert out.endswith("not ready: files are missing\nto get them:\n    cd data\n    wget http://nowhere/photos.zip\n")
 
 
 def test_reports_unreadable_images(photos, typed):

@@ -79,7 +79,7 @@ def test_command_prints_pairs_and_writes_the_list(stores, tmp_path):
     lines = done.output.splitlines()
     assert lines[0].endswith("  400  test 0")
     assert f"{train.path}: 3 of 700 images are near-duplicates of images of {held.path}" in done.output
-    assert lines[-1] == f"Next: sail-align fit --features {train.path} --exclude {tmp_path / 'x.txt'}"
+    assert lines[-1] == f"Next: sail-extract status {train.path}"  # it has no captions to fit on
     assert "… and" in CliRunner().invoke(app, [*command, "--threshold", "0.1"]).output
 
 
