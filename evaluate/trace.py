@@ -18,7 +18,7 @@ from sail_align.evaluate.results.scores import REMEDY, Record, RunScores
 from sail_align.evaluate.tasks.task import all_tasks
 from sail_align.extract.data import Part, UnreadableImageError
 from sail_align.extract.encoders.identity import Identity
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import IndexRecord, Stamp
@@ -266,6 +266,11 @@ def _index(store: Store) -> Link:
 def _source(store: Store, manifests: Manifests) -> Generator[Link, None, None]:
     """Yield the links from a training store to its manifest and to the files that this names."""
     name = f"manifest {store.dataset}"
+    if store.is_imported:
+        features = store.attributes["manifest"]["source"]["features"].values()
+        files = [f"{name} {digest[:12]}" for side in features for name, digest in (*side["files"], *side["tables"])]
+        yield Link(State.ABSENT, f"imported files of {store.dataset}", f"recorded {listing(files, 4)}")
+        return
     if store.dataset not in manifests:
         yield Link(State.ABSENT, name, f"{store.path} records no path of it. Name it with --manifest.")
         return

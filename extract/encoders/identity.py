@@ -154,6 +154,14 @@ class Identity:
         Raises:
             EncoderChangedError: A field of the spec differs, or the specs are equal and the golden vectors are not.
         """
+        if self.is_imported or recorded.is_imported:
+            if self.spec == recorded.spec:
+                return
+            raise EncoderChangedError(
+                f"Encoders {self.spec.id!r} and {recorded.spec.id!r}, which {where} was made with, cannot be compared: "
+                "features were imported without naming their encoder. Import them again with `sail-extract import … "
+                f"--{self.spec.modality}-encoder NAME`."
+            )
         found, expected = asdict(self.spec), asdict(recorded.spec)
         for name, value in expected.items():
             if found[name] != value:
@@ -161,8 +169,6 @@ class Identity:
                     f"Encoder {recorded.spec.id!r} has changed: {where} was made with {name} {shortened(value)}, got "
                     f"{shortened(found[name])}. Use the same encoder, or another store."
                 )
-        if self.is_imported and recorded.is_imported:
-            return
         pairs = [("a fixed input", GOLDEN_COSINE, self.golden, recorded.golden)]
         if self.golden_long and recorded.golden_long:
             pairs.append(("a fixed long text", GOLDEN_LONG_COSINE, self.golden_long, recorded.golden_long))

@@ -152,12 +152,12 @@ class Features:
                 values[order[places]], missing[order[places]] = block.values[inside], block.missing[inside]
         return Block(np.empty((0, self.dim), np.float32) if values is None else values, missing)
 
-    def in_any_order(self, order: Places, folder: Path, *, quiet: bool) -> "Callable[[Places], Block]":
+    def in_any_order(self, order: Places, folder: Path | None, *, quiet: bool) -> "Callable[[Places], Block]":
         """Return `take`, or, if that would decode files again and again, the same from a copy on the disk.
 
         Args:
             order: All rows that will be taken, in this order.
-            folder: Folder of the copy, which the system removes when the process ends.
+            folder: Folder of the copy, which the system removes when the process ends. None takes the system's own.
             quiet: Show no progress bar.
         """
         if not any(each.sequential for each in self._files) or not (np.diff(order) < 0).any():
@@ -179,9 +179,7 @@ class Features:
         return lambda rows: Block(np.asarray(copy[rows]), missing[rows])
 
 
-def find_files(
-    given: Path, option: str, endings: Sequence[str], folders: Sequence[str] = (), what: str = "features"
-) -> list[Path]:
+def find_files(given: Path, option: str, endings: Sequence[str], folders: Sequence[str] = ()) -> list[Path]:
     """Return the files that a path stands for, in the order of the numbers in their names.
 
     Args:
@@ -189,7 +187,6 @@ def find_files(
         option: The option that it was given with, for messages.
         endings: Endings of the files.
         folders: Names of subfolders, the first of which is taken instead of the folder.
-        what: What the files should be, for messages.
 
     Raises:
         UserError: There are none, or files of several kinds.
@@ -201,7 +198,8 @@ def find_files(
         found = [path for path in matches(Path(), str(given)) if path.is_file()]
     kinds = sorted({path.suffix.lower() for path in found})
     if not found:
-        raise UserError(f"{option} {given} is invalid: got no such files, expected {', '.join(endings)}.")
+        got = "a folder without such files" if folder.is_dir() else "no such file"
+        raise UserError(f"{option} {given} is invalid: got {got}, expected {', '.join(endings)}. Correct the path.")
     if len(kinds) > 1 and folder.is_dir():
         raise UserError(
             f"{option} {given} is invalid: got files of several kinds ({', '.join(kinds)}). Pass a pattern such as "

@@ -16,7 +16,7 @@ import torch
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.load import EncoderConfig, ImageEncoderConfig, TextEncoderConfig
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, listing
 from sail_align.extract.exchange.features import Features, Places
 from sail_align.extract.exchange.identify import TRIED, Agreement, compare_images, compare_texts, require_dim
 from sail_align.extract.exchange.join import Joined
@@ -28,7 +28,7 @@ from sail_align.extract.sources.images import read_image
 from sail_align.extract.store.index import IndexRecord
 from sail_align.extract.store.store import IMPORTED, INDEX, Store
 from sail_align.extract.system.difference import describe_difference
-from sail_align.extract.system.files import canonical_json, file_digest, report_write_errors
+from sail_align.extract.system.files import canonical_json, file_digest, is_remote, report_write_errors
 from sail_align.extract.system.progress import progress
 from sail_align.extract.system.signals import RERUN, report_stop
 
@@ -99,6 +99,10 @@ class Import:
             raise UserError(f"Text features are invalid: got dimensions {found}, expected those of one encoder.")
         for side in self.sides:
             self.counts[side.label] = Counts()
+            column = self.texts.get(side.caption)
+            if column and (side.texts is None or column not in side.texts.names):
+                known = listing(side.texts.names) if side.texts else "no columns"
+                raise UserError(f"--captions {column!r} is invalid: the {side.label} have {known}. Choose another.")
 
     @property
     def default_path(self) -> Path:
@@ -118,7 +122,7 @@ class Import:
         """Return a column of a side in the rows of the store."""
         side, places = self.sides[number], self.joined.places[number]
         if side.texts is None:
-            raise UserError(f"The {side.label} have no column {column!r}: they have no texts. Pass a table with them.")
+            raise ValueError(f"the {side.label} have no texts")
         texts = side.texts.read(column, side.rows)
         return texts.take(pa.array(places, mask=places < 0))
 
@@ -189,7 +193,8 @@ class Import:
         for side, places, identity in zip(self.sides, self.joined.places, identities, strict=True):
             array = store.add(identity, side.caption)
             if not array.complete:
-                take = side.in_any_order(places[places >= 0], store.path.parent, quiet=quiet)
+                folder = None if is_remote(store.path) else store.path.parent
+                take = side.in_any_order(places[places >= 0], folder, quiet=quiet)
                 tasks.append(ArrayTask(array, self._encode(side, places, take)))
         fill(store, tasks, quiet=quiet)
 

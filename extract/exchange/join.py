@@ -63,10 +63,10 @@ def join(sides: Sequence[Features], key_column: str | None = None, *, by_positio
         UserError: A side has no keys, a key occurs twice, no key is on two sides, or the lengths differ.
     """
     column = _key_column(sides, key_column)
-    if by_position or (len(sides) == 1 and column is None):
-        return _by_position(sides, column)
-    if column is None:
+    if column is None and (key_column or not (by_position or len(sides) == 1)):
         raise _without_keys(sides, key_column)
+    if column is None or by_position:
+        return _by_position(sides, column)
     keys = [_unique_keys(side, column) for side in sides]
     rows = keys[0]
     for other in keys[1:]:

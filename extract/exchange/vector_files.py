@@ -95,7 +95,7 @@ def report_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, MemoryError) as problem:
-        raise UserError(f"{path} cannot be read: {_first_line(problem)}.") from problem
+        raise _unreadable(path, problem) from problem
     except pickle.UnpicklingError as problem:
         raise UserError(
             f"{path} cannot be read: it contains more than tensors, lists, dicts and texts. Save it again with "
@@ -104,11 +104,14 @@ def report_unreadable(path: Path) -> Iterator[None]:
     except Exception as problem:
         if type(problem).__name__ != "SafetensorError":  # has no public base class
             raise
-        raise UserError(f"{path} cannot be read: {_first_line(problem)}.") from problem
+        raise _unreadable(path, problem) from problem
 
 
-def _first_line(problem: BaseException) -> str:
-    return next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(".")[:300]
+def _unreadable(path: Path, problem: BaseException) -> UserError:
+    reason = next(iter(str(problem).splitlines()), "")
+    if isinstance(problem, LookupError) or "allow_pickle" in reason:  # of no help to the user
+        reason = "its content is of another kind"
+    return UserError(f"{path} cannot be read as {path.suffix}: {reason.rstrip('.')[:300] or type(problem).__name__}.")
 
 
 def _require_matrix(path: Path, shape: Sequence[int], name: str = "") -> tuple[int, int]:

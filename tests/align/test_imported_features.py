@@ -90,6 +90,9 @@ def test_run_on_features_of_named_encoders_is_scored_and_exported(outside, tmp_p
     scored = CliRunner().invoke(evaluate, ["retrieval", str(manifest), "--run", "runs/x", "--device", "cpu"])
     assert scored.exit_code == 0, scored.output + repr(scored.exception)
     assert CliRunner().invoke(align, ["export", "runs/x", "--out", "hub"]).exit_code == 0
+    traced = CliRunner().invoke(evaluate, ["trace", "runs/x"])
+    assert traced.exit_code == 0, traced.output
+    assert re.search(r"not here +imported files of all: recorded all.parquet [0-9a-f]{12}", traced.output)
     model = pretrained.load("runs/x", device="cpu")
     heads = model.run.model
     with torch.no_grad():
@@ -183,5 +186,5 @@ def test_embed_refuses_features_of_another_encoder(outside):
     Path("x.zarr").rename("before.zarr")
     assert imported(outside).exit_code == 0
     result = CliRunner().invoke(align, ["embed", "x.zarr", "--run", "runs/x", "--out", "out", "--device", "cpu"])
-    assert "runs/x was made with id" in str(result.exception)
+    assert "which runs/x was made with, cannot be compared" in str(result.exception)
     assert not Path("out").exists()
