@@ -212,8 +212,8 @@ class _Facts:
         if self.tars:
             images += f" in the first tar, and {self.tars:,} more tars"
         if self.missing:
-            images += f", of which {self.missing:,} are missing"
-            images += f" among the first {MOST_LOOKED_FOR:,}" if self.rows > MOST_LOOKED_FOR else ""
+            some = f" of the first {MOST_LOOKED_FOR:,}" if self.rows > MOST_LOOKED_FOR else ""
+            images += f" ({self.missing:,}{some} missing)"
         if source.classes:
             images += f", {len(source.classes):,} classes"
         named = (f"{name} ({self.captions[name]:,})" for name in source.captions)

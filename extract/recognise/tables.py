@@ -21,11 +21,17 @@ from sail_align.extract.recognise.columns import (
     name_captions,
 )
 from sail_align.extract.recognise.places import best_folder, folders_near, relative_to, sample
+from sail_align.extract.sources.delimited import decode
 from sail_align.extract.sources.images import image_endings
 from sail_align.extract.sources.table_files import read_batches, text_columns
+from sail_align.extract.system.files import open_regular
 from sail_align.extract.system.validation import shortened
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+PROBED_BYTES = 1 << 20
+"""Bytes of a table by which its encoding is guessed."""
+MOST_COMPARED = 3
+"""Names of missing images that are compared with those of all files."""
 LONGEST_NAME = 1_000
 MOST_ROWS = 1 << 18
 """Rows among which an image that is named twice is looked for."""
@@ -42,7 +48,8 @@ def recognise_tables(files: Sequence[Path], choices: Choices) -> Understood:
         UndecidedError: The user has to name a column.
     """
     first = files[0]
-    columns = _read_columns(first)
+    encoding = _guess_encoding(first)
+    columns = _read_columns(first, encoding)
     image, folder = _find_images(first, columns, choices)
     if image.lower().endswith(tuple(image_endings())):
         raise UserError(
@@ -55,7 +62,7 @@ def recognise_tables(files: Sequence[Path], choices: Choices) -> Understood:
             f"No column of {first} looks like captions. {all_columns(others)} Pass "
             f"--caption-columns, or give the folder of the images, {folder}, to read these alone."
         )
-    repeated = _repeated_images(files, image)
+    repeated = _repeated_images(files, image, encoding)
     lists = [name for name in chosen if any(isinstance(value, list) for value in columns[name])]
     if len(chosen) > 1 and (repeated or lists):
         why = f"{lists[0]!r} has lists of captions" if lists else f"image {shortened(repeated)} is in several rows"
@@ -81,9 +88,12 @@ def recognise_tables(files: Sequence[Path], choices: Choices) -> Understood:
             counted = ", ".join(f"{value} ({count})" for value, count in counts.most_common())
             notes.append(f"column {name!r} may be a split: of the first rows, {counted}. All rows are used")
             hints.append(f"  split: {{column: {name}, keep: {counts.most_common(1)[0][0]}}}   # use only these rows")
-    if bad := sum("\ufffd" in value for name in chosen for value in _texts(columns[name])):
-        notes.append(f"{bad} captions are not UTF-8. If they are all of another encoding, set it in the manifest")
-        hints.append("  encoding: cp1252")
+    if encoding:
+        source["encoding"] = encoding
+        notes.append(
+            f"the table is not UTF-8 and is read as {encoding}. If texts look wrong, set another `encoding` in the "
+            "manifest"
+        )
     table = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSONL", ".parquet": "parquet"}[first.suffix.lower()]
     tables = f"a {table} table" if len(files) == 1 else f"{len(files):,} {table} tables"
     what = f"{tables} of images in {folder}"
@@ -102,12 +112,23 @@ def has_image_bytes(file: Path) -> str | None:
     return None
 
 
-def _read_columns(file: Path) -> Columns:
+def _guess_encoding(file: Path) -> str | None:
+    """Return the encoding of a CSV or TSV that is not UTF-8: the usual one of Windows. None for any other table."""
+    if file.suffix.lower() not in (".csv", ".tsv"):
+        return None
+    with open_regular(file) as content:
+        start = content.read(PROBED_BYTES)
+    text = decode(start)
+    others = any(character > "\x7f" and character != "\ufffd" for character in text)
+    return None if others or "\ufffd" not in text else "cp1252"
+
+
+def _read_columns(file: Path, encoding: str | None) -> Columns:
     """Return the first values of the columns of texts."""
-    names = text_columns(file)
+    names = text_columns(file, encoding)
     if not names:
         raise UserError(f"{file} has no column of texts. Expected the images' paths and captions.")
-    batch = next(read_batches(file, names), None)
+    batch = next(read_batches(file, names, (), None, encoding), None)
     if batch is None or not len(batch):
         raise UserError(f"{file} has no rows. Expected an image and a caption in each.")
     return {name: batch[name].to_pylist() for name in names}
@@ -154,6 +175,12 @@ def _describe_no_images(
     for column, values in named.items() or names.items():
         if best_folder([value.replace("\\", "/") for value in values], folders)[0]:
             return f"Column {column!r} of {file} has backslashes in paths, such as {values[0]!r}. Write / instead."
+        if found := _in_another_case(values, folders):
+            name, path = found
+            return (
+                f"Column {column!r} of {file} names images in another case: {name!r} is {path.name!r} in "
+                f"{path.parent}. Correct the table."
+            )
         for ending in endings:
             if column not in named and best_folder([f"{value}{ending}" for value in values], folders)[0]:
                 return (
@@ -174,17 +201,32 @@ def _describe_no_images(
     return f"No column of {file} names images in {where}. {all_columns(columns)} Pass --image-column and --images."
 
 
+def _in_another_case(names: Sequence[str], folders: Sequence[Path]) -> tuple[str, Path] | None:
+    """Return a name that is a file in another case, and this file."""
+    for folder in folders:
+        for name in names[:MOST_COMPARED]:
+            place = folder / name
+            if place.parent.is_dir():
+                for entry in place.parent.iterdir():
+                    if entry.name.lower() == place.name.lower():
+                        return name, entry
+    return None
+
+
 def _file_names(values: Iterable[object]) -> list[str]:
     """Return some of the texts that may be names of files."""
     texts = [value for value in values if isinstance(value, str)]
     return sample([text for text in texts if text.strip() and "://" not in text and len(text) < LONGEST_NAME])
 
 
-def _repeated_images(files: Sequence[Path], image: str) -> str | None:
+def _repeated_images(files: Sequence[Path], image: str, encoding: str | None) -> str | None:
     """Return the first image that is in several rows; None if there is none among the first rows."""
     seen: set[str] = set()
     rows = (
-        name for file in files for batch in read_batches(file, [image], [image]) for name in batch[image].to_pylist()
+        name
+        for file in files
+        for batch in read_batches(file, [image], [image], None, encoding)
+        for name in batch[image].to_pylist()
     )
     for name in islice(rows, MOST_ROWS):
         if name in seen and name:

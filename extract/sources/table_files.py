@@ -162,7 +162,7 @@ def read_batches(
         raise UserError(f"Table {path} cannot be read: {' '.join(str(problem).split())}.") from problem
 
 
-def text_columns(path: Path) -> list[str]:
+def text_columns(path: Path, encoding: str | None = None) -> list[str]:
     """Return the names of the columns of a table that may contain texts or lists of texts.
 
     Names that are blank or occur twice are left out. In JSONL, the first rows decide.
@@ -173,7 +173,7 @@ def text_columns(path: Path) -> list[str]:
     try:
         match path.suffix.lower():
             case ".csv" | ".tsv" as ending:
-                names = read_header(path, DELIMITERS if ending == ".csv" else ("\t", *DELIMITERS))
+                names = read_header(path, DELIMITERS if ending == ".csv" else ("\t", *DELIMITERS), encoding)
             case ".jsonl":
                 names = []
                 rows = [row for _, row in islice(_lines(path), BATCH_ROWS)]

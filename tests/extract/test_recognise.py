@@ -67,7 +67,7 @@ def test_messy_csv(messy, typed):
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "my data/captions.csv: a CSV table of images in my data/pictures (kind: table)",
-        "  60 images, of which 2 are missing, captions: raw (59)",
+        "  60 images (2 missing), captions: raw (59)",
         "    Trip 0/IMG 0.png  raw: 'A \"red\" house; number 0'",
         "    Trip 1/IMG 1.JPG  raw: 'A \"red\" house; number 1'",
         "    Trip 2/IMG 2.png  raw: 'A \"red\" house; number 2'",
@@ -105,6 +105,23 @@ def test_rerun_uses_the_manifest_unless_it_differs(messy, typed):
     assert manifest.read_text() == edited.replace("raw: Caption", "long: Caption")
     manifest.write_text("name: [")
     assert "my-data.yaml is not valid YAML" in typed("init", "my data")[2]
+
+
+def test_tables_of_another_encoding(data):
+    draw(data / "a.png")
+    table = write_csv(data / "t.csv", ["image", "légende"], ["a.png", "une forêt énorme"], encoding="cp1252")
+    recognised = recognise(table)
+    assert recognised.content["source"]["captions"] == {"raw": "légende"}
+    assert recognised.content["source"]["encoding"] == "cp1252"
+    assert recognised.lines[2:4] == [
+        "    a.png  raw: 'une forêt énorme'",
+        "  the table is not UTF-8 and is read as cp1252. If texts look wrong, set another `encoding` in the manifest.",
+    ]
+    table.write_bytes("image,légende\na.png,une forêt ".encode() + b"\xe9norme\n")
+    recognised = recognise(table)  # damaged UTF-8
+    assert "encoding" not in recognised.content["source"]
+    assert recognised.lines[2] == "    a.png  raw: 'une forêt \ufffdnorme'"
+    assert source_of(write_csv(table, ["image", "légende"], ["a.png", "une forêt"], encoding="utf-16"))
 
 
 def test_several_captions_per_image(data):
@@ -189,6 +206,12 @@ TWO = [["a.png", "b.png", "a red house", "ein rotes Haus"]]
             {},
             "has backslashes in paths, such as 'sub\\\\\\\\e.png'",
         ),
+        (
+            ["image", "note"],
+            [["A.PNG", "a red house"]],
+            {},
+            "in another case: 'A.PNG' is 'a.png' in .*my data. Correct",
+        ),
         (["image", "note"], [["a", "a red house"]], {}, "names images without their ending: 'a' instead of 'a.png'"),
         (
             ["x", "note"],
@@ -216,7 +239,7 @@ TWO = [["a.png", "b.png", "a red house", "ein rotes Haus"]]
             "only one",
         ),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_tables_that_leave_something_open(data, header, rows, choices, expected):
     for name in ("a.png", "b.png", "sub/e.png"):
