@@ -202,7 +202,7 @@ def _recognise(data: Path, choices: Choices, out: str | Path | None, report: Rep
     recognised = Recognised.of(data, choices)
     path = as_path(out) if out else Path("features") / f"{recognised.name}.zarr"
     beside = Path("features") / path.name if is_remote(path) else path
-    file = beside.with_suffix(".yaml")
+    file = beside.with_name(f"{beside.name.removesuffix('.zarr')}.yaml")
     report.recognised(recognised, file, recognised.write(file))
     return Manifest.read(file), file.parent, path
 

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sail_align.extract.errors import UserError, listing
-from sail_align.extract.recognise.columns import Choices, NoImagesError, Understood
+from sail_align.extract.recognise.columns import Choices, Understood
 from sail_align.extract.recognise.places import best_folder, folders_near, relative_to, sample
 from sail_align.extract.system.files import read_json
 
@@ -17,8 +17,7 @@ def recognise_annotations(file: Path, choices: Choices) -> Understood:
     """Return how to read an annotation file.
 
     Raises:
-        UserError: The file has another form, or a choice does not fit it.
-        NoImagesError: Its images are not there.
+        UserError: The file has another form, its images are not there, or a choice does not fit it.
     """
     choices.require_unused(("--image-column", "--caption-columns"), f"{file} has no columns")
     content = read_json(file, _REMEDY)
@@ -51,7 +50,7 @@ def _find_images(file: Path, names: list[str], choices: Choices) -> Path:
     found, folder = best_folder(sample(names), folders)
     if not found:
         where = choices.images or f"{file.parent} and the folders near it"
-        raise NoImagesError(
+        raise UserError(
             f"No image of {file} is in {where}; the first is {listing(names[:1])!r}. Pass the folder of the images "
             "with --images."
         )

@@ -27,10 +27,6 @@ class UndecidedError(UserError):
     """The data fit several descriptions, or none, until the user passes an option."""
 
 
-class NoImagesError(UserError):
-    """A table names no images that are there."""
-
-
 @dataclass(frozen=True)
 class Choices:
     """Options with which users decide what the data leave open.

@@ -9,7 +9,7 @@ from typing import Any
 
 from sail_align.extract.errors import UserError, command, listing
 from sail_align.extract.recognise.annotations import recognise_annotations
-from sail_align.extract.recognise.columns import Choices, NoImagesError, Understood
+from sail_align.extract.recognise.columns import Choices, UndecidedError, Understood
 from sail_align.extract.recognise.hub import recognise_hub_folder
 from sail_align.extract.recognise.tables import TABLES, has_image_bytes, recognise_tables
 from sail_align.extract.recognise.tars import recognise_tars
@@ -107,8 +107,9 @@ def _recognise_folder(folder: Path, choices: Choices) -> Understood:
         return recognise_hub_folder(folder, choices)
     if content.tars and not content.images:
         return recognise_tars(folder, content.tars, choices)
+    notes: list[str] = []
     if content.tables or (content.images and content.annotations):
-        listed = _recognise_listed(folder, content, choices)
+        listed = _recognise_listed(folder, content, choices, notes)
         if listed:
             return listed
     if not content.images and content.others["without extension"] == 0:
@@ -116,19 +117,27 @@ def _recognise_folder(folder: Path, choices: Choices) -> Understood:
         raise UserError(f"{folder} contains no images, tables or tars ({there or 'it is empty'}). Give {KNOWN}.")
     choices.require_unused(("--image-column", "--caption-columns", "--images"), f"{folder} has no table of images")
     understood = _class_folders(folder, content) or _plain_images(folder, content)
+    understood.notes.extend(notes)
     if content.tars:
         understood.notes.append(f"{len(content.tars):,} tars in it are not read; give their path to use them")
     return understood
 
 
-def _recognise_listed(folder: Path, content: _Content, choices: Choices) -> Understood | None:
+def _recognise_listed(folder: Path, content: _Content, choices: Choices, notes: list[str]) -> Understood | None:
     """Return how to read the table or annotation file of a folder; None if none names images that are there.
 
+    Args:
+        folder: The folder.
+        content: Its content.
+        choices: The user's choices.
+        notes: Receives why tables of a folder of images are not read.
+
     Raises:
-        UserError: Several files do, or the only one cannot be read.
+        UserError: Several files do, or the folder has nothing else.
+        UndecidedError: The user has to name a column of a file.
     """
     found: dict[str, Understood] = {}
-    problems: list[UserError] = []
+    problems: dict[str, UserError] = {}
     names = content.tables + (content.annotations if len(content.annotations) <= MOST_ANNOTATIONS else [])
     groups = _same_columns(folder, content.tables) if len(content.tables) > 1 and not content.images else None
     for name in names[: 2 * MOST_ANNOTATIONS]:
@@ -142,7 +151,7 @@ def _recognise_listed(folder: Path, content: _Content, choices: Choices) -> Unde
             elif file.stat().st_size <= LARGEST_JSON:
                 found[name] = recognise_annotations(file, choices)
         except UserError as problem:
-            problems.append(problem)
+            problems[name] = problem
     if len(found) > 1:
         raise UserError(
             f"{folder} has several files that list images: {listing(found)}. Give the path of one, such as "
@@ -150,11 +159,12 @@ def _recognise_listed(folder: Path, content: _Content, choices: Choices) -> Unde
         )
     if found:
         return next(iter(found.values()))
-    if not content.images and problems:
-        raise problems[0]
-    undecided = [problem for problem in problems if not isinstance(problem, NoImagesError)]
-    if content.tables and (undecided or choices.image_column or choices.images):
-        raise (undecided or problems)[0]
+    undecided = [problem for problem in problems.values() if isinstance(problem, UndecidedError)]
+    if undecided or not content.images or any(choices.given()):
+        raise (undecided or list(problems.values()))[0]
+    notes += [
+        f"{name} is not read: {problem}".rstrip(".") for name, problem in problems.items() if name in content.tables
+    ]
     return None
 
 

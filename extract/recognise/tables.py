@@ -13,7 +13,6 @@ from sail_align.extract.recognise.columns import (
     MOST_VALUES,
     Choices,
     Columns,
-    NoImagesError,
     UndecidedError,
     Understood,
     all_columns,
@@ -43,8 +42,7 @@ def recognise_tables(files: Sequence[Path], choices: Choices) -> Understood:
     """Return how to read tables of the same columns.
 
     Raises:
-        UserError: The tables cannot be read or have no rows, or a choice does not fit them.
-        NoImagesError: No column names images that are there.
+        UserError: The tables cannot be read, have no rows or name no images that are there, or a choice does not fit.
         UndecidedError: The user has to name a column.
     """
     first = files[0]
@@ -138,8 +136,7 @@ def _find_images(file: Path, columns: Columns, choices: Choices) -> tuple[str, P
     """Return the column whose values are images, and the folder they are in.
 
     Raises:
-        UserError: A choice does not fit the table.
-        NoImagesError: No column names images that are there.
+        UserError: A choice does not fit the table, or no column names images that are there.
         UndecidedError: Several columns do.
     """
     chosen = choices.image_column
@@ -153,7 +150,7 @@ def _find_images(file: Path, columns: Columns, choices: Choices) -> tuple[str, P
     found = {column: best_folder(values, folders) for column, values in names.items() if values}
     share = {column: hits / len(names[column]) for column, (hits, _) in found.items() if hits}
     if not share:
-        raise NoImagesError(_describe_no_images(file, columns, names, folders, choices))
+        raise UserError(_describe_no_images(file, columns, names, folders, choices))
     best = [column for column in share if share[column] >= max(share.values()) / 2]
     if len(best) > 1:
         usual = [column for column in best if _USUAL_IMAGE.fullmatch(column.lower())]

@@ -298,6 +298,20 @@ def test_folders_of_images(data, monkeypatch, files, kind, classes):
     assert content.get("task") == ({"kind": "classification"} if kind == "class-folder" else None)
 
 
+def test_unrelated_tables_in_a_folder_of_images_are_named(data):
+    draw(data / "a.png")
+    (data / "broken.csv").write_text('x,y\n"a red')
+    write_csv(data / "prices.csv", ["item", "price"], ["a chair", "3"])
+    (data / "notes.json").write_text("[]")
+    recognised = recognise(data)
+    assert recognised.content["source"]["kind"] == "images"
+    notes = [line for line in recognised.lines if "is not read" in line]
+    assert [line.split(" is not read: ")[0] for line in notes] == ["  broken.csv", "  prices.csv"]
+    assert "No column of" in notes[1]
+    with pytest.raises(UserError, match=r"broken\.csv is invalid"):
+        recognise(data, image_column="item")
+
+
 def test_splits_of_class_folders_are_asked_for(data):
     for split in ("train", "val"):
         draw(data / split / "cat" / "a.png"), draw(data / split / "dog" / "a.png")
