@@ -13,14 +13,14 @@ PROBED = 200
 
 
 def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
-    """Return how to read a folder that `save_to_disk` wrote, or that was downloaded from the hub.
+    """Return how to read a folder that `save_to_disk` wrote or that was downloaded from the hub, or a file of it.
 
     Raises:
         UserError: The library is not installed, or cannot read the folder, or a choice does not fit the data set.
         UndecidedError: The user has to name a column.
     """
     choices.require_unused(("--images",), f"the data set in {folder} has its images in a column")
-    splits = split_names(folder)
+    splits = ["train"] if folder.is_file() else split_names(folder)
     split = "train" if "train" in splits or not splits else splits[0]
     rows = open_rows(HuggingFaceConfig(kind="hugging-face", root=str(folder), split=split), Path())
     images = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"] or [

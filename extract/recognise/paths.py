@@ -42,7 +42,7 @@ def recognise(path: Path, choices: Choices) -> Understood:
         raise UserError(f"{path} is missing. Give {KNOWN}.")
     match path.suffix.lower():
         case ".parquet" if has_image_bytes(path):
-            return recognise_hub_folder(path.parent, choices)
+            return recognise_hub_folder(path, choices)
         case suffix if suffix in TABLES:
             return recognise_tables([path], choices)
         case ".json":

@@ -123,9 +123,8 @@ class Recognised:
         return Path(os.path.relpath(root, base)).as_posix() if near else str(root)
 
     def _text(self, content: dict[str, Any]) -> str:
-        lines = [
-            f"# From {self.path.name or self.path}: {self.understood.what}. Edit it as you like; see docs/data.md."
-        ]
+        name = os.path.basename(os.path.abspath(self.path))
+        lines = [f"# From {name}: {self.understood.what}. Edit it as you like; see docs/data.md."]
         for name, value in content.items():
             if not isinstance(value, dict):
                 lines.append(_dump(name, value))

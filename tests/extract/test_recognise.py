@@ -390,6 +390,67 @@ def test_tars(data, members, names, expected):
         assert source_of(data / names[0]) == expected
 
 
+@pytest.fixture
+def hub(data, monkeypatch) -> Path:
+    """A folder as it is downloaded from the hub, of two splits with images in parquet files."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data.parent / "cache")
+    feature = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (data / "data").mkdir(parents=True)
+    for split, rows in (("train", 3), ("test", 2)):
+        images = pa.array([{"bytes": png(), "path": None}] * rows, feature)
+        texts = [[f"a red house {row}", f"one house {split}"] for row in range(rows)]
+        info = {
+            "image": {"_type": "Image"},
+            "texts": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+        }
+        schema = pa.schema([("image", feature), ("texts", pa.list_(pa.string()))])
+        metadata = {"huggingface": json.dumps({"info": {"features": info}})}
+        table = pa.Table.from_arrays([images, pa.array(texts)], schema=schema.with_metadata(metadata))
+        pq.write_table(table, data / "data" / f"{split}-00000-of-00001.parquet")
+    return data
+
+
+@pytest.mark.slow
+def test_folders_of_the_hub(hub, typed):
+    recognised = recognise(hub)
+    source = recognised.content["source"]
+    assert source == {"kind": "hugging-face", "root": str(hub), "split": "train", "image": "image", "captions": "texts"}
+    assert recognised.lines[1] == "  3 images, captions: c0 (3), c1 (3)"
+    assert any(line.startswith("  splits: ") and "'train' is used" in line for line in recognised.lines)
+    file = hub / "data" / "test-00000-of-00001.parquet"  # of a single split
+    assert recognise(file).lines[1] == "  2 images, captions: c0 (2), c1 (2)"
+    assert typed("init", str(file.relative_to(hub.parent)))[0] == 0
+    assert typed("check", "test-00000-of-00001.yaml")[1].endswith("ready\n")
+
+
+@pytest.mark.slow
+def test_saved_data_sets(data, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = {"img": [str(draw(data / f"{name}.png")) for name in "ab"], "kind": [0, 1]}
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    table = datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image()).cast_column("kind", names)
+    table.save_to_disk(data / "labelled")
+    content = recognise(data / "labelled").content
+    assert content["source"] == {
+        "kind": "hugging-face",
+        "root": str(data / "labelled"),
+        "split": "train",
+        "image": "img",
+        "label": "kind",
+    }
+    assert content["task"] == {"kind": "classification"}
+    table = table.add_column("title", ["a cat", "a dog"]).add_column("note", ["one cat", "one dog"])
+    datasets.DatasetDict({"val": table}).save_to_disk(data / "captioned")
+    source = source_of(data / "captioned")
+    assert source == {"split": "val", "image": "img", "captions": {"raw": "title"}}
+    assert source_of(data / "captioned", caption_columns=("note",))["captions"] == {"raw": "note"}
+    with pytest.raises(UserError, match=r"--image-column is invalid: .* has images in the columns img"):
+        recognise(data / "captioned", image_column="title")
+    with pytest.raises(UserError, match=r"--images has no effect: the data set in .* has its images in a column"):
+        recognise(data / "captioned", images=data)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
