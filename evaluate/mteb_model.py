@@ -54,11 +54,11 @@ class MtebModel:
     def mteb_model_meta(self) -> "ModelMeta":
         """The metadata that mteb stores with results. The revision is the digest of the run."""
         _mteb()
-        meta: type[ModelMeta] = importlib.import_module("mteb.models").ModelMeta
+        meta: Any = importlib.import_module("mteb.models").ModelMeta
         run = self.model.run
         parameters = sum(each.numel() for each in self.model.parameters())
         size = sum(each.numel() * each.element_size() for each in self.model.parameters())
-        return meta(
+        described: ModelMeta = meta(
             loader=MtebModel,
             name=self.name,
             revision=run.digest,
@@ -78,6 +78,7 @@ class MtebModel:
             training_datasets=None,
             modalities=list(MODALITIES),
         )
+        return described
 
     def encode(self, inputs: "DataLoader[Any]", *, show_progress_bar: bool = True, **kwargs: Any) -> Embeddings:
         """Embed batches of texts, of images, or of both, (N, E).
@@ -218,4 +219,4 @@ def _mteb() -> Any:
 
 def _unit_rows(embeddings: Any) -> torch.Tensor:
     rows_NE = torch.as_tensor(embeddings, dtype=torch.float32)
-    return torch.nn.functional.normalize(torch.atleast_2d(rows_NE), dim=-1)
+    return torch.nn.functional.normalize(rows_NE if rows_NE.ndim > 1 else rows_NE[None], dim=-1)

@@ -14,10 +14,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 
+from sail_align.align.hub.folder import PREPROCESSOR, TOKENIZER, WEIGHTS
 from sail_align.align.hub.sentence_transformers import ENCODER_FOLDERS
 from sail_align.align.inputs import load_pixels
 from sail_align.align.pretrained import PretrainedModel
 from sail_align.align.pretrained import load as load_model
+from sail_align.align.runs.folder import CONFIG
 
 
 def load(folder: str | Path, *, device: str | None = None) -> SentenceTransformer:
@@ -42,7 +44,7 @@ class SailModule(InputModule):
     """
 
     def __init__(self, model: PretrainedModel, folder: Path):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.folder = model, folder
 
     @property
@@ -71,7 +73,9 @@ class SailModule(InputModule):
         Raises:
             ValueError: An input is neither a text nor an image, such as a chat message.
         """
-        images, texts, is_image = [], [], []
+        images: list[Any] = []
+        texts: list[str] = []
+        is_image = []
         for each in inputs:
             modality = infer_modality(each, supported_modalities=["text", "image"])
             if modality not in ("text", "image"):
@@ -100,19 +104,26 @@ class SailModule(InputModule):
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Copy the files of the folder that the module was loaded from."""
-        names = ("model.safetensors", "config.json")
-        for name in names:
+        for name in (WEIGHTS, CONFIG, PREPROCESSOR, TOKENIZER):
             shutil.copyfile(self.folder / name, Path(output_path) / name)
         for name in ENCODER_FOLDERS.values():
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, Path(output_path) / name, dirs_exist_ok=True)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> Self:
-        """Load a folder or a repository of the hub; see `sentence_transformers` for the options."""
-        known = {
-            name: options[name] for name in ("token", "cache_folder", "revision", "local_files_only") if name in options
-        }
-        folder = Path(cls.load_dir_path(model_name_or_path, subfolder, **known) or model_name_or_path)
-        copies = {f"{side}_folder": folder / name for side, name in ENCODER_FOLDERS.items() if (folder / name).is_dir()}
-        return cls(load_model(folder, device="cpu", **copies), folder)
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a folder or a repository of the hub. See `sentence_transformers` for the options."""
+        downloaded = cls.load_dir_path(model_name_or_path, subfolder, token, cache_folder, revision, local_files_only)
+        folder = Path(downloaded or model_name_or_path)
+        image, text = (path if (path := folder / name).is_dir() else None for name in ENCODER_FOLDERS.values())
+        return cls(load_model(folder, device="cpu", image_folder=image, text_folder=text), folder)

@@ -91,8 +91,8 @@ class _Image(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels_BHWC = (pixels.float() / 255 - self.mean) / self.std
-        features_BD = pool_image(*self.network(pixels_BHWC.permute(0, 3, 1, 2)), self.pooling)
-        return self.model.encode_image(features_BD.half())
+        cls_BD, patches_BhwD = self.network(pixels_BHWC.permute(0, 3, 1, 2))
+        return self.model.encode_image(pool_image(cls_BD, patches_BhwD, self.pooling).half())
 
 
 class _Text(nn.Module):

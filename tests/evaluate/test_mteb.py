@@ -238,3 +238,22 @@ def test_no_task_and_no_mteb(run, monkeypatch):
     monkeypatch.setattr("importlib.import_module", import_module)
     problem = CliRunner().invoke(app, ["mteb", str(run), "--tasks", "CIFAR10ZeroShot"]).exception
     assert str(problem) == "mteb is not installed. Install it with: pip install 'sail-align[mteb]'."
+
+
+def test_export_for_sentence_transformers_gives_the_same_numbers(run, results, local_tasks, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="the extra sentence-transformers is not installed")
+    import mteb
+    from mteb.models import SentenceTransformerEncoderWrapper
+
+    from sail_align.align.cli import app as align_app
+    from sail_align.sentence_transformers import load
+
+    words = ["export", str(run), "--to", "sentence-transformers", "--out", str(tmp_path / "st")]
+    assert CliRunner().invoke(align_app, words).exit_code == 0
+    model = SentenceTransformerEncoderWrapper(load(tmp_path / "st", device="cpu"))
+    # mteb takes a model that is not on the hub for one of texts
+    model.mteb_model_meta = model.mteb_model_meta.model_copy(update={"modalities": ["image", "text"]})
+    tasks = [local_tasks[0][0]()]
+    found = mteb.evaluate(model, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
+    yours, mine = found.task_results[0].scores["test"][0], scores(results, "LocalT2IRetrieval")
+    assert {k: yours[f"hit_rate_at_{k}"] for k in (1, 5, 10)} == {k: mine[f"hit_rate_at_{k}"] for k in (1, 5, 10)}
