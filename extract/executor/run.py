@@ -57,7 +57,7 @@ def run_job(
     with report_stop(lambda: RERUN):
         store = job.open_store(quiet=quiet)
         on_open(store)
-        with closing(Tally(job.arrays * share.rows(store), store.dataset, quiet=quiet)) as tally:
+        with closing(Tally(job.arrays * share.rows(store), store.dataset, arrays=job.arrays, quiet=quiet)) as tally:
             end = "failed"
             try:
                 executor.execute(job, share, tally)
@@ -105,6 +105,6 @@ def fill(store: Store, tasks: Sequence[ArrayTask], *, quiet: bool = False) -> Su
         WorkersFailedError: Some shards failed.
         UserError: The disk is full, or a task failed for a reason that concerns all shards.
     """
-    with closing(Tally(len(tasks) * store.rows, store.dataset, quiet=quiet)) as tally:
+    with closing(Tally(len(tasks) * store.rows, store.dataset, arrays=len(tasks), quiet=quiet)) as tally:
         Worker(store, tasks, tally.receive, Share()).run()
         return tally.summary()

@@ -62,6 +62,7 @@ class Summary:
         written: Bytes of the shards that it has written.
         units: Number of GPUs or cores of the run.
         unit: `GPU` or `core`.
+        arrays: Number of arrays that the run fills.
     """
 
     encoded: int
@@ -71,6 +72,7 @@ class Summary:
     written: int
     units: int
     unit: str
+    arrays: int = 1
 
     @property
     def hours_left(self) -> float | None:
@@ -89,10 +91,11 @@ class Summary:
     def __str__(self) -> str:
         if not self.encoded:
             return f"0 rows encoded in {self.seconds:.0f} s"
+        of_arrays = f" of {self.arrays} arrays" if self.arrays > 1 else ""
         return (
-            f"{self.encoded:,} rows encoded in {self.seconds:.0f} s, {self.encoded / self.seconds:,.0f} per second, "
-            f"{self.units * self.seconds / 3600:.3g} {self.unit}-hours, {self.read / GIGABYTE:.3g} GB read, "
-            f"{self.written / GIGABYTE:.3g} GB written"
+            f"{self.encoded:,} rows{of_arrays} encoded in {self.seconds:.0f} s, "
+            f"{self.encoded / self.seconds:,.0f} per second, {self.units * self.seconds / 3600:.3g} {self.unit}-hours, "
+            f"{self.read / GIGABYTE:.3g} GB read, {self.written / GIGABYTE:.3g} GB written"
         )
 
     def append_to_log(self, store: Path, end: str) -> None:
@@ -127,15 +130,18 @@ class Tally:
 
     Args:
         total: Rows of the run's share, over all arrays.
-        description: Label of the progress bar.
+        description: Label of the progress bar. It counts items of the data set: rows divided by `arrays`.
+        arrays: Number of arrays that the run fills.
         quiet: Show no progress bar.
     """
 
-    def __init__(self, total: int, description: str, *, quiet: bool = False):
+    def __init__(self, total: int, description: str, *, arrays: int = 1, quiet: bool = False):
         self.workers = 1
         self.hardware = (cores(), "core")
         self._lock = threading.Lock()
-        self._bar = progress(total, description, quiet=quiet)
+        self._arrays = max(arrays, 1)
+        self._bar = progress(total // self._arrays, description, unit="item", quiet=quiet)
+        self._done = 0  # rows that the bar shows
         self._started = time.monotonic()
         self._committed: dict[Shard | None, int] = {}
         self._encoded = self._written = self._read = 0
@@ -152,7 +158,7 @@ class Tally:
             known = event.shard in self._committed
             match event.kind:
                 case "encoded":
-                    self._bar.update(event.amount)
+                    self._bar.update(self._advance(event.amount))
                 case "read":
                     self._read += event.amount
                 case "committed":
@@ -175,13 +181,19 @@ class Tally:
         """Return the summary of the run until now."""
         left = self._total - sum(self._committed.values())
         seconds = time.monotonic() - self._started
-        return Summary(self._encoded, left, seconds, self._read, self._written, *self.hardware)
+        return Summary(self._encoded, left, seconds, self._read, self._written, *self.hardware, self._arrays)
 
     def _shift(self, rows: int) -> None:
         """Move the bar by rows that this run has not encoded, without a change of the rate."""
+        items = self._advance(rows)
         if not self._bar.disable:
-            self._bar.initial += rows
-            self._bar.n += rows
+            self._bar.initial += items
+            self._bar.n += items
+
+    def _advance(self, rows: int) -> int:
+        """Count rows, and return the number of whole items that the bar moves by."""
+        before, self._done = self._done, self._done + rows
+        return self._done // self._arrays - before // self._arrays
 
 
 def cores() -> int:

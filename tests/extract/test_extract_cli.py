@@ -82,7 +82,7 @@ def test_run_status_and_verify(pictures, typed):
     code, printed, _ = typed("verify", str(out), "--discard")
     assert code == 1
     assert "text/minilm-l6/raw shard 1: features file has changed since it was committed" in printed
-    assert "256 rows encoded" in typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED)[1]
+    assert "256 rows of" in typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED)[1]
     assert "no problems found" in typed("verify", str(out))[1]
 
     code, _, err = typed("run", manifest, "--out", str(out), "--quiet", *PACKAGED, "--text-pooling", "cls")
