@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 from sail_align.align.data.captions import parse_captions
@@ -348,14 +349,16 @@ def _document_settings() -> None:
         paper, small = setting.defaults
         default = paper if small == paper else f"{paper}; small: {small}"
         choices = f" One of: {setting.values}." if setting.choices else ""
-        return f"    {setting.name}: {setting.help}{choices}" + (f" Default: {default}." if default else "")
+        text = f"{setting.name}: {setting.help}{choices}" + (f" Default: {default}." if default else "")
+        return fill(in_python(text, names), 110, initial_indent="    ", subsequent_indent="        ")
 
-    lines = "\n".join(map(describe, SETTINGS.values()))
     parameters = inspect.signature(fit).parameters
+    names = {*parameters, *SETTINGS}
     keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SETTINGS]
     named = [each for each in parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     fit.__dict__["__signature__"] = inspect.Signature([*named, *keywords], return_annotation=FitResult)
-    fit.__doc__ = f"{inspect.getdoc(fit)}\n\nSettings:\n{in_python(lines, {*parameters, *SETTINGS})}\n"
+    lines = "\n".join(map(describe, SETTINGS.values()))
+    fit.__doc__ = f"{inspect.getdoc(fit)}\n\nSettings:\n{lines}\n"
 
 
 _document_settings()

@@ -48,13 +48,14 @@ from sail_align.extract.encoders.weights import download
 from sail_align.extract.errors import UserError
 from sail_align.extract.sources.images import upright_rgb
 from sail_align.extract.system.progress import progress as progress_bar
+from sail_align.extract.system.python_calls import PathLike
 
 _HEAD_BATCH = 4_096
 """Rows that a head maps at once."""
 
 
 def load(
-    reference: str | Path,
+    reference: PathLike,
     *,
     device: str = "auto",
     revision: str | None = None,
@@ -64,12 +65,15 @@ def load(
     """Load heads and their encoders, which must be those recorded in the run.
 
     Args:
-        reference: A run, one of its checkpoints, a folder of `sail-align export`, or the hub repository of such a
-            folder, `owner/name`.
+        reference: A run, one of its checkpoints, the result of `fit`, a folder of `sail-align export`, or the hub
+            repository of such a folder, `owner/name`.
         device: Device of heads and encoders; `auto` uses a GPU if there is one.
         revision: Revision of the repository. A full commit hash is the safest.
         image_folder: Folder of the image encoder, if it is a local folder that has moved.
         text_folder: Folder of the text encoder, if it is a local folder that has moved.
+
+    Returns:
+        A `torch.nn.Module` with `encode_image`, `encode_text`, `similarity`, `classify`, `segment`, `heads` and more.
 
     Raises:
         EncoderChangedError: An encoder with the recorded name has other weights or gives other features.
@@ -83,18 +87,19 @@ def load(
     return PretrainedModel(run, image, text)
 
 
-def read(reference: str | Path, revision: str | None = None) -> Run:
+def read(reference: PathLike, revision: str | None = None) -> Run:
     """Read the heads without the encoders. See `load` for the arguments."""
+    reference = os.fspath(reference)
     path = Path(reference)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{path} is a folder and has no revision {revision!r}. Leave the revision out.")
         folder = RunFolder(path)
         return load_run(path) if folder.is_run or folder.is_checkpoint else read_hub_folder(path)
-    if str(reference).count("/") != 1 or str(reference).startswith((".", "/", "~")):
+    if reference.count("/") != 1 or reference.startswith((".", "/", "~")):
         raise UserError(f"{reference} is neither a folder nor a repository. Pass a run, an export, or <owner>/<name>.")
     try:
-        return read_hub_folder(download(str(reference), revision, [CONFIG, WEIGHTS, CARD]))
+        return read_hub_folder(download(reference, revision, [CONFIG, WEIGHTS, CARD]))
     except UserError as problem:
         raise UserError(f"{reference} is not a local folder. As a repository: {problem}") from problem
 

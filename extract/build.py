@@ -18,6 +18,7 @@ from sail_align.extract.manifest import (
 from sail_align.extract.recognise.columns import Choices
 from sail_align.extract.recognise.record import Recognised
 from sail_align.extract.system.files import as_path, is_remote
+from sail_align.extract.system.progress import note
 
 if TYPE_CHECKING:
     from sail_align.extract.data import Source
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 def _ignore(*received: object) -> None:
     """Do nothing."""
+
+
+def _note_recognised(recognised: Recognised, file: Path, is_new: bool) -> None:
+    """Print a note on what data were recognised as, and where their manifest is."""
+    for line in (*recognised.lines, f"{'wrote' if is_new else 'using'} {file}"):
+        note(line)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def build_store(
     retry: str | None = None,
     download: bool = False,
     quiet: bool = False,
-    report: Report = Report(),
+    report: Report | None = None,
 ) -> "Store":
     """Encode a data set into a store of features, as `sail-extract run` does. Call it again to resume.
 
@@ -105,8 +112,8 @@ def build_store(
         ray_address: The Ray cluster. Default: `$RAY_ADDRESS`, else this machine alone.
         retry: "failed" retries the images that could not be encoded.
         download: First download the images, if the manifest has `download`. They are not downloaded twice.
-        quiet: Show no progress bars.
-        report: Receives what is found and done.
+        quiet: Print nothing, and show no progress bars.
+        report: Receives what is found and done. Default: notes say what a path of data was recognised as.
 
     Returns:
         The opened store.
@@ -114,8 +121,9 @@ def build_store(
     Raises:
         UserError: An option is invalid, data or an encoder are missing, or the store belongs to other data.
         WorkersFailedError: Shards are left because workers failed.
-        StoppedError: SIGTERM or Ctrl-C.
+        StoppedError: SIGTERM or Ctrl-C, for which `sail_align.build_store` raises `KeyboardInterrupt`.
     """
+    report = report or Report(recognised=_ignore if quiet else _note_recognised)
     _check_options(retry, workers, add_captions, captions or image_encoder)
     if download and (add_captions or worker != "1/1"):
         raise UserError("--download is for one process that reads images. Omit --add-captions and --worker.")

@@ -7,10 +7,11 @@ Use a model: a run, an exported folder, or a repository on the hub.
     model = sail_align.load("runs/demo-glu")
     cat = model.encode_image("cat.jpg")  # (1, E), unit-norm
     print(cat @ model.encode_text(["a cat", "a dog"]).T)
+    print(model.classify("cat.jpg", ["cat", "dog"]))  # probabilities; see also segment, similarity, heads
 
 Make one: encode a data set into a store of frozen features, train the heads on it, and score them.
 
-    store = sail_align.build_store("demo")  # or a manifest of your own data, or import_features("img.npy", "txt.npy")
+    store = sail_align.build_store("demo")  # or a folder of images, a table …; or import_features("img.npy", "txt.npy")
     result = sail_align.fit(store)
     print(result.metrics["r1"], "% R@1 on held-out pairs; chance is", result.metrics["chance"])
     scores = sail_align.score(result, ["demo-retrieval"])
@@ -39,13 +40,15 @@ if TYPE_CHECKING:
     from sail_align.align.pretrained import load
     from sail_align.evaluate.score import score
     from sail_align.extract.build import build_store
-    from sail_align.extract.errors import UserError
+    from sail_align.extract.errors import UserError as UserError
     from sail_align.extract.exchange.import_features import import_features
     from sail_align.extract.store import open_store
 
     __version__: str
 
-__all__ = ["UserError", "__version__", "build_store", "fit", "import_features", "load", "open_store", "score"]
+__all__ = ["__version__", "build_store", "fit", "import_features", "load", "open_store", "score"]
+
+# UserError is public, too. In `__all__`, it would fill the first page of `help(sail_align)` with what it inherits.
 
 _HOMES = {
     "UserError": "extract.errors",
@@ -75,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "UserError"])

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -77,6 +78,23 @@ def test_notes_go_to_stderr_in_pythons_words_unless_quiet(make_store, capfd):
     assert result.notes[0].startswith("Using --preset small")
     sail_align.fit(path, **QUICK)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_stop_saves_and_raises_what_python_expects(make_store, monkeypatch, number, error):
+    path, step = make_store("photos"), Stepper.step
+
+    def stopped(*arguments):
+        signal.raise_signal(number)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", stopped)
+        with pytest.raises(error):
+            sail_align.fit(path, **QUICK)
+    assert RunFolder(RunFolder(Path("runs/photos-glu")).last).step == 1
+    assert sail_align.fit(path, **QUICK).trained
 
 
 @pytest.mark.slow

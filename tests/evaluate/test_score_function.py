@@ -63,7 +63,7 @@ def test_nothing_to_score_is_an_empty_result(squares, run, capfd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sets": "squares"}, "Manifest 'squares' is unknown"),
+        ({"sets": "circles"}, "Manifest 'circles' is unknown"),
         ({"sets": 3}, "sets is invalid: got 3, expected a path or several."),
         ({"sets": []}, "sets is invalid: got an empty list"),
         ({"task": "retrieval"}, "task needs sets. Name those to score on."),
