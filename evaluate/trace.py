@@ -19,6 +19,7 @@ from sail_align.evaluate.tasks.task import all_tasks
 from sail_align.extract.data import Part, UnreadableImageError
 from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError, listing
+from sail_align.extract.exchange.record import read_record
 from sail_align.extract.manifest import Manifest
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import IndexRecord, Stamp
@@ -267,9 +268,10 @@ def _source(store: Store, manifests: Manifests) -> Generator[Link, None, None]:
     """Yield the links from a training store to its manifest and to the files that this names."""
     name = f"manifest {store.dataset}"
     if store.is_imported:
-        features = store.attributes["manifest"]["source"]["features"].values()
-        files = [f"{name} {digest[:12]}" for side in features for name, digest in (*side["files"], *side["tables"])]
-        yield Link(State.ABSENT, f"imported files of {store.dataset}", f"recorded {listing(files, 4)}")
+        sides = read_record(store)["features"].values()
+        recorded = [f"{file} {digest[:12]}" for side in sides for file, digest in side["files"] + side["tables"]]
+        shown = listing(dict.fromkeys(recorded), 4)
+        yield Link(State.ABSENT, f"imported files of {store.dataset}", f"recorded {shown}")
         return
     if store.dataset not in manifests:
         yield Link(State.ABSENT, name, f"{store.path} records no path of it. Name it with --manifest.")

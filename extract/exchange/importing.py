@@ -1,5 +1,6 @@
 """A store made of features that were computed elsewhere."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from sail_align.extract.errors import UserError, listing
 from sail_align.extract.exchange.features import Features, Places
 from sail_align.extract.exchange.identify import TRIED, Agreement, compare_images, compare_texts, require_dim
 from sail_align.extract.exchange.join import Joined
+from sail_align.extract.exchange.record import read_record
 from sail_align.extract.exchange.vector_files import BATCH_ROWS, Block
 from sail_align.extract.executor.encode import Advance, ArrayTask, EncodedRows
 from sail_align.extract.executor.run import fill
@@ -223,8 +225,7 @@ class Import:
         files = self.files
         record = IndexRecord.read(before.path / INDEX) if before else None
         if before and record and record.stamps == [IndexRecord.stamps_of(files)]:
-            source = before.attributes["manifest"].get("source", {})
-            known = [side[what] for side in source.get("features", {}).values() for what in ("files", "tables")]
+            known = [files for side in read_record(before)["features"].values() for files in _files(side)]
             here = [paths for side in self.sides for paths in (side.files, side.tables)]
             if list(map(len, known)) == list(map(len, here)):
                 return {
@@ -320,12 +321,15 @@ class Import:
 
 def agreements(store: Store) -> dict[str, Agreement | None]:
     """Return how imported features agree with the encoders that were named, by modality; None if not compared."""
-    recorded = store.attributes["manifest"]["source"]["encoders"]
     return {
-        side: Agreement(**about["compared"]) if about.get("compared") else None
-        for side, about in recorded.items()
+        side: Agreement(**compared) if (compared := about.get("compared")) else None
+        for side, about in read_record(store)["encoders"].items()
         if about
     }
+
+
+def _files(side: Any) -> tuple[Any, Any]:
+    return side["files"], side["tables"]
 
 
 def _described(config: EncoderConfig | None) -> dict[str, Any]:
@@ -334,25 +338,23 @@ def _described(config: EncoderConfig | None) -> dict[str, Any]:
 
 def _require_same(store: Store, record: Mapping[str, Any], sides: Sequence[Features]) -> None:
     """Raise `UserError` unless a store was made from the same features in the same way."""
-    before = dict(store.attributes["manifest"])
     if not store.is_imported:
         raise UserError(f"{store.path} exists and was not imported. Pass another --out.")
-    source = before["source"]
+    source = read_record(store)
     for side in sides:
         name = side.caption or "image"
-        there, here = source["features"].get(name, {}), record["source"]["features"][name]
-        for path, old, new in chain(
-            zip(side.files, there.get("files", []), here["files"], strict=False),
-            zip(side.tables, there.get("tables", []), here["tables"], strict=False),
-        ):
+        if name not in source["features"]:
+            continue
+        there, here = _files(source["features"][name]), _files(record["source"]["features"][name])
+        paths = (side.files, side.tables)
+        for path, old, new in chain(*(zip(*each, strict=False) for each in zip(paths, there, here, strict=True))):
             if old != new:
                 raise UserError(
                     f"{path} has changed since {store.path} was made: its SHA-256 was {old[1][:12]} ({old[0]}) and is "
                     f"now {new[1][:12]}. Restore it or pass another --out."
                 )
-    encoders = {side: {**about} for side, about in source["encoders"].items()}
-    for about in encoders.values():
+    before = copy.deepcopy(store.attributes["manifest"])
+    for about in before["source"]["encoders"].values():
         about.pop("compared", None)
-    before["source"] = {**source, "encoders": encoders}
     if difference := describe_difference(before, dict(record)):
         raise UserError(f"{store.path} was imported in another way: {difference}. Pass another --out.")

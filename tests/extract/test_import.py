@@ -348,3 +348,13 @@ def test_record_names_files_and_digests(vectors):
     spec = store.image().identity.spec
     assert (spec.source, spec.precision, spec.dim) == ({"loader": "imported"}, "float32", IMAGE_DIM)
     assert store.image().identity.golden == []
+
+
+def test_damaged_record_is_named(vectors):
+    np.save("a.npy", vectors[0])
+    imported("--image-features", "a.npy")
+    root = json.loads(Path("x.zarr/zarr.json").read_text())
+    root["attributes"]["sail"]["manifest"]["source"]["features"] = {"image": {"files": 3}}
+    Path("x.zarr/zarr.json").write_text(json.dumps(root))
+    message = str(invoke("--image-features", "a.npy", "--out", "x.zarr").exception)
+    assert message.startswith("x.zarr/zarr.json is damaged: ")
