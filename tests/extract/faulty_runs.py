@@ -71,7 +71,7 @@ class FaultyRuns:
             multiprocessing.get_context = lambda _: forks
         os.dup2(os.open(self.root / errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
-        def command() -> None:
+        def command(**_: object) -> None:
             job = replace(self.make_job(name, seconds), image=FakeChoice(modality, self.log, seconds))
             run_job(job, LocalExecutor(["cpu"] * devices), Share.parse(share), quiet=True)
 
@@ -249,8 +249,10 @@ def has_ended(pid: int) -> bool:
 def ray_driver(root: Path) -> None:
     from sail_align.extract.executor.ray_cluster import RayCluster
 
-    job = FaultyRuns(root).make_job("ray.zarr", 0.2)
-    run_command(lambda: run_job(job, RayCluster(None, "2", "cpu"), Share(), quiet=True))
+    def command(**_: object) -> None:
+        run_job(FaultyRuns(root).make_job("ray.zarr", 0.2), RayCluster(None, "2", "cpu"), Share(), quiet=True)
+
+    run_command(command)
 
 
 def worker_pids(pid: int) -> list[int]:
