@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -116,7 +116,7 @@ def import_features(
     for line in made.joined.lines(made.sides):
         typer.echo(line)
     store = made.run(out or made.default_path, device, quiet=quiet)
-    return {**store.to_dict(), "next": _report(made, store)}
+    return {**store.to_dict(), **_report(made, store)}
 
 
 @with_json
@@ -188,8 +188,8 @@ def _by_caption(option: str, given: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _report(made: "Import", store: "Store") -> str:
-    """Print what a store contains, how its features agree with encoders, and the next command, which is returned."""
+def _report(made: "Import", store: "Store") -> dict[str, Any]:
+    """Print what a store contains, how its features agree with encoders, and the next command; return the same."""
     from sail_align.extract.exchange.identify import LEAST_COSINE, UNIT
     from sail_align.extract.exchange.importing import agreements
     from sail_align.extract.quality.doctor import diagnose
@@ -203,7 +203,8 @@ def _report(made: "Import", store: "Store") -> str:
             )
         if counts.zero:
             typer.echo(f"warning: {counts.zero:,} rows of {label} are all zeros, as some programs write for failures.")
-    for side, agreement in agreements(store).items():
+    compared = agreements(store)
+    for side, agreement in compared.items():
         if agreement is None:
             missing = "--images" if side == "image" else "--captions"
             typer.echo(f"note: the {side} features were not compared with their encoder. Pass {missing} to do that.")
@@ -219,12 +220,17 @@ def _report(made: "Import", store: "Store") -> str:
             )
     for array in store.arrays():
         typer.echo(f"  {array.describe()}")
-    broken = False
-    if made.captions:
-        diagnosis = diagnose(store)
-        broken = diagnosis.verdict is Verdict.BROKEN
+    diagnosis = diagnose(store) if made.captions else None
+    broken = diagnosis is not None and diagnosis.verdict is Verdict.BROKEN
+    if diagnosis:
         typer.echo(f"{'warning: ' if broken else ''}pairing check: {diagnosis.summary}")
     typer.echo(f"wrote {store.path}: {store.rows:,} rows")
     following = command("sail-extract", "doctor", store.path) if broken else next_command(store)
     typer.echo(f"Next: {following}")
-    return following
+    return {
+        "joined": made.joined.to_dict(made.sides),
+        "encoders": compared,
+        "converted": made.counts,
+        "pairing": diagnosis.to_dict() if diagnosis else None,
+        "next": following,
+    }

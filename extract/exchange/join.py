@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,11 @@ class Joined:
                 f"warning: the keys of {self.differing:,} rows differ. Leave --by-position out to join by key."
             )
         return lines
+
+    def to_dict(self, sides: Sequence[Features]) -> dict[str, Any]:
+        """Return the numbers of `lines` as JSON-able data."""
+        missing = {side.label: int((places < 0).sum()) for side, places in zip(sides, self.places, strict=True)}
+        return {"by": self.column or "position", "missing": missing, "differing_keys": self.differing}
 
 
 def join(sides: Sequence[Features], key_column: str | None = None, *, by_position: bool = False) -> Joined:

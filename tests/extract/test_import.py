@@ -358,3 +358,19 @@ def test_damaged_record_is_named(vectors):
     Path("x.zarr/zarr.json").write_text(json.dumps(root))
     message = str(invoke("--image-features", "a.npy", "--out", "x.zarr").exception)
     assert message.startswith("x.zarr/zarr.json is damaged: ")
+
+
+def test_json_has_the_numbers_of_the_text(vectors):
+    images = vectors[0].copy()
+    images[3] = 1e6
+    np.save("a.npy", images)
+    parquet("b.parquet", vectors[1][:-7], pa.list_(pa.float64()), key=KEYS[:-7])
+    Path("keys.txt").write_text("\n".join(KEYS))
+    words = ("--image-features", "a.npy", "--image-keys", "keys.txt", "--text-features", "b.parquet", "--json")
+    result = CliRunner().invoke(app, ["import", *words, "--out", "x.zarr", "--quiet"])
+    record = json.loads(result.stdout)
+    missing = {"image features": 0, "text features 'raw'": 7}
+    assert record["joined"] == {"by": "key", "missing": missing, "differing_keys": 0}
+    assert record["converted"]["image features"] == {"overflown": 1, "zero": 0}
+    assert record["pairing"]["verdict"] == "good"
+    assert record["next"] == "sail-align fit --features x.zarr"
