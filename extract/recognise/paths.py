@@ -160,8 +160,9 @@ def _recognise_listed(folder: Path, content: _Content, choices: Choices, notes: 
     if found:
         return next(iter(found.values()))
     undecided = [problem for problem in problems.values() if isinstance(problem, UndecidedError)]
-    if undecided or not content.images or any(choices.given()):
-        raise (undecided or list(problems.values()))[0]
+    for problem in (*undecided, *problems.values()):
+        if undecided or not content.images or any(choices.given()):
+            raise problem
     notes += [
         f"{name} is not read: {problem}".rstrip(".") for name, problem in problems.items() if name in content.tables
     ]

@@ -312,6 +312,15 @@ def test_unrelated_tables_in_a_folder_of_images_are_named(data):
         recognise(data, image_column="item")
 
 
+def test_a_json_per_image_is_no_list_of_images(data):
+    for number in range(10):
+        draw(data / f"{number}.png")
+        (data / f"{number}.json").write_text("{}")
+    assert recognise(data).content["source"]["kind"] == "images"
+    with pytest.raises(UserError, match=r"--images has no effect: .* has no table of images\. Omit it"):
+        recognise(data, images=data)
+
+
 def test_splits_of_class_folders_are_asked_for(data):
     for split in ("train", "val"):
         draw(data / split / "cat" / "a.png"), draw(data / split / "dog" / "a.png")
