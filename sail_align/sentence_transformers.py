@@ -58,6 +58,11 @@ class SailModule(InputModule):
         limit: int = self.model.run.text.spec.preprocessing["token_limit"]
         return limit
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text encoder; None for OpenCLIP's."""
+        return getattr(self.model.text_encoder, "tokenizer", None)
+
     def get_embedding_dimension(self) -> int:
         """Return the number of dimensions of the embeddings."""
         return self.model.dim

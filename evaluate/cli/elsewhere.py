@@ -48,6 +48,8 @@ def mteb(
     names = [name.strip() for given in tasks or [] for name in given.split(",") if name.strip()]
     if not names and not benchmark:
         raise UserError("No task is given. Pass --tasks NAME,… or --benchmark NAME.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file. Name a folder.")
 
     from sail_align.align.pretrained import read
     from sail_align.align.stats.tables import format_table

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import sail_align
 from sail_align.align.cli import app
 from sail_align.align.hub import onnx_graph, onnx_whole
+from sail_align.align.runs.checkpoint import load_run
 from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
 from sail_align.extract.errors import UserError
 
@@ -114,7 +116,7 @@ def test_graphs_and_readme_give_the_embeddings_of_the_model(make, tmp_path):
 
 
 def save_vit(folder):
-    tiny = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 70, "patch_size": 14}
+    tiny = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 70, "patch_size": 14}
     save_randomised(ViTModel(ViTConfig(intermediate_size=48, **tiny)), folder)
     save_image_processor(folder)
     return folder
@@ -125,7 +127,7 @@ def save_modern_bert(folder):
         vocab_size=32,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=2,  # with global and with local attention
         num_attention_heads=4,
         local_attention=8,
         pad_token_id=0,
@@ -161,6 +163,9 @@ def test_bad_options_are_rejected(make, tmp_path):
     assert str(result.exception) == (
         "--whole has no effect with --to hub-folder, only with --to onnx. Leave one of them out."
     )
+    spec = replace(load_run(run).text.spec, source={"loader": "open_clip", "model": "ViT-B-32", "weights": "openai"})
+    towers = save_run(Path("runs/towers"), load_run(run).image, replace(load_run(run).text, spec=spec))
+    assert "--whole is not available for text encoders of OpenCLIP" in str(export(towers).exception)
     Path("onnx").mkdir()
     Path("onnx/mine").touch()
     assert isinstance(export(run).exception, UserError)

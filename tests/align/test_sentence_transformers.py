@@ -156,6 +156,7 @@ def test_module_of_ours_for_the_rest(export, encoders, tmp_path, save, options, 
     with pytest.raises(ValueError, match="Image 0 cannot be used"):
         model.encode("broken.png")
     assert (model.max_seq_length, model.modalities) == (64, ["text", "image", "message"])
+    assert model.tokenizer.pad_token == "[PAD]"
 
 
 def test_registers_are_native_with_the_class_token(export, tmp_path):

@@ -227,7 +227,10 @@ def test_tasks_of_a_benchmark(local_tasks, monkeypatch):
     assert find_tasks([], ["MIEB(mine)"]) == tasks
 
 
-def test_no_task_and_no_mteb(run, monkeypatch):
+def test_no_task_no_folder_and_no_mteb(run, monkeypatch):
+    not_a_folder = ["--tasks", "CIFAR10ZeroShot", "--out", str(run / "settings.json")]
+    problem = CliRunner().invoke(app, ["mteb", str(run), *not_a_folder]).exception
+    assert str(problem) == f"--out {run / 'settings.json'} is a file. Name a folder."
     assert str(CliRunner().invoke(app, ["mteb", str(run)]).exception) == (
         "No task is given. Pass --tasks NAME,… or --benchmark NAME."
     )
