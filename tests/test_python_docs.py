@@ -1,15 +1,14 @@
-"""The code of docs/python.md and of the package's docstring runs as it is written."""
+"""The code of docs/python.md runs as it is written."""
 
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 from small_world import SHADES, captions_of, draw
 
 import sail_align
 
-ROOT = Path(__file__).parents[1]
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
 
 
 @pytest.fixture
@@ -21,27 +20,16 @@ def folder(tmp_path, monkeypatch):
             picture = draw(1_000 * rows + row, list(SHADES.values())[row % 5])
             picture.save(tmp_path / name / f"{row:03d}.jpg")
             (tmp_path / name / f"{row:03d}.txt").write_text(captions_of(row)[0])
-        about = {
-            "name": name,
-            "source": {"kind": "images", "root": name},
-            "encoders": {"image": "efficientnet-lite0", "text": "minilm-l6"},
-        }
-        if name == "test":
-            about["task"] = {"kind": "retrieval"}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(about))
+    (tmp_path / "test.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", DOCUMENT, re.M | re.S)[1])
     for name in ("cat", "dog"):
         draw(7, SHADES[name]).save(tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def blocks(document):
-    return re.findall(r"^```python\n(.*?)^```", document, re.M | re.S)
-
-
 @pytest.mark.slow
 def test_examples_run(folder, capfd):
-    found = blocks((ROOT / "docs" / "python.md").read_text())
+    found = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.M | re.S)
     assert len(found) > 10
     names = {}
     for number, code in enumerate(found):
@@ -52,6 +40,5 @@ def test_examples_run(folder, capfd):
 
 
 def test_table_lists_every_function():
-    document = (ROOT / "docs" / "python.md").read_text()
     functions = set(sail_align.__all__) - {"__version__"}
-    assert set(re.findall(r"^\| `(\w+)\(", document, re.M)) == functions
+    assert set(re.findall(r"^\| `(\w+)\(", DOCUMENT, re.M)) == functions
