@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from sail_align.extract.encoders.identity import EncoderSpec
 from sail_align.extract.encoders.load import load_tokenizer
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
-
-TOKENIZER = "tokenizer_config.json"
 
 
 class SailTokenizer(PreTrainedTokenizerBase):
@@ -122,5 +121,5 @@ class SailTokenizer(PreTrainedTokenizerBase):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"tokenizer_class": type(self).__name__, "encoder": asdict(self.spec)}
-        write_atomically(folder / TOKENIZER, json.dumps(record, indent=1, ensure_ascii=False).encode())
-        return (str(folder / TOKENIZER),)
+        write_atomically(folder / TOKENIZER_CONFIG_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+        return (str(folder / TOKENIZER_CONFIG_FILE),)

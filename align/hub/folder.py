@@ -25,7 +25,7 @@ from sail_align.extract.system.folders import new_folder
 
 FORMAT = 1
 WEIGHTS, CARD = "model.safetensors", "README.md"
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
 MODEL_TYPE = "sail"
 """Name of the architecture in transformers. Exports of earlier versions lack it, and are not read by transformers."""
 
@@ -47,8 +47,7 @@ def hub_files(run: Run, card: str) -> dict[str, bytes]:
     Raises:
         UserError: An encoder is unknown.
     """
-    from sail_align.align.image_processor import SailImageProcessor  # both import transformers
-    from sail_align.align.text_tokenizer import TOKENIZER
+    from sail_align.align.image_processor import SailImageProcessor  # imports transformers
 
     require_known(run.image, run.text)
     weights = save_tensors(run.model.state_dict())
