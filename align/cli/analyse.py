@@ -92,7 +92,7 @@ def probe(
     quiet: Quiet = False,
     **given: Any,
 ) -> Result:
-    """Rank image encoders, text encoders and captions by linear heads trained on each combination. Can be resumed."""
+    """Rank encoders and captions by linear heads trained on each combination. Can be resumed."""
     options = _check(features, given)
 
     from sail_align.align.analysis.probe import Combination, Probe
@@ -135,7 +135,10 @@ def measure(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
 ) -> Result:
-    """Measure how alike image and text features are before training: mutual k-NN, CKA, recall of the closed form."""
+    """Measure how alike image and text features are before training.
+
+    By mutual k-NN, CKA, and the recall of a map in closed form.
+    """
     if out and out.is_dir():
         raise UserError(f"--out is invalid: {out} is a folder. Name a file.")
     if store and features:

@@ -26,7 +26,10 @@ def embed(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> Result:
-    """Write the embeddings of a store by the heads of a run: unit-norm, float32, as `sail-eval` computes them."""
+    """Write the embeddings of a store by the heads of a run.
+
+    They are unit-norm and float32, as `sail-eval` computes them.
+    """
     folder = check_export(store, to, out, f"-{run.resolve().name}")
     if not RunFolder(run).is_export:
         RunFolder(run).require()

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from sail_align.align.runs.checkpoint import Run
 
 FORMATS = ("hub-folder", "sentence-transformers", "onnx")
-Pooling = Annotated[str | None, typer.Option(help="Pooling of its features.  [default: the encoder's own]")]
+Pooling = Annotated[str | None, typer.Option(help="Pooling of that encoder's features.  [default: its own]")]
 _OUT = "Folder of the run.  [default: runs/<name of the file>, with -2, -3 … added if that is another import]"
 _TO = "Folder for the Hugging Face hub, folder for sentence-transformers, or ONNX graphs for programs without PyTorch."
 
 
 @with_json
 def import_released(
-    file: Annotated[Path, typer.Argument(help="File of heads published by the paper's authors.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Heads published by the paper's authors.", show_default=False)
+    ],
     encoders: Annotated[
         str, typer.Option(metavar="IMAGE,TEXT", help="Encoders on whose features the heads were trained.")
     ] = "dinov2-large,gte-large",
@@ -31,7 +33,7 @@ def import_released(
     out: Annotated[Path | None, typer.Option(metavar="RUN", help=_OUT)] = None,
     device: Annotated[str, typer.Option(help="Device to test the encoders on: auto, cpu, cuda …")] = "auto",
 ) -> Result:
-    """Import heads published by the paper's authors as a run, which can be evaluated like any other."""
+    """Import heads published by the paper's authors as a run. It can be evaluated like any other."""
     names = [name.strip() for name in encoders.split(",")]
     if len(names) != 2 or not all(names):
         raise UserError(f"--encoders is invalid: got {encoders!r}, expected IMAGE,TEXT as in dinov2-large,gte-large.")
@@ -70,7 +72,7 @@ def import_released(
 
 @with_json
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run or a checkpoint.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or a checkpoint.", show_default=False)],
     to: Annotated[str, typer.Option(metavar="|".join(FORMATS), help=_TO)] = "hub-folder",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<run>-<format>]")
@@ -82,7 +84,10 @@ def export(
         bool, typer.Option("--whole", help="With --to onnx: graphs of the encoders with their heads.")
     ] = False,
 ) -> Result:
-    """Export a run for the hub, for sentence-transformers, or as ONNX graphs of its heads or of the whole model."""
+    """Export a run for the hub, for sentence-transformers or as ONNX.
+
+    ONNX graphs have the heads alone, or with --whole the encoders, too.
+    """
     if to not in FORMATS:
         raise UserError(f"--to is invalid: got {to!r}, expected {', '.join(FORMATS)}.")
     if to == "onnx" and licence:

@@ -10,7 +10,7 @@ import typer
 from sail_align.align.settings import SETTINGS
 from sail_align.extract.system.files import as_path
 
-Command = TypeVar("Command", bound=Callable[..., None])
+Command = TypeVar("Command", bound=Callable[..., object])
 
 Features = Annotated[
     list[Path],

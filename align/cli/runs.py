@@ -12,10 +12,10 @@ from sail_align.extract.system.command_line import Result, with_json
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs, or a run.")] = Path("runs"),
 ) -> Result:
-    """List runs, newest first: state, steps, heads, stores, mean R@1 on held-out pairs, and scores.
+    """List runs with their state, steps, held-out recall and scores, newest first.
 
-    An interrupted run is resumable: its `fit` command continues it. Scores are the first metric of each set, in per
-    cent; `sail-eval report RUN…` shows all of them.
+    The recall is the mean R@1 of both directions. An interrupted run is resumable: its `fit` command continues it.
+    Scores are the first metric of each set, in per cent; `sail-eval report RUN…` shows all of them.
     """
     from sail_align.align.runs.listing import list_runs, runs_table
 

@@ -73,11 +73,12 @@ class RunSummary:
 
     def _read_checkpoint(self) -> str | None:
         """Read the last checkpoint and the lock; return the checkpoint's digest, None if there is none."""
-        folder, digest = RunFolder(self.path), None
+        folder = RunFolder(self.path)
+        digest: str | None = None
         if (last := folder.last) is not None:
             file = last / "model.json"
             record, self.saved = read_json(file, BEGIN_AGAIN), file.stat().st_mtime_ns
-            digest, scores = record.get("digest"), record.get("scores")
+            digest, scores = str(record.get("digest")), record.get("scores")
             if digest != record_digest(record):
                 raise damaged(file, BEGIN_AGAIN)
             self.step = RunFolder(last).step

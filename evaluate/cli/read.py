@@ -21,10 +21,10 @@ def report(
         ),
     ] = None,
 ) -> Result:
-    """Show the scores of runs side by side, and those that papers report by the same protocols.
+    """Show scores of runs side by side, with those of papers.
 
-    Each column of a table has one protocol and one set of data. Scores by another protocol or on other data get their
-    own column.
+    Papers' scores are shown where the protocol is the same. Each column of a table has one protocol and one set of
+    data. Scores by another protocol or on other data get their own column.
     """
     from sail_align.evaluate.report.formats import score_lines, score_table, text
     from sail_align.evaluate.report.overview import Overview
@@ -53,7 +53,7 @@ def report(
 
 @with_json
 def compare(runs: ScoredRuns) -> Result:
-    """Compare runs with the first, item by item, on sets and protocols that they share.
+    """Compare runs with the first, item by item, on shared sets.
 
     Differences have a 95 % paired bootstrap interval: both runs on the same draws of images or pairs. p is twice the
     smaller share of draws on either side of no difference.

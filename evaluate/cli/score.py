@@ -27,7 +27,7 @@ def evaluate_all(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> Result:
-    """Score a run on all packaged sets whose data are here, and on those of --manifest."""
+    """Score a run on all published sets that are here, and on your own."""
     from sail_align.evaluate.score import prepare
 
     return _evaluate(

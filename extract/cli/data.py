@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,11 +43,14 @@ def init(
 @with_json
 def check(
     manifest: Annotated[
-        str | None, typer.Argument(help="Name of a packaged manifest, or a .yaml file.  [default: all packaged ones]")
+        str | None,
+        typer.Argument(
+            metavar="MANIFEST", help="Name of a packaged manifest, or a .yaml file.  [default: list the packaged ones]"
+        ),
     ] = None,
     data_root: DataRoot = None,
 ) -> Result:
-    """Show what is missing of a data set and how to get it. Exits with 1 if it is incomplete."""
+    """Show what is missing of a data set and how to get it, or list the published ones. Exits with 1 if incomplete."""
     from sail_align.extract.check import check as check_data_set
     from sail_align.extract.manifest import find_manifest, packaged_manifests
     from sail_align.extract.needs import describe_needs
@@ -73,7 +76,12 @@ def check(
         typer.echo(f"  {'ok ' if good else 'NOT'}  {text}")
         findings.append({"good": good, "finding": text})
     missing, ready = not about.is_here(root), all(each["good"] for each in findings)
-    result = {"name": about.name, "title": about.title, "licence": about.licence, "data_root": str(root.absolute())}
+    result: dict[str, Any] = {
+        "name": about.name,
+        "title": about.title,
+        "licence": about.licence,
+        "data_root": str(root.absolute()),
+    }
     result |= {"ready": ready, "missing": missing, "findings": findings, "get": about.get}
     if ready:
         typer.echo("ready")
@@ -90,7 +98,14 @@ def check(
 
 @with_json
 def download(
-    manifest: Annotated[str, typer.Argument(help="Name of a packaged manifest, such as cc12m, or a .yaml file.")],
+    manifest: Annotated[
+        str,
+        typer.Argument(
+            metavar="MANIFEST",
+            help="Name of a packaged manifest, such as cc12m, or a .yaml file.",
+            show_default=False,
+        ),
+    ],
     data_root: DataRoot = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes of img2dataset.  [default: one per core]")

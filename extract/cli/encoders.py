@@ -12,7 +12,7 @@ HEADER = ("name", "dim", "input", "parameters", "licence", "weights", "use")
 
 @with_json
 def encoders() -> dict[str, Any]:
-    """List the encoders of the catalogue: dimension, input size, parameters, licence, where their weights are, and use.
+    """List encoders with dimension, input size, parameters, licence and use.
 
     Input is the side of an image in pixels, or the longest text in tokens. Downloads in float32 take 4 bytes per
     parameter.

@@ -60,7 +60,9 @@ TextEncoder = Annotated[
 ImagePooling = Annotated[str | None, _encoder_option(help="cls, mean or cls+mean.  [default: the encoder's own]")]
 TextPooling = Annotated[str | None, _encoder_option(help="cls, mean or last.  [default: the encoder's own]")]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
-TrustRemoteCode = Annotated[bool, _encoder_option(help="Run a model's own code. Needs a pinned revision.")]
+TrustRemoteCode = Annotated[
+    bool, _encoder_option("--trust-remote-code", help="Run a model's own code. Needs a pinned revision.")
+]
 Compiled = Annotated[bool, _encoder_option("--compile", help="Compile the encoders with torch.compile.")]
 FastJpeg = Annotated[
     bool, _encoder_option("--fast-jpeg", help="Decode large JPEGs at reduced scale: features within cosine 0.999.")

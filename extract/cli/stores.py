@@ -59,10 +59,10 @@ def status(
 def verify(
     store: StorePath,
     discard: Annotated[
-        bool, typer.Option(help="Discard the commits of damaged shards, so that `run` redoes them.")
+        bool, typer.Option("--discard", help="Discard the commits of damaged shards, so that `run` redoes them.")
     ] = False,
 ) -> Result:
-    """Recompute every hash, and golden vectors if their encoders are available. Exits with 1 on damage."""
+    """Recompute every hash of a store, and test its encoders if they are here. Exits with 1 on damage."""
     require_store(store)
 
     from sail_align.extract.quality.verify import verify_store

@@ -45,7 +45,15 @@ GROUPS = ("Arguments", "Data", "Encoders", "Heads", "Loss", "Optimiser", "Run", 
 
 def make_app(about: str | None) -> typer.Typer:
     """Return a program without commands. `about` is the text of its help."""
-    app = typer.Typer(cls=Program, help=about, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}  # commands inherit them
+    app = typer.Typer(
+        cls=Program,
+        help=about,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings=settings,
+    )
 
     @app.callback()
     def options(
@@ -76,7 +84,8 @@ def run_command(app: Callable[..., object]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of another encoding has no →
     try:
-        sys.exit(app(prog_name=os.path.basename(sys.argv[0]), standalone_mode=False) or 0)
+        code = app(prog_name=os.path.basename(sys.argv[0]), standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.exit(130)  # as shells report Ctrl-C
     except (UserError, WorkersFailedError) as problem:

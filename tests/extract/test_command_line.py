@@ -74,11 +74,15 @@ def type_words(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_version_and_help_of_each_program(type_words, program):
+def test_version_and_help_of_each_program(type_words, program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     assert type_words(f"{program} --version") == (0, f"{program} {version('sail-align')}\n", "")
     code, out, err = type_words(program)
     assert (code, err) == (0, "")
     assert "Commands:" in out
+    assert type_words(f"{program} -h") == (0, out, "")
+    listed = out[out.index("Commands:") :]
+    assert not [line for line in listed.splitlines() if line.endswith("...")]  # each summary fits
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,7 @@ def test_version_and_help_of_each_program(type_words, program):
         ("sail-align fit --lr", "--lr has no value."),
         ("sail-align fit --quiet=yes", "--quiet takes no value."),
         ("sail-extract status", "STORE is missing (A feature store)."),
+        ("sail-extract run demo --json=yes", "--json takes no value."),
         ("sail-extract status a b", "`sail-extract status` does not take 'b'."),
         (
             "sail-extract download cc3m --processes abc",
