@@ -62,8 +62,11 @@ def quickly(command: str) -> str:
 
 @pytest.mark.slow
 def test_each_command_prints_one_document_and_the_next_command_works(make_store, run_line):
-    make_store("photos")
-    make_store("others", rows=200, first=200)
+    image = identity("image", dim=12)
+    preprocessing = {"crop": 8, "resize": 8, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    image = replace(image, spec=replace(image.spec, preprocessing=preprocessing))
+    make_store("photos", image=image)
+    make_store("others", rows=200, first=200, image=image)
     commands = {
         "sail-extract status features/photos.zarr": "300 ok",
         "sail-extract status features/photos.zarr --failed": "0 of 300 rows failed",
