@@ -46,6 +46,7 @@ class SailModule(InputModule):
     def __init__(self, model: PretrainedModel, folder: Path):
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.folder = model, folder
+        self.tokenizer = getattr(model.text_encoder, "tokenizer", None)  # OpenCLIP's has none of this kind
 
     @property
     def modalities(self) -> list[Any]:
@@ -57,11 +58,6 @@ class SailModule(InputModule):
         """Maximum number of tokens of a text."""
         limit: int = self.model.run.text.spec.preprocessing["token_limit"]
         return limit
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the text encoder; None for OpenCLIP's."""
-        return getattr(self.model.text_encoder, "tokenizer", None)
 
     def get_embedding_dimension(self) -> int:
         """Return the number of dimensions of the embeddings."""

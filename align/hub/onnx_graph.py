@@ -53,6 +53,9 @@ def export_graph(
         example: Inputs for tracing.
         dynamic: Dimensions of each input that may vary.
         about: Metadata of the graph.
+
+    Raises:
+        UserError: PyTorch cannot export the module.
     """
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -69,6 +72,11 @@ def export_graph(
                 dynamo=True,
                 verbose=False,
             )
+    except torch.onnx.OnnxExporterError as problem:
+        reason = str(problem.__cause__ or problem).strip().partition("\n")[0][:200]
+        raise UserError(
+            f"PyTorch cannot export this model to ONNX ({reason}). Leave out --whole, or update torch."
+        ) from problem
     finally:
         log.setLevel(level)
     graph = program.model.graph

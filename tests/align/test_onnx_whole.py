@@ -170,3 +170,12 @@ def test_bad_options_are_rejected(make, tmp_path):
     Path("onnx/mine").touch()
     assert isinstance(export(run).exception, UserError)
     assert "onnx exists already" in str(export(run).exception)
+
+
+def test_module_that_cannot_be_exported_is_an_error():
+    class Branches(torch.nn.Module):
+        def forward(self, features):
+            return features if features.sum() > 0 else -features
+
+    with pytest.raises(UserError, match=r"PyTorch cannot export this model to ONNX .*Leave out --whole"):
+        onnx_graph.export_graph(Branches(), {"features": torch.ones(2, 3)}, {"features": {}}, {})
