@@ -46,7 +46,8 @@ class SailModule(InputModule):
     def __init__(self, model: PretrainedModel, folder: Path):
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.folder = model, folder
-        self.tokenizer = getattr(model.text_encoder, "tokenizer", None)  # OpenCLIP's has none of this kind
+        tokenizer: Any = getattr(model.text_encoder, "tokenizer", None)  # OpenCLIP's has none of this kind
+        self.tokenizer = tokenizer
 
     @property
     def modalities(self) -> list[Any]:
