@@ -159,13 +159,10 @@ def _recognise_listed(folder: Path, content: _Content, choices: Choices, notes: 
         )
     if found:
         return next(iter(found.values()))
-    undecided = [problem for problem in problems.values() if isinstance(problem, UndecidedError)]
-    for problem in (*undecided, *problems.values()):
-        if undecided or not content.images or any(choices.given()):
-            raise problem
-    notes += [
-        f"{name} is not read: {problem}".rstrip(".") for name, problem in problems.items() if name in content.tables
-    ]
+    undecided: list[UserError] = [each for each in problems.values() if isinstance(each, UndecidedError)]
+    if problems and (undecided or not content.images or any(choices.given())):
+        raise [*undecided, *problems.values()][0]
+    notes += [f"{name} is not read: {each}".rstrip(".") for name, each in problems.items() if name in content.tables]
     return None
 
 
