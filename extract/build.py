@@ -1,6 +1,6 @@
 """Building the store of a data set, from Python as from the command line."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,9 @@ def build_store(
         if data_root or download:
             option = "--data-root" if data_root else "--download"
             raise UserError(f"{option} has no effect: {data} is the path of the data. Omit it.")
-        manifest, root, path = _recognise(Path(data), choices, out, report)
+        manifest, root, path = _recognise(
+            Path(data), choices, {"image": image_encoder, "text": text_encoder}, out, report
+        )
     else:
         choices.require_unused(tuple(choices.given()), "a manifest names its columns and folders")
         manifest, root = _find_data(data, data_root)
@@ -201,13 +203,15 @@ def _is_own_data(reference: str) -> bool:
     return reference not in packaged_manifests() and not is_manifest(reference) and Path(reference).exists()
 
 
-def _recognise(data: Path, choices: Choices, out: str | Path | None, report: Report) -> tuple[Manifest, Path, Path]:
+def _recognise(
+    data: Path, choices: Choices, encoders: Mapping[str, str | None], out: str | Path | None, report: Report
+) -> tuple[Manifest, Path, Path]:
     """Write the manifest of the user's data beside their store, and return it with its data root and the store's path.
 
     Raises:
         UserError: The data cannot be read, the user has to pass an option, or another manifest is there.
     """
-    recognised = Recognised.of(data, choices)
+    recognised = Recognised.of(data, choices, encoders)
     path = as_path(out) if out else Path("features") / f"{recognised.name}.zarr"
     beside = Path("features") / path.name if is_remote(path) else path
     file = beside.with_name(f"{beside.name.removesuffix('.zarr')}.yaml")

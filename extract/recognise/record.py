@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -68,8 +68,13 @@ class Recognised:
     lines: list[str]
 
     @classmethod
-    def of(cls, path: Path, choices: Choices) -> "Recognised":
+    def of(cls, path: Path, choices: Choices, encoders: Mapping[str, str | None] | None = None) -> "Recognised":
         """Recognise a path and read its samples.
+
+        Args:
+            path: The path.
+            choices: What the user decides.
+            encoders: Names of the encoders to write to the manifest, by side.
 
         Raises:
             UserError: It cannot be read, or the user has to pass an option.
@@ -80,8 +85,11 @@ class Recognised:
         content |= {"task": understood.task} if understood.task else {}
         opened = _validated(path, content).open_source(Path())
         facts = _Facts.of(opened)
+        chosen: dict[str, Any] = {side: name for side, name in (encoders or {}).items() if name}
         if kept := facts.usual_captions(opened):
-            content["encoders"] = {"captions": kept}
+            chosen["captions"] = kept
+        if chosen:
+            content["encoders"] = chosen
         lines = [f"{path}: {understood.what} (kind: {source['kind']})", f"  {facts.counts(opened)}"]
         lines += [f"    {_describe(sample, opened)}" for sample in facts.first]
         lines += [f"  {note}." for note in understood.notes]

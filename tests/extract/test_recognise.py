@@ -488,8 +488,9 @@ def test_other_files(data, typed, name, content, message):
 
 @pytest.mark.slow
 def test_run_writes_the_manifest_beside_the_store_and_resumes(messy, typed, fake_encoders):
-    code, out, _ = typed("run", "my data", "--quiet")
+    code, out, _ = typed("run", "my data", "--text-encoder", "minilm-l6", "--quiet")
     assert code == 0
+    assert Manifest.read(Path("features/my-data.yaml")).encoders.text == "minilm-l6"
     assert "wrote features/my-data.yaml\n" in out
     assert "image/fake-image: 1/1 shards, dim 4: 2 missing, 58 ok" in out
     assert out.endswith("Next: sail-align fit --features features/my-data.zarr\n")
