@@ -179,6 +179,9 @@ class _ParquetStream:
 
     def __init__(self, path: Path, name: str):
         self._path, self._name = path, name
+        with pq.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch = pa.chunked_array([], pa.null())
         self._start = self._stop = 0  # rows of `_batch`
@@ -195,8 +198,9 @@ class _ParquetStream:
         """Return rows start … stop − 1."""
         parts = []
         with report_unreadable(self._path):
-            if start < self._start or start > self._stop + BATCH_ROWS:
-                self._seek(start)
+            group = int(np.searchsorted(self._starts, start, "right")) - 1
+            if start < self._start or self._starts[group] > self._stop or self._stop == 0:
+                self._seek(group)
             while start < stop:
                 while self._stop <= start:
                     self._next()
@@ -205,22 +209,15 @@ class _ParquetStream:
                 start = end
         return Block(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
-    def _seek(self, row: int) -> None:
-        """Restart at the row group of a row."""
+    def _seek(self, group: int) -> None:
+        """Restart at a row group. Rows within one cannot be reached without those before them."""
         file = pq.ParquetFile(self._path, buffer_size=1 << 20)  # streams a column instead of reading a whole row group
-        groups, start = file.metadata.num_row_groups, 0
-        first = 0
-        while first < groups - 1 and start + file.metadata.row_group(first).num_rows <= row:
-            start += file.metadata.row_group(first).num_rows
-            first += 1
-        self._batches = file.iter_batches(BATCH_ROWS, row_groups=range(first, groups), columns=[self._name])
-        self._start = self._stop = start
+        groups = range(group, len(self._starts) - 1)
+        self._batches = file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[self._name])
+        self._start = self._stop = int(self._starts[group])
 
     def _next(self) -> None:
         batch = next(self._batches, None)
-        if batch is None and self._stop == 0:
-            self._seek(0)
-            batch = next(self._batches, None)
         if batch is None:
             raise ValueError(f"it ends after {self._stop:,} rows")
         self._batch = batch.column(0)
