@@ -128,20 +128,19 @@ class StoreView(os.PathLike[str]):
         """
         if isinstance(place, slice):
             numbers = range(self.rows)[place]
-            if not numbers:
-                return []
-            first, last = min(numbers[0], numbers[-1]), max(numbers[0], numbers[-1])
-            rows = self._read(first, last + 1)
-            return [rows[number - first] for number in numbers]
+            rising = numbers if numbers.step > 0 else numbers[::-1]
+            count = max(READ_ROWS // rising.step, 1)
+            rows = [row for at in range(0, len(rising), count) for row in self._read(rising[at : at + count])]
+            return rows if numbers.step > 0 else rows[::-1]
         number = operator.index(place)
         if not -self.rows <= number < self.rows:
             raise IndexError(f"{self.path} has no row {number}: it has {self.rows:,} rows.")
         number %= self.rows
-        return self._read(number, number + 1)[0]
+        return self._read(range(number, number + 1))[0]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, self.rows, READ_ROWS):
-            yield from self._read(start, min(start + READ_ROWS, self.rows))
+            yield from self._read(range(start, min(start + READ_ROWS, self.rows)))
 
     def to_pandas(
         self, start: int = 0, stop: int | None = None, *, features: bool | str | Sequence[str] = False
@@ -214,14 +213,17 @@ class StoreView(os.PathLike[str]):
             self._opened = opened = self.arrays()
         return opened
 
-    def _read(self, start: int, stop: int) -> list[Row]:
-        arrays = self._arrays_now()
-        read = {array.path: array.read(start, stop) for array in arrays}
+    def _read(self, numbers: range) -> list[Row]:
+        """Return the rows of these numbers, at least one, in rising order. What lies between them is not kept."""
+        start, stop, step = numbers[0], numbers[-1] + 1, numbers.step
+        read = {array.path: array.read(start, stop) for array in self._arrays_now()}
+        if step > 1:
+            read = {path: (values[::step].copy(), codes[::step]) for path, (values, codes) in read.items()}
         rows = []
-        for place, sample in enumerate(self.samples(start, stop)):
+        for place, sample in enumerate(self.samples(start, stop)[::step]):
             features = {path: values[place] for path, (values, _) in read.items()}
             status = {path: Status(codes[place]).label for path, (_, codes) in read.items()}
-            rows.append(Row(**vars(sample), number=start + place, features=features, status=status))
+            rows.append(Row(**vars(sample), number=numbers[place], features=features, status=status))
         return rows
 
     def contents(self) -> list[tuple[str, str, str, str]]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import sail_align
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
+from sail_align.extract.store import view
 from sail_align.extract.store.store import Store
 
 ROWS = 50
@@ -93,8 +94,13 @@ def test_rows_have_samples_features_and_statuses(store, samples, features):
 
 
 @pytest.mark.parametrize("place", [slice(None), slice(3, 20, 5), slice(None, None, -7), slice(-4, 99), slice(9, 2)])
-def test_slices_are_those_of_a_list(store, place):
-    assert [row.number for row in store[place]] == list(range(ROWS))[place]
+@pytest.mark.parametrize("at_a_time", [7, view.READ_ROWS])
+def test_slices_are_those_of_a_list(store, samples, features, monkeypatch, place, at_a_time):
+    monkeypatch.setattr(view, "READ_ROWS", at_a_time)
+    found = store[place]
+    assert [row.number for row in found] == list(range(ROWS))[place]
+    for row in found:
+        check(row, row.number, samples, features)
 
 
 def test_row_names_the_features_of_its_only_encoders(store, features):
