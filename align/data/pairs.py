@@ -86,12 +86,10 @@ class Pairs:
         """Raise `UserError` if shards are missing."""
         shards = sum(len(array.shards) for array in self.arrays)
         if missing := shards - sum(len(array.markers) for array in self.arrays):
-            path = self.store.path
-            what = ("import",) if self.store.is_imported else ("run", self.store.dataset)
-            finish = command("sail-extract", *what, "--out", path)
+            how = f"sail-extract {'import' if self.store.is_imported else 'run'}"
             raise UserError(
-                f"{path} is incomplete: {missing} of {shards} shards are missing. Finish it with `{finish}` and its "
-                "original options."
+                f"{self.store.path} is incomplete: {missing} of {shards} shards are missing. Rerun the `{how}` that "
+                "made it."
             )
 
     @property
@@ -158,10 +156,14 @@ def open_pairs(
     stores = [Store.open(path) for path in paths]
     for store in stores:
         if not store.captions:
+            how = (
+                "Import them again with --text-features"
+                if store.is_imported
+                else "Put a text file beside each image (dog.txt for dog.jpg) or name a table of captions under "
+                "'recaptions' in the manifest, and run `sail-extract run`"
+            )
             raise UserError(
-                f"{store.path} has image features only, and training needs captions. Put a text file beside each image "
-                "(dog.txt for dog.jpg) or name a table of captions under 'recaptions' in the manifest, and run "
-                "`sail-extract run` with another --out."
+                f"{store.path} has image features only, and training needs captions. {how} with another --out."
             )
     chosen = choose_captions(paths, [stored_captions(store) for store in stores], captions, positives)
     opened: list[Pairs] = []

@@ -206,8 +206,7 @@ def test_mistakes_raise_and_leave_no_run(make_store, tmp_path):
     )
     unfinished = make_store("unfinished", commit=False)
     assert mistake("--features", unfinished) == (
-        f"{unfinished} is incomplete: 2 of 10 shards are missing. Finish it with `sail-extract run unfinished "
-        f"--out {unfinished}` and its original options."
+        f"{unfinished} is incomplete: 2 of 10 shards are missing. Rerun the `sail-extract run` that made it."
     )
     other = make_store("other", image=identity("image", dim=12, pooling="cls"))
     assert mistake("--features", good, "--features", other).startswith(
