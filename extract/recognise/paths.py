@@ -14,11 +14,10 @@ from sail_align.extract.recognise.hub import recognise_hub_folder
 from sail_align.extract.recognise.tables import TABLES, has_image_bytes, recognise_tables
 from sail_align.extract.recognise.tars import recognise_tars
 from sail_align.extract.sources.class_folder import imagenet_ids
+from sail_align.extract.sources.hugging_face_load import was_saved
 from sail_align.extract.sources.images import ending_of, folders_below, image_endings
 from sail_align.extract.sources.table_files import text_columns
 
-SAVED = ("dataset_dict.json", "state.json")
-"""Files of a folder that the library `datasets` wrote."""
 MOST_ANNOTATIONS = 8
 """JSON files of a folder that are looked into. More of them describe single images."""
 LARGEST_JSON = 2 << 30
@@ -99,7 +98,7 @@ def _recognise_folder(folder: Path, choices: Choices) -> Understood:
     if (folder / "zarr.json").is_file():
         how = command("sail-extract", "status", folder)
         raise UserError(f"{folder} is a feature store, not a data set. See `{how}`.")
-    if any((folder / name).is_file() for name in SAVED):
+    if was_saved(folder):
         return recognise_hub_folder(folder, choices)
     content = _Content.of(folder)
     parquet = [name for name in content.tables if name.lower().endswith(".parquet")]

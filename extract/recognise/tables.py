@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sail_align.extract.errors import UserError, listing
@@ -21,7 +22,8 @@ from sail_align.extract.recognise.columns import (
 )
 from sail_align.extract.recognise.places import best_folder, folders_near, relative_to, sample
 from sail_align.extract.sources.delimited import decode
-from sail_align.extract.sources.images import image_endings
+from sail_align.extract.sources.hugging_face import holds_images
+from sail_align.extract.sources.images import begins_like_image, image_endings
 from sail_align.extract.sources.table_files import read_batches, text_columns
 from sail_align.extract.system.files import open_regular
 from sail_align.extract.system.validation import shortened
@@ -98,16 +100,21 @@ def recognise_tables(files: Sequence[Path], choices: Choices) -> Understood:
     return Understood(what, root, source, notes=notes, hints=hints)
 
 
-def has_image_bytes(file: Path) -> str | None:
-    """Return the column of a parquet file in which the library `datasets` stores images; None if there is none."""
+def has_image_bytes(file: Path) -> bool:
+    """Return whether a parquet file contains its images, as the library `datasets` and img2dataset store them."""
     try:
-        schema = pq.read_schema(file)
+        with pq.ParquetFile(file, pre_buffer=False) as opened:
+            columns = [each for each in opened.schema_arrow if holds_images(each.type)]
+            if any(pa.types.is_struct(each.type) for each in columns):
+                return True
+            for column in columns:  # of bytes, which may be texts
+                rows = next(opened.iter_batches(1, columns=[column.name]), None)
+                value = rows.column(0)[0].as_py() if rows else None
+                if value and begins_like_image(value):
+                    return True
     except (OSError, ValueError):  # pyarrow's errors are subclasses
-        return None
-    for column in schema:
-        if str(column.type) == "struct<bytes: binary, path: string>":
-            return str(column.name)
-    return None
+        pass
+    return False
 
 
 def _guess_encoding(file: Path) -> str | None:

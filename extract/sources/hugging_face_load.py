@@ -48,7 +48,7 @@ def split_names(folder: Path) -> list[str]:
     datasets = import_datasets()
     _require_inside(folder)
     try:
-        if _was_saved(folder):
+        if was_saved(folder):
             found = datasets.load_from_disk(str(folder))
             return list(found) if isinstance(found, datasets.DatasetDict) else [str(found.split or "train")]
         return [str(name) for name in datasets.get_dataset_split_names(str(folder))]
@@ -64,7 +64,7 @@ def open_rows(config: "HuggingFaceConfig", data_root: Path) -> Rows:
             be streamed.
     """
     datasets, folder = import_datasets(), data_root / config.root
-    if not config.name and _was_saved(folder):
+    if not config.name and was_saved(folder):
         if not config.allow_outside:
             _require_inside(folder)
         return LoadedRows(_load_saved(datasets, config, folder))
@@ -161,7 +161,8 @@ def _short_names(names: Sequence[str], root: Path) -> dict[str, str]:
     return short if len(short) == len(names) else {name: name for name in names}
 
 
-def _was_saved(folder: Path) -> bool:
+def was_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote a folder."""
     return any((folder / name).is_file() for name in _SAVED)
 
 

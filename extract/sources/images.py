@@ -75,7 +75,7 @@ def list_folder(folder: Path, texts: tuple[str, ...] = ()) -> tuple[list[str], l
     others = [name for name in names if os.path.splitext(name)[1].lower() not in endings]
     if not others:
         return names, []
-    no_images = {name for name in others if name.lower().endswith(texts) or not _is_image(folder / name)}
+    no_images = {name for name in others if name.lower().endswith(texts) or not begins_like_image(folder / name)}
     return [name for name in names if name not in no_images], [name for name in others if name in no_images]
 
 
@@ -277,12 +277,12 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, format_ in Image.EXTENSION.items() if format_ in FORMATS)
 
 
-def _is_image(path: Path) -> bool:
-    """Return whether a file begins like an image."""
-    if not path.is_file():
+def begins_like_image(file: Path | bytes) -> bool:
+    """Return whether a file, or its content, begins like an image."""
+    if isinstance(file, Path) and not file.is_file():
         return False
     try:
-        with _open(path, str(path), FORMATS):
+        with _open(file, "", FORMATS):
             return True
     except UnreadableImageError as problem:
         return problem.status is Status.TOO_LARGE
