@@ -110,10 +110,17 @@ class Recognised:
         Raises:
             UserError: The file exists and is another manifest.
         """
-        content = {**self.content, "source": {**self.content["source"], "root": self._root(file.parent)}}
+        root = self._root(file.parent)
         if os.path.lexists(file):
-            manifests = (Manifest.read(file), _validated(file, content))
-            before, now = (each.model_dump(mode="json", include=COMPARED) for each in manifests)
+            there = Manifest.read(file)
+            spelt = getattr(there.source, "root", root)
+            if os.path.realpath(file.parent / spelt) == os.path.realpath(self.content["source"]["root"]):
+                root = spelt  # from another folder, the same data have another relative path
+        content = {**self.content, "source": {**self.content["source"], "root": root}}
+        if os.path.lexists(file):
+            before, now = (
+                each.model_dump(mode="json", include=COMPARED) for each in (there, _validated(file, content))
+            )
             if difference := describe_difference(before, now):
                 raise UserError(
                     f"{file} exists and differs from what {self.path} looks like now: {difference}. Use it with "

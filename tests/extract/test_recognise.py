@@ -103,6 +103,12 @@ def test_rerun_uses_the_manifest_unless_it_differs(messy, typed):
     assert code == 2
     assert "my-data.yaml exists and differs from what my data looks like now: source.captions.long was 'Caption'" in err
     assert manifest.read_text() == edited.replace("raw: Caption", "long: Caption")
+    manifest.write_text(edited)
+    here = os.getcwd()
+    os.chdir("..")  # from where the same folder has another relative path
+    found = typed("init", f"{here}/my data", "--out", f"{here}/my-data.yaml")
+    os.chdir(here)
+    assert f"using {here}/my-data.yaml\n" in found[1]
     manifest.write_text("name: [")
     assert "my-data.yaml is not valid YAML" in typed("init", "my data")[2]
 
@@ -431,6 +437,22 @@ def test_folders_of_the_hub(hub, typed):
     assert recognise(file).lines[1] == "  2 images, captions: c0 (2), c1 (2)"
     assert typed("init", str(file.relative_to(hub.parent)))[0] == 0
     assert typed("check", "test-00000-of-00001.yaml")[1].endswith("ready\n")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])])
+@pytest.mark.slow
+def test_images_in_parquet_of_other_programs(data, monkeypatch, kind):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data.parent / "cache")
+    data.mkdir()
+    images = [png() if pa.types.is_binary(kind) else {"bytes": png(), "path": "a.png"}] * 2
+    texts = {"note": pa.array([b"not", b"an image"], pa.binary()), "caption": ["a red house", "a house"]}
+    pq.write_table(pa.table({**texts, "jpg": pa.array(images, kind)}), data / "00000.parquet")
+    source = recognise(data / "00000.parquet", image_column="jpg").content["source"]
+    assert (source["image"], source["captions"]) == ("jpg", {"raw": "caption"})
+    pq.write_table(pa.table({**texts, "image": ["a.png", "b.png"]}), data / "00000.parquet")
+    draw(data / "a.png")
+    assert recognise(data / "00000.parquet").content["source"]["kind"] == "table"
 
 
 @pytest.mark.slow
