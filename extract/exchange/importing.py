@@ -116,10 +116,6 @@ class Import:
         """Names of the captions."""
         return [side.caption for side in self.sides[1:]]
 
-    @cached_property
-    def _images(self) -> pa.ChunkedArray:
-        return self._image_paths()
-
     def _taken(self, number: int, column: str) -> pa.ChunkedArray:
         """Return a column of a side in the rows of the store."""
         side, places = self.sides[number], self.joined.places[number]
@@ -136,7 +132,9 @@ class Import:
                 return pc.coalesce(*(self._taken(number, column) for number in found))
         return None
 
-    def _image_paths(self) -> pa.ChunkedArray:
+    @cached_property
+    def _images(self) -> pa.ChunkedArray:
+        """The path of the image of each row; None if nothing tells it."""
         if self.image_column:
             paths = self._anywhere(self.image_column)
             if paths is None:

@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from sail_align.align.data.pairs import open_pairs
 from sail_align.extract.cli import app
 from sail_align.extract.data import Status
+from sail_align.extract.errors import UserError
+from sail_align.extract.exchange import features, vector_files
 from sail_align.extract.store.store import Store
 
 ROWS, IMAGE_DIM, TEXT_DIM = 300, 12, 8
@@ -240,6 +243,30 @@ def test_rows_without_numbers_get_a_status(vectors):
     assert "warning: 1 rows of image features exceed float16's 65,504" in output
     assert "warning: 1 rows of image features are all zeros" in output
     assert output.endswith("Next: sail-extract status x.zarr\n")
+    with pytest.raises(UserError, match=r"x\.zarr has image features only, .* Import them again with --text-features "):
+        open_pairs([Path("x.zarr")])
+
+
+def test_rows_far_apart_are_read_in_one_pass(vectors, monkeypatch):
+    monkeypatch.setattr(vector_files, "BATCH_ROWS", 10)
+    monkeypatch.setattr(features, "GAP", 2)
+    monkeypatch.setattr(features, "BATCH_ROWS", 10)
+    parquet("v.parquet", vectors[0], pa.list_(pa.float64()))
+    decoded = []
+    iterate = pq.ParquetFile.iter_batches
+
+    def count(file, *args, **kwargs):
+        for batch in iterate(file, *args, **kwargs):
+            decoded.append(len(batch))
+            yield batch
+
+    found = features.Features(Path("v.parquet"), "image")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", count)
+    for rows in (np.arange(0, ROWS, 25), np.array([ROWS - 1, 0, 150, 75])):
+        decoded.clear()
+        assert (found.take(rows).values == vectors[0][rows]).all()
+        assert sum(decoded) <= ROWS
+    assert (found.read(80, 90).values == vectors[0][80:90]).all()  # back, to the second row group
 
 
 def test_positions_need_equal_lengths_and_consent(vectors):
