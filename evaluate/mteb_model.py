@@ -87,26 +87,19 @@ class MtebModel:
             inputs: Batches with lists `text`, `image` or both.
             show_progress_bar: Show a progress bar.
             **kwargs: Not used: task, split, prompt and batch size, which do not change the embeddings.
+
+        Raises:
+            ValueError: A batch has neither texts nor images.
         """
-        return self._encode(inputs, MODALITIES, show_progress_bar)
-
-    def get_text_embeddings(
-        self, texts: "DataLoader[Any]", *, show_progress_bar: bool = True, **kwargs: Any
-    ) -> Embeddings:
-        """Embed the texts of batches, (N, E)."""
-        return self._encode(texts, ("text",), show_progress_bar)
-
-    def get_image_embeddings(
-        self, images: "DataLoader[Any]", *, show_progress_bar: bool = True, **kwargs: Any
-    ) -> Embeddings:
-        """Embed the images of batches, (N, E)."""
-        return self._encode(images, ("image",), show_progress_bar)
-
-    def get_fused_embeddings(
-        self, inputs: "DataLoader[Any]", *, show_progress_bar: bool = True, **kwargs: Any
-    ) -> Embeddings:
-        """Embed batches of images with texts as the sum of both embeddings, (N, E)."""
-        return self._encode(inputs, MODALITIES, show_progress_bar)
+        encode = {"image": self.model.encode_image, "text": self.model.encode_text}
+        embeddings = []
+        for batch in tqdm(inputs, desc="embeddings", disable=not show_progress_bar, leave=False):
+            parts = [encode[each](list(batch[each])).cpu() for each in MODALITIES if each in batch]
+            if not parts:
+                raise ValueError(f"A batch has {', '.join(batch)}; expected {' or '.join(MODALITIES)}.")
+            embeddings.append(sum(parts[1:], parts[0]))
+        result: Embeddings = torch.cat(embeddings).numpy()
+        return result
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Return the cosine of each of the first embeddings (N, E) with each of the second (M, E): (N, M)."""
@@ -117,17 +110,6 @@ class MtebModel:
         """Return the cosine of each of the first embeddings with its counterpart: (N,)."""
         one_NE, other_NE = (_unit_rows(each) for each in (embeddings1, embeddings2))
         return (one_NE * other_NE).sum(dim=-1)
-
-    def _encode(self, inputs: "DataLoader[Any]", modalities: Sequence[str], progress: bool) -> Embeddings:
-        encode = {"image": self.model.encode_image, "text": self.model.encode_text}
-        embeddings = []
-        for batch in tqdm(inputs, desc=" and ".join(modalities), disable=not progress, leave=False):
-            parts = [encode[each](list(batch[each])).cpu() for each in modalities if each in batch]
-            if not parts:
-                raise ValueError(f"A batch has {', '.join(batch)}; expected {' or '.join(modalities)}.")
-            embeddings.append(sum(parts[1:], parts[0]))
-        result: Embeddings = torch.cat(embeddings).numpy()
-        return result
 
 
 def mteb_name(reference: str | Path) -> str:

@@ -168,9 +168,7 @@ def test_inputs_of_each_modality(model):
     image_NE, text_NE = (part.numpy() for part in (model.model.encode_image(images), model.model.encode_text(texts)))
     both = [{"image": images[:2], "text": texts[:2]}, {"image": images[2:], "text": texts[2:]}]
     quiet = {"show_progress_bar": False}
-    np.testing.assert_allclose(model.get_image_embeddings(both, **quiet), image_NE, atol=1e-5)
-    np.testing.assert_allclose(model.get_text_embeddings(both, **quiet), text_NE, atol=1e-5)
-    np.testing.assert_allclose(model.get_fused_embeddings(both, **quiet), image_NE + text_NE, atol=1e-5)
+    np.testing.assert_allclose(model.encode(both, **quiet), image_NE + text_NE, atol=1e-5)
     np.testing.assert_allclose(model.encode([{"text": texts}], **quiet), text_NE, atol=1e-5)
     np.testing.assert_allclose(model.encode([{"image": images}], **quiet), image_NE, atol=1e-5)
     with pytest.raises(ValueError, match=r"A batch has audio; expected image or text\."):
