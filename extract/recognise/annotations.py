@@ -37,7 +37,7 @@ def recognise_annotations(file: Path, choices: Choices) -> Understood:
 def _recognise_karpathy(file: Path, images: list[Any], choices: Choices) -> Understood:
     splits = Counter(str(image.get("split")) for image in images)
     split = "train" if "train" in splits else splits.most_common(1)[0][0]
-    names = [str(PurePosixPath(image.get("filepath") or "") / str(image.get("filename"))) for image in images]
+    names = [str(PurePosixPath(str(image.get("filepath") or "")) / str(image.get("filename"))) for image in images]
     folder = _find_images(file, names, choices)
     source = {"kind": "karpathy", "annotations": file.name, "images": relative_to(folder, file.parent), "split": split}
     counted = ", ".join(f"{name} ({count:,})" for name, count in splits.most_common())
