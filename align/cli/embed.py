@@ -22,7 +22,6 @@ def embed(
         Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<store>-<run>-<format>]")
     ] = None,
     captions: CaptionNames = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that pass through a head at a time.")] = 4096,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> Result:
@@ -43,7 +42,5 @@ def embed(
     where = str(Runtime.of(device, "float32").device)
     opened, heads = Store.open(store), (read_hub_folder if RunFolder(run).is_export else load_run)(run)
     names = split_captions(captions)
-    written = write_embeddings(
-        heads, opened, to, folder, captions=names, device=where, batch_size=batch_size, quiet=quiet
-    )
+    written = write_embeddings(heads, opened, to, folder, captions=names, device=where, quiet=quiet)
     return report_written(folder, *written, opened.dataset)

@@ -66,8 +66,7 @@ def _next_command(result: FitResult) -> str:
     from sail_align.extract.sources.demo.source import DemoConfig
 
     if result.features_only:
-        (store, *_), out = RunFolder(result.run).settings()["stores"], f"{result.run.name}-npy"
-        return command("sail-align", "embed", store, "--run", result.run, "--to", "npy", "--out", out)
+        return command("sail-align", "embed", RunFolder(result.run).settings()["stores"][0], "--run", result.run)
     sets = [find_manifest(name) for name in packaged_manifests()]
     here = [about for about, root in sets if about.task and about.is_here(root)]
     if any("demo" in result.datasets or not isinstance(about.source, DemoConfig) for about in here):

@@ -28,7 +28,6 @@ def write_embeddings(
     *,
     captions: Sequence[str] | None = None,
     device: str = "cpu",
-    batch_size: int = HEAD_BATCH,
     quiet: bool = False,
 ) -> Written:
     """Write the unit-norm embeddings of a store's rows as float32: the numbers of `sail-eval`.
@@ -40,7 +39,6 @@ def write_embeddings(
         folder: A folder that does not exist or is empty.
         captions: Names of captions. None takes all that have features.
         device: Device of the heads.
-        batch_size: Rows that pass through a head at a time.
         quiet: Show no progress bar.
 
     Raises:
@@ -58,7 +56,7 @@ def write_embeddings(
 
     def convert(modality: str, features_ND: Half) -> NDArray[np.float32]:
         encode = model.encode_text if modality == "text" else model.encode_image
-        embeddings_NE = embed(encode, features_ND, device, batch_size)
+        embeddings_NE = embed(encode, features_ND, device)
         if not np.isfinite(embeddings_NE).all():
             raise UserError(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
         return embeddings_NE
@@ -67,12 +65,10 @@ def write_embeddings(
     return write_vectors(store, arrays, form, folder, convert, about, quiet=quiet)
 
 
-def embed(
-    encode: Callable[[Tensor], Tensor], features_ND: Half, device: str | torch.device, batch_size: int = HEAD_BATCH
-) -> NDArray[np.float32]:
-    """Return the embeddings (N, E) of features by one head, a batch at a time."""
+def embed(encode: Callable[[Tensor], Tensor], features_ND: Half, device: str | torch.device) -> NDArray[np.float32]:
+    """Return the embeddings (N, E) of features by one head, `HEAD_BATCH` rows at a time."""
     with torch.inference_mode():
-        batches = torch.split(torch.from_numpy(features_ND), batch_size)
+        batches = torch.split(torch.from_numpy(features_ND), HEAD_BATCH)
         parts = [encode(batch.to(device, torch.float32)).float().cpu() for batch in batches]
     embeddings_NE: NDArray[np.float32] = torch.cat(parts).numpy()
     return embeddings_NE

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sail_align.align import pretrained
 from sail_align.align.cli import app as align
+from sail_align.align.hub import embeddings
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate.cli import app as evaluate
 from sail_align.extract.cli import app as extract
@@ -135,7 +136,7 @@ def test_unknown_encoders_allow_all_that_needs_features_only(outside):
     assert imported(outside).exit_code == 0
     output = fit()
     assert "held out" in output
-    assert output.splitlines()[-1] == "Next: sail-align embed x.zarr --run runs/x --to npy --out x-npy"
+    assert output.splitlines()[-1] == "Next: sail-align embed x.zarr --run runs/x"
     unknown = "The image and text features were computed elsewhere by encoders that are unknown"
     for command, words in ((align, ["export", "runs/x"]), (evaluate, ["all", "--run", "runs/x"])):
         result = CliRunner().invoke(command, words)
@@ -155,7 +156,7 @@ def test_one_unknown_encoder_is_named(outside):
         pretrained.load("runs/x")
 
 
-def test_embed_writes_the_numbers_of_a_run(outside):
+def test_embed_writes_the_numbers_of_a_run(outside, monkeypatch):
     assert imported(outside, *encoders(outside)).exit_code == 0
     fit()
     result = CliRunner().invoke(align, ["embed", "x.zarr", "--run", "runs/x", "--out", "out", "--device", "cpu"])
@@ -173,7 +174,8 @@ def test_embed_writes_the_numbers_of_a_run(outside):
         assert np.allclose(np.linalg.norm(written, axis=1), 1, atol=1e-6)
     about = json.loads(Path("out/about.json").read_text())
     assert about["run_digest"] == run.digest
-    words = ["embed", "x.zarr", "--run", "runs/x", "--device", "cpu", "--to", "parquet", "--batch-size", "7"]
+    monkeypatch.setattr(embeddings, "HEAD_BATCH", 7)
+    words = ["embed", "x.zarr", "--run", "runs/x", "--device", "cpu", "--to", "parquet"]
     assert CliRunner().invoke(align, words).exit_code == 0
     table = pq.read_table("exports/x-x-parquet/part-0.parquet")
     assert table["key"].to_pylist() == store.index(["key"])["key"].to_pylist()
