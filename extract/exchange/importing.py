@@ -303,10 +303,12 @@ class Import:
             rows = rows[filled.to_numpy()[rows]]
         rows = rows[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(TRIED, len(rows))).astype(np.int64))]
         values = side.take(places[rows]).values.astype(np.float64) if len(rows) else np.empty((0, side.dim))
-        usable = np.atleast_1d(np.isfinite(values).all(axis=1))
+        usable = np.isfinite(values).all(axis=1) & values.any(axis=1)  # zeros stand for failures of other programs
         rows, values = rows[usable], values[usable]
         if not len(rows):
-            raise UserError(f"The {side.label} cannot be compared: no finite row has an image or a text. Correct them.")
+            raise UserError(
+                f"The {side.label} cannot be compared: no row with numbers has an image or a text. Correct them."
+            )
         keys = self.joined.keys.take(pa.array(rows)).to_pylist()
         if texts is not None:
             return compare_texts(keys, texts.take(pa.array(rows)).to_pylist(), values, encoder)

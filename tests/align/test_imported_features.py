@@ -45,6 +45,7 @@ def outside(tmp_path_factory):
         "image_embedding": image_ND,
         "image_unit": image_ND / np.linalg.norm(image_ND, axis=1, keepdims=True),
         "image_shifted": np.roll(image_ND, 1, axis=0),
+        "image_failed": np.where(np.arange(ROWS)[:, None] % 5 == 0, 0, image_ND),
         "text_embedding": text_ND,
     }
     lists = {name: pa.array(list(values)) for name, values in columns.items()}
@@ -110,6 +111,13 @@ def test_normalised_features_are_accepted_and_recorded(outside):
     record = Store.open("x.zarr").attributes["manifest"]["source"]["encoders"]
     assert record["image"]["compared"] == {"rows": 32, "cosine": 1.0, "norms": "unit-norm"}
     assert record["text"]["compared"]["norms"] == "as encoded"
+
+
+def test_rows_of_zeros_are_not_compared(outside):
+    result = imported(outside, *encoders(outside), vector="image_failed")
+    assert result.exit_code == 0, repr(result.exception)
+    assert "warning: 12 rows of image features are all zeros, as some programs write for failures." in result.output
+    assert "image features agree with their encoder: mean cosine 1.0000 with 32 images encoded again" in result.output
 
 
 def test_features_of_another_encoder_are_refused_with_their_cosine(outside):
