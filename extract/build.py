@@ -72,7 +72,7 @@ def build_store(
     device: str = "auto",
     precision: str = "float32",
     trust_remote_code: bool = False,
-    compiled: bool = False,
+    compile: bool = False,
     fast_jpeg: bool = False,
     workers: str | int = "auto",
     worker: str = "1/1",
@@ -104,7 +104,7 @@ def build_store(
         device: "cpu", "cuda", "cuda:1" …, or "auto" for a GPU if there is one.
         precision: Precision of the encoders: "float32", "bfloat16" or "float16".
         trust_remote_code: Run a model's own code, which needs a pinned revision.
-        compiled: Compile the encoders with `torch.compile`.
+        compile: Compile the encoders with `torch.compile`.
         fast_jpeg: Decode large JPEGs at a reduced scale.
         workers: Processes on this machine, or "auto".
         worker: Encode only this worker's shards, as "N/OF".
@@ -164,7 +164,7 @@ def build_store(
             recorded = TextEncoderConfig.recorded(identity)
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
-        image_name, options = image_encoder or manifest.encoders.image, (precision, trust_remote_code, compiled)
+        image_name, options = image_encoder or manifest.encoders.image, (precision, trust_remote_code, compile)
         image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
         source = manifest.open_source(root)
         report.source_opened(manifest, source)
@@ -173,7 +173,7 @@ def build_store(
     for name in chosen:
         if name not in known:
             raise UserError(f"{manifest.name} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
-    text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compiled) if chosen else None
+    text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compile) if chosen else None
     Runtime.of(device, precision)  # raises if either is invalid
     job = Job(manifest, root, path, image, text, tuple(chosen))
     share, executor = Share.parse(worker), _choose_executor(engine, ray_address, str(workers), device)

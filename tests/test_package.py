@@ -1,5 +1,7 @@
 """The public API: `import sail_align`."""
 
+import importlib
+import inspect
 import pydoc
 import re
 import subprocess
@@ -8,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import sail_align
 
@@ -41,6 +44,21 @@ def test_dir_lists_the_public_names():
 def test_unknown_attribute_raises_attribute_error():
     with pytest.raises(AttributeError, match="'sail_align' has no attribute 'lod'"):
         _ = sail_align.lod
+
+
+@pytest.mark.parametrize(
+    ("stage", "command", "function", "more"),
+    [
+        ("extract", "run", "build_store", {"report"}),
+        ("extract", "import", "import_features", set()),
+        ("align", "fit", "fit", set()),
+        ("evaluate", "all", "score", {"sets", "task", "protocol"}),
+    ],
+)
+def test_functions_take_the_options_of_their_commands(stage, command, function, more):
+    program = get_command(importlib.import_module(f"sail_align.{stage}.cli").app)
+    options = {name.lstrip("-").replace("-", "_") for each in program.commands[command].params for name in each.opts}
+    assert set(inspect.signature(getattr(sail_align, function)).parameters) == options - {"json"} | more
 
 
 @pytest.mark.parametrize("document", ["docs/guarantees.md", "SECURITY.md"])

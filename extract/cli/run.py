@@ -145,7 +145,7 @@ def run(
         device=device,
         precision=precision,
         trust_remote_code=trust_remote_code,
-        compiled=compiled,
+        compile=compiled,
         fast_jpeg=fast_jpeg,
         workers=workers,
         worker=worker,
