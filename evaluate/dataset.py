@@ -52,9 +52,7 @@ class ListedSet:
     """
 
     def __init__(self, manifest: Manifest, data_root: Path):
-        if manifest.task is None:
-            raise UserError(f"Manifest {manifest.name!r} is for training. Give one with purpose 'evaluate'.")
-        self.task: TaskSettings = manifest.task
+        self.task: TaskSettings = manifest.require_task()
         self.manifest = manifest
         self.source = manifest.open_source(data_root)
 

@@ -360,9 +360,7 @@ def find_sets(references: Sequence[str], data_root: str | None, task: Evaluation
     sets = []
     for reference in references:
         about, root = manifests.find_manifest(reference, data_root)
-        if about.task is None:
-            raise UserError(f"Manifest {about.name!r} is for training. Give one with purpose 'evaluate'.")
-        kind = about.task.kind
+        kind = about.require_task().kind
         if task and kind in task.also_scores:
             kind, about = task.kind, about.scored_as(task.kind)
         find_task(kind).check_manifest(about)

@@ -112,7 +112,7 @@ def _scores(folder: RunFolder) -> Generator[Link, None, RunScores | None]:
             raise
         yield Link(State.CHANGED, str(file), str(problem))
         return None
-    yield Link.of(str(file), digest, digest, f"{len(scores.scored)} sets")  # `read` has compared it
+    yield Link.of(str(file), digest, digest, f"sets: {len(scores.scored)}")  # `read` has compared it
     return scores
 
 

@@ -93,9 +93,10 @@ def build_store(
         image_column: Column of the images' paths in a table of yours, if several could be.
         caption_columns: Columns of captions in data of yours, if several could be, as a sequence or as "title,text".
         images: Folder of the images that a table or annotation file of yours names, if it is not near the file.
-        image_encoder: Name, hf:REPOSITORY, timm:MODEL or open_clip:MODEL. Default: the manifest's.
+        image_encoder: Name (`sail-extract encoders` lists them), hf:REPOSITORY, timm:MODEL or open_clip:MODEL.
+                Default: the manifest's, else "dinov2-large".
         image_pooling: "cls", "mean" or "cls+mean". Default: the encoder's own.
-        text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's.
+        text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's, else "gte-large".
         text_pooling: "cls", "mean" or "last". Default: the encoder's own.
         captions: Names of the captions to encode, as a sequence or as "raw,long". Default: the manifest's, else all.
         add_captions: Captions to add to an existing store, without reading its images.

@@ -200,6 +200,15 @@ class Manifest(Strict):
         """Whether everything that the data set needs is present. No file is opened."""
         return all(self.requirements(data_root).values())
 
+    def require_task(self) -> TaskSettings:
+        """Return the task of an evaluation set. Raise `UserError` if the manifest is for training."""
+        if self.task is None:
+            raise UserError(
+                f"Manifest {self.name!r} is for training. Give an evaluation set. To score on data of your own, add "
+                "`task: {kind: retrieval}` (or another kind) to their manifest."
+            )
+        return self.task
+
     def require_here(self, data_root: Path, reference: str) -> None:
         """Raise `UserError` unless the data are here. `reference` is how the user named the manifest."""
         if not self.is_here(data_root):

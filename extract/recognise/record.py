@@ -152,6 +152,8 @@ class Recognised:
             "licence": "CC BY 4.0",
             "encoders": "{image: dinov2-large, text: gte-large}",
         }
+        if content["source"].get("captions"):
+            optional["task"] = "{kind: retrieval}  # to score on these data instead of training on them"
         lines += [f"# {name}: {value}" for name, value in optional.items() if name not in content]
         return printable("\n".join(lines)) + "\n"
 

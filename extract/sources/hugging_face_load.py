@@ -21,6 +21,8 @@ _SAVED = ("dataset_dict.json", "state.json")
 """Files of a folder that `save_to_disk` wrote."""
 _CARDS = ("README.md", ".huggingface.yaml")
 """Files in which a folder may name its data files."""
+_OTHER_SPLITS = ("NonMatchingSplitsSizesError", "ExpectedMoreSplitsError", "UnexpectedSplitsError")
+"""Errors of the library about a card whose splits are not those of the files."""
 FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".csv": ("csv", {}),
@@ -183,7 +185,14 @@ def _load_saved(datasets: Any, config: "HuggingFaceConfig", folder: Path) -> Any
 def _cannot_open(where: object, problem: Exception) -> UserError:
     if isinstance(problem, UserError):
         return problem
-    return UserError(f"Data set {where} cannot be opened: {' '.join(str(problem).split()).rstrip('.')}.")
+    text = " ".join(str(problem).split()).rstrip(".")
+    # A partial download: the card has another number of rows, or lists splits whose files are not there.
+    if type(problem).__name__ in _OTHER_SPLITS or "Couldn't infer the same data file format for all splits" in text:
+        text = (
+            f"the splits of its card differ from its files ({text}). Download the rest, correct the card (README.md), "
+            "or give the folder that has the data files instead of the one with the card"
+        )
+    return UserError(f"Data set {where} cannot be opened: {text}.")
 
 
 def _require_hub_name(datasets: Any, name: str) -> None:

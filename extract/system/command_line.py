@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -165,6 +166,11 @@ def _text_to_stderr() -> Iterator[None]:
         os.close(stdout)
 
 
+def _plain(usage: str) -> str:
+    """Return an option or argument with the kind of its values in plain words: <path> for <list[Path]>."""
+    return re.sub(r"<(?:list\[)?(\w+)\]?(?: range)?>", lambda found: f"<{found[1].lower()}>", usage)
+
+
 class Program(TyperGroup):
     """A program with commands. Mistakes raise `UserError`; without any word, it prints its help."""
 
@@ -208,7 +214,7 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
                 kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                groups[getattr(parameter, "rich_help_panel", None) or kind].append(record)
+                groups[getattr(parameter, "rich_help_panel", None) or kind].append((_plain(record[0]), record[1]))
         for name, records in groups.items():
             if records:
                 with formatter.section(name):

@@ -132,7 +132,7 @@ def test_card_has_scores_and_provenance(run, tmp_path):
     manifest = write_captioned(tmp_path / "holiday")
     words = ["retrieval", str(manifest), "--run", str(run), "--device", "cpu", "--quiet"]
     assert CliRunner().invoke(evaluation, words).exit_code == 0
-    assert "with scores of 1 sets" in export(run, "--out", "hub", "--licence", "apache-2.0").output
+    assert "with scores of 1 set\n" in export(run, "--out", "hub", "--licence", "apache-2.0").output
     card = ModelCard.load("hub/README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "sail-align"

@@ -285,7 +285,7 @@ def test_training_manifest_is_rejected(sail_eval, squares):
     squares.write_text(yaml.safe_dump({**content, "purpose": "train"}))
     code, _, err = sail_eval("all", "--manifest", squares)
     assert code == 2
-    assert "is for training. Give one with purpose 'evaluate'" in err
+    assert "is for training. Give an evaluation set. To score on data of your own, add `task: {kind: retrieval}`" in err
 
 
 @pytest.fixture

@@ -109,6 +109,8 @@ def test_rerun_uses_the_manifest_unless_it_differs(messy, typed):
     found = typed("init", f"{here}/my data", "--out", f"{here}/my-data.yaml")
     os.chdir(here)
     assert f"using {here}/my-data.yaml\n" in found[1]
+    manifest.write_text(edited.replace("# task:", "task:"))
+    assert Manifest.read(manifest).require_task().kind == "retrieval"
     manifest.write_text("name: [")
     assert "my-data.yaml is not valid YAML" in typed("init", "my data")[2]
 
@@ -453,6 +455,19 @@ def test_images_in_parquet_of_other_programs(data, monkeypatch, kind):
     pq.write_table(pa.table({**texts, "image": ["a.png", "b.png"]}), data / "00000.parquet")
     draw(data / "a.png")
     assert recognise(data / "00000.parquet").content["source"]["kind"] == "table"
+
+
+@pytest.mark.slow
+def test_partial_downloads_of_the_hub(hub):
+    info = {"features": [{"name": "image", "dtype": "image"}, {"name": "texts", "sequence": "string"}]}
+    info["splits"] = [{"name": "train", "num_examples": 6, "num_bytes": 600}]
+    files = [{"split": split, "path": f"data/{split}-*"} for split in ("train", "val")]
+    for about in ({"dataset_info": info, "data_files": files[:1]}, {"data_files": files}):
+        card = {"configs": [{"config_name": "default", "data_files": about.pop("data_files")}], **about}
+        (hub / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+        with pytest.raises(UserError, match=r"the splits of its card differ from its files .* Download the rest"):
+            recognise(hub)
+    assert recognise(hub / "data").lines[1] == "  3 images, captions: c0 (3), c1 (3)"
 
 
 @pytest.mark.slow
