@@ -214,6 +214,7 @@ class SailModel(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def _embed_images(self, pixel_values: Tensor, normalize: bool) -> Tensor:
+        self.sail.image_encoder.require_pixels(pixel_values)
         with self.sail.exact():
             return self.sail.heads(image=self.sail.image_encoder(pixel_values), normalize=normalize)
 

@@ -14,9 +14,15 @@ from torch import Tensor
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.errors import UserError
 
+PREPROCESSING = {"crop": 8, "resize": 8, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+"""What exports need of an image encoder."""
 
-def identity(modality: str, pooling: str = "mean", dim: int = 4, golden: float = 1.0) -> Identity:
-    spec = EncoderSpec(f"fake-{modality}", modality, {"loader": "test"}, "0" * 64, {}, pooling, "float32", dim)
+
+def identity(
+    modality: str, pooling: str = "mean", dim: int = 4, golden: float = 1.0, preprocessing: dict | None = None
+) -> Identity:
+    source, weights = {"loader": "test"}, "0" * 64
+    spec = EncoderSpec(f"fake-{modality}", modality, source, weights, preprocessing or {}, pooling, "float32", dim)
     return Identity(spec, [golden, 2.0, 3.0, 4.0], {"torch": "test"})
 
 

@@ -131,12 +131,7 @@ class VisionEncoder(FrozenEncoder):
         return features_BD.cpu()
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return pooled features of normalised pixels (B, 3, size, size), (B, D) float32 on the device.
-
-        Raises:
-            ValueError: The pixels have another shape.
-        """
-        self.require_pixels(pixels_BCHW)
+        """Return pooled features of normalised pixels (B, 3, H, W), (B, D) float32 on the device."""
         return pool_image(*self._forward(pixels_BCHW), self._pooling).float()
 
     def encode_dense(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import identity
+from fakes import PREPROCESSING, identity
 
 from sail_align.align.cli import main as align
 from sail_align.evaluate.cli import main as evaluate
@@ -62,9 +62,7 @@ def quickly(command: str) -> str:
 
 @pytest.mark.slow
 def test_each_command_prints_one_document_and_the_next_command_works(make_store, run_line):
-    image = identity("image", dim=12)
-    preprocessing = {"crop": 8, "resize": 8, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-    image = replace(image, spec=replace(image.spec, preprocessing=preprocessing))
+    image = identity("image", dim=12, preprocessing=PREPROCESSING)
     make_store("photos", image=image)
     make_store("others", rows=200, first=200, image=image)
     commands = {

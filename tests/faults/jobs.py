@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import yaml
-from fakes import FakeText, FakeVision
+from fakes import PREPROCESSING, FakeText, FakeVision
 from interrupted import shrink
 from PIL import Image
 from released_file import IMAGE_DIM, TEXT_DIM, released_tensors, save_released
@@ -200,7 +200,7 @@ class _FakeImageEncoder(_FakeEncoder):
     pooling, precision = None, "float32"
 
     def load(self, device: str):
-        return FakeVision(**({"dim": IMAGE_DIM} if self.name == "big-image" else {}))
+        return FakeVision(preprocessing=PREPROCESSING, **({"dim": IMAGE_DIM} if self.name == "big-image" else {}))
 
 
 class _FakeTextEncoder(_FakeEncoder):
@@ -213,7 +213,9 @@ class _FakeTextEncoder(_FakeEncoder):
 def _replace_slow_parts() -> None:
     """Use fake encoders, small shards and index files, saves after each step, no charts, and a clock that stands."""
     load.ImageEncoderConfig, load.TextEncoderConfig = _FakeImageEncoder, _FakeTextEncoder
-    models.load_recorded = lambda recorded, **_: FakeVision() if recorded.spec.modality == "image" else FakeText()
+    models.load_recorded = lambda recorded, **_: (
+        FakeVision(preprocessing=PREPROCESSING) if recorded.spec.modality == "image" else FakeText()
+    )
     store_module._shard_rows = lambda rows: SHARD_ROWS
     shrink()
     trainer.fit.__kwdefaults__["save_seconds"] = 0
