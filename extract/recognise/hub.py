@@ -1,12 +1,14 @@
 """Recognition of data sets of the Hugging Face library: saved by it, or downloaded from the hub as parquet files."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sail_align.extract.errors import UserError, listing
 from sail_align.extract.recognise.columns import Choices, UndecidedError, Understood, choose_captions, name_captions
 from sail_align.extract.sources.hugging_face import HuggingFaceConfig, holds_images
-from sail_align.extract.sources.hugging_face_load import open_rows, split_names
+from sail_align.extract.sources.hugging_face_load import open_rows, split_names, was_saved
+from sail_align.extract.sources.hugging_face_rows import Rows
 
 PROBED = 200
 """Rows whose texts are looked at."""
@@ -22,7 +24,7 @@ def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
     choices.require_unused(("--images",), f"the data set in {folder} has its images in a column")
     splits = ["train"] if folder.is_file() else split_names(folder)
     split = "train" if "train" in splits or not splits else splits[0]
-    rows = open_rows(HuggingFaceConfig(kind="hugging-face", root=str(folder), split=split), Path())
+    rows, streaming = _open(folder, split)
     images = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"] or [
         name
         for name, feature in rows.features.items()
@@ -42,6 +44,8 @@ def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
     chosen = choose_captions(columns, choices, folder)
     lists = [name for name in chosen if any(isinstance(value, list) for value in columns[name])]
     source: dict[str, Any] = {"kind": "hugging-face", "split": split, "image": image}
+    if streaming:
+        source["streaming"] = True
     if chosen:
         source["captions"] = chosen[0] if lists and len(chosen) == 1 else name_captions(chosen)
     labels = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
@@ -54,3 +58,12 @@ def recognise_hub_folder(folder: Path, choices: Choices) -> Understood:
     if unused := [name for name in rows.features if name not in {image, source.get("label"), *chosen}]:
         notes.append(f"columns not used: {listing(unused)}")
     return Understood("a data set of the Hugging Face library", folder, source, task, notes)
+
+
+def _open(folder: Path, split: str) -> tuple[Rows, bool]:
+    """Return the rows of a split, and whether they are streamed. Parquet files then need no copy in a cache."""
+    where: dict[str, Any] = {"kind": "hugging-face", "root": str(folder), "split": split}
+    if not was_saved(folder):
+        with suppress(UserError):  # the library takes the folder for one of another format
+            return open_rows(HuggingFaceConfig(**where, streaming=True), Path()), True
+    return open_rows(HuggingFaceConfig(**where), Path()), False

@@ -31,6 +31,8 @@ from sail_align.extract.system.validation import shortened
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PROBED_BYTES = 1 << 20
 """Bytes of a table by which its encoding is guessed."""
+PROBED_IMAGES = 8
+"""Rows of a column of bytes among which the first that is not empty is looked at."""
 MOST_COMPARED = 3
 """Names of missing images that are compared with those of all files."""
 LONGEST_NAME = 1_000
@@ -108,8 +110,8 @@ def has_image_bytes(file: Path) -> bool:
             if any(pa.types.is_struct(each.type) for each in columns):
                 return True
             for column in columns:  # of bytes, which may be texts
-                rows = next(opened.iter_batches(1, columns=[column.name]), None)
-                value = rows.column(0)[0].as_py() if rows else None
+                rows = next(opened.iter_batches(PROBED_IMAGES, columns=[column.name]), None)
+                value = next(filter(None, rows.column(0).to_pylist()), None) if rows else None
                 if value and begins_like_image(value):
                     return True
     except (OSError, ValueError):  # pyarrow's errors are subclasses

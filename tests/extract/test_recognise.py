@@ -432,7 +432,9 @@ def hub(data, monkeypatch) -> Path:
 def test_folders_of_the_hub(hub, typed):
     recognised = recognise(hub)
     source = recognised.content["source"]
-    assert source == {"kind": "hugging-face", "root": str(hub), "split": "train", "image": "image", "captions": "texts"}
+    about = {"split": "train", "image": "image", "captions": "texts", "streaming": True}
+    assert source == {"kind": "hugging-face", "root": str(hub), **about}
+    assert not (hub.parent / "cache").exists() or not list((hub.parent / "cache").rglob("*.arrow"))  # no copy
     assert recognised.lines[1] == "  3 images, captions: c0 (3), c1 (3)"
     assert any(line.startswith("  splits: ") and "'train' is used" in line for line in recognised.lines)
     file = hub / "data" / "test-00000-of-00001.parquet"  # of a single split
@@ -447,7 +449,8 @@ def test_images_in_parquet_of_other_programs(data, monkeypatch, kind):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data.parent / "cache")
     data.mkdir()
-    images = [png() if pa.types.is_binary(kind) else {"bytes": png(), "path": "a.png"}] * 2
+    images = [png() if pa.types.is_binary(kind) else {"bytes": png(), "path": "a.png"}]
+    images = [None, *images]
     texts = {"note": pa.array([b"not", b"an image"], pa.binary()), "caption": ["a red house", "a house"]}
     pq.write_table(pa.table({**texts, "jpg": pa.array(images, kind)}), data / "00000.parquet")
     source = recognise(data / "00000.parquet", image_column="jpg").content["source"]
