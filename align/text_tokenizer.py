@@ -31,7 +31,8 @@ class SailTokenizer(PreTrainedTokenizerBase):
     def __init__(self, encoder: dict[str, Any], text_folder: str | Path | None = None, **of_transformers: Any):
         try:
             self.spec = EncoderSpec.from_json(encoder)
-        except ValueError as problem:
+            self._prefix, limit = str(self.spec.preprocessing["prefix"]), int(self.spec.preprocessing["token_limit"])
+        except (ValueError, TypeError, KeyError) as problem:
             raise UserError(f"tokenizer_config.json is invalid: {problem}. Export the run again.") from problem
         if "config" in self.spec.source and text_folder is None:
             raise UserError(f"Encoder {self.spec.id!r} is a local folder. Pass its path with text_folder.")
@@ -39,7 +40,7 @@ class SailTokenizer(PreTrainedTokenizerBase):
         self.inner: Any = load_tokenizer(self.spec, folder)
         self.is_open_clip = not isinstance(self.inner, PreTrainedTokenizerBase)
         special = {} if self.is_open_clip else self.inner.special_tokens_map
-        name, limit = of_transformers.get("name_or_path", ""), self.spec.preprocessing["token_limit"]
+        name = of_transformers.get("name_or_path", "")
         names = ["input_ids", "attention_mask"]
         super().__init__(name_or_path=name, model_max_length=limit, model_input_names=names, **special)
 
@@ -74,7 +75,7 @@ class SailTokenizer(PreTrainedTokenizerBase):
             encoded = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
             one = isinstance(text, str) and return_tensors is None
             return BatchEncoding({k: v[0] for k, v in encoded.items()} if one else encoded, tensor_type=return_tensors)
-        prefixed = [self.spec.preprocessing["prefix"] + each for each in texts]
+        prefixed = [self._prefix + each for each in texts]
         options = {"return_token_type_ids": False, **options}
         encoding: BatchEncoding = self.inner(
             prefixed[0] if isinstance(text, str) else prefixed,

@@ -245,9 +245,15 @@ def test_tokens_are_those_of_training(tmp_path, world):
     prefixed["encoder"]["preprocessing"]["prefix"] = "query: "
     query = SailTokenizer(prefixed["encoder"], text_folder=options["text_folder"])
     assert query("a red cat")["input_ids"] == [2, 4, 5, 6, 14, 9, 3]
-    prefixed["encoder"]["dim"] = "many"
-    with pytest.raises(UserError, match=r"tokenizer_config\.json is invalid: .*dim"):
-        SailTokenizer(prefixed["encoder"])
+    encoder = prefixed["encoder"]
+    for changed, message in (
+        ({"dim": "many"}, r"tokenizer_config\.json is invalid: .*dim"),
+        ({"preprocessing": {"prefix": ""}}, r"tokenizer_config\.json is invalid: .*token_limit"),
+        ({"source": {}}, "its source has no 'loader'"),
+        ({"source": {"loader": "hub", "repository": "a/b"}}, "its source has no 'revision'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SailTokenizer({**encoder, **changed})
 
 
 def test_invalid_options_are_named(world, pictures):

@@ -239,16 +239,20 @@ def load_recorded(
         UserError: It is not available.
     """
     require_known(identity)
+    _require_source(identity.spec)
     source = identity.spec.source
-    needed = ("loader", *(("repository", "revision") if source.get("loader") == "hub" else ()))
-    if absent := [name for name in needed if name not in source]:
-        raise UserError(f"Record of encoder {identity.spec.id!r} is invalid: its source has no {absent[0]!r}.")
     recorded = ImageEncoderConfig.recorded if identity.spec.modality == "image" else TextEncoderConfig.recorded
     config: EncoderConfig = replace(recorded(identity), trust_remote_code=trust_remote_code)
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
     encoder = config.load(device, entry=replace(config.entry, **pinned))
     encoder.identity.check_matches(identity, where="the record")
     return encoder
+
+
+def _require_source(spec: EncoderSpec) -> None:
+    needed = ("loader", *(("repository", "revision") if spec.source.get("loader") == "hub" else ()))
+    if absent := [name for name in needed if name not in spec.source]:
+        raise UserError(f"Record of encoder {spec.id!r} is invalid: its source has no {absent[0]!r}.")
 
 
 def load_tokenizer(spec: EncoderSpec, location: str = "") -> Any:
@@ -264,6 +268,7 @@ def load_tokenizer(spec: EncoderSpec, location: str = "") -> Any:
     Raises:
         UserError: It is not available.
     """
+    _require_source(spec)
     entry = TextEncoderConfig.recorded(Identity(spec, [], {}, location)).entry
     if isinstance(entry, OpenClipTower):
         return load_open_clip_tokenizer(entry)
