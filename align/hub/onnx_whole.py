@@ -53,13 +53,13 @@ def write_whole(path: Path, folder: Path) -> float:
     require_new(folder)
     run = load_run(path)
     require_known(run.image, run.text)
-    if run.text.spec.source["loader"] == "open_clip":
+    text = cast(TransformersTextEncoder, load_recorded(run.text)).float()
+    if not hasattr(getattr(text, "tokenizer", None), "backend_tokenizer"):  # that of OpenCLIP, or in plain Python
         raise UserError(
-            "--whole is not available for text encoders of OpenCLIP, which have no tokenizer.json. Export the heads "
-            "alone, without --whole."
+            f"--whole is not available for text encoder {run.text.spec.id!r}, whose tokenizer cannot be written as "
+            "tokenizer.json. Export the heads alone, without --whole."
         )
     image = cast(VisionEncoder, load_recorded(run.image)).float()
-    text = cast(TransformersTextEncoder, load_recorded(run.text)).float()
     with new_folder(folder, FILES) as new:
         about = {
             **metadata_of(run, run.image),
