@@ -202,6 +202,10 @@ class Store(StoreView):
             raise UserError(f"{path} was made from another manifest: {difference}. Pass another --out.")
         return store
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path, so that another process opens the store itself."""
+        return Store.open, (self.path,)
+
     @property
     def is_imported(self) -> bool:
         """Whether `sail-extract import` made the store, of features that were computed elsewhere."""

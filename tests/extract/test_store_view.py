@@ -206,6 +206,11 @@ def test_damaged_features_are_refused(store):
             read()
 
 
+def test_pickled_store_is_opened_again(store, samples, features):
+    assert "rows" in repr(store)  # which opens the arrays
+    check(pickle.loads(pickle.dumps(store))[7], 7, samples, features)  # noqa: S301 (its own)
+
+
 def test_store_is_a_path(store):
     assert os.fspath(store) == str(store.path)
     assert len(sail_align.open_store(store)) == ROWS
