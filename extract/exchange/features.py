@@ -279,7 +279,10 @@ def _header(table: Path) -> list[str]:
                 import json
 
                 with open_regular(table) as lines:
-                    return list(json.loads(lines.readline() or "{}"))
+                    first = json.loads(lines.readline())
+                if not isinstance(first, dict):
+                    raise ValueError("line 1 is not a JSON object")
+                return list(first)
             case ending:
                 return read_header(table, DELIMITERS if ending == ".csv" else ("\t", *DELIMITERS))
 
@@ -288,7 +291,8 @@ def _read_column(table: Path, name: str) -> pa.ChunkedArray:
     match table.suffix.lower():
         case ".txt":
             with report_unreadable(table), open_regular(table) as file:
-                lines = file.read().decode("utf-8-sig").splitlines()
+                text = file.read().decode("utf-8-sig").removesuffix("\n")
+                lines = [line.removesuffix("\r") for line in text.split("\n")]  # not at U+2028
             return pa.chunked_array([pa.array(lines, pa.large_string())])
         case ".npy":
             with report_unreadable(table):

@@ -131,8 +131,9 @@ def _unique_keys(side: Features, column: str) -> pa.ChunkedArray:
     if side.texts is None:
         raise ValueError(f"{side.label} have no texts")
     keys = side.texts.read(column, side.rows)
-    if keys.null_count:
-        row = int(np.flatnonzero(keys.is_null().to_numpy())[0])
+    empty = pc.fill_null(pc.equal(keys, ""), True)
+    if pc.any(empty).as_py():
+        row = int(np.flatnonzero(empty.to_numpy())[0])
         raise UserError(f"Keys of the {side.label} are invalid: row {row + 1} of {side.texts.where} has none. Add it.")
     if len(keys.unique()) < len(keys):
         counts = keys.value_counts()

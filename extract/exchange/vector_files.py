@@ -24,6 +24,8 @@ from sail_align.extract.errors import UserError, import_extra, listing
 from sail_align.extract.system.files import require_regular
 
 BATCH_ROWS = 8_192
+MOST_PER_BYTE = 1_000
+"""Numbers that a byte of a file can stand for at most, compressed. A file that declares more does not store them."""
 FLOATS = ("float16", "float32", "float64", "bfloat16")
 KEY = "key"
 """Name of the column of keys in files whose vectors have names."""
@@ -86,6 +88,12 @@ def open_vectors(path: Path, choose: Choose) -> VectorFile:
         raise UserError(f"{path} is invalid: got {opened.dtype}, expected {', '.join(FLOATS)}. Convert it.")
     if not opened.rows or not opened.dim:
         raise UserError(f"{path} is invalid: got the shape {(opened.rows, opened.dim)}, expected at least one vector.")
+    size = path.stat().st_size
+    if opened.rows * opened.dim > MOST_PER_BYTE * size and not opened.sequential:  # parquet counts its rows itself
+        raise UserError(
+            f"{path} is invalid: got the shape {(opened.rows, opened.dim)} in {size:,} bytes, in which it cannot be "
+            "stored. Write the file again."
+        )
     return opened
 
 
@@ -94,7 +102,7 @@ def report_unreadable(path: Path) -> Iterator[None]:
     """Turn the errors that a library may raise on a file into a `UserError`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, MemoryError) as problem:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, MemoryError, OverflowError) as problem:
         raise _unreadable(path, problem) from problem
     except pickle.UnpicklingError as problem:
         raise UserError(
@@ -263,6 +271,8 @@ def _open_torch(path: Path, choose: Choose) -> VectorFile:
                 if len(each) == len(content) and all(isinstance(text, str | int) for text in each)
             }
         else:
+            if len(tensors) < sum(isinstance(each, torch.Tensor) for each in content.values()):
+                raise ValueError("two of its names are the same text")
             names, content = list(tensors), list(tensors.values())
     if isinstance(content, torch.Tensor):
         tensors_of_rows = [content]
@@ -271,6 +281,8 @@ def _open_torch(path: Path, choose: Choose) -> VectorFile:
         tensors_of_rows = [each[None] if each.ndim == 1 else each for each in content]
     else:
         raise ValueError(f"got {type(content).__name__} without tensors, expected a tensor, a list or a dict of these")
+    if any(each.layout != torch.strided or each.is_meta for each in tensors_of_rows):
+        raise ValueError("its tensors are sparse or without values")
     kinds = {(str(each.dtype).removeprefix("torch."), tuple(each.shape[1:])) for each in tensors_of_rows}
     if len(kinds) > 1 or len(tensors_of_rows[0].shape) != 2:
         raise ValueError(f"its tensors differ or are not vectors: {listing(map(str, sorted(kinds)), 3)}")
@@ -293,6 +305,7 @@ def _open_torch(path: Path, choose: Choose) -> VectorFile:
 
 def _to_numpy(tensor: Any) -> NDArray[np.floating[Any]]:
     """Return a tensor of torch as an array; of bfloat16, which NumPy does not have, as float32."""
+    tensor = tensor.detach()  # a parameter requires gradients
     array: NDArray[np.floating[Any]] = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
     return array
 

@@ -15,7 +15,7 @@ from sail_align.extract.recognise.tables import TABLES, has_image_bytes, recogni
 from sail_align.extract.recognise.tars import recognise_tars
 from sail_align.extract.sources.class_folder import imagenet_ids
 from sail_align.extract.sources.hugging_face_load import was_saved
-from sail_align.extract.sources.images import ending_of, folders_below, image_endings
+from sail_align.extract.sources.images import ending_of, folders_below, image_endings, is_folder
 from sail_align.extract.sources.table_files import text_columns
 
 MOST_ANNOTATIONS = 8
@@ -79,7 +79,7 @@ class _Content:
         content, endings = cls(), image_endings()
         for folder in folders_below(root):
             with os.scandir(root / folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
+                names = sorted(entry.name for entry in entries if entry.name[0] != "." and not is_folder(entry))
             of_kind = {".json": content.annotations, ".tar": content.tars, **dict.fromkeys(TABLES, content.tables)}
             stems = {name.lower() for name in names}
             for name in names:
@@ -87,7 +87,7 @@ class _Content:
                 if ending in endings:
                     content.images[folder] += 1
                     content.with_text += f"{stem}.txt" in stems or f"{stem}{ending}.txt" in stems
-                elif ending in of_kind:
+                elif ending in of_kind and os.path.isfile(root / folder / name):  # not a FIFO or a device
                     of_kind[ending].append(os.path.join(folder, name))
                 else:
                     content.others[ending_of(name)] += 1

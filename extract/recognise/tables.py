@@ -25,7 +25,7 @@ from sail_align.extract.sources.delimited import decode
 from sail_align.extract.sources.hugging_face import holds_images
 from sail_align.extract.sources.images import begins_like_image, image_endings
 from sail_align.extract.sources.table_files import read_batches, text_columns
-from sail_align.extract.system.files import open_regular
+from sail_align.extract.system.files import open_regular, require_regular
 from sail_align.extract.system.validation import shortened
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -105,7 +105,7 @@ def recognise_tables(files: Sequence[Path], choices: Choices) -> Understood:
 def has_image_bytes(file: Path) -> bool:
     """Return whether a parquet file contains its images, as the library `datasets` and img2dataset store them."""
     try:
-        with pq.ParquetFile(file, pre_buffer=False) as opened:
+        with pq.ParquetFile(require_regular(file), pre_buffer=False) as opened:
             columns = [each for each in opened.schema_arrow if holds_images(each.type)]
             if any(pa.types.is_struct(each.type) for each in columns):
                 return True

@@ -13,7 +13,7 @@ from sail_align.extract.errors import UserError
 from sail_align.extract.sources.class_names import class_names
 from sail_align.extract.sources.config import FilesConfig, NonEmpty, SourceConfig
 from sail_align.extract.sources.file_set import Fence, require_utf8
-from sail_align.extract.sources.images import FolderSource, ending_of, list_folder
+from sail_align.extract.sources.images import FolderSource, ending_of, is_folder, list_folder
 
 
 def imagenet_ids() -> list[str]:
@@ -117,7 +117,7 @@ class ClassFolderSource(FolderSource):
         for folder in self._names:
             counts.update(map(ending_of, list_folder(self.folder / folder)[1]))
             with os.scandir(self.folder / folder) as entries:
-                below = [entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+                below = [entry.path for entry in entries if is_folder(entry) and not entry.name.startswith(".")]
             for where, _, _ in (walked for path in below for walked in os.walk(path)):
                 if "/." not in where.removeprefix(str(self.folder / folder)):
                     counts.update(f"{ending_of(name)} in subfolders" for name in list_folder(Path(where))[0])

@@ -70,7 +70,7 @@ def list_folder(folder: Path, texts: tuple[str, ...] = ()) -> tuple[list[str], l
     its name ends with one of `texts`. Folders and hidden files are not listed.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
+        names = sorted(entry.name for entry in entries if entry.name[0] != "." and not is_folder(entry))
     endings = image_endings()
     others = [name for name in names if os.path.splitext(name)[1].lower() not in endings]
     if not others:
@@ -93,11 +93,20 @@ def folders_below(root: Path) -> Iterator[str]:
             return
         yield folder
         with os.scandir(path) as entries:
-            inner = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+            inner = sorted(entry.name for entry in entries if entry.name[0] != "." and is_folder(entry))
         for name in inner:
             yield from walk(os.path.join(folder, name), (*above, identity))
 
-    yield from walk("", ())
+    parents = (path.stat() for path in root.resolve().parents)
+    yield from walk("", tuple((status.st_dev, status.st_ino) for status in parents))
+
+
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Return whether an entry is a folder or a link to one. A link that leads nowhere or to itself is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def ending_of(name: str) -> str:

@@ -401,3 +401,43 @@ def test_json_has_the_numbers_of_the_text(vectors):
     assert record["converted"]["image features"] == {"overflown": 1, "zero": 0}
     assert record["pairing"]["verdict"] == "good"
     assert record["next"] == "sail-align fit --features x.zarr"
+
+
+def test_declared_rows_that_are_not_stored_are_refused():
+    torch.save(torch.ones(1, 1).expand(10**12, 4), "expanded.pt")
+    with h5py.File("unwritten.h5", "w") as file:
+        file.create_dataset("m", (10**12, 1000), "f4", chunks=(1, 1000))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**15, 10**6)}
+    with open("huge.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    for name in ("expanded.pt", "unwritten.h5"):
+        assert "in which it cannot be stored" in refused("--image-features", name)
+    assert "huge.npy cannot be read as .npy" in refused("--image-features", "huge.npy")
+
+
+def test_parameters_are_read_and_tensors_without_values_are_refused(vectors):
+    torch.save(torch.nn.Parameter(torch.tensor(vectors[0])), "parameter.pt")
+    store, _ = imported("--image-features", "parameter.pt")
+    assert half_bits(store.image()) == vectors[0].astype(np.float16).view(np.uint16).tolist()
+    torch.save(torch.ones(4, 3).to_sparse(), "sparse.pt")
+    torch.save(torch.ones(4, 3, device="meta"), "meta.pt")
+    torch.save({1: torch.ones(3), "1": torch.zeros(3)}, "twice.pt")
+    assert "sparse" in refused("--image-features", "sparse.pt")
+    assert "without values" in refused("--image-features", "meta.pt")
+    assert "the same text" in refused("--image-features", "twice.pt")
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]\n", "null\n"])
+def test_tables_of_keys_without_columns_are_refused(content, vectors):
+    np.save("image.npy", vectors[0])
+    Path("keys.jsonl").write_text(content)
+    assert "keys.jsonl cannot be read" in refused("--image-features", "image.npy", "--image-keys", "keys.jsonl")
+
+
+def test_keys_end_only_at_line_breaks_and_are_not_empty(vectors):
+    np.save("image.npy", vectors[0][:3])
+    Path("keys.txt").write_text("a\u2028b\r\nc\x0bd\ne\n", newline="")
+    store, _ = imported("--image-features", "image.npy", "--image-keys", "keys.txt")
+    assert store.index(["key"])["key"].to_pylist() == ["a\u2028b", "c\x0bd", "e"]
+    Path("keys.txt").write_text("a\n\nb\n")
+    assert "row 2 of keys.txt has none" in refused("--image-features", "image.npy", "--image-keys", "keys.txt")

@@ -596,3 +596,25 @@ def test_links_are_followed_by_name(data):
     draw(data / "real" / "a.png")
     os.symlink(data / "real", data.parent / "photos")
     assert recognise(Path("photos")).content["source"]["root"] == str(data.parent / "photos")
+
+
+def test_files_that_are_no_files_and_links_in_circles_are_not_opened(data):
+    draw(data / "photos" / "a.jpg")
+    for name in ("t.csv", "t.parquet", "t.tar", "t.json"):
+        os.mkfifo(data / "photos" / name)
+    (data / "photos" / "itself.jpg").symlink_to("itself.jpg")
+    (data / "photos" / "itself").symlink_to("itself")
+    (data / "photos" / "above").symlink_to("..")
+    (data / "photos" / "root").symlink_to("/")
+    draw(data / "elsewhere" / "b.jpg")
+    recognised = recognise(data / "photos")
+    assert recognised.content["source"]["kind"] == "images"
+    assert "2 images (1 missing)" in recognised.lines[1]
+
+
+def test_karpathy_paths_that_are_no_texts(data):
+    images = [{"filename": "a.jpg", "filepath": 5, "split": "train", "sentences": [{"raw": "a cat"}]}]
+    data.mkdir()
+    (data / "k.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(UserError, match=r"No image of .*the first is '5/a.jpg'"):
+        recognise(data / "k.json")
