@@ -185,8 +185,9 @@ def _require_file(path: str | bytes, position: int) -> None:
         raise TypeError(f"Image {position} is invalid: got a path of bytes, expected {_IMAGES}.")
     if path.startswith(("http://", "https://")):
         raise ValueError(f"Image {position} is invalid: got the URL {path!r}, expected {_IMAGES}. Download it first.")
-    if "\0" in path or not Path(path).expanduser().is_file():
-        raise ValueError(f"Image {position} is invalid: got {path!r}, expected {_IMAGES}. There is no such file.")
+    if "\0" in path or not (file := Path(path).expanduser()).is_file():
+        why = "It is a folder. Pass its files" if "\0" not in path and file.is_dir() else "There is no such file"
+        raise ValueError(f"Image {position} is invalid: got {path!r}, expected {_IMAGES}. {why}.")
 
 
 def _require_layout(image: NDArray[Any] | Tensor, position: int) -> None:

@@ -49,6 +49,15 @@ def listing(names: Iterable[str], most: int = 20) -> str:
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
+def format_bytes(size: float) -> str:
+    """Return a size with three digits: 8.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
 def printable(text: str) -> str:
     """Return a text for a terminal: escape codes, and marks that reverse the direction of writing, become visible."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)

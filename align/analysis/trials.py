@@ -22,7 +22,7 @@ from sail_align.align.stats.metrics import ranks
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.trainer import fit
-from sail_align.extract.errors import UserError
+from sail_align.extract.errors import UserError, format_bytes
 from sail_align.extract.store.store import Store
 
 FORMAT = 1
@@ -203,11 +203,11 @@ class TrialRunner:
         need, free = kept + temporary, shutil.disk_usage(there).free
         if need > free:
             raise UserError(
-                f"The disk of {self.folder} has too little space: the runs need up to {need / 1e9:.3g} GB, "
-                f"{free / 1e9:.3g} GB are free. Free some space, pass another --out, or use fewer --seeds."
+                f"The disk of {self.folder} has too little space: the runs need up to {format_bytes(need)}, "
+                f"{format_bytes(free)} are free. Free some space, pass another --out, or use fewer --seeds."
             )
         typer.echo(
-            f"The runs under {self.folder} need up to {need / 1e9:.3g} GB, of which {kept / 1e9:.3g} GB are kept."
+            f"The runs under {self.folder} need up to {format_bytes(need)}, of which {format_bytes(kept)} are kept."
         )
 
 

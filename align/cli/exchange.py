@@ -145,8 +145,8 @@ def _write_hub_folder(run: "Run", folder: Path, licence: str) -> None:
                 f"location: load(…, {side}_folder=…)."
             )
     write_hub_folder(run, folder, model_card(run, scores, licence))
-    sets = "1 set" if len(scores) == 1 else f"{len(scores)} sets"
-    typer.echo(f"wrote {folder}: heads, config and a model card with scores of {sets}")
+    sets = f"with scores of {len(scores)} set{'s' * (len(scores) > 1)}" if scores else "without scores"
+    typer.echo(f"wrote {folder}: heads, config and a model card {sets}")
     name = RunFolder(run.path).run.path.resolve().name
     typer.echo(f"To publish it: hf upload OWNER/{command(name, folder)}")
 

@@ -56,7 +56,7 @@ def fit(
         typer.echo(line)
     if "demo" not in result.datasets and not result.features_only:
         own = command("sail-eval", "retrieval", "TEST.yaml", "--run", result.run)
-        typer.echo(f"To score your own images, describe them as in docs/data.md: {own}")
+        typer.echo(f"To score on images of yours: sail-extract init TEST, set `task` in TEST.yaml, {own}")
     return {**result.to_dict(), "next": following}
 
 

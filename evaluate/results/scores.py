@@ -125,7 +125,11 @@ class RunScores:
         file = RunFolder(path).scores / "scores.json"
         if not file.is_file():
             _require_scorable(path)
-            raise UserError(f"{path} has no scores.json. Run `{command('sail-eval', 'all', '--run', path)}` first.")
+            own = command("sail-eval", "retrieval", "TEST.yaml", "--run", path)
+            raise UserError(
+                f"{path} has no scores.json. Run `{command('sail-eval', 'all', '--run', path)}` first, or `{own}` "
+                "for a set of yours."
+            )
         content = read_scores(file)
         if content.get("schema") != SCHEMA:
             raise UserError(

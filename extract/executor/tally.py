@@ -11,10 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from sail_align.extract.errors import format_bytes
 from sail_align.extract.system.files import is_remote
 from sail_align.extract.system.progress import note, progress
-
-GIGABYTE = 1e9
 
 
 class Shard(NamedTuple):
@@ -95,7 +94,7 @@ class Summary:
         return (
             f"{self.encoded:,} rows{of_arrays} encoded in {self.seconds:.0f} s, "
             f"{self.encoded / self.seconds:,.0f} per second, {self.units * self.seconds / 3600:.3g} {self.unit}-hours, "
-            f"{self.read / GIGABYTE:.3g} GB read, {self.written / GIGABYTE:.3g} GB written"
+            f"{format_bytes(self.read)} read, {format_bytes(self.written)} written"
         )
 
     def append_to_log(self, store: Path, end: str) -> None:

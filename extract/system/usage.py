@@ -17,6 +17,7 @@ exceptions: Any = sys.modules[typer.BadParameter.__module__]
 
 COMMANDS = {
     "sail-extract run": "extract encode cache build features",
+    "sail-extract init": "new create manifest",
     "sail-extract check": "datasets data sets list ls available",
     "sail-extract download": "get fetch",
     "sail-extract encoders": "models backbones towers",
@@ -28,6 +29,7 @@ COMMANDS = {
     "sail-align measure": "cka knn similarity",
     "sail-align probe": "rank linear-probe",
     "sail-align ladder": "ablation ablate ablations sweep",
+    "sail-align embed": "predict infer inference transform",
     "sail-align export": "save convert push upload publish",
     "sail-align runs": "history experiments",
     "sail-eval all": "eval evaluate score scores test benchmark",

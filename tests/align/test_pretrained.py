@@ -91,7 +91,7 @@ def test_invalid_images_are_named(model, pictures, tmp_path):
         ([good, "absent.jpg"], ValueError, "Image 1 is invalid: got 'absent.jpg'"),
         ([good, "a\0b"], ValueError, "Image 1 is invalid"),
         ("https://example.org/a.jpg", ValueError, "got the URL .* Download it first"),
-        (tmp_path, ValueError, "There is no such file"),
+        (tmp_path, ValueError, "It is a folder. Pass its files"),
         ([good, tmp_path / "broken.jpg"], ValueError, "Image 1 cannot be used: .*broken.jpg"),
         (truncated, ValueError, "Image 0 cannot be used"),
         (Image.new("I", (9, 9)), ValueError, "Image 0 cannot be used: .*no defined black and white"),

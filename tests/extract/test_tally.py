@@ -1,5 +1,8 @@
 """The progress of a run counts items of the data set, however many arrays they go into."""
 
+import pytest
+
+from sail_align.extract.errors import format_bytes
 from sail_align.extract.executor.tally import Event, Shard, Tally
 
 
@@ -20,3 +23,11 @@ def test_bar_counts_items_and_the_summary_rows():
     assert (summary.encoded, summary.left, summary.arrays) == (200, 0, 3)
     assert str(summary).startswith("200 rows of 3 arrays encoded in ")
     tally.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (999.6, "1 kB"), (1_544_000, "1.54 MB"), (41e9, "41 GB"), (12_345e9, "12.35 TB")],
+)
+def test_sizes_have_a_unit_that_fits(size, text):
+    assert format_bytes(size) == text
