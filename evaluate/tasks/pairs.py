@@ -75,7 +75,10 @@ class PairsTask(EvaluationTask):
             if items := int(selected_K.sum()):
                 part = {outcome: values_K[selected_K] for outcome, values_K in grouped.items()}
                 scores = self.compute_scores(part, items)
-                values = {score["name"]: [score["value"], *score["interval"]] for score in scores}
+                is_one_group = groups_K is not None and len(np.unique(groups_K[selected_K])) == 1  # has no interval
+                values = {
+                    score["name"]: [score["value"], *([] if is_one_group else score["interval"])] for score in scores
+                }
                 by_label[name] = {"items": items, **values}
         return Result(len(scores_KCI), outcomes, examples, self.details(by_label), rows=rows_K2)
 

@@ -12,6 +12,7 @@ from sail_align.evaluate.compare import Comparison, paired_difference
 from sail_align.evaluate.evaluator import evaluate_sets
 from sail_align.evaluate.report.formats import comma_separated, score_table, text
 from sail_align.evaluate.report.overview import Overview
+from sail_align.evaluate.report.page import write_report
 from sail_align.evaluate.results.metric import GROUPS, Metric
 from sail_align.evaluate.results.scores import RunScores
 from sail_align.evaluate.tasks.task import all_tasks, find_task
@@ -159,6 +160,15 @@ def test_runs_are_compared_over_groups(world, run):
 def test_pairs_are_resampled_by_group(world, run):
     record = score(world, run, grouped_set(world, "pairs", ["a", "a", "a", "a", "b", "b"], "winoground"))
     assert (record["items"], record["groups"]) == (3, 2)
+    path = grouped_set(world, "kinds", ["a", "a", "b", "b", "b", "b"], "winoground")
+    table = path.parent / "captions.csv"
+    lines = table.read_text().splitlines()
+    kinds = ["kind", "all", "all", "all", "all", "few", "few"]
+    table.write_text("".join(f"{line},{kind}\n" for line, kind in zip(lines, kinds, strict=True)))
+    path.write_text(path.read_text().replace("  group: clip\n", "  group: clip\n  label: kind\n"))
+    details = score(world, run, path)["details"]["by_tag"]
+    assert {kind: len(found["group"]) for kind, found in details.items()} == {"all": 3, "few": 1}
+    assert " <small>–</small>" in write_report(run.path).read_text()
     data = world.open(grouped_set(world, "torn", ["a", "b", "c", "c"], "mmvp", wrong=()))
     with pytest.raises(UserError, match="torn is invalid: got the groups 'a', 'b' for the images of pair 1, expected"):
         find_task("mmvp").score(data)
