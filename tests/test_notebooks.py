@@ -16,12 +16,18 @@ EXPECTED = {
 """Text of one result of each notebook, with its number. All are far above chance."""
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all notebooks, as a user has."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
-def test_notebook_runs(name, tmp_path, monkeypatch):
+def test_notebook_runs(name, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}}).execute()
     texts = [
         "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in cell.outputs)
         for cell in notebook.cells
