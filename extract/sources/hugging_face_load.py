@@ -12,7 +12,8 @@ import yaml
 from sail_align.extract.errors import UserError, import_extra, listing
 from sail_align.extract.sources.file_set import Fence, FileSet, is_inside
 from sail_align.extract.sources.hugging_face_rows import LoadedRows, ParquetRows, Rows
-from sail_align.extract.system.files import read_regular
+from sail_align.extract.system.files import read_json, read_regular
+from sail_align.extract.system.yaml_files import require_few_values
 
 if TYPE_CHECKING:
     from sail_align.extract.sources.hugging_face import HuggingFaceConfig
@@ -213,6 +214,7 @@ def _require_inside(folder: Path) -> None:
             _, *front = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
             text = front[0] if front else ""
         try:
+            require_few_values(text, card)
             about = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError) as problem:
             raise UserError(f"{card} is invalid: its metadata are not YAML. Correct or remove it.") from problem
@@ -222,7 +224,35 @@ def _require_inside(folder: Path) -> None:
             if isinstance(value, dict | list):
                 waiting += value.values() if isinstance(value, dict) else value
             elif isinstance(value, str) and ("://" in value or not is_inside(folder, str(folder / value))):
-                raise UserError(
-                    f"{card} names {value[:200]!r}, outside its folder. Correct it, or write `allow_outside: true` "
-                    "in the manifest's source if you trust it."
-                )
+                raise _names_outside(card, value)
+    if was_saved(folder):
+        _require_saved_inside(folder)
+
+
+def _require_saved_inside(folder: Path) -> None:
+    """Raise `UserError` if a folder that `save_to_disk` wrote names files outside it, or has a FIFO or device in it."""
+    splits_file = folder / _SAVED[0]
+    folders = [folder]
+    if splits_file.is_file():
+        splits = read_json(splits_file).get("splits")
+        names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+        if outside := [name for name in names if not is_inside(folder, name)]:
+            raise _names_outside(splits_file, outside[0])
+        folders += [folder / name for name in names]
+    for each in folders:
+        state = each / _SAVED[1]
+        files = read_json(state).get("_data_files") if state.is_file() else None
+        for file in files if isinstance(files, list) else []:
+            name = file.get("filename") if isinstance(file, dict) else None
+            if isinstance(name, str) and not is_inside(each, name):
+                raise _names_outside(state, name)
+        for path in each.iterdir() if each.is_dir() else ():
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is invalid: it is not a regular file. Remove it.")
+
+
+def _names_outside(file: Path, name: str) -> UserError:
+    return UserError(
+        f"{file} names {name[:200]!r}, outside its folder. Correct it, or write `allow_outside: true` in the "
+        "manifest's source if you trust it."
+    )

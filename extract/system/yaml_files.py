@@ -45,6 +45,28 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}.") from problem
 
 
+def require_few_values(text: str, path: Path) -> None:
+    """Require that YAML of others, which a library reads, exceeds no limit when its aliases are expanded.
+
+    Raises:
+        UserError: It does.
+        yaml.YAMLError: It is not YAML.
+    """
+    loader = _Loader(text)
+    _Check(loader, path).events(text)
+    waiting, number = [(loader.get_single_node(), 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        number += 1
+        if depth > MOST_DEPTH or number > MOST_VALUES:
+            raise UserError(f"{path} is invalid: {TOO_MUCH}. Correct the file.")
+        if isinstance(node, yaml.CollectionNode):
+            inner = (
+                node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
+            )
+            waiting += [(each, depth + 1) for each in inner]
+
+
 class _Check:
     """Checks of the nodes of a document, before aliases are expanded and values are constructed."""
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from sail_align.extract.recognise.columns import Choices
 from sail_align.extract.recognise.hub import recognise_hub_folder
 from sail_align.extract.sources import hugging_face_rows
 from sail_align.extract.sources.hugging_face import HuggingFaceConfig
-from sail_align.extract.sources.hugging_face_load import _short_names
+from sail_align.extract.sources.hugging_face_load import _short_names, open_rows
 from sail_align.extract.store.open_or_create import open_or_create
 
 SIZES = {"train-0.parquet": 11, "train-1.parquet": 1, "train-2.parquet": 17}
@@ -302,3 +303,30 @@ def test_rejects_rows_of_a_changed_file(folder):
     write(folder / "hub/data/train-0.parquet", range(2))
     with pytest.raises(UserError, match=r"train-0.parquet has changed since it was indexed: it has no row 5"):
         streamed.image("data/train-0.parquet:5")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", '{"_data_files": [{"filename": "../other/data.arrow"}]}', "'../other/data.arrow', outside"),
+        ("state.json", '{"_data_files": [{"filename": "/other/data.arrow"}]}', "'/other/data.arrow', outside"),
+        ("dataset_dict.json", '{"splits": ["../other"]}', "'../other', outside"),
+        ("dataset_dict.json", '{"splits": ["/other"]}', "'/other', outside"),
+        ("README.md", "---\nconfigs: &a [*a]\n---\n", "with aliases expanded"),
+        ("README.md", f"---\na: &a [{'x,' * 400}]\nconfigs: [{'*a,' * 400}]\n---\n", "with aliases expanded"),
+    ],
+)
+def test_saved_data_sets_name_only_their_own_files(tmp_path, file, content, message):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    (tmp_path / "saved" / file).write_text(content)
+    config = HuggingFaceConfig(kind="hugging-face", root="saved")
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_rows(config, tmp_path)
+
+
+def test_saved_data_sets_with_a_fifo_are_refused(tmp_path):
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    os.mkfifo(tmp_path / "data.arrow")
+    with pytest.raises(UserError, match=r"data\.arrow is invalid: it is not a regular file"):
+        open_rows(HuggingFaceConfig(kind="hugging-face", root="."), tmp_path)
