@@ -7,7 +7,7 @@ from typing import Any
 from sail_align.extract.errors import UserError, listing
 from sail_align.extract.recognise.columns import Choices, UndecidedError, Understood, choose_captions, name_captions
 from sail_align.extract.sources.hugging_face import HuggingFaceConfig, holds_images
-from sail_align.extract.sources.hugging_face_load import open_rows, split_names, was_saved
+from sail_align.extract.sources.hugging_face_load import CannotStreamError, open_rows, split_names, was_saved
 from sail_align.extract.sources.hugging_face_rows import Rows
 
 PROBED = 200
@@ -64,6 +64,6 @@ def _open(folder: Path, split: str) -> tuple[Rows, bool]:
     """Return the rows of a split, and whether they are streamed. Parquet files then need no copy in a cache."""
     where: dict[str, Any] = {"kind": "hugging-face", "root": str(folder), "split": split}
     if not was_saved(folder):
-        with suppress(UserError):  # the library takes the folder for one of another format
+        with suppress(CannotStreamError):  # the library takes the folder for one of another format
             return open_rows(HuggingFaceConfig(**where, streaming=True), Path()), True
     return open_rows(HuggingFaceConfig(**where), Path()), False

@@ -37,6 +37,10 @@ FORMATS: dict[str, tuple[str, dict[str, str]]] = {
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 
+class CannotStreamError(UserError):
+    """A data set is not of parquet files."""
+
+
 def import_datasets() -> Any:
     """Import the library. Raises `UserError` if it is not installed."""
     return import_extra("datasets", "This source needs the package datasets: pip install 'sail-align[datasets]'.")
@@ -80,7 +84,7 @@ def open_rows(config: "HuggingFaceConfig", data_root: Path) -> Rows:
         raise _cannot_open(config.name or folder, problem) from problem
     reader = type(builder).__module__.rpartition(".")[2]
     if reader != "parquet":
-        raise UserError(
+        raise CannotStreamError(
             f"Data set {config.name or folder} cannot be streamed: got the format {reader!r}, expected parquet. Remove "
             "`streaming: true`, or use the kind table, webdataset, images or class-folder."
         )
@@ -89,7 +93,11 @@ def open_rows(config: "HuggingFaceConfig", data_root: Path) -> Rows:
         raise UserError(f"{config.name or folder} has no split {config.split!r}. Its splits are {listing(files)}.")
     root = data_folder(config, data_root)
     names = _short_names([str(file) for file in files[config.split]], root)
-    return ParquetRows(FileSet(root), names, builder.info.features, datasets.Features.from_arrow_schema)
+    rows = ParquetRows(FileSet(root), names, builder.info.features, datasets.Features.from_arrow_schema)
+    stated = None if config.name else (builder.info.splits or {}).get(config.split)
+    if stated and stated.num_examples and stated.num_examples != (found := rows.span(rows.stretches()[-1]).stop):
+        raise _other_splits(folder, f"{stated.num_examples:,} rows of {config.split!r}, got {found:,}")
+    return rows
 
 
 def data_folder(config: "HuggingFaceConfig", data_root: Path) -> Path:
@@ -189,11 +197,16 @@ def _cannot_open(where: object, problem: Exception) -> UserError:
     text = " ".join(str(problem).split()).rstrip(".")
     # A partial download: the card has another number of rows, or lists splits whose files are not there.
     if type(problem).__name__ in _OTHER_SPLITS or "Couldn't infer the same data file format for all splits" in text:
-        text = (
-            f"the splits of its card differ from its files ({text}). Download the rest, correct the card (README.md), "
-            "or give the folder that has the data files instead of the one with the card"
-        )
+        return _other_splits(where, text)
     return UserError(f"Data set {where} cannot be opened: {text}.")
+
+
+def _other_splits(where: object, details: str) -> UserError:
+    return UserError(
+        f"Data set {where} cannot be opened: the splits of its card differ from its files ({details}). Download the "
+        "rest, correct the card (README.md), or give the folder that has the data files instead of the one with the "
+        "card."
+    )
 
 
 def _require_hub_name(datasets: Any, name: str) -> None:

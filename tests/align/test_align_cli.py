@@ -36,7 +36,7 @@ def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp
         assert result.exit_code == 0, result.output
         assert f"wrote runs/{expected} in" in result.output
         assert f"\nNext: sail-align export runs/{expected}\n" in result.output
-        assert result.output.splitlines()[-1].endswith(f": sail-eval retrieval TEST.yaml --run runs/{expected}")
+        assert result.output.splitlines()[-1].endswith(f", sail-eval retrieval TEST.yaml --run runs/{expected}")
     assert RunFolder.newest().name == "photos-glu-3"
 
 
