@@ -236,7 +236,7 @@ def _require_inside(folder: Path) -> None:
             value = waiting.pop()
             if isinstance(value, dict | list):
                 waiting += value.values() if isinstance(value, dict) else value
-            elif isinstance(value, str) and ("://" in value or not is_inside(folder, str(folder / value))):
+            elif isinstance(value, str) and ("://" in value or not is_inside(folder, value)):
                 raise _names_outside(card, value)
     if was_saved(folder):
         _require_saved_inside(folder)

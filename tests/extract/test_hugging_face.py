@@ -1,6 +1,7 @@
 """Samples and pixels out of data sets of the library `datasets`."""
 
 import io
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -208,6 +209,21 @@ def test_card_of_a_folder_names_no_files_elsewhere(tmp_path, files, name):
     (tmp_path / "named" / name).write_text(f"{line}configs:\n- config_name: default\n  data_files: {files}\n{line}")
     with pytest.raises(UserError, match=r"(README\.md|\.yaml) names .* outside its folder.*allow_outside"):
         source(tmp_path, root="named")
+
+
+@pytest.mark.parametrize("root", ["named", "../here/named", "../../above/here/named"])
+def test_card_of_a_folder_at_a_relative_path(tmp_path, cache, monkeypatch, root):
+    folder = tmp_path / "above" / "here" / "named"
+    for files in (folder / "data", folder.parent / "other"):
+        files.mkdir(parents=True)
+        rows().select_columns(["image", "title"]).to_parquet(files / "train.parquet")
+    monkeypatch.chdir(folder.parent)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+    (folder / "README.md").write_text(card.format("../other/*.parquet"))
+    with pytest.raises(UserError, match=r"names '\.\./other/\*\.parquet', outside its folder"):
+        source(Path(), root=root)
+    (folder / "README.md").write_text(card.format("data/*.parquet"))
+    assert len(list(source(Path(), root=root).samples())) == ROWS
 
 
 def test_images_stored_as_paths(tmp_path, cache):
