@@ -48,6 +48,8 @@ def list_images(images: Any) -> list[Any]:
             _require_layout(image, position)
         elif not isinstance(image, Image.Image):
             raise TypeError(f"Image {position} is invalid: got {_shown(image)}, expected {_IMAGES}.")
+        elif not image.width or not image.height:
+            raise ValueError(f"Image {position} is invalid: got {image.width} × {image.height} pixels, expected some.")
     return listed
 
 
@@ -81,12 +83,19 @@ def list_texts(texts: Any, what: str = "text") -> list[str]:
 
     Raises:
         TypeError: An item is not a string.
-        ValueError: There are none.
+        ValueError: There are none, or one is not Unicode.
     """
     listed = _listed([texts] if isinstance(texts, str) else texts, what, "strings")
     for position, text in enumerate(listed):
         if not isinstance(text, str):
             raise TypeError(f"{what.capitalize()} {position} is invalid: got {_shown(text)}, expected a string.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError(
+                f"{what.capitalize()} {position} is invalid: got half of a surrogate pair, which UTF-8 does not have. "
+                "Replace it."
+            ) from problem
     return listed
 
 
@@ -167,7 +176,7 @@ def check_batch_size(batch_size: int | None) -> int | None:
 
 
 def _listed(items: Any, what: str, expected: str) -> list[Any]:
-    if isinstance(items, Mapping | bytes) or not isinstance(items, Iterable):
+    if isinstance(items, Mapping | bytes) or not isinstance(items, Iterable) or getattr(items, "ndim", 1) == 0:
         raise TypeError(f"{what.capitalize()}s are invalid: got {_shown(items)}, expected {expected}, or a list.")
     listed = list(items)
     if not listed:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sail_align.extract.errors import UserError, listing
 from sail_align.extract.exchange.features import Features
 from sail_align.extract.exchange.join import join
+from sail_align.extract.manifest import as_name
 from sail_align.extract.store.store import CAPTION_NAME, Store
 from sail_align.extract.system.progress import note
 from sail_align.extract.system.python_calls import PathLike, one_path
@@ -139,6 +140,8 @@ def prepare_import(
     ):
         if value and not needed:
             raise UserError(f"{option} has no effect without {other}. Add it or leave {option} out.")
+    if name and not re.fullmatch(r"\w[\w.-]*", name):  # it becomes the name of a folder
+        raise UserError(f"--name {name!r} is invalid: expected a name such as {as_name(name)!r}, not a path.")
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images} is invalid: there is no such folder. Correct it or leave it out.")
     sides = [Features(image_features, "image", "", image_vector, image_keys)]

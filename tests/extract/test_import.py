@@ -19,6 +19,7 @@ from sail_align.extract.cli import app
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.exchange import features, vector_files
+from sail_align.extract.exchange.import_features import import_features
 from sail_align.extract.store.store import Store
 
 ROWS, IMAGE_DIM, TEXT_DIM = 300, 12, 8
@@ -441,3 +442,10 @@ def test_keys_end_only_at_line_breaks_and_are_not_empty(vectors):
     assert store.index(["key"])["key"].to_pylist() == ["a\u2028b", "c\x0bd", "e"]
     Path("keys.txt").write_text("a\n\nb\n")
     assert "row 2 of keys.txt has none" in refused("--image-features", "image.npy", "--image-keys", "keys.txt")
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "..", "a/b"])
+def test_names_are_no_paths(name, vectors):
+    np.save("image.npy", vectors[0])
+    with pytest.raises(UserError, match=r"--name .* is invalid"):
+        import_features("image.npy", name=name)
