@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sail_align.extract.errors import UserError
@@ -187,11 +188,14 @@ def _url_list(folder: Path) -> Path:
 
 
 def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) -> None:
-    """Write the list of URLs beside the folder of images, unless it exists: another order would mix finished tars."""
+    """Write the list of URLs beside the folder of images, unless it exists: another order would mix finished tars.
+
+    Rows without an http or https URL are left out: img2dataset would also read files of this machine.
+    """
     path = _url_list(folder)
     if path.exists():
         return
-    columns = [settings.url, settings.caption]
+    columns, listed = [settings.url, settings.caption], 0
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
     with (
         report_write_errors(path.parent, during_run=True, has_out=False),
@@ -200,5 +204,10 @@ def _write_url_list(settings: Download, table: Path, folder: Path, quiet: bool) 
         progress(None, "URLs", unit="URL", quiet=quiet) as bar,
     ):
         for batch in read_batches(table, columns, columns, settings.delimiter, settings.encoding):
-            writer.write_table(batch.select(columns).rename_columns(schema.names).cast(schema))
+            rows = batch.select(columns).rename_columns(schema.names).cast(schema)
+            rows = rows.filter(pc.match_substring_regex(rows["url"], "(?i)^https?://"))
+            listed += len(rows)
+            writer.write_table(rows)
             bar.update(len(batch))
+        if not listed:
+            raise UserError(f"{table} has no http or https URL in column {settings.url!r}. Correct the table.")

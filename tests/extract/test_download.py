@@ -191,3 +191,17 @@ def test_tars_of_real_img2dataset_join_by_url(web, typed):
         assert abs(image.getpixel((60, 60))[0] - 20 * number) < 5  # the photo of these captions
         assert row["caption.long"] == f"longSV_captions of {number},\nin two lines"
         assert row["caption.raw"] == f"raw_caption of {number},\nin two lines"
+
+
+def test_only_web_addresses_are_downloaded(web, typed, tmp_path, monkeypatch):
+    """img2dataset also opens file: and ftp: URLs."""
+    _, manifest, _ = web
+    install_fake(tmp_path, monkeypatch)
+    bad = "file:///etc/passwd,a\n/etc/passwd,b\nftp://host/x.jpg,c\n,d\n"
+    (tmp_path / "captions.csv").write_text(f"Image Path,raw_caption\n{bad}")
+    code, _, err = typed("download", str(manifest), "--quiet")
+    assert code == 2
+    assert "captions.csv has no http or https URL in column 'Image Path'" in err
+    (tmp_path / "captions.csv").write_text(f"Image Path,raw_caption\n{bad}HTTP://host/y.jpg,e\n")
+    assert typed("download", str(manifest), "--quiet")[0] == 0
+    assert pq.read_table(tmp_path / "some-urls.parquet")["url"].to_pylist() == ["HTTP://host/y.jpg"]
