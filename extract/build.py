@@ -213,6 +213,11 @@ def _recognise(
         UserError: The data cannot be read, the user has to pass an option, or another manifest is there.
     """
     recognised = Recognised.of(data, choices, encoders)
+
+    from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
+
+    for config, name in ((ImageEncoderConfig, encoders["image"]), (TextEncoderConfig, encoders["text"])):
+        _ = name and config(name).entry  # raises before anything is written if it is unknown
     path = as_path(out) if out else Path("features") / f"{recognised.name}.zarr"
     beside = Path("features") / path.name if is_remote(path) else path
     file = beside.with_name(f"{beside.name.removesuffix('.zarr')}.yaml")

@@ -63,6 +63,7 @@ class FakeChoice:
     modality: str
     log: Path | None = None
     seconds: float = 0
+    entry = None
 
     def load(self, device: str) -> FakeVision | FakeText:
         if self.modality not in ("image", "text"):

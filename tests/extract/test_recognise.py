@@ -526,6 +526,12 @@ def test_other_files(data, typed, name, content, message):
     assert err.count("\n") == 1
 
 
+def test_unknown_encoders_are_refused_before_anything_is_written(messy, typed):
+    code, _, err = typed("run", "my data", "--text-encoder", "minilm-16")
+    assert (code, Path("features").exists()) == (2, False)
+    assert "Unknown text encoder 'minilm-16'. Did you mean 'minilm-l6'?" in err
+
+
 @pytest.mark.slow
 def test_run_writes_the_manifest_beside_the_store_and_resumes(messy, typed, fake_encoders):
     code, out, _ = typed("run", "my data", "--text-encoder", "minilm-l6", "--quiet")
