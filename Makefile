@@ -97,7 +97,8 @@ bench: setup ## Measure speed and memory; each benchmark prints ratios against a
 
 dist: ## Build the wheel and the source distribution in dist/ and check them as PyPI does
 	$(PYTHON) -m venv build/dist
-	build/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine auditwheel
 	rm -rf dist
 	build/dist/bin/python -m build
 	build/dist/bin/twine check --strict dist/*
+	@[ "$$(uname)" != Linux ] || build/dist/bin/auditwheel show dist/*.whl | tr '\n' ' ' | grep -o 'tag: "manylinux_2_[0-9]*_[a-z0-9_]*"'

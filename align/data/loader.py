@@ -16,6 +16,11 @@ from sail_align.align.data.captions import CaptionPolicy
 from sail_align.align.data.pairs import Half, Pairs, Rows, fill_missing
 from sail_align.align.data.sampler import Numbers, Order, StreamState
 
+try:
+    from sail_align.align.data._gather import gather
+except ImportError:
+    gather = None  # type: ignore[assignment]
+
 BUFFER_ROWS = 131_072
 """Rows per shuffle buffer: about 1 GB of page cache for an image and two captions of 2,048 + 2 × 1,024 dimensions."""
 
@@ -43,7 +48,7 @@ class Batch(NamedTuple):
 def take_rows(
     chunks: Sequence[NDArray[Any]], chunk_of: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[Any]
 ) -> None:
-    """Copy row `rows[n]` of `chunks[chunk_of[n]]` to `out[n]` for all n; twice as fast if `chunk_of` rises.
+    """Copy row `rows[n]` of `chunks[chunk_of[n]]` to `out[n]` for all n.
 
     Args:
         chunks: Arrays (·, …).
@@ -57,6 +62,12 @@ def take_rows(
     """
     if rows.min(initial=0) < 0:
         raise IndexError(f"row {rows.min()} is outside its chunk")
+    plain = out.flags.c_contiguous and all(
+        each.flags.c_contiguous and each.dtype == out.dtype and each.shape[1:] == out.shape[1:] for each in chunks
+    )
+    if gather is not None and plain and len(out):
+        gather(tuple(chunks), chunk_of, rows, out)
+        return
     rising = bool((np.diff(chunk_of) >= 0).all())
     for number in np.unique(chunk_of).tolist():
         chunk = chunks[number]
@@ -66,8 +77,7 @@ def take_rows(
         else:
             places = np.flatnonzero(chunk_of == number)
         taken = rows[places]
-        same = chunk.dtype == out.dtype and chunk.shape[1:] == out.shape[1:]
-        if rising and same and taken.max() < len(chunk):
+        if rising and plain and taken.max() < len(chunk):
             chunk.take(taken, axis=0, out=out[places], mode="clip")  # any other mode copies twice
         else:
             out[places] = chunk[taken]
