@@ -30,7 +30,7 @@ def evaluate_all(
     """Score a run on all published sets that are here, and on your own."""
     from sail_align.evaluate.score import prepare
 
-    return _evaluate(
+    return evaluate(
         prepare(
             run,
             None,
@@ -65,7 +65,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., Result]:
     ) -> Result:
         from sail_align.evaluate.score import prepare
 
-        return _evaluate(
+        return evaluate(
             prepare(
                 run,
                 manifests,
@@ -83,7 +83,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., Result]:
     return evaluate_task
 
 
-def _evaluate(job: "ScoringJob") -> Result:
+def evaluate(job: "ScoringJob") -> Result:
     """Score the sets and print the table, even after an error. Exit with 1 if a set failed."""
     from sail_align.evaluate.report.formats import text
     from sail_align.evaluate.report.overview import Overview

@@ -356,3 +356,15 @@ def test_newest_run_is_scored(squares, world, monkeypatch, capsys, tmp_path):
     assert "scoring runs/colours-glu (the newest run), unfinished: step 1 of 9 on squares\n" in capsys.readouterr().out
     assert "unfinished: step 1 of 9" in (saved / "report.html").read_text()
     assert json.loads((saved / "scores.json").read_bytes())["run"]["digest"] == load_run(saved).digest
+
+
+def test_demo_runs_the_three_stages(sail_eval, squares, run, monkeypatch):
+    typed = []
+    for stage in ("extract", "align"):
+        monkeypatch.setattr(f"sail_align.{stage}.cli.app", lambda words, **_: typed.append(words[:2]))
+    monkeypatch.setattr("sail_align.extract.manifest.packaged_manifests", lambda: {"squares": squares})
+    code, out, err = sail_eval("demo", "--json", "--quiet")
+    assert code == 0
+    assert typed == [["run", "demo"], ["fit", "--features"]]
+    assert "$ sail-extract run demo\n$ sail-align fit --features features/demo.zarr\n$ sail-eval all\n" in err
+    assert json.loads(out)["command"] == "sail-eval demo"
