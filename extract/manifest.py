@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sail_align.extract import sources
 from sail_align.extract.data import Source
@@ -131,7 +131,7 @@ class Manifest(Strict):
     get: str = ""
     source: AnySourceConfig
     recaptions: Recaptions | None = None
-    task: TaskSettings | None = None
+    task: TaskSettings | None = Field(default=None, validate_default=True)
     download: Download | None = None
     encoders: Encoders = Encoders()
     expected_rows: int | None = Field(default=None, gt=0)
@@ -157,13 +157,15 @@ class Manifest(Strict):
         content.setdefault("purpose", "train" if content.get("task") is None else "evaluate")
         return content
 
-    @model_validator(mode="after")
-    def _require_fields_of_purpose(self) -> "Manifest":
-        if (self.purpose == "evaluate") != (self.task is not None):
+    @field_validator("recaptions", "task")
+    @classmethod
+    def _require_fields_of_purpose(cls, value: Any, info: ValidationInfo) -> Any:
+        purpose = info.data.get("purpose")  # None if it is invalid
+        if info.field_name == "task" and purpose and (purpose == "evaluate") != (value is not None):
             raise ValueError("'task' belongs to, and only to, a manifest whose purpose is 'evaluate'")
-        if self.purpose == "evaluate" and self.recaptions:
+        if info.field_name == "recaptions" and purpose == "evaluate" and value:
             raise ValueError("'recaptions' belongs to manifests whose purpose is 'train'")
-        return self
+        return value
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

@@ -123,3 +123,11 @@ def test_precedence_of_data_roots(pictures, monkeypatch):
     monkeypatch.setenv("SAIL_DATA_ROOT", "/from/variable")
     assert str(find_manifest(path)[1]) == "/from/variable"
     assert str(find_manifest(path, "/from/flag")[1]) == "/from/flag"
+
+
+def test_a_missing_task_is_named_together_with_other_mistakes(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text("name: My Photos\npurpose: evaluate\nsource: {kind: images}\n")
+    with pytest.raises(UserError, match=r"(?s)2 mistakes:.*'name' is invalid.*'task' belongs to") as raised:
+        Manifest.read(path)
+    assert str(raised.value).count("\n") == 2
