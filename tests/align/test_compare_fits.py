@@ -165,7 +165,7 @@ def test_invalid_requests_are_rejected_before_the_first_fit(make_store, tmp_path
         assert str(typed("probe", *words, option, "foo").exception) == message
     assert "is not a feature store" in str(typed("probe", "--features", "no.zarr").exception)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
-    assert re.search(r"need up to [\d.]+ GB, 1e-05 GB are free", str(typed("ladder", *words).exception))
+    assert re.search(r"need up to [\d.]+ MB, 10 kB are free", str(typed("ladder", *words).exception))
 
 
 def test_base_recipe_adapts_to_few_pairs(make_store, monkeypatch):
