@@ -205,7 +205,7 @@ class Leases:
         self.ttl = ttl
         self._held: set[Lease] = set()
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may interrupt its holder
         self._seen: dict[Path, tuple[bytes, float]] = {}
         self._heart: threading.Thread | None = None
 
@@ -229,8 +229,10 @@ class Leases:
             return None
         lease = Lease(path, 0 if newest is None else newest + 1)
         with self._lock:
+            if self._closed:
+                return None
             self._held.add(lease)  # before creating it, so that a signal in between leaves nothing behind
-        created = lease.create()
+            created = lease.create()
         # An observer that slept after its look may come here long after another one has taken the lease over.
         stale = newest is not None and not Lease.file_of(path, newest).exists()
         if not created or stale or self._closed or Lease.newest(path) != lease.generation:
@@ -256,7 +258,8 @@ class Leases:
 
     def close(self) -> None:
         """Release all leases and take no more, as another thread may be about to."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self.release_all()
 
     @contextmanager
