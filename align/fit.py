@@ -183,7 +183,7 @@ def fit(
 
     Raises:
         UserError: An argument is invalid, a store cannot be used, or training failed.
-        TypeError: There is no setting of that name.
+        TypeError: A keyword is not the name of a setting.
         KeyboardInterrupt: Ctrl-C stopped the training, after its state was saved.
     """
     for name in settings:

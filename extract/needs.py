@@ -1,7 +1,6 @@
 """Disk space and time that a data set takes: computed from its manifest, as in the table of docs/cc12m.md."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from sail_align.extract.encoders.catalogue import TEXT, VISION, describe
@@ -10,13 +9,13 @@ from sail_align.extract.manifest import Manifest
 ALIVE = 0.63
 """Share of the URLs of CC12M whose images still exist; users have counted 62 to 64 %."""
 TABLE_BYTES = 1_800
-"""Of a row in DreamLIP's tables."""
+"""Size of a row in DreamLIP's tables."""
 JPEG_BYTES = 46_000
-"""Of a photo whose short side is 256 pixels, at quality 95. Larger ones grow by their area."""
+"""Size of a photo whose short side is 256 pixels, at quality 95. It grows with the area."""
 INDEX_BYTES = 130
-"""Of a caption in a store's index."""
+"""Size of a caption in a store's index."""
 JOIN_BYTES = 1_600
-"""Of a row, in temporary files, while captions are joined into the index."""
+"""Size of a row in temporary files while captions are joined into the index."""
 DOWNLOADS_PER_SECOND = 630
 """As the authors of img2dataset report for CC12M, with 16 cores and 2 Gbit/s."""
 ENCODED_PER_SECOND = (500, 2_000)
@@ -60,16 +59,12 @@ def _sizes(manifest: Manifest, rows: int, images: int) -> dict[str, float]:
     encoders = manifest.encoders
     captions = encoders.captions or list(manifest.recaptions.captions if manifest.recaptions else ())
     if encoders.image in VISION and encoders.text in TEXT:
-        dims = [_dim(VISION, encoders.image), *[_dim(TEXT, encoders.text)] * len(captions)]
+        dims = [describe(VISION[encoders.image])["dim"], *[describe(TEXT[encoders.text])["dim"]] * len(captions)]
         what = ", ".join(["images", *captions])
         sizes[f"store with features of {what}"] = 2 * sum(dims) * images
     if manifest.recaptions:
         sizes["its index"] = INDEX_BYTES * len(manifest.recaptions.captions) * images
     return sizes
-
-
-def _dim(entries: Mapping[str, object], name: str) -> int:
-    return int(describe(entries[name])["dim"])  # type: ignore[arg-type]
 
 
 def _free(folder: Path) -> int:

@@ -42,7 +42,7 @@ MODULE = "sail_align.sentence_transformers.SailModule"
 ENCODER_FOLDERS = {"image": "image_encoder", "text": "text_encoder"}
 """Copies of encoders that were local folders."""
 _FILES = r"[\w.-]+\.(json|safetensors|txt|model|md|jinja)"
-"""What sentence-transformers and transformers write."""
+"""Names of the files that sentence-transformers and transformers write."""
 _ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 _POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
 

@@ -47,7 +47,7 @@ class Texts:
     Args:
         where: Their origin, for messages.
         columns: Functions that read a column, by its name.
-        sole: Whether the only column has no name of its own: it is the keys, whatever the other side calls them.
+        sole: Whether the only column is unnamed. It then has the keys, under any name that the other side uses.
     """
 
     def __init__(self, where: str, columns: Columns, sole: bool = False):

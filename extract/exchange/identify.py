@@ -1,4 +1,4 @@
-"""Comparison of imported features with those of the encoder that is said to have made them."""
+"""Comparison of imported features with new ones of the named encoder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -40,7 +40,7 @@ URL = "url"
 
 @dataclass
 class Counts:
-    """What the conversion to float16 met in the rows of this run.
+    """Counts of unusual rows in the conversion to float16.
 
     Attributes:
         overflown: Rows with a finite value beyond float16's largest, 65,504.
@@ -108,7 +108,7 @@ class Import:
 
     @property
     def default_path(self) -> Path:
-        """Where the store is made unless another path is given."""
+        """Default path of the store."""
         return Path("features") / f"{self.name}.zarr"
 
     @property

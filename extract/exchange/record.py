@@ -23,7 +23,7 @@ class FeaturesForm(TypedDict):
 
 
 class AgreementForm(TypedDict):
-    """How features agree with those of the encoder that was named."""
+    """Agreement of imported features with those of the named encoder."""
 
     rows: int
     cosine: float

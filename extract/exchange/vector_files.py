@@ -79,7 +79,7 @@ def open_vectors(path: Path, choose: Choose) -> VectorFile:
     """Open a file of vectors. Its content is checked as far as its header tells.
 
     Raises:
-        UserError: The file cannot be read, is no matrix of numbers, or `choose` finds no name.
+        UserError: The file cannot be read or is not a matrix of numbers, or `choose` finds no name.
     """
     with report_unreadable(path):
         require_regular(path)
