@@ -1,6 +1,8 @@
 """Clean ends of a run on SIGTERM and Ctrl-C, within seconds."""
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,8 @@ from sail_align.extract.system.progress import note
 
 HURRY_SECONDS = 1.0
 """A second signal within this time is ignored: a launcher and a terminal may both send one. A later one kills."""
+AGAIN_SECONDS = 0.02
+"""Time after which a signal is delivered again whose error a finaliser swallowed."""
 RERUN = "Rerun the same command to continue."
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -19,12 +23,14 @@ class StoppedError(SystemExit):
     """A signal asked the process to end. Unless handled, the exit code is the one that a shell reports for that signal.
 
     Attributes:
+        number: The signal's number.
         name: The signal, as in "SIGTERM" or "Ctrl-C".
         left: Unfinished work in words, set by whoever can count it.
     """
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+        self.number = number
         self.left = ""
         self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
@@ -70,12 +76,21 @@ def _on_first(signals: Sequence[signal.Signals], react: Callable[[int], None]) -
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(error := unraisable.exc_value, StoppedError):  # Python ignores errors of finalisers
+            first.clear()
+            threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), error.number)).start()
+        else:
+            hook(unraisable)
+
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {each: signal.signal(each, handle) for each in signals}
+    hook, sys.unraisablehook = sys.unraisablehook, deliver_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for each, handler in before.items():
             signal.signal(each, handler)

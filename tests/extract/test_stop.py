@@ -34,3 +34,17 @@ def test_a_later_second_signal_kills(context):
         "    signal.raise_signal(signal.SIGINT)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGINT
+
+
+def test_a_signal_during_a_finaliser_is_raised_after_it():
+    """Python prints and ignores what a finaliser raises: the signal is delivered again."""
+    program = (
+        "import signal, time; from sail_align.extract.system import signals\n"
+        "def rows():\n"
+        "    try: yield\n"
+        "    finally: signal.raise_signal(signal.SIGTERM); time.sleep(0.1)\n"
+        "with signals.report_stop():\n"
+        "    begun = rows(); next(begun); del begun; time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (143, "")
