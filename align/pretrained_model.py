@@ -28,6 +28,8 @@ from sail_align.align.inputs import (
     load_pixels,
     read_picture,
 )
+from sail_align.align.model.correction import Side
+from sail_align.align.model.heads import Head
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.segmentation import VARIANTS, ImageSegmenter, Segmentation
 from sail_align.align.vision_tower import VisionTower
@@ -122,7 +124,13 @@ class PretrainedModel(nn.Module):
         return self.text_encoder.tokenize(list_texts(texts))
 
     def encode_image(
-        self, images: ImageInput, *, batch_size: int | None = None, normalize: bool = True, progress: bool = False
+        self,
+        images: ImageInput,
+        *,
+        batch_size: int | None = None,
+        normalize: bool = True,
+        corrected: bool = False,
+        progress: bool = False,
     ) -> Tensor:
         """Embed one or many images.
 
@@ -132,15 +140,19 @@ class PretrainedModel(nn.Module):
                 Pixels (B, size, size, 3) uint8 from `preprocess` are not resized again.
             batch_size: Images that are encoded at once. None takes what suits the device.
             normalize: Scale embeddings to unit length. OpenCLIP's default is False; cosines do not depend on it.
+            corrected: Return vectors whose dot products with those of `encode_text(…, corrected=True)` are similarities
+                corrected for hubs, for retrieval. `normalize` has no effect then.
             progress: Show a progress bar.
 
         Returns:
-            Embeddings (B, E) float32 on `device`. One image gives one row.
+            Embeddings (B, E), or (B, E + 2) if corrected, float32 on `device`. One image gives one row.
 
         Raises:
             TypeError: An item is not an image.
             ValueError: There are no images, a file does not exist or cannot be read, or an array has another shape.
+            UserError: `corrected` is set and the model has no correction.
         """
+        self._check_corrected(corrected)
         size = check_batch_size(batch_size) or self.image_encoder.batch_size
         listed = list_images(images)
         embeddings = []
@@ -153,12 +165,18 @@ class PretrainedModel(nn.Module):
                 batch = listed[start : start + size]
                 pixels = readers.map(load_pixels, batch, count(start), repeat(self.image_encoder))
                 features_BD = self.image_encoder(self.image_encoder.normalise(torch.stack(list(pixels))))
-                embeddings.append(self._embed(self.alignment.image_head, features_BD.half(), normalize))
+                embeddings.append(self._embed("image", features_BD.half(), normalize, corrected))
                 bar.update(len(batch))
         return torch.cat(embeddings)
 
     def encode_text(
-        self, texts: TextInput, *, batch_size: int | None = None, normalize: bool = True, progress: bool = False
+        self,
+        texts: TextInput,
+        *,
+        batch_size: int | None = None,
+        normalize: bool = True,
+        corrected: bool = False,
+        progress: bool = False,
     ) -> Tensor:
         """Embed one or many texts.
 
@@ -167,15 +185,18 @@ class PretrainedModel(nn.Module):
             batch_size: Maximum number of texts that are encoded at once. None packs them by their length into batches
                 that suit the device.
             normalize: Scale embeddings to unit length. OpenCLIP's default is False; cosines do not depend on it.
+            corrected: See `encode_image`.
             progress: Show a progress bar.
 
         Returns:
-            Embeddings (B, E) float32 on `device`. One text gives one row.
+            Embeddings (B, E), or (B, E + 2) if corrected, float32 on `device`. One text gives one row.
 
         Raises:
             TypeError: An item is not a string.
             ValueError: There are no texts.
+            UserError: `corrected` is set and the model has no correction.
         """
+        self._check_corrected(corrected)
         size = check_batch_size(batch_size) or _HEAD_BATCH
         listed: Any
         encode: Any
@@ -188,32 +209,44 @@ class PretrainedModel(nn.Module):
             for start in range(0, len(listed), size):
                 batch = listed[start : start + size]
                 features_BD = encode(batch, bar.update)
-                embeddings.append(self._embed(self.alignment.text_head, features_BD.half(), normalize))
+                embeddings.append(self._embed("text", features_BD.half(), normalize, corrected))
         return torch.cat(embeddings)
 
-    def heads(self, *, image: Features | None = None, text: Features | None = None, normalize: bool = True) -> Tensor:
+    def heads(
+        self,
+        *,
+        image: Features | None = None,
+        text: Features | None = None,
+        normalize: bool = True,
+        corrected: bool = False,
+    ) -> Tensor:
         """Embed frozen features, such as those of a store.
 
         Args:
             image: Features (…, D) of the image encoder, of any float type. They are rounded to float16, as in stores.
             text: Features (…, D) of the text encoder, instead of `image`.
             normalize: Scale embeddings to unit length.
+            corrected: See `encode_image`.
 
         Returns:
-            Embeddings (…, E) float32 on `device`. Features that are NaN, as of missing images, give NaN.
+            Embeddings (…, E), or (…, E + 2) if corrected, float32 on `device`. Features that are NaN, as of missing
+            images, give NaN.
 
         Raises:
             TypeError: Not exactly one of `image` and `text` is given, or it holds no floats.
             ValueError: The features have another number of dimensions than the encoder.
+            UserError: `corrected` is set and the model has no correction.
         """
+        self._check_corrected(corrected)
         if (image is None) == (text is None):
             raise TypeError("heads takes either image=… or text=…. Pass the features of one encoder.")
         features: Any = image if text is None else text
-        head = self.alignment.image_head if text is None else self.alignment.text_head
-        rows_ND = list_features(features, head.norm.normalized_shape[0])
+        side: Side = "image" if text is None else "text"
+        rows_ND = list_features(features, self._head(side).norm.normalized_shape[0])
         chunks = (rows_ND[start : start + _HEAD_BATCH] for start in range(0, len(rows_ND), _HEAD_BATCH))
         with self.exact():
-            embedded = [self._embed(head, torch.as_tensor(chunk_BD).half(), normalize) for chunk_BD in chunks]
+            halves = (torch.as_tensor(chunk_BD).half() for chunk_BD in chunks)
+            embedded = [self._embed(side, half_BD, normalize, corrected) for half_BD in halves]
         return torch.cat(embedded).reshape(*features.shape[:-1], -1)
 
     def forward(self, image: Any = None, text: Any = None) -> dict[str, Tensor | None]:
@@ -233,11 +266,14 @@ class PretrainedModel(nn.Module):
             "logit_bias": self.logit_bias,
         }
 
-    def similarity(self, images: ImageInput, texts: TextInput) -> Tensor:
-        """Return the cosine of each image with each text, (I, T) float32. See `encode_image` for the arguments."""
-        texts_TE = self.encode_text(texts)
+    def similarity(self, images: ImageInput, texts: TextInput, *, corrected: bool = False) -> Tensor:
+        """Return the cosine of each image with each text, (I, T) float32, or the corrected similarity.
+
+        See `encode_image` for the arguments.
+        """
+        texts_TE = self.encode_text(texts, corrected=corrected)
         with self.exact():
-            return self.encode_image(images) @ texts_TE.T
+            return self.encode_image(images, corrected=corrected) @ texts_TE.T
 
     def encode_labels(self, labels: Sequence[str], templates: Templates = None) -> Tensor:
         """Embed class names by prompts: the mean of the unit embeddings of a class's prompts, of unit length.
@@ -313,7 +349,7 @@ class PretrainedModel(nn.Module):
             list_labels(labels),
             self.encode_labels(labels, templates),
             self.image_encoder,
-            lambda patches_NhwD: self._embed(self.alignment.image_head, patches_NhwD, normalize=True),
+            lambda patches_NhwD: self._embed("image", patches_NhwD, normalize=True),
             threshold=background,
             variants=variants,
         )
@@ -334,9 +370,18 @@ class PretrainedModel(nn.Module):
         """
         return VisionTower(self.image_encoder, self.alignment.image_head, normalize=normalize)
 
-    def _embed(self, head: nn.Module, features: Tensor, normalize: bool) -> Tensor:
-        embeddings: Tensor = head(features.to(self.device).float()).float()
-        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+    def _head(self, side: Side) -> Head:
+        return self.alignment.image_head if side == "image" else self.alignment.text_head
+
+    def _check_corrected(self, corrected: bool) -> None:
+        if corrected:
+            self.alignment.require_correction()
+
+    def _embed(self, side: Side, features: Tensor, normalize: bool, corrected: bool = False) -> Tensor:
+        raw: Tensor = self._head(side)(features.to(self.device).float()).float()
+        if corrected:
+            return self.alignment.require_correction().extend(raw, side)
+        return F.normalize(raw, dim=-1) if normalize else raw
 
     @contextmanager
     def exact(self) -> Iterator[None]:

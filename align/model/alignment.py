@@ -10,8 +10,10 @@ from pydantic import ConfigDict, Field, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from sail_align.align.model.correction import MOST_BANK_ROWS, Correction, CorrectionKind, make_correction
 from sail_align.align.model.heads import HEADS, Head, HeadKind
 from sail_align.extract.encoders.identity import MOST_DIM
+from sail_align.extract.errors import UserError
 from sail_align.extract.system.validation import validated
 
 MAX_LOG_SCALE = math.log(100)
@@ -22,14 +24,26 @@ class AlignmentModel(nn.Module):
 
     The loss scales similarities by t = exp(τ) and adds the bias b. τ is `log_scale`, kept in [0, ln 100]. Both are
     learned, but only the loss uses them: embeddings and their ranking do not depend on them.
+
+    Attributes:
+        correction: Correction of the cosine for retrieval. None if the model has none.
     """
 
-    def __init__(self, image_head: Head, text_head: Head, *, scale: float = 20.0, bias: float = -10.0):
+    def __init__(
+        self,
+        image_head: Head,
+        text_head: Head,
+        *,
+        scale: float = 20.0,
+        bias: float = -10.0,
+        correction: Correction | None = None,
+    ):
         super().__init__()
         self.image_head = image_head
         self.text_head = text_head
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.correction = correction
 
     def encode_image(self, features_BD: Tensor) -> Tensor:
         """Return unit-norm float32 embeddings (…, E) of image features (…, D) of any float type."""
@@ -38,6 +52,26 @@ class AlignmentModel(nn.Module):
     def encode_text(self, features_BD: Tensor) -> Tensor:
         """Return unit-norm float32 embeddings (…, E) of text features (…, D) of any float type."""
         return F.normalize(self.text_head(features_BD.float()), dim=-1)
+
+    def corrected_image(self, features_BD: Tensor) -> Tensor:
+        """Return float32 vectors (…, E + 2) of image features (…, D).
+
+        Their dot products with those of `corrected_text` are the corrected similarities.
+
+        Raises:
+            UserError: The model has no correction.
+        """
+        return self.require_correction().extend(self.image_head(features_BD.float()), "image")
+
+    def corrected_text(self, features_BD: Tensor) -> Tensor:
+        """Return float32 vectors (…, E + 2) of text features (…, D); see `corrected_image`."""
+        return self.require_correction().extend(self.text_head(features_BD.float()), "text")
+
+    def require_correction(self) -> Correction:
+        """Return the correction. Raises `UserError` if there is none."""
+        if self.correction is None:
+            raise UserError("This model has no hub correction. Train it again with --bank 4096, or use its cosines.")
+        return self.correction
 
     def forward(self, image_BD: Tensor, text_CBD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings of images (B, E) and of their texts (C, B, E)."""
@@ -64,6 +98,8 @@ class _Form(TypedDict, total=False):
     text_dropout: Dropout
     linear_path: bool
     image_power: Annotated[float, Field(gt=0, le=1)]
+    correction: CorrectionKind
+    bank_rows: Annotated[int, Field(ge=0, le=MOST_BANK_ROWS)]
 
 
 @dataclass(frozen=True)
@@ -79,6 +115,8 @@ class Architecture:
     text_dropout: float = 0.0
     linear_path: bool = False
     image_power: float = 1.0
+    correction: CorrectionKind = "none"
+    bank_rows: int = 0
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Architecture":
@@ -98,4 +136,5 @@ class Architecture:
         if self.linear_path:
             for head in heads:
                 head.add_linear_path()
-        return AlignmentModel(*heads, scale=scale, bias=bias)
+        correction = make_correction(self.correction, self.bank_rows, self.dim)
+        return AlignmentModel(*heads, scale=scale, bias=bias, correction=correction)

@@ -1,0 +1,107 @@
+"""Corrected similarities: a dot product of embeddings plus one term per image and one per text.
+
+A cosine ranks some images high for every text, and some texts high for every image ("hubs"). The optimum of the
+sigmoid loss, log p(x, y) / p(x) p(y), has terms of x alone and of y alone that unit vectors cannot express. A
+correction adds them: s(x, y) = v_x · v_y + a_x + b_y, which is still one dot product, of [v_x, a_x, 1] and
+[v_y, 1, b_y].
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sail_align.extract.encoders.runtime import tf32_products
+
+Side = Literal["image", "text"]
+
+MOST_BANK_ROWS = 65_536
+ROWS = 4_096
+"""Rows compared with a bank at a time, so that memory is bounded."""
+
+
+class Correction(nn.Module, ABC):
+    """Maps the outputs of the heads to vectors and terms."""
+
+    @abstractmethod
+    def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        """Return the vectors (…, E) and terms (…,) of outputs (…, E') of one head, which are not normalised."""
+
+    def extend(self, raw_BE: Tensor, side: Side) -> Tensor:
+        """Return float32 vectors (…, E + 2) whose dot products are the corrected similarities."""
+        vector_BE, term_B = self(raw_BE.float(), side)
+        one_and_term = (term_B, torch.ones_like(term_B)) if side == "image" else (torch.ones_like(term_B), term_B)
+        return torch.cat([vector_BE, *(each[..., None] for each in one_and_term)], dim=-1)
+
+
+class Cosine(Correction):
+    """The cosine as it is: unit-norm vectors, and terms of zero."""
+
+    def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return F.normalize(raw_BE, dim=-1), raw_BE.new_zeros(raw_BE.shape[:-1])
+
+
+class Bank(Correction):
+    """Subtracts how similar an item is to the other modality in general, measured on a bank of training items.
+
+    s'(x, y) = s(x, y) − h(x) − h(y), where h(x) = 1/β log (1/M Σ_m exp(β s(x, b_m))) over the M texts b_m of the bank
+    for an image x, and over its images for a text. This is query-bank normalisation (Bogolin et al., CVPR 2022), made
+    symmetric and with training items in place of test queries. As it is a mean, h hardly depends on M.
+
+    Args:
+        rows: Number of images and of texts M.
+        dim: Dimension E of the vectors.
+        base: Gives the similarity s. The bank is applied on top.
+
+    Attributes:
+        beta: Sharpness β. For β → 0, h is the mean of the similarities, for β → ∞ their maximum.
+    """
+
+    beta: Tensor
+
+    def __init__(self, rows: int, dim: int, base: Correction | None = None):
+        super().__init__()
+        self.base = base or Cosine()
+        for side in ("image", "text"):
+            self.register_buffer(f"{side}_vectors", torch.zeros(rows, dim, dtype=torch.float16))
+            self.register_buffer(f"{side}_terms", torch.zeros(rows))
+        self.register_buffer("beta", torch.tensor(20.0))
+
+    def fill(self, image_ME: Tensor, text_ME: Tensor, beta: float) -> None:
+        """Set the items of the bank, as outputs of the heads, and β."""
+        for side, raw_ME in (("image", image_ME), ("text", text_ME)):
+            vector_ME, term_M = self.base(raw_ME.float(), side)  # type: ignore[arg-type]
+            getattr(self, f"{side}_vectors").copy_(vector_ME)
+            getattr(self, f"{side}_terms").copy_(term_M)
+        self.beta.fill_(beta)
+
+    def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:  # noqa: D102
+        vector_BE, term_B = self.base(raw_BE, side)
+        # A term of the base is in s(x, y) and in h(x), so it cancels. Those of the bank's items count.
+        return vector_BE, -self._hubness(vector_BE.reshape(-1, vector_BE.shape[-1]), side).reshape(term_B.shape)
+
+    @tf32_products()
+    def _hubness(self, vector_BE: Tensor, side: Side) -> Tensor:
+        """Return h (B,) of vectors (B, E) whose own terms are 0."""
+        other = "text" if side == "image" else "image"
+        beta = self.beta.to(vector_BE.dtype)
+        bank_EM = getattr(self, f"{other}_vectors").to(vector_BE.dtype).T
+        bank_M = getattr(self, f"{other}_terms").to(vector_BE.dtype)
+        sums = [(beta * (part_BE @ bank_EM + bank_M)).logsumexp(dim=1) for part_BE in vector_BE.split(ROWS)]
+        return (torch.cat(sums) - math.log(len(bank_M))) / beta
+
+
+CorrectionKind = Literal["none"]
+"""Corrections that a model is trained with or computed with, on which a bank can be put."""
+
+CORRECTIONS: dict[str, type[Correction]] = {}
+"""Corrections by their kind; `none` has no entry."""
+
+
+def make_correction(kind: CorrectionKind, bank_rows: int, dim: int) -> Correction | None:
+    """Return the correction of a kind, with a bank of some rows on top unless that is 0; None if there is neither."""
+    base = None if kind == "none" else CORRECTIONS[kind]()
+    return Bank(bank_rows, dim, base) if bank_rows else base
