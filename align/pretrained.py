@@ -5,6 +5,7 @@ model.encode_image(image) @ model.encode_text(["a cat", "a dog"]).T
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -32,6 +33,7 @@ def load(
     revision: str | None = None,
     image_folder: str | Path | None = None,
     text_folder: str | Path | None = None,
+    allow_remote_code: str | Sequence[str] = (),
 ) -> "PretrainedModel":
     """Load heads and their encoders, which must be those recorded in the run.
 
@@ -42,6 +44,8 @@ def load(
         revision: Revision of the repository. A full commit hash is the safest.
         image_folder: Folder of the image encoder, if it is a local folder that has moved.
         text_folder: Folder of the text encoder, if it is a local folder that has moved.
+        allow_remote_code: Repositories that may run their own code, each as "owner/name@revision" with a full
+            commit hash. No other code is run.
 
     Returns:
         A `torch.nn.Module` with `encode_image`, `encode_text`, `similarity`, `classify`, `segment`, `heads` and more.
@@ -52,9 +56,10 @@ def load(
     """
     run = read(reference, revision)
     require_known(run.image, run.text)
+    code = (allow_remote_code,) if isinstance(allow_remote_code, str) else tuple(allow_remote_code)
     where = str(Runtime.of(device, "float32").device)
-    image = cast(VisionEncoder, _encoder(run.image, image_folder, where, "image_folder"))
-    text = cast(TextEncoder, _encoder(run.text, text_folder, where, "text_folder"))
+    image = cast(VisionEncoder, _encoder(run.image, image_folder, where, "image_folder", code))
+    text = cast(TextEncoder, _encoder(run.text, text_folder, where, "text_folder", code))
     return PretrainedModel(run, image, text)
 
 
@@ -75,7 +80,9 @@ def read(reference: PathLike, revision: str | None = None) -> Run:
         raise UserError(f"{reference} is not a local folder. As a repository: {problem}") from problem
 
 
-def _encoder(recorded: Identity, folder: str | Path | None, device: str, argument: str) -> VisionEncoder | TextEncoder:
+def _encoder(
+    recorded: Identity, folder: str | Path | None, device: str, argument: str, code: Sequence[str]
+) -> VisionEncoder | TextEncoder:
     of_folder = "config" in recorded.spec.source
     if folder is not None and not of_folder:
         raise UserError(f"Encoder {recorded.spec.id!r} is not a local folder. Leave {argument} out.")
@@ -83,4 +90,4 @@ def _encoder(recorded: Identity, folder: str | Path | None, device: str, argumen
         recorded = replace(recorded, location=str(Path(folder).resolve()))
     elif of_folder and not recorded.location:
         raise UserError(f"Encoder {recorded.spec.id!r} is a local folder. Pass its path with {argument}.")
-    return load_recorded(recorded, device)
+    return load_recorded(recorded, device, allow_remote_code=code)

@@ -1,7 +1,7 @@
 """Score a run on evaluation sets, one after the other. An error in one set need not stop the next."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sail_align.align.runs.checkpoint import Run
@@ -24,6 +24,7 @@ def evaluate_sets(
     *,
     features: Path = Path("features"),
     device: str = "cpu",
+    allow_remote_code: Sequence[str] = (),
     quiet: bool = False,
     stop_at_fault: bool = False,
 ) -> Iterator[Record]:
@@ -36,6 +37,7 @@ def evaluate_sets(
         sets: Evaluation manifests, each with the data root of its files.
         features: Folder of stores. Those of the evaluation sets are in its `eval/`.
         device: Device of encoders and heads.
+        allow_remote_code: Repositories of encoders that may run their own code, each as `owner/name@commit`.
         quiet: Show no progress bars.
         stop_at_fault: Raise an error of a set. Otherwise it is the set's record.
 
@@ -44,7 +46,7 @@ def evaluate_sets(
         WorkersFailedError: A set cannot be encoded, and `stop_at_fault` is set.
         RunError: The run's encoders cannot be loaded, or its heads have diverged.
     """
-    encoders = Encoders(run, device)
+    encoders = Encoders(run, device, allow_remote_code)
     folder = RunFolder(run.path).scores
     with report_write_errors(folder, has_out=False):
         writer = ScoreWriter(run)

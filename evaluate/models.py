@@ -7,6 +7,7 @@ RUNS/<model>/settings.json   the model's name; scores.json and report.html are w
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -83,11 +84,13 @@ class Encoders:
     Args:
         run: The run. Its heads are moved to the device.
         device: `auto` is a GPU if there is one.
+        allow_remote_code: Repositories that may run their own code, each as `owner/name@commit`.
     """
 
-    def __init__(self, run: Run, device: str = "cpu"):
+    def __init__(self, run: Run, device: str = "cpu", allow_remote_code: Sequence[str] = ()):
         self.run = run
         self.device = Runtime.of(device, "float32").device
+        self._allow_remote_code = allow_remote_code
         run.model.to(self.device)
 
     @cached_property
@@ -107,7 +110,7 @@ class Encoders:
                 "folder, which is not part of an export. Score the run itself."
             )
         try:
-            return load_recorded(recorded, device=str(self.device))
+            return load_recorded(recorded, str(self.device), allow_remote_code=self._allow_remote_code)
         except UserError as problem:
             raise RunError(f"The encoder of {self.run.path} cannot be used: {problem}") from problem
 

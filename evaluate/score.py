@@ -136,6 +136,7 @@ def score(
     data_root: PathLike | None = None,
     features_dir: PathLike = "features",
     device: str = "auto",
+    allow_remote_code: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> Scores:
     """Score a run on evaluation sets, as `sail-eval` does. Scores and a report are also written into the run.
@@ -153,6 +154,8 @@ def score(
         data_root: Folder of the sets' files. Default: $SAIL_DATA_ROOT, else data/ or the manifest's folder.
         features_dir: Folder of stores. Those of evaluation sets are in its eval/.
         device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one.
+        allow_remote_code: Repositories of the run's encoders that may run their own code, each as
+            "owner/name@revision" with a full commit hash.
         quiet: Print nothing, and show no progress bars.
 
     Returns:
@@ -173,6 +176,7 @@ def score(
         data_root=None if data_root is None else os.fspath(data_root),
         features_dir=one_path(features_dir, "features_dir"),
         device=device,
+        allow_remote_code=allow_remote_code,
         quiet=quiet,
     )
     scores = Scores(job.run.path, notes=[in_python(line, ("manifest", "sets", "checkpoint")) for line in job.notes])
@@ -198,6 +202,7 @@ class ScoringJob:
         notes: Messages about sets that are left out.
         features_dir: Folder of stores.
         device: Device.
+        allow_remote_code: Repositories that may run their own code.
         quiet: Show no progress bars.
         stop_at_fault: Raise an error of a set. Otherwise it is the set's record.
     """
@@ -208,6 +213,7 @@ class ScoringJob:
     notes: list[str]
     features_dir: Path
     device: str
+    allow_remote_code: tuple[str, ...]
     quiet: bool
     stop_at_fault: bool
 
@@ -237,6 +243,7 @@ class ScoringJob:
             self.sets,
             features=self.features_dir,
             device=self.device,
+            allow_remote_code=self.allow_remote_code,
             quiet=self.quiet,
             stop_at_fault=self.stop_at_fault,
         )
@@ -259,6 +266,7 @@ def prepare(
     data_root: str | None = None,
     features_dir: Path = Path("features"),
     device: str = "auto",
+    allow_remote_code: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> ScoringJob:
     """Check the arguments of `score`, and load what is scored. Raises `UserError` as it does."""
@@ -279,7 +287,10 @@ def prepare(
         found, notes = _sets_here(scored, found, data_root)
     if checkpoint is None:
         notes += _note_best(scored.path)
-    return ScoringJob(scored, is_newest, found, notes, features_dir, device, quiet, stop_at_fault=sets is not None)
+    code = (allow_remote_code,) if isinstance(allow_remote_code, str) else tuple(allow_remote_code)
+    return ScoringJob(
+        scored, is_newest, found, notes, features_dir, device, code, quiet, stop_at_fault=sets is not None
+    )
 
 
 def _choose_checkpoint(run: Path | None, checkpoint: str, model: str | None) -> Path:

@@ -71,7 +71,7 @@ def build_store(
     data_root: str | Path | None = None,
     device: str = "auto",
     precision: str = "float32",
-    trust_remote_code: bool = False,
+    allow_remote_code: str | Sequence[str] = (),
     compile: bool = False,
     fast_jpeg: bool = False,
     workers: str | int = "auto",
@@ -104,7 +104,8 @@ def build_store(
             `data` for a packaged manifest, and the current folder for a `Manifest`.
         device: "cpu", "cuda", "cuda:1" …, or "auto" for a GPU if there is one.
         precision: Precision of the encoders: "float32", "bfloat16" or "float16".
-        trust_remote_code: Run a model's own code, which needs a pinned revision.
+        allow_remote_code: Repositories that may run their own code, each as "owner/name@revision" with a full commit
+            hash. No other code is run.
         compile: Compile the encoders with `torch.compile`.
         fast_jpeg: Decode large JPEGs at a reduced scale.
         workers: Processes on this machine, or "auto".
@@ -156,6 +157,7 @@ def build_store(
     from sail_align.extract.executor.worker import Share
     from sail_align.extract.store.store import Store
 
+    code = tuple([allow_remote_code] if isinstance(allow_remote_code, str) else allow_remote_code)
     text_name = text_encoder or manifest.encoders.text
     image: ImageEncoderConfig | None = None
     if add_captions:
@@ -165,8 +167,8 @@ def build_store(
             recorded = TextEncoderConfig.recorded(identity)
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
-        image_name, options = image_encoder or manifest.encoders.image, (precision, trust_remote_code, compile)
-        image = ImageEncoderConfig(image_name, image_pooling, *options, fast_jpeg=fast_jpeg)
+        image_name = image_encoder or manifest.encoders.image
+        image = ImageEncoderConfig(image_name, image_pooling, precision, code, compile, fast_jpeg=fast_jpeg)
         source = manifest.open_source(root)
         report.source_opened(manifest, source)
         known = source.all_captions
@@ -174,7 +176,8 @@ def build_store(
     for name in chosen:
         if name not in known:
             raise UserError(f"{manifest.name} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
-    text = TextEncoderConfig(text_name, text_pooling, precision, trust_remote_code, compile) if chosen else None
+    text = TextEncoderConfig(text_name, text_pooling, precision, code, compile) if chosen else None
+    _require_used(code, [config.entry.origin for config in (image, text) if config])
     Runtime.of(device, precision)  # raises if either is invalid
     job = Job(manifest, root, path, image, text, tuple(chosen))
     share, executor = Share.parse(worker), _choose_executor(engine, ray_address, str(workers), device)
@@ -198,6 +201,16 @@ def _check_options(
         raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
     if add_captions and (conflicting or retry):
         raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
+
+
+def _require_used(code: Sequence[str], origins: Sequence[object]) -> None:
+    """Raise `UserError` if a repository that may run code is that of neither encoder."""
+    known = [getattr(origin, "repository", None) for origin in origins]
+    for reference in code:
+        if reference.partition("@")[0].removeprefix("hf:") not in known:
+            raise UserError(
+                f"--allow-remote-code {reference} has no effect: neither encoder is of that repository. Omit it."
+            )
 
 
 def _is_own_data(reference: str) -> bool:

@@ -28,6 +28,13 @@ ModelName = Annotated[
         help="Instead of a run: a model of OpenCLIP, such as SigLIP, to compare with.",
     ),
 ]
+AllowRemoteCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REPO@REVISION",
+        help="Let this repository of an encoder run its own code, at this full commit hash. Repeatable.",
+    ),
+]
 FeaturesDir = Annotated[Path, typer.Option(help="Folder of stores. Those of evaluation sets are in its eval/.")]
 ScoredRuns = Annotated[
     list[Path], typer.Argument(metavar="RUN", help="Runs, or checkpoints of them, with scores.", show_default=False)

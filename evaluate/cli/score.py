@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.evaluate.cli.options import FeaturesDir, ModelName, RunPath, WhichCheckpoint
+from sail_align.evaluate.cli.options import AllowRemoteCode, FeaturesDir, ModelName, RunPath, WhichCheckpoint
 from sail_align.extract.system.command_line import BadResult, DataRoot, Device, Quiet, Result, with_json
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def evaluate_all(
     data_root: DataRoot = None,
     features_dir: FeaturesDir = Path("features"),
     device: Device = "auto",
+    allow_remote_code: AllowRemoteCode = None,
     quiet: Quiet = False,
 ) -> Result:
     """Score a run on all published sets that are here, and on your own."""
@@ -40,6 +41,7 @@ def evaluate_all(
             data_root=data_root,
             features_dir=features_dir,
             device=device,
+            allow_remote_code=allow_remote_code or (),
             quiet=quiet,
         )
     )
@@ -60,6 +62,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., Result]:
         data_root: DataRoot = None,
         features_dir: FeaturesDir = Path("features"),
         device: Device = "auto",
+        allow_remote_code: AllowRemoteCode = None,
         quiet: Quiet = False,
         protocol: Annotated[str | None, typer.Option(help=protocols, hidden=not task.variants)] = None,
     ) -> Result:
@@ -76,6 +79,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., Result]:
                 data_root=data_root,
                 features_dir=features_dir,
                 device=device,
+                allow_remote_code=allow_remote_code or (),
                 quiet=quiet,
             )
         )

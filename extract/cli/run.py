@@ -60,8 +60,11 @@ TextEncoder = Annotated[
 ImagePooling = Annotated[str | None, _encoder_option(help="cls, mean or cls+mean.  [default: the encoder's own]")]
 TextPooling = Annotated[str | None, _encoder_option(help="cls, mean or last.  [default: the encoder's own]")]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
-TrustRemoteCode = Annotated[
-    bool, _encoder_option("--trust-remote-code", help="Run a model's own code. Needs a pinned revision.")
+AllowRemoteCode = Annotated[
+    list[str] | None,
+    _encoder_option(
+        metavar="REPO@REVISION", help="Let this repository run its own code, at this full commit hash. May be repeated."
+    ),
 ]
 Compiled = Annotated[bool, _encoder_option("--compile", help="Compile the encoders with torch.compile.")]
 FastJpeg = Annotated[
@@ -110,7 +113,7 @@ def run(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Precision = "float32",
-    trust_remote_code: TrustRemoteCode = False,
+    allow_remote_code: AllowRemoteCode = None,
     compiled: Compiled = False,
     fast_jpeg: FastJpeg = False,
     workers: Workers = "auto",
@@ -144,7 +147,7 @@ def run(
         data_root=data_root,
         device=device,
         precision=precision,
-        trust_remote_code=trust_remote_code,
+        allow_remote_code=allow_remote_code or (),
         compile=compiled,
         fast_jpeg=fast_jpeg,
         workers=workers,

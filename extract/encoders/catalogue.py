@@ -5,6 +5,7 @@ To add an encoder, add an entry to `VISION` or `TEXT`. Encoders without an entry
 `open_clip:<local folder>`.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ class Hub:
 
     repository: str
     revision: str | None = None
+
+    @classmethod
+    def allowing_code(cls, reference: str) -> "Hub":
+        """Parse `<owner>/<name>@<commit>`, whose code the user allows to run. A branch could change after that.
+
+        Raises:
+            UserError: The reference has another form, or no full commit hash.
+        """
+        if not (found := re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", reference.removeprefix("hf:"))):
+            raise UserError(
+                f"--allow-remote-code {reference!r} is invalid: expected <owner>/<name>@<revision> with the 40 digits "
+                "of a commit. Copy it from the repository's history, and read the code first."
+            )
+        return cls(found[1], found[2])
 
     @classmethod
     def parse(cls, name: str) -> "Hub | Path":

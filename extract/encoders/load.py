@@ -1,10 +1,8 @@
 """Load a frozen encoder by its name, or the one that a store or a run recorded."""
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -14,7 +12,6 @@ from sail_align.extract.encoders.catalogue import (
     VISION,
     Hub,
     OpenClipTower,
-    Package,
     TextEntry,
     TimmVision,
     TransformersText,
@@ -49,17 +46,19 @@ class EncoderConfig(ABC):
         pooling: `cls`, `mean` or `cls+mean` for images, `cls`, `mean` or `last` for texts. None takes the catalogue's
             pooling, or the only one of a network.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
-        trust_remote_code: Let an `hf:` repository at a full commit hash run its own code, if transformers lacks it.
+        allow_remote_code: Repositories that may run their own code if transformers lacks their architecture, each as
+            `<owner>/<name>@<full commit hash>`. They are loaded at that commit.
         compiled: Compile the network with torch.compile. Features change by rounding.
 
     Raises:
-        UserError: The name is unknown, or the encoder does not have the pooling.
+        UserError: The name is unknown, the encoder does not have the pooling, or a repository that may run code is not
+            pinned.
     """
 
     name: str
     pooling: str | None = None
     precision: str = "float32"
-    trust_remote_code: bool = False
+    allow_remote_code: tuple[str, ...] = ()
     compiled: bool = False
 
     _poolings: ClassVar[tuple[str, ...]]
@@ -67,6 +66,7 @@ class EncoderConfig(ABC):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", as_reference(self.name))
         entry = self.entry
+        self._origin(entry)  # raises if the code of another revision is allowed
         allowed = (entry.pooling,) if isinstance(entry, OpenClipTower) else self._poolings
         pooling = self.pooling or entry.pooling
         # An image encoder without class token needs no choice, but whether it has one is known only after loading.
@@ -111,12 +111,13 @@ class EncoderConfig(ABC):
         if isinstance(entry, TimmVision):
             fetch_timm(entry)
         elif not isinstance(entry, OpenClipTower):
-            EncoderFiles.fetch(entry.origin)
+            origin, allow_code = self._origin(entry)
+            EncoderFiles.fetch(origin, with_code=allow_code)
 
     def matches(self, spec: EncoderSpec) -> bool:
         """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
         entry = self.entry
-        revision = getattr(entry.origin, "revision", None)
+        revision = getattr(self._origin(entry)[0], "revision", None)
         return (
             spec.id in (self.name, self.name.partition("@")[0])
             and spec.precision == self.precision
@@ -131,11 +132,27 @@ class EncoderConfig(ABC):
             f"of: {', '.join(names)}."
         )
 
-    def _load_transformers(self, origin: Hub | Path | Package) -> tuple[EncoderFiles, nn.Module]:
-        files = EncoderFiles.fetch(origin, with_code=self.trust_remote_code)
-        # Remote code runs only at a full commit hash: a branch can change after the user trusted it.
-        is_pinned = isinstance(origin, Hub) and re.fullmatch(r"[0-9a-f]{40}", origin.revision or "") is not None
-        return files, load_pretrained(files, allow_code=self.trust_remote_code and is_pinned)
+    def _origin(self, entry: VisionEntry | TextEntry) -> tuple[Any, bool]:
+        """Return where the weights are, and whether the code of that repository may run at that revision.
+
+        Raises:
+            UserError: A repository may run its code at another revision than that of the encoder.
+        """
+        origin = entry.origin
+        for allowed in map(Hub.allowing_code, self.allow_remote_code):
+            if isinstance(origin, Hub) and origin.repository == allowed.repository:
+                if origin.revision not in (None, allowed.revision):
+                    raise UserError(
+                        f"--allow-remote-code {allowed.repository}@{allowed.revision} is not for encoder {self.name!r} "
+                        f"at revision {origin.revision!r}. Use the same revision."
+                    )
+                return allowed, True
+        return origin, False
+
+    def _load_transformers(self, entry: TransformersVision | TransformersText) -> tuple[EncoderFiles, nn.Module]:
+        origin, allow_code = self._origin(entry)
+        files = EncoderFiles.fetch(origin, with_code=allow_code)
+        return files, load_pretrained(files, allow_code=allow_code)
 
     def _id(self, files: EncoderFiles) -> str:
         """Return the name without its revision. A local folder is named by its kind and weights instead of its path."""
@@ -187,7 +204,7 @@ class ImageEncoderConfig(EncoderConfig):
         backbone: Backbone
         match entry:
             case TransformersVision():
-                files, model = self._load_transformers(entry.origin)
+                files, model = self._load_transformers(entry)
                 preprocessing = entry.preprocessing or ImagePreprocessing.from_processor(
                     files.read_json(files.path, "preprocessor_config.json")
                 )
@@ -225,14 +242,19 @@ class TextEncoderConfig(EncoderConfig):
             towers, tokenizer, files = load_open_clip(entry)
             return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
         pooling = check_pooling(self.pooling or entry.pooling, TEXT_POOLINGS, self.name)
-        files, model = self._load_transformers(entry.origin)
+        files, model = self._load_transformers(entry)
         return TransformersTextEncoder(self._id(files), files, model, entry, pooling, runtime)
 
 
 def load_recorded(
-    identity: Identity, device: str = "cpu", *, trust_remote_code: bool = False
+    identity: Identity, device: str = "cpu", *, allow_remote_code: Sequence[str] = ()
 ) -> VisionEncoder | TextEncoder:
     """Load the encoder that a store or a run recorded, with the same revision, pooling and precision.
+
+    Args:
+        identity: What was recorded.
+        device: Where it runs.
+        allow_remote_code: Repositories that may run their own code, each as `<owner>/<name>@<full commit hash>`.
 
     Raises:
         EncoderChangedError: The encoder under the recorded name has another spec or golden vector.
@@ -242,7 +264,7 @@ def load_recorded(
     _require_source(identity.spec)
     source = identity.spec.source
     recorded = ImageEncoderConfig.recorded if identity.spec.modality == "image" else TextEncoderConfig.recorded
-    config: EncoderConfig = replace(recorded(identity), trust_remote_code=trust_remote_code)
+    config: EncoderConfig = replace(recorded(identity), allow_remote_code=tuple(allow_remote_code))
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
     encoder = config.load(device, entry=replace(config.entry, **pinned))
     encoder.identity.check_matches(identity, where="the record")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GteConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing
@@ -144,8 +145,9 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
         raise UserError(f"{files.path} has model_type {kind!r}, which the installed transformers lacks. Update it.")
     if not allow_code:
         raise UserError(
-            f"{files.path} has model_type {kind!r}, which needs its own code to run. To trust it, pass "
-            "--trust-remote-code and pin the commit: hf:<owner>/<name>@<40-digit commit>."
+            f"{files.path} has model_type {kind!r}, which transformers {transformers_version} lacks: "
+            f"{code.get('AutoModel', 'its model')} needs its own code to run. If you trust it, pass "
+            "--allow-remote-code <owner>/<name>@<40-digit commit>."
         )
     elsewhere = [reference for reference in code.values() if "--" in str(reference)]
     if elsewhere:

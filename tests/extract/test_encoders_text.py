@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import save_randomised, save_tokenizer
-from transformers import BertConfig, BertModel, GteConfig, GteModel, ModernBertConfig, ModernBertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GteConfig,
+    GteModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedTokenizerFast,
+)
 
 from sail_align.extract.encoders import weights as checkpoints
 from sail_align.extract.encoders.catalogue import TEXT, TransformersText
@@ -34,6 +42,7 @@ MODELS = {
         ModernBertConfig(**TINY, bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3)
     ),
 }
+COMMIT = "0123456789" * 4
 SHORT, LONG = "the dog", "the red cat sleeps on the green bench and a dog runs on the grass with the cat"
 
 
@@ -114,9 +123,9 @@ def test_code_in_a_local_folder_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
     (tmp_path / "foreign.py").write_text("raise RuntimeError('the code was run')")
     save_file({"words.weight": torch.zeros(32, 8)}, tmp_path / "model.safetensors")
-    for trust in (False, True):
-        with pytest.raises(UserError, match=r"needs its own code to run.*pin the commit"):
-            TextEncoderConfig(f"hf:{tmp_path}", pooling="cls", trust_remote_code=trust).load()
+    for allowed in ((), ("owner/foreign@" + COMMIT,)):
+        with pytest.raises(UserError, match=r"foreign.ForeignModel needs its own code to run"):
+            TextEncoderConfig(f"hf:{tmp_path}", pooling="cls", allow_remote_code=allowed).load()
 
 
 CODE = """
@@ -142,10 +151,11 @@ class ForeignModel(PreTrainedModel):
 """
 
 
-def test_trusted_code_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
-    commit = "0123456789" * 4
-    folder = tmp_path / commit
-    tokenizer = save_tokenizer(folder)
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """The folder of a repository `owner/foreign` with code of its own, and its vectors of words."""
+    folder = tmp_path / COMMIT
+    save_tokenizer(folder)
     code = {"AutoConfig": "foreign.ForeignConfig", "AutoModel": "foreign.ForeignModel"}
     (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
     (folder / "foreign.py").write_text(CODE)
@@ -153,18 +163,44 @@ def test_trusted_code_at_a_pinned_commit_is_run(tmp_path, monkeypatch):
     save_file({"words.weight": words}, folder / "model.safetensors")
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *args, **kwargs: str(folder))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder, words
 
-    encoder = TextEncoderConfig(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True).load()
-    torch.testing.assert_close(encoder.encode([SHORT])[0], words[tokenizer(SHORT)["input_ids"]].mean(0))
-    assert load_recorded(encoder.identity, trust_remote_code=True).identity == encoder.identity
-    for revision, trust in (("@" + commit, False), ("@main", True), ("", True)):
-        with pytest.raises(UserError, match="needs its own code to run"):
-            TextEncoderConfig("hf:owner/foreign" + revision, pooling="mean", trust_remote_code=trust).load()
 
-    code["AutoModel"] = "other/repository--foreign.ForeignModel"
-    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
+ALLOWED = ("owner/foreign@" + COMMIT,)
+
+
+def test_allowed_code_at_a_pinned_commit_is_run(foreign):
+    folder, words = foreign
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for name in ("hf:owner/foreign", "hf:owner/foreign@" + COMMIT):
+        encoder = TextEncoderConfig(name, "mean", allow_remote_code=ALLOWED).load()
+        torch.testing.assert_close(encoder.encode([SHORT])[0], words[tokenizer(SHORT)["input_ids"]].mean(0))
+        assert load_recorded(encoder.identity, allow_remote_code=ALLOWED).identity == encoder.identity
+    with pytest.raises(UserError, match=r"foreign.ForeignModel needs its own code to run.*--allow-remote-code"):
+        load_recorded(encoder.identity)
+
+
+@pytest.mark.parametrize(
+    ("revision", "allowed", "message"),
+    [
+        ("@" + COMMIT, (), "needs its own code to run"),
+        ("", ("other/foreign@" + COMMIT,), "needs its own code to run"),
+        ("", ("owner/foreign@main",), r"--allow-remote-code 'owner/foreign@main' is invalid.*40 digits"),
+        ("", ("owner/foreign",), "is invalid: expected <owner>/<name>@<revision>"),
+        ("@main", ALLOWED, "is not for encoder 'hf:owner/foreign@main' at revision 'main'"),
+    ],
+)
+def test_code_is_not_run_otherwise(foreign, revision, allowed, message):
+    (foreign[0] / "foreign.py").write_text("raise RuntimeError('the code was run')")
+    with pytest.raises(UserError, match=message):
+        TextEncoderConfig("hf:owner/foreign" + revision, "mean", allow_remote_code=allowed).load()
+
+
+def test_code_of_another_repository_is_not_run(foreign):
+    code = {"AutoConfig": "foreign.ForeignConfig", "AutoModel": "other/repository--foreign.ForeignModel"}
+    (foreign[0] / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": code}))
     with pytest.raises(UserError, match="is in another repository"):
-        TextEncoderConfig(f"hf:owner/foreign@{commit}", pooling="mean", trust_remote_code=True).load()
+        TextEncoderConfig("hf:owner/foreign", "mean", allow_remote_code=ALLOWED).load()
 
 
 @pytest.mark.slow
