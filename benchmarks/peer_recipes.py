@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
 from sail_align.align.model.closed_form import LinearMap, Moments
-from sail_align.align.model.heads import LinearHead
 from sail_align.align.model.loss import Loss, infonce_loss, sigmoid_loss
 
 DIM = 256
@@ -104,8 +104,7 @@ def _unit_map(linear: LinearMap, features: Tensor) -> Tensor:
 def fit_csa(data: Data, size: float, _seed: int, _watch: Watch) -> Embedder:
     """Fit canonical similarity analysis (Li et al., ICLR 2025): Σ_k ρ_k x_k y_k / (|x| |y|) over the best variates.
 
-    The paper's CCA is not regularised, which leaves nothing to retrieve with from fewer pairs than features. It gets our
-    ridge.
+    The paper's CCA is not regularised, which fails with about as many pairs as features. Here it gets our ridge.
     """
     image_map, text_map, correlations_E = cca(data, RIDGE, int(size))
 
@@ -117,23 +116,19 @@ def fit_csa(data: Data, size: float, _seed: int, _watch: Watch) -> Embedder:
 
 
 def fit_asif(data: Data, exponent: float, _seed: int, _watch: Watch, keep: float = 0.1) -> Embedder:
-    """Use no training (ASIF, Norelli et al., NeurIPS 2023): an item is its cosines with all training items of its kind.
+    """Use no training (ASIF, Norelli et al., NeurIPS 2023): an item is its cosines with the training items of its kind.
 
-    Only the largest `keep` of the cosines remain, raised to a power and scaled to unit norm. Each caption of a training
-    image is a pair of its own; their entries for an image are equal, so they are stored once, as its square root.
+    Only the largest `keep` of the cosines remain, raised to a power and scaled to unit norm. The text of a training
+    image is the mean of its captions.
     """
-    captions, rows, _ = data.text.shape
-    image_anchors, text_anchors = (F.normalize(each, dim=-1) for each in (data.image, data.text.flatten(0, 1)))
 
     def relative(anchors: Tensor, features: Tensor) -> Tensor:
         cosines = F.normalize(features, dim=-1) @ anchors.T
         least = cosines.topk(max(1, round(keep * len(anchors)))).values[..., -1:]
         return F.normalize(cosines.clamp(min=0) ** exponent * (cosines >= least), dim=-1)
 
-    def text(features: Tensor) -> Tensor:
-        return relative(text_anchors, features).unflatten(-1, (captions, rows)).sum(-2) / math.sqrt(captions)
-
-    return Embedder(partial(relative, image_anchors), text)
+    anchors = (F.normalize(each, dim=-1) for each in (data.image, F.normalize(data.text, dim=-1).mean(0)))
+    return Embedder(*(partial(relative, each) for each in anchors))
 
 
 # --- the shared loop of the gradient recipes ---
@@ -161,9 +156,9 @@ class Loop:
     penalty: Penalty | None = None
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1e-2
-    batch: int = 512
+    batch: int = 256
     epochs: int = 25
-    captions: int = 0
+    captions: int = 1
 
     def fit(self, data: Data, lr: float, seed: int, watch: Watch) -> AlignmentModel:
         """Train with a cosine schedule."""
@@ -173,8 +168,7 @@ class Loop:
         others = [each for each in model.parameters() if each.requires_grad and each.ndim < 2]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = self.optimizer(groups, lr=lr)
-        batch = min(self.batch, len(data.image))
-        steps = self.epochs * len(data.image) // batch
+        batch, steps = min(self.batch, len(data.image)), self.steps(data)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         left = torch.empty(0, dtype=torch.int64)
         for step in range(1, steps + 1):
@@ -198,6 +192,10 @@ class Loop:
                 break
         return model.eval()
 
+    def steps(self, data: Data) -> int:
+        """Return the number of steps."""
+        return self.epochs * len(data.image) // min(self.batch, len(data.image))
+
     def _texts(self, text_CND: Tensor, rows: Tensor) -> Tensor:
         if not self.captions:
             return text_CND[:, rows]
@@ -208,7 +206,7 @@ class Loop:
 # --- heads ---
 
 
-def from_closed_form(data: Data, *, power: float = 1.0, scale: float = 15.0, bias: float = -8.0, **form: float) -> AlignmentModel:
+def from_closed_form(data: Data, *, scale: float = 15.0, bias: float = -8.0, **form: Any) -> AlignmentModel:
     """Return our heads, which start as the CCA, with our default dropout. `form` are fields of `Architecture`."""
     head = "glu" if "expansion" in form else "linear"
     form = {"image_dropout": 0.3, "text_dropout": 0.1, **form}
@@ -221,12 +219,12 @@ def from_closed_form(data: Data, *, power: float = 1.0, scale: float = 15.0, bia
     return model
 
 
-def glu(data: Data, expansion: int, dim: int = 512) -> AlignmentModel:
+def glu(data: Data, expansion: int, dim: int = DIM) -> AlignmentModel:
     """Return the heads of SAIL (Zhang et al., CVPR 2025) with its initial temperature and bias."""
     return Architecture("glu", data.image.shape[1], data.text.shape[2], dim, expansion).build()
 
 
-def linear(data: Data, dim: int = 512, scale: float = 14.3) -> AlignmentModel:
+def linear(data: Data, dim: int = DIM, scale: float = 14.3) -> AlignmentModel:
     """Return randomly initialised linear heads, as CLIP (Radford et al., 2021) has them, with its temperature 0.07."""
     return Architecture("linear", data.image.shape[1], data.text.shape[2], dim).build(scale=scale)
 
@@ -279,10 +277,10 @@ def fusemix_heads(
 
 def sharelock_heads(data: Data, *, hidden: int = 1_024, dropout: float = 0.2) -> AlignmentModel:
     """Return ShareLock's heads: the image features themselves, centred, and an MLP with four layers on the text."""
-    widths = [data.text.shape[2], hidden, hidden, hidden]
+    widths = (data.text.shape[2], hidden, hidden, hidden)
     hidden_layers = [
         layer
-        for before, after in zip(widths, widths[1:], strict=False)
+        for before, after in pairwise(widths)
         for layer in (nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout))
     ]
     text_head = nn.Sequential(nn.LayerNorm(widths[0]), *hidden_layers, nn.Linear(hidden, data.image.shape[1]))
@@ -343,31 +341,37 @@ RATES = (3e-4, 1e-3, 3e-3)
 LION = {"optimizer": partial(Lion, betas=(0.9, 0.99)), "weight_decay": 1e-7}
 
 
-def _trained(name: str, grid: Sequence[float] = RATES, **loop: object) -> Recipe:
+def _trained(name: str, grid: Sequence[float] = RATES, **loop: Any) -> Recipe:
     return Recipe(name, Loop(**loop).fit, grid)
 
 
-PEERS = (
+def _sail(expansion: int, grid: Sequence[float]) -> Recipe:
+    heads = partial(glu, expansion=expansion)
+    return _trained(f"SAIL: GLU ×{expansion}, sigmoid", grid, build=heads, loss=sigmoid_loss, epochs=12, **LION)
+
+
+def _fusemix(name: str, grid: Sequence[float], epochs: int, **heads: int) -> Recipe:
+    adapters = partial(fusemix_heads, **heads)
+    return _trained(name, grid, build=adapters, augment=mixup, epochs=epochs, weight_decay=0.1)
+
+
+CLOSED_FORMS = (
     Recipe("CCA", fit_cca, (1.0, 2.0, 4.0, 8.0), seeded=False),
     Recipe("CSA", fit_csa, (50, 100, 200, 384), seeded=False),
-    Recipe("ASIF", fit_asif, (1, 2, 4, 8, 16), seeded=False),
-    _trained("linear, InfoNCE", build=linear),
-    _trained("linear, InfoNCE, STRUCTURE", build=linear, penalty=structure),
-    _trained("closed-form start, InfoNCE, mixup", (1e-4, 3e-4, 1e-3), build=from_closed_form, augment=mixup),
-    _trained("ShareLock", (3e-4, 1e-3), build=sharelock_heads, captions=1, epochs=40, weight_decay=1e-4),
-    _trained(
-        "FuseMix, 384 components",
-        build=partial(fusemix_heads, components=384),
-        augment=mixup,
-        captions=1,
-        epochs=40,
-        weight_decay=0.1,
-    ),
-    _trained("FuseMix, all features", (3e-4, 1e-3), build=fusemix_heads, augment=mixup, captions=1, weight_decay=0.1),
-    _trained(
-        "SAIL: GLU ×4, sigmoid", (1e-4, 3e-4), build=partial(glu, expansion=4), loss=sigmoid_loss, batch=256, epochs=12, **LION
-    ),
-    _trained(
-        "SAIL: GLU ×8, sigmoid", (1e-4,), build=partial(glu, expansion=8), loss=sigmoid_loss, batch=256, epochs=12, **LION
-    ),
+    Recipe("ASIF", fit_asif, (2, 8), seeded=False),
 )
+MIXUP = _trained("closed-form start, InfoNCE, mixup", (1e-4, 3e-4, 1e-3), build=from_closed_form, augment=mixup)
+LINEAR = _trained("linear, InfoNCE", build=linear, epochs=40)
+PEERS = (
+    *CLOSED_FORMS,
+    LINEAR,
+    MIXUP,
+    _trained("linear, InfoNCE, STRUCTURE", build=linear, penalty=structure, epochs=40),
+    _trained("ShareLock", (3e-4, 1e-3), build=sharelock_heads, epochs=40, weight_decay=1e-4),
+    _fusemix("FuseMix, 384 components", (3e-4, 1e-3), 40, components=384),
+    _fusemix("FuseMix, all features", (3e-4,), 15),
+    _sail(4, (1e-4, 3e-4)),
+    _sail(8, (1e-4,)),
+)
+POWERED = tuple(each.with_power() for each in (*CLOSED_FORMS, MIXUP, LINEAR))
+"""Recipes that also get signed powers of the image features."""
