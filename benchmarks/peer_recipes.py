@@ -275,15 +275,18 @@ def fusemix_heads(
     return AlignmentModel(adapter(data.image), adapter(data.text.flatten(0, 1)), scale=14.3)
 
 
-def sharelock_heads(data: Data, *, hidden: int = 1_024, dropout: float = 0.2) -> AlignmentModel:
-    """Return ShareLock's heads: the image features themselves, centred, and an MLP with four layers on the text."""
+def sharelock_heads(data: Data, *, hidden: int = 1_024, dropout: float = 0.2, dim: int = 0) -> AlignmentModel:
+    """Return ShareLock's heads: the image features themselves, centred, and an MLP with four layers on the text.
+
+    The text is mapped to as many dimensions as the image features have, or to `dim`.
+    """
     widths = (data.text.shape[2], hidden, hidden, hidden)
     hidden_layers = [
         layer
         for before, after in pairwise(widths)
         for layer in (nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout))
     ]
-    text_head = nn.Sequential(nn.LayerNorm(widths[0]), *hidden_layers, nn.Linear(hidden, data.image.shape[1]))
+    text_head = nn.Sequential(nn.LayerNorm(widths[0]), *hidden_layers, nn.Linear(hidden, dim or data.image.shape[1]))
     return AlignmentModel(Centred(data.image.mean(0)), text_head, scale=14.3)
 
 
@@ -341,18 +344,19 @@ RATES = (3e-4, 1e-3, 3e-3)
 LION = {"optimizer": partial(Lion, betas=(0.9, 0.99)), "weight_decay": 1e-7}
 
 
-def _trained(name: str, grid: Sequence[float] = RATES, **loop: Any) -> Recipe:
+def trained(name: str, grid: Sequence[float] = RATES, **loop: Any) -> Recipe:
+    """Return a gradient recipe, given fields of `Loop`."""
     return Recipe(name, Loop(**loop).fit, grid)
 
 
 def _sail(expansion: int, grid: Sequence[float]) -> Recipe:
     heads = partial(glu, expansion=expansion)
-    return _trained(f"SAIL: GLU ×{expansion}, sigmoid", grid, build=heads, loss=sigmoid_loss, epochs=12, **LION)
+    return trained(f"SAIL: GLU ×{expansion}, sigmoid", grid, build=heads, loss=sigmoid_loss, epochs=12, **LION)
 
 
 def _fusemix(name: str, grid: Sequence[float], epochs: int, **heads: int) -> Recipe:
     adapters = partial(fusemix_heads, **heads)
-    return _trained(name, grid, build=adapters, augment=mixup, epochs=epochs, weight_decay=0.1)
+    return trained(name, grid, build=adapters, augment=mixup, epochs=epochs, weight_decay=0.1)
 
 
 CLOSED_FORMS = (
@@ -360,14 +364,14 @@ CLOSED_FORMS = (
     Recipe("CSA", fit_csa, (50, 100, 200, 384), seeded=False),
     Recipe("ASIF", fit_asif, (2, 8), seeded=False),
 )
-MIXUP = _trained("closed-form start, InfoNCE, mixup", (1e-4, 3e-4, 1e-3), build=from_closed_form, augment=mixup)
-LINEAR = _trained("linear, InfoNCE", build=linear, epochs=40)
+MIXUP = trained("closed-form start, InfoNCE, mixup", (1e-4, 3e-4, 1e-3), build=from_closed_form, augment=mixup)
+LINEAR = trained("linear, InfoNCE", build=linear, epochs=40)
 PEERS = (
     *CLOSED_FORMS,
     LINEAR,
     MIXUP,
-    _trained("linear, InfoNCE, STRUCTURE", build=linear, penalty=structure, epochs=40),
-    _trained("ShareLock", (3e-4, 1e-3), build=sharelock_heads, epochs=40, weight_decay=1e-4),
+    trained("linear, InfoNCE, STRUCTURE", build=linear, penalty=structure, epochs=40),
+    trained("ShareLock", (3e-4, 1e-3), build=sharelock_heads, epochs=40, weight_decay=1e-4),
     _fusemix("FuseMix, 384 components", (3e-4, 1e-3), 40, components=384),
     _fusemix("FuseMix, all features", (3e-4,), 15),
     _sail(4, (1e-4, 3e-4)),
