@@ -29,7 +29,7 @@ from peer_recipes import (
     structure,
     trained,
 )
-from peers import HELD_OUT, Hits, read_data, score, slug
+from peers import Hits, read_data, score, slug, split
 from torch import Tensor, nn
 
 from sail_align.align.model.alignment import AlignmentModel
@@ -96,21 +96,14 @@ def hits_of(recipe: Recipe, data: Data, seed: int, folder: Path) -> dict[str, Hi
     """Return the hits on the images that a seed holds out, by way of scoring."""
     path = folder / f"{slug(recipe.name)}.{seed}.npz"
     if not path.exists():
-        held = held_out(data, seed)
-        powered = data.powered(recipe.power)
-        inner, outer = powered.rows(torch.nonzero(~held)[:, 0]), powered.rows(torch.nonzero(held)[:, 0])
+        powered, held = data.powered(recipe.power), torch.from_numpy(split(len(data.image), seed))
+        inner, outer = powered.rows(~held), powered.rows(held)
         model = recipe.fit(inner, recipe.grid[0], seed, lambda _step, _model: False)
         with torch.no_grad():
             found = score(model, inner, outer, [BETA])
         np.savez(path, cosine=found["cosine"], bank=found[f"{BETA:g}"])
     with np.load(path) as saved:
         return dict(saved)
-
-
-def held_out(data: Data, seed: int) -> Tensor:
-    """Return the mask of the images that a seed holds out."""
-    order = np.random.default_rng(seed).permutation(len(data.image))
-    return torch.from_numpy(order < HELD_OUT * len(order))
 
 
 def main() -> None:
@@ -125,7 +118,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * asked.minutes
     asked.out.mkdir(parents=True, exist_ok=True)
     data = read_data(asked.train)
-    images = np.concatenate([np.flatnonzero(held_out(data, seed).numpy()) for seed in range(asked.seeds)])
+    images = np.concatenate([np.flatnonzero(split(len(data.image), seed)) for seed in range(asked.seeds)])
     ideas = [each for each in IDEAS if not asked.only or any(part in each.name for part in asked.only)]
     base: list[dict[str, Hits]] = []
     rows = []

@@ -33,7 +33,7 @@ class Data(NamedTuple):
     text: Tensor
 
     def rows(self, rows: Tensor) -> "Data":
-        """Return some of the rows."""
+        """Return some rows, given their mask or their numbers."""
         return Data(self.image[rows], self.text[:, rows])
 
     def powered(self, power: float) -> "Data":
