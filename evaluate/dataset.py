@@ -204,17 +204,25 @@ class EvaluationSet(ListedSet):
         digest = digest_of(list(texts.items()))[:8]
         return self._encode(what, f"{name}-{digest}", name, {"texts": digest}, listed, self.run.text)
 
-    def images(self) -> Embeddings:
+    def images(self, *, corrected: bool = False) -> Embeddings:
         """Return the embeddings of all images, (N, E), with rows of unit length.
 
+        Args:
+            corrected: Return vectors (N, E + 2) of `AlignmentModel.corrected_image` instead.
+
         Raises:
-            UserError: An image cannot be read.
+            UserError: An image cannot be read, or `corrected` is set and the run has no correction.
             RunError: The embeddings are not finite.
         """
-        return self._embed(self.run.model.encode_image, self.image_features())
+        model = self.run.model
+        return self._embed(model.corrected_image if corrected else model.encode_image, self.image_features())
 
-    def texts(self) -> Texts:
-        """Return the captions in use: all first captions, then all second ones, and so on. A sample may lack some."""
+    def texts(self, *, corrected: bool = False) -> Texts:
+        """Return the captions in use: all first captions, then all second ones, and so on. A sample may lack some.
+
+        Args:
+            corrected: Give vectors (M, E + 2) of `AlignmentModel.corrected_text` instead of embeddings.
+        """
         listed = [
             (row, name, sample.captions[name])
             for name in self.captions
@@ -224,7 +232,8 @@ class EvaluationSet(ListedSet):
         keyed = {f"{self.samples[row].key} {name}": self.task.prompt.replace("{}", text) for row, name, text in listed}
         features = self.text_features("captions", keyed, f"{self.manifest.name}-captions")
         rows_M = np.array([row for row, _, _ in listed], dtype=np.intp)
-        embeddings_ME = self._embed(self.run.model.encode_text, features)
+        model = self.run.model
+        embeddings_ME = self._embed(model.corrected_text if corrected else model.encode_text, features)
         return Texts(features, embeddings_ME, rows_M, [text for _, _, text in listed])
 
     def class_embeddings(self) -> Embeddings:

@@ -5,6 +5,7 @@ import math
 from sail_align.align.stats.charts import COLOURS, styled_figure, to_svg
 from sail_align.align.stats.tables import one_line
 from sail_align.evaluate.report.overview import Panel
+from sail_align.evaluate.results.scores import Record
 from sail_align.evaluate.tasks.task import find_task
 
 LETTERS = 19
@@ -25,13 +26,13 @@ def radar_chart(panel: Panel) -> str | None:
     """Draw the scores of a table from 0 in the middle to 100 at the rim, with one axis per column.
 
     Chance is a dashed line. Scores of papers are dots on the axes where they can be compared. A line has a gap where
-    its run has no score. Diagnostic tasks are left out.
+    its run has no score. Diagnostic tasks and corrected similarities are left out.
 
     Returns:
         The chart as SVG. None if there are fewer than three axes, if all are of one set, or if no run has a score on
         each.
     """
-    places = [place for place, each in enumerate(panel.columns) if not find_task(each.record["task"]).diagnostic]
+    places = [place for place, each in enumerate(panel.columns) if _is_on_radar(each.record)]
     columns = [panel.columns[place] for place in places]
     rows = [(row, [row.cells[place][0] for place in places]) for row in panel.rows]
     is_complete = any(row.kind == "run" and None not in values for row, values in rows)
@@ -75,3 +76,8 @@ def radar_chart(panel: Panel) -> str | None:
         return to_svg(
             figure, f"Radar chart, from 0 to 100, of {described}. The bars below show the numbers.", inline=True
         )
+
+
+def _is_on_radar(record: Record) -> bool:
+    task = find_task(record["task"])
+    return not task.diagnostic and task.corrected not in record.get("variants", ())

@@ -33,7 +33,7 @@ def score_table(records: Iterable[Record]) -> str:
         if record.error:
             notes.append(f"{record.name} ERROR: {record.error}")
             continue
-        first = (record["dataset"], record["task"], str(record["items"]))
+        first = (record.set, record["task"], str(record["items"]))
         for metric in record["metrics"]:
             value, chance = number(metric["value"]), number(metric["chance"])
             rows.append(
@@ -43,7 +43,7 @@ def score_table(records: Iterable[Record]) -> str:
         if record.mismatch:
             notes.append(f"note: {record.mismatch}")
         if record.resampled:
-            notes.append(f"note: {record['dataset']}: {record.resampled}.")
+            notes.append(f"note: {record.set}: {record.resampled}.")
         if record.left_out:
             notes.append(f"note: {record.left_out}")
     header = ("data set", "task", "n", "metric", "score", "chance", "95% interval")
@@ -63,7 +63,7 @@ def text(overview: Overview, *, markdown: bool = False) -> str:
     parts = []
     for panel in overview.panels:
         headings = [
-            (escape(each.record["dataset"]), escape(f"{each.metric['label']} ({each.mark})")) for each in panel.columns
+            (escape(each.record.set), escape(f"{each.metric['label']} ({each.mark})")) for each in panel.columns
         ]
         header = ("model", *map(("<br>" if markdown else "\n").join, headings))
         names = [f"{row.name} ({row.source}) *" if row.source else row.name for row in panel.rows]

@@ -55,6 +55,7 @@ class DescriptionForm(TypedDict):
     dataset: str
     task: str
     title: NotRequired[str]
+    variants: NotRequired[list[str]]
     error: NotRequired[str]
 
 

@@ -32,9 +32,14 @@ class Record(dict[str, Any]):
     """The scores of one set under one protocol, or the error that prevented them, as `scores.json` has them."""
 
     @property
+    def set(self) -> str:
+        """Data set, and the variants of the protocol if there are any."""
+        return ", ".join([self["dataset"], *self.get("variants", ())])
+
+    @property
     def name(self) -> str:
-        """Data set and task."""
-        return f"{self['dataset']} ({self['task']})"
+        """Data set, variants and task."""
+        return f"{self.set} ({self['task']})"
 
     @property
     def error(self) -> str:
@@ -91,9 +96,9 @@ class Record(dict[str, Any]):
         return folder / kind / name
 
     @property
-    def description(self) -> dict[str, str]:
-        """Data set, title and task."""
-        return {field: self[field] for field in ("dataset", "title", "task") if field in self}
+    def description(self) -> dict[str, Any]:
+        """Data set, title, task and variants."""
+        return {field: self[field] for field in ("dataset", "title", "task", "variants") if field in self}
 
     @property
     def signature(self) -> dict[str, str]:

@@ -103,11 +103,13 @@ class ScoreWriter:
 
 
 def _merge(records: list[Record], new: Record) -> list[Record]:
-    same_set = [each for each in records if each.name == new.name]
-    if new.error and not all(each.error for each in same_set):
+    same_set = [each for each in records if all(each[name] == new[name] for name in ("dataset", "task"))]
+    same_name = [each for each in same_set if each.name == new.name]
+    if new.error and not all(each.error for each in same_name):
         return records
-    replaced = [each for each in same_set if each.error or each["protocol"] == new.get("protocol")]
-    place = records.index(replaced[0]) if replaced else len(records)
+    replaced = [each for each in same_name if each.error]
+    replaced += [each for each in same_set if not each.error and each["protocol"] == new.get("protocol")]
+    place = min(map(records.index, replaced), default=len(records))
     kept = [each for each in records if each not in replaced]
     return [*kept[:place], new, *kept[place:]]
 
@@ -115,7 +117,8 @@ def _merge(records: list[Record], new: Record) -> list[Record]:
 def _describe(manifest: Manifest) -> dict[str, Any]:
     if manifest.task is None:
         raise ValueError(f"{manifest.name} is not an evaluation set")
-    return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind}
+    variants = {"variants": list(manifest.task.variants)} if manifest.task.variants else {}
+    return {"dataset": manifest.name, "title": manifest.title, "task": manifest.task.kind, **variants}
 
 
 def _resampled(outcomes: Outcomes) -> dict[str, Any]:

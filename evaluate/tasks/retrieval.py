@@ -3,6 +3,9 @@
 As in the COCO and Flickr30k tables, every caption of an image is right for it, and each caption is a query as
 published, without a prompt or lower case. A wrong item with the same score ranks before the right one. The manifest
 decides which images and captions make up the set (Karpathy's 5k test is one set, val2017 another).
+
+The protocol's similarity is the cosine. Its variant `hub-corrected` ranks by the run's corrected similarity instead,
+which is fitted on training items only.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +22,11 @@ from sail_align.evaluate.tasks.task import EvaluationTask
 
 if TYPE_CHECKING:
     from sail_align.evaluate.dataset import Embeddings, EvaluationSet
+    from sail_align.extract.manifest import TaskSettings
 
 KS = (1, 5, 10)
 SHOWN = 5
+CORRECTED = "hub-corrected"
 
 Drawn = NDArray[np.float64]
 
@@ -31,7 +36,8 @@ class Retrieval(EvaluationTask):
 
     def evaluate(self, data: "EvaluationSet") -> Result:
         """Return the ranks of images and captions."""
-        images_NE, texts = data.images(), data.texts()
+        corrected = CORRECTED in data.task.variants
+        images_NE, texts = data.images(corrected=corrected), data.texts(corrected=corrected)
         image_ranks_N, text_ranks_M = ranks(images_NE, texts.embeddings, texts.rows, data.encoders.device)
         outcomes = {"image_rank": image_ranks_N, "text_rank": text_ranks_M, "owner": texts.rows}
         examples = [
@@ -39,6 +45,10 @@ class Retrieval(EvaluationTask):
             for text in pick_examples(text_ranks_M == 0, each=4)
         ]
         return Result(len(images_NE), outcomes, examples, {"captions": len(texts.rows)})
+
+    def protocol_parts(self, settings: "TaskSettings") -> list[str]:
+        """Return the similarity if it is not the cosine."""
+        return [f"similarity={CORRECTED}"] if CORRECTED in settings.variants else []
 
     def metrics(self, outcomes: Outcomes) -> tuple[Metric, ...]:
         """Return the metrics of ranks from 0 and the image that owns each caption, `owner` (M,).
@@ -107,8 +117,10 @@ TASK = Retrieval(
     kind="retrieval",
     summary="Retrieval between images and captions. Recall@1, 5 and 10 and ranks, both ways.",
     title="Retrieval, text to image",
-    how_to_read="The five images closest to a caption, best first, with their cosine. The right image is framed.",
+    how_to_read="The five images closest to a caption, best first, with their similarity. The right image is framed.",
     protocol="retrieval/any-positive@1",
     needs=frozenset({"captions"}),
     headlines=("i2t_r1", "t2i_r1"),
+    variants={CORRECTED: {"variants": [CORRECTED]}},
+    corrected=CORRECTED,
 )

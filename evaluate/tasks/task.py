@@ -17,6 +17,7 @@ from sail_align.evaluate.results.scores import Record, RunScores
 from sail_align.extract.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the commands derive from the declarations, and `--help` does not wait for torch
+    from sail_align.align.runs.checkpoint import Run
     from sail_align.evaluate.dataset import EvaluationSet
     from sail_align.extract.manifest import Manifest, TaskSettings
 
@@ -54,6 +55,7 @@ class EvaluationTask(ABC):
         diagnostic: Whether the task describes the embeddings rather than a use of them. It has no examples then and is
             left out of the radar chart.
         variants: Other protocols by name, each as the fields of the manifest's `task` that it changes.
+        corrected: Name of the variant for corrected similarities. A run that has a correction is scored by it too.
         also_scores: Other kinds of task whose sets this task can score.
     """
 
@@ -67,6 +69,7 @@ class EvaluationTask(ABC):
     gallery: Literal["narrow", "middle", "wide"] = "wide"
     diagnostic: bool = False
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    corrected: str = ""
     also_scores: tuple[str, ...] = ()
 
     @abstractmethod
@@ -138,6 +141,12 @@ class EvaluationTask(ABC):
             guess = did_you_mean(name, self.variants)
             raise UserError(f"Protocol {name!r} of {manifest.name} is invalid: {known}. Correct --protocol.{guess}")
         return manifest.model_copy(update={"task": manifest.task.model_copy(update=dict(self.variants[name]))})
+
+    def protocols(self, manifest: "Manifest", run: "Run") -> list["Manifest"]:
+        """Return a manifest under each protocol that a run is scored by: its own, then the corrected one if any."""
+        plain = manifest.task is not None and not manifest.task.variants
+        corrected = plain and self.corrected and run.model.correction is not None
+        return [manifest, self.variant(manifest, self.corrected)] if corrected else [manifest]
 
     def protocol_id(self, data: "EvaluationSet") -> str:
         """Return the exact protocol of a set. Two scores are comparable if theirs are equal.

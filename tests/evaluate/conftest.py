@@ -76,6 +76,10 @@ class ColourText:
 class PlainHeads(torch.nn.Module):
     """Heads that only normalise."""
 
+    def __init__(self):
+        super().__init__()
+        self.correction = None
+
     def encode_image(self, features_BD):
         return F.normalize(features_BD, dim=-1)
 
