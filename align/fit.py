@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
-from sail_align.align.settings import SETTINGS, OnCollapse, Setting, check_options, choose_precision
+from sail_align.align.settings import CLOSED_FORMS, SETTINGS, OnCollapse, Setting, check_options, choose_precision
 from sail_align.align.stats.tables import number
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import UserError, did_you_mean
@@ -32,7 +32,7 @@ K = (1, 5, 10)
 class FitKeywords(TypedDict, total=False):
     """Types of the settings as keywords of `fit`, for type checkers. `settings.FitOptions` declares them."""
 
-    head: Literal["linear", "mlp", "glu", "cca"] | None
+    head: Literal["linear", "mlp", "glu", "cca", "pcca"] | None
     expansion: int | None
     dim: int | None
     image_dropout: float | None
@@ -251,7 +251,7 @@ def fit_stores(
     with joined(device) as (world, where):
 
         def prepare() -> "_Prepared":
-            if options.get("head") != "cca":
+            if options.get("head") not in CLOSED_FORMS:
                 options["precision"] = choose_precision(options.get("precision", "auto"), where.type)
             plan, notes = make_plan(
                 features,

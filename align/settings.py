@@ -20,6 +20,9 @@ PAPER_ROWS = 100_000
 
 CLOSED_FORM_DIM = 256
 
+CLOSED_FORMS = ("cca", "pcca")
+"""Heads that are computed without training."""
+
 MIN_REACH = 5e-3
 """Learning rates that add up to less leave a random start almost untrained: 200 steps at 1e-5 learn next to nothing."""
 
@@ -31,6 +34,10 @@ COMPARED_FEW: dict[str, Any] = {"lr": 3e-4, "batch_size": 256, "epochs": 20}
 """Further options on stores of few pairs, where the paper's rate leaves a randomly initialised head untrained."""
 
 
+_HEAD = (
+    "Kind of both heads. `cca` is linear and computed in closed form, without training; `pcca` adds its log-likelihood "
+    "ratio as the corrected similarity."
+)
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
@@ -47,9 +54,7 @@ def declare(group: str, help: str, default: Any = MISSING, **more: Any) -> Any:
 class FitSettings:
     """Everything except the data that decides a run's weights. The defaults are the paper's."""
 
-    head: Literal["linear", "mlp", "glu", "cca"] = declare(
-        "Heads", "Kind of both heads. `cca` is linear and computed in closed form, without training.", "glu", cca=True
-    )
+    head: Literal["linear", "mlp", "glu", "cca", "pcca"] = declare("Heads", _HEAD, "glu", cca=True)
     expansion: int = declare(
         "Heads", "Hidden units per input dimension.", 4, small=1, ge=1, le=64, unused_with=("--head linear",)
     )
@@ -100,7 +105,7 @@ class FitSettings:
     @property
     def closed_form(self) -> bool:
         """Whether a closed-form map is computed."""
-        return self.head == "cca" or self.start == "closed-form"
+        return self.head in CLOSED_FORMS or self.start == "closed-form"
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step 0, 1, …: a linear warm-up, then half a cosine down to 0."""
@@ -144,7 +149,7 @@ class Setting:
         also: Choices of the option that are replaced before the setting is used.
         shown: Text of the default, where the value says too little.
         unused_with: Options beside which this one has no effect.
-        cca: Whether the closed-form head uses it.
+        cca: Whether the closed-form heads use it.
     """
 
     name: str
@@ -237,7 +242,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: SETTINGS[name].parse(value) for name, value in options.items() if value is not None}
     for name in sorted(given):
         setting = SETTINGS[name]
-        for condition in (*setting.unused_with, *(() if setting.cca else ("--head cca",))):
+        for condition in (*setting.unused_with, *(() if setting.cca else (f"--head {each}" for each in CLOSED_FORMS))):
             other, *values = condition.removeprefix("--").split()
             if other in given and (not values or given[other] in values):
                 raise UserError(f"{setting.flag} has no effect with {condition}. Leave one of them out.")
@@ -264,7 +269,7 @@ def choose_settings(
     epochs = chosen["epochs"]
     recorded = {each.name for each in fields(FitSettings)}
     chosen = {name: value for name, value in chosen.items() if name in recorded}
-    if "preset" not in options and chosen.get("head") != "cca":
+    if "preset" not in options and chosen.get("head") not in CLOSED_FORMS:
         other = "small" if preset == "paper" else "paper"
         notes.append(f"Using --preset {preset} for {rows:,} pairs; pass --preset {other} for the other defaults.")
     if chosen.get("temperature") == "auto":
@@ -283,7 +288,7 @@ def choose_settings(
                 f"dimensions has at most {most}. Lower it, or use --start random."
             )
     chosen["batch_size"] = min(settings.batch_size, rows)
-    if settings.head == "cca":
+    if settings.head in CLOSED_FORMS:
         return FitSettings(**{**chosen, "steps": 0}), notes
     if settings.batch_size > rows:
         notes.append(f"Reduced the batch size from {settings.batch_size:,} to all {rows:,} pairs.")

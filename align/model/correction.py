@@ -18,6 +18,9 @@ from sail_align.extract.encoders.runtime import tf32_products
 
 Side = Literal["image", "text"]
 
+SMALLEST_CORRELATION = 1e-6
+"""Canonical correlations below this are rounding errors, and count as this."""
+
 MOST_BANK_ROWS = 65_536
 ROWS = 4_096
 """Rows compared with a bank at a time, so that memory is bounded."""
@@ -94,14 +97,53 @@ class Bank(Correction):
         return (torch.cat(sums) - math.log(len(bank_M))) / beta
 
 
-CorrectionKind = Literal["none"]
+class Gaussian(Correction):
+    """The log-likelihood ratio log p(x, y) / p(x) p(y) of features that are jointly Gaussian, in nats.
+
+    The canonical variates u_k of an image and w_k of a text have unit variance, and only u_k and w_k are correlated,
+    with ρ_k. Under probabilistic CCA (Bach and Jordan, 2005) a matching pair (u_k, w_k) has the covariance
+    [[1, ρ_k], [ρ_k, 1]] and the determinant 1 − ρ_k². A pair that does not match has the identity. So
+
+        log N(u, w; 0, [[1, ρ], [ρ, 1]]) − log N(u; 0, 1) − log N(w; 0, 1)
+            = −½ log(1 − ρ²) − (u² − 2ρ u w + w²) / 2(1 − ρ²) + (u² + w²) / 2
+            = −½ log(1 − ρ²) + ρ/(1 − ρ²) u w − ρ²/2(1 − ρ²) (u² + w²),
+
+    which is summed over k. The first term is constant, and left out. With o = u √(ρ/(1 − ρ²)), and the same for w, the
+    others are o_u · o_w − ½ Σ_k ρ_k o_u² − ½ Σ_k ρ_k o_w²: a vector and a term for each item.
+
+    The heads give ρ_k u_k and ρ_k w_k, whose cosine is that of the CCA.
+
+    Args:
+        dim: Number of canonical variates E.
+
+    Attributes:
+        correlations: Canonical correlations ρ (E,), in (0, 1).
+    """
+
+    correlations: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("correlations", torch.full((dim,), 0.5))
+
+    def fill(self, correlations_E: Tensor) -> None:
+        """Set the canonical correlations (E,)."""
+        self.correlations.copy_(correlations_E.clamp(SMALLEST_CORRELATION, 1 - SMALLEST_CORRELATION))
+
+    def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:  # noqa: D102
+        rho_E = self.correlations.to(raw_BE.dtype)
+        vector_BE = raw_BE * (rho_E * (1 - rho_E.square())).rsqrt()
+        return vector_BE, -(vector_BE.square() @ rho_E) / 2
+
+
+CorrectionKind = Literal["none", "gaussian"]
 """Corrections that a model is trained with or computed with, on which a bank can be put."""
 
-CORRECTIONS: dict[str, type[Correction]] = {}
+CORRECTIONS: dict[str, type[Gaussian]] = {"gaussian": Gaussian}
 """Corrections by their kind; `none` has no entry."""
 
 
 def make_correction(kind: CorrectionKind, bank_rows: int, dim: int) -> Correction | None:
     """Return the correction of a kind, with a bank of some rows on top unless that is 0; None if there is neither."""
-    base = None if kind == "none" else CORRECTIONS[kind]()
+    base = None if kind == "none" else CORRECTIONS[kind](dim)
     return Bank(bank_rows, dim, base) if bank_rows else base

@@ -7,6 +7,7 @@ import torch
 from sail_align.align.data.loader import Stream
 from sail_align.align.model.alignment import MAX_LOG_SCALE, AlignmentModel
 from sail_align.align.model.closed_form import Moments
+from sail_align.align.model.correction import Gaussian
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.plan import Plan
 from sail_align.extract.system.progress import note, progress
@@ -79,6 +80,10 @@ def _start_from_closed_form(
             images = model.image_head.apply_power(block.images.to(device).float())
             moments.add(images, block.texts.to(device))
             bar.update(len(block.images))
-    image_map, text_map, _ = moments.cca(plan.settings.dim, plan.settings.ridge)
+    gaussian = next((each for each in model.modules() if isinstance(each, Gaussian)), None)
+    settings = plan.settings
+    image_map, text_map, correlations_E = moments.cca(settings.dim, settings.ridge, unit_norm=gaussian is None)
+    if gaussian:
+        gaussian.fill(correlations_E)
     image_map.copy_to(model.image_head)
     text_map.copy_to(model.text_head)

@@ -23,7 +23,7 @@ from sail_align.align.data.pairs import (
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
 from sail_align.align.runs.folder import run_digest
-from sail_align.align.settings import FitOptions, FitSettings, check_options, choose_settings
+from sail_align.align.settings import CLOSED_FORMS, FitOptions, FitSettings, check_options, choose_settings
 from sail_align.extract.errors import UserError
 
 MIN_ROWS = 2
@@ -63,7 +63,7 @@ class Plan:
         """Architecture of the model."""
         settings = self.settings
         return Architecture(
-            head="linear" if settings.head == "cca" else settings.head,
+            head="linear" if settings.head in CLOSED_FORMS else settings.head,
             image_dim=self.pairs[0].image.dim,
             text_dim=self.pairs[0].texts[0].dim,
             dim=settings.dim,
@@ -72,6 +72,7 @@ class Plan:
             text_dropout=settings.text_dropout,
             linear_path=settings.start == "closed-form" and settings.head in ("mlp", "glu"),
             image_power=settings.image_power,
+            correction="gaussian" if settings.head == "pcca" else "none",
         )
 
     def loss(self, across: LogSumExp | None = None) -> Loss:
@@ -86,8 +87,9 @@ class Plan:
         chosen = self.settings
         drawn = f"{self.policy.positives} of " if self.policy.drawn else ""
         data = f"{self.training_rows:,} pairs, {drawn}captions {self.policy.describe()}"
-        if chosen.head == "cca":
-            return f"CCA of {data}, {chosen.dim} dimensions"
+        if chosen.head in CLOSED_FORMS:
+            name = "CCA" if chosen.head == "cca" else "Probabilistic CCA"
+            return f"{name} of {data}, {chosen.dim} dimensions"
         begin = "" if chosen.start == "random" else f" with {chosen.start} initialisation"
         steps = "1 step" if chosen.steps == 1 else f"{chosen.steps:,} steps"
         return (
@@ -196,7 +198,7 @@ def make_plan(
     if exclude:
         notes.insert(0, exclusions.describe(excluded))
     if unusable:
-        advice = _caption_advice(pairs, positives, can_sample=options.get("head") != "cca")
+        advice = _caption_advice(pairs, positives, can_sample=options.get("head") not in CLOSED_FORMS)
         notes.insert(0, f"Rows left out because an image or a caption is missing: {unusable:,}.{advice}")
     if leaked := count_rows(leaks):
         notes.append(f"Rows left out of training because their picture is also in a held-out pair: {leaked:,}.")
@@ -232,8 +234,8 @@ def _policy(pairs: Sequence[Pairs], weights: Mapping[str, float], options: Mappi
             f"--positives is invalid: got {positives}, but {fewest.store.path} has {most} captions "
             f"({', '.join(fewest.captions)}). Give at most {most}."
         )
-    if len(set(weights.values())) > 1 and options.get("head") == "cca":
-        raise UserError("Caption weights have no effect with --head cca. Leave one of them out.")
+    if len(set(weights.values())) > 1 and options.get("head") in CLOSED_FORMS:
+        raise UserError(f"Caption weights have no effect with --head {options['head']}. Leave one of them out.")
     return CaptionPolicy(weights or uniform.weights, positives)
 
 

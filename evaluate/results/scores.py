@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from sail_align.align.runs.folder import RunFolder, RunSettings, content_digest, damaged, read_json
+from sail_align.align.settings import CLOSED_FORMS
 from sail_align.evaluate.results.schema import DescriptionForm, ExampleForm, RecordForm, ScoresForm
 from sail_align.extract.data import describe_left_out
 from sail_align.extract.errors import UserError, command
@@ -225,7 +226,7 @@ class RunScores:
         if imported := settings.get("imported"):
             origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
             return [*facts, ("heads", heads, ""), origin, checkpoint]
-        if settings["head"] == "cca":
+        if settings["head"] in CLOSED_FORMS:
             made = f"computed in closed form, ridge {settings['ridge']:g}"
         else:
             made = (

@@ -218,7 +218,8 @@ def test_mistakes_raise_and_leave_no_run(make_store, tmp_path):
     tiny = make_store("tiny", rows=1)
     assert mistake("--features", tiny).startswith(f"{tiny} has 1 pair to train on")
     assert (
-        mistake("--features", good, "--head", "rnn") == "--head is invalid: got 'rnn', expected linear, mlp, glu, cca."
+        mistake("--features", good, "--head", "rnn")
+        == "--head is invalid: got 'rnn', expected linear, mlp, glu, cca, pcca."
     )
 
 

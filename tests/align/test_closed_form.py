@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.closed_form import Moments
+from sail_align.align.model.correction import Gaussian
 from sail_align.extract.errors import UserError
 
 IMAGE_DIM, TEXT_DIM = 9, 6
@@ -108,3 +110,58 @@ def test_cca_rejects_features_that_are_equal_in_all_rows(side):
         text_CND = text_CND[:1, :1].expand_as(text_CND)
     with pytest.raises(UserError, match=f"The {side} features are the same in all rows"):
         moments_of(image_ND, text_CND, block=37).cca(4)
+
+
+def log_density(values_ND, covariance_DD):
+    """Log density of a Gaussian of mean 0, in numpy."""
+    mahalanobis = np.sum(values_ND @ np.linalg.inv(covariance_DD) * values_ND, axis=-1)
+    return -(mahalanobis + np.linalg.slogdet(2 * np.pi * covariance_DD)[1]) / 2
+
+
+def gaussian_pairs(rows=300, captions=1):
+    """Pairs, their model of probabilistic CCA in float64, and its correlations."""
+    image_ND, text_CND = pairs(rows=rows, captions=captions)
+    image_map, text_map, correlations = moments_of(image_ND, text_CND).cca(TEXT_DIM, ridge=1e-6, unit_norm=False)
+    correction = Gaussian(TEXT_DIM).double()
+    correction.fill(correlations)
+    return image_ND, text_CND, image_map, text_map, correction
+
+
+def test_gaussian_scores_are_log_likelihood_ratios():
+    """For all pairs (i, j), log N([x, y]) − log N(x) − log N(y) with the full covariances, up to one constant."""
+    image_ND, text_CND, image_map, text_map, correction = gaussian_pairs()
+    x, y = normed(image_ND), normed(text_CND[0])
+    # LayerNorm makes the features sum to 0: density exists in the others.
+    x, y = (x - x.mean(0))[:, 1:], (y - y.mean(0))[:, 1:]
+    both = np.concatenate([x, y], axis=1)
+    covariance = both.T @ both / len(both)
+    split = x.shape[1]
+    joint = np.concatenate([np.repeat(x, len(y), axis=0), np.tile(y, (len(x), 1))], axis=1)
+    expected = (
+        log_density(joint, covariance).reshape(len(x), len(y))
+        - log_density(x, covariance[:split, :split])[:, None]
+        - log_density(y, covariance[split:, split:])
+    )
+    (image, image_terms), (text, text_terms) = (
+        correction(linear_map(features), side)
+        for linear_map, features, side in ((image_map, image_ND, "image"), (text_map, text_CND[0], "text"))
+    )
+    found = (image @ text.T + image_terms[:, None] + text_terms).numpy()
+    constant = -0.5 * np.log(1 - correction.correlations.numpy() ** 2).sum()
+    np.testing.assert_allclose(found + constant, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gaussian_scores_separate_pairs():
+    """The mean over pairs is the mutual information, and lower for texts of other images."""
+    image_ND, text_CND, image_map, text_map, correction = gaussian_pairs()
+    image, text = correction(image_map(image_ND), "image"), correction(text_map(text_CND[0]), "text")
+    scores = image[0] @ text[0].T + image[1][:, None] + text[1]
+    information = -0.5 * (1 - correction.correlations.square()).log().sum()
+    assert scores.diagonal().mean() + information == pytest.approx(float(information), abs=1e-3)
+    assert (scores.mean() + information) < 0
+
+
+def test_correlations_of_zero_and_one_give_finite_scores():
+    model = Architecture("linear", IMAGE_DIM, TEXT_DIM, 2, correction="gaussian").build()
+    model.correction.fill(torch.tensor([1.0, 0.0]))
+    assert model.corrected_image(torch.randn(3, IMAGE_DIM)).isfinite().all()

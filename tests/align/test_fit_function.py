@@ -113,7 +113,7 @@ def test_fit_works_outside_the_main_thread(make_store):
         ({"batch_size": 2.5}, "`batch_size` is invalid: got 2.5, expected 2 to 1,000,000."),
         ({"steps": True}, "`steps` is invalid: got 'True', expected 1 to 1,000,000,000."),
         ({"steps": [4]}, "`steps` is invalid: got '[4]', expected 1 to 1,000,000,000."),
-        ({"head": 3}, "`head` is invalid: got 3, expected linear, mlp, glu, cca."),
+        ({"head": 3}, "`head` is invalid: got 3, expected linear, mlp, glu, cca, pcca."),
         ({"head": "linear", "expansion": 2}, "`expansion` has no effect with `head` linear. Leave one of them out."),
         ({"captions": {"raw": -1}}, "Caption 'raw:-1' is invalid: expected NAME or NAME:WEIGHT, with a weight from"),
         ({"track": ["paper"]}, "`track` is invalid: got 'paper', expected tensorboard, wandb."),

@@ -88,7 +88,7 @@ def test_automatic_temperature_implies_automatic_bias():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "gru"}, "--head is invalid: got 'gru', expected linear, mlp, glu, cca."),
+        ({"head": "gru"}, "--head is invalid: got 'gru', expected linear, mlp, glu, cca, pcca."),
         ({"preset": "big"}, "--preset is invalid: got 'big', expected paper, small."),
         ({"lr": -1e-3}, "--lr is invalid: got -0.001, expected 1e-09 to 1."),
         ({"lr": float("nan")}, "--lr is invalid: got nan, expected 1e-09 to 1."),

@@ -113,6 +113,20 @@ def test_cca_is_a_run_without_steps(make_store, tmp_path):
     assert loaded.model.image_head.linear_path is None
 
 
+def test_pcca_has_the_cosines_of_the_cca_and_log_likelihood_ratios(make_store, tmp_path):
+    store, runs = make_store(rows=500), {}
+    for head in ("cca", "pcca"):
+        plan, _ = make_plan([store], {"head": head})
+        run, *_ = claim_run(tmp_path / head, plan.record())
+        fit(plan, run, device=CPU, quiet=True)
+        runs[head] = load_run(run).model
+    image, text = torch.randn(9, plan.architecture.image_dim), torch.randn(7, plan.architecture.text_dim)
+    torch.testing.assert_close(runs["pcca"].encode_image(image), runs["cca"].encode_image(image), atol=1e-5, rtol=0)
+    torch.testing.assert_close(runs["pcca"].encode_text(text), runs["cca"].encode_text(text), atol=1e-5, rtol=0)
+    assert runs["pcca"].corrected_text(text).shape == (7, plan.architecture.dim + 2)
+    assert runs["cca"].correction is None
+
+
 @pytest.mark.slow
 def test_closed_form_start_scores_like_the_closed_form(make_store, tmp_path):
     store = make_store(rows=500)
