@@ -169,8 +169,8 @@ def fit(
         features: A store, or several: paths, URLs, or results of `open_store` and `build_store`.
         captions: Captions to train on together: names, as in "raw,long:0.5" or a list, or weights by name. Default:
             those in all stores; with `positives`, those in any.
-        image_encoder: Image encoder to use if a store has more than one.
-        text_encoder: Text encoder to use if a store has more than one.
+        image_encoder: Image encoder to use if a store has more than one. "a+b" joins the features of two.
+        text_encoder: Text encoder to use if a store has more than one, or several joined with +.
         exclude: Files with keys to leave out, one per line, as `sail-extract overlap` writes them.
         out: Folder of the run. Default: runs/<store>-<head>, with -2, -3 … added if that has other settings.
         device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one.

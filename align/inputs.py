@@ -59,7 +59,7 @@ def load_pixels(image: SingleImage, position: int, encoder: VisionEncoder) -> Te
     Raises:
         ValueError: The image cannot be read, or its values have no defined black and white.
     """
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape == (encoder.size, encoder.size, 3):
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape == encoder.pixel_shape:
         return image.cpu()  # from `preprocess`
     return encoder.preprocess(read_picture(image, position, least=encoder.min_jpeg_side))
 

@@ -83,6 +83,10 @@ def read(reference: PathLike, revision: str | None = None) -> Run:
 def _encoder(
     recorded: Identity, folder: str | Path | None, device: str, argument: str, code: Sequence[str]
 ) -> VisionEncoder | TextEncoder:
+    if recorded.parts and folder is not None:
+        raise UserError(f"Encoders {recorded.spec.id!r} are joined, and {argument} is for one. Leave it out.")
+    if any("config" in part.spec.source and not part.location for part in recorded.parts):
+        raise UserError(f"Encoders {recorded.spec.id!r} are joined, and one is a local folder. Load the run itself.")
     of_folder = "config" in recorded.spec.source
     if folder is not None and not of_folder:
         raise UserError(f"Encoder {recorded.spec.id!r} is not a local folder. Leave {argument} out.")

@@ -5,7 +5,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +120,6 @@ class SailTokenizer(PreTrainedTokenizerBase):
         """Write the tokenizer_config.json, which names the encoder whose tokenizer this is."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"tokenizer_class": type(self).__name__, "encoder": asdict(self.spec)}
+        record = {"tokenizer_class": type(self).__name__, "encoder": self.spec.to_json()}
         write_atomically(folder / TOKENIZER_CONFIG_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
         return (str(folder / TOKENIZER_CONFIG_FILE),)

@@ -25,7 +25,7 @@ from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import Manifest, TaskSettings
 from sail_align.extract.sources import class_names
 from sail_align.extract.sources.config import FilesConfig
-from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.joined import StoredFeatures
 from sail_align.extract.store.store import Store
 
 Embeddings = NDArray[np.float32]
@@ -274,10 +274,11 @@ class EvaluationSet(ListedSet):
         if not same:
             raise UserError(f"{path} has other samples than {self.manifest.name} now. Remove that folder.")
         for array in arrays:
-            identity.check_matches(array.identity, where=str(path))
+            found = next((each for each in identity.singles if each.spec.id == array.identity.spec.id), identity)
+            found.check_matches(array.identity, where=str(path))
             for shard in [shard for shard in array.markers if array.changed(shard)]:
                 array.discard(shard)  # damaged: it is encoded again
-        if not arrays or not all(array.complete for array in arrays):
+        if len(arrays) < len(identity.singles) or not all(array.complete for array in arrays):
             started = time.monotonic()
             image = self.encoders.image if of_images else None
             text = None if of_images else self.encoders.text
@@ -287,9 +288,12 @@ class EvaluationSet(ListedSet):
             with suppress(OSError):  # a folder that is shared and read-only
                 store.tidy()
         self.stores[what] = store
-        return self._read_all(store, store.image() if of_images else store.text(TEXT))
+        encoded = store.of(identity, *captions)
+        if encoded is None:
+            raise UserError(f"{path} has no features of {identity.spec.id}. Remove that folder.")
+        return self._read_all(store, encoded)
 
-    def _read_all(self, store: Store, array: FeatureArray) -> NDArray[np.float16]:
+    def _read_all(self, store: Store, array: StoredFeatures) -> NDArray[np.float16]:
         """Return the features of all rows. A score over part of a set would be the score of another set."""
         features, status = array.read()
         bad = np.flatnonzero(status != Status.OK)
@@ -297,7 +301,8 @@ class EvaluationSet(ListedSet):
             return features
         key = store.index(["key"])["key"][int(bad[0])].as_py()
         for shard in {int(row) // array.shard_rows for row in bad}:
-            array.discard(shard)  # so that the next call encodes them again
+            for part in array.parts:
+                part.discard(shard)  # so that the next call encodes them again
         what = "image" if array.identity.spec.modality == "image" else "text"
         raise UserError(
             f"{len(bad)} of {array.rows} {what}s of {self.manifest.name} cannot be used. The first is {key!r} "

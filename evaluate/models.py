@@ -104,11 +104,12 @@ class Encoders:
         return cast(TextEncoder, self._load(self.run.text))
 
     def _load(self, recorded: Identity) -> VisionEncoder | TextEncoder:
-        if "config" in recorded.spec.source and not recorded.location:
-            raise RunError(
-                f"{self.run.path} was trained with the {recorded.spec.modality} encoder {recorded.spec.id} of a local "
-                "folder, which is not part of an export. Score the run itself."
-            )
+        for each in recorded.singles:
+            if "config" in each.spec.source and not each.location:
+                raise RunError(
+                    f"{self.run.path} was trained with the {each.spec.modality} encoder {each.spec.id} of a local "
+                    "folder, which is not part of an export. Score the run itself."
+                )
         try:
             return load_recorded(recorded, str(self.device), allow_remote_code=self._allow_remote_code)
         except UserError as problem:

@@ -4,7 +4,7 @@ scores.json → outcomes, evaluation stores and sets; scores.json → checkpoint
 their indices, manifests and files. Nothing at a URL is opened.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -245,13 +245,18 @@ def _training_store(
 
 def _used_arrays(store: Store, settings: Content) -> list[FeatureArray]:
     """Return the arrays of a store that training read: those of its encoders, the captions in the settings' order."""
-    images = [each for each in store.images().values() if _is_by(each, settings["image_encoder"])]
     texts = [store.texts(caption).values() for caption in settings["captions"] if caption in store.captions]
-    return [*images, *(each for arrays in texts for each in arrays if _is_by(each, settings["text_encoder"]))]
+    used = _by(store.images().values(), settings, "image")
+    for arrays in texts:
+        used += _by(arrays, settings, "text")
+    return used
 
 
-def _is_by(array: FeatureArray, fingerprint: str) -> bool:
-    return array.identity.spec.fingerprint == fingerprint
+def _by(arrays: Iterable[FeatureArray], settings: Content, side: str) -> list[FeatureArray]:
+    """Return the arrays of the encoder of one side, or of those that were joined, in their order."""
+    by_fingerprint = {array.identity.spec.fingerprint: array for array in arrays}
+    used = settings.get(f"{side}_encoders") or [settings[f"{side}_encoder"]]
+    return [by_fingerprint[each] for each in used if each in by_fingerprint]
 
 
 def _index(store: Store) -> Link:

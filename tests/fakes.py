@@ -30,6 +30,7 @@ class FakeVision:
     """Features are the mean of each channel and 1."""
 
     stride, size, batch_size, min_jpeg_side = 1, 8, 32, 0
+    pixel_shape = (8, 8, 3)
 
     def __init__(self, **changes):
         self.identity = identity("image", **changes)

@@ -16,12 +16,9 @@ Features = Annotated[
     list[Path],
     typer.Option(metavar="STORE", help="Feature store. Can be repeated.", rich_help_panel="Data", parser=as_path),
 ]
-ImageEncoder = Annotated[
-    str | None, typer.Option(help="Image encoder to use if a store has more than one.", rich_help_panel="Data")
-]
-TextEncoder = Annotated[
-    str | None, typer.Option(help="Text encoder to use if a store has more than one.", rich_help_panel="Data")
-]
+_ENCODER = "{} encoder to use if a store has more than one; A+B joins the features of two."
+ImageEncoder = Annotated[str | None, typer.Option(help=_ENCODER.format("Image"), rich_help_panel="Data")]
+TextEncoder = Annotated[str | None, typer.Option(help=_ENCODER.format("Text"), rich_help_panel="Data")]
 
 _METAVARS: dict[Any, str] = {int: "<int>", float: "<float>"}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sail_align.align.data.captions import CaptionPolicy
 from sail_align.align.data.pairs import Half, Pairs, Rows, fill_missing
 from sail_align.align.data.sampler import Numbers, Order, StreamState
+from sail_align.extract.store.joined import StoredFeatures
 
 try:
     from sail_align.align.data._gather import gather
@@ -83,6 +84,12 @@ def take_rows(
             out[places] = chunk[taken]
 
 
+def _columns(array: StoredFeatures) -> list[slice]:
+    """Return the columns of each part of joined features in a batch."""
+    ends = np.cumsum([0, *(part.dim for part in array.parts)]).tolist()
+    return [slice(*span) for span in pairwise(ends)]
+
+
 class Stream:
     """An endless sequence of batches, in the order defined by `Order`.
 
@@ -142,9 +149,10 @@ class Stream:
         if self._policy.drawn:
             present = (each.present()[:, chosen] for each, chosen in zip(pairs, rows, strict=True))
             self._present = [None if has_CN.all() else has_CN for has_CN in present]
+        self._image_columns, self._text_columns = (_columns(array) for array in pairs[0].arrays[:2])
         self._pin = pin
         self._expected: set[int] = set()
-        self._decoded: dict[tuple[int, int], Half] = {}
+        self._decoded: dict[tuple[int, int, int], Half] = {}
         self._copies: list[Future[None]] = []
         self._producer = ThreadPoolExecutor(1, "stream")
         self._gatherers = ThreadPoolExecutor(GATHER_THREADS, "gather")
@@ -242,7 +250,7 @@ class Stream:
             look_ahead.result()
         if state.batch == 0 and any(pairs.verify == "always" for pairs in self._pairs):
             wait(self._copies)  # those of the previous epoch
-            for array in chain.from_iterable(pairs.arrays for pairs in self._pairs):
+            for array in chain.from_iterable(pairs.parts for pairs in self._pairs):
                 array.check_again()
         if self._decoded:
             wait(self._copies)  # the copies of the previous batch read the decoded chunks
@@ -288,7 +296,7 @@ class Stream:
         self._expected.update(new)
         for source, pairs in enumerate(self._pairs if new else ()):
             numbers = [self._chunks[chunk][1] for chunk in new if self._chunks[chunk][0] == source]
-            for array in pairs.arrays:
+            for array in pairs.parts:
                 array.prefetch(numbers)
 
     def _gather(self, batch: Batch, numbers: Numbers, drawn: Numbers | None = None) -> list[Future[None]]:
@@ -308,15 +316,18 @@ class Stream:
         def copy(part: slice) -> None:
             span = slice(pieces[part][0][1], pieces[part][-1][2])
             within = chunk_of[span] - part.start
-            take_rows([self._chunk(chunk, 0) for chunk in chunks[part]], within, rows[span], images[span])
+            for number, columns in enumerate(self._image_columns):
+                sources = [self._chunk(chunk, 0, number) for chunk in chunks[part]]
+                take_rows(sources, within, rows[span], images[span, columns])
             for slot, text in enumerate(texts):
                 if drawn is None:
-                    sources, source_of = [self._chunk(chunk, slot + 1) for chunk in chunks[part]], within
+                    keys, source_of = [(place, slot) for place in range(len(chunks[part]))], within
                 else:
                     found, source_of = np.unique(within * CAPTION_LIMIT + drawn[slot, span], return_inverse=True)
                     keys = [divmod(key, CAPTION_LIMIT) for key in found.tolist()]
-                    sources = [self._chunk(chunks[part][place], caption + 1) for place, caption in keys]
-                take_rows(sources, source_of, rows[span], text[span])
+                for number, columns in enumerate(self._text_columns):
+                    sources = [self._chunk(chunks[part][place], caption + 1, number) for place, caption in keys]
+                    take_rows(sources, source_of, rows[span], text[span, columns])
 
         step = -(-len(pieces) // (4 * GATHER_THREADS))
         copies = []
@@ -335,13 +346,13 @@ class Stream:
         rows: Numbers = np.flatnonzero(np.concatenate(masks))[numbers + shift[chunk_of]] - begin[chunk_of]
         return rows
 
-    def _chunk(self, chunk: int, number: int) -> Half:
-        """Return a chunk of array `number` (0: images, then the captions), either mapped or decoded and kept."""
+    def _chunk(self, chunk: int, number: int, part: int) -> Half:
+        """Return a chunk of a part of array `number` (0: images, then the captions), mapped or decoded and kept."""
         source, place = self._chunks[chunk]
-        array = self._pairs[source].arrays[number]
+        array = self._pairs[source].arrays[number].parts[part]
         if array.mapped:
             return array.chunk(place)
-        key = (chunk, number)
+        key = (chunk, number, part)
         if key not in self._decoded:
             self._decoded[key] = array.chunk(place)
         return self._decoded[key]

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import FILE_ROWS
+from sail_align.extract.store.joined import StoredFeatures
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import canonical_json
 from sail_align.extract.system.progress import progress
@@ -45,18 +47,23 @@ class Pairs:
 
     store: Store
     captions: tuple[str, ...]
-    image: FeatureArray
-    texts: tuple[FeatureArray, ...]
+    image: StoredFeatures
+    texts: tuple[StoredFeatures, ...]
     verify: Verify = "first-epoch"
 
     def __post_init__(self) -> None:
-        for array in self.arrays:
+        for array in self.parts:
             array.check = self.verify != "off"
 
     @property
-    def arrays(self) -> tuple[FeatureArray, ...]:
-        """All arrays, the image array first."""
+    def arrays(self) -> tuple[StoredFeatures, ...]:
+        """All features, those of the images first."""
         return self.image, *self.texts
+
+    @property
+    def parts(self) -> tuple[FeatureArray, ...]:
+        """The arrays on disk: several where encoders are joined."""
+        return tuple(chain.from_iterable(array.parts for array in self.arrays))
 
     @classmethod
     def open(
@@ -67,15 +74,14 @@ class Pairs:
         text_encoder: str | None = None,
         verify: Verify = "first-epoch",
     ) -> "Pairs":
-        """Open the arrays of a store; an encoder may be None if the store has only one."""
+        """Open the arrays of a store; an encoder may be None if the store has only one. `a+b` joins two encoders."""
         store = Store.open(path)
         texts = tuple(store.text(name, text_encoder) for name in captions)
         return cls(store, tuple(captions), store.image(image_encoder), texts, verify)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the store's path and the arrays' encoders, so that another process opens them itself."""
-        image_encoder, text_encoder = (array.path.split("/")[1] for array in (self.image, self.texts[0]))
-        return Pairs.open, (self.store.path, self.captions, image_encoder, text_encoder, self.verify)
+        return Pairs.open, (self.store.path, self.captions, self.image.node, self.texts[0].node, self.verify)
 
     def only(self, captions: Sequence[str]) -> "Pairs":
         """Return the pairs with only some of the captions."""
@@ -84,8 +90,8 @@ class Pairs:
 
     def require_complete(self) -> None:
         """Raise `UserError` if shards are missing."""
-        shards = sum(len(array.shards) for array in self.arrays)
-        if missing := shards - sum(len(array.markers) for array in self.arrays):
+        shards = sum(len(array.shards) for array in self.parts)
+        if missing := shards - sum(len(array.markers) for array in self.parts):
             how = f"sail-extract {'import' if self.store.is_imported else 'run'}"
             raise UserError(
                 f"{self.store.path} is incomplete: {missing} of {shards} shards are missing. Rerun the `{how}` that "
@@ -145,8 +151,8 @@ def open_pairs(
         captions: Caption names. If empty, the captions that all stores have features of, or, if `positives` is given,
             the captions that any store has.
         positives: Number of captions that each image needs; a store may then lack some of them. The default is all.
-        image_encoder: Image encoder to use if a store has more than one.
-        text_encoder: Text encoder to use if a store has more than one.
+        image_encoder: Image encoder to use if a store has more than one; `a+b` joins the features of two.
+        text_encoder: Text encoder to use, likewise.
         verify: When features are compared with their checksums.
 
     Raises:

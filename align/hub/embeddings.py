@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.align.runs.checkpoint import Run
-from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError
 from sail_align.extract.exchange.writing import Written, open_arrays, write_vectors
-from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.store import Store
 
 HEAD_BATCH = 4_096
@@ -45,12 +43,10 @@ def write_embeddings(
         UserError: The store has no features of these encoders, the folder cannot be written, or an embedding is NaN.
     """
     model = run.model.to(device)
-    arrays = open_arrays(
-        store,
-        captions,
-        _node(run.image, store.images()),
-        _node(run.text, {name: each for caption in store.captions for name, each in store.texts(caption).items()}),
-    )
+    images = store.of(run.image)
+    texts = next((found for name in store.captions if (found := store.of(run.text, name))), None)
+    # Without features of these encoders, the only others are opened, so that they are compared.
+    arrays = open_arrays(store, captions, images and images.node, texts and texts.node)
     for name, array in arrays.items():
         array.identity.check_matches(run.text if name else run.image, where=str(run.path))
 
@@ -72,8 +68,3 @@ def embed(encode: Callable[[Tensor], Tensor], features_ND: Half, device: str | t
         parts = [encode(batch.to(device, torch.float32)).float().cpu() for batch in batches]
     embeddings_NE: NDArray[np.float32] = torch.cat(parts).numpy()
     return embeddings_NE
-
-
-def _node(identity: Identity, arrays: dict[str, FeatureArray]) -> str | None:
-    """Return the name of the arrays of an encoder; None if there are none, so that the only other one is compared."""
-    return next((name for name, array in arrays.items() if array.identity.spec == identity.spec), None)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,8 @@ def hub_files(run: Run, card: str) -> dict[str, bytes]:
         "format": FORMAT,
         "library_name": "sail-align",
         "architecture": run.architecture,
-        "image": {**run.image.to_json(), "location": ""},
-        "text": {**run.text.to_json(), "location": ""},
+        "image": run.image.without_location().to_json(),
+        "text": run.text.without_location().to_json(),
         "settings": {name: value for name, value in run.settings.items() if name != "stores"},
         "step": run.step,
         "finished": run.finished,
@@ -70,10 +69,12 @@ def hub_files(run: Run, card: str) -> dict[str, bytes]:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     record["digest"] = record_digest(record)
+    files = {WEIGHTS: weights, CONFIG: as_json(record), CARD: card.encode()}
+    if run.image.parts or run.text.parts:  # transformers' processors are those of single encoders
+        return files
     preprocessor = {**SailImageProcessor.of(run.image).to_dict(), "processor_class": "SailProcessor"}
-    tokenizer = {"tokenizer_class": "SailTokenizer", "encoder": asdict(run.text.spec)}
-    files = {PREPROCESSOR: as_json(preprocessor), TOKENIZER: as_json(tokenizer)}
-    return {WEIGHTS: weights, CONFIG: as_json(record), CARD: card.encode(), **files}
+    tokenizer = {"tokenizer_class": "SailTokenizer", "encoder": run.text.spec.to_json()}
+    return {**files, PREPROCESSOR: as_json(preprocessor), TOKENIZER: as_json(tokenizer)}
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:
@@ -104,6 +105,8 @@ def read_hub_folder(folder: Path) -> Run:
     for side in ("image", "text"):  # a stranger's export names no folder of this machine
         if isinstance(record.get(side), dict):
             record[side] = {**record[side], "location": ""}
+            if isinstance(parts := record[side].get("parts"), list):
+                record[side]["parts"] = [{**part, "location": ""} for part in parts if isinstance(part, dict)]
     run = Checkpoint(folder, record, EXPORT_AGAIN).load(folder, digest)
     for name, tensor in run.model.state_dict().items():
         if not tensor.isfinite().all():

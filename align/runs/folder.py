@@ -327,7 +327,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str,
     """
     one, other = _decisive(there), _decisive(here)
     names = {name for name in one | other if one.get(name) != other.get(name)}
-    causes = names - {"features_digests", "training_rows", "held_out_rows"}
+    causes = names - {"features_digests", "training_rows", "held_out_rows", "image_encoders", "text_encoders"}
     options = {_OPTIONS.get(name, f"--{name.replace('_', '-')}"): name for name in sorted(causes)}
     named = tuple(
         f"{option}: {_shown(one, name)}, now {_shown(other, name)}" for option, name in sorted(options.items())

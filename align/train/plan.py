@@ -108,12 +108,22 @@ class Plan:
             "caption_weights": list(self.policy.weights.values()),
             "image_encoder": self.pairs[0].image.identity.spec.fingerprint,
             "text_encoder": self.pairs[0].texts[0].identity.spec.fingerprint,
+            **self._parts_record(),
             "stores": [str(each.store.path) for each in self.pairs],
             "store_digests": [each.store.digest for each in self.pairs],
             "features_digests": [each.digest for each in self.pairs],
             "training_rows": self.training_rows,
             "held_out_rows": self.held_out_rows,
             **self.exclusions.record(),
+        }
+
+    def _parts_record(self) -> dict[str, list[str]]:
+        """Return the encoders that are joined; nothing for single ones, as in records of earlier versions."""
+        sides = {"image_encoders": self.pairs[0].image, "text_encoders": self.pairs[0].texts[0]}
+        return {
+            name: [part.identity.spec.fingerprint for part in array.parts]
+            for name, array in sides.items()
+            if len(array.parts) > 1
         }
 
     @cached_property
@@ -154,8 +164,8 @@ def make_plan(
         stores: At least one.
         options: Settings given by the user, as for `check_options`.
         captions: Captions as for `parse_captions`; by default chosen by `open_pairs`.
-        image_encoder: Image encoder to use if a store has more than one.
-        text_encoder: Text encoder to use if a store has more than one.
+        image_encoder: Image encoder to use if a store has more than one; `a+b` joins the features of two.
+        text_encoder: Text encoder to use, likewise.
         exclude: Files with keys to leave out, as for `Exclusions.read`.
         quiet: Show no progress bar.
         known_copies: Copies of held-out pictures that earlier plans found, shared between the plans of one command.

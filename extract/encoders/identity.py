@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, NotRequired
 
 import torch
@@ -20,9 +21,16 @@ GOLDEN_COSINE = 0.999
 GOLDEN_LONG_COSINE = 0.99
 """The same for the long text: 0.9992 was measured in bfloat16, and 0.93 with rotary frequencies in bfloat16."""
 
+JOINED = "joined"
+"""Loader of several encoders whose features are concatenated."""
+
 IMPORTED = "imported"
 """Loader of features that were computed elsewhere, by an encoder that nobody named. They have no golden vectors."""
 
+LAST_LAYER = -1
+"""Layer whose states are the output of a network."""
+
+MOST_LAYERS = 1_000
 MOST_DIM = 1 << 20
 """Limit on the number of features in a record, which may come from someone else."""
 
@@ -40,6 +48,7 @@ class EncoderSpec:
         pooling: How token features become one vector.
         precision: Name of the dtype of weights and activations.
         dim: Number of features.
+        layer: Layer whose states are pooled, counted from the end. −1 is the network's output.
     """
 
     id: str
@@ -50,16 +59,29 @@ class EncoderSpec:
     pooling: str
     precision: str
     dim: int
+    layer: int = LAST_LAYER
 
     @classmethod
     def from_json(cls, record: Any) -> "EncoderSpec":
         """Read the fields of a spec. Raises `ValueError`, with the name of the field, if one is missing or invalid."""
         return cls(**validated(_SpecForm, record))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON-able data. The last layer is left out, as in records of earlier versions."""
+        record = asdict(self)
+        if self.layer == LAST_LAYER:
+            del record["layer"]
+        return record
+
+    @property
+    def network_id(self) -> str:
+        """The id without the layer."""
+        return self.id if self.layer == LAST_LAYER else self.id.removesuffix(f"@{self.layer}")
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of the spec. It does not cover library versions and golden vectors."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -77,6 +99,7 @@ class _SpecForm(TypedDict):
     pooling: str
     precision: str
     dim: Annotated[int, Field(ge=1, le=MOST_DIM)]
+    layer: NotRequired[Annotated[int, Field(le=LAST_LAYER, ge=-MOST_LAYERS)]]
 
 
 Golden = list[Annotated[float, Field(allow_inf_nan=False)]]
@@ -89,6 +112,7 @@ class _IdentityForm(TypedDict):
     versions: dict[str, str]
     location: str
     fingerprint: NotRequired[str]
+    parts: NotRequired[list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,7 @@ class Identity:
         versions: Versions of the libraries, by package.
         location: Path of a local model folder, to find it again. Empty for all other encoders.
         golden_long: Features of a long text. Empty for image encoders, and in records of earlier versions.
+        parts: The encoders whose features are concatenated, in order. Empty for a single encoder.
     """
 
     spec: EncoderSpec
@@ -109,11 +134,20 @@ class Identity:
     versions: dict[str, str]
     location: str = ""
     golden_long: list[float] = field(default_factory=list)
+    parts: tuple["Identity", ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-able data, including the fingerprint for readers."""
-        record = {**asdict(self), "fingerprint": self.spec.fingerprint}
-        return record if self.golden_long else {k: v for k, v in record.items() if k != "golden_long"}
+        record = {
+            "spec": self.spec.to_json(),
+            "golden": self.golden,
+            "versions": self.versions,
+            "location": self.location,
+            "golden_long": self.golden_long,
+            "parts": [part.to_json() for part in self.parts],
+            "fingerprint": self.spec.fingerprint,
+        }
+        return {name: value for name, value in record.items() if value or name not in ("golden_long", "parts")}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Identity":
@@ -124,6 +158,13 @@ class Identity:
         """
         form = validated(_IdentityForm, record)
         spec, golden_long = EncoderSpec(**form["spec"]), form.get("golden_long", [])
+        if parts := form.get("parts"):
+            if len(parts) < 2 or any("parts" in part for part in parts):
+                raise ValueError("parts is invalid: expected at least two single encoders")
+            joined = cls.joined([cls.from_json(part) for part in parts])
+            if joined.spec != spec:
+                raise ValueError("parts is invalid: its encoders are not those of the spec")
+            return joined
         if not form["golden"] and spec.source.get("loader") != IMPORTED:
             raise ValueError("golden is invalid: got no features, expected at least one")
         return cls(spec, form["golden"], form["versions"], form["location"], golden_long=golden_long)
@@ -143,10 +184,44 @@ class Identity:
         )
         return cls(spec, [], {})
 
+    @classmethod
+    def joined(cls, parts: Sequence["Identity"]) -> "Identity":
+        """Return the identity of encoders whose features are concatenated; that of a single one is its own.
+
+        Args:
+            parts: At least one encoder, all of one modality, none of them joined.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        specs = [part.spec for part in parts]
+        digest = hashlib.sha256("".join(spec.fingerprint for spec in specs).encode()).hexdigest()
+        spec = EncoderSpec(
+            id="+".join(spec.id for spec in specs),
+            modality=specs[0].modality,
+            source={"loader": JOINED},
+            weights=digest,
+            preprocessing={},
+            pooling="+".join(dict.fromkeys(spec.pooling for spec in specs)),
+            precision="+".join(dict.fromkeys(spec.precision for spec in specs)),
+            dim=sum(spec.dim for spec in specs),
+        )
+        versions = {name: version for part in parts for name, version in part.versions.items()}
+        return cls(spec, [], versions, parts=tuple(parts))
+
+    @property
+    def singles(self) -> tuple["Identity", ...]:
+        """The encoders that are joined, or this one."""
+        return self.parts or (self,)
+
+    def without_location(self) -> "Identity":
+        """Return the identity without paths of local folders, for a record that leaves this machine."""
+        parts = tuple(part.without_location() for part in self.parts)
+        return replace(self, location="", parts=parts)
+
     @property
     def is_imported(self) -> bool:
         """Whether the features were computed elsewhere by an unknown encoder, which cannot be loaded."""
-        return self.spec.source.get("loader") == IMPORTED
+        return any(each.spec.source.get("loader") == IMPORTED for each in self.singles)
 
     def check_matches(self, recorded: "Identity", where: str) -> None:
         """Check that this is the encoder that `where` was made with.
@@ -154,6 +229,15 @@ class Identity:
         Raises:
             EncoderChangedError: A field of the spec differs, or the specs are equal and the golden vectors are not.
         """
+        if self.parts or recorded.parts:
+            if len(self.singles) != len(recorded.singles):
+                raise EncoderChangedError(
+                    f"Encoder {self.spec.id!r} is another than {recorded.spec.id!r}, which {where} was made with. Use "
+                    "the same encoders."
+                )
+            for ours, theirs in zip(self.singles, recorded.singles, strict=True):
+                ours.check_matches(theirs, where)
+            return
         if self.is_imported or recorded.is_imported:
             if self.spec == recorded.spec:
                 return

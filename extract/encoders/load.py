@@ -19,7 +19,8 @@ from sail_align.extract.encoders.catalogue import (
     VisionEntry,
     as_reference,
 )
-from sail_align.extract.encoders.identity import EncoderSpec, Identity, require_known
+from sail_align.extract.encoders.identity import JOINED, EncoderSpec, Identity, require_known
+from sail_align.extract.encoders.joined import join
 from sail_align.extract.encoders.open_clip_models import (
     OpenClipBackbone,
     OpenClipTextEncoder,
@@ -251,6 +252,8 @@ def load_recorded(
 ) -> VisionEncoder | TextEncoder:
     """Load the encoder that a store or a run recorded, with the same revision, pooling and precision.
 
+    Joined encoders are loaded as one, whose features are concatenated.
+
     Args:
         identity: What was recorded.
         device: Where it runs.
@@ -261,6 +264,9 @@ def load_recorded(
         UserError: It is not available.
     """
     require_known(identity)
+    if identity.parts:
+        parts: Any = [load_recorded(part, device, allow_remote_code=allow_remote_code) for part in identity.parts]
+        return join(parts)
     _require_source(identity.spec)
     source = identity.spec.source
     recorded = ImageEncoderConfig.recorded if identity.spec.modality == "image" else TextEncoderConfig.recorded
@@ -290,6 +296,8 @@ def load_tokenizer(spec: EncoderSpec, location: str = "") -> Any:
     Raises:
         UserError: It is not available.
     """
+    if spec.source.get("loader") == JOINED:
+        raise UserError(f"Text encoder {spec.id!r} joins several, each with its own tokenizer. Use sail_align.load.")
     _require_source(spec)
     entry = TextEncoderConfig.recorded(Identity(spec, [], {}, location)).entry
     if isinstance(entry, OpenClipTower):

@@ -112,6 +112,11 @@ class VisionEncoder(FrozenEncoder):
 
         return self._runtime.batch_size(encode, on_cpu=CPU_BATCH, at_most=GPU_BATCH)
 
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Shape of the pixels of one preprocessed image."""
+        return (self.size, self.size, 3)
+
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image: (size, size, 3) uint8, which is faster to copy to a GPU than float32."""
         return as_pixels(self._resize(image))

@@ -195,13 +195,13 @@ class Import:
             if not array.complete:
                 folder = None if is_remote(store.path) else store.path.parent
                 take = side.in_any_order(places[places >= 0], folder, quiet=quiet)
-                tasks.append(ArrayTask(array, self._encode(side, places, take)))
+                tasks.append(ArrayTask((array,), self._encode(side, places, take)))
         fill(store, tasks, quiet=quiet)
 
     def _encode(
         self, side: Features, places: Places, take: Callable[[Places], Block]
-    ) -> Callable[[Sequence[int], Advance], EncodedRows]:
-        def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
+    ) -> Callable[[Sequence[int], Advance], list[EncodedRows]]:
+        def encode(rows: Sequence[int], advance: Advance) -> list[EncodedRows]:
             chosen = places[rows[0] : rows[-1] + 1]
             present = np.flatnonzero(chosen >= 0)
             result = EncodedRows.pending(len(chosen), side.dim)
@@ -210,7 +210,7 @@ class Import:
                 some = present[start : start + BATCH_ROWS]
                 result.features[some], result.status[some] = self.counts[side.label].to_half(take(chosen[some]))
             advance(len(chosen))
-            return result
+            return [result]
 
         return encode
 

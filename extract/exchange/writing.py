@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError, listing
 from sail_align.extract.exchange.features import FOLDERS, METADATA
-from sail_align.extract.store.features import FeatureArray
 from sail_align.extract.store.index import CAPTION
+from sail_align.extract.store.joined import StoredFeatures
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import open_atomically, write_atomically
 from sail_align.extract.system.folders import new_folder, require_new
@@ -78,7 +78,7 @@ class Part:
 
 def open_arrays(
     store: Store, captions: Sequence[str] | None, image_encoder: str | None = None, text_encoder: str | None = None
-) -> dict[str, FeatureArray]:
+) -> dict[str, StoredFeatures]:
     """Return the arrays to write by caption, "" for images.
 
     Args:
@@ -104,7 +104,7 @@ def open_arrays(
 
 def write_vectors(
     store: Store,
-    arrays: Mapping[str, FeatureArray],
+    arrays: Mapping[str, StoredFeatures],
     form: str,
     folder: Path,
     convert: Convert = lambda _, features: features,
@@ -141,7 +141,7 @@ def write_vectors(
             "format": FORMAT,
             "dataset": store.dataset,
             "store_digest": store.digest_of(list(arrays.values())),
-            "arrays": {each.path: each.identity.to_json()["spec"] for each in arrays.values()},
+            "arrays": {part.path: part.identity.spec.to_json() for each in arrays.values() for part in each.parts},
             "rows": rows,
             "left_out": store.rows - rows,
             **(about or {}),
@@ -150,7 +150,7 @@ def write_vectors(
     return Written(rows, store.rows - rows)
 
 
-def _parts(store: Store, arrays: Mapping[str, FeatureArray], convert: Convert) -> Iterator[tuple[Part | None, int]]:
+def _parts(store: Store, arrays: Mapping[str, StoredFeatures], convert: Convert) -> Iterator[tuple[Part | None, int]]:
     """Yield the parts, None for one without rows, with the number of rows that were read for it."""
     captions = [name for name in arrays if name]
     columns = ["key", "image", "url", *(CAPTION + name for name in captions)]

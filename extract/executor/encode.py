@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sail_align.extract.data import Sample, Source, Status, UnreadableImageError
+from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
@@ -37,6 +38,11 @@ class EncodedRows(NamedTuple):
         """Return rows of which none is encoded."""
         return cls(np.full((rows, dim), np.nan, np.float16), np.full(rows, Status.PENDING, np.uint8))
 
+    @classmethod
+    def pending_for(cls, identity: Identity, rows: int) -> list[Self]:
+        """Return rows of each encoder that is joined, none of them encoded."""
+        return [cls.pending(rows, each.spec.dim) for each in identity.singles]
+
     def put(self, rows: NDArray[np.int64], features_BD: Tensor) -> None:
         """Store an encoder's output for these rows, and set their status."""
         with np.errstate(over="ignore"):  # values beyond float16 become infinity, which is then a status
@@ -49,28 +55,31 @@ class EncodedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """An array of a store to fill, and the function that encodes rows of it, given by ascending numbers."""
+    """Arrays of a store to fill in one pass, and the function that encodes rows of them, given by ascending numbers.
 
-    array: FeatureArray
-    encode: Callable[[Sequence[int], Advance], EncodedRows]
+    It returns the rows of each array. Several arrays are those of joined encoders, such as layers of one network.
+    """
+
+    arrays: tuple[FeatureArray, ...]
+    encode: Callable[[Sequence[int], Advance], Sequence[EncodedRows]]
 
     @classmethod
     def for_images(cls, store: Store, source: Source, encoder: VisionEncoder, threads: int) -> Self:
-        """Return the task of encoding a store's images, decoded by `threads` threads. Create the array if missing.
+        """Return the task of encoding a store's images, decoded by `threads` threads. Create arrays that are missing.
 
         Raises:
             UserError: The store holds features of another encoder under the same name.
         """
 
-        def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
+        def encode(rows: Sequence[int], advance: Advance) -> list[EncodedRows]:
             samples = store.samples(rows[0], rows[-1] + 1, captions=[])
             return encode_images([samples[row - rows[0]] for row in rows], source, encoder, threads, advance)
 
-        return cls(store.add(encoder.identity), encode)
+        return cls(tuple(store.add(each) for each in encoder.identity.singles), encode)
 
     @classmethod
     def for_caption(cls, store: Store, caption: str, encoder: TextEncoder) -> Self:
-        """Return the task of encoding one caption of a store's samples. Create the array if missing.
+        """Return the task of encoding one caption of a store's samples. Create arrays that are missing.
 
         Raises:
             UserError: The store has no such caption, or holds features of another encoder under the same name.
@@ -79,44 +88,59 @@ class ArrayTask:
             raise UserError(f"{store.path} has no caption {caption!r}. Pass another --out to index the data set again.")
         column = CAPTION + caption
 
-        def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
+        def encode(rows: Sequence[int], advance: Advance) -> list[EncodedRows]:
             texts = store.index([column], rows[0], rows[-1] + 1)[column].to_pylist()
             return encode_texts([texts[row - rows[0]] for row in rows], encoder, advance)
 
-        return cls(store.add(encoder.identity, caption), encode)
+        return cls(tuple(store.add(each, caption) for each in encoder.identity.singles), encode)
 
 
 def encode_images(
     samples: Sequence[Sample], source: Source, encoder: VisionEncoder, threads: int, advance: Advance
-) -> EncodedRows:
-    """Encode the images of samples. While one batch is encoded, `threads` threads read and decode the next ones."""
-    rows = EncodedRows.pending(len(samples), encoder.identity.spec.dim)
+) -> list[EncodedRows]:
+    """Encode the images of samples. While one batch is encoded, `threads` threads read and decode the next ones.
+
+    Returns:
+        The rows of the encoder, or of each encoder that is joined.
+    """
+    encoded = EncodedRows.pending_for(encoder.identity, len(samples))
     decoders = ThreadPoolExecutor(threads)
     try:
         for start, status, pixels_BHWC in _decode(samples, source, encoder, decoders):
-            rows.status[start : start + len(status)] = status
+            for rows in encoded:
+                rows.status[start : start + len(status)] = status
             readable = np.flatnonzero(status == Status.OK)
             if len(readable):
-                rows.put(start + readable, encoder.encode(pixels_BHWC)[readable])
+                _put(encoded, start + readable, encoder.encode(pixels_BHWC)[readable])
             advance(len(status))
     finally:
         decoders.shutdown(cancel_futures=True)
-    return rows
+    return encoded
 
 
-def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Advance) -> EncodedRows:
-    """Encode texts; None stands for a missing caption."""
-    rows = EncodedRows.pending(len(texts), encoder.identity.spec.dim)
+def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Advance) -> list[EncodedRows]:
+    """Encode texts; None stands for a missing caption. Returns the rows of each encoder, as `encode_images` does."""
+    encoded = EncodedRows.pending_for(encoder.identity, len(texts))
+    status = encoded[0].status
     for row, text in enumerate(texts):
         if not text or not text.strip():
-            rows.status[row] = Status.MISSING
+            status[row] = Status.MISSING
         elif "\N{REPLACEMENT CHARACTER}" in text:  # stands for bytes that were not valid UTF-8
-            rows.status[row] = Status.UNDECODABLE
-    valid = np.flatnonzero(rows.status == Status.PENDING)
+            status[row] = Status.UNDECODABLE
+    for rows in encoded[1:]:
+        rows.status[:] = status
+    valid = np.flatnonzero(status == Status.PENDING)
     advance(len(texts) - len(valid))
     if len(valid):
-        rows.put(valid, encoder.encode([texts[row] or "" for row in valid.tolist()], advance))
-    return rows
+        _put(encoded, valid, encoder.encode([texts[row] or "" for row in valid.tolist()], advance))
+    return encoded
+
+
+def _put(encoded: Sequence[EncodedRows], rows: NDArray[np.int64], features_BD: Tensor) -> None:
+    """Store the concatenated output of encoders for these rows."""
+    dims = [each.features.shape[1] for each in encoded]
+    for each, part_BD in zip(encoded, features_BD.split(dims, dim=1), strict=True):
+        each.put(rows, part_BD)
 
 
 def _decode(
@@ -137,7 +161,7 @@ def _decode(
             return problem.status
 
     size = min(encoder.batch_size, len(samples))
-    buffers = [Runtime.host_buffer(size, encoder.size, encoder.size, 3) for _ in range(1 + AHEAD)]
+    buffers = [Runtime.host_buffer(size, *encoder.pixel_shape) for _ in range(1 + AHEAD)]
     waiting: deque[tuple[int, Iterator[Status], Tensor]] = deque()
     starts = range(0, len(samples), size)
     for number in range(len(starts) + AHEAD):

@@ -84,10 +84,10 @@ class Job:
 def _completed(found: Sequence[Mapping[str, FeatureArray]], choice: EncoderConfig, share: Share) -> list[ArrayTask]:
     """Return tasks without an encoder if every array exists and the share is committed in each, else none."""
 
-    def encode(rows: Sequence[int], advance: Advance) -> EncodedRows:
+    def encode(rows: Sequence[int], advance: Advance) -> list[EncodedRows]:
         raise RuntimeError("no encoder was loaded, because all shards were committed")
 
     arrays = [array for group in found for array in group.values() if choice.matches(array.identity.spec)]
     if len(arrays) < len(found) or not all(shard in array.markers for array in arrays for shard in share.shards(array)):
         return []
-    return [ArrayTask(array, encode) for array in arrays]
+    return [ArrayTask((array,), encode) for array in arrays]

@@ -62,11 +62,12 @@ def retry_failed(job: Job, share: Share, device: str, *, quiet: bool = False) ->
         ):
             source, encoder = job.manifest.open_source(job.data_root), choice.load(device)
             task = ArrayTask.for_images(store, source, encoder, cores())
-            failed = sum(task.array.failed_counts.values())
+            failed = sum(sum(array.failed_counts.values()) for array in task.arrays)
             with progress(failed, f"{store.dataset} failed images", unit="image", quiet=quiet) as bar:
                 try:
-                    for number in filter(task.array.has_failures, share.shards(task.array)):
-                        _retry_shard(store, task, Shard(task.array.path, number), bar.update, summary)
+                    for place, array in enumerate(task.arrays):
+                        for number in filter(array.has_failures, share.shards(array)):
+                            _retry_shard(store, task, place, number, bar.update, summary)
                 finally:
                     store.leases.release_all()
         _remove_dead_leases(store)
@@ -81,12 +82,15 @@ def _remove_dead_leases(store: Store) -> None:
             store.leases.release(lease)
 
 
-def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, summary: RetrySummary) -> None:
-    """Retry a shard under a lease `retry/…`, and write it under the shard's own lease as well.
+def _retry_shard(
+    store: Store, task: ArrayTask, place: int, number: int, advance: Advance, summary: RetrySummary
+) -> None:
+    """Retry a shard of array `place` of a task under a lease `retry/…`, and write it under its own lease as well.
 
     The shard's own lease does not suffice: `Store.tidy` in another process removes it while the shard is committed.
     """
-    array = task.array
+    array = task.arrays[place]
+    shard = Shard(array.path, number)
     try:
         with store.leases.hold(f"{RETRY}/{shard.lease}"):
             array.markers.pop(shard.number, None)  # another process may have rewritten the shard since it was read
@@ -95,7 +99,7 @@ def _retry_shard(store: Store, task: ArrayTask, shard: Shard, advance: Advance, 
             start, stop = array.span(shard.number)
             status = array.read_status(start, stop)
             failed = np.flatnonzero(np.isin(status, FAILURES))
-            new = task.encode((start + failed).tolist(), advance)
+            new = task.encode((start + failed).tolist(), advance)[place]
             summary.tried += len(failed)
             if (new.status == status[failed]).all():
                 return

@@ -105,6 +105,7 @@ def fill(store: Store, tasks: Sequence[ArrayTask], *, quiet: bool = False) -> Su
         WorkersFailedError: Some shards failed.
         UserError: The disk is full, or a task failed for a reason that concerns all shards.
     """
-    with closing(Tally(len(tasks) * store.rows, store.dataset, arrays=len(tasks), quiet=quiet)) as tally:
+    arrays = sum(len(task.arrays) for task in tasks)
+    with closing(Tally(arrays * store.rows, store.dataset, arrays=arrays, quiet=quiet)) as tally:
         Worker(store, tasks, tally.receive, Share()).run()
         return tally.summary()

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.executor.encode import ArrayTask, EncodedRows
@@ -52,24 +53,37 @@ class Share:
         return sum(min(store.shard_rows, store.rows - start) for start in starts)
 
 
+class _Leased(NamedTuple):
+    """The rows of a shard, and the lease to write them."""
+
+    shard: Shard
+    rows: EncodedRows
+    lease: Lease
+
+
 class Worker:
     """Encodes shards of a store and reports each step through `send`, from its own and from its writing thread."""
 
     def __init__(self, store: Store, tasks: Sequence[ArrayTask], send: Callable[[Event], object], share: Share):
         keep_freed_memory()
         self.store = store
-        self.tasks = {task.array.path: task for task in tasks}
+        self.tasks = {task.arrays[0].path: task for task in tasks}
+        self._arrays = {array.path: array for task in tasks for array in task.arrays}
         self.send = send
-        self.shards = [Shard(path, n) for path, task in self.tasks.items() for n in share.shards(task.array)]
+        self.shards = [Shard(path, n) for path, task in self.tasks.items() for n in share.shards(task.arrays[0])]
         self.failures: dict[Shard, WorkersFailedError] = {}
         self._bytes_read = _bytes_read()
         for shard in self.shards:
-            if shard.number in self.tasks[shard.array].array.markers:
-                self._report_found(shard)
+            for each in self._encoded_with(shard):
+                if each.number in self._arrays[each.array].markers:
+                    self._report_found(each)
 
     def pending(self) -> list[Shard]:
-        """Return the shards that are neither committed, by any worker, nor failed in this one."""
-        return [shard for shard in self.shards if shard not in self.failures and not self._is_committed(shard)]
+        """Return the shards that are neither committed, by any worker, nor failed in this one.
+
+        A shard of the first array of a task stands for those of all arrays of that task.
+        """
+        return [shard for shard in self.shards if shard not in self.failures and not self._is_done(shard)]
 
     def run(self) -> None:
         """Return when all shards are committed, by this worker or by others. Encode one while the last is written.
@@ -91,7 +105,7 @@ class Worker:
                             pause = min(2 * pause, LONGEST_PAUSE)
             finally:
                 self._end()
-            self.store.record_again(task.array for task in self.tasks.values())
+            self.store.record_again(self._arrays.values())
             self.store.tidy()
         for failure in self.failures.values():
             raise failure
@@ -106,10 +120,10 @@ class Worker:
         with report_write_errors(self.store.path, during_run=True):
             try:
                 if leased := self._lease_and_encode(shard):
-                    self._write(shard, *leased)
+                    self._write(leased)
             finally:
                 self._end()
-        return self._is_committed(shard)
+        return self._is_done(shard)
 
     def _try_each(self, shards: Sequence[Shard], writer: ThreadPoolExecutor) -> bool:
         """Try each shard once, and set those aside that fail. Return False if other workers hold all of them."""
@@ -130,49 +144,70 @@ class Worker:
                 busy = True
                 if writing:
                     writing.result()
-                writing = writer.submit(self._write, shard, *leased)
+                writing = writer.submit(self._write, leased)
         if writing:
             writing.result()
         return busy
 
-    def _lease_and_encode(self, shard: Shard) -> tuple[EncodedRows, Lease] | None:
-        """Return a shard's rows and the lease to write them, or None if another worker holds or committed the shard.
+    def _lease_and_encode(self, shard: Shard) -> list["_Leased"]:
+        """Return the rows of a shard, and of the shards encoded with it, with the leases to write them.
+
+        Shards that another worker holds or committed are left out.
 
         Raises:
-            WorkersFailedError: The shard cannot be encoded. Its lease is released.
+            WorkersFailedError: The shard cannot be encoded. Its leases are released.
             UserError: Encoding failed for a reason that concerns all shards.
         """
+        together = self._encoded_with(shard)
+        leases = [self._take(each) for each in together]
+        held = [lease for lease in leases if lease]
+        if not held:
+            return []
         task = self.tasks[shard.array]
-        if self._is_committed(shard):
-            return None
-        lease = self.store.leases.take(shard.lease)
-        if lease is None:
-            return None
-        if self._is_committed(shard):  # between the check above and the lease
-            self.store.leases.release(lease)
-            return None
-        rows = range(*task.array.span(shard.number))
+        span = task.arrays[0].span(shard.number)
         try:
-            return task.encode(rows, lambda count: self.send(Event("encoded", count))), lease
+            encoded = task.encode(range(*span), lambda count: self.send(Event("encoded", count * len(held))))
         except (UserError, MemoryError):
             raise
         except Exception as problem:  # sources and networks raise all kinds of errors
-            self.store.leases.release(lease)
+            for lease in held:
+                self.store.leases.release(lease)
             raise WorkersFailedError(f"{shard} failed ({type(problem).__name__}: {problem}).") from problem
+        found = zip(together, encoded, leases, strict=True)
+        return [_Leased(each, rows, lease) for each, rows, lease in found if lease]
 
-    def _write(self, shard: Shard, rows: EncodedRows, lease: Lease) -> None:
-        try:
-            written = self.tasks[shard.array].array.write(shard.number, *rows, lease)
-        except LeaseLostError:
-            self.send(Event("encoded", -len(rows.status)))  # another worker encodes them again
-        else:
-            self.send(Event("committed", len(rows.status), shard, written))
-        finally:
+    def _take(self, shard: Shard) -> Lease | None:
+        """Return the lease of a shard, None if another worker holds or committed it."""
+        if self._is_committed(shard):
+            return None
+        lease = self.store.leases.take(shard.lease)
+        if lease and self._is_committed(shard):  # between the check above and the lease
             self.store.leases.release(lease)
+            return None
+        return lease
+
+    def _write(self, leased: Sequence["_Leased"]) -> None:
+        for shard, rows, lease in leased:
+            try:
+                written = self._arrays[shard.array].write(shard.number, *rows, lease)
+            except LeaseLostError:
+                self.send(Event("encoded", -len(rows.status)))  # another worker encodes them again
+            else:
+                self.send(Event("committed", len(rows.status), shard, written))
+            finally:
+                self.store.leases.release(lease)
+
+    def _encoded_with(self, shard: Shard) -> list[Shard]:
+        """Return the shards with the same rows of all arrays of a task; the given one is that of its first array."""
+        return [Shard(array.path, shard.number) for array in self.tasks[shard.array].arrays]
+
+    def _is_done(self, shard: Shard) -> bool:
+        """Return whether a shard and those encoded with it are committed."""
+        return all(self._is_committed(each) for each in self._encoded_with(shard))
 
     def _is_committed(self, shard: Shard) -> bool:
         """Return whether a shard is committed, and report it if another worker has just done that."""
-        array = self.tasks[shard.array].array
+        array = self._arrays[shard.array]
         if shard.number in array.markers:
             return True
         if array.refresh(shard.number):
@@ -181,7 +216,7 @@ class Worker:
         return False
 
     def _report_found(self, shard: Shard) -> None:
-        start, stop = self.tasks[shard.array].array.span(shard.number)
+        start, stop = self._arrays[shard.array].span(shard.number)
         self.send(Event("found", stop - start, shard))
 
     def _end(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
-from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.joined import StoredFeatures
 from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import report_write_errors, write_atomically
 from sail_align.extract.system.progress import progress
@@ -119,7 +119,7 @@ class Overlap:
             write_atomically(path, "".join(lines).encode())
 
 
-def _unit_features(array: FeatureArray, size: int, device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+def _unit_features(array: StoredFeatures, size: int, device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield, for every `size` rows, those that have an image and their unit-norm features, (n, D)."""
     for start in range(0, array.rows, size):
         features, status = array.read(start, min(start + size, array.rows))

@@ -66,6 +66,16 @@ class FeatureArray:
         self._checked: set[int] = set()
         """Chunks whose features are known to be those that were committed."""
 
+    @property
+    def node(self) -> str:
+        """Name of the encoder's node in the store."""
+        return self.path.split("/")[1]
+
+    @property
+    def parts(self) -> tuple["FeatureArray"]:
+        """The array itself: the only part of its features."""
+        return (self,)
+
     def require_layout(self, rows: int, shard_rows: int, chunk_rows: int) -> None:
         """Raise `UserError` unless both arrays have the store's sizes, the encoder's dimension, and our types."""
         dim = self.identity.spec.dim

@@ -44,6 +44,7 @@ from sail_align.extract.store.hierarchy import (
     write_root,
 )
 from sail_align.extract.store.index import FILE_ROWS, Index
+from sail_align.extract.store.joined import JoinedArray, StoredFeatures
 from sail_align.extract.store.recaptions import RecaptionReport
 from sail_align.extract.store.view import StoreView
 from sail_align.extract.system.difference import describe_difference
@@ -235,13 +236,31 @@ class Store(StoreView):
         """Return all arrays, images first."""
         return [*self.images().values(), *chain.from_iterable(self.texts(name).values() for name in self.captions)]
 
-    def image(self, encoder: str | None = None) -> FeatureArray:
-        """Return the image array of an encoder, or the only one. Raises `UserError` if there is no such array."""
+    def image(self, encoder: str | None = None) -> StoredFeatures:
+        """Return the image array of an encoder, or the only one. `a+b` joins the features of two encoders.
+
+        Raises:
+            UserError: There is no such array.
+        """
         return self._pick(self.images(), "image features", encoder)
 
-    def text(self, caption: str, encoder: str | None = None) -> FeatureArray:
-        """Return a caption's array of an encoder, or the only one. Raises `UserError` if there is no such array."""
+    def text(self, caption: str, encoder: str | None = None) -> StoredFeatures:
+        """Return a caption's array of an encoder, or the only one. `a+b` joins the features of two encoders.
+
+        Raises:
+            UserError: There is no such array.
+        """
         return self._pick(self.texts(caption), f"text features of caption {caption!r}", encoder)
+
+    def of(self, identity: Identity, caption: str = "") -> StoredFeatures | None:
+        """Return the images' or a caption's features of an encoder, or of joined ones; None if some are missing."""
+        arrays = self.texts(caption) if caption else self.images()
+        names = [
+            next((name for name, array in arrays.items() if array.identity.spec == each.spec), None)
+            for each in identity.singles
+        ]
+        found = [arrays[name] for name in names if name is not None]
+        return None if len(found) < len(names) else found[0] if len(found) == 1 else JoinedArray(found)
 
     def text_identity(self) -> Identity | None:
         """Return the identity of the text encoder, or None unless there is exactly one."""
@@ -358,10 +377,10 @@ class Store(StoreView):
         """SHA-256 over the digests of the index and of all shards, which a checkpoint records; equal in all formats."""
         return self.digest_of(self.arrays())
 
-    def digest_of(self, arrays: Sequence[FeatureArray]) -> str:
+    def digest_of(self, arrays: Sequence[StoredFeatures]) -> str:
         """Return the SHA-256 over the digests of the index and the markers of some arrays."""
         digest = hashlib.sha256(canonical_json(self.attributes["index_sha256"]))
-        for array in arrays:
+        for array in chain.from_iterable(each.parts for each in arrays):
             digest.update(canonical_json(array.content))
         return digest.hexdigest()
 
@@ -407,16 +426,23 @@ class Store(StoreView):
             raise UserError(f"{path} is damaged: its fingerprint is {recorded}. Restore it or make the store again.")
         return identity
 
-    def _pick(self, arrays: dict[str, FeatureArray], what: str, encoder: str | None) -> FeatureArray:
+    def _pick(self, arrays: dict[str, FeatureArray], what: str, encoder: str | None) -> StoredFeatures:
         if encoder is not None and encoder in arrays:
             return arrays[encoder]
+        names = encoder.split("+") if encoder else []
+        if len(names) > 1 and all(name in arrays for name in names):
+            if len(set(names)) < len(names):
+                raise UserError(f"{encoder!r} is invalid: it names an encoder twice. Name each once.")
+            return JoinedArray([arrays[name] for name in names])
         if encoder is None and len(arrays) == 1:
             return next(iter(arrays.values()))
         if not arrays:
             raise UserError(f"{self.path} has no {what}. Make them with `sail-extract run`.")
-        found = f"no {what} of encoder {encoder!r}" if encoder else f"{what} of several encoders"
+        missing = next((name for name in names if name not in arrays), encoder) if len(names) > 1 else encoder
+        found = f"no {what} of encoder {missing!r}" if encoder else f"{what} of several encoders"
         option = f"--{what.split()[0]}-encoder"
-        raise UserError(f"{self.path} has {found}. Choose one with {option}: {', '.join(arrays)}.")
+        joining = ", or join some with +" if len(arrays) > 1 else ""
+        raise UserError(f"{self.path} has {found}. Choose one with {option}: {', '.join(arrays)}{joining}.")
 
     def _create_array(self, path: str, identity: Identity, lease: Lease) -> None:
         """Create an array, and record it in the root last. It can be resumed after any step."""

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
-from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.joined import StoredFeatures
 
 
 class TorchPairs(Dataset[tuple[Tensor, Any]]):
@@ -24,7 +24,7 @@ class TorchPairs(Dataset[tuple[Tensor, Any]]):
         captions: Names of the captions.
     """
 
-    def __init__(self, path: Path, image: FeatureArray, texts: Mapping[str, FeatureArray], *, one: bool):
+    def __init__(self, path: Path, image: StoredFeatures, texts: Mapping[str, StoredFeatures], *, one: bool):
         self.captions = tuple(texts)
         self._path, self._image, self._texts, self._one = path, image, dict(texts), one
         ok = np.logical_and.reduce([array.read_status() == Status.OK for array in (image, *texts.values())])
@@ -43,21 +43,22 @@ class TorchPairs(Dataset[tuple[Tensor, Any]]):
         return _vector(self._image, row), texts[self.captions[0]] if self._one else texts
 
     def __reduce__(self) -> tuple[Any, ...]:
-        paths = {name: array.path for name, array in self._texts.items()}
-        return _open, (self._path, self._image.path, paths, self._one)
+        encoders = {name: array.node for name, array in self._texts.items()}
+        return _open, (self._path, self._image.node, encoders, self._one)
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{array.path} ({array.dim:,})" for array in (self._image, *self._texts.values()))
         return f"TorchPairs({len(self):,} rows of {self._path}: {arrays})"
 
 
-def _open(path: Path, image: str, texts: Mapping[str, str], one: bool) -> TorchPairs:
+def _open(path: Path, image: str, encoders: Mapping[str, str], one: bool) -> TorchPairs:
     from sail_align.extract.store.store import Store
 
     store = Store.open(path)
-    return TorchPairs(path, store.array(image), {name: store.array(each) for name, each in texts.items()}, one=one)
+    texts = {name: store.text(name, encoder) for name, encoder in encoders.items()}
+    return TorchPairs(path, store.image(image), texts, one=one)
 
 
-def _vector(array: FeatureArray, row: int) -> Tensor:
+def _vector(array: StoredFeatures, row: int) -> Tensor:
     chunk, place = divmod(row, array.chunk_rows)
     return torch.from_numpy(array.chunk(chunk)[place].astype(np.float32))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sail_align.extract.data import Sample, Status
 from sail_align.extract.errors import UserError, import_extra, printable
 from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.joined import StoredFeatures
 
 if TYPE_CHECKING:
     import pandas
@@ -88,7 +89,7 @@ class StoreView(os.PathLike[str]):
         """Return the paths of all arrays."""
 
     @abstractmethod
-    def image(self, encoder: str | None = None) -> FeatureArray:
+    def image(self, encoder: str | None = None) -> StoredFeatures:
         """Return the image array of an encoder, or the only one."""
 
     @abstractmethod
@@ -96,7 +97,7 @@ class StoreView(os.PathLike[str]):
         """Return the arrays of one caption by encoder."""
 
     @abstractmethod
-    def text(self, caption: str, encoder: str | None = None) -> FeatureArray:
+    def text(self, caption: str, encoder: str | None = None) -> StoredFeatures:
         """Return a caption's array of an encoder, or the only one."""
 
     @abstractmethod

@@ -46,6 +46,7 @@ class ColourVision:
     """Features are mean colours in [−1, 1]; patches of 4 × 4 pixels."""
 
     stride, size, batch_size, min_jpeg_side = 4, 16, 32, 0
+    pixel_shape = (16, 16, 3)
     identity = identity("image")
 
     def preprocess(self, image):

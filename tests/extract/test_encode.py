@@ -19,7 +19,7 @@ def source(pictures):
 def test_unreadable_images_do_not_shift_rows(source):
     samples = list(source.samples())[:100]
     done = []
-    features, status = encode_images(samples, source, FakeVision(), 2, done.append)
+    ((features, status),) = encode_images(samples, source, FakeVision(), 2, done.append)
     assert sum(done) == 100
     bad = {7: Status.MISSING, 11: Status.UNDECODABLE, 13: Status.UNDECODABLE}
     encoder = FakeVision()
@@ -37,7 +37,7 @@ def test_texts_are_returned_in_input_order():
     texts[10], texts[20], texts[30], texts[40] = None, "  ", "inf", "a caf\N{REPLACEMENT CHARACTER} in Paris"
     texts[50] = "x" * 99_999 + "y"
     done = []
-    features, status = encode_texts(texts, FakeText(), done.append)
+    ((features, status),) = encode_texts(texts, FakeText(), done.append)
     assert sum(done) == 300
     bad = {10: Status.MISSING, 20: Status.MISSING, 30: Status.NON_FINITE, 40: Status.UNDECODABLE}
     for row, text in enumerate(texts):
@@ -72,7 +72,7 @@ def test_non_finite_features_become_a_status(source):
             features[3], features[4, 1], features[5, 2] = float("nan"), float("-inf"), 1e6  # beyond float16
             return features
 
-    features, status = encode_images(list(source.samples())[:7], source, Overflowing(), 2, lambda rows: None)
+    ((features, status),) = encode_images(list(source.samples())[:7], source, Overflowing(), 2, lambda rows: None)
     assert status.tolist() == [Status.OK] * 3 + [Status.NON_FINITE] * 3 + [Status.OK]
     assert np.isnan(features[3:6]).all()
 
@@ -83,6 +83,6 @@ def test_encoder_is_not_called_if_no_image_is_readable(source):
             raise AssertionError("called without readable images")
 
     samples = [list(source.samples())[row] for row in (7, 11, 13)]
-    features, status = encode_images(samples, source, Never(), 2, lambda rows: None)
+    ((features, status),) = encode_images(samples, source, Never(), 2, lambda rows: None)
     assert status.tolist() == [Status.MISSING, Status.UNDECODABLE, Status.UNDECODABLE]
     assert np.isnan(features).all()

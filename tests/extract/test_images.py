@@ -73,7 +73,7 @@ def test_shard_with_unreadable_images(tmp_path):
         (folder / name).write_bytes(content)
     source = ClassFolderConfig(kind="class-folder", root="all").open(tmp_path)
     samples = list(source.samples())
-    features, status = encode_images(samples, source, FakeVision(), 2, lambda rows: None)
+    ((features, status),) = encode_images(samples, source, FakeVision(), 2, lambda rows: None)
     found = {sample.key.removeprefix("one/"): Status(value) for sample, value in zip(samples, status, strict=True)}
     bad = {
         "bomb.png": Status.TOO_LARGE,
