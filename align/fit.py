@@ -51,6 +51,7 @@ class FitKeywords(TypedDict, total=False):
     warmup: float | None
     batch_size: int | None
     steps: int | None
+    patience: int | None
     seed: int | None
     held_out: float | None
     precision: Literal["auto", "float32", "tf32", "bfloat16"] | None
@@ -67,13 +68,16 @@ class FitResult(os.PathLike[str]):
 
     Attributes:
         run: Folder of the run.
-        metrics: Scores on held-out pairs after the last step: `loss`, `t2i_r1` … `i2t_r10` (R@1/5/10 in percent),
-            `r1` (mean of both R@1), `chance` (its chance level), and the effective ranks of the embeddings. Empty if no
-            pairs were held out.
-        steps: Number of steps.
-        best_step: Step with the highest `r1`. None if no pairs were held out.
-        best_metrics: Scores after that step.
-        best_checkpoint: Folder of its checkpoint. None if no pairs were held out.
+        metrics: Scores of the run's weights on held-out pairs: `loss`, `t2i_r1` … `i2t_r10` (R@1/5/10 in percent),
+            `r1` (mean of both R@1), `chance` (its chance level), `mrr` (mean reciprocal rank), and the effective ranks
+            of the embeddings. Empty if no pairs were held out.
+        last_metrics: The same after the last step.
+        steps: Number of steps that were trained.
+        planned_steps: Number of steps of the settings, which is higher if training stopped early.
+        best_step: Step with the best scores: the highest `mrr`, the mean reciprocal rank of both directions. Step 0 is
+            the start of training. None if no pairs were held out.
+        best_checkpoint: Folder of its checkpoint. Its weights are those that the run stands for: they are scored,
+            loaded and exported by default. None if no pairs were held out: then these are the last weights.
         training_rows: Number of pairs to train on.
         held_out_rows: Number of held-out pairs.
         datasets: Names of the data sets.
@@ -86,9 +90,10 @@ class FitResult(os.PathLike[str]):
 
     run: Path
     metrics: Mapping[str, float]
+    last_metrics: Mapping[str, float]
     steps: int
+    planned_steps: int
     best_step: int | None
-    best_metrics: Mapping[str, float]
     best_checkpoint: Path | None
     training_rows: int
     held_out_rows: int
@@ -99,34 +104,30 @@ class FitResult(os.PathLike[str]):
     trained: bool = True
     leads: bool = True
 
-    def load(self, checkpoint: Literal["last", "best"] = "last", *, device: str = "auto") -> "PretrainedModel":
+    def load(self, checkpoint: Literal["best", "last"] = "best", *, device: str = "auto") -> "PretrainedModel":
         """Load the trained model with its encoders, as `sail_align.load` does.
 
         Args:
-            checkpoint: The weights after the last step, or those with the best scores on held-out pairs.
+            checkpoint: The weights with the best scores on held-out pairs, or those after the last step. If no pairs
+                were held out, both are the last.
             device: Device of heads and encoders; `auto` uses a GPU if there is one.
 
         Raises:
-            UserError: The run has no best checkpoint, or an encoder cannot be loaded.
+            UserError: The choice is invalid, or an encoder cannot be loaded.
         """
         from sail_align.align.pretrained import load
 
-        if checkpoint not in ("last", "best"):
-            raise UserError(f"checkpoint is invalid: got {checkpoint!r}, expected last or best.")
-        folder = self.best_checkpoint if checkpoint == "best" else self.run
-        if folder is None:
-            raise UserError(f"{self.run} has no best checkpoint: no pairs were held out. Load the last one.")
-        return load(folder, device=device)
+        return load(self.run, checkpoint=checkpoint, device=device)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-able data."""
         paths = {"run": str(self.run), "best_checkpoint": self.best_checkpoint and str(self.best_checkpoint)}
-        scores = {"metrics": dict(self.metrics), "best_metrics": dict(self.best_metrics)}
+        scores = {"metrics": dict(self.metrics), "last_metrics": dict(self.last_metrics)}
         lists = {"datasets": list(self.datasets), "notes": list(self.notes)}
         return {**vars(self), **paths, **scores, **lists}
 
     def lines(self) -> list[str]:
-        """Return the held-out scores in words, one line for the last step and one for the best, if that is another."""
+        """Return the held-out scores in words, and how they differ between the best and the last weights."""
         if not self.metrics:
             return []
         scores = self.metrics
@@ -136,8 +137,17 @@ class FitResult(os.PathLike[str]):
             f"{recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {number(scores['chance'])}"
         ]
         if self.best_step is not None and self.best_step < self.steps:
-            r1 = self.best_metrics["r1"]
-            lines.append(f"best: mean R@1 {r1:.1f} after step {self.best_step:,}, kept in {self.best_checkpoint}")
+            best, last = scores["r1"], self.last_metrics["r1"]
+            lines.append(
+                f"best: step {self.best_step:,} with mean R@1 {best:.1f}; the last, step {self.steps:,}, has {last:.1f}"
+            )
+        if self.steps < self.planned_steps:
+            lines.append(f"stopped early, after {self.steps:,} of {self.planned_steps:,} steps (--patience)")
+        if self.best_step == 0 and self.steps:
+            lines.append(
+                "note: Training did not improve on its initial weights, which the run therefore keeps. Try --head "
+                "linear, a lower --lr or more pairs."
+            )
         return lines
 
     def __fspath__(self) -> str:
@@ -318,13 +328,14 @@ def _how_to_resume(run: Path) -> str:
 def _result(plan: "Plan", run: Path, scores: Mapping[str, float], world: "World", **more: Any) -> FitResult:
     from sail_align.align.runs.checkpoint import Checkpoint
 
-    best = world.first(lambda: Checkpoint.best(run))
+    best, last = world.first(lambda: (Checkpoint.best(run), Checkpoint.read(run)))
     return FitResult(
         run=run,
-        metrics=scores,
-        steps=plan.settings.steps,
+        metrics=best.scores if best else {},
+        last_metrics=scores,
+        steps=last.step if last else 0,
+        planned_steps=plan.settings.steps,
         best_step=best.step if best else None,
-        best_metrics=best.record["scores"] if best else {},
         best_checkpoint=best.folder if best else None,
         training_rows=plan.training_rows,
         held_out_rows=plan.held_out_rows,

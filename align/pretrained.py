@@ -12,7 +12,7 @@ from typing import cast
 
 from sail_align.align.hub.folder import CARD, WEIGHTS, read_hub_folder
 from sail_align.align.pretrained_model import PretrainedModel
-from sail_align.align.runs.checkpoint import Run, load_run
+from sail_align.align.runs.checkpoint import Choice, Run, checkpoint_path, load_run
 from sail_align.align.runs.folder import CONFIG, RunFolder
 from sail_align.extract.encoders.identity import Identity, require_known
 from sail_align.extract.encoders.load import load_recorded
@@ -31,6 +31,7 @@ def load(
     *,
     device: str = "auto",
     revision: str | None = None,
+    checkpoint: Choice | None = None,
     image_folder: str | Path | None = None,
     text_folder: str | Path | None = None,
     allow_remote_code: str | Sequence[str] = (),
@@ -42,6 +43,8 @@ def load(
             repository of such a folder, `owner/name`.
         device: Device of heads and encoders; `auto` uses a GPU if there is one.
         revision: Revision of the repository. A full commit hash is the safest.
+        checkpoint: The weights of a run: "best", the default, for those with the best scores on held-out pairs, or
+            "last" for those after the last step.
         image_folder: Folder of the image encoder, if it is a local folder that has moved.
         text_folder: Folder of the text encoder, if it is a local folder that has moved.
         allow_remote_code: Repositories that may run their own code, each as "owner/name@revision" with a full
@@ -54,7 +57,7 @@ def load(
         EncoderChangedError: An encoder with the recorded name has other weights or gives other features.
         UserError: The model does not exist, its files are damaged, or an encoder cannot be loaded.
     """
-    run = read(reference, revision)
+    run = read(reference, revision, checkpoint)
     require_known(run.image, run.text)
     code = (allow_remote_code,) if isinstance(allow_remote_code, str) else tuple(allow_remote_code)
     where = str(Runtime.of(device, "float32").device)
@@ -63,7 +66,7 @@ def load(
     return PretrainedModel(run, image, text)
 
 
-def read(reference: PathLike, revision: str | None = None) -> Run:
+def read(reference: PathLike, revision: str | None = None, checkpoint: Choice | None = None) -> Run:
     """Read the heads without the encoders. See `load` for the arguments."""
     reference = os.fspath(reference)
     path = Path(reference)
@@ -71,7 +74,10 @@ def read(reference: PathLike, revision: str | None = None) -> Run:
         if revision is not None:
             raise UserError(f"{path} is a folder and has no revision {revision!r}. Leave the revision out.")
         folder = RunFolder(path)
+        path = checkpoint_path(path, checkpoint)
         return load_run(path) if folder.is_run or folder.is_checkpoint else read_hub_folder(path)
+    if checkpoint is not None:
+        raise UserError(f"checkpoint is for runs, and {reference} is none. Leave it out.")
     if reference.count("/") != 1 or reference.startswith((".", "/", "~")):
         raise UserError(f"{reference} is neither a folder nor a repository. Pass a run, an export, or <owner>/<name>.")
     try:

@@ -41,6 +41,7 @@ _HEAD = (
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
+_PATIENCE = "Stop after this many scorings without better held-out scores; a run has 20 scorings."
 _VERIFY = "When to compare features with their checksums: on their first use, in every epoch, or never."
 _PRECISION = "auto: bfloat16 on a GPU, float32 on a CPU"
 
@@ -96,6 +97,7 @@ class FitSettings:
     warmup: float = declare("Optimiser", "Fraction of the steps with a linear warm-up.", 0.0, ge=0, le=1)
     batch_size: int = declare("Optimiser", "Pairs per step, over all processes.", 36_864, small=512, ge=2, le=1_000_000)
     steps: int = declare("Optimiser", "Optimiser steps, instead of --epochs.", ge=1, le=1_000_000_000)
+    patience: int | None = declare("Run", _PATIENCE, None, ge=1, le=1_000, shown="never")
     seed: int = declare("Run", "Seed of weights, batches and dropout.", 0, ge=0, le=2**31 - 1)
     held_out: float = declare("Data", _HELD_OUT, 0.05, ge=0, le=0.5, cca=True)
     precision: Precision = declare(  # noqa: RUF009 (a field, not a value)

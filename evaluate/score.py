@@ -147,8 +147,8 @@ def score(
             Default: all packaged sets whose data are here, as with `sail-eval all`.
         task: Kind of task, such as "retrieval". Default: that of each set.
         protocol: Another protocol of the task than the set's.
-        checkpoint: "last" for the weights after the last step, the default, or "best" for those with the best scores on
-            held-out pairs.
+        checkpoint: "best" for the weights with the best scores on held-out pairs, the default, or "last" for those
+            after the last step. Without held-out pairs, both are the last.
         model: Instead of a run: a model of OpenCLIP to compare with, `open_clip:NAME@WEIGHTS`.
         manifest: Sets of your own to add to the packaged ones, if `sets` is not given.
         data_root: Folder of the sets' files. Default: $SAIL_DATA_ROOT, else data/ or the manifest's folder.
@@ -294,45 +294,33 @@ def prepare(
 
 
 def _choose_checkpoint(run: Path | None, checkpoint: str, model: str | None) -> Path:
-    """Return the folder of the checkpoint to score: that of the run, whose last one is meant, or of its best one.
+    """Return the folder to score: that of the run, whose best checkpoint is meant, or of its last checkpoint.
 
     Raises:
         UserError: The choice is invalid or not there.
     """
-    if checkpoint not in ("best", "last"):
-        raise UserError(f"--checkpoint is invalid: got {checkpoint!r}, expected best or last.")
-    if model:
+    if model and checkpoint in ("best", "last"):
         raise UserError(f"--checkpoint {checkpoint} has no effect with --model. Leave one of them out.")
-    path = run or RunFolder.newest()
-    if not RunFolder(path).is_run:
-        if not RunFolder(path).is_export:
-            RunFolder(path).require()
-        kind = "an export" if RunFolder(path).is_export else "a checkpoint"
-        raise UserError(f"--checkpoint {checkpoint} is for runs, and {path} is {kind}. Leave it out.")
-    if checkpoint == "last":
-        return path
 
-    from sail_align.align.runs.checkpoint import Checkpoint
+    from sail_align.align.runs.checkpoint import checkpoint_path
 
-    best = Checkpoint.best(path)
-    if best is None:
-        raise UserError(f"{path} has no best checkpoint: no pairs were held out. Score the last one.")
-    return path if best.folder == RunFolder(path).last else best.folder
+    return checkpoint_path(run or RunFolder.newest(), checkpoint)
 
 
 def _note_best(path: Path) -> list[str]:
-    """Return a note if a run has better weights than its last ones, which were chosen."""
+    """Return a note if the weights that a run stands for are not its last ones."""
     if not RunFolder(path).is_run or not RunFolder(path).checkpoints("best"):
         return []
 
     from sail_align.align.runs.checkpoint import Checkpoint
 
-    best = Checkpoint.best(path)
-    if best is None or best.r1 is None or best.folder == RunFolder(path).last:
+    best, last = Checkpoint.best(path), RunFolder(path).last
+    if best is None or last is None or best.folder == last:
         return []
+    recall = f", mean R@1 {best.scores['r1']:.1f}" if "r1" in best.scores else ""
     return [
-        f"best: step {best.step:,}, mean R@1 {best.r1:.1f} on held-out pairs; scored: last. Pass --checkpoint best to "
-        "score the best."
+        f"scoring step {best.step:,}, the best on held-out pairs{recall}. Pass --checkpoint last to score step "
+        f"{RunFolder(last).step:,}."
     ]
 
 

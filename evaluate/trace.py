@@ -171,7 +171,7 @@ def _run(
     folder: RunFolder, settings: Content, digest: str | None, unfinished: str | None
 ) -> Generator[Link, None, Content | None]:
     """Yield the links of a run's checkpoint, weights, log and settings."""
-    saved = Checkpoint.read(folder.path)
+    saved = _scored_checkpoint(folder.path, digest)
     if saved is None:
         yield Link.of("checkpoint", digest or "unknown", None)
         return None
@@ -192,6 +192,15 @@ def _run(
         file = str(folder.path / "settings.json")
         yield Link.of(file, run_digest(saved.record["settings"]), run_digest(settings))
     return saved.record
+
+
+def _scored_checkpoint(run: Path, digest: str | None) -> Checkpoint | None:
+    """Return the checkpoint of a run with this digest; without one, that which the run stands for.
+
+    Earlier versions scored the last checkpoint of a run. Now it is the best one.
+    """
+    there = [saved for saved in (Checkpoint.best(run), Checkpoint.read(run)) if saved]
+    return next((saved for saved in there if saved.record["digest"] == digest), there[0] if there else None)
 
 
 def _weights(folder: Path, record: Content) -> Link:

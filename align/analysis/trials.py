@@ -166,7 +166,7 @@ class TrialRunner:
         fit(plan, claimed, device=self.device, quiet=self.quiet, keep=1, on_collapse="warn")
         for best in RunFolder(path).checkpoints("best"):
             RunFolder(best).discard()
-        return load_run(path), finished
+        return load_run(path, "last"), finished
 
     @torch.no_grad()
     def retrieve(self, run: Run, image_ND: Half, text_ND: Half) -> Hits:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sail_align.align.cli.options import WhichCheckpoint
 from sail_align.align.runs.folder import RunFolder
 from sail_align.extract.cli.exchange import FORMATS, CaptionNames, To, check_export, report_written, split_captions
 from sail_align.extract.cli.options import StorePath
@@ -22,6 +23,7 @@ def embed(
         Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<store>-<run>-<format>]")
     ] = None,
     captions: CaptionNames = None,
+    checkpoint: WhichCheckpoint = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> Result:
@@ -35,10 +37,11 @@ def embed(
 
     from sail_align.align.hub.embeddings import write_embeddings
     from sail_align.align.hub.folder import read_hub_folder
-    from sail_align.align.runs.checkpoint import load_run
+    from sail_align.align.runs.checkpoint import checkpoint_path, load_run
     from sail_align.extract.encoders.runtime import Runtime
     from sail_align.extract.store.store import Store
 
+    run = checkpoint_path(run, checkpoint)
     where = str(Runtime.of(device, "float32").device)
     opened, heads = Store.open(store), (read_hub_folder if RunFolder(run).is_export else load_run)(run)
     names = split_captions(captions)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sail_align.align.cli.options import WhichCheckpoint
 from sail_align.align.runs.folder import RunFolder
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.system.command_line import Result, with_json
@@ -83,6 +84,7 @@ def export(
     whole: Annotated[
         bool, typer.Option("--whole", help="With --to onnx: graphs of the encoders with their heads.")
     ] = False,
+    checkpoint: WhichCheckpoint = None,
 ) -> Result:
     """Export a run for the hub, for sentence-transformers or as ONNX.
 
@@ -95,11 +97,13 @@ def export(
     if whole and to != "onnx":
         raise UserError(f"--whole has no effect with --to {to}, only with --to onnx. Leave one of them out.")
     RunFolder(run).require()
+    name = f"{run.resolve().name}{'-last' if checkpoint == 'last' else ''}"
+    folder = out or Path("exports") / f"{name}-{to}{'-whole' if whole else ''}"
 
-    folder = out or Path("exports") / f"{run.resolve().name}-{to}{'-whole' if whole else ''}"
+    from sail_align.align.runs.checkpoint import checkpoint_path, load_run
+
+    run = checkpoint_path(run, checkpoint)
     if to != "onnx":
-        from sail_align.align.runs.checkpoint import load_run
-
         write = _write_hub_folder if to == "hub-folder" else _write_sentence_transformers
         write(load_run(run), folder, licence or "unknown")
         return {"run": str(run), "format": to, "wrote": str(folder)}

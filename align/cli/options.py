@@ -20,6 +20,15 @@ _ENCODER = "{} encoder to use if a store has more than one; A+B joins the featur
 ImageEncoder = Annotated[str | None, typer.Option(help=_ENCODER.format("Image"), rich_help_panel="Data")]
 TextEncoder = Annotated[str | None, typer.Option(help=_ENCODER.format("Text"), rich_help_panel="Data")]
 
+WhichCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="best|last",
+        help="Which weights of the run: those with the best scores on held-out pairs, or the last.  [default: best]",
+    ),
+]
+
 _METAVARS: dict[Any, str] = {int: "<int>", float: "<float>"}
 
 

@@ -9,7 +9,8 @@ RUN/checkpoints/step-00001200/        the state to resume from, or the result of
     model.json                        settings, architecture, encoders, step, position in the stream, digest of the log,
                                       held-out scores, and the digest of all that; written last: it marks a complete
                                       checkpoint
-RUN/checkpoints/best-00001100/        the weights with the best scores, if they are not the last; no optimiser state
+RUN/checkpoints/best-00001100/        the weights with the best scores, if they are not the last; no optimiser state.
+                                      These are the weights that a run stands for.
 
 The learning rate and random numbers of a step depend only on the settings and its number, so they are not saved.
 """
@@ -17,9 +18,9 @@ The learning rate and random numbers of a step depend only on the settings and i
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, get_args
 
 import torch
 from pydantic import Field
@@ -35,6 +36,7 @@ from sail_align.align.runs.folder import (
     RunFolder,
     RunSettings,
     damaged,
+    quality,
     read_file,
     read_json,
     record_digest,
@@ -48,6 +50,9 @@ from sail_align.extract.system.validation import validated
 FORMAT = 2
 
 Tensors = Mapping[str, Tensor]
+
+Choice = Literal["best", "last"]
+"""Weights of a run: those with the best scores on held-out pairs, or those after the last step."""
 
 
 class _Progress(TypedDict):
@@ -81,7 +86,7 @@ class Run:
         settings: Everything that decided the weights, including the stores' digests.
         digest: SHA-256 over weights, settings and encoders, as recorded in score files.
         step: Number of steps done.
-        finished: Whether those are all steps.
+        finished: Whether training has ended, with these weights or with later ones.
         architecture: Arguments of `Architecture`.
     """
 
@@ -115,10 +120,9 @@ class Checkpoint:
         return bool(self.record["finished"])
 
     @property
-    def r1(self) -> float | None:
-        """Mean R@1 on held-out pairs in percent; None if it was not scored."""
-        r1: float | None = self.record.get("scores", {}).get("r1")
-        return r1
+    def scores(self) -> dict[str, float]:
+        """Scores on held-out pairs. Empty if it was not scored."""
+        return dict(self.record.get("scores", {}))
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint | None":
@@ -152,10 +156,26 @@ class Checkpoint:
 
     @classmethod
     def best(cls, run: Path) -> "Checkpoint | None":
-        """Return the checkpoint with the highest mean R@1, the first of equal ones; None if none was scored."""
+        """Return the checkpoint with the highest `quality`, the first of equal ones; None if none was scored."""
         folders = [*RunFolder(run).checkpoints("best"), *RunFolder(run).checkpoints()]
-        scored = [saved for folder in folders if (saved := cls.read(folder)) and saved.r1 is not None]
-        return max(scored, key=lambda each: (each.r1, -each.step), default=None)
+        found = [saved for folder in folders if (saved := cls.read(folder))]
+        scored = [(value, -each.step, each) for each in found if (value := quality(each.scores)) is not None]
+        return max(scored, key=lambda each: each[:2])[-1] if scored else None
+
+    @classmethod
+    def choose(cls, path: Path, which: Choice = "best") -> "tuple[Checkpoint, bool] | None":
+        """Return the checkpoint that a path stands for, and whether training has ended; None if a run has none yet.
+
+        Args:
+            path: A checkpoint, or a run.
+            which: The weights of a run. The best ones are the last if no pairs were held out.
+        """
+        last = cls.read(path)
+        if last is None:
+            return None
+        is_run = not RunFolder(path).is_checkpoint
+        best = cls.best(path) if is_run and which == "best" else None
+        return best or last, last.finished
 
     @staticmethod
     def write(
@@ -293,18 +313,46 @@ def _form_of(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)}{kind}"
 
 
-def load_run(path: str | Path) -> Run:
-    """Load the model that a run saved last, or that of one of its checkpoints, on the CPU.
+def load_run(path: str | Path, which: Choice = "best") -> Run:
+    """Load the model of a run, or of one of its checkpoints, on the CPU.
 
     Args:
         path: Folder of the run or of the checkpoint.
+        which: The weights of a run. The best ones are the last if no pairs were held out.
 
     Raises:
         UserError: The path is neither, the run has no checkpoint yet, or it is damaged or has another format.
     """
     path = Path(path)
     RunFolder(path).require()
-    checkpoint = Checkpoint.read(path)
-    if checkpoint is None:
-        raise UserError(f"{path} has no checkpoint yet. Wait until its `sail-align fit` has saved one.")
-    return checkpoint.load(path, checkpoint.record["digest"])
+    while (chosen := Checkpoint.choose(path, which)) is not None:
+        checkpoint, ended = chosen
+        try:
+            return replace(checkpoint.load(path, checkpoint.record["digest"]), finished=ended)
+        except UserError:
+            if RunFolder(checkpoint.folder).is_checkpoint or RunFolder(path).is_checkpoint:
+                raise  # otherwise a fit has replaced the best weights between these lines
+    raise UserError(f"{path} has no checkpoint yet. Wait until its `sail-align fit` has saved one.")
+
+
+def checkpoint_path(run: Path, which: str | None) -> Path:
+    """Return the folder with the chosen weights of a run: the run, which stands for the best, or the last checkpoint.
+
+    Args:
+        run: Folder of the run. A checkpoint or an export leaves no choice.
+        which: "best", "last" or None for the default.
+
+    Raises:
+        UserError: The choice is invalid, or there is none.
+    """
+    if which is None:
+        return run
+    if which not in get_args(Choice):
+        raise UserError(f"--checkpoint is invalid: got {which!r}, expected best or last.")
+    if not RunFolder(run).is_run:
+        if not RunFolder(run).is_export:
+            RunFolder(run).require()
+        kind = "an export" if RunFolder(run).is_export else "a checkpoint"
+        raise UserError(f"--checkpoint {which} is for runs, and {run} is {kind}. Leave it out.")
+    best, last = Checkpoint.best(run), RunFolder(run).last
+    return last if which == "last" and last and best and best.folder != last else run

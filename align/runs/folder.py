@@ -311,6 +311,16 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return digest_without(covered, "digest")
 
 
+def quality(scores: Mapping[str, Any] | None) -> float | None:
+    """Return the held-out score by which the best weights of a run are chosen; None if there is none.
+
+    It is the mean reciprocal rank, whose noise on 100 held-out pairs is smaller than that of R@1. Checkpoints of
+    earlier versions have R@1 alone.
+    """
+    found = next((scores[name] for name in ("mrr", "r1") if name in scores), None) if isinstance(scores, dict) else None
+    return float(found) if isinstance(found, int | float) else None
+
+
 def run_digest(settings: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the settings that decide a run's weights: its identity.
 

@@ -6,7 +6,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sail_align.align.runs.folder import BEGIN_AGAIN, RunFolder, content_digest, damaged, read_json, record_digest
+from sail_align.align.runs.folder import (
+    BEGIN_AGAIN,
+    RunFolder,
+    content_digest,
+    damaged,
+    quality,
+    read_json,
+    record_digest,
+)
 from sail_align.align.stats.tables import format_table, number, one_line
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.leases import Leases
@@ -30,10 +38,10 @@ class RunSummary:
         steps: Steps in total. 0 for heads without training.
         head: Kind of the heads.
         stores: Paths of its stores.
-        held_out: Scores on held-out pairs of the last checkpoint, as the checkpoint records them.
-        best_step: Step of the checkpoint with the best held-out scores, if that is kept apart from the last one.
+        held_out: Scores of the run's weights on held-out pairs, as their checkpoint records them.
+        best_step: Step of these weights, the best ones, if they are not the last.
         scores: The sets that `sail-eval` has scored: dataset, task, protocol, metrics, and `checkpoint`, the name of
-            the scored checkpoint, None for the last one.
+            the scored checkpoint, None for the run's weights.
         outdated: Whether the run has other weights since it was scored.
         problem: What is damaged. Empty if nothing is.
     """
@@ -72,19 +80,19 @@ class RunSummary:
         self.state = "model" if "model" in settings else "resumable"
 
     def _read_checkpoint(self) -> str | None:
-        """Read the last checkpoint and the lock; return the checkpoint's digest, None if there is none."""
+        """Read the checkpoints and the lock; return the digest of the run's weights, None if there are none."""
         folder = RunFolder(self.path)
         digest: str | None = None
         if (last := folder.last) is not None:
-            file = last / "model.json"
-            record, self.saved = read_json(file, BEGIN_AGAIN), file.stat().st_mtime_ns
-            digest, scores = str(record.get("digest")), record.get("scores")
-            if digest != record_digest(record):
-                raise damaged(file, BEGIN_AGAIN)
-            self.step = RunFolder(last).step
+            record, self.saved = _read_record(last), (last / "model.json").stat().st_mtime_ns
+            self.step, chosen = RunFolder(last).step, record
+            for best in folder.checkpoints("best"):
+                other = _read_record(best)
+                if (quality(other.get("scores")) or 0) >= (quality(chosen.get("scores")) or 0):
+                    chosen = other
+                    self.best_step = step if (step := RunFolder(best).step) != self.step else None
+            digest, scores = str(chosen["digest"]), chosen.get("scores")
             self.held_out = dict(scores) if isinstance(scores, dict) else {}
-            best = folder.checkpoints("best")
-            self.best_step = RunFolder(best[-1]).step if best else None
             if record.get("finished"):
                 self.state = "finished"
                 return digest
@@ -137,6 +145,14 @@ class RunSummary:
         """Return all facts, ready for JSON."""
         saved = datetime.fromtimestamp(self.saved / 1e9, UTC).isoformat(timespec="seconds")
         return {**asdict(self), "path": str(self.path), "saved": saved}
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of model.json. Raises `UserError` if it is damaged."""
+    record = read_json(file := checkpoint / "model.json", BEGIN_AGAIN)
+    if record.get("digest") != record_digest(record):
+        raise damaged(file, BEGIN_AGAIN)
+    return record
 
 
 def list_runs(folder: Path) -> list[RunSummary]:

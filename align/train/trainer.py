@@ -164,9 +164,11 @@ class _Training:
                 self.train(step, batch)
                 if step % interval == 0 or step == steps:
                     self.score(step)
-                seen = self.world.collect((writer.collapse if writer else None, stopped() is not None))
-                collapse, stop = seen[0][0], any(asked for _, asked in seen)
-                if step == steps:
+                mine = (writer.collapse, writer.out_of_patience) if writer else (None, False)
+                seen = self.world.collect((*mine, stopped() is not None))
+                (collapse, ended, _), stop = seen[0], any(asked for *_, asked in seen)
+                done = step
+                if step == steps or ended:
                     break
                 if writer and (writer.save_is_due or collapse or stop):
                     writer.save(step, state, self.model, self.stepper.optimizer)
@@ -175,7 +177,7 @@ class _Training:
                 if stop:
                     raise stopped() or StoppedError(signal.SIGTERM)
             if writer:
-                writer.save(steps, state, self.model, None)
+                writer.save(done, state, self.model, None)
             if collapse:
                 raise UserError(collapse)
         return self.scores
@@ -218,7 +220,8 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
     Returns:
         `loss`, over all pairs as one batch: not comparable with a training batch of another size, in which the share of
         positives differs. `t2i_r1` … `i2t_r10`: R@1/5/10 in both directions in percent. `r1`: mean of both R@1.
-        `chance`: its chance level. `image_rank` and `text_rank`: effective ranks of the embeddings.
+        `chance`: its chance level. `mrr`: mean reciprocal rank of both directions in percent. `image_rank` and
+        `text_rank`: effective ranks of the embeddings.
     """
     model.eval()
     image_BE, text_CBE = model(*batch.to(device))
@@ -229,5 +232,6 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
     image_ranks, text_ranks = ranks(images, texts, owner_M)
     for way, ranks_Q in (("t2i", text_ranks), ("i2t", image_ranks)):
         scores |= {f"{way}_r{k}": 100 * float(np.mean(ranks_Q < k)) for k in (1, 5, 10)}
-    scores |= {"r1": (scores["t2i_r1"] + scores["i2t_r1"]) / 2, "chance": 100 / rows}
+    reciprocal = [100 * float(np.mean(1 / (1 + ranks_Q))) for ranks_Q in (text_ranks, image_ranks)]
+    scores |= {"r1": (scores["t2i_r1"] + scores["i2t_r1"]) / 2, "chance": 100 / rows, "mrr": sum(reciprocal) / 2}
     return scores | {"image_rank": effective_rank(images), "text_rank": effective_rank(texts)}

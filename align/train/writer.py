@@ -1,6 +1,7 @@
 """Log, checkpoint and progress writer of a training run, with collapse detection."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -16,7 +17,7 @@ from sail_align.align.data.loader import Stream
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.runs.checkpoint import Checkpoint, Tensors
-from sail_align.align.runs.folder import RunFolder
+from sail_align.align.runs.folder import RunFolder, quality
 from sail_align.align.settings import OnCollapse
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
@@ -72,6 +73,7 @@ class RunWriter:
 
     Attributes:
         collapse: Message that ends the run, once a collapse is seen that should stop it.
+        out_of_patience: Whether as many scorings as the settings allow have passed since the best one.
         close: Close the log, the trackers and the progress bar.
     """
 
@@ -115,10 +117,11 @@ class RunWriter:
         self._stream, self._device = stream, device
         self._watch, self._warned = Watch(plan.settings.lr), False
         self.collapse: str | None = None
+        self._highest, self._scorings_since = -math.inf, 0
         last = self._run.last
         self._run.discard_after(RunFolder(last).step if last else -1)
         best = Checkpoint.best(run)
-        self._best_r1, self._best_folder = (best.r1, best.folder) if best else (None, run)
+        self._best, self._best_folder = (quality(best.scores), best.folder) if best else (None, run)
         self._unsaved_best: tuple[Tensors, int, Mapping[str, float]] | None = None
         self._scored: tuple[int, Mapping[str, float]] = (-1, {})
         with ExitStack() as opened:
@@ -153,10 +156,15 @@ class RunWriter:
         """Log scores on held-out pairs, and keep the weights if they are the best."""
         self._write("heldout", step, scores)
         self._scored = step, dict(scores)
-        if self._best_r1 is None or scores["r1"] > self._best_r1:
-            self._best_r1, self._best_folder = scores["r1"], self._run.checkpoint(step, "best")
+        found = quality(scores)
+        if found is not None and (self._best is None or found > self._best):
+            self._best, self._best_folder = found, self._run.checkpoint(step, "best")
             weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             self._unsaved_best = weights, step, dict(scores)
+
+    @property
+    def out_of_patience(self) -> bool:  # noqa: D102 (an attribute of the class)
+        return self._settings.patience is not None and self._scorings_since >= self._settings.patience
 
     @property
     def save_is_due(self) -> bool:
@@ -202,6 +210,9 @@ class RunWriter:
         self._see(kind, step, **values)
 
     def _see(self, kind: str, step: int, **values: float) -> None:
+        if kind == "heldout" and (found := quality(values)) is not None:
+            self._scorings_since = 0 if found > self._highest else self._scorings_since + 1
+            self._highest = max(self._highest, found)
         seen = self._watch.see(kind, step, values)
         if seen and self._on_collapse == "stop":
             self.collapse = self.collapse or seen

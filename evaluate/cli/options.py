@@ -12,14 +12,6 @@ RunPath = Annotated[
         help="A run of sail-align, RUN/checkpoints/STEP, or an exported folder.  [default: the newest in runs/]",
     ),
 ]
-WhichCheckpoint = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="best|last",
-        help="Which weights of the run: those with the best scores on held-out pairs, or the last.  [default: last]",
-    ),
-]
 ModelName = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sail_align.evaluate.cli.options import AllowRemoteCode, FeaturesDir, ModelName, RunPath, WhichCheckpoint
+from sail_align.align.cli.options import WhichCheckpoint
+from sail_align.evaluate.cli.options import AllowRemoteCode, FeaturesDir, ModelName, RunPath
 from sail_align.extract.system.command_line import BadResult, DataRoot, Device, Quiet, Result, with_json
 
 if TYPE_CHECKING:

@@ -116,7 +116,7 @@ def kept(run):
 
 def best_is(run):
     best = Checkpoint.best(run)
-    return best.folder, best.step, best.r1
+    return best.folder, best.step, best.scores["r1"]
 
 
 MODEL, WHOLE = ["model.json", "model.safetensors"], ["model.json", "model.safetensors", "optimizer.safetensors"]

@@ -280,6 +280,17 @@ def test_lost_process_ends_the_job_and_any_number_resumes(begin, make_store, tmp
 
 
 @pytest.mark.slow
+def test_processes_stop_early_together(begin, make_store, tmp_path):
+    words = ("--features", make_store(rows=150), "--head", "linear", "--steps", 40, "--patience", 3)
+    processes = begin(2, *words, "--lr", "0.3", "--on-collapse", "warn", "--out", tmp_path / "run")
+    assert [process.wait() for process in processes] == [0, 0]
+    assert "stopped early, after 6 of 40 steps (--patience)\n" in processes[0].output
+    assert "note: Training did not improve on its initial weights" in processes[0].output
+    last = Checkpoint.read(tmp_path / "run")
+    assert (last.step, last.finished, Checkpoint.best(tmp_path / "run").step) == (6, True, 0)
+
+
+@pytest.mark.slow
 def test_mistake_is_reported_once(begin, make_store):
     store = make_store()
     processes = begin(2, "--features", store, "--out", store, "--steps", 1)

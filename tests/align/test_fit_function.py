@@ -49,9 +49,9 @@ def test_result_has_the_scores_of_the_log_and_is_a_path(make_store):
     scored = [entry for entry in entries if entry["kind"] == "heldout"]
     assert os.fspath(result) == "runs/photos-glu"
     assert (result.steps, result.training_rows, result.held_out_rows) == (4, 240, 60)
-    assert result.metrics == {name: scored[-1][name] for name in result.metrics}
-    best = max(scored, key=lambda entry: (entry["r1"], -entry["step"]))
-    assert (result.best_step, result.best_metrics["r1"]) == (best["step"], best["r1"])
+    assert result.last_metrics == {name: scored[-1][name] for name in result.last_metrics}
+    best = max(scored, key=lambda entry: (entry["mrr"], -entry["step"]))
+    assert (result.best_step, result.metrics) == (best["step"], {name: best[name] for name in result.metrics})
     assert RunFolder(result.best_checkpoint).is_checkpoint
     assert result.trained
     assert result.to_dict()["metrics"] == dict(result.metrics)

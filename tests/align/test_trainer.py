@@ -10,6 +10,7 @@ import pytest
 import torch
 from fakes import identity
 
+from sail_align.align.data.pairs import read_rows
 from sail_align.align.model.loss import LossValue
 from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.claim import claim_run
@@ -186,6 +187,54 @@ def test_stopped_run_ends_like_an_uninterrupted_one(make_store, tmp_path, monkey
     assert same == run
     fit(plan, run, device=CPU, quiet=True, save_seconds=0)
     assert content(run) == content(whole)
+
+
+FORGETS = {"start": "closed-form", "head": "linear", "expansion": None, "lr": 0.03, "steps": 40, "patience": 3}
+"""A fit that ends below its start, with a scoring after every second step."""
+
+
+def test_fit_stops_early_and_keeps_its_start(make_store, tmp_path):
+    plan, run = begin([make_store(rows=150)], tmp_path / "run", **FORGETS)
+    fit(plan, run, device=CPU, quiet=True, on_collapse="warn")
+    scored = lines(run, "heldout")
+    assert [entry["step"] for entry in scored] == [0, 2, 4, 6]
+    assert max(scored, key=lambda entry: entry["mrr"])["step"] == 0
+    assert Checkpoint.read(run).finished
+    assert (load_run(run, "last").step, load_run(run).step, load_run(run).finished) == (6, 0, True)
+    start = load_run(RunFolder(run).checkpoint(0, "best"))
+    assert (start.digest, start.finished) == (load_run(run).digest, False)
+
+
+@pytest.mark.parametrize("stops", [[1], [3, 2]])
+def test_stopped_run_has_the_same_patience(make_store, tmp_path, monkeypatch, stops):
+    store = make_store(rows=150)
+    plan, whole = begin([store], tmp_path / "whole", **FORGETS)
+    fit(plan, whole, device=CPU, quiet=True, save_seconds=0, on_collapse="warn")
+    for stop in stops:
+        plan, run = begin([store], tmp_path / "stopped", **FORGETS)
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(StoppedError):
+                fit(plan, run, device=CPU, quiet=True, save_seconds=0, on_collapse="warn")
+    fit(plan, run, device=CPU, quiet=True, save_seconds=0, on_collapse="warn")
+    assert content(run) == content(whole)
+
+
+def test_mean_reciprocal_rank_is_that_of_all_scores(make_store, tmp_path):
+    plan, run = begin([make_store(rows=150, captions={"raw": (), "long": ()})], tmp_path / "run", steps=1)
+    scores = fit(plan, run, device=CPU, quiet=True)
+    held_out = read_rows(plan.scored, plan.held_out)
+    model = load_run(run, "last").model
+    images, texts = (
+        encode(torch.from_numpy(features)).detach().double().numpy()
+        for encode, features in ((model.encode_image, held_out[0]), (model.encode_text, held_out[1].reshape(-1, 8)))
+    )
+    similarity, owner = texts @ images.T, np.arange(len(texts)) % len(images)
+    own = similarity[np.arange(len(texts)), owner]
+    reciprocal = [np.mean(1 / (similarity >= own[:, None]).sum(1))]
+    best_own = np.array([own[owner == image].max() for image in range(len(images))])
+    reciprocal.append(np.mean(1 / (1 + (similarity > best_own[None]).sum(0))))
+    assert scores["mrr"] == pytest.approx(100 * np.mean(reciprocal), abs=0.2)
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from sail_align.align.model.alignment import Architecture
-from sail_align.align.runs.checkpoint import Checkpoint
+from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.evaluate import cli
 from sail_align.evaluate.score import prepare
 from sail_align.extract.errors import UserError
 
-BEST = "best: step 1, mean R@1 40.0 on held-out pairs; scored: last. Pass --checkpoint best to score the best."
+BEST = "scoring step 1, the best on held-out pairs, mean R@1 40.0. Pass --checkpoint last to score step 9."
 
 
 @pytest.fixture
@@ -51,16 +51,23 @@ def sail_eval(monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_last_is_scored_by_default_and_a_better_one_is_named(squares, trained, sail_eval):
+def test_best_is_scored_by_default_and_the_last_by_name(squares, trained, sail_eval):
     code, out, _ = sail_eval("classification", squares, "--run", trained, "--quiet")
     assert (code, out.splitlines()[0]) == (0, BEST)
     assert (trained / "scores.json").is_file()
-    code, out, _ = sail_eval("classification", squares, "--checkpoint", "last", "--quiet")
-    assert (code, "best:" in out) == (0, False)
+    best = load_run(trained / "checkpoints" / "best-00000001")
+    assert json.loads((trained / "scores.json").read_text())["run"] == {
+        "name": "colours-glu",
+        "digest": best.digest,
+        "unfinished": "",
+    }
     code, out, _ = sail_eval("classification", squares, "--checkpoint", "best", "--quiet")
-    assert (code, "best:" in out) == (0, False)
-    assert f"scoring {trained}/checkpoints/best-00000001 (the newest run) on squares" in out
-    assert (trained / "scores" / "best-00000001" / "scores.json").is_file()
+    assert (code, "--checkpoint" in out) == (0, False)
+    code, out, _ = sail_eval("classification", squares, "--checkpoint", "last", "--quiet")
+    assert (code, "--checkpoint" in out) == (0, False)
+    assert f"scoring {trained}/checkpoints/step-00000009 (the newest run) on squares" in out
+    assert (trained / "scores" / "step-00000009" / "scores.json").is_file()
+    assert sail_eval("trace", trained)[0] == 0
 
 
 @pytest.mark.slow
@@ -85,14 +92,15 @@ def test_invalid_choices(squares, trained, which, options, message):
     assert message in str(refusal.value)
 
 
-def test_run_without_held_out_pairs_has_no_best(squares, trained):
+def test_best_is_the_last_if_no_pairs_were_held_out(squares, trained):
     for folder in (trained / "checkpoints").iterdir():
         record = json.loads((folder / "model.json").read_text())
         RunFolder(folder).discard()
         about = {name: record[name] for name in ("architecture", "settings", "image", "text")}
         Checkpoint.write(folder, Architecture("glu", 3, 3, 8).build().state_dict(), about, step=record["step"])
-    with pytest.raises(UserError, match="has no best checkpoint: no pairs were held out"):
-        prepare(trained, [str(squares)], checkpoint="best")
+    for which in ("best", "last", None):
+        job = prepare(trained, [str(squares)], checkpoint=which)
+        assert (job.run.path, job.run.step, job.notes) == (trained, 9, [])
 
 
 @pytest.mark.slow
