@@ -38,6 +38,7 @@ class FitKeywords(TypedDict, total=False):
     image_dropout: float | None
     text_dropout: float | None
     image_power: float | None
+    patch_power: float | None
     start: Literal["random", "closed-form"] | None
     ridge: float | None
     positives: int | None

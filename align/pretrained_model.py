@@ -349,7 +349,7 @@ class PretrainedModel(nn.Module):
             list_labels(labels),
             self.encode_labels(labels, templates),
             self.image_encoder,
-            lambda patches_NhwD: self._embed("image", patches_NhwD, normalize=True),
+            self._embed_patches,
             threshold=background,
             variants=variants,
         )
@@ -382,6 +382,10 @@ class PretrainedModel(nn.Module):
         if corrected:
             return self.alignment.require_correction().extend(raw, side)
         return F.normalize(raw, dim=-1) if normalize else raw
+
+    def _embed_patches(self, patches_NhwD: Tensor) -> Tensor:
+        raw = self.alignment.image_head.of_patches(patches_NhwD.to(self.device).float())
+        return F.normalize(raw.float(), dim=-1)
 
     @contextmanager
     def exact(self) -> Iterator[None]:

@@ -41,6 +41,7 @@ _HEAD = (
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
+_PATCH_POWER = "The same exponent for the patches of an image, as in segmentation. Training does not use it."
 _PATIENCE = "Stop after this many scorings without better held-out scores; a run has 20 scorings."
 _VERIFY = "When to compare features with their checksums: on their first use, in every epoch, or never."
 _PRECISION = "auto: bfloat16 on a GPU, float32 on a CPU"
@@ -69,6 +70,7 @@ class FitSettings:
     image_power: float = declare(
         "Heads", "Exponent applied to image features, keeping their signs.", 1.0, ge=0.1, le=1, cca=True
     )
+    patch_power: float | None = declare("Heads", _PATCH_POWER, None, ge=0.1, le=1, shown="--image-power", cca=True)
     start: Literal["random", "closed-form"] = declare(
         "Heads", "Initial weights; `closed-form` initialises a linear path with the CCA.", "random", small="closed-form"
     )

@@ -65,5 +65,5 @@ class VisionTower(nn.Module):
         self.encoder.require_pixels(pixel_values)
         with torch.autocast(self.device.type, enabled=False):
             patches_BhwD = self.encoder.forward_dense(pixel_values.to(self.device).float())
-            tokens_BNE = self.head(patches_BhwD.flatten(1, 2)).float()
+            tokens_BNE = self.head.of_patches(patches_BhwD.flatten(1, 2)).float()
         return (F.normalize(tokens_BNE, dim=-1) if self._normalize else tokens_BNE).to(self.dtype)

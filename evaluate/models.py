@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
@@ -69,8 +69,15 @@ def load_open_clip(reference: str, device: str) -> Run:
         image, text = (Identity.from_json(towers.get(side, {})) for side in ("image", "text"))
     except ValueError as problem:
         raise UserError(f"{folder / 'encoders.json'} is invalid: {problem}. Remove {folder}.") from problem
-    no_head = cast(Head, nn.Identity())  # the features are embeddings already, up to their length
+    no_head = cast(Head, _NoHead())
     return Run(folder, AlignmentModel(no_head, no_head).eval(), image, text, settings, model_digest(image, text))
+
+
+class _NoHead(nn.Identity):
+    """The head of a model whose features are embeddings already, up to their length."""
+
+    def of_patches(self, patches_BD: Tensor) -> Tensor:
+        return patches_BD
 
 
 def model_digest(image: Identity, text: Identity) -> str:

@@ -27,7 +27,7 @@ class Segmenter:
                 "task.background."
             )
         classes_CE = torch.from_numpy(data.class_embeddings()).to(data.encoders.device)
-        embed, encoder = data.run.model.encode_image, data.encoders.image
+        embed, encoder = data.run.model.encode_patches, data.encoders.image
         self._images = ImageSegmenter(
             names, classes_CE, encoder, embed, threshold=task.background, variants=task.variants
         )

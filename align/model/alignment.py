@@ -49,6 +49,10 @@ class AlignmentModel(nn.Module):
         """Return unit-norm float32 embeddings (…, E) of image features (…, D) of any float type."""
         return F.normalize(self.image_head(features_BD.float()), dim=-1)
 
+    def encode_patches(self, patches_BD: Tensor) -> Tensor:
+        """Return unit-norm float32 embeddings (…, E) of features of an image's patches (…, D) of any float type."""
+        return F.normalize(self.image_head.of_patches(patches_BD.float()), dim=-1)
+
     def encode_text(self, features_BD: Tensor) -> Tensor:
         """Return unit-norm float32 embeddings (…, E) of text features (…, D) of any float type."""
         return F.normalize(self.text_head(features_BD.float()), dim=-1)
@@ -84,6 +88,7 @@ class AlignmentModel(nn.Module):
 
 
 Dim = Annotated[int, Field(ge=1, le=MOST_DIM)]
+Power = Annotated[float, Field(gt=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -97,7 +102,8 @@ class _Form(TypedDict, total=False):
     image_dropout: Dropout
     text_dropout: Dropout
     linear_path: bool
-    image_power: Annotated[float, Field(gt=0, le=1)]
+    image_power: Power
+    patch_power: Power | None
     correction: CorrectionKind
     bank_rows: Annotated[int, Field(ge=0, le=MOST_BANK_ROWS)]
 
@@ -115,6 +121,7 @@ class Architecture:
     text_dropout: float = 0.0
     linear_path: bool = False
     image_power: float = 1.0
+    patch_power: float | None = None
     correction: CorrectionKind = "none"
     bank_rows: int = 0
 
@@ -132,7 +139,7 @@ class Architecture:
         sides = ((self.image_dim, self.image_dropout), (self.text_dim, self.text_dropout))
         hidden = {} if self.head == "linear" else {"expansion": self.expansion}
         heads = [HEADS[self.head](input_dim, self.dim, dropout, **hidden) for input_dim, dropout in sides]
-        heads[0].power = self.image_power
+        heads[0].power, heads[0].patch_power = self.image_power, self.patch_power
         if self.linear_path:
             for head in heads:
                 head.add_linear_path()

@@ -22,10 +22,12 @@ class Head(nn.Module, ABC):
     """Base class of heads: power, LayerNorm and dropout, then the body of a subclass. Hidden units drop out too.
 
     Maps features (…, input_dim) to (…, output_dim). Initial weights are Xavier-uniform and initial biases zero.
-    `power` is the exponent of `apply_power`.
+    `power` is the exponent of `apply_power`, and `patch_power` that for patches of an image.
     """
 
     power = 1.0
+    patch_power: float | None = None
+    """None takes `power`."""
 
     hidden_units = 0
     out: nn.Linear
@@ -47,12 +49,22 @@ class Head(nn.Module, ABC):
         kept_of_unit = 3 if self.dropout.p else 2  # before and after, and the dropout mask if there is one
         return 2 + kept_of_unit * (self.norm.normalized_shape[0] + self.hidden_units)
 
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised."""
+    def of_patches(self, patches_BD: Tensor) -> Tensor:
+        """Map features of patches (…, input_dim) as `forward` does, but with the power of patches."""
+        return self(patches_BD, self.patch_power)
+
+    def forward(self, features_BD: Tensor, power: float | None = None) -> Tensor:
+        """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised.
+
+        Args:
+            features_BD: The features.
+            power: Exponent of `apply_power` instead of the head's own.
+        """
+        power = self.power if power is None else power
         *leading, input_dim = features_BD.shape
         features_BD = features_BD.reshape(-1, input_dim)
-        if self.power != 1:
-            features_BD = self.apply_power(features_BD.to(self.norm.weight.dtype))
+        if power != 1:
+            features_BD = self.apply_power(features_BD.to(self.norm.weight.dtype), power)
         norm, fused = self.norm, self.training and not self.dropout.p and not features_BD.requires_grad
         input_BD = features_BD if fused else self.dropout(norm(features_BD.to(norm.weight.dtype)))
 
@@ -67,13 +79,14 @@ class Head(nn.Module, ABC):
             out_BE = out_BE + of_input(self.linear_path)
         return out_BE.reshape(*leading, -1)
 
-    def apply_power(self, features_BD: Tensor) -> Tensor:
-        """Return `sign(x) |x|^power` of each feature.
+    def apply_power(self, features_BD: Tensor, power: float | None = None) -> Tensor:
+        """Return `sign(x) |x|^power` of each feature; by default with the head's own power.
 
         A power below 1 shortens the long tail of rectified features, in which a few large values dominate the others
         (the "power normalisation" of Perronnin et al., 2010, with a power of 0.5).
         """
-        return features_BD if self.power == 1 else features_BD.sign() * features_BD.abs() ** self.power
+        power = self.power if power is None else power
+        return features_BD if power == 1 else features_BD.sign() * features_BD.abs() ** power
 
     def add_linear_path(self) -> nn.Linear:
         """Add and return a linear map beside the body, whose initial output becomes zero.

@@ -72,6 +72,7 @@ class Plan:
             text_dropout=settings.text_dropout,
             linear_path=settings.start == "closed-form" and settings.head in ("mlp", "glu"),
             image_power=settings.image_power,
+            patch_power=settings.patch_power,
             correction="gaussian" if settings.head == "pcca" else "none",
         )
 

@@ -96,3 +96,17 @@ def test_dropout_acts_only_in_training():
     assert not torch.equal(head(x), head(x))
     head.eval()
     assert torch.equal(head(x), head(x))
+
+
+def test_patches_have_a_power_of_their_own():
+    torch.manual_seed(0)
+    architecture = Architecture("linear", image_dim=3, text_dim=3, dim=2, image_power=0.5)
+    bent, flat = architecture.build(), replace(architecture, patch_power=1.0).build()
+    flat.load_state_dict(bent.state_dict())
+    plain = replace(architecture, image_power=1.0).build()
+    plain.load_state_dict(bent.state_dict())
+    x = torch.tensor([[-4.0, 0.0, 9.0]])
+    assert torch.equal(flat.encode_image(x), bent.encode_image(x))
+    assert torch.equal(bent.encode_patches(x), bent.encode_image(x))
+    assert torch.equal(flat.encode_patches(x), plain.encode_image(x))
+    assert not torch.equal(flat.encode_patches(x), bent.encode_patches(x))

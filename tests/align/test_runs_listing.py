@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sail_align.align.cli import main
+from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import claim_run, hold_run
 from sail_align.align.runs.folder import RunFolder, content_digest, run_digest
 from sail_align.align.runs.listing import RunSummary, list_runs
@@ -40,8 +41,7 @@ def write_scores(run, digest):
 
 @pytest.mark.slow
 def test_finished_run_with_its_scores(trained):
-    last = RunFolder(trained).last
-    saved = json.loads((last / "model.json").read_text())
+    saved = Checkpoint.best(trained).record
     write_scores(trained, saved["digest"])
     write_scores(trained / "scores" / "best-00000002", "another")
     run = RunSummary.read(trained)

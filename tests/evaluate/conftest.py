@@ -84,7 +84,7 @@ class PlainHeads(torch.nn.Module):
     def encode_image(self, features_BD):
         return F.normalize(features_BD, dim=-1)
 
-    encode_text = encode_image
+    encode_text = encode_patches = encode_image
 
 
 @pytest.fixture

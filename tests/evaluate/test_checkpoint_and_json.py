@@ -111,10 +111,10 @@ def test_results_as_json(squares, trained, sail_eval):
     assert (code, scored["command"], scored["records"]) == (0, "sail-eval classification", [record])
     assert (scored["notes"], scored["report"]) == ([BEST], f"{trained}/report.html")
     assert "top-1" in err
-    code, out, _ = sail_eval("all", "--manifest", squares, "--checkpoint", "best", "--quiet", "--json")
+    code, out, _ = sail_eval("all", "--manifest", squares, "--checkpoint", "last", "--quiet", "--json")
     assert (code, [each["dataset"] for each in json.loads(out)["records"]]) == (0, ["squares"])
 
-    both = [trained, trained / "checkpoints" / "best-00000001"]
+    both = [trained, trained / "checkpoints" / "step-00000009"]
     code, out, err = sail_eval("report", *both, "--json")
     lines = json.loads(out)["scores"]
     assert (code, "top-1" in err) == (0, True)

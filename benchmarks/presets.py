@@ -1,0 +1,185 @@
+r"""Compare settings of `sail-align fit` on parts of a store, held in memory: which preset suits how many pairs.
+
+Each recipe is a preset's settings with changes, such as `head=linear,image_power=0.5`. For each number of pairs and each
+split, it is trained as `fit` trains it, its best step is chosen on held-out pairs as `fit` chooses it, and it is scored
+on other rows, which all recipes share. Prints R@1, the mean of both directions in percent, over the splits, and the
+difference to the first recipe with its 95 % interval over splits and rows. `corrected` is the same with hubs corrected
+by a bank of training embeddings. Trials are kept in --out and reused.
+
+    python benchmarks/presets.py --features features/flickr8k-train.zarr --rows 500,1000 head=glu head=linear
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sail_align.align.data.loader import Batch
+from sail_align.align.data.pairs import open_pairs, read_rows
+from sail_align.align.model.alignment import AlignmentModel, Architecture
+from sail_align.align.model.closed_form import Moments
+from sail_align.align.model.loss import sigmoid_loss
+from sail_align.align.settings import FitSettings, check_options, choose_settings
+from sail_align.align.stats.bootstrap import mean_interval
+from sail_align.align.stats.metrics import ranks
+from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
+from sail_align.align.train.trainer import SCORINGS, score
+
+BETA = 20.0
+CPU = torch.device("cpu")
+EXTRA = ("ema", "text_power")
+"""What a recipe may have besides settings: decay of an average of the weights, and the power of text features."""
+
+
+class Rows:
+    """Features of some rows in memory: images (N, D) and texts (C, N, D), float32."""
+
+    def __init__(self, images: Tensor, texts: Tensor):
+        self.images, self.texts = images, texts
+
+    def take(self, rows: NDArray[np.integer]) -> "Rows":
+        """Return some of the rows."""
+        index = torch.from_numpy(rows)
+        return Rows(self.images[index], self.texts[:, index])
+
+    @property
+    def batch(self) -> Batch:
+        """All rows as a batch with all captions."""
+        return Batch(self.images, self.texts)
+
+    def batches(self, size: int, seed: int, positives: int | None) -> Iterator[Batch]:
+        """Yield batches without end: each epoch has every row once, but for the last incomplete batch."""
+        random = np.random.default_rng(seed)
+        while True:
+            order = random.permutation(len(self.images))
+            for start in range(0, len(order) - size + 1, size):
+                rows = torch.from_numpy(order[start : start + size])
+                texts = self.texts[:, rows]
+                if positives is not None:
+                    drawn = random.random(texts.shape[:2]).argsort(axis=0)[:positives]
+                    texts = torch.take_along_dim(texts, torch.from_numpy(drawn)[..., None], dim=0)
+                yield Batch(self.images[rows], texts)
+
+
+def train(rows: Rows, chosen_on: Rows, settings: FitSettings, extra: Mapping[str, float]) -> tuple[AlignmentModel, int]:
+    """Train on rows; return the model with the best `mrr` on others, and its step."""
+    torch.manual_seed(settings.seed)
+    head = "linear" if settings.head == "cca" else settings.head
+    architecture = Architecture(
+        head,
+        rows.images.shape[1],
+        rows.texts.shape[2],
+        settings.dim,
+        settings.expansion,
+        settings.image_dropout,
+        settings.text_dropout,
+        linear_path=settings.start == "closed-form" and head != "linear",
+        image_power=settings.image_power,
+    )
+    model = architecture.build(scale=float(settings.temperature), bias=float(settings.bias))
+    model.text_head.power = extra.get("text_power", 1.0)
+    if settings.closed_form:
+        moments = Moments(architecture.image_dim, architecture.text_dim)
+        moments.add(model.image_head.apply_power(rows.images), model.text_head.apply_power(rows.texts))
+        image_map, text_map, _ = moments.cca(settings.dim, settings.ridge)
+        image_map.copy_to(model.image_head)
+        text_map.copy_to(model.text_head)
+    decay = extra.get("ema", 0.0)
+    averaged = {name: value.clone() for name, value in model.state_dict().items()}
+    stepper = Stepper(model, sigmoid_loss, make_optimizer(model, settings), CPU, in_parts=True)
+    interval = -(-settings.steps // SCORINGS)
+    best, best_step, best_state = score(model, sigmoid_loss, chosen_on.batch, CPU)["mrr"], 0, dict(averaged)
+    batches = rows.batches(settings.batch_size, settings.seed, settings.positives)
+    for step, batch in zip(range(1, settings.steps + 1), batches, strict=False):
+        seed_torch(settings.seed, step - 1)
+        stepper.step(batch, settings.learning_rate(step - 1))
+        now = model.state_dict()
+        averaged = {name: (decay * averaged[name] + (1 - decay) * now[name]) for name in now}
+        if step % interval == 0 or step == settings.steps:
+            kept = {name: value.clone() for name, value in now.items()}
+            model.load_state_dict(averaged)
+            if (found := score(model, sigmoid_loss, chosen_on.batch, CPU)["mrr"]) > best:
+                best, best_step, best_state = found, step, {name: value.clone() for name, value in averaged.items()}
+            model.load_state_dict(kept)
+    model.load_state_dict(best_state)
+    return model.eval(), best_step
+
+
+@torch.no_grad()
+def recalled(model: AlignmentModel, rows: Rows, bank: Rows | None = None) -> NDArray[np.float64]:
+    """Return for each row the mean over both directions of whether it was found first, with a bank's correction."""
+    images, texts = model(rows.images, rows.texts)
+    texts = texts.flatten(0, 1)
+    if bank is not None:
+        other_images, other_texts = model(bank.images, bank.texts[0])
+        image_hub = (BETA * images @ other_texts.T).logsumexp(1, keepdim=True) / BETA
+        text_hub = (BETA * texts @ other_images.T).logsumexp(1, keepdim=True) / BETA
+        images = torch.cat((images, -image_hub, torch.ones_like(image_hub)), 1)
+        texts = torch.cat((texts, torch.ones_like(text_hub), -text_hub), 1)
+    owner = np.tile(np.arange(len(images)), len(rows.texts))
+    image_ranks, text_ranks = ranks(images.numpy(), texts.numpy(), owner)
+    return ((image_ranks == 0) + (text_ranks == 0).reshape(len(rows.texts), -1).mean(0)) / 2
+
+
+def trial(store: Rows, pairs: int, split: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a recipe on `pairs` rows, 100 of them to choose the step, and score it on the fifth of the rows `split`."""
+    fifths = np.array_split(np.random.default_rng(0).permutation(len(store.images)), 5)
+    scored_on = fifths.pop(split)
+    chosen_on, training = np.split(np.concatenate(fifths)[:pairs], [100])
+    extra = {name: float(recipe[name]) for name in EXTRA if name in recipe}
+    options = check_options({name: value for name, value in recipe.items() if name not in EXTRA})
+    dims = {"image_dim": store.images.shape[1], "text_dim": store.texts.shape[2]}
+    settings, _ = choose_settings({"seed": split, **options}, rows=len(training), **dims)
+    rows, test = store.take(training), store.take(scored_on)
+    model, step = train(rows, store.take(chosen_on), settings, extra)
+    hits = {"plain": recalled(model, test), "corrected": recalled(model, test, rows)}
+    return {"step": step, "of": settings.steps, **{name: each.tolist() for name, each in hits.items()}}
+
+
+def main() -> None:
+    """Train, score and print."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--features", type=Path, required=True, help="store")
+    options.add_argument("--rows", default="500,1000", help="numbers of pairs")
+    options.add_argument("--splits", type=int, default=3)
+    options.add_argument("--out", type=Path, default=Path("runs/presets.jsonl"), help="file of finished trials")
+    options.add_argument("recipes", nargs="+", help="settings as name=value,name=value")
+    asked = options.parse_args()
+    pairs = open_pairs([asked.features])
+    images, texts = read_rows(pairs, [each.usable(None) for each in pairs])
+    store = Rows(torch.from_numpy(images).float(), torch.from_numpy(texts).float())
+    known = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    print("| pairs | recipe | R@1 | difference | corrected | difference | best step |\n|---|---|---|---|---|---|---|")
+    for count in map(int, asked.rows.split(",")):
+        first: dict[str, NDArray[np.float64]] = {}
+        for recipe in asked.recipes:
+            trials = []
+            for split in range(asked.splits):
+                key = [str(asked.features), count, split, recipe]
+                found = next((each for each in known if each["key"] == key), None)
+                if found is None:
+                    settings = dict(each.split("=") for each in recipe.split(",") if each)
+                    found = {"key": key, **trial(store, count, split, settings)}
+                    with asked.out.open("a") as file:
+                        file.write(json.dumps(found) + "\n")
+                trials.append(found)
+            cells = []
+            for name in ("plain", "corrected"):
+                hits = 100 * np.stack([each[name] for each in trials])
+                first.setdefault(name, hits)
+                low, high = mean_interval((hits - first[name]).flatten())
+                difference = (hits - first[name]).mean()
+                cells += [f"{hits.mean():.1f}", f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"]
+            steps = ", ".join(f"{each['step']}/{each['of']}" for each in trials)
+            print(f"| {count:,} | {recipe} | {' | '.join(cells)} | {steps} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
