@@ -10,7 +10,7 @@ import torch
 from sail_align.align.cli import main
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import claim_run, hold_run
-from sail_align.align.runs.folder import RunFolder, content_digest, run_digest
+from sail_align.align.runs.folder import content_digest, run_digest
 from sail_align.align.runs.listing import RunSummary, list_runs
 from sail_align.align.train.plan import make_plan
 from sail_align.align.train.trainer import fit
