@@ -68,8 +68,13 @@ class Rows:
                 yield Batch(self.images[rows], texts)
 
 
-def train(rows: Rows, chosen_on: Rows, settings: FitSettings, extra: Mapping[str, float]) -> tuple[AlignmentModel, int]:
-    """Train on rows; return the model with the best `mrr` on others, and its step."""
+def train(
+    rows: Rows, chosen_on: Rows, scored_on: Rows, settings: FitSettings, extra: Mapping[str, float]
+) -> tuple[AlignmentModel, list[dict[str, float]]]:
+    """Train on rows; return the model with the best `mrr` on others.
+
+    Also return for each scoring its step, the scores on these others, and `test`, the mean R@1 on the rows to score on.
+    """
     torch.manual_seed(settings.seed)
     head = "linear" if settings.head == "cca" else settings.head
     architecture = Architecture(
@@ -95,7 +100,16 @@ def train(rows: Rows, chosen_on: Rows, settings: FitSettings, extra: Mapping[str
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     stepper = Stepper(model, sigmoid_loss, make_optimizer(model, settings), CPU, in_parts=True)
     interval = -(-settings.steps // SCORINGS)
-    best, best_step, best_state = score(model, sigmoid_loss, chosen_on.batch, CPU)["mrr"], 0, dict(averaged)
+    curve: list[dict[str, float]] = []
+    best_state: dict[str, Tensor] = {}
+
+    def see(step: int, state: dict[str, Tensor]) -> None:
+        now = score(model, sigmoid_loss, chosen_on.batch, CPU)
+        if not curve or now["mrr"] > max(each["mrr"] for each in curve):
+            best_state.update({name: value.clone() for name, value in state.items()})
+        curve.append({"step": step, **now, "test": score(model, sigmoid_loss, scored_on.batch, CPU)["r1"]})
+
+    see(0, averaged)
     batches = rows.batches(settings.batch_size, settings.seed, settings.positives)
     for step, batch in zip(range(1, settings.steps + 1), batches, strict=False):
         seed_torch(settings.seed, step - 1)
@@ -105,11 +119,10 @@ def train(rows: Rows, chosen_on: Rows, settings: FitSettings, extra: Mapping[str
         if step % interval == 0 or step == settings.steps:
             kept = {name: value.clone() for name, value in now.items()}
             model.load_state_dict(averaged)
-            if (found := score(model, sigmoid_loss, chosen_on.batch, CPU)["mrr"]) > best:
-                best, best_step, best_state = found, step, {name: value.clone() for name, value in averaged.items()}
+            see(step, averaged)
             model.load_state_dict(kept)
     model.load_state_dict(best_state)
-    return model.eval(), best_step
+    return model.eval(), curve
 
 
 @torch.no_grad()
@@ -138,9 +151,10 @@ def trial(store: Rows, pairs: int, split: int, recipe: Mapping[str, Any]) -> dic
     dims = {"image_dim": store.images.shape[1], "text_dim": store.texts.shape[2]}
     settings, _ = choose_settings({"seed": split, **options}, rows=len(training), **dims)
     rows, test = store.take(training), store.take(scored_on)
-    model, step = train(rows, store.take(chosen_on), settings, extra)
+    model, curve = train(rows, store.take(chosen_on), test, settings, extra)
     hits = {"plain": recalled(model, test), "corrected": recalled(model, test, rows)}
-    return {"step": step, "of": settings.steps, **{name: each.tolist() for name, each in hits.items()}}
+    step = max(curve, key=lambda each: each["mrr"])["step"]
+    return {"step": step, "of": settings.steps, "curve": curve, **{name: each.tolist() for name, each in hits.items()}}
 
 
 def main() -> None:
@@ -180,8 +194,8 @@ def main() -> None:
             for name in ("plain", "corrected"):
                 hits = 100 * np.stack([each[name] for each in trials])
                 first.setdefault(name, hits)
-                low, high = mean_interval((hits - first[name]).flatten())
-                difference = (hits - first[name]).mean()
+                low, high = mean_interval((hits - first[name][: len(hits)]).flatten())
+                difference = (hits - first[name][: len(hits)]).mean()
                 cells += [f"{hits.mean():.1f}", f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"]
             steps = ", ".join(f"{each['step']}/{each['of']}" for each in trials)
             print(f"| {count:,} | {recipe} | {' | '.join(cells)} | {steps} |", flush=True)

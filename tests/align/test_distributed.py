@@ -213,7 +213,7 @@ def begin(start_warm, tmp_path):
     """Start a fit that saves after every step, in so many processes."""
 
     def begin(size, *words):
-        port, words = free_port(), [str(word) for word in (*words, *FIT)]
+        port, words = free_port(), [str(word) for word in (*FIT, *words)]
         ranks = [environment(rank, size, port) for rank in range(size)] if size > 1 else [{}]
         return [
             start_warm(fit, words, output=tmp_path / f"{port}-{rank}.txt", **variables)
