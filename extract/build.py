@@ -64,6 +64,7 @@ def build_store(
     images: str | Path | None = None,
     image_encoder: str | None = None,
     image_pooling: str | None = None,
+    image_size: int | None = None,
     text_encoder: str | None = None,
     text_pooling: str | None = None,
     captions: str | Sequence[str] | None = None,
@@ -96,6 +97,8 @@ def build_store(
         image_encoder: Name (`sail-extract encoders` lists them), hf:REPOSITORY, timm:MODEL or open_clip:MODEL.
                 Default: the manifest's, else "dinov2-large".
         image_pooling: "cls", "mean" or "cls+mean". Default: the encoder's own.
+        image_size: Height and width of the images that the encoder gets, a multiple of its patch size. Default: the
+            manifest's, else the encoder's own.
         text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's, else "gte-large".
         text_pooling: "cls", "mean" or "last". Default: the encoder's own.
         captions: Names of the captions to encode, as a sequence or as "raw,long". Default: the manifest's, else all.
@@ -126,7 +129,7 @@ def build_store(
         StoppedError: SIGTERM or Ctrl-C, for which `sail_align.build_store` raises `KeyboardInterrupt`.
     """
     report = report or Report(recognised=_ignore if quiet else _note_recognised)
-    _check_options(retry, workers, add_captions, captions or image_encoder)
+    _check_options(retry, workers, add_captions, captions or image_encoder or image_size)
     if download and (add_captions or worker != "1/1"):
         raise UserError("--download is for one process that reads images. Omit --add-captions and --worker.")
     folder = Path(images) if images else None
@@ -168,7 +171,11 @@ def build_store(
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
     else:
         image_name = image_encoder or manifest.encoders.image
-        image = ImageEncoderConfig(image_name, image_pooling, precision, code, compile, fast_jpeg=fast_jpeg)
+        # The manifest's size is for its encoder.
+        size = image_size or (None if image_encoder else manifest.encoders.image_size)
+        image = ImageEncoderConfig(
+            image_name, image_pooling, precision, code, compile, fast_jpeg=fast_jpeg, image_size=size
+        )
         source = manifest.open_source(root)
         report.source_opened(manifest, source)
         known = source.all_captions
@@ -200,7 +207,9 @@ def _check_options(
     if retry and str(workers) not in ("auto", "1"):
         raise UserError("--retry works in one process. Omit --workers, or split the shards with --worker N/OF.")
     if add_captions and (conflicting or retry):
-        raise UserError("--add-captions does not read images. Omit --captions, --image-encoder and --retry.")
+        raise UserError(
+            "--add-captions does not read images. Omit --captions, --image-encoder, --image-size and --retry."
+        )
 
 
 def _require_used(code: Sequence[str], origins: Sequence[object]) -> None:

@@ -69,9 +69,10 @@ class TaskSettings(Strict):
 
 
 class Encoders(Strict):
-    """Defaults of `sail-extract run`: the paper's pair of encoders, and all captions."""
+    """Defaults of `sail-extract run`: the paper's pair of encoders at their own image size, and all captions."""
 
     image: str = "dinov2-large"
+    image_size: int | None = Field(default=None, ge=1)
     text: str = "gte-large"
     captions: Annotated[list[str], Field(min_length=1)] | None = None
 

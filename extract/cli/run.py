@@ -58,6 +58,14 @@ TextEncoder = Annotated[
     str | None, _encoder_option(help=_ENCODER.format(choices=", open_clip:MODEL", default="gte-large"))
 ]
 ImagePooling = Annotated[str | None, _encoder_option(help="cls, mean or cls+mean.  [default: the encoder's own]")]
+ImageSize = Annotated[
+    int | None,
+    _encoder_option(
+        help="Side of the images that the encoder gets, a multiple of its patches.  [default: the encoder's own]",
+        min=1,
+        metavar="PIXELS",
+    ),
+]
 TextPooling = Annotated[str | None, _encoder_option(help="cls, mean or last.  [default: the encoder's own]")]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
 AllowRemoteCode = Annotated[
@@ -106,6 +114,7 @@ def run(
     images: Images = None,
     image_encoder: ImageEncoder = None,
     image_pooling: ImagePooling = None,
+    image_size: ImageSize = None,
     text_encoder: TextEncoder = None,
     text_pooling: TextPooling = None,
     captions: Captions = None,
@@ -140,6 +149,7 @@ def run(
         images=images,
         image_encoder=image_encoder,
         image_pooling=image_pooling,
+        image_size=image_size,
         text_encoder=text_encoder,
         text_pooling=text_pooling,
         captions=captions,

@@ -28,12 +28,12 @@ from sail_align.extract.encoders.open_clip_models import (
     load_open_clip_tokenizer,
 )
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, check_pooling
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder, load_tokenizer_files
-from sail_align.extract.encoders.timm_models import fetch_timm, load_timm
-from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained
-from sail_align.extract.encoders.vision import Backbone, VisionEncoder
+from sail_align.extract.encoders.timm_models import fetch_timm, load_timm, timm_sizes
+from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained, patch_size
+from sail_align.extract.encoders.vision import Backbone, VisionEncoder, report_refused_size
 from sail_align.extract.encoders.weights import TOKENIZER_FILES, EncoderFiles
 from sail_align.extract.errors import UserError, did_you_mean
 
@@ -170,16 +170,22 @@ class ImageEncoderConfig(EncoderConfig):
 
     Attributes:
         fast_jpeg: Decode large JPEGs at reduced scale. This is a part of the preprocessing, and so of the spec.
+        image_size: Height and width of the network's input, a multiple of its patch size. Its position embeddings are
+            interpolated as its library does. None is the encoder's own size. Any other is a part of the spec.
     """
 
     fast_jpeg: bool = False
+    image_size: int | None = None
 
     _poolings: ClassVar[tuple[str, ...]] = IMAGE_POOLINGS
 
     @classmethod
     def recorded(cls, identity: Identity) -> Self:
         """Return the config of an encoder that a store or a run recorded."""
-        return replace(super().recorded(identity), fast_jpeg="jpeg_least" in identity.spec.preprocessing)
+        steps = identity.spec.preprocessing
+        return replace(
+            super().recorded(identity), fast_jpeg="jpeg_least" in steps, image_size=steps.get("image_size")
+        )
 
     @property
     def entry(self) -> VisionEntry:
@@ -196,27 +202,44 @@ class ImageEncoderConfig(EncoderConfig):
 
     def matches(self, spec: EncoderSpec) -> bool:
         """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
-        return super().matches(spec) and self.fast_jpeg == ("jpeg_least" in spec.preprocessing)
+        steps = spec.preprocessing
+        is_same_size = steps.get("crop") == self.image_size if self.image_size else "image_size" not in steps
+        return super().matches(spec) and is_same_size and self.fast_jpeg == ("jpeg_least" in steps)
+
+    def download(self) -> None:
+        """Download the encoder's files if they are not here, and check the image size against its patches."""
+        super().download()
+        entry = self.entry
+        if self.image_size is None or isinstance(entry, OpenClipTower):
+            return
+        if isinstance(entry, TimmVision):
+            own, patch = timm_sizes(entry)
+        else:
+            files = EncoderFiles.fetch(entry.origin)
+            own, patch = _preprocessing(entry, files).crop, patch_size(files.config)
+        if patch and self.image_size != own:
+            check_image_size(self.image_size, patch)
 
     def load(self, device: str = "cpu", *, entry: VisionEntry | None = None) -> VisionEncoder:
         """Load the encoder."""
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
-        backbone: Backbone
+        with report_refused_size(self.name, self.image_size):
+            files, backbone = self._load_backbone(entry)
+            pooling = self.pooling or entry.pooling
+            return VisionEncoder(self._id(files), files, backbone, pooling, runtime, self.fast_jpeg)
+
+    def _load_backbone(self, entry: VisionEntry) -> tuple[EncoderFiles, Backbone]:
+        size = self.image_size
         match entry:
             case TransformersVision():
                 files, model = self._load_transformers(entry)
-                preprocessing = entry.preprocessing or ImagePreprocessing.from_processor(
-                    files.read_json(files.path, "preprocessor_config.json")
-                )
-                backbone = TransformersBackbone(model, preprocessing)
+                return files, TransformersBackbone(model, _preprocessing(entry, files), size)
             case TimmVision():
-                files, backbone = load_timm(entry)
+                return load_timm(entry, size)
             case OpenClipTower():
                 towers, _, files = load_open_clip(entry)
-                backbone = OpenClipBackbone(towers.visual)
-        pooling = self.pooling or entry.pooling
-        return VisionEncoder(self._id(files), files, backbone, pooling, runtime, self.fast_jpeg)
+                return files, OpenClipBackbone(towers.visual, size)
 
 
 class TextEncoderConfig(EncoderConfig):
@@ -245,6 +268,12 @@ class TextEncoderConfig(EncoderConfig):
         pooling = check_pooling(self.pooling or entry.pooling, TEXT_POOLINGS, self.name)
         files, model = self._load_transformers(entry)
         return TransformersTextEncoder(self._id(files), files, model, entry, pooling, runtime)
+
+
+def _preprocessing(entry: TransformersVision, files: EncoderFiles) -> ImagePreprocessing:
+    if entry.preprocessing:
+        return entry.preprocessing
+    return ImagePreprocessing.from_processor(files.read_json(files.path, "preprocessor_config.json"))
 
 
 def load_recorded(

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from sail_align.extract.encoders.catalogue import OpenClipTower
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.runtime import Runtime, tf32_products
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import Backbone
@@ -46,7 +46,7 @@ class OpenClipBackbone(Backbone):
     library = "open_clip_torch"
     has_cls = True
 
-    def __init__(self, visual: Any):
+    def __init__(self, visual: Any, image_size: int | None = None):
         transforms: Any = importlib.import_module("open_clip.transform")
         config = transforms.PreprocessCfg(**visual.preprocess_cfg)
         size = config.size if isinstance(config.size, int) else config.size[0]
@@ -62,28 +62,40 @@ class OpenClipBackbone(Backbone):
                 interpolation=config.interpolation,
                 mean=tuple(config.mean),
                 std=tuple(config.std),
-            )
+            ),
+            image_size,
         )
         self.resize = open_clip_resize(self.preprocessing)
         self.visual: Any = visual
         transformer: Any = importlib.import_module("open_clip.transformer")
-        self.has_patches = isinstance(visual, transformer.VisionTransformer) and visual.attn_pool is None
-        self.stride = visual.patch_size[0] if self.has_patches else size
+        self._is_plain = isinstance(visual, transformer.VisionTransformer)
+        self.has_patches = self._is_plain and visual.attn_pool is None
+        trunk = getattr(visual, "trunk", None)  # a model of timm
+        if self._is_plain:
+            check_image_size(self.image_size, visual.patch_size[0])
+        elif hasattr(trunk, "num_prefix_tokens"):
+            check_image_size(self.image_size, trunk.feature_info[-1]["reduction"])
+        if self.image_size and hasattr(visual, "set_input_size"):
+            visual.set_input_size(self.image_size)
+        self.stride = visual.patch_size[0] if self.has_patches else self.preprocessing.crop
         if self.has_patches:
             visual.output_tokens = True
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the embeddings of the image and of its patches."""
-        if not self.has_patches:
+        if not self._is_plain:
             pooled_BE = self.visual(pixels_BCHW)
             return pooled_BE, pooled_BE[:, None, None]
-        grid = (pixels_BCHW.shape[-2] // self.stride, pixels_BCHW.shape[-1] // self.stride)
-        positions = {"positional_embedding": self._positions(grid)}
-        pooled_BE, tokens_BTD = functional_call(self.visual, positions, (pixels_BCHW,))
+        height, width = (side // self.visual.patch_size[0] for side in pixels_BCHW.shape[-2:])
+        positions = {"positional_embedding": self._positions((height, width))}
+        output = functional_call(self.visual, positions, (pixels_BCHW,))
+        if not self.has_patches:
+            return output, output[:, None, None]
+        pooled_BE, tokens_BTD = output
         if self.visual.final_ln_after_pool:
             tokens_BTD = self.visual.ln_post(tokens_BTD)
         patches_BTE = tokens_BTD if self.visual.proj is None else tokens_BTD @ self.visual.proj
-        return pooled_BE, patches_BTE.reshape(pooled_BE.shape[0], *grid, -1)
+        return pooled_BE, patches_BTE.reshape(pooled_BE.shape[0], height, width, -1)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Return position embeddings for a grid of patches, (1 + h · w, D), interpolated if it is not the model's."""

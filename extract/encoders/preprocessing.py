@@ -1,6 +1,6 @@
 """From an image to the input of a network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,12 @@ class ImagePreprocessing:
             )
         return cls(height, resize, interpolation, mean, std)
 
+    def at(self, size: int | None) -> "ImagePreprocessing":
+        """Return the same steps for images of `size` × `size`, cropped as tightly. None changes nothing."""
+        if size is None:
+            return self
+        return replace(self, crop=size, resize=None if self.resize is None else round(self.resize * size / self.crop))
+
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """Return the image as `crop` × `crop` pixels.
 
@@ -93,6 +99,17 @@ class ImagePreprocessing:
         scale_x, scale_y = width / resized[0], height / resized[1]
         box = (left * scale_x, top * scale_y, (left + self.crop) * scale_x, (top + self.crop) * scale_y)
         return image.resize((self.crop, self.crop), resampling, box=box)
+
+
+def check_image_size(size: int | None, patch: int) -> None:
+    """Raise `UserError` with the nearest valid sizes unless a user's image size is a multiple of the patch size."""
+    if size is not None and size % patch:
+        below, above = size // patch * patch, (size // patch + 1) * patch
+        nearest = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"Image size {size} is invalid: the encoder's patches have {patch} × {patch} pixels, expected a multiple "
+            f"of {patch}. Use {nearest}."
+        )
 
 
 def as_pixels(image: Image.Image) -> "Tensor":

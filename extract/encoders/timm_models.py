@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sail_align.extract.encoders.catalogue import Hub, Package, TimmVision
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -23,10 +23,12 @@ class TimmBackbone(Backbone):
 
     library = "timm"
 
-    def __init__(self, model: Any, preprocessing: ImagePreprocessing):
-        super().__init__(preprocessing)
+    def __init__(self, model: Any, preprocessing: ImagePreprocessing, image_size: int | None = None):
+        super().__init__(preprocessing, image_size)
         self.stride = model.feature_info[-1]["reduction"]
         self._prefix_tokens = getattr(model, "num_prefix_tokens", None)
+        if self._prefix_tokens is not None:
+            check_image_size(self.image_size, self.stride)
         self.has_cls = bool(self._prefix_tokens) and getattr(model, "cls_token", None) is not None
         self._channel_dim = 3 if getattr(model, "output_fmt", "NCHW") == "NHWC" else 1
         # Channels last makes EfficientNet-lite0 half as fast again on a CPU, in batches of 32.
@@ -57,8 +59,25 @@ def fetch_timm(entry: TimmVision) -> EncoderFiles:
     return EncoderFiles.fetch(Hub(repository))
 
 
-def load_timm(entry: TimmVision) -> tuple[EncoderFiles, TimmBackbone]:
+def timm_sizes(entry: TimmVision) -> tuple[int, int | None]:
+    """Return a timm model's own image size, and its patch size if it takes images in patches. Nothing is loaded.
+
+    Raises:
+        UserError: timm has no such model, or its input is not square.
+    """
+    preprocessing = entry.preprocessing or _published_preprocessing(entry.model)
+    with torch.device("meta"):
+        model = timm.create_model(entry.model)
+    has_patches = getattr(model, "num_prefix_tokens", None) is not None
+    return preprocessing.crop, model.feature_info[-1]["reduction"] if has_patches else None
+
+
+def load_timm(entry: TimmVision, image_size: int | None = None) -> tuple[EncoderFiles, TimmBackbone]:
     """Load a timm model with its weights.
+
+    Args:
+        entry: The model.
+        image_size: Height and width of images; None for the model's own.
 
     Raises:
         UserError: timm has no such model, its input is not square, or the weights are not available or do not match.
@@ -67,7 +86,7 @@ def load_timm(entry: TimmVision) -> tuple[EncoderFiles, TimmBackbone]:
     preprocessing = entry.preprocessing or _published_preprocessing(name)
     files = fetch_timm(entry)
     if isinstance(entry.origin, Package):
-        return files, TimmBackbone(fold_batch_norms(load_classifier(files.path, name)), preprocessing)
+        return files, TimmBackbone(fold_batch_norms(load_classifier(files.path, name)), preprocessing, image_size)
     weights = files.path / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"The repository of timm's {name!r} has no model.safetensors. Choose another model.")
@@ -78,7 +97,9 @@ def load_timm(entry: TimmVision) -> tuple[EncoderFiles, TimmBackbone]:
     # Older versions of timm would read some models' files as the .npz files of their authors.
     source = {"file": str(weights), "custom_load": False}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
-    return files, TimmBackbone(model, preprocessing)
+    if image_size is not None and not options and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(image_size, image_size))
+    return files, TimmBackbone(model, preprocessing, image_size)
 
 
 def _published(name: str) -> Any:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import isqrt
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModel, GteConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing
+from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -157,6 +158,12 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
     return AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=True), True
 
 
+def patch_size(config: dict[str, Any]) -> int | None:
+    """Return the side of the patches that the config of a transformers model names. None if it names none."""
+    patch = config.get("vision_config", config).get("patch_size")
+    return patch[0] if isinstance(patch, list | tuple) else patch
+
+
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
     """Hide transformers' progress bar for the tensors of a file, which takes seconds and clutters logs."""
@@ -183,16 +190,19 @@ class TransformersBackbone(Backbone):
 
     library = "transformers"
 
-    def __init__(self, model: Any, preprocessing: ImagePreprocessing):
-        super().__init__(preprocessing)
+    def __init__(self, model: Any, preprocessing: ImagePreprocessing, image_size: int | None = None):
+        super().__init__(preprocessing, image_size)
         if getattr(model, "main_input_name", None) != "pixel_values":
             raise UserError(f"{type(model).__name__} takes more than pixels. Use an encoder of images alone.")
         self.model: Any = model
-        size = preprocessing.crop
+        size = self.preprocessing.crop
         accepted = inspect.signature(model.forward).parameters
         # ViT and related models reject other sizes than their own without this option; DINOv2 and DINOv3 accept them.
         self.interpolates = "interpolate_pos_encoding" in accepted
         self._options = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        patch = patch_size(model.config.to_dict())
+        if patch is not None:
+            check_image_size(self.image_size, patch)
         with torch.inference_mode():
             features = self._features(torch.zeros(1, 3, size, size))
         if features.ndim == 4:
@@ -200,9 +210,11 @@ class TransformersBackbone(Backbone):
             self.tokens = features.shape[2] * features.shape[3]
         else:
             self.tokens = features.shape[1]
-            patch = model.config.patch_size
-            self.stride = patch if isinstance(patch, int) else patch[0]
-            self.has_cls = features.shape[1] > (size // self.stride) ** 2
+            grid = size // patch if patch else self.tokens
+            if grid**2 > self.tokens:  # the network merges patches, or pools them in stages
+                grid, patch = isqrt(self.tokens), size // isqrt(self.tokens)
+            self.stride = patch
+            self.has_cls = self.tokens > grid**2
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the class token, if there is one, and the map of patches."""

@@ -1,6 +1,7 @@
 """The image encoder: a backbone of any library with its preprocessing, pooling and precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 
@@ -29,6 +30,7 @@ class Backbone(nn.Module):
     (B, H / stride, W / stride, D).
 
     Attributes:
+        image_size: Height and width of images if they are not the network's own, else None.
         preprocessing: What is recorded, and the normalisation.
         resize: Function that returns an image of the size that the network takes. A library may have its own.
     """
@@ -41,10 +43,11 @@ class Backbone(nn.Module):
     has_patches = True
     """Whether single patches have features of their own."""
 
-    def __init__(self, preprocessing: ImagePreprocessing):
+    def __init__(self, preprocessing: ImagePreprocessing, image_size: int | None = None):
         super().__init__()
-        self.preprocessing = preprocessing
-        self.resize: Callable[[Image.Image], Image.Image] = preprocessing.resize_and_crop
+        self.image_size = None if image_size == preprocessing.crop else image_size
+        self.preprocessing = preprocessing.at(self.image_size)
+        self.resize: Callable[[Image.Image], Image.Image] = self.preprocessing.resize_and_crop
 
 
 class VisionEncoder(FrozenEncoder):
@@ -98,6 +101,7 @@ class VisionEncoder(FrozenEncoder):
                 "mean": list(preprocessing.mean),  # lists, because JSON has no tuples
                 "std": list(preprocessing.std),
                 **({"jpeg_least": self.min_jpeg_side} if fast_jpeg else {}),
+                **({"image_size": backbone.image_size} if backbone.image_size else {}),
             },
             pooling=self._pooling,
             precision=runtime.precision,
@@ -194,6 +198,20 @@ class VisionEncoder(FrozenEncoder):
     def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         cls_BD, patches_BhwD = self.network(pixels_BCHW.to(self.device, self.dtype))
         return cls_BD, patches_BhwD
+
+
+@contextmanager
+def report_refused_size(encoder: str, size: int | None) -> Iterator[None]:
+    """Raise `UserError` where a network refuses the image size that a user chose. None is its own size."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as problem:
+        if size is None or isinstance(problem, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(
+            f"Encoder {encoder!r} does not take images of {size} × {size} ({reason}). Use another size, or its own."
+        ) from problem
 
 
 def golden_image() -> Image.Image:
