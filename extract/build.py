@@ -96,7 +96,7 @@ def build_store(
         images: Folder of the images that a table or annotation file of yours names, if it is not near the file.
         image_encoder: Name (`sail-extract encoders` lists them), hf:REPOSITORY, timm:MODEL or open_clip:MODEL.
                 Default: the manifest's, else "dinov2-large".
-        image_pooling: "cls", "mean" or "cls+mean". Default: the encoder's own.
+        image_pooling: "cls", "mean", "cls+mean", "pooler" or "pooler+mean". Default: the encoder's own.
         image_size: Height and width of the images that the encoder gets, a multiple of its patch size. Default: the
             manifest's, else the encoder's own.
         text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's, else "gte-large".

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import timm
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -77,6 +79,28 @@ def save_image_processor(folder: Path, **changes: object) -> None:
         **changes,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def save_timm(name: str, folder: Path, monkeypatch) -> torch.nn.Module:
+    """Save a timm model that is made small for the test, and let any fetched encoder be this one."""
+    from sail_align.extract.encoders.weights import EncoderFiles
+
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    if name.startswith("convnext"):
+        small = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+    if name.startswith("swin"):
+        small = {"embed_dim": 24, "depths": (1, 1, 1, 1)}
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **{**small, **options}))
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * (parameter.std() if parameter.numel() > 1 else 1)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    fetched = EncoderFiles(folder, {"loader": "hub", "repository": "timm/x", "revision": "0" * 40}, "1")
+    monkeypatch.setattr(EncoderFiles, "fetch", lambda origin: fetched)
+    return model
 
 
 def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -173,6 +173,8 @@ def _image_encoder(encoder: VisionEncoder) -> _Encoder:
     if not isinstance(backbone, TransformersBackbone):
         raise NotNativeError("the image encoder is not one of transformers")
     _check_network("image", backbone.model, spec.precision)
+    if backbone.pools:
+        raise NotNativeError("the image encoder pools with a head of its own")
     own_size = getattr(backbone.model.config, "image_size", encoder.size)
     if backbone.interpolates and own_size not in (encoder.size, (encoder.size,) * 2, [encoder.size] * 2):
         raise NotNativeError("the image encoder interpolates its positions")

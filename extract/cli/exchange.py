@@ -73,7 +73,9 @@ def import_features(
     image_encoder: Annotated[
         str | None, _encoder(help="The encoder that made the image features: a name, or hf:REPOSITORY.")
     ] = None,
-    image_pooling: Annotated[str | None, _encoder(help="cls, mean or cls+mean.  [default: the encoder's own]")] = None,
+    image_pooling: Annotated[
+        str | None, _encoder(help="cls, mean, cls+mean, pooler or pooler+mean.  [default: the encoder's own]")
+    ] = None,
     text_encoder: Annotated[
         str | None, _encoder(help="The encoder that made the text features: a name, or hf:REPOSITORY.")
     ] = None,

@@ -57,7 +57,9 @@ ImageEncoder = Annotated[
 TextEncoder = Annotated[
     str | None, _encoder_option(help=_ENCODER.format(choices=", open_clip:MODEL", default="gte-large"))
 ]
-ImagePooling = Annotated[str | None, _encoder_option(help="cls, mean or cls+mean.  [default: the encoder's own]")]
+ImagePooling = Annotated[
+    str | None, _encoder_option(help="cls, mean, cls+mean, pooler or pooler+mean.  [default: the encoder's own]")
+]
 ImageSize = Annotated[
     int | None,
     _encoder_option(

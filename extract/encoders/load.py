@@ -44,8 +44,8 @@ class EncoderConfig(ABC):
 
     Attributes:
         name: A name in the catalogue, or a reference (see `catalogue`). `owner/name` stands for `hf:owner/name`.
-        pooling: `cls`, `mean` or `cls+mean` for images, `cls`, `mean` or `last` for texts. None takes the catalogue's
-            pooling, or the only one of a network.
+        pooling: `cls`, `mean`, `cls+mean`, `pooler` or `pooler+mean` for images, `cls`, `mean` or `last` for
+            texts. None takes the catalogue's pooling, or the mean of an image encoder without class token.
         precision: `float32`, `bfloat16` or `float16`, of weights and activations.
         allow_remote_code: Repositories that may run their own code if transformers lacks their architecture, each as
             `<owner>/<name>@<full commit hash>`. They are loaded at that commit.
@@ -153,7 +153,8 @@ class EncoderConfig(ABC):
     def _load_transformers(self, entry: TransformersVision | TransformersText) -> tuple[EncoderFiles, nn.Module]:
         origin, allow_code = self._origin(entry)
         files = EncoderFiles.fetch(origin, with_code=allow_code)
-        return files, load_pretrained(files, allow_code=allow_code)
+        of_images = isinstance(entry, TransformersVision)
+        return files, load_pretrained(files, allow_code=allow_code, of_images=of_images)
 
     def _id(self, files: EncoderFiles) -> str:
         """Return the name without its revision. A local folder is named by its kind and weights instead of its path."""
@@ -183,9 +184,7 @@ class ImageEncoderConfig(EncoderConfig):
     def recorded(cls, identity: Identity) -> Self:
         """Return the config of an encoder that a store or a run recorded."""
         steps = identity.spec.preprocessing
-        return replace(
-            super().recorded(identity), fast_jpeg="jpeg_least" in steps, image_size=steps.get("image_size")
-        )
+        return replace(super().recorded(identity), fast_jpeg="jpeg_least" in steps, image_size=steps.get("image_size"))
 
     @property
     def entry(self) -> VisionEntry:
@@ -215,7 +214,7 @@ class ImageEncoderConfig(EncoderConfig):
         if isinstance(entry, TimmVision):
             own, patch = timm_sizes(entry)
         else:
-            files = EncoderFiles.fetch(entry.origin)
+            files = EncoderFiles.fetch(self._origin(entry)[0])
             own, patch = _preprocessing(entry, files).crop, patch_size(files.config)
         if patch and self.image_size != own:
             check_image_size(self.image_size, patch)
@@ -224,7 +223,8 @@ class ImageEncoderConfig(EncoderConfig):
         """Load the encoder."""
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
-        with report_refused_size(self.name, self.image_size):
+        size = self.image_size
+        with report_refused_size(self.name, f"{size} × {size}" if size else None):
             files, backbone = self._load_backbone(entry)
             pooling = self.pooling or entry.pooling
             return VisionEncoder(self._id(files), files, backbone, pooling, runtime, self.fast_jpeg)

@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from sail_align.extract.errors import UserError
 
 _VALUES, _OUT = ("v_proj", "qkv"), ("o_proj", "proj", "out_proj")
+_POOLING_HEADS = {"head", "attn_pool"}
+"""Names of modules after the last block, which may have an attention of their own."""
 _NO_LAST_ATTENTION = (
     "The image encoder has no last attention that its patches could skip, as in MaskCLIP. Evaluate it without this "
     "variant."
@@ -39,7 +41,8 @@ def skip_last_attention(network: nn.Module, patches: int) -> Iterator[None]:
 
 def _add_hooks(network: nn.Module, patches: int) -> list[RemovableHandle]:
     """Find the last attention and hook its value and output projections, if nothing else acts between them."""
-    for module in reversed(list(network.modules())):
+    blocks = [module for name, module in network.named_modules() if not _POOLING_HEADS & set(name.split("."))]
+    for module in reversed(blocks):
         if isinstance(module, nn.MultiheadAttention):
             return [_hook_multihead_attention(module, patches)]
         into, out = (next((getattr(module, n) for n in names if hasattr(module, n)), None) for names in (_VALUES, _OUT))

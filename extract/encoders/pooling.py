@@ -5,7 +5,8 @@ from torch import Tensor
 
 from sail_align.extract.errors import UserError
 
-IMAGE_POOLINGS = ("cls", "mean", "cls+mean")
+IMAGE_POOLINGS = ("cls", "mean", "cls+mean", "pooler", "pooler+mean")
+"""`pooler` is the network's own head, which pools all tokens (see `vision.Backbone.pools`)."""
 TEXT_POOLINGS = ("cls", "mean", "last")
 
 
@@ -24,19 +25,21 @@ def check_pooling(pooling: str | None, allowed: tuple[str, ...], encoder: str) -
 def pool_image(cls_BD: Tensor | None, patches_BhwD: Tensor, pooling: str) -> Tensor:
     """Pool a class token and a map of patches to (B, D), or to (B, 2D) for `cls+mean`.
 
-    The class token is None if the network has none; the pooling is then `mean`.
+    With a `pooler`, its output takes the place of the class token. It is None if the network has neither, and the
+    pooling is then `mean`.
     """
+    if cls_BD is not None and pooling in ("cls", "pooler"):
+        return cls_BD
     mean_BD = patches_BhwD.mean(dim=(1, 2))
-    if cls_BD is None or pooling == "mean":
-        return mean_BD
-    return cls_BD if pooling == "cls" else torch.cat([cls_BD, mean_BD], dim=-1)
+    return mean_BD if cls_BD is None or pooling == "mean" else torch.cat([cls_BD, mean_BD], dim=-1)
 
 
 def pool_patches(cls_BD: Tensor | None, patches_BhwD: Tensor, pooling: str) -> Tensor:
     """Map each patch into the space of `pool_image`: (B, h, w, D), or concat(CLS, patch) with 2D for `cls+mean`."""
-    if cls_BD is None or pooling != "cls+mean":
+    if cls_BD is None or "+" not in pooling:
         return patches_BhwD
-    return torch.cat([cls_BD[:, None, None, :].expand_as(patches_BhwD), patches_BhwD], dim=-1)
+    spread_BhwD = cls_BD[:, None, None, :].expand(*patches_BhwD.shape[:3], -1)
+    return torch.cat([spread_BhwD, patches_BhwD], dim=-1)
 
 
 def pool_tokens(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the catalogue is listed without waiting for torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_BLACK, _UNSCALED = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class ImagePreprocessing:
         size, crop = config.get("size", {}), config.get("crop_size", {})
         try:
             interpolation = Image.Resampling(config["resample"]).name.lower()
-            mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+            mean, std = _BLACK, _UNSCALED  # a network such as RADIO normalises by itself
+            if config.get("do_normalize", True):
+                mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
             if config.get("do_center_crop"):
                 height, width, resize = crop["height"], crop["width"], size["shortest_edge"]
             else:
@@ -71,6 +74,11 @@ class ImagePreprocessing:
                 f"preprocessor_config.json with size {size!r} and crop_size {crop!r} is invalid ({problem!r}). "
                 "Use an encoder of the catalogue, or a timm one."
             ) from problem
+        if abs(255 * config.get("rescale_factor", 1 / 255) - 1) > 1e-3 or not config.get("do_rescale", True):
+            raise UserError(
+                f"preprocessor_config.json is invalid: got do_rescale {config.get('do_rescale')!r} and rescale_factor "
+                f"{config.get('rescale_factor')!r}, only values in [0, 1] are supported."
+            )
         if height != width:
             raise UserError(
                 f"preprocessor_config.json is invalid: got images of {crop or size}, only squares are supported."

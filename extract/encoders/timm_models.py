@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import infer_imagenet_subset
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -29,6 +30,11 @@ class TimmBackbone(Backbone):
         self._prefix_tokens = getattr(model, "num_prefix_tokens", None)
         if self._prefix_tokens is not None:
             check_image_size(self.image_size, self.stride)
+        self._attention = getattr(model, "attn_pool", None) is not None
+        # A head of other classes than ImageNet's is the projection of CLIP's and PE's embeddings.
+        self._projects = bool(getattr(model, "num_classes", 0)) and infer_imagenet_subset(model) is None
+        self.has_pooler = self._attention or self._projects
+        self.pools_patches = self.has_pooler and self._prefix_tokens is not None
         self.has_cls = bool(self._prefix_tokens) and getattr(model, "cls_token", None) is not None
         self._channel_dim = 3 if getattr(model, "output_fmt", "NCHW") == "NHWC" else 1
         # Channels last makes EfficientNet-lite0 half as fast again on a CPU, in batches of 32.
@@ -36,13 +42,23 @@ class TimmBackbone(Backbone):
         self.model: Any = model.to(memory_format=self._format)
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the class token, if there is one, and the map of patches."""
+        """Return the class token or the pooled image, if there is one, and the map of patches."""
         features = self.model.forward_features(pixels_BCHW.to(memory_format=self._format))
+        pooled_BE = self.model.forward_head(features, pre_logits=not self._projects) if self.pools else None
         if features.ndim == 4:
-            return None, features.movedim(self._channel_dim, 3)
+            return pooled_BE, features.movedim(self._channel_dim, 3)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
         patches_BhwD = features[:, self._prefix_tokens :].reshape(features.shape[0], height, width, -1)
-        return (features[:, 0] if self.has_cls else None), patches_BhwD
+        return (features[:, 0] if self.has_cls and not self.pools else pooled_BE), patches_BhwD
+
+    def pool_each(self, patches_BhwD: Tensor) -> Tensor:
+        """Apply the network's head to each patch alone, (B, h, w, E)."""
+        patches_ND = patches_BhwD.flatten(0, 2)
+        pooled_ND = self.model.attn_pool(patches_ND[:, None]) if self._attention else patches_ND
+        pooled_NE: Tensor = self.model.fc_norm(pooled_ND)
+        if self._projects:
+            pooled_NE = self.model.head(pooled_NE)
+        return pooled_NE.unflatten(0, patches_BhwD.shape[:3])
 
 
 def fetch_timm(entry: TimmVision) -> EncoderFiles:

@@ -13,6 +13,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
+from sail_align.extract.encoders.towers import image_tower, pool_each, pooled_output, pools_patches
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -100,20 +101,22 @@ def translate_gte_config(config: dict[str, Any]) -> GteConfig:
     return GteConfig(**settings, rope_parameters=rope)
 
 
-def load_pretrained(files: EncoderFiles, *, allow_code: bool) -> nn.Module:
+def load_pretrained(files: EncoderFiles, *, allow_code: bool, of_images: bool = False) -> nn.Module:
     """Load the base model of a checkpoint in float32.
 
     Args:
         files: A folder in the form of `save_pretrained`.
         allow_code: Run the repository's own code if transformers does not have the architecture.
+        of_images: Load the image tower alone, if there are two towers.
 
     Raises:
         UserError: The architecture is unknown, or tensors are missing or of another shape. transformers would
             initialise those at random.
     """
     config, is_remote = _read_config(files, allow_code)
+    tower, config, options = image_tower(config) if of_images and not is_remote else (AutoModel, config, {})
     with no_progress_bar():
-        model, loading = AutoModel.from_pretrained(
+        model, loading = tower.from_pretrained(
             files.path,
             config=config,
             dtype="float32",
@@ -122,6 +125,7 @@ def load_pretrained(files: EncoderFiles, *, allow_code: bool) -> nn.Module:
             trust_remote_code=is_remote,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, with all missing ones
+            **options,
         )
     # The pooler is a layer after the token states that no pooling here uses.
     lost = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
@@ -166,15 +170,17 @@ def patch_size(config: dict[str, Any]) -> int | None:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Hide transformers' progress bar for the tensors of a file, which takes seconds and clutters logs."""
-    bars: Any = logging  # has no type hints
-    was_enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    """Hide transformers' progress bar for the tensors of a file, and its list of those that are not used."""
+    settings: Any = logging  # has no type hints
+    was_enabled, verbosity = settings.is_progress_bar_enabled(), settings.get_verbosity()
+    settings.disable_progress_bar()
+    settings.set_verbosity_error()
     try:
         yield
     finally:
+        settings.set_verbosity(verbosity)
         if was_enabled:
-            bars.enable_progress_bar()
+            settings.enable_progress_bar()
 
 
 class TransformersBackbone(Backbone):
@@ -204,7 +210,7 @@ class TransformersBackbone(Backbone):
         if patch is not None:
             check_image_size(self.image_size, patch)
         with torch.inference_mode():
-            features = self._features(torch.zeros(1, 3, size, size))
+            features = self._run(torch.zeros(1, 3, size, size)).last_hidden_state
         if features.ndim == 4:
             self.stride, self.has_cls = size // features.shape[-1], False
             self.tokens = features.shape[2] * features.shape[3]
@@ -215,16 +221,26 @@ class TransformersBackbone(Backbone):
                 grid, patch = isqrt(self.tokens), size // isqrt(self.tokens)
             self.stride = patch
             self.has_cls = self.tokens > grid**2
+        self._pooled = pooled_output(model)
+        self.has_pooler, self.pools_patches = self._pooled is not None, pools_patches(model)
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the class token, if there is one, and the map of patches."""
-        features = self._features(pixels_BCHW)
+        """Return the class token or the pooled image, if there is one, and the map of patches."""
+        output = self._run(pixels_BCHW)
+        features = output.last_hidden_state
+        pooled_BE = output[self._pooled] if self.pools else None
         if features.ndim == 4:
-            return None, features.permute(0, 2, 3, 1)
+            return pooled_BE, features.permute(0, 2, 3, 1)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])
         patches_BhwD = features[:, -height * width :].reshape(features.shape[0], height, width, -1)
-        return (features[:, 0] if self.has_cls else None), patches_BhwD
+        if self.has_cls and not self.pools:
+            return features[:, 0], patches_BhwD
+        return pooled_BE, patches_BhwD
 
-    def _features(self, pixels_BCHW: Tensor) -> Tensor:
-        features: Tensor = self.model(pixels_BCHW, **self._options).last_hidden_state
-        return features
+    def pool_each(self, patches_BhwD: Tensor) -> Tensor:
+        """Apply the network's head to each patch alone, (B, h, w, E)."""
+        pooled_NE = pool_each(self.model, patches_BhwD.flatten(0, 2))
+        return pooled_NE.unflatten(0, patches_BhwD.shape[:3])
+
+    def _run(self, pixels_BCHW: Tensor) -> Any:
+        return self.model(pixels_BCHW, **self._options)

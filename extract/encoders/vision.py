@@ -1,9 +1,10 @@
 """The image encoder: a backbone of any library with its preprocessing, pooling and precision."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ class Backbone(nn.Module):
     """A network without its head: the part of an image encoder that differs between libraries.
 
     Its forward maps (B, 3, H, W) to a class token (B, D), or None if `has_cls` is false, and to a map of patches
-    (B, H / stride, W / stride, D).
+    (B, H / stride, W / stride, D). If `pools` is set, the class token is replaced by the output of the network's head.
 
     Attributes:
+        pools: Whether the network's own head pools the tokens, such as the attention pooling of SigLIP.
         image_size: Height and width of images if they are not the network's own, else None.
         preprocessing: What is recorded, and the normalisation.
         resize: Function that returns an image of the size that the network takes. A library may have its own.
@@ -42,19 +44,38 @@ class Backbone(nn.Module):
     has_cls: bool
     has_patches = True
     """Whether single patches have features of their own."""
+    has_pooler = False
+    """Whether the network has a head that pools its tokens, other than a classifier."""
+    pools_patches = False
+    """Whether this head can be applied to one patch alone, by `pool_each`."""
 
     def __init__(self, preprocessing: ImagePreprocessing, image_size: int | None = None):
         super().__init__()
+        self.pools = False
         self.image_size = None if image_size == preprocessing.crop else image_size
         self.preprocessing = preprocessing.at(self.image_size)
         self.resize: Callable[[Image.Image], Image.Image] = self.preprocessing.resize_and_crop
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """The poolings of its features."""
+        return tuple(
+            each
+            for each in IMAGE_POOLINGS
+            if (self.has_cls or "cls" not in each) and (self.has_pooler or "pooler" not in each)
+        )
+
+    def pool_each(self, patches_BhwD: Tensor) -> Tensor:
+        """Apply the network's head to each patch alone, (B, h, w, E), if `pools_patches` is true."""
+        raise NotImplementedError
 
 
 class VisionEncoder(FrozenEncoder):
     """A frozen image encoder.
 
     Its features have the backbone's D dimensions, or 2D for `cls+mean`. With that pooling, the dense feature of a patch
-    is concat(CLS, patch), so heads that were trained on images apply to patches.
+    is concat(CLS, patch), so heads that were trained on images apply to patches. With `pooler+mean`, it is
+    concat(pooled image, patch), and with `pooler`, the output of the network's head for the patch alone.
 
     Attributes:
         stride: Pixels per patch in each direction.
@@ -78,16 +99,14 @@ class VisionEncoder(FrozenEncoder):
         Raises:
             UserError: The pooling is missing, or this backbone does not have it.
         """
-        if backbone.has_cls:
-            pooling = check_pooling(pooling, IMAGE_POOLINGS, id)
-        else:
-            pooling = check_pooling(pooling or "mean", ("mean",), id)
+        pooling = check_pooling(pooling or (None if backbone.has_cls else "mean"), backbone.poolings, id)
+        backbone.pools = "pooler" in pooling
         super().__init__(backbone, runtime)
         self._pooling = pooling
         preprocessing = backbone.preprocessing
         self._normalisation = Normalisation(preprocessing.mean, preprocessing.std)
         self._resize = backbone.resize
-        self._has_patches = backbone.has_patches
+        self._has_patches = backbone.has_patches and (backbone.pools_patches or pooling != "pooler")
         self.stride = backbone.stride
         self.size = preprocessing.crop
         self.min_jpeg_side = FAST_JPEG * (preprocessing.resize or preprocessing.crop) if fast_jpeg else 0
@@ -169,12 +188,15 @@ class VisionEncoder(FrozenEncoder):
         """
         self.require_patches()
         padded_BCHW = pad_to_multiple(pixels_BCHW, self.stride)
-        if last_attention:
+        height, width = padded_BCHW.shape[-2:]
+        other = None if height == width == self.size else f"{height} × {width}"
+        with report_refused_size(self.identity.spec.id, other), ExitStack() as changed:
+            if not last_attention:
+                patches = (height // self.stride) * (width // self.stride)
+                changed.enter_context(skip_last_attention(self.network, patches))
             cls_BD, patches_BhwD = self._forward(padded_BCHW)
-        else:
-            height, width = (side // self.stride for side in padded_BCHW.shape[-2:])
-            with skip_last_attention(self.network, height * width):
-                cls_BD, patches_BhwD = self._forward(padded_BCHW)
+        if self._pooling == "pooler":
+            patches_BhwD = self._pool_each(patches_BhwD)
         return pool_patches(cls_BD, patches_BhwD, self._pooling).float()
 
     def require_pixels(self, pixels_BCHW: Tensor) -> None:
@@ -199,10 +221,16 @@ class VisionEncoder(FrozenEncoder):
         cls_BD, patches_BhwD = self.network(pixels_BCHW.to(self.device, self.dtype))
         return cls_BD, patches_BhwD
 
+    @torch.no_grad()
+    @tf32_products()
+    def _pool_each(self, patches_BhwD: Tensor) -> Tensor:
+        backbone = cast(Backbone, self.network)
+        return backbone.pool_each(patches_BhwD)
+
 
 @contextmanager
-def report_refused_size(encoder: str, size: int | None) -> Iterator[None]:
-    """Raise `UserError` where a network refuses the image size that a user chose. None is its own size."""
+def report_refused_size(encoder: str, size: str | None) -> Iterator[None]:
+    """Raise `UserError` where a network refuses an image size other than its own, "H × W". None is its own size."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError) as problem:
@@ -210,7 +238,7 @@ def report_refused_size(encoder: str, size: int | None) -> Iterator[None]:
             raise
         reason = " ".join(str(problem).split())[:200]
         raise UserError(
-            f"Encoder {encoder!r} does not take images of {size} × {size} ({reason}). Use another size, or its own."
+            f"Encoder {encoder!r} does not take images of {size} ({reason}). Use its own size."
         ) from problem
 
 

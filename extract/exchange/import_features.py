@@ -63,7 +63,7 @@ def import_features(
         out: Path of the store. Default: features/<name>.zarr.
         image_encoder: The encoder that made the image features: a name, or hf:REPOSITORY. Without it, the store can be
             trained on, but new images cannot be encoded.
-        image_pooling: cls, mean or cls+mean. Default: the encoder's own.
+        image_pooling: cls, mean, cls+mean, pooler or pooler+mean. Default: the encoder's own.
         text_encoder: The encoder that made the text features.
         text_pooling: cls, mean or last. Default: the encoder's own.
         device: Device of the encoders, if they are compared.
