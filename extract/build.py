@@ -184,7 +184,7 @@ def build_store(
         if name not in known:
             raise UserError(f"{manifest.name} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
     text = TextEncoderConfig(text_name, text_pooling, precision, code, compile) if chosen else None
-    _require_used(code, [config.entry.origin for config in (image, text) if config])
+    _require_used(code, [getattr(config.entry, "origin", None) for config in (image, text) if config])
     Runtime.of(device, precision)  # raises if either is invalid
     job = Job(manifest, root, path, image, text, tuple(chosen))
     share, executor = Share.parse(worker), _choose_executor(engine, ray_address, str(workers), device)
