@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sail_align.extract.encoders.preprocessing import ImagePreprocessing
+from sail_align.extract.encoders.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessing
 from sail_align.extract.errors import UserError
 
 
@@ -173,7 +173,24 @@ _DINOV3 = ImagePreprocessing(crop=224, resize=None, interpolation="bilinear")
 # within 25 % of the one its batch norm recorded. With ImageNet's mean and deviation it is four times as large.
 _HALF = (0.5, 0.5, 0.5)
 
-_APACHE, _MIT, _DINOV3_LICENCE = "Apache-2.0", "MIT", "DINOv3 License"
+_APACHE, _MIT, _DINOV3_LICENCE, _NVIDIA = "Apache-2.0", "MIT", "DINOv3 License", "NVIDIA Open Model License"
+
+
+def _squashed(size: int) -> ImagePreprocessing:
+    """Return the steps that SigLIP 2 and Perception Encoder were trained with."""
+    return ImagePreprocessing(crop=size, resize=None, interpolation="bilinear", mean=_HALF, std=_HALF)
+
+
+def _clip(size: int) -> ImagePreprocessing:
+    """Return the steps of OpenAI's CLIP, which AIMv2 and RADIO share."""
+    return ImagePreprocessing(crop=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def _timm(
+    model: str, pooling: str, preprocessing: ImagePreprocessing, about: About, repository: str = ""
+) -> TimmVision:
+    return TimmVision(model, Hub(repository or f"timm/{model}"), pooling, preprocessing, about)
+
 
 VISION: dict[str, VisionEntry] = {
     **{
@@ -202,6 +219,70 @@ VISION: dict[str, VisionEntry] = {
             ("vitl16", 1_024, 303.1),
             ("vith16plus", 1_280, 840.6),
             ("vit7b16", 4_096, 6_716.4),
+        )
+    },
+    # timm's files hold the image tower alone: a quarter of the original download for SigLIP 2 base.
+    **{
+        f"siglip2-{name}": _timm(f"vit_{model}.v2_webli", "pooler", _squashed(size), About(width, parameters, _APACHE))
+        for name, model, size, width, parameters in (
+            ("base", "base_patch16_siglip_224", 224, 768, 92.9),
+            ("base-384", "base_patch16_siglip_384", 384, 768, 93.2),
+            ("large", "large_patch16_siglip_256", 256, 1_024, 316.0),
+            ("large-384", "large_patch16_siglip_384", 384, 1_024, 316.3),
+            ("so400m", "so400m_patch16_siglip_256", 256, 1_152, 427.9),
+            ("so400m-384", "so400m_patch16_siglip_384", 384, 1_152, 428.3),
+            ("giant", "giantopt_patch16_siglip_256", 256, 1_536, 1_163.2),
+            ("giant-384", "giantopt_patch16_siglip_384", 384, 1_536, 1_163.7),
+        )
+    },
+    **{
+        f"pe-{name}": _timm(f"vit_pe_{model}.fb", pooling, _squashed(size), About(width, parameters, _APACHE))
+        for name, model, size, pooling, width, parameters in (
+            ("core-base", "core_base_patch16_224", 224, "pooler", 1_024, 93.7),
+            ("core-large", "core_large_patch14_336", 336, "pooler", 1_024, 317.2),
+            ("core-giant", "core_gigantic_patch14_448", 448, "pooler", 1_280, 1_882.0),
+            ("spatial-base", "spatial_base_patch16_512", 512, "cls+mean", 768, 86.4),
+            ("spatial-large", "spatial_large_patch14_448", 448, "cls+mean", 1_024, 304.0),
+            ("spatial-giant", "spatial_gigantic_patch14_448", 448, "mean", 1_536, 1_851.9),
+        )
+    },
+    **{
+        f"aimv2-{name}": _timm(
+            f"aimv2_{name}_patch14_224.apple_pt", "mean", _clip(224), About(width, parameters, "Apple ASCL")
+        )
+        for name, width, parameters in (
+            ("large", 1_024, 309.2),
+            ("huge", 1_536, 680.9),
+            ("1b", 2_048, 1_235.0),
+            ("3b", 3_072, 2_720.7),
+        )
+    },
+    # The first class token is that of RADIO's first teacher, which is a CLIP model.
+    **{
+        f"c-radio{version}-{name}": _timm(
+            f"vit_{name}_patch16_radio_{version}.c_radio", "cls+mean", _clip(512), About(width, parameters, _NVIDIA)
+        )
+        for version, name, width, parameters in (
+            ("v3", "base", 768, 86.5),
+            ("v3", "large", 1_024, 304.2),
+            ("v3", "huge", 1_280, 632.0),
+            ("v3", "giant", 1_536, 1_136.0),
+            ("v4", "so400m", 1_152, 413.5),
+            ("v4", "huge", 1_280, 632.0),
+        )
+    },
+    **{
+        f"clip-{name}": _timm(
+            f"vit_{model.format('_quickgelu')}.openai",
+            "pooler",
+            _clip(size),
+            About(width, parameters, _MIT, "OpenAI's; a baseline"),
+            repository=f"timm/vit_{model.format('')}.openai",
+        )
+        for name, model, size, width, parameters in (
+            ("base", "base_patch16_clip{}_224", 224, 512, 86.2),
+            ("large", "large_patch14_clip{}_224", 224, 768, 304.0),
+            ("large-336", "large_patch14_clip{}_336", 336, 768, 304.3),
         )
     },
     "efficientnet-lite0": TimmVision(

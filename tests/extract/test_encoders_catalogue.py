@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
@@ -68,6 +69,24 @@ def test_facts_agree_with_the_published_architecture(name, model, config):
     facts = describe((VISION | TEXT)[name])
     assert facts["parameters"] == pytest.approx(parameters, abs=5e4)
     assert facts["dim"] == config.hidden_size * (2 if name in VISION else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["siglip2-base", "pe-core-base", "pe-spatial-base", "aimv2-large", "c-radiov3-base", "clip-base"]
+)
+def test_facts_agree_with_timm(name):
+    entry, facts = VISION[name], describe(VISION[name])
+    with torch.device("meta"):
+        model = timm.create_model(entry.model)
+    assert facts["parameters"] == pytest.approx(sum(each.numel() for each in model.parameters()), abs=6e4)
+    assert facts["input"] == model.pretrained_cfg["input_size"][1]
+    assert facts["source"] == model.pretrained_cfg["hf_hub_id"]
+    if entry.pooling == "pooler":
+        assert facts["dim"] == (model.num_classes or model.num_features)
+    else:
+        assert facts["dim"] == model.num_features * len(entry.pooling.split("+"))
+    assert "cls" not in entry.pooling or model.cls_token is not None
 
 
 def test_lists_every_encoder_with_its_facts(typed):
