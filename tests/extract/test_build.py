@@ -77,3 +77,21 @@ def test_manifest_object_takes_the_current_folder_as_data_root(pictures, monkeyp
     content["source"]["images"] = "pictures-of-another-folder"
     with pytest.raises(UserError, match="Image folder pictures-of-another-folder is missing"):
         build_store(Manifest.model_validate(content))
+
+
+def test_image_size_is_that_of_the_manifest_or_the_option(pictures, monkeypatch):
+    class Prepared(Exception):  # noqa: N818
+        pass
+
+    def stop(job, *_arguments, **_options):
+        raise Prepared(job.image.image_size)
+
+    monkeypatch.chdir(pictures)
+    monkeypatch.setattr("sail_align.extract.executor.run.run_job", stop)
+    content = find_manifest("pictures.yaml")[0].model_dump(exclude_none=True)
+    content["encoders"] |= {"image": "efficientnet-lite0", "image_size": 320, "text": "minilm-l6"}
+    manifest = Manifest.model_validate(content)
+    for options, size in (({}, 320), ({"image_size": 256}, 256), ({"image_encoder": "efficientnet-lite2"}, None)):
+        with pytest.raises(Prepared) as prepared:
+            build_store(manifest, captions="raw", quiet=True, **options)
+        assert prepared.value.args == (size,)
