@@ -67,6 +67,7 @@ def build_store(
     image_size: int | None = None,
     text_encoder: str | None = None,
     text_pooling: str | None = None,
+    text_prompt: str | None = None,
     captions: str | Sequence[str] | None = None,
     add_captions: str | Sequence[str] | None = None,
     data_root: str | Path | None = None,
@@ -100,7 +101,10 @@ def build_store(
         image_size: Height and width of the images that the encoder gets, a multiple of its patch size. Default: the
             manifest's, else the encoder's own.
         text_encoder: Name, hf:REPOSITORY or open_clip:MODEL. Default: the manifest's, else "gte-large".
-        text_pooling: "cls", "mean" or "last". Default: the encoder's own.
+        text_pooling: "cls", "mean", "last", "max", "weightedmean" or "mean_sqrt_len_tokens". Default: the
+            encoder's own.
+        text_prompt: Text that is put before each text, such as an instruction. Default: the encoder's own for
+            documents.
         captions: Names of the captions to encode, as a sequence or as "raw,long". Default: the manifest's, else all.
         add_captions: Captions to add to an existing store, without reading its images.
         data_root: Folder of the manifest's files. Default: `$SAIL_DATA_ROOT`, else the folder of the manifest's file,
@@ -169,6 +173,7 @@ def build_store(
         if not text_encoder and (identity := store.text_identity()):
             recorded = TextEncoderConfig.recorded(identity)
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
+            text_prompt = recorded.prompt
     else:
         image_name = image_encoder or manifest.encoders.image
         # The manifest's size is for its encoder.
@@ -183,7 +188,7 @@ def build_store(
     for name in chosen:
         if name not in known:
             raise UserError(f"{manifest.name} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
-    text = TextEncoderConfig(text_name, text_pooling, precision, code, compile) if chosen else None
+    text = TextEncoderConfig(text_name, text_pooling, precision, code, compile, text_prompt) if chosen else None
     _require_used(code, [getattr(config.entry, "origin", None) for config in (image, text) if config])
     Runtime.of(device, precision)  # raises if either is invalid
     job = Job(manifest, root, path, image, text, tuple(chosen))

@@ -29,8 +29,8 @@ from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS, EncoderSpec, require_known
 from sail_align.extract.encoders.load import load_recorded
-from sail_align.extract.encoders.pooling import pool_image, pool_tokens
-from sail_align.extract.encoders.text import TransformersTextEncoder
+from sail_align.extract.encoders.pooling import pool_image
+from sail_align.extract.encoders.text import TransformersTextEncoder, token_states
 from sail_align.extract.encoders.vision import Backbone, VisionEncoder, golden_image
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import write_atomically
@@ -100,12 +100,12 @@ class _Text(nn.Module):
 
     def __init__(self, encoder: TransformersTextEncoder, model: AlignmentModel):
         super().__init__()
-        self.network, self.model, self.pooling = encoder.network, model, encoder.identity.spec.pooling
+        self.encoder, self.model = encoder, model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden_BTD = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden_BTD = token_states(self.encoder.network(input_ids=input_ids, attention_mask=attention_mask))
         mask_BT = attention_mask.to(torch.int32)  # ONNX Runtime has no argmax of int64
-        return self.model.encode_text(pool_tokens(hidden_BTD, mask_BT, self.pooling).half())
+        return self.model.encode_text(self.encoder.pool(hidden_BTD, mask_BT).half())
 
 
 @torch.no_grad()

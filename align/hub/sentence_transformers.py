@@ -44,7 +44,7 @@ ENCODER_FOLDERS = {"image": "image_encoder", "text": "text_encoder"}
 _FILES = r"[\w.-]+\.(json|safetensors|txt|model|md|jinja)"
 """Names of the files that sentence-transformers and transformers write."""
 _ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-_POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
+_POOLINGS = {"last": "lasttoken"}
 
 
 class NotNativeError(Exception):
@@ -163,9 +163,12 @@ def _text_encoder(encoder: TextEncoder) -> _Encoder:
     if not isinstance(encoder, TransformersTextEncoder):
         raise NotNativeError("the text encoder is not one of transformers")
     _check_network("text", encoder.network, encoder.identity.spec.precision)
+    spec = encoder.identity.spec
+    if "modules" in spec.preprocessing or "pools_prefix" in spec.preprocessing:
+        raise NotNativeError("the text encoder has modules of its own after its pooling")
     tokenizer = copy.deepcopy(encoder.tokenizer)
-    tokenizer.model_max_length = encoder.identity.spec.preprocessing["token_limit"]
-    return _Encoder(encoder.network, tokenizer.save_pretrained, (_POOLINGS[encoder.identity.spec.pooling],))
+    tokenizer.model_max_length = spec.preprocessing["token_limit"]
+    return _Encoder(encoder.network, tokenizer.save_pretrained, (_POOLINGS.get(spec.pooling, spec.pooling),))
 
 
 def _image_encoder(encoder: VisionEncoder) -> _Encoder:

@@ -68,7 +68,13 @@ ImageSize = Annotated[
         metavar="PIXELS",
     ),
 ]
-TextPooling = Annotated[str | None, _encoder_option(help="cls, mean or last.  [default: the encoder's own]")]
+TextPooling = Annotated[str | None, _encoder_option(help="cls, mean, last or max.  [default: the encoder's own]")]
+TextPrompt = Annotated[
+    str | None,
+    _encoder_option(
+        help="Text before each text, such as an instruction; '' for none.  [default: the encoder's own for documents]"
+    ),
+]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
 AllowRemoteCode = Annotated[
     list[str] | None,
@@ -119,6 +125,7 @@ def run(
     image_size: ImageSize = None,
     text_encoder: TextEncoder = None,
     text_pooling: TextPooling = None,
+    text_prompt: TextPrompt = None,
     captions: Captions = None,
     add_captions: AddCaptions = None,
     data_root: DataRoot = None,
@@ -154,6 +161,7 @@ def run(
         image_size=image_size,
         text_encoder=text_encoder,
         text_pooling=text_pooling,
+        text_prompt=text_prompt,
         captions=captions,
         add_captions=add_captions,
         data_root=data_root,

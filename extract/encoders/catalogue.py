@@ -101,13 +101,31 @@ class TimmVision:
 
 @dataclass(frozen=True)
 class TransformersText:
-    """A transformers text model. `prefix` is put before each text; texts are truncated to `token_limit` tokens."""
+    """A transformers text model.
+
+    Attributes:
+        origin: Where the weights are.
+        pooling: How token states become one vector. None takes what a repository of sentence-transformers names.
+        prefix: Text that is put before each text, such as an instruction.
+        token_limit: Texts are truncated to this number of tokens.
+        about: Facts for `sail-extract encoders`.
+        end: Token that ends each text. It is added if the tokenizer does not add it.
+        bidirectional: Tokens attend to later ones, in a model that transformers runs causally.
+        lowercase: Texts are converted to lower case.
+        pools_prefix: Tokens of the prefix are pooled, too.
+        exact_limit: The limit holds even if the tokenizer names a lower one.
+    """
 
     origin: Hub | Path | Package
     pooling: str | None = None
     prefix: str = ""
     token_limit: int = 512
     about: About | None = None
+    end: str = ""
+    bidirectional: bool = False
+    lowercase: bool = False
+    pools_prefix: bool = True
+    exact_limit: bool = False
 
 
 @dataclass(frozen=True)

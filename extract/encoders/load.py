@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from torch import nn
-
 from sail_align.extract.encoders.catalogue import (
     TEXT,
     VISION,
@@ -29,9 +27,11 @@ from sail_align.extract.encoders.open_clip_models import (
 )
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, check_pooling
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
+from sail_align.extract.encoders.repository import Repository, read_repository
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder, load_tokenizer_files
+from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder
 from sail_align.extract.encoders.timm_models import fetch_timm, load_timm, timm_sizes
+from sail_align.extract.encoders.tokenizer import load_tokenizer_files
 from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained, patch_size
 from sail_align.extract.encoders.vision import Backbone, VisionEncoder, report_refused_size
 from sail_align.extract.encoders.weights import TOKENIZER_FILES, EncoderFiles
@@ -70,8 +70,9 @@ class EncoderConfig(ABC):
         self._origin(entry)  # raises if the code of another revision is allowed
         allowed = (entry.pooling,) if isinstance(entry, OpenClipTower) else self._poolings
         pooling = self.pooling or entry.pooling
-        # An image encoder without class token needs no choice, but whether it has one is known only after loading.
-        if pooling is not None or isinstance(entry, TransformersText):
+        # Without a choice, an image encoder needs none if it has no class token, and a text encoder none if it is a
+        # repository of sentence-transformers. Both are known only after loading.
+        if pooling is not None:
             check_pooling(pooling, allowed, self.name)
 
     @classmethod
@@ -112,8 +113,7 @@ class EncoderConfig(ABC):
         if isinstance(entry, TimmVision):
             fetch_timm(entry)
         elif not isinstance(entry, OpenClipTower):
-            origin, allow_code = self._origin(entry)
-            EncoderFiles.fetch(origin, with_code=allow_code)
+            self._fetch(entry)
 
     def matches(self, spec: EncoderSpec) -> bool:
         """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
@@ -150,11 +150,10 @@ class EncoderConfig(ABC):
                 return allowed, True
         return origin, False
 
-    def _load_transformers(self, entry: TransformersVision | TransformersText) -> tuple[EncoderFiles, nn.Module]:
+    def _fetch(self, entry: TransformersVision | TransformersText) -> tuple[EncoderFiles, bool]:
+        """Return the files of an encoder, downloaded if need be, and whether the code among them may run."""
         origin, allow_code = self._origin(entry)
-        files = EncoderFiles.fetch(origin, with_code=allow_code)
-        of_images = isinstance(entry, TransformersVision)
-        return files, load_pretrained(files, allow_code=allow_code, of_images=of_images)
+        return EncoderFiles.fetch(origin, with_code=allow_code), allow_code
 
     def _id(self, files: EncoderFiles) -> str:
         """Return the name without its revision. A local folder is named by its kind and weights instead of its path."""
@@ -233,7 +232,8 @@ class ImageEncoderConfig(EncoderConfig):
         size = self.image_size
         match entry:
             case TransformersVision():
-                files, model = self._load_transformers(entry)
+                files, allow_code = self._fetch(entry)
+                model = load_pretrained(files, allow_code=allow_code, of_images=True)
                 return files, TransformersBackbone(model, _preprocessing(entry, files), size)
             case TimmVision():
                 return load_timm(entry, size)
@@ -242,8 +242,15 @@ class ImageEncoderConfig(EncoderConfig):
                 return files, OpenClipBackbone(towers.visual, size)
 
 
+@dataclass(frozen=True)
 class TextEncoderConfig(EncoderConfig):
-    """Description of a text encoder and its options."""
+    """Description of a text encoder and its options.
+
+    Attributes:
+        prompt: Text that is put before each text, such as an instruction. None takes the encoder's own for documents.
+    """
+
+    prompt: str | None = None
 
     _poolings: ClassVar[tuple[str, ...]] = TEXT_POOLINGS
 
@@ -258,16 +265,58 @@ class TextEncoderConfig(EncoderConfig):
             raise self._unknown("text", TEXT, "hf:<repository or folder>, open_clip:<model>@<weights>")
         return TEXT[self.name]
 
+    @classmethod
+    def recorded(cls, identity: Identity) -> Self:
+        """Return the config of an encoder that a store or a run recorded."""
+        config, preprocessing = super().recorded(identity), identity.spec.preprocessing
+        if identity.spec.source.get("loader") == "open_clip":
+            return config
+        pooling = None if "modules" in preprocessing else config.pooling
+        return replace(config, pooling=pooling, prompt=preprocessing.get("prefix"))
+
+    def matches(self, spec: EncoderSpec) -> bool:
+        """Return whether `load` would give the encoder of this spec, as far as is known without loading it."""
+        entry, prefix = self.entry, spec.preprocessing.get("prefix")
+        own = isinstance(entry, TransformersText) and (self.pooling or entry.pooling) is None
+        prompt = self.prompt if self.prompt is not None or own else getattr(entry, "prefix", None)
+        return super().matches(spec) and own == ("modules" in spec.preprocessing) and prompt in (None, prefix)
+
     def load(self, device: str = "cpu", *, entry: TextEntry | None = None) -> TextEncoder:
-        """Load the encoder."""
+        """Load the encoder. Without a pooling, a repository of sentence-transformers is used as its authors use it."""
         runtime = Runtime.of(device, self.precision, compiled=self.compiled)
         entry = entry or self.entry
         if isinstance(entry, OpenClipTower):
+            if self.prompt:
+                raise UserError(f"Encoder {self.name!r} has no prompt: got {self.prompt!r}. Leave it out.")
             towers, tokenizer, files = load_open_clip(entry)
             return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
-        pooling = check_pooling(self.pooling or entry.pooling, TEXT_POOLINGS, self.name)
-        files, model = self._load_transformers(entry)
-        return TransformersTextEncoder(self._id(files), files, model, entry, pooling, runtime)
+        files, allow_code = self._fetch(entry)
+        changed, own = self._read(files, entry)
+        model = load_pretrained(files, allow_code=allow_code)
+        around = (own.after, own.modules) if own else ()
+        files = own.files if own else files
+        return TransformersTextEncoder(self._id(files), files, model, changed, runtime, *around)
+
+    def download(self) -> None:
+        """Download the encoder's files if they are not here. Files of OpenCLIP are only downloaded when it loads them.
+
+        Raises:
+            UserError: The files are not available, or a pooling is needed.
+        """
+        entry = self.entry
+        if not isinstance(entry, OpenClipTower):
+            self._read(self._fetch(entry)[0], entry)
+
+    def _read(self, files: EncoderFiles, entry: TransformersText) -> tuple[TransformersText, Repository | None]:
+        """Return the entry with the user's choices, and the repository of sentence-transformers that is used as it is.
+
+        Raises:
+            UserError: The repository does something that has no counterpart here, or a pooling is needed.
+        """
+        pooling = self.pooling or entry.pooling
+        own = read_repository(files, entry) if pooling is None else None
+        chosen = own.entry if own else replace(entry, pooling=check_pooling(pooling, TEXT_POOLINGS, self.name))
+        return (chosen if self.prompt is None else replace(chosen, prefix=self.prompt)), own
 
 
 def _preprocessing(entry: TransformersVision, files: EncoderFiles) -> ImagePreprocessing:
@@ -333,4 +382,5 @@ def load_tokenizer(spec: EncoderSpec, location: str = "") -> Any:
         return load_open_clip_tokenizer(entry)
     pinned = spec.source["loader"] == "hub"
     origin = Hub(spec.source["repository"], spec.source["revision"]) if pinned else entry.origin
-    return load_tokenizer_files(EncoderFiles.locate(origin, TOKENIZER_FILES))
+    end, lowercase = spec.preprocessing.get("end", ""), spec.preprocessing.get("lowercase", False)
+    return load_tokenizer_files(EncoderFiles.locate(origin, TOKENIZER_FILES), end=end, lowercase=lowercase)

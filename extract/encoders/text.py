@@ -1,21 +1,22 @@
 """Text encoders: their interface, and those of transformers."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
+from sail_align.extract.encoders.after_pooling import AfterPooling
 from sail_align.extract.encoders.catalogue import TransformersText
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS
 from sail_align.extract.encoders.pooling import pool_tokens
 from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
+from sail_align.extract.encoders.tokenizer import load_tokenizer_files
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
@@ -23,6 +24,8 @@ TEXTS_PER_BLOCK = 4_096
 """Texts that are tokenized at once."""
 CPU_TOKENS, GPU_TOKENS = 2_048, 262_144
 """Tokens per batch on a CPU, where 8,192 exceed the caches (MiniLM is 12 % slower); and at most on a GPU."""
+TRIED_TOKENS = 1_024
+"""Longest text with which batch sizes are tried. Captions are shorter."""
 NO_TOKEN = -1
 """Fills tensors of tokens after the end of a text. A padding token would not do: it can also occur in a text."""
 
@@ -55,33 +58,55 @@ class TextEncoder(FrozenEncoder, ABC):
 
 
 class TransformersTextEncoder(TextEncoder):
-    """A `TextEncoder`: a tokenizer, a transformers model, and a pooling of its last token states."""
+    """A `TextEncoder`: a tokenizer, a transformers model, and a pooling of its last token states.
+
+    Args:
+        id: Name for the spec.
+        files: Files of the model and its tokenizer.
+        model: The network.
+        entry: What is around the network. It has a pooling.
+        runtime: Device and precision.
+        after: Modules after the pooling of a repository of sentence-transformers.
+        modules: Names of all modules of that repository, for the spec.
+    """
 
     def __init__(
-        self, id: str, files: EncoderFiles, model: nn.Module, entry: TransformersText, pooling: str, runtime: Runtime
+        self,
+        id: str,
+        files: EncoderFiles,
+        model: nn.Module,
+        entry: TransformersText,
+        runtime: Runtime,
+        after: AfterPooling | None = None,
+        modules: Sequence[str] = (),
     ):
         super().__init__(model, runtime)
-        self._pooling = pooling
+        self._pooling = entry.pooling or "mean"
         self._prefix = entry.prefix
-        self.tokenizer = load_tokenizer_files(files.path)
-        self._token_limit = min(entry.token_limit, self.tokenizer.model_max_length)
+        self._after = runtime.freeze(after) if after else None
+        self._accepted = inspect.signature(model.forward).parameters
+        self.tokenizer = load_tokenizer_files(files.path, end=entry.end, lowercase=entry.lowercase)
+        limit = self.tokenizer.model_max_length
+        self._token_limit = entry.token_limit if entry.exact_limit else min(entry.token_limit, limit)
+        self._not_pooled = 0 if entry.pools_prefix or not entry.prefix else self._count_prefix()
         self.identity = files.identify(
             torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
             ["torch", "transformers", "tokenizers"],
             id=id,
             modality="text",
-            preprocessing={"prefix": entry.prefix, "token_limit": self._token_limit},
-            pooling=pooling,
+            preprocessing=preprocessing_facts(entry, self._token_limit, modules),
+            pooling=self._pooling,
             precision=runtime.precision,
         )
 
     @cached_property
     def token_budget(self) -> int:
         """Number of tokens per batch on this device, including padding."""
-        longest = [self.tokenizer.pad_token_id or 0] * self._token_limit
+        length = min(self._token_limit, TRIED_TOKENS)
+        longest = [self.tokenizer.pad_token_id or 0] * length
 
         def encode(tokens: int) -> None:
-            self._encode_batch({"input_ids": [longest[:tokens]] * max(tokens // self._token_limit, 1)})
+            self._encode_batch({"input_ids": [longest[:tokens]] * max(tokens // length, 1)})
 
         return self._runtime.batch_size(encode, on_cpu=CPU_TOKENS, at_most=GPU_TOKENS)
 
@@ -134,13 +159,65 @@ class TransformersTextEncoder(TextEncoder):
                     next_tokens = worker.submit(tokenize, following)
                 yield block, tokens
 
+    def _count_prefix(self) -> int:
+        """Return the number of tokens of the prefix with those before it, as sentence-transformers counts them."""
+        ids = self.tokenizer(self._prefix)["input_ids"]
+        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+
+    def pool(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return the features of token states, (B, D).
+
+        Args:
+            hidden_BTD: The token states.
+            mask_BT: 1 for tokens of the text, 0 for padding on either side.
+        """
+        features_BD = pool_tokens(hidden_BTD, mask_BT, self._pooling, self._not_pooled)
+        return self._after(features_BD) if self._after else features_BD
+
     @torch.no_grad()
     @tf32_products()
     def _encode_batch(self, tokens: Tokens) -> Tensor:
-        """Return the features of one batch, padded to its longest text."""
+        """Return the features of one batch, padded to its longest text. They are NaN for a text without tokens."""
         padded = self.tokenizer.pad(tokens, return_tensors="pt").to(self.device)
-        hidden_BTD = self.network(**padded).last_hidden_state
-        return pool_tokens(hidden_BTD, padded["attention_mask"], self._pooling).float().cpu()
+        mask_BT = padded["attention_mask"]
+        inputs = {name: each for name, each in padded.items() if name != "token_type_ids" or name in self._accepted}
+        features_BD = self.pool(token_states(self.network(**inputs)), mask_BT).float()
+        return features_BD.masked_fill(mask_BT.sum(dim=1, keepdim=True) == 0, float("nan")).cpu()
+
+
+def preprocessing_facts(entry: TransformersText, token_limit: int, modules: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what is recorded of how texts are prepared. Facts of recent versions are left out where they are defaults.
+
+    Args:
+        entry: What is around the network.
+        token_limit: Limit on the tokens of a text.
+        modules: Names of the modules of a repository of sentence-transformers that is used as it is.
+    """
+    recent = {
+        "end": entry.end,
+        "bidirectional": entry.bidirectional,
+        "lowercase": entry.lowercase,
+        "pools_prefix": entry.pools_prefix,
+        "modules": list(modules),
+    }
+    default = {"end": "", "bidirectional": False, "lowercase": False, "pools_prefix": True, "modules": []}
+    facts = {"prefix": entry.prefix, "token_limit": token_limit}
+    return facts | {name: value for name, value in recent.items() if value != default[name]}
+
+
+def token_states(output: Any) -> Tensor:
+    """Return the token states in the output of a network, (B, T, D).
+
+    Raises:
+        UserError: It has none. Code of a repository may return anything.
+    """
+    if (hidden_BTD := getattr(output, "last_hidden_state", None)) is None:
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        hidden_BTD = next((each for each in values if isinstance(each, Tensor) and each.ndim == 3), None)
+    if hidden_BTD is None:
+        raise UserError(f"The network is invalid: it returns {type(output).__name__} without token states (B, T, D).")
+    states_BTD: Tensor = hidden_BTD
+    return states_BTD
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -154,19 +231,3 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(position)
     return batches if lengths else []
-
-
-def load_tokenizer_files(path: Path) -> Any:
-    """Load the tokenizer of a model. transformers returns an empty one if the files are missing.
-
-    Raises:
-        UserError: There is none, or it has no vocabulary.
-    """
-    advice = "Save it with the model, with `tokenizer.save_pretrained`."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} has no tokenizer that can be loaded. {advice}") from problem
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"The tokenizer in {path} has no vocabulary. {advice}")
-    return tokenizer

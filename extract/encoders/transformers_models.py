@@ -7,9 +7,9 @@ from math import isqrt
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GteConfig, PreTrainedConfig
-from transformers import __version__ as transformers_version
+from transformers import AutoConfig, GteConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
@@ -101,6 +101,15 @@ def translate_gte_config(config: dict[str, Any]) -> GteConfig:
     return GteConfig(**settings, rope_parameters=rope)
 
 
+# Encoders of models that also have a decoder, which no feature here uses.
+_ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "longt5": "LongT5EncoderModel",
+}
+
+
 def load_pretrained(files: EncoderFiles, *, allow_code: bool, of_images: bool = False) -> nn.Module:
     """Load the base model of a checkpoint in float32.
 
@@ -114,9 +123,12 @@ def load_pretrained(files: EncoderFiles, *, allow_code: bool, of_images: bool = 
             initialise those at random.
     """
     config, is_remote = _read_config(files, allow_code)
-    tower, config, options = image_tower(config) if of_images and not is_remote else (AutoModel, config, {})
+    if of_images and not is_remote:
+        loader, config, options = image_tower(config)
+    else:
+        loader, options = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel")), {}
     with no_progress_bar():
-        model, loading = tower.from_pretrained(
+        model, loading = loader.from_pretrained(
             files.path,
             config=config,
             dtype="float32",
@@ -150,7 +162,7 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
         raise UserError(f"{files.path} has model_type {kind!r}, which the installed transformers lacks. Update it.")
     if not allow_code:
         raise UserError(
-            f"{files.path} has model_type {kind!r}, which transformers {transformers_version} lacks: "
+            f"{files.path} has model_type {kind!r}, which transformers {transformers.__version__} lacks: "
             f"{code.get('AutoModel', 'its model')} needs its own code to run. If you trust it, pass "
             "--allow-remote-code <owner>/<name>@<40-digit commit>."
         )

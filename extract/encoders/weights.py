@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,21 @@ class EncoderFiles:
             version = metadata.version(origin.distribution)
             source = {"loader": "package", "package": origin.distribution, "version": version}
         return cls(path, source, _weights_digest(path))
+
+    def with_parts(self, folders: Sequence[str]) -> "EncoderFiles":
+        """Return these files together with those in some of their folders, which are downloaded from a repository.
+
+        The weights in these folders become a part of the digest.
+
+        Raises:
+            UserError: The repository is not available.
+        """
+        if folders and self.source["loader"] == "hub":
+            patterns = [f"{folder}/{pattern}" for folder in folders for pattern in ("*.json", "*.safetensors")]
+            download(self.source["repository"], self.source["revision"], patterns, ignored=["*/*/*"])
+        weights = [file for folder in folders for file in sorted((self.path / folder).glob("*.safetensors"))]
+        digests = [self.digest, *(str(file_digest(file)) for file in weights)]
+        return replace(self, digest=hashlib.sha256("".join(digests).encode()).hexdigest()) if weights else self
 
     @staticmethod
     def locate(origin: Package | Hub | Path, patterns: list[str]) -> Path:
@@ -118,8 +133,14 @@ class EncoderFiles:
         return Identity(spec, golden, versions, self.location, *golden_long)
 
 
-def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Download the files at the root of a repository that are not in the local cache.
+def download(repository: str, revision: str | None, patterns: list[str], *, ignored: Sequence[str] = ("*/*",)) -> Path:
+    """Download files of a repository that are not in the local cache.
+
+    Args:
+        repository: The repository.
+        revision: Its revision. None is the newest.
+        patterns: Which files.
+        ignored: Which of them are left out: by default those in folders, which hold other formats of the same weights.
 
     Returns:
         The folder `…/snapshots/<commit>`.
@@ -129,8 +150,9 @@ def download(repository: str, revision: str | None, patterns: list[str]) -> Path
     """
     where = f"{repository!r} at revision {revision or 'main'!r}"
     try:
-        # Subfolders hold other formats of the same weights.
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignored))
+        )
     except errors.GatedRepoError as problem:
         raise UserError(
             f"Repository {where} is gated. Accept its terms on the hub, then log in with `hf auth login`."
