@@ -68,6 +68,8 @@ def build_store(
     text_encoder: str | None = None,
     text_pooling: str | None = None,
     text_prompt: str | None = None,
+    layers: str | Sequence[int] | None = None,
+    text_layers: str | Sequence[int] | None = None,
     captions: str | Sequence[str] | None = None,
     add_captions: str | Sequence[str] | None = None,
     data_root: str | Path | None = None,
@@ -105,6 +107,8 @@ def build_store(
             encoder's own.
         text_prompt: Text that is put before each text, such as an instruction. Default: the encoder's own for
             documents.
+        layers: Layers of both encoders to store, counted from the end, such as "-1,-4,-8". Default: the output, -1.
+        text_layers: Layers of the text encoder, if they differ.
         captions: Names of the captions to encode, as a sequence or as "raw,long". Default: the manifest's, else all.
         add_captions: Captions to add to an existing store, without reading its images.
         data_root: Folder of the manifest's files. Default: `$SAIL_DATA_ROOT`, else the folder of the manifest's file,
@@ -174,12 +178,13 @@ def build_store(
             recorded = TextEncoderConfig.recorded(identity)
             text_name, text_pooling, precision = recorded.name, recorded.pooling, recorded.precision
             text_prompt = recorded.prompt
+            text_layers = text_layers or layers or recorded.layers
     else:
         image_name = image_encoder or manifest.encoders.image
         # The manifest's size is for its encoder.
         size = image_size or (None if image_encoder else manifest.encoders.image_size)
         image = ImageEncoderConfig(
-            image_name, image_pooling, precision, code, compile, fast_jpeg=fast_jpeg, image_size=size
+            image_name, image_pooling, precision, code, compile, _layers(layers), fast_jpeg, size
         )
         source = manifest.open_source(root)
         report.source_opened(manifest, source)
@@ -188,7 +193,9 @@ def build_store(
     for name in chosen:
         if name not in known:
             raise UserError(f"{manifest.name} has no caption {name!r}. Its captions are: {', '.join(known) or 'none'}.")
-    text = TextEncoderConfig(text_name, text_pooling, precision, code, compile, text_prompt) if chosen else None
+    of_text = _layers(text_layers, "--text-layers") if text_layers else _layers(layers)
+    options = (text_pooling, precision, code, compile, of_text, text_prompt)
+    text = TextEncoderConfig(text_name, *options) if chosen else None
     _require_used(code, [getattr(config.entry, "origin", None) for config in (image, text) if config])
     Runtime.of(device, precision)  # raises if either is invalid
     job = Job(manifest, root, path, image, text, tuple(chosen))
@@ -281,6 +288,14 @@ def _require_data(data: "str | Path | Manifest", manifest: Manifest, root: Path)
 def _names(captions: str | Sequence[str]) -> list[str]:
     given = captions.split(",") if isinstance(captions, str) else captions
     return [name.strip() for name in given]
+
+
+def _layers(given: str | Sequence[int] | None, option: str = "--layers") -> tuple[int, ...]:
+    from sail_align.extract.encoders.layers import OUTPUT, parse_layers
+
+    if given is None:
+        return OUTPUT
+    return parse_layers(given if isinstance(given, str) else ",".join(map(str, given)), option)
 
 
 def _in_store(captions: Sequence[str], path: Path) -> list[str]:

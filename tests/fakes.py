@@ -65,6 +65,7 @@ class FakeChoice:
     log: Path | None = None
     seconds: float = 0
     entry = None
+    layers = (-1,)
 
     def load(self, device: str) -> FakeVision | FakeText:
         if self.modality not in ("image", "text"):

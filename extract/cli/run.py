@@ -75,6 +75,11 @@ TextPrompt = Annotated[
         help="Text before each text, such as an instruction; '' for none.  [default: the encoder's own for documents]"
     ),
 ]
+Layers = Annotated[
+    str | None,
+    _encoder_option(help="Layers of both encoders to store, from the end: -1,-4,-8.  [default: -1, the output]"),
+]
+TextLayers = Annotated[str | None, _encoder_option(help="Layers of the text encoder, if they differ.")]
 Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
 AllowRemoteCode = Annotated[
     list[str] | None,
@@ -126,6 +131,8 @@ def run(
     text_encoder: TextEncoder = None,
     text_pooling: TextPooling = None,
     text_prompt: TextPrompt = None,
+    layers: Layers = None,
+    text_layers: TextLayers = None,
     captions: Captions = None,
     add_captions: AddCaptions = None,
     data_root: DataRoot = None,
@@ -162,6 +169,8 @@ def run(
         text_encoder=text_encoder,
         text_pooling=text_pooling,
         text_prompt=text_prompt,
+        layers=layers,
+        text_layers=text_layers,
         captions=captions,
         add_captions=add_captions,
         data_root=data_root,

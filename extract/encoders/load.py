@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar, Self
 
 from sail_align.extract.encoders.catalogue import (
@@ -19,6 +20,7 @@ from sail_align.extract.encoders.catalogue import (
 )
 from sail_align.extract.encoders.identity import JOINED, EncoderSpec, Identity, require_known
 from sail_align.extract.encoders.joined import join
+from sail_align.extract.encoders.layers import OUTPUT, refuse_layers
 from sail_align.extract.encoders.open_clip_models import (
     OpenClipBackbone,
     OpenClipTextEncoder,
@@ -50,6 +52,7 @@ class EncoderConfig(ABC):
         allow_remote_code: Repositories that may run their own code if transformers lacks their architecture, each as
             `<owner>/<name>@<full commit hash>`. They are loaded at that commit.
         compiled: Compile the network with torch.compile. Features change by rounding.
+        layers: Layers whose states are pooled (see `layers`). Several are computed in one pass.
 
     Raises:
         UserError: The name is unknown, the encoder does not have the pooling, or a repository that may run code is not
@@ -61,6 +64,7 @@ class EncoderConfig(ABC):
     precision: str = "float32"
     allow_remote_code: tuple[str, ...] = ()
     compiled: bool = False
+    layers: tuple[int, ...] = OUTPUT
 
     _poolings: ClassVar[tuple[str, ...]]
 
@@ -79,12 +83,12 @@ class EncoderConfig(ABC):
     def recorded(cls, identity: Identity) -> Self:
         """Return the config of an encoder that a store or a run recorded."""
         spec = identity.spec
-        name = spec.id
+        name = spec.network_id
         if identity.location:
             name = f"{'open_clip' if spec.source.get('loader') == 'open_clip' else 'hf'}:{identity.location}"
         elif name.startswith("hf:"):
             name = f"{name}@{spec.source.get('revision', '')}"
-        return cls(name, spec.pooling, spec.precision)
+        return cls(name, spec.pooling, spec.precision, layers=(spec.layer,))
 
     @property
     @abstractmethod
@@ -120,7 +124,8 @@ class EncoderConfig(ABC):
         entry = self.entry
         revision = getattr(self._origin(entry)[0], "revision", None)
         return (
-            spec.id in (self.name, self.name.partition("@")[0])
+            spec.network_id in (self.name, self.name.partition("@")[0])
+            and spec.layer in self.layers
             and spec.precision == self.precision
             and (self.pooling or entry.pooling) in (None, spec.pooling)
             and revision in (None, spec.source.get("revision"))
@@ -226,7 +231,7 @@ class ImageEncoderConfig(EncoderConfig):
         with report_refused_size(self.name, f"{size} × {size}" if size else None):
             files, backbone = self._load_backbone(entry)
             pooling = self.pooling or entry.pooling
-            return VisionEncoder(self._id(files), files, backbone, pooling, runtime, self.fast_jpeg)
+            return VisionEncoder(self._id(files), files, backbone, pooling, runtime, self.fast_jpeg, self.layers)
 
     def _load_backbone(self, entry: VisionEntry) -> tuple[EncoderFiles, Backbone]:
         size = self.image_size
@@ -288,6 +293,7 @@ class TextEncoderConfig(EncoderConfig):
         if isinstance(entry, OpenClipTower):
             if self.prompt:
                 raise UserError(f"Encoder {self.name!r} has no prompt: got {self.prompt!r}. Leave it out.")
+            refuse_layers(self.layers, self.name)
             towers, tokenizer, files = load_open_clip(entry)
             return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
         files, allow_code = self._fetch(entry)
@@ -295,7 +301,7 @@ class TextEncoderConfig(EncoderConfig):
         model = load_pretrained(files, allow_code=allow_code)
         around = (own.after, own.modules) if own else ()
         files = own.files if own else files
-        return TransformersTextEncoder(self._id(files), files, model, changed, runtime, *around)
+        return TransformersTextEncoder(self._id(files), files, model, changed, runtime, *around, layers=self.layers)
 
     def download(self) -> None:
         """Download the encoder's files if they are not here. Files of OpenCLIP are only downloaded when it loads them.
@@ -342,17 +348,31 @@ def load_recorded(
         UserError: It is not available.
     """
     require_known(identity)
-    if identity.parts:
-        parts: Any = [load_recorded(part, device, allow_remote_code=allow_remote_code) for part in identity.parts]
-        return join(parts)
-    _require_source(identity.spec)
-    source = identity.spec.source
-    recorded = ImageEncoderConfig.recorded if identity.spec.modality == "image" else TextEncoderConfig.recorded
-    config: EncoderConfig = replace(recorded(identity), allow_remote_code=tuple(allow_remote_code))
+    parts = [list(layers) for _, layers in groupby(identity.singles, _network)]
+    if len(parts) > 1:
+        encoders: Any = [
+            load_recorded(Identity.joined(layers), device, allow_remote_code=allow_remote_code) for layers in parts
+        ]
+        return join(encoders)
+    first = identity.singles[0]
+    _require_source(first.spec)
+    source = first.spec.source
+    recorded = ImageEncoderConfig.recorded if first.spec.modality == "image" else TextEncoderConfig.recorded
+    config: EncoderConfig = replace(
+        recorded(first),
+        allow_remote_code=tuple(allow_remote_code),
+        layers=tuple(each.spec.layer for each in identity.singles),
+    )
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
     encoder = config.load(device, entry=replace(config.entry, **pinned))
     encoder.identity.check_matches(identity, where="the record")
     return encoder
+
+
+def _network(identity: Identity) -> tuple[EncoderSpec, str]:
+    """Return what layers of one network share, so that they are computed in one pass."""
+    spec = identity.spec
+    return replace(spec, id=spec.network_id, layer=OUTPUT[0], dim=0), identity.location
 
 
 def _require_source(spec: EncoderSpec) -> None:

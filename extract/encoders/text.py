@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sail_align.extract.encoders.after_pooling import AfterPooling
 from sail_align.extract.encoders.catalogue import TransformersText
-from sail_align.extract.encoders.identity import GOLDEN_TEXTS
+from sail_align.extract.encoders.identity import GOLDEN_TEXTS, LAST_LAYER
+from sail_align.extract.encoders.layers import OUTPUT, TransformersLayers, require_depth
 from sail_align.extract.encoders.pooling import pool_tokens
 from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
 from sail_align.extract.encoders.tokenizer import load_tokenizer_files
@@ -68,6 +69,8 @@ class TransformersTextEncoder(TextEncoder):
         runtime: Device and precision.
         after: Modules after the pooling of a repository of sentence-transformers.
         modules: Names of all modules of that repository, for the spec.
+        layers: Layers to pool, counted from the end. Of several, the features are concatenated. The modules after the
+            pooling are for the output alone.
     """
 
     def __init__(
@@ -79,8 +82,15 @@ class TransformersTextEncoder(TextEncoder):
         runtime: Runtime,
         after: AfterPooling | None = None,
         modules: Sequence[str] = (),
+        layers: tuple[int, ...] = OUTPUT,
     ):
         super().__init__(model, runtime)
+        self._layers = layers
+        self._inner: TransformersLayers | None = None
+        if layers != OUTPUT:
+            tokens_BT = torch.zeros(1, 4, dtype=torch.long, device=self.device)
+            self._inner = TransformersLayers(model, id, input_ids=tokens_BT)
+            require_depth(layers, self._inner.depth, id)
         self._pooling = entry.pooling or "mean"
         self._prefix = entry.prefix
         self._after = runtime.freeze(after) if after else None
@@ -89,8 +99,10 @@ class TransformersTextEncoder(TextEncoder):
         limit = self.tokenizer.model_max_length
         self._token_limit = entry.token_limit if entry.exact_limit else min(entry.token_limit, limit)
         self._not_pooled = 0 if entry.pools_prefix or not entry.prefix else self._count_prefix()
-        self.identity = files.identify(
-            torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
+        golden_GD = torch.cat([self.encode([text]) for text in GOLDEN_TEXTS])
+        self.identity = files.identify_layers(
+            layers,
+            golden_GD.split(self._widths, dim=1),
             ["torch", "transformers", "tokenizers"],
             id=id,
             modality="text",
@@ -181,7 +193,18 @@ class TransformersTextEncoder(TextEncoder):
         padded = self.tokenizer.pad(tokens, return_tensors="pt").to(self.device)
         mask_BT = padded["attention_mask"]
         inputs = {name: each for name, each in padded.items() if name != "token_type_ids" or name in self._accepted}
-        features_BD = self.pool(token_states(self.network(**inputs)), mask_BT).float()
+        if self._inner is None:
+            pooled = [self.pool(token_states(self.network(**inputs)), mask_BT)]
+        else:
+            states = zip(self._layers, self._inner.states(self._layers, **inputs), strict=True)
+            pooled = [
+                self.pool(hidden_BTD, mask_BT)
+                if layer == LAST_LAYER
+                else pool_tokens(hidden_BTD, mask_BT, self._pooling, self._not_pooled)
+                for layer, hidden_BTD in states
+            ]
+        self._widths = [each.shape[1] for each in pooled]
+        features_BD = torch.cat([each.float() for each in pooled], dim=1)
         return features_BD.masked_fill(mask_BT.sum(dim=1, keepdim=True) == 0, float("nan")).cpu()
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sail_align.extract.encoders.catalogue import Hub, Package, TimmVision
+from sail_align.extract.encoders.layers import BlockLayers, require_depth
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
@@ -45,6 +47,22 @@ class TimmBackbone(Backbone):
         """Return the class token or the pooled image, if there is one, and the map of patches."""
         features = self.model.forward_features(pixels_BCHW.to(memory_format=self._format))
         pooled_BE = self.model.forward_head(features, pre_logits=not self._projects) if self.pools else None
+        return self._split(features, pixels_BCHW, pooled_BE)
+
+    def prepare_layers(self, layers: Sequence[int], name: str) -> None:
+        """Find the blocks and the final norm, and check that there are so many layers."""
+        size = self.preprocessing.crop
+        self._layers = BlockLayers(self.model, name, torch.zeros(1, 3, size, size))
+        require_depth(layers, self._layers.depth, name)
+
+    def forward_layers(self, pixels_BCHW: Tensor, layers: Sequence[int]) -> list[tuple[Tensor | None, Tensor]]:
+        """Return class token and map of patches of each layer."""
+        states = self._layers.states(layers, pixels_BCHW.to(memory_format=self._format))
+        return [self._split(state, pixels_BCHW) for state in states]
+
+    def _split(
+        self, features: Tensor, pixels_BCHW: Tensor, pooled_BE: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         if features.ndim == 4:
             return pooled_BE, features.movedim(self._channel_dim, 3)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])

@@ -1,7 +1,7 @@
 """Models of transformers: loading every tensor from the checkpoint, and the backbone of image encoders."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import isqrt
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GteConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from sail_align.extract.encoders.layers import TransformersLayers, require_depth
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.towers import image_tower, pool_each, pooled_output, pools_patches
 from sail_align.extract.encoders.vision import Backbone
@@ -239,8 +240,23 @@ class TransformersBackbone(Backbone):
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the class token or the pooled image, if there is one, and the map of patches."""
         output = self._run(pixels_BCHW)
-        features = output.last_hidden_state
         pooled_BE = output[self._pooled] if self.pools else None
+        return self._split(output.last_hidden_state, pixels_BCHW, pooled_BE)
+
+    def prepare_layers(self, layers: Sequence[int], name: str) -> None:
+        """Find the final norm, and check that there are so many layers."""
+        size = self.preprocessing.crop
+        self._layers = TransformersLayers(self.model, name, pixel_values=torch.zeros(1, 3, size, size), **self._options)
+        require_depth(layers, self._layers.depth, name)
+
+    def forward_layers(self, pixels_BCHW: Tensor, layers: Sequence[int]) -> list[tuple[Tensor | None, Tensor]]:
+        """Return class token and map of patches of each layer."""
+        states = self._layers.states(layers, pixel_values=pixels_BCHW, **self._options)
+        return [self._split(state, pixels_BCHW) for state in states]
+
+    def _split(
+        self, features: Tensor, pixels_BCHW: Tensor, pooled_BE: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         if features.ndim == 4:
             return pooled_BE, features.permute(0, 2, 3, 1)
         height, width = (side // self.stride for side in pixels_BCHW.shape[-2:])

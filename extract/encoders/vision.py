@@ -1,6 +1,6 @@
 """The image encoder: a backbone of any library with its preprocessing, pooling and precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sail_align.extract.encoders.layers import OUTPUT, refuse_layers
 from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, as_pixels, pad_to_multiple
@@ -65,6 +66,14 @@ class Backbone(nn.Module):
             if (self.has_cls or "cls" not in each) and (self.has_pooler or "pooler" not in each)
         )
 
+    def prepare_layers(self, layers: Sequence[int], name: str) -> None:
+        """Prepare for `forward_layers`. Raises `UserError` if the network lacks a layer; `name` is for the message."""
+        refuse_layers(layers, name)
+
+    def forward_layers(self, pixels_BCHW: Tensor, layers: Sequence[int]) -> list[tuple[Tensor | None, Tensor]]:
+        """Return class token and map of patches, as forward does, of each layer (see `layers`)."""
+        raise NotImplementedError
+
     def pool_each(self, patches_BhwD: Tensor) -> Tensor:
         """Apply the network's head to each patch alone, (B, h, w, E), if `pools_patches` is true."""
         raise NotImplementedError
@@ -75,7 +84,8 @@ class VisionEncoder(FrozenEncoder):
 
     Its features have the backbone's D dimensions, or 2D for `cls+mean`. With that pooling, the dense feature of a patch
     is concat(CLS, patch), so heads that were trained on images apply to patches. With `pooler+mean`, it is
-    concat(pooled image, patch), and with `pooler`, the output of the network's head for the patch alone.
+    concat(pooled image, patch), and with `pooler`, the output of the network's head for the patch alone. Several layers
+    have their features concatenated; the identity is then the joined one of an encoder for each layer.
 
     Attributes:
         stride: Pixels per patch in each direction.
@@ -84,7 +94,14 @@ class VisionEncoder(FrozenEncoder):
     """
 
     def __init__(
-        self, id: str, files: EncoderFiles, backbone: Backbone, pooling: str | None, runtime: Runtime, fast_jpeg: bool
+        self,
+        id: str,
+        files: EncoderFiles,
+        backbone: Backbone,
+        pooling: str | None,
+        runtime: Runtime,
+        fast_jpeg: bool,
+        layers: tuple[int, ...] = OUTPUT,
     ):
         """Freeze a backbone.
 
@@ -95,23 +112,34 @@ class VisionEncoder(FrozenEncoder):
             pooling: None for the only one of a network without class token.
             runtime: Where it runs.
             fast_jpeg: Decode large JPEGs at reduced scale.
+            layers: Layers to pool, counted from the end.
 
         Raises:
-            UserError: The pooling is missing, or this backbone does not have it.
+            UserError: The pooling is missing, or this backbone does not have it, or it lacks a layer.
         """
         pooling = check_pooling(pooling or (None if backbone.has_cls else "mean"), backbone.poolings, id)
         backbone.pools = "pooler" in pooling
+        if layers != OUTPUT:
+            if backbone.pools:
+                raise UserError(f"Pooling {pooling!r} is for the output of {id!r} only. Pass another with --layers.")
+            backbone.prepare_layers(layers, id)
         super().__init__(backbone, runtime)
-        self._pooling = pooling
+        self._pooling, self._layers = pooling, layers
         preprocessing = backbone.preprocessing
         self._normalisation = Normalisation(preprocessing.mean, preprocessing.std)
         self._resize = backbone.resize
-        self._has_patches = backbone.has_patches and (backbone.pools_patches or pooling != "pooler")
         self.stride = backbone.stride
         self.size = preprocessing.crop
         self.min_jpeg_side = FAST_JPEG * (preprocessing.resize or preprocessing.crop) if fast_jpeg else 0
-        self.identity = files.identify(
-            self.encode(self.preprocess(golden_image())[None]),
+        states = self._forward(self.normalise(self.preprocess(golden_image())[None]))
+        grids = {tuple(patches_BhwD.shape[1:3]) for _, patches_BhwD in states}
+        # Stages of a hierarchy each have a grid of their own.
+        self._has_patches = backbone.has_patches and (backbone.pools_patches or pooling != "pooler") and len(grids) == 1
+        if layers != OUTPUT:
+            self.stride = self.size // grids.pop()[0]
+        self.identity = files.identify_layers(
+            layers,
+            [pool_image(*each, pooling).float().cpu() for each in states],
             ["torch", "pillow", backbone.library],
             id=id,
             modality="image",
@@ -160,7 +188,7 @@ class VisionEncoder(FrozenEncoder):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return pooled features of normalised pixels (B, 3, H, W), (B, D) float32 on the device."""
-        return pool_image(*self._forward(pixels_BCHW), self._pooling).float()
+        return torch.cat([pool_image(*each, self._pooling).float() for each in self._forward(pixels_BCHW)], dim=-1)
 
     def encode_dense(
         self, pixels_BHWC: Tensor, *, normalisation: Normalisation | None = None, last_attention: bool = True
@@ -194,10 +222,10 @@ class VisionEncoder(FrozenEncoder):
             if not last_attention:
                 patches = (height // self.stride) * (width // self.stride)
                 changed.enter_context(skip_last_attention(self.network, patches))
-            cls_BD, patches_BhwD = self._forward(padded_BCHW)
+            states = self._forward(padded_BCHW)
         if self._pooling == "pooler":
-            patches_BhwD = self._pool_each(patches_BhwD)
-        return pool_patches(cls_BD, patches_BhwD, self._pooling).float()
+            states = [(cls_BD, self._pool_each(patches_BhwD)) for cls_BD, patches_BhwD in states]
+        return torch.cat([pool_patches(*each, self._pooling).float() for each in states], dim=-1)
 
     def require_pixels(self, pixels_BCHW: Tensor) -> None:
         """Raise `ValueError` unless these are normalised pixels (B, 3, size, size)."""
@@ -217,9 +245,13 @@ class VisionEncoder(FrozenEncoder):
 
     @torch.no_grad()
     @tf32_products()
-    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
-        cls_BD, patches_BhwD = self.network(pixels_BCHW.to(self.device, self.dtype))
-        return cls_BD, patches_BhwD
+    def _forward(self, pixels_BCHW: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+        """Return class token and map of patches of each layer."""
+        backbone = cast(Backbone, self.network)
+        pixels_BCHW = pixels_BCHW.to(self.device, self.dtype)
+        if self._layers == OUTPUT:
+            return [backbone(pixels_BCHW)]
+        return backbone.forward_layers(pixels_BCHW, self._layers)
 
     @torch.no_grad()
     @tf32_products()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sail_align.extract.encoders.catalogue import Hub, Package
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
+from sail_align.extract.encoders.layers import layer_id
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import file_digest, read_json
 
@@ -131,6 +132,24 @@ class EncoderFiles:
         spec = EncoderSpec(source=self.source, weights=self.digest, dim=len(golden), **fields)
         versions = {name: metadata.version(name) for name in libraries}
         return Identity(spec, golden, versions, self.location, *golden_long)
+
+    def identify_layers(
+        self, layers: Sequence[int], goldens: Sequence[Tensor], libraries: Sequence[str], *, id: str, **fields: Any
+    ) -> Identity:
+        """Return the identity of an encoder that pools these layers: joined if there are several.
+
+        Args:
+            layers: The layers.
+            goldens: Features of the golden inputs by layer; see `identify`.
+            libraries: Packages whose versions are recorded.
+            id: The id of the network.
+            fields: The other fields of the spec.
+        """
+        singles = [
+            self.identify(golden_GD, libraries, id=layer_id(id, layer), layer=layer, **fields)
+            for layer, golden_GD in zip(layers, goldens, strict=True)
+        ]
+        return Identity.joined(singles)
 
 
 def download(repository: str, revision: str | None, patterns: list[str], *, ignored: Sequence[str] = ("*/*",)) -> Path:

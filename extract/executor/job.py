@@ -38,7 +38,8 @@ class Job:
     @property
     def arrays(self) -> int:
         """The number of arrays that the job fills."""
-        return (self.image is not None) + (len(self.captions) if self.text is not None else 0)
+        images = len(self.image.layers) if self.image is not None else 0
+        return images + (len(self.captions) * len(self.text.layers) if self.text is not None else 0)
 
     def open_store(self, *, quiet: bool = False) -> Store:
         """Open the store, or create it, and restore its metadata if need be. Only a job with images opens the source.
@@ -88,6 +89,7 @@ def _completed(found: Sequence[Mapping[str, FeatureArray]], choice: EncoderConfi
         raise RuntimeError("no encoder was loaded, because all shards were committed")
 
     arrays = [array for group in found for array in group.values() if choice.matches(array.identity.spec)]
-    if len(arrays) < len(found) or not all(shard in array.markers for array in arrays for shard in share.shards(array)):
+    are_there = len(arrays) >= len(found) * len(choice.layers)
+    if not are_there or not all(shard in array.markers for array in arrays for shard in share.shards(array)):
         return []
     return [ArrayTask((array,), encode) for array in arrays]
