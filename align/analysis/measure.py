@@ -17,7 +17,7 @@ from sail_align.align.stats.metrics import cka_by_row, mutual_knn, ranks, unit_r
 from sail_align.align.stats.tables import format_table
 from sail_align.extract.data import Status
 from sail_align.extract.errors import UserError
-from sail_align.extract.store.features import FeatureArray
+from sail_align.extract.store.joined import StoredFeatures
 from sail_align.extract.store.store import Store
 
 FORMAT = 1
@@ -43,13 +43,23 @@ class RowSample:
         spans = [(start, min(start + SPAN_ROWS, store.rows)) for start in chosen]
         return cls(spans, np.concatenate([key_hashes(store.index(["key"], *span)["key"]) for span in spans]))
 
-    def read(self, array: FeatureArray) -> tuple[Half, NDArray[np.bool_]]:
+    def read(self, array: StoredFeatures) -> tuple[Half, NDArray[np.bool_]]:
         """Return the features (n, D) of the rows, and a mask of those that exist."""
         features, status = zip(*(array.read(*span) for span in self.spans), strict=True)
         return np.concatenate(features), np.concatenate(status) == Status.OK
 
 
-def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, seed: int) -> dict[str, Any]:
+def measure_store(
+    store: Store,
+    *,
+    rows: int,
+    neighbours: int,
+    held_out: float,
+    seed: int,
+    image_encoders: Sequence[str] = (),
+    text_encoders: Sequence[str] = (),
+    captions: Sequence[str] = (),
+) -> dict[str, Any]:
     """Measure the alignment of each image encoder with each caption of each text encoder.
 
     Args:
@@ -59,6 +69,9 @@ def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, 
         held_out: Fraction of the sample to score the closed form on. If the sample is the whole store, these are the
             rows that `sail-align fit --held-out` holds out as well.
         seed: Seed of the sample.
+        image_encoders: Image encoders, or several joined as in `a+b`. Default: each of the store.
+        text_encoders: Text encoders, likewise.
+        captions: Captions. Default: each of the store.
 
     Returns:
         A record ready for JSON. Each of its `measures` has, for one combination, the number of `rows` with features on
@@ -68,11 +81,16 @@ def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, 
     Raises:
         UserError: There is nothing to pair, a pair has fewer than 50 rows, or a feature is NaN or inf.
     """
-    texts = [(name, node, array) for name in store.captions for node, array in store.texts(name).items()]
-    if not texts or not store.images():
+    if not store.images() or not any(store.texts(name) for name in store.captions):
         raise UserError(f"{store.path} needs image and text features. Create the missing ones with `sail-extract run`.")
+    texts = [
+        (name, text, store.text(name, text))
+        for name in captions or store.captions
+        for text in text_encoders or store.texts(name)
+    ]
     sample, measures = RowSample.draw(store, rows, seed), []
-    for image, image_array in store.images().items():
+    for image in image_encoders or store.images():
+        image_array = store.image(image)
         image_ND, image_ok = sample.read(image_array)
         for caption, text, text_array in texts:
             text_ND, text_ok = sample.read(text_array)
@@ -101,9 +119,9 @@ def measure_store(store: Store, *, rows: int, neighbours: int, held_out: float, 
 
 
 def measures_table(measures: Sequence[Mapping[str, Any]]) -> str:
-    """Return the `measures` of a record as a Markdown table with a row per combination."""
+    """Return the `measures` of a record as a Markdown table with a row per combination, ranked by the mean R@1."""
     rows = []
-    for each in measures:
+    for each in sorted(measures, key=lambda each: -sum(each[f"{way}_r1"] for way in WAYS)):
         recalls = ("{:.1f} ({:.1f} – {:.1f})".format(each[f"{way}_r1"], *each[f"{way}_interval"]) for way in WAYS)
         rows.append(
             (

@@ -17,6 +17,7 @@ from sail_align.align.data.pairs import Rows
 from sail_align.align.stats.tables import format_table, mean_std
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
+from sail_align.extract.store.joined import has_encoders
 from sail_align.extract.store.store import Store
 
 RECIPE = {"head": "linear", "loss": "sigmoid", "weight_decay": 1e-7, "warmup": 0.1}
@@ -47,26 +48,32 @@ class Combination:
     ) -> list["Combination"]:
         """Return the requested combinations of the stores. An empty list of names selects all of them.
 
+        A name may join several encoders of a store, as in `a+b`.
+
         Raises:
             UserError: A path is not a store, or no combination matches the request.
         """
-        available = []
-        for path in stores:
-            store = Store.open(path)
-            texts = [(caption, node) for caption in store.captions for node in store.texts(caption)]
-            available += [cls(path, image, text, caption) for image in store.images() for caption, text in texts]
-        requested = {"image": image_encoders, "text": text_encoders, "caption": captions}
         paths = ", ".join(map(str, stores))
-        for side, names in requested.items() if available else ():
-            known = dict.fromkeys(getattr(each, side) for each in available)
-            if missing := next((name for name in names if name not in known), None):
-                kind = side if side == "caption" else f"{side} encoder"
-                raise UserError(f"{paths} has no features of {kind} {missing!r}. Available: {', '.join(known)}.")
-        found = [
-            each
-            for each in available
-            if all(not names or getattr(each, side) in names for side, names in requested.items())
-        ]
+        opened = {path: Store.open(path) for path in stores}
+        known = {
+            "image encoder": {name for store in opened.values() for name in store.images()},
+            "text encoder": {n for store in opened.values() for each in store.captions for n in store.texts(each)},
+            "caption": {name for store in opened.values() for name in store.captions if store.texts(name)},
+        }
+        requested = zip(known.items(), (image_encoders, text_encoders, captions), strict=True)
+        for (kind, there), names in requested if all(known.values()) else ():
+            if missing := next((name for name in names if not has_encoders(there, name)), None):
+                raise UserError(
+                    f"{paths} has no features of {kind} {missing!r}. Available: {', '.join(sorted(there))}."
+                )
+        found = []
+        for path, store in opened.items():
+            images = store.images()
+            for image in image_encoders or images:
+                for caption in captions or store.captions:
+                    texts = store.texts(caption) if caption in store.captions else {}
+                    chosen = [text for text in text_encoders or texts if has_encoders(texts, text)]
+                    found += [cls(path, image, text, caption) for text in chosen if has_encoders(images, image)]
         if not found:
             raise UserError(
                 f"{paths} has no such combination of image features, text features and caption. See `sail-extract "

@@ -25,6 +25,11 @@ DEFAULTS = {
 }
 """Defaults of the settings that these commands take, as their help texts show them."""
 
+Encoders = Annotated[
+    list[str] | None, typer.Option(help="Encoder, or several joined as A+B. Can be repeated.  [default: each]")
+]
+EachCaption = Annotated[str | None, typer.Option(help="Captions, each on its own: raw,long.  [default: all]")]
+
 
 @with_json
 @with_settings("lr", "weight_decay", "batch_size", "epochs", "steps", "optimizer", "dim", "held_out", defaults=DEFAULTS)
@@ -78,15 +83,9 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder for runs and results.  [default: runs/<store>-probe]")
     ] = None,
-    image_encoder: Annotated[
-        list[str] | None, typer.Option(help="Image encoder. Can be repeated.  [default: all in the stores]")
-    ] = None,
-    text_encoder: Annotated[
-        list[str] | None, typer.Option(help="Text encoder. Can be repeated.  [default: all in the stores]")
-    ] = None,
-    captions: Annotated[
-        str | None, typer.Option(help="Captions, each on its own: raw,long.  [default: all in the stores]")
-    ] = None,
+    image_encoder: Encoders = None,
+    text_encoder: Encoders = None,
+    captions: EachCaption = None,
     seeds: Seeds = 1,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -100,8 +99,7 @@ def probe(
     from sail_align.extract.encoders.runtime import Runtime
 
     folder = out or RunFolder.default_path(features, "probe")
-    names = [name.strip() for name in captions.split(",")] if captions else []
-    combinations = Combination.select(features, image_encoder or [], text_encoder or [], names)
+    combinations = Combination.select(features, image_encoder or [], text_encoder or [], _names(captions))
     runner = TrialRunner(folder / "runs", seeds, Runtime.of(device, "float32").device, quiet)
     with report_stop(lambda: RESUME.format(folder)), report_write_errors(folder, during_run=True):
         result = Probe.run(combinations, options, runner)
@@ -133,6 +131,9 @@ def measure(
         float, typer.Option(min=0.01, max=0.5, help="Fraction of the rows on which the closed form is scored.")
     ] = COMPARED["held_out"],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    image_encoder: Encoders = None,
+    text_encoder: Encoders = None,
+    captions: EachCaption = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the numbers as JSON.")] = None,
 ) -> Result:
     """Measure how alike image and text features are before training.
@@ -151,7 +152,16 @@ def measure(
     from sail_align.extract.store.store import Store
 
     opened = Store.open(store)
-    result = measure_store(opened, rows=rows, neighbours=neighbours, held_out=held_out, seed=seed)
+    result = measure_store(
+        opened,
+        rows=rows,
+        neighbours=neighbours,
+        held_out=held_out,
+        seed=seed,
+        image_encoders=image_encoder or (),
+        text_encoders=text_encoder or (),
+        captions=_names(captions),
+    )
     typer.echo(measures_table(result["measures"]))
     drawn, count = result["rows"], result["measures"][0]["held_out"]
     typer.echo(
@@ -167,6 +177,10 @@ def measure(
     following = next_command(opened, image=best["image"], text=best["text"])
     typer.echo(f"Next: {following}")
     return {**result, "next": following}
+
+
+def _names(captions: str | None) -> list[str]:
+    return [name.strip() for name in captions.split(",")] if captions else []
 
 
 def _check(stores: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The arrays of several encoders of one store, read as one array whose features are concatenated."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -74,6 +74,11 @@ class JoinedArray:
         """Make the system read these chunks, in rising order, in the background."""
         for part in self.parts:
             part.prefetch(chunks)
+
+
+def has_encoders(arrays: Container[str], name: str) -> bool:
+    """Return whether arrays by encoder include an encoder, or all of several that are joined by "+"."""
+    return name in arrays or all(part in arrays for part in name.split("+"))
 
 
 StoredFeatures = FeatureArray | JoinedArray
