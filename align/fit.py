@@ -40,7 +40,7 @@ class FitKeywords(TypedDict, total=False):
     image_power: float | None
     patch_power: float | None
     start: Literal["random", "closed-form"] | None
-    ridge: float | None
+    ridge: float | Literal["auto"] | None
     positives: int | None
     loss: Literal["sigmoid", "infonce"] | None
     divisor: Literal["pairs", "batch"] | None

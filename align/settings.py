@@ -38,6 +38,7 @@ _HEAD = (
     "Kind of both heads. `cca` is linear and computed in closed form, without training; `pcca` adds its log-likelihood "
     "ratio as the corrected similarity."
 )
+_RIDGE = "Regularisation of the closed form; `auto` cross-validates it."
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
@@ -74,7 +75,7 @@ class FitSettings:
     start: Literal["random", "closed-form"] = declare(
         "Heads", "Initial weights; `closed-form` initialises a linear path with the CCA.", "random", small="closed-form"
     )
-    ridge: float = declare("Heads", "Regularisation of the closed form.", 2.0, ge=1e-6, le=1e6, cca=True)
+    ridge: float | Literal["auto"] = declare("Heads", _RIDGE, "auto", ge=1e-6, le=1e6, cca=True)
     positives: int | None = declare(
         "Data",
         "Captions sampled per image and step, in proportion to their weights.",

@@ -3,6 +3,9 @@
 It serves as a baseline (`--head cca`) and as initial weights of trained heads (`--start closed-form`).
 """
 
+import functools
+import operator
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -44,6 +47,14 @@ class Moments:
         self._image_DD += image_BD.T @ image_BD
         self._text_DD += text_ND.T @ text_ND / len(text_CBD)
         self._cross_DD += image_BD.T @ text_mean_BD
+
+    @classmethod
+    def sum(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Return the moments of the pairs of all parts, of which there is at least one."""
+        total = cls.__new__(cls)
+        for name in vars(parts[0]):
+            setattr(total, name, functools.reduce(operator.add, (getattr(part, name) for part in parts)))
+        return total
 
     def cca(self, dim: int, ridge: float = 2.0, *, unit_norm: bool = True) -> tuple["LinearMap", "LinearMap", Tensor]:
         """Return the `dim` leading canonical directions of both sides, each weighted by its canonical correlation.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from typing_extensions import TypedDict
 
@@ -44,7 +44,7 @@ class RunSettings(TypedDict, total=False):
 
     head: str
     dim: int
-    ridge: float
+    ridge: float | Literal["auto"]
     loss: str
     optimizer: str
     lr: float

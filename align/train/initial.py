@@ -10,6 +10,7 @@ from sail_align.align.model.closed_form import Moments
 from sail_align.align.model.correction import Gaussian
 from sail_align.align.settings import FitSettings
 from sail_align.align.train.plan import Plan
+from sail_align.align.train.ridge import FoldedMoments
 from sail_align.extract.system.progress import note, progress
 
 SAMPLE_ROWS = 1_024
@@ -74,15 +75,23 @@ def balanced_bias(model: AlignmentModel, plan: Plan, device: torch.device) -> fl
 def _start_from_closed_form(
     model: AlignmentModel, plan: Plan, stream: Stream, device: torch.device, quiet: bool
 ) -> None:
-    moments = Moments(plan.architecture.image_dim, plan.architecture.text_dim, device)
+    architecture, settings = plan.architecture, plan.settings
+    gaussian = next((each for each in model.modules() if isinstance(each, Gaussian)), None)
+    dims = architecture.image_dim, architecture.text_dim
+    folded = FoldedMoments(*dims, stream.rows, device) if settings.ridge == "auto" else None
+    moments = folded or Moments(*dims, device)
     with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
         for block in stream.scan():
             images = model.image_head.apply_power(block.images.to(device).float())
             moments.add(images, block.texts.to(device))
             bar.update(len(block.images))
-    gaussian = next((each for each in model.modules() if isinstance(each, Gaussian)), None)
-    settings = plan.settings
-    image_map, text_map, correlations_E = moments.cca(settings.dim, settings.ridge, unit_norm=gaussian is None)
+    if folded:
+        ridge = folded.choose_ridge(settings.dim, likelihood=gaussian is not None)
+        note(f"Ridge of the closed form, cross-validated: {ridge:g}.")
+    else:
+        ridge = settings.ridge
+    total = folded.total() if folded else moments
+    image_map, text_map, correlations_E = total.cca(settings.dim, ridge, unit_norm=gaussian is None)
     if gaussian:
         gaussian.fill(correlations_E)
     image_map.copy_to(model.image_head)

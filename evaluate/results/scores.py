@@ -227,7 +227,9 @@ class RunScores:
             origin = ("imported from", imported["file"], f"SHA-256 {imported['sha256'][:12]}")
             return [*facts, ("heads", heads, ""), origin, checkpoint]
         if settings["head"] in CLOSED_FORMS:
-            made = f"computed in closed form, ridge {settings['ridge']:g}"
+            ridge = settings["ridge"]
+            chosen = "cross-validated" if ridge == "auto" else f"{ridge:g}"
+            made = f"computed in closed form, ridge {chosen}"
         else:
             made = (
                 f"{settings['loss']} loss, {settings['optimizer']} at {settings['lr']:g}, "

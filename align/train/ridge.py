@@ -1,0 +1,122 @@
+"""Choice of the closed form's ridge by cross-validation, in the same pass over the pairs."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sail_align.align.model.closed_form import LinearMap, Moments
+from sail_align.align.model.correction import Gaussian
+from sail_align.align.stats.metrics import ranks
+
+FOLDS = 5
+SAMPLE_ROWS = 4_096
+"""Pairs on which ridges are compared. Their features are kept in memory."""
+
+FEWEST_ROWS = 50
+"""With fewer pairs a ridge cannot be chosen."""
+
+RIDGE = 2.0
+"""Ridge for few pairs, and the first one that is tried."""
+
+STEPS = 10
+"""Ridges from 2⁻¹⁰ to 2¹⁰ times `RIDGE` are reachable."""
+
+
+class FoldedMoments:
+    """Moments of pairs in folds, and a sample of the pairs of each fold to score on.
+
+    Memory is used for the covariance matrices of each fold and for at most `SAMPLE_ROWS` pairs.
+
+    Args:
+        image_dim: Dimension of the image features.
+        text_dim: Dimension of the text features.
+        rows: Number of pairs that will be added.
+        device: Device of the moments.
+    """
+
+    def __init__(self, image_dim: int, text_dim: int, rows: int, device: str | torch.device = "cpu"):
+        self.folds = [Moments(image_dim, text_dim, device) for _ in range(FOLDS)]
+        self._sample: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(FOLDS)]
+        self._rows, self._span = 0, -(-rows // SAMPLE_ROWS)
+
+    def add(self, image_BD: Tensor, text_CBD: Tensor) -> None:
+        """Add pairs of image features (B, D_I) and text features (C, B, D_T) of any float type.
+
+        Successive spans of pairs, one of them sampled in each, belong to successive folds.
+        """
+        number_B = torch.arange(self._rows, self._rows + len(image_BD), device=image_BD.device)
+        self._rows += len(image_BD)
+        for fold, (moments, sample) in enumerate(zip(self.folds, self._sample, strict=True)):
+            inside_B = number_B // self._span % FOLDS == fold
+            if inside_B.any():
+                moments.add(image_BD[inside_B], text_CBD[:, inside_B])
+                sampled_B = inside_B & (number_B % self._span == 0)
+                sample.append((image_BD[sampled_B], text_CBD[:, sampled_B]))
+
+    def total(self) -> Moments:
+        """Return the moments of all pairs."""
+        return Moments.sum(self.folds)
+
+    def choose_ridge(self, dim: int, *, likelihood: bool = False) -> float:
+        """Return the ridge with the best mean reciprocal rank of the pairs of each fold, from the maps of the others.
+
+        Both directions are scored, among the sampled pairs of the fold. R@1 has more noise.
+        Powers of two are compared, from `RIDGE` on in the direction that improves, to the first that does not.
+
+        Args:
+            dim: Number of canonical directions.
+            likelihood: Rank by log-likelihood ratios instead of cosines.
+
+        Raises:
+            UserError: As for `Moments.cca`.
+        """
+        if self._rows < FEWEST_ROWS:
+            return RIDGE
+        others = [Moments.sum(self.folds[:fold] + self.folds[fold + 1 :]) for fold in range(FOLDS)]
+
+        def score(exponent: int) -> float:
+            found = [
+                _reciprocal_ranks(
+                    sample, *moments.cca(dim, RIDGE * 2.0**exponent, unit_norm=not likelihood), likelihood
+                )
+                for moments, sample in zip(others, self._sample, strict=True)
+            ]
+            return float(np.mean(found))
+
+        return RIDGE * 2.0 ** climb(score, STEPS)
+
+
+def climb(score: Callable[[int], float], most: int) -> int:
+    """Return a local maximum of a function of integers from −`most` to `most`, going upwards from 0."""
+    best, value = 0, score(0)
+    for step in (-1, 1):
+        while abs(best + step) <= most and (other := score(best + step)) > value:
+            best, value = best + step, other
+        if best:
+            break
+    return best
+
+
+def _reciprocal_ranks(
+    sample: list[tuple[Tensor, Tensor]],
+    image_map: LinearMap,
+    text_map: LinearMap,
+    correlations_E: Tensor,
+    likelihood: bool,
+) -> float:
+    """Return the mean reciprocal rank of images by texts and of texts by images, the mean of both."""
+    gaussian = Gaussian(len(correlations_E)).to(correlations_E.device)
+    gaussian.fill(correlations_E)
+    images, texts, owners, start = [], [], [], 0
+    for image_BD, text_CBD in sample:
+        image_BE, text_ME = image_map(image_BD), text_map(text_CBD.flatten(0, 1))
+        images.append(gaussian.extend(image_BE, "image") if likelihood else F.normalize(image_BE, dim=-1))
+        texts.append(gaussian.extend(text_ME, "text") if likelihood else F.normalize(text_ME, dim=-1))
+        owners.append(np.tile(np.arange(start, start + len(image_BD)), len(text_CBD)))
+        start += len(image_BD)
+    image_NE, text_ME = (torch.cat(each).double().cpu().numpy() for each in (images, texts))
+    both = ranks(image_NE, text_ME, np.concatenate(owners))
+    return float(np.mean([np.mean(1 / (1 + found)) for found in both]))
