@@ -151,6 +151,8 @@ class SailModel(PreTrainedModel):
                 raise TypeError(f"Option {name}={options[name]!r} has no meaning for SailModel. Leave it out.")
         folder = _fetch(pretrained_model_name_or_path, hub, [CONFIG, WEIGHTS, CARD])
         model = load(folder, device=_device(device_map), image_folder=image_folder, text_folder=text_folder)
+        if model.run.image.parts or model.run.text.parts:
+            raise UserError(f"{folder} joins encoders, which transformers has no processor for. Use sail_align.load.")
         loaded = cls(SailConfig(**json.loads((folder / CONFIG).read_bytes())), model)
         if dtype is not None and dtype != "auto":
             loaded.to(_dtype(dtype))

@@ -88,13 +88,13 @@ def model_card(
         usage: What the folder contains and how it is loaded, in Markdown. None is for folders of heads.
     """
     name = RunFolder(run.path).run.path.resolve().name
-    sources = (run.image.spec.source, run.text.spec.source)
+    sources = [each.spec.source for side in (run.image, run.text) for each in side.singles]
     about = ModelCardData(
         license=licence,
         library_name=library,
         pipeline_tag=_TASK,
         tags=["sail", "clip", "vision-language"],
-        base_model=[source["repository"] for source in sources if "repository" in source] or None,
+        base_model=list(dict.fromkeys(each["repository"] for each in sources if "repository" in each)) or None,
         model_name=name,
         eval_results=[_result(record, metric) for record in scores for metric in record["metrics"]] or None,
     )
@@ -161,8 +161,10 @@ def _origin(run: Run) -> str:
         source = ", ".join(value for name, value in spec.source.items() if name != "config")
         return side, f"`{spec.id}`", source, spec.pooling, spec.precision, f"{spec.dim:,}", f"`{spec.fingerprint}`"
 
+    sides = {"image": run.image, "text": run.text}
+    rows = [row(side, single) for side, identity in sides.items() for single in identity.singles]
     head = ("encoder", "id", "source", "pooling", "precision", "dimensions", "fingerprint")
-    text = f"## Provenance\n\n{_table(head, [row('image', run.image), row('text', run.text)])}"
+    text = f"## Provenance\n\n{_table(head, rows)}"
     if imported := run.settings.get("imported"):
         return (
             f"{text}\n\nThe heads were imported from `{imported['file']}` (SHA-256 `{imported['sha256']}`), not "
@@ -174,7 +176,8 @@ def _origin(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    skipped = {"imported", "stores", "store_digests", "features_digests", "image_encoder", "text_encoder"}
+    sides = {"image_encoder", "image_encoders", "text_encoder", "text_encoders"}
+    skipped = {"imported", "stores", "store_digests", "features_digests", *sides}
     chosen = [(name, _words(value)) for name, value in run.settings.items() if not (name in skipped or value is None)]
     return f"## Settings\n\n{_table(('setting', 'value'), chosen)}"
 

@@ -53,6 +53,9 @@ def write_whole(path: Path, folder: Path) -> float:
     require_new(folder)
     run = load_run(path)
     require_known(run.image, run.text)
+    for side in (run.image, run.text):
+        if not side.is_output:
+            raise UserError(f"--whole needs the output of one encoder, got {side.spec.id!r}. Leave --whole out.")
     text = cast(TransformersTextEncoder, load_recorded(run.text)).float()
     if not hasattr(getattr(text, "tokenizer", None), "backend_tokenizer"):  # that of OpenCLIP, or in plain Python
         raise UserError(

@@ -81,10 +81,15 @@ def write_sentence_transformers(run: Run, folder: Path, card: Callable[[str], st
         "'sail-align[sentence-transformers]'.",
     )
     require_known(run.image, run.text)
+    for side in (run.image, run.text):
+        if side.parts:
+            raise UserError(f"--to sentence-transformers needs single encoders, got {side.spec.id!r}. Leave it out.")
     require_new(folder)
     image = cast(VisionEncoder, load_recorded(run.image))
     text = cast(TextEncoder, load_recorded(run.text))
     try:
+        if not (run.image.is_output and run.text.is_output):
+            raise NotNativeError("a head takes an inner layer of its encoder")
         routes = {"image": _image_encoder(image), "text": _text_encoder(text)}
         heads = {"image": _head(run.model.image_head), "text": _head(run.model.text_head)}
     except NotNativeError as reason:

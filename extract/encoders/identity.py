@@ -213,6 +213,11 @@ class Identity:
         """The encoders that are joined, or this one."""
         return self.parts or (self,)
 
+    @property
+    def is_output(self) -> bool:
+        """Whether this is the output of one network: neither joined nor an inner layer."""
+        return not self.parts and self.spec.layer == LAST_LAYER
+
     def without_location(self) -> "Identity":
         """Return the identity without paths of local folders, for a record that leaves this machine."""
         parts = tuple(part.without_location() for part in self.parts)

@@ -20,6 +20,9 @@ from sail_align.align.data.pairs import open_pairs, read_rows
 from sail_align.align.fit import fit
 from sail_align.align.hub.embeddings import write_embeddings
 from sail_align.align.hub.folder import read_hub_folder, write_hub_folder
+from sail_align.align.hub.model_card import model_card
+from sail_align.align.hub.onnx_whole import write_whole
+from sail_align.align.hub.sentence_transformers import write_sentence_transformers
 from sail_align.align.runs.checkpoint import load_run
 from sail_align.evaluate.dataset import EvaluationSet
 from sail_align.evaluate.evaluator import evaluate_sets
@@ -178,6 +181,23 @@ def test_export_keeps_the_encoders(run, tmp_path):
     assert not (tmp_path / "export" / "preprocessor_config.json").exists()
 
 
+@pytest.fixture
+def joined_run(encoders, tmp_path):
+    image, text = (Identity.joined([each.identity for each in side]) for side in encoders)
+    return save_run(tmp_path / "runs" / "joined", image, text)
+
+
+def test_exports_that_need_single_encoders_are_refused(joined_run, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(UserError, match=r"needs single encoders, got .*[+].* Leave it out"):
+        write_sentence_transformers(load_run(joined_run), tmp_path / "out", lambda usage: usage)
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(UserError, match=r"needs the output of one encoder, got .*[+].* Leave --whole out"):
+        write_whole(joined_run, tmp_path / "out")
+    card = model_card(load_run(joined_run), [], "mit")
+    assert card.count("folder:vit-") == 2  # in the introduction and in its row
+
+
 def test_identity_of_joined_encoders_survives_json_and_refuses_forgeries():
     parts = [identity("image", dim=4), other("image", 5)]
     joined = Identity.joined(parts)
@@ -216,12 +236,10 @@ def encoders(tmp_path_factory):
     return images, texts
 
 
-def test_joined_model_embeds_as_its_encoders_do(encoders, tmp_path):
+def test_joined_model_embeds_as_its_encoders_do(encoders, joined_run):
     """Pixels and tokens of `preprocess` and `tokenizer` give what pictures and texts give."""
     images, texts = encoders
-    image, text = (Identity.joined([each.identity for each in side]) for side in encoders)
-    run = save_run(tmp_path / "runs" / "joined", image, text)
-    model = pretrained.load(run, device="cpu")
+    model = pretrained.load(joined_run, device="cpu")
     pictures, sentences = [draw(n, colour) for n, colour in enumerate(SHADES.values())], ["a red cat", "dogs"]
     pixels = [torch.stack([each.preprocess(picture) for picture in pictures]) for each in images]
     features = torch.cat([each.encode(part) for each, part in zip(images, pixels, strict=True)], dim=1)
@@ -246,10 +264,9 @@ def test_joined_encoders_are_loaded_with_their_own_checks(encoders):
         load_recorded(Identity.joined([joined.parts[0], changed]))
 
 
-def test_joined_run_is_scored_as_it_embeds(encoders, tmp_path):
+def test_joined_run_is_scored_as_it_embeds(joined_run, tmp_path):
     """One pass fills an array per encoder; the stores of evaluation sets serve the next call without encoders."""
-    image, text = (Identity.joined([each.identity for each in side]) for side in encoders)
-    run = load_run(save_run(tmp_path / "runs" / "joined", image, text))
+    run = load_run(joined_run)
     manifest = find_manifest(str(write_captioned(tmp_path / "photos", rows=20)))
     (record,) = evaluate_sets(run, [manifest], features=tmp_path / "features", quiet=True, stop_at_fault=True)
     stores = [Store.open(path) for path in (tmp_path / "features" / "eval").glob("*.zarr")]
