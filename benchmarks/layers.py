@@ -26,13 +26,16 @@ from sail_align.align.stats.metrics import ranks
 HELD_OUT = 0.2
 
 
-def hits(store: Path, image: str, text: str, seed: int, options: dict[str, Any]) -> NDArray[np.float64]:
+def hits(
+    store: Path, captions: list[str], image: str, text: str, seed: int, options: dict[str, Any]
+) -> NDArray[np.float64]:
     """Fit heads, and return the mean hit of each held-out pair, (N,), over captions and directions."""
-    pairs = open_pairs([store], image_encoder=image, text_encoder=text)
+    pairs = open_pairs([store], captions, image_encoder=image, text_encoder=text)
     rows = split_held_out(pairs, [each.usable() for each in pairs], HELD_OUT)
     image_ND, text_CND = read_rows(pairs, rows)
     with tempfile.TemporaryDirectory() as folder:
         kinds: dict[str, Any] = {"image_encoder": image, "text_encoder": text, "held_out": HELD_OUT, "quiet": True}
+        kinds["captions"] = captions or None
         result = fit(store, out=Path(folder) / "run", **kinds, **options, **_seed(options, seed))
         model = load_run(result.run).model
         x_NE = embed(model.encode_image, image_ND, "cpu")
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--image", nargs="*", default=[])
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--pair", nargs="*", default=[], help="IMAGE,TEXT")
+    parser.add_argument("--captions", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--options", type=json.loads, default={"head": "linear", "image_power": 0.5})
     chosen = parser.parse_args()
@@ -65,7 +69,7 @@ def main() -> None:
     seeds = range(1 if chosen.options["head"] == "cca" else chosen.seeds)
     base: NDArray[np.float64] | None = None
     for image, text in names:
-        by_seed = [100 * hits(chosen.store, image, text, seed, chosen.options) for seed in seeds]
+        by_seed = [100 * hits(chosen.store, chosen.captions, image, text, seed, chosen.options) for seed in seeds]
         mean_N = np.mean(by_seed, axis=0)
         base = mean_N if base is None else base
         low, high = mean_interval(mean_N - base)

@@ -81,14 +81,14 @@ class EncoderConfig(ABC):
 
     @classmethod
     def recorded(cls, identity: Identity) -> Self:
-        """Return the config of an encoder that a store or a run recorded."""
-        spec = identity.spec
-        name = spec.network_id
-        if identity.location:
-            name = f"{'open_clip' if spec.source.get('loader') == 'open_clip' else 'hf'}:{identity.location}"
+        """Return the config of an encoder, or of joined layers of one network, that a store or a run recorded."""
+        first = identity.singles[0]
+        spec, name = first.spec, first.spec.network_id
+        if first.location:
+            name = f"{'open_clip' if spec.source.get('loader') == 'open_clip' else 'hf'}:{first.location}"
         elif name.startswith("hf:"):
             name = f"{name}@{spec.source.get('revision', '')}"
-        return cls(name, spec.pooling, spec.precision, layers=(spec.layer,))
+        return cls(name, spec.pooling, spec.precision, layers=tuple(each.spec.layer for each in identity.singles))
 
     @property
     @abstractmethod
@@ -187,7 +187,7 @@ class ImageEncoderConfig(EncoderConfig):
     @classmethod
     def recorded(cls, identity: Identity) -> Self:
         """Return the config of an encoder that a store or a run recorded."""
-        steps = identity.spec.preprocessing
+        steps = identity.singles[0].spec.preprocessing
         return replace(super().recorded(identity), fast_jpeg="jpeg_least" in steps, image_size=steps.get("image_size"))
 
     @property
@@ -273,8 +273,9 @@ class TextEncoderConfig(EncoderConfig):
     @classmethod
     def recorded(cls, identity: Identity) -> Self:
         """Return the config of an encoder that a store or a run recorded."""
-        config, preprocessing = super().recorded(identity), identity.spec.preprocessing
-        if identity.spec.source.get("loader") == "open_clip":
+        spec = identity.singles[0].spec
+        config, preprocessing = super().recorded(identity), spec.preprocessing
+        if spec.source.get("loader") == "open_clip":
             return config
         pooling = None if "modules" in preprocessing else config.pooling
         return replace(config, pooling=pooling, prompt=preprocessing.get("prefix"))
@@ -354,15 +355,11 @@ def load_recorded(
             load_recorded(Identity.joined(layers), device, allow_remote_code=allow_remote_code) for layers in parts
         ]
         return join(encoders)
-    first = identity.singles[0]
-    _require_source(first.spec)
-    source = first.spec.source
-    recorded = ImageEncoderConfig.recorded if first.spec.modality == "image" else TextEncoderConfig.recorded
-    config: EncoderConfig = replace(
-        recorded(first),
-        allow_remote_code=tuple(allow_remote_code),
-        layers=tuple(each.spec.layer for each in identity.singles),
-    )
+    spec = identity.singles[0].spec
+    _require_source(spec)
+    source = spec.source
+    recorded = ImageEncoderConfig.recorded if spec.modality == "image" else TextEncoderConfig.recorded
+    config: EncoderConfig = replace(recorded(identity), allow_remote_code=tuple(allow_remote_code))
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
     encoder = config.load(device, entry=replace(config.entry, **pinned))
     encoder.identity.check_matches(identity, where="the record")

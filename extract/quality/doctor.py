@@ -63,14 +63,14 @@ def diagnose(store: Store) -> Diagnosis:
     read = {array.path: _read(array, row_N) for array in store.arrays()}
     for array in store.arrays():
         diagnosis.lines.append(f"{array.path}: {', '.join(_facts(array, *read[array.path]))}")
-    for image in store.images().values():
+    for image in _last_layers(store.images()):
         image_ND, usable_N = read[image.path]
         if usable_N.sum() < 2 * MIN_TESTED:
             reason = f"{image.path} has {usable_N.sum()} usable rows, expected at least {2 * MIN_TESTED}"
             diagnosis.reasons.append((Verdict.UNKNOWN, reason))
             continue
         images = ImageMap(row_N, image_ND, usable_N)
-        for text in (array for name in store.captions for array in store.texts(name).values()):
+        for text in (array for name in store.captions for array in _last_layers(store.texts(name))):
             pair, pairing = f"{text.path} with {image.path}", images.examine(*read[text.path])
             if pairing is None:
                 diagnosis.reasons.append((Verdict.UNKNOWN, f"{pair}: fewer than {2 * MIN_TESTED} rows have both"))
@@ -82,6 +82,12 @@ def diagnose(store: Store) -> Diagnosis:
             about = {"image": image.path, "text": text.path, "verdict": verdict.name.lower(), "reason": reason}
             diagnosis.scores.append({**about, **scores})
     return diagnosis
+
+
+def _last_layers(arrays: Mapping[str, FeatureArray]) -> list[FeatureArray]:
+    """Return the array of each network's last layer. Earlier layers show the same pairing less clearly."""
+    ordered = sorted(arrays.values(), key=lambda array: array.identity.spec.layer)
+    return list({array.identity.spec.network_id: array for array in ordered}.values())
 
 
 def sample_rows(rows: int) -> Places:

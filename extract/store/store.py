@@ -263,10 +263,12 @@ class Store(StoreView):
         return None if len(found) < len(names) else found[0] if len(found) == 1 else JoinedArray(found)
 
     def text_identity(self) -> Identity | None:
-        """Return the identity of the text encoder, or None unless there is exactly one."""
+        """Return the identity of the text encoder, joined for several layers, or None unless there is exactly one."""
         arrays = chain.from_iterable(self.texts(name).values() for name in self.captions)
         found = {array.identity.spec.id: array.identity for array in arrays}
-        return next(iter(found.values())) if len(found) == 1 else None
+        layers = sorted(found.values(), key=lambda each: -each.spec.layer)
+        is_one = len({each.spec.network_id for each in layers}) == 1
+        return Identity.joined(layers) if is_one else None
 
     def array_paths(self) -> list[str]:
         """Return the paths of all arrays whose creation has finished, such as text/<encoder>/<caption>."""

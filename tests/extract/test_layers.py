@@ -24,6 +24,7 @@ from sail_align.extract.executor.local import LocalExecutor
 from sail_align.extract.executor.run import run_job
 from sail_align.extract.executor.worker import Share
 from sail_align.extract.manifest import find_manifest
+from sail_align.extract.quality.doctor import diagnose
 from sail_align.extract.quality.verify import verify_store
 from sail_align.extract.store.store import Store
 
@@ -200,6 +201,14 @@ def test_store_gains_layers_in_one_pass_and_keeps_its_arrays(job, monkeypatch):
     features = {name: content for name, content in files(at_once.store).items() if "/c/" in name or "commits" in name}
     assert features == {name: after[name] for name in features}
     assert not any(damaged for _, damaged in verify_store(layered.store))
+
+
+def test_text_identity_is_that_of_all_layers_of_one_network(job):
+    layered, _ = job("photos", (-1,), (-2, -1))
+    identity = Store.open(layered.store).text_identity()
+    assert TextEncoderConfig.recorded(identity).layers == (-1, -2)
+    pairs = diagnose(Store.open(layered.store)).reasons
+    assert len(pairs) == 1
 
 
 def test_lost_shard_of_one_layer_is_written_again(job):
