@@ -41,6 +41,7 @@ class FitKeywords(TypedDict, total=False):
     patch_power: float | None
     start: Literal["random", "closed-form"] | None
     ridge: float | Literal["auto"] | None
+    bank: int | None
     positives: int | None
     loss: Literal["sigmoid", "infonce"] | None
     divisor: Literal["pairs", "batch"] | None
@@ -71,7 +72,8 @@ class FitResult(os.PathLike[str]):
         run: Folder of the run.
         metrics: Scores of the run's weights on held-out pairs: `loss`, `t2i_r1` … `i2t_r10` (R@1/5/10 in percent),
             `r1` (mean of both R@1), `chance` (its chance level), `mrr` (mean reciprocal rank), and the effective ranks
-            of the embeddings. Empty if no pairs were held out.
+            of the embeddings. With a bank, `hub_t2i_r1` … `hub_r1` are corrected for hubs, with β = `hub_beta`. Empty
+            if no pairs were held out.
         last_metrics: The same after the last step.
         steps: Number of steps that were trained.
         planned_steps: Number of steps of the settings, which is higher if training stopped early.
@@ -132,11 +134,20 @@ class FitResult(os.PathLike[str]):
         if not self.metrics:
             return []
         scores = self.metrics
-        recalls = {way: " / ".join(f"{scores[f'{way}_r{k}']:.1f}" for k in K) for way in ("t2i", "i2t")}
+
+        def recalls(prefix: str = "") -> str:
+            ways = (
+                f"{label} " + " / ".join(f"{scores[f'{prefix}{way}_r{k}']:.1f}" for k in K)
+                for label, way in (("text→image", "t2i"), ("image→text", "i2t"))
+            )
+            return "R@1/5/10 " + ", ".join(ways)
+
         lines = [
-            f"held out ({self.held_out_rows:,} pairs): loss {scores['loss']:.4g}, R@1/5/10 text→image "
-            f"{recalls['t2i']}, image→text {recalls['i2t']}; chance of R@1 {number(scores['chance'])}"
+            f"held out ({self.held_out_rows:,} pairs): loss {scores['loss']:.4g}, {recalls()}; chance of R@1 "
+            f"{number(scores['chance'])}"
         ]
+        if "hub_r1" in scores:
+            lines.append(f"corrected for hubs: {recalls('hub_')}")
         if self.best_step is not None and self.best_step < self.steps:
             best, last = scores["r1"], self.last_metrics["r1"]
             lines.append(

@@ -26,7 +26,7 @@ CLOSED_FORMS = ("cca", "pcca")
 MIN_REACH = 5e-3
 """Learning rates that add up to less leave a random start almost untrained: 200 steps at 1e-5 learn next to nothing."""
 
-COMPARED: dict[str, Any] = {"preset": "paper", "held_out": 0.2, "warmup": 0.1}
+COMPARED: dict[str, Any] = {"preset": "paper", "held_out": 0.2, "warmup": 0.1, "bank": 0}
 """Options of fits that are compared. 5 % of a small store would separate them poorly. The warm-up is that of the script
 by the paper's authors: a sudden start can collapse the sigmoid loss."""
 
@@ -41,6 +41,7 @@ _HEAD = (
 _RIDGE = "Regularisation of the closed form; `auto` cross-validates it."
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
+_BANK = "Training pairs kept with the heads to correct retrieval for hubs; 0 keeps none."
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
 _PATCH_POWER = "The same exponent for the patches of an image, as in segmentation. Training does not use it."
 _PATIENCE = "Stop after this many scorings without better held-out scores; a run has 20 scorings."
@@ -76,6 +77,7 @@ class FitSettings:
         "Heads", "Initial weights; `closed-form` initialises a linear path with the CCA.", "random", small="closed-form"
     )
     ridge: float | Literal["auto"] = declare("Heads", _RIDGE, "auto", ge=1e-6, le=1e6, cca=True)
+    bank: int = declare("Heads", _BANK, 4_096, ge=0, le=65_536, cca=True)
     positives: int | None = declare(
         "Data",
         "Captions sampled per image and step, in proportion to their weights.",

@@ -27,7 +27,13 @@ ROWS = 4_096
 
 
 class Correction(nn.Module, ABC):
-    """Maps the outputs of the heads to vectors and terms."""
+    """Maps the outputs of the heads to vectors and terms.
+
+    Attributes:
+        default_beta: Sharpness of a bank on top, if there are no pairs to choose it on.
+    """
+
+    default_beta = 15.0
 
     @abstractmethod
     def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:
@@ -35,9 +41,13 @@ class Correction(nn.Module, ABC):
 
     def extend(self, raw_BE: Tensor, side: Side) -> Tensor:
         """Return float32 vectors (…, E + 2) whose dot products are the corrected similarities."""
-        vector_BE, term_B = self(raw_BE.float(), side)
-        one_and_term = (term_B, torch.ones_like(term_B)) if side == "image" else (torch.ones_like(term_B), term_B)
-        return torch.cat([vector_BE, *(each[..., None] for each in one_and_term)], dim=-1)
+        return extended(*self(raw_BE.float(), side), side)
+
+
+def extended(vector_BE: Tensor, term_B: Tensor, side: Side) -> Tensor:
+    """Return [v, a, 1] (…, E + 2) of image vectors (…, E) and their terms (…,), or [v, 1, b] of texts."""
+    term_B1, one_B1 = term_B[..., None], torch.ones_like(term_B)[..., None]
+    return torch.cat([vector_BE, *((term_B1, one_B1) if side == "image" else (one_B1, term_B1))], dim=-1)
 
 
 class Cosine(Correction):
@@ -71,30 +81,35 @@ class Bank(Correction):
         for side in ("image", "text"):
             self.register_buffer(f"{side}_vectors", torch.zeros(rows, dim, dtype=torch.float16))
             self.register_buffer(f"{side}_terms", torch.zeros(rows))
-        self.register_buffer("beta", torch.tensor(20.0))
+        self.register_buffer("beta", torch.tensor(self.base.default_beta))
 
-    def fill(self, image_ME: Tensor, text_ME: Tensor, beta: float) -> None:
-        """Set the items of the bank, as outputs of the heads, and β."""
-        for side, raw_ME in (("image", image_ME), ("text", text_ME)):
-            vector_ME, term_M = self.base(raw_ME.float(), side)  # type: ignore[arg-type]
+    def fill(self, image_ME: Tensor, text_ME: Tensor, beta: float | None = None) -> None:
+        """Set the items of the bank, as outputs of the heads, and β. None is the default of the base."""
+        sides: tuple[tuple[Side, Tensor], ...] = (("image", image_ME), ("text", text_ME))
+        for side, raw_ME in sides:
+            vector_ME, term_M = self.base(raw_ME.float(), side)
             getattr(self, f"{side}_vectors").copy_(vector_ME)
             getattr(self, f"{side}_terms").copy_(term_M)
-        self.beta.fill_(beta)
+        self.beta.fill_(self.base.default_beta if beta is None else beta)
 
     def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:  # noqa: D102
         vector_BE, term_B = self.base(raw_BE, side)
         # A term of the base is in s(x, y) and in h(x), so it cancels. Those of the bank's items count.
-        return vector_BE, -self._hubness(vector_BE.reshape(-1, vector_BE.shape[-1]), side).reshape(term_B.shape)
+        parts = vector_BE.reshape(-1, vector_BE.shape[-1]).split(ROWS)
+        hubness_B = torch.cat([log_mean_exp(self.compare(part_BE, side), self.beta.item()) for part_BE in parts])
+        return vector_BE, -hubness_B.reshape(term_B.shape)
 
     @tf32_products()
-    def _hubness(self, vector_BE: Tensor, side: Side) -> Tensor:
-        """Return h (B,) of vectors (B, E) whose own terms are 0."""
+    def compare(self, vector_BE: Tensor, side: Side) -> Tensor:
+        """Return the similarities (B, M) of vectors (B, E) to the bank's items of the other side."""
         other = "text" if side == "image" else "image"
-        beta = self.beta.to(vector_BE.dtype)
-        bank_EM = getattr(self, f"{other}_vectors").to(vector_BE.dtype).T
-        bank_M = getattr(self, f"{other}_terms").to(vector_BE.dtype)
-        sums = [(beta * (part_BE @ bank_EM + bank_M)).logsumexp(dim=1) for part_BE in vector_BE.split(ROWS)]
-        return (torch.cat(sums) - math.log(len(bank_M))) / beta
+        bank_ME, term_M = getattr(self, f"{other}_vectors"), getattr(self, f"{other}_terms")
+        return torch.addmm(term_M.to(vector_BE.dtype), vector_BE, bank_ME.to(vector_BE.dtype).T)
+
+
+def log_mean_exp(values_BM: Tensor, beta: float) -> Tensor:
+    """Return 1/β log of the mean of exp(β v) over each row, (B,)."""
+    return ((beta * values_BM).logsumexp(dim=1) - math.log(values_BM.shape[1])) / beta
 
 
 class Gaussian(Correction):
@@ -121,6 +136,7 @@ class Gaussian(Correction):
     """
 
     correlations: Tensor
+    default_beta = 1.0
 
     def __init__(self, dim: int):
         super().__init__()

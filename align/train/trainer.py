@@ -19,6 +19,7 @@ from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import differences, run_digest
 from sail_align.align.settings import FitOptions, OnCollapse
 from sail_align.align.stats.metrics import effective_rank, ranks
+from sail_align.align.train.bank import BankBuilder
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.distributed import ALONE, World
 from sail_align.align.train.initial import build_model
@@ -88,6 +89,7 @@ def fit(
                 run,
                 training.stream,
                 device,
+                bank=BankBuilder(plan, training.held_out, device),
                 confirm=confirm[0],
                 done=saved.step if saved else None,
                 keep=keep,
@@ -177,7 +179,7 @@ class _Training:
                 if stop:
                     raise stopped() or StoppedError(signal.SIGTERM)
             if writer:
-                writer.save(done, state, self.model, None)
+                self.scores = writer.save(done, state, self.model, None)
             if collapse:
                 raise UserError(collapse)
         return self.scores

@@ -19,6 +19,7 @@ from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.runs.checkpoint import Checkpoint, Tensors
 from sail_align.align.runs.folder import RunFolder, quality
 from sail_align.align.settings import OnCollapse
+from sail_align.align.train.bank import BankBuilder
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.trackers import TRACKERS
@@ -84,6 +85,7 @@ class RunWriter:
         stream: Stream,
         device: torch.device,
         *,
+        bank: BankBuilder,
         confirm: Callable[[], None],
         done: int | None,
         keep: int,
@@ -101,6 +103,7 @@ class RunWriter:
             run: Its folder.
             stream: Source of the training batches, for progress.
             device: Device of the model, for progress.
+            bank: Completes the weights that are kept for use.
             confirm: Function of `hold_run`, called before each save.
             done: Steps done before; None for a new run.
             keep: Number of resumable checkpoints to keep.
@@ -114,7 +117,7 @@ class RunWriter:
         """
         self._run, self._about, self._settings = RunFolder(run), plan.checkpoint_record(), plan.settings
         self._confirm, self._keep, self._save_seconds, self._on_collapse = confirm, keep, save_seconds, on_collapse
-        self._stream, self._device = stream, device
+        self._stream, self._device, self._bank = stream, device, bank
         self._watch, self._warned = Watch(plan.settings.lr), False
         self.collapse: str | None = None
         self._highest, self._scorings_since = -math.inf, 0
@@ -171,10 +174,12 @@ class RunWriter:
         """Whether it is time for a save."""
         return time.monotonic() - self._saved >= self._save_seconds
 
-    def save(self, step: int, stream: StreamState, model: AlignmentModel, optimizer: Optimizer | None) -> None:
+    def save(
+        self, step: int, stream: StreamState, model: AlignmentModel, optimizer: Optimizer | None
+    ) -> dict[str, float]:
         """Save the state after a step, or, without an optimiser, the result of the finished run.
 
-        Then remove checkpoints that need not be kept.
+        Then remove checkpoints that need not be kept. Return the last scores; a finished run has corrected ones, too.
 
         Raises:
             UserError: Another process has taken over the run.
@@ -185,13 +190,19 @@ class RunWriter:
         if self._unsaved_best:
             weights, best_step, scores = self._unsaved_best
             if not (finished and best_step == step):  # else the last checkpoint is the best one
-                Checkpoint.write(self._best_folder, weights, self._about, step=best_step, finished=False, scores=scores)
+                weights, architecture, corrected = self._bank.complete(weights)
+                about, scores = {**self._about, "architecture": architecture}, {**scores, **corrected}
+                Checkpoint.write(self._best_folder, weights, about, step=best_step, finished=False, scores=scores)
         self._unsaved_best = None
         scored, scores = self._scored
+        weights, about = model.state_dict(), {**self._about, "stream": stream, "log_sha256": self._run.metrics_digest()}
+        if finished:
+            weights, about["architecture"], corrected = self._bank.complete(weights)
+            scores = {**scores, **corrected}
         Checkpoint.write(
             self._run.checkpoint(step),
-            model.state_dict(),
-            {**self._about, "stream": stream, "log_sha256": self._run.metrics_digest()},
+            weights,
+            about,
             step=step,
             finished=finished,
             scores=scores if scored == step else None,
@@ -201,6 +212,7 @@ class RunWriter:
         if finished:
             self._run.finish(step)
         self._saved = time.monotonic()
+        return dict(scores)
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

@@ -48,7 +48,9 @@ def open_writer(run, *, done=None, keep=2, log=True):
         log_of(run, *range(1, (done or 0) + 1))
     plan = SimpleNamespace(checkpoint_record=lambda: ABOUT, settings=FitSettings(steps=9), record=lambda: {})
     stream = SimpleNamespace(bytes_read=0, wait_seconds=0.0)
-    return RunWriter(plan, run, stream, torch.device("cpu"), confirm=lambda: None, done=done, keep=keep, quiet=True)
+    bank = SimpleNamespace(complete=lambda weights: (weights, ABOUT.get("architecture", {}), {}))
+    chosen = {"bank": bank, "confirm": lambda: None, "done": done, "keep": keep, "quiet": True}
+    return RunWriter(plan, run, stream, torch.device("cpu"), **chosen)
 
 
 def scores(r1):
