@@ -92,7 +92,7 @@ def loaded(monkeypatch):
     """Make `load_recorded` give the colour encoders; return the list of what was loaded."""
     loads = []
 
-    def load(recorded, device="cpu"):
+    def load(recorded, device="cpu", **options):
         loads.append(recorded.spec.modality)
         return ColourVision() if recorded.spec.modality == "image" else ColourText()
 
