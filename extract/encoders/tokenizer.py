@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sail_align.extract.errors import UserError
 
@@ -26,7 +26,7 @@ def load_tokenizer_files(path: Path, *, end: str = "", lowercase: bool = False) 
     """
     advice = "Save it with the model, with `tokenizer.save_pretrained`."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = _load(path)
     except (OSError, ValueError) as problem:
         raise UserError(f"{path} has no tokenizer that can be loaded. {advice}") from problem
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -40,6 +40,16 @@ def load_tokenizer_files(path: Path, *, end: str = "", lowercase: bool = False) 
     if end:
         _append(tokenizer, end, path)
     return tokenizer
+
+
+def _load(path: Path) -> Any:
+    """Load a tokenizer without running code of its repository, which transformers otherwise asks for on a terminal."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except ValueError:  # the config or the tokenizer needs that code; tokenizer.json does not
+        if not (path / "tokenizer.json").is_file():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
 
 
 def _lowercase(backend: Any) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from logging import getLogger
 from math import isqrt
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers import AutoConfig, GteConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from sail_align.extract.encoders.layers import TransformersLayers, require_depth
+from sail_align.extract.encoders.nv_embed import MODEL_TYPE as NV_EMBED
+from sail_align.extract.encoders.nv_embed import NVEmbedModel, translate_nv_config
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.towers import image_tower, pool_each, pooled_output, pools_patches
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
+
+_log = getLogger(__name__)
 
 # GTE was first published with code of its own (`model_type` "new"), whose config has other fields than transformers'
 # GteConfig. The config is translated field by field, so that no remote code runs; transformers renames the tensors.
@@ -111,28 +116,46 @@ _ENCODERS = {
 }
 
 
-def load_pretrained(files: EncoderFiles, *, allow_code: bool, of_images: bool = False) -> nn.Module:
-    """Load the base model of a checkpoint in float32.
+def load_pretrained(
+    files: EncoderFiles,
+    *,
+    allow_code: bool,
+    of_images: bool = False,
+    dtype: str = "float32",
+    bidirectional: bool = False,
+) -> nn.Module:
+    """Load the base model of a checkpoint.
 
     Args:
         files: A folder in the form of `save_pretrained`.
         allow_code: Run the repository's own code if transformers does not have the architecture.
         of_images: Load the image tower alone, if there are two towers.
+        dtype: Precision of the tensors, so that large models never take the memory of float32. A model with buffers
+            that this rounds is loaded in float32, for `Runtime.freeze` to keep them exact.
+        bidirectional: Let tokens attend to later ones in a model that transformers runs causally.
 
     Raises:
         UserError: The architecture is unknown, or tensors are missing or of another shape. transformers would
             initialise those at random.
     """
     config, is_remote = _read_config(files, allow_code)
+    if bidirectional:
+        config.is_causal = False
+    elif not is_remote and type(config).model_type == files.config.get("model_type"):
+        _warn_of_code(files)
+    if getattr(config, "use_cache", False):  # of keys and values, for the next token
+        config.use_cache = False
     if of_images and not is_remote:
         loader, config, options = image_tower(config)
     else:
-        loader, options = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel")), {}
+        is_nv_embed = files.config.get("model_type") == NV_EMBED
+        known = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
+        loader, options = NVEmbedModel if is_nv_embed and not is_remote else known, {}
     with no_progress_bar():
         model, loading = loader.from_pretrained(
             files.path,
             config=config,
-            dtype="float32",
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=is_remote,
@@ -149,7 +172,26 @@ def load_pretrained(files: EncoderFiles, *, allow_code: bool, of_images: bool = 
             f"shape, the first is {lost[0]}. Use the config that belongs to the weights."
         )
     network: nn.Module = model
+    if not getattr(config, "is_causal", True):
+        # transformers omits the mask of texts without padding, and attention is then what its own flag says.
+        for module in network.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+    if any(buffer.dtype in (torch.bfloat16, torch.float16) for buffer in network.buffers()):
+        return load_pretrained(files, allow_code=allow_code, of_images=of_images, bidirectional=bidirectional)
     return network
+
+
+def _warn_of_code(files: EncoderFiles) -> None:
+    """Warn if a repository has code for an architecture that transformers has: the two may compute other features."""
+    if code := files.config.get("auto_map", {}).get("AutoModel"):
+        _log.warning(
+            "%s has code of its own (%s), which is not run. transformers' %s is used instead, which may give other "
+            "features.",
+            files.path,
+            code,
+            files.config["model_type"],
+        )
 
 
 def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfig, bool]:
@@ -157,6 +199,8 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
     kind, code = files.config.get("model_type"), files.config.get("auto_map", {})
     if kind == "new":  # GTE in its original form
         return translate_gte_config(files.config), False
+    if kind == NV_EMBED:
+        return translate_nv_config(files.config), False
     with suppress(ValueError):  # transformers does not have the architecture
         return AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False), False
     if not code:
