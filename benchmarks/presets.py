@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.settings import FitSettings, check_options, choose_settings
 from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import ranks
+from sail_align.align.train.ridge import FoldedMoments
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
-from sail_align.align.train.trainer import SCORINGS, score
+from sail_align.align.train.trainer import SCORINGS
 
-BETA = 20.0
+BETAS = (5.0, 10.0, 20.0, 40.0)
 CPU = torch.device("cpu")
 EXTRA = ("ema", "text_power")
 """What a recipe may have besides settings: decay of an average of the weights, and the power of text features."""
@@ -43,16 +45,25 @@ class Rows:
 
     def __init__(self, images: Tensor, texts: Tensor):
         self.images, self.texts = images, texts
+        self._folded: dict[tuple[float, float], FoldedMoments] = {}
+        self._ridges: dict[tuple[float, float, int], float] = {}
 
     def take(self, rows: NDArray[np.integer]) -> "Rows":
         """Return some of the rows."""
         index = torch.from_numpy(rows)
         return Rows(self.images[index], self.texts[:, index])
 
-    @property
-    def batch(self) -> Batch:
-        """All rows as a batch with all captions."""
-        return Batch(self.images, self.texts)
+    def closed_form(self, model: AlignmentModel, settings: FitSettings) -> tuple[Moments, float]:
+        """Return the moments with the powers of a model, and the ridge of the settings; both are computed once."""
+        powers = (model.image_head.power, model.text_head.power)
+        if powers not in self._folded:
+            dims = self.images.shape[1], self.texts.shape[2]
+            self._folded[powers] = FoldedMoments(*dims, len(self.images))
+            self._folded[powers].add(model.image_head.apply_power(self.images), model.text_head.apply_power(self.texts))
+        folded, key = self._folded[powers], (*powers, settings.dim)
+        if settings.ridge == "auto" and key not in self._ridges:
+            self._ridges[key] = folded.choose_ridge(settings.dim)
+        return folded.total(), self._ridges[key] if settings.ridge == "auto" else settings.ridge
 
     def batches(self, size: int, seed: int, positives: int | None) -> Iterator[Batch]:
         """Yield batches without end: each epoch has every row once, but for the last incomplete batch."""
@@ -91,9 +102,8 @@ def train(
     model = architecture.build(scale=float(settings.temperature), bias=float(settings.bias))
     model.text_head.power = extra.get("text_power", 1.0)
     if settings.closed_form:
-        moments = Moments(architecture.image_dim, architecture.text_dim)
-        moments.add(model.image_head.apply_power(rows.images), model.text_head.apply_power(rows.texts))
-        image_map, text_map, _ = moments.cca(settings.dim, settings.ridge)
+        moments, ridge = rows.closed_form(model, settings)
+        image_map, text_map, _ = moments.cca(settings.dim, ridge)
         image_map.copy_to(model.image_head)
         text_map.copy_to(model.text_head)
     decay = extra.get("ema", 0.0)
@@ -104,10 +114,10 @@ def train(
     best_state: dict[str, Tensor] = {}
 
     def see(step: int, state: dict[str, Tensor]) -> None:
-        now = score(model, sigmoid_loss, chosen_on.batch, CPU)
+        now = scores(model, chosen_on)
         if not curve or now["mrr"] > max(each["mrr"] for each in curve):
             best_state.update({name: value.clone() for name, value in state.items()})
-        curve.append({"step": step, **now, "test": score(model, sigmoid_loss, scored_on.batch, CPU)["r1"]})
+        curve.append({"step": step, **now, "test": scores(model, scored_on)["r1"]})
 
     see(0, averaged)
     batches = rows.batches(settings.batch_size, settings.seed, settings.positives)
@@ -126,14 +136,32 @@ def train(
 
 
 @torch.no_grad()
-def recalled(model: AlignmentModel, rows: Rows, bank: Rows | None = None) -> NDArray[np.float64]:
+def scores(model: AlignmentModel, rows: Rows) -> dict[str, float]:
+    """Return `r1`, `mrr` and `loss` as `fit` scores them, from one matrix of all similarities."""
+    images, texts = model.eval()(rows.images, rows.texts)
+    similarity_CNN = texts @ images.T
+    own_CN = similarity_CNN.diagonal(dim1=1, dim2=2)
+    text_ranks = (similarity_CNN > own_CN[..., None]).sum(2)
+    wrong_CNN = similarity_CNN.masked_fill(torch.eye(len(images), dtype=torch.bool), -torch.inf)
+    image_ranks = (wrong_CNN > own_CN.amax(0)).sum((0, 1))
+    found = (text_ranks, image_ranks)
+    r1, mrr = (
+        50 * sum(float(value(ranks).double().mean()) for ranks in found)
+        for value in (lambda ranks: ranks == 0, lambda ranks: 1 / (1 + ranks))
+    )
+    loss = sigmoid_loss(images, texts, model.log_scale, model.bias).total.item()
+    return {"r1": r1, "mrr": mrr, "loss": loss}
+
+
+@torch.no_grad()
+def recalled(model: AlignmentModel, rows: Rows, bank: Rows | None = None, beta: float = 1.0) -> NDArray[np.float64]:
     """Return for each row the mean over both directions of whether it was found first, with a bank's correction."""
     images, texts = model(rows.images, rows.texts)
     texts = texts.flatten(0, 1)
     if bank is not None:
         other_images, other_texts = model(bank.images, bank.texts[0])
-        image_hub = (BETA * images @ other_texts.T).logsumexp(1, keepdim=True) / BETA
-        text_hub = (BETA * texts @ other_images.T).logsumexp(1, keepdim=True) / BETA
+        image_hub = (beta * images @ other_texts.T).logsumexp(1, keepdim=True) / beta
+        text_hub = (beta * texts @ other_images.T).logsumexp(1, keepdim=True) / beta
         images = torch.cat((images, -image_hub, torch.ones_like(image_hub)), 1)
         texts = torch.cat((texts, torch.ones_like(text_hub), -text_hub), 1)
     owner = np.tile(np.arange(len(images)), len(rows.texts))
@@ -141,20 +169,33 @@ def recalled(model: AlignmentModel, rows: Rows, bank: Rows | None = None) -> NDA
     return ((image_ranks == 0) + (text_ranks == 0).reshape(len(rows.texts), -1).mean(0)) / 2
 
 
-def trial(store: Rows, pairs: int, split: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a recipe on `pairs` rows, 100 of them to choose the step, and score it on the fifth of the rows `split`."""
+@lru_cache(maxsize=4)
+def parts(store: Rows, pairs: int, split: int) -> tuple[Rows, Rows, Rows]:
+    """Return `pairs` rows in two parts, to train on and to choose on, and the fifth of the rows `split` to score on."""
     fifths = np.array_split(np.random.default_rng(0).permutation(len(store.images)), 5)
     scored_on = fifths.pop(split)
     chosen_on, training = np.split(np.concatenate(fifths)[:pairs], [100])
+    return store.take(training), store.take(chosen_on), store.take(scored_on)
+
+
+def trial(store: Rows, pairs: int, split: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a recipe on `pairs` rows, 100 of them to choose the step, and score it on the fifth of the rows `split`."""
+    rows, chosen_on, test = parts(store, pairs, split)
     extra = {name: float(recipe[name]) for name in EXTRA if name in recipe}
     options = check_options({name: value for name, value in recipe.items() if name not in EXTRA})
     dims = {"image_dim": store.images.shape[1], "text_dim": store.texts.shape[2]}
-    settings, _ = choose_settings({"seed": split, **options}, rows=len(training), **dims)
-    rows, test = store.take(training), store.take(scored_on)
-    model, curve = train(rows, store.take(chosen_on), test, settings, extra)
-    hits = {"plain": recalled(model, test), "corrected": recalled(model, test, rows)}
+    settings, _ = choose_settings({"seed": split, **options}, rows=len(rows.images), **dims)
+    model, curve = train(rows, chosen_on, test, settings, extra)
+    beta = max(BETAS, key=lambda each: recalled(model, chosen_on, rows, each).mean())
+    hits = {"plain": recalled(model, test), "corrected": recalled(model, test, rows, beta)}
     step = max(curve, key=lambda each: each["mrr"])["step"]
-    return {"step": step, "of": settings.steps, "curve": curve, **{name: each.tolist() for name, each in hits.items()}}
+    return {
+        "step": step,
+        "beta": beta,
+        "of": settings.steps,
+        "curve": curve,
+        **{name: each.tolist() for name, each in hits.items()},
+    }
 
 
 def main() -> None:
@@ -175,9 +216,9 @@ def main() -> None:
     print("| pairs | recipe | R@1 | difference | corrected | difference | best step |\n|---|---|---|---|---|---|---|")
     for count in map(int, asked.rows.split(",")):
         first: dict[str, NDArray[np.float64]] = {}
-        for recipe in asked.recipes:
-            trials = []
-            for split in range(asked.splits):
+        trials_of: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in asked.recipes}
+        for split in range(asked.splits):
+            for recipe in asked.recipes:
                 key = [str(asked.features), count, split, recipe]
                 found = next((each for each in known if each["key"] == key), None)
                 if found is None and time.monotonic() - begun > asked.seconds:
@@ -187,7 +228,8 @@ def main() -> None:
                     found = {"key": key, **trial(store, count, split, settings)}
                     with asked.out.open("a") as file:
                         file.write(json.dumps(found) + "\n")
-                trials.append(found)
+                trials_of[recipe].append(found)
+        for recipe, trials in trials_of.items():
             if not trials:
                 continue
             cells = []

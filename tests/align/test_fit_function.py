@@ -39,7 +39,7 @@ def test_function_and_command_make_the_same_run(make_store):
     weights = [next(Path(run).glob("checkpoints/step-*/model.safetensors")).read_bytes() for run in ("typed", result)]
     assert weights[0] == weights[1]
     printed = done.output.replace("typed", "called").splitlines()
-    assert result.lines() == [line for line in printed if line.startswith(("held out", "best"))]
+    assert result.lines() == [line for line in printed if line.startswith(("held out", "best", "note: Training"))]
 
 
 @pytest.mark.slow
