@@ -157,8 +157,8 @@ class Loop:
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     weight_decay: float = 1e-2
     batch: int = 256
-    epochs: int = 25
-    captions: int = 1
+    epochs: int = 15
+    captions: int = 0
 
     def fit(self, data: Data, lr: float, seed: int, watch: Watch) -> AlignmentModel:
         """Train with a cosine schedule."""
@@ -340,7 +340,7 @@ def _divergence(log_p_BB: Tensor, log_q_BB: Tensor) -> Tensor:
     return sum(parts) / 2
 
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3)
 LION = {"optimizer": partial(Lion, betas=(0.9, 0.99)), "weight_decay": 1e-7}
 
 
@@ -351,12 +351,12 @@ def trained(name: str, grid: Sequence[float] = RATES, **loop: Any) -> Recipe:
 
 def _sail(expansion: int, grid: Sequence[float]) -> Recipe:
     heads = partial(glu, expansion=expansion)
-    return trained(f"SAIL: GLU ×{expansion}, sigmoid", grid, build=heads, loss=sigmoid_loss, epochs=12, **LION)
+    return trained(f"SAIL: GLU ×{expansion}, sigmoid", grid, build=heads, loss=sigmoid_loss, epochs=10, **LION)
 
 
 def _fusemix(name: str, grid: Sequence[float], epochs: int, **heads: int) -> Recipe:
     adapters = partial(fusemix_heads, **heads)
-    return trained(name, grid, build=adapters, augment=mixup, epochs=epochs, weight_decay=0.1)
+    return trained(name, grid, build=adapters, augment=mixup, captions=1, epochs=epochs, weight_decay=0.1)
 
 
 CLOSED_FORMS = (
@@ -364,15 +364,15 @@ CLOSED_FORMS = (
     Recipe("CSA", fit_csa, (50, 100, 200, 384), seeded=False),
     Recipe("ASIF", fit_asif, (2, 8), seeded=False),
 )
-MIXUP = trained("closed-form start, InfoNCE, mixup", (1e-4, 3e-4, 1e-3), build=from_closed_form, augment=mixup)
-LINEAR = trained("linear, InfoNCE", build=linear, epochs=40)
+MIXUP = trained("closed-form start, InfoNCE, mixup", (1e-4, 3e-4), build=from_closed_form, augment=mixup)
+LINEAR = trained("linear, InfoNCE", (1e-3, 3e-3), build=linear)
 PEERS = (
     *CLOSED_FORMS,
     LINEAR,
     MIXUP,
-    trained("linear, InfoNCE, STRUCTURE", build=linear, penalty=structure, epochs=40),
-    trained("ShareLock", (3e-4, 1e-3), build=sharelock_heads, epochs=40, weight_decay=1e-4),
-    _fusemix("FuseMix, 384 components", (3e-4, 1e-3), 40, components=384),
+    trained("linear, InfoNCE, STRUCTURE", (1e-3, 3e-3), build=linear, penalty=structure),
+    trained("ShareLock", build=sharelock_heads, captions=1, epochs=30, weight_decay=1e-4),
+    _fusemix("FuseMix, 384 components", RATES, 40, components=384),
     _fusemix("FuseMix, all features", (3e-4,), 15),
     _sail(4, (1e-4, 3e-4)),
     _sail(8, (1e-4,)),
