@@ -275,7 +275,7 @@ def fusemix_heads(
     return AlignmentModel(adapter(data.image), adapter(data.text.flatten(0, 1)), scale=14.3)
 
 
-def sharelock_heads(data: Data, *, hidden: int = 1_024, dropout: float = 0.2, dim: int = 0) -> AlignmentModel:
+def sharelock_heads(data: Data, *, hidden: int = 512, dropout: float = 0.2, dim: int = 0) -> AlignmentModel:
     """Return ShareLock's heads: the image features themselves, centred, and an MLP with four layers on the text.
 
     The text is mapped to as many dimensions as the image features have, or to `dim`.
@@ -340,7 +340,7 @@ def _divergence(log_p_BB: Tensor, log_q_BB: Tensor) -> Tensor:
     return sum(parts) / 2
 
 
-RATES = (3e-4, 1e-3)
+RATES = (5e-4, 2e-3)
 LION = {"optimizer": partial(Lion, betas=(0.9, 0.99)), "weight_decay": 1e-7}
 
 
@@ -371,9 +371,9 @@ PEERS = (
     LINEAR,
     MIXUP,
     trained("linear, InfoNCE, STRUCTURE", (1e-3, 3e-3), build=linear, penalty=structure),
-    trained("ShareLock", build=sharelock_heads, captions=1, epochs=30, weight_decay=1e-4),
-    _fusemix("FuseMix, 384 components", RATES, 40, components=384),
-    _fusemix("FuseMix, all features", (3e-4,), 15),
+    trained("ShareLock", build=sharelock_heads, captions=1, epochs=20, weight_decay=1e-4),
+    _fusemix("FuseMix, 384 components", RATES, 20, components=384),
+    _fusemix("FuseMix, all features", (3e-4,), 8),
     _sail(4, (1e-4, 3e-4)),
     _sail(8, (1e-4,)),
 )
