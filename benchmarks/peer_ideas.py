@@ -75,8 +75,8 @@ def smoothed_loss(image_BE: Tensor, text_CBE: Tensor, log_scale: Tensor, bias: T
 
 
 def _idea(name: str, build: Callable[[Data], AlignmentModel] = from_closed_form, **changed: Any) -> Recipe:
-    loop = {"build": build, "loss": sigmoid_loss, "captions": 2, "epochs": 25, **LION, **changed}
-    return trained(name, (1e-5,), **loop).with_power()
+    loop = {"build": build, "loss": sigmoid_loss, "captions": 2, "epochs": 12, **LION, **changed}
+    return trained(name, (2e-5,), **loop).with_power()
 
 
 OURS_HERE = _idea("ours: linear, closed-form start, sigmoid, two captions a step")
