@@ -363,8 +363,8 @@ def load_recorded(
     config: EncoderConfig = replace(recorded(identity), allow_remote_code=tuple(allow_remote_code))
     pinned: Any = {"origin": Hub(source["repository"], source["revision"])} if source["loader"] == "hub" else {}
     entry = replace(config.entry, **pinned)
-    if isinstance(entry, TransformersText) and "modules" not in identity.spec.preprocessing:
-        facts = identity.spec.preprocessing
+    if isinstance(entry, TransformersText) and "modules" not in spec.preprocessing:
+        facts = spec.preprocessing
         entry = replace(entry, end=facts.get("end", ""), bidirectional=facts.get("bidirectional", False))
     encoder = config.load(device, entry=entry)
     encoder.identity.check_matches(identity, where="the record")
