@@ -97,8 +97,8 @@ class TransformersLayers:
         self._model = model
         self._norm = final_norm(model, lambda: model(**inputs).last_hidden_state)
         with torch.inference_mode():
-            states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
-        if not states or len(states) < 2:
+            states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None) or ()
+        if len(states) < 2:
             refuse_layers((), name)
         self.depth = len(states) - 1
 

@@ -131,7 +131,7 @@ class EncoderFiles:
         golden, *golden_long = [[float(f"{value:.6g}") for value in row] for row in golden_GD.tolist()]
         spec = EncoderSpec(source=self.source, weights=self.digest, dim=len(golden), **fields)
         versions = {name: metadata.version(name) for name in libraries}
-        return Identity(spec, golden, versions, self.location, *golden_long)
+        return Identity(spec, golden, versions, self.location, golden_long=golden_long[0] if golden_long else [])
 
     def identify_layers(
         self, layers: Sequence[int], goldens: Sequence[Tensor], libraries: Sequence[str], *, id: str, **fields: Any
