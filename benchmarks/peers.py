@@ -141,11 +141,11 @@ class Bench:
 
 @torch.no_grad()
 def score_run(run: Path, train: Data, test: Data) -> dict[str, Hits]:
-    """Score a run of ours by the cosine and, if it has one, its own correction; otherwise a bank with β = 20."""
+    """Score a run of ours by the cosine and, if it has one, its own correction; otherwise a bank with CCA's β of 10."""
     model = load_run(run).model
     if getattr(model, "correction", None) is None:
-        found = score(model, train, test, [20.0])
-        return {"cosine": found["cosine"], "bank": found["20"]}
+        found = score(model, train, test, [10.0])
+        return {"cosine": found["cosine"], "bank": found["10"]}
     own = count_hits(model.corrected_image(test.image), model.corrected_text(test.text))
     return {"cosine": count_hits(model.encode_image(test.image), model.encode_text(test.text)), "bank": own}
 
