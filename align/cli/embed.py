@@ -23,13 +23,17 @@ def embed(
         Path | None, typer.Option(metavar="DIR", help="New folder.  [default: exports/<store>-<run>-<format>]")
     ] = None,
     captions: CaptionNames = None,
+    corrected: Annotated[
+        bool, typer.Option("--corrected", help="Write vectors of dot products that are corrected for hubs.")
+    ] = False,
     checkpoint: WhichCheckpoint = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> Result:
     """Write the embeddings of a store by the heads of a run.
 
-    They are unit-norm and float32, as `sail-eval` computes them.
+    They are unit-norm and float32, as `sail-eval` computes them. With --corrected they have two more dimensions and
+    another length, and are to be compared by dot products.
     """
     folder = check_export(store, to, out, f"-{run.resolve().name}")
     if not RunFolder(run).is_export:
@@ -45,5 +49,7 @@ def embed(
     where = str(Runtime.of(device, "float32").device)
     opened, heads = Store.open(store), (read_hub_folder if RunFolder(run).is_export else load_run)(run)
     names = split_captions(captions)
-    written = write_embeddings(heads, opened, to, folder, captions=names, device=where, quiet=quiet)
+    written = write_embeddings(
+        heads, opened, to, folder, captions=names, corrected=corrected, device=where, quiet=quiet
+    )
     return report_written(folder, *written, opened.dataset)

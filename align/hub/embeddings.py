@@ -25,6 +25,7 @@ def write_embeddings(
     folder: Path,
     *,
     captions: Sequence[str] | None = None,
+    corrected: bool = False,
     device: str = "cpu",
     quiet: bool = False,
 ) -> Written:
@@ -36,13 +37,19 @@ def write_embeddings(
         form: One of the formats of `sail_align.extract.exchange.writing`.
         folder: A folder that does not exist or is empty.
         captions: Names of captions. None takes all that have features.
+        corrected: Write vectors with two more dimensions, whose dot products are similarities corrected for hubs.
         device: Device of the heads.
         quiet: Show no progress bar.
 
     Raises:
-        UserError: The store has no features of these encoders, the folder cannot be written, or an embedding is NaN.
+        UserError: The store has no features of these encoders, the folder cannot be written, or an embedding is NaN, or
+            `corrected` is set and the run has no correction.
     """
     model = run.model.to(device)
+    encoders = {"image": model.encode_image, "text": model.encode_text}
+    if corrected:
+        model.require_correction()
+        encoders = {"image": model.corrected_image, "text": model.corrected_text}
     images = store.of(run.image)
     texts = next((found for name in store.captions if (found := store.of(run.text, name))), None)
     # Without features of these encoders, the only others are opened, so that they are compared.
@@ -51,8 +58,7 @@ def write_embeddings(
         array.identity.check_matches(run.text if name else run.image, where=str(run.path))
 
     def convert(modality: str, features_ND: Half) -> NDArray[np.float32]:
-        encode = model.encode_text if modality == "text" else model.encode_image
-        embeddings_NE = embed(encode, features_ND, device)
+        embeddings_NE = embed(encoders[modality], features_ND, device)
         if not np.isfinite(embeddings_NE).all():
             raise UserError(f"The heads of {run.path} return NaN or infinity. Its training has diverged.")
         return embeddings_NE

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from sail_align.align.fit import fit
+from sail_align.align.hub.embeddings import write_embeddings
 from sail_align.align.model.correction import Bank, Cosine
 from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.train.bank import BETAS, choose_beta, spread_evenly
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
+from sail_align.extract.store.store import Store
 
 CCA = {"head": "cca", "dim": 4, "quiet": True}
 
@@ -106,3 +108,21 @@ def test_beta_is_the_one_that_ranks_best():
 
     assert cost(beta) == pytest.approx(min(map(cost, BETAS)), abs=1e-3)
     assert cost(beta) < cost(1e-3)
+
+
+def test_embeddings_of_a_store_can_be_corrected(make_store, tmp_path):
+    store = make_store("a", 300)
+    run = load_run(fit(store, out=tmp_path / "run", bank=16, **CCA))
+    opened = Store.open(store)
+    write_embeddings(run, opened, "npy", tmp_path / "corrected", corrected=True, quiet=True)
+    image, text = (np.load(tmp_path / "corrected" / f"{side}_emb" / f"{side}_emb_0.npy") for side in ("image", "text"))
+    assert image.shape == text.shape == (300, 4 + 2)
+    np.testing.assert_array_equal(image[:, 5], 1)
+    np.testing.assert_array_equal(text[:, 4], 1)
+    with torch.no_grad():
+        expected = run.model.corrected_image(torch.from_numpy(opened.image().read()[0])).numpy()
+    np.testing.assert_array_equal(image, expected)
+    run.model.correction = None
+    with pytest.raises(UserError, match="has no hub correction"):
+        write_embeddings(run, opened, "npy", tmp_path / "none", corrected=True, quiet=True)
+    assert not (tmp_path / "none").exists()
