@@ -41,7 +41,8 @@ class Correction(nn.Module, ABC):
 
     def extend(self, raw_BE: Tensor, side: Side) -> Tensor:
         """Return float32 vectors (…, E + 2) whose dot products are the corrected similarities."""
-        return extended(*self(raw_BE.float(), side), side)
+        vector_BE, term_B = self(raw_BE.float(), side)
+        return extended(vector_BE, term_B, side)
 
 
 def extended(vector_BE: Tensor, term_B: Tensor, side: Side) -> Tensor:

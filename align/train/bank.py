@@ -119,7 +119,8 @@ def spread_evenly(rows: list[Rows], count: int) -> list[Rows]:
         places = places[np.arange(count) * len(places) // count]
     chosen = np.zeros(sum(map(len, rows)), dtype=np.bool_)
     chosen[places] = True
-    return np.split(chosen, np.cumsum([len(each) for each in rows])[:-1])
+    ends = np.cumsum([len(each) for each in rows]).tolist()
+    return [chosen[end - len(each) : end] for each, end in zip(rows, ends, strict=True)]
 
 
 @torch.no_grad()
