@@ -115,7 +115,7 @@ def test_embeddings_of_a_store_can_be_corrected(make_store, tmp_path):
     run = load_run(fit(store, out=tmp_path / "run", bank=16, **CCA))
     opened = Store.open(store)
     write_embeddings(run, opened, "npy", tmp_path / "corrected", corrected=True, quiet=True)
-    image, text = (np.load(tmp_path / "corrected" / f"{side}_emb" / f"{side}_emb_0.npy") for side in ("image", "text"))
+    image, text = (np.load(tmp_path / "corrected" / f"{side}_emb" / f"{side}_emb_0.npy") for side in ("img", "text"))
     assert image.shape == text.shape == (300, 4 + 2)
     np.testing.assert_array_equal(image[:, 5], 1)
     np.testing.assert_array_equal(text[:, 4], 1)
