@@ -6,8 +6,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from sail_align.align.hub.embeddings import embed
 from sail_align.evaluate.models import Encoders, RunError
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.views import OWN, VIEWS, View
 from sail_align.extract.errors import StoreExistsError, UserError
 from sail_align.extract.executor.run import extract
 from sail_align.extract.manifest import Manifest, TaskSettings
@@ -189,14 +190,21 @@ class EvaluationSet(ListedSet):
         prompt = self.task.prompt
         return [f"captions={names}", *([f"prompt={_hyphenate(prompt)}"] if prompt != "{}" else [])]
 
-    def image_features(self) -> NDArray[np.float16]:
-        """Return the encoder features of all images, (N, D). Raises `UserError` if an image cannot be read."""
+    def image_features(self, view: View = OWN) -> NDArray[np.float16]:
+        """Return the encoder features of a view of all images, (N, D), from a store of that view.
+
+        Raises:
+            UserError: An image cannot be read.
+        """
         folder = f"-{digest_of(str(self._root))[:8]}" if self._root else ""
         name = f"{self.manifest.name}{folder}"
         bare = [replace(sample, captions={}, group="") for sample in self.samples]  # groups do not change features
         rows = self.manifest.rows
         rows["source"].pop("group", None)
-        return self._encode("images", name, self.manifest.name, rows, bare, self.run.image)
+        what = "images"
+        if view != OWN:
+            what, name, rows = f"images, {view.name}", f"{name}-{view.name}", {**rows, "view": asdict(view)}
+        return self._encode(what, name, self.manifest.name, rows, bare, self.run.image, view)
 
     def text_features(self, what: str, texts: dict[str, str], name: str) -> NDArray[np.float16]:
         """Return the encoder features of texts by key, (M, D). `what` is their role, `name` names their store."""
@@ -207,15 +215,21 @@ class EvaluationSet(ListedSet):
     def images(self, *, corrected: bool = False) -> Embeddings:
         """Return the embeddings of all images, (N, E), with rows of unit length.
 
+        With the task's `views`, this is the mean of the embeddings of the views, of unit length again.
+
         Args:
-            corrected: Return vectors (N, E + 2) of `AlignmentModel.corrected_image` instead.
+            corrected: Return vectors (N, E + 2) of `AlignmentModel.corrected_image` instead, or their mean over views.
 
         Raises:
             UserError: An image cannot be read, or `corrected` is set and the run has no correction.
             RunError: The embeddings are not finite.
         """
-        model = self.run.model
-        return self._embed(model.corrected_image if corrected else model.encode_image, self.image_features())
+        encode = self.run.model.corrected_image if corrected else self.run.model.encode_image
+        if not self.task.views:
+            return self._embed(encode, self.image_features())
+        views = VIEWS[self.task.views]
+        mean_NE = np.mean([self._embed(encode, self.image_features(view)) for view in views], axis=0)
+        return cast(Embeddings, mean_NE if corrected else mean_NE / np.linalg.norm(mean_NE, axis=1, keepdims=True))
 
     def texts(self, *, corrected: bool = False) -> Texts:
         """Return the captions in use: all first captions, then all second ones, and so on. A sample may lack some.
@@ -255,7 +269,14 @@ class EvaluationSet(ListedSet):
         return cast(Embeddings, means_CE / np.linalg.norm(means_CE, axis=1, keepdims=True))
 
     def _encode(
-        self, what: str, name: str, dataset: str, rows: dict[str, Any], samples: list[Sample], identity: Identity
+        self,
+        what: str,
+        name: str,
+        dataset: str,
+        rows: dict[str, Any],
+        samples: list[Sample],
+        identity: Identity,
+        view: View = OWN,
     ) -> NDArray[np.float16]:
         """Return the features of the images or texts of samples from their store, after encoding what is missing."""
         path = self._folder / f"{name}-{identity.spec.fingerprint[:8]}.zarr"
@@ -282,7 +303,8 @@ class EvaluationSet(ListedSet):
             started = time.monotonic()
             image = self.encoders.image if of_images else None
             text = None if of_images else self.encoders.text
-            extract(store, self.source, image=image, text=text, captions=captions, quiet=self.quiet)
+            with image.through(view) if image and view != OWN else nullcontext():
+                extract(store, self.source, image=image, text=text, captions=captions, quiet=self.quiet)
             self.encoding_seconds += time.monotonic() - started
         else:
             with suppress(OSError):  # a folder that is shared and read-only

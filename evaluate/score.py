@@ -130,6 +130,7 @@ def score(
     *,
     task: str | None = None,
     protocol: str | None = None,
+    views: str | None = None,
     checkpoint: str | None = None,
     model: str | None = None,
     manifest: PathLike | Sequence[PathLike] | None = None,
@@ -147,6 +148,8 @@ def score(
             Default: all packaged sets whose data are here, as with `sail-eval all`.
         task: Kind of task, such as "retrieval". Default: that of each set.
         protocol: Another protocol of the task than the set's.
+        views: Average the embeddings of each image over views of it: "flip", "3-crop", "5-crop" or "10-crop". A
+            protocol of its own. By default, sets without embeddings of images are left out.
         checkpoint: "best" for the weights with the best scores on held-out pairs, the default, or "last" for those
             after the last step. Without held-out pairs, both are the last.
         model: Instead of a run: a model of OpenCLIP to compare with, `open_clip:NAME@WEIGHTS`.
@@ -170,6 +173,7 @@ def score(
         None if sets is None else _references(sets, "sets"),
         task=task,
         protocol=protocol,
+        views=views,
         checkpoint=checkpoint,
         model=model,
         manifest=_references(manifest, "manifest") if manifest else (),
@@ -260,6 +264,7 @@ def prepare(
     *,
     task: str | None = None,
     protocol: str | None = None,
+    views: str | None = None,
     checkpoint: str | None = None,
     model: str | None = None,
     manifest: Sequence[str] = (),
@@ -285,12 +290,27 @@ def prepare(
     notes: list[str] = []
     if sets is None:
         found, notes = _sets_here(scored, found, data_root)
+    if views:
+        found, left_out = _with_views(found, views, is_chosen=sets is not None)
+        notes += left_out
     if checkpoint is None:
         notes += _note_best(scored.path)
     code = (allow_remote_code,) if isinstance(allow_remote_code, str) else tuple(allow_remote_code)
     return ScoringJob(
         scored, is_newest, found, notes, features_dir, device, code, quiet, stop_at_fault=sets is not None
     )
+
+
+def _with_views(found: Sets, views: str, *, is_chosen: bool) -> tuple[Sets, list[str]]:
+    """Return sets under their protocols with views. Those without are left out with a note, or refused if chosen."""
+    kept, left_out = [], []
+    for about, root in found:
+        task = find_task(about.require_task().kind)
+        if is_chosen or task.takes_views:
+            kept.append((task.with_views(about, views), root))
+        else:
+            left_out.append(f"{about.name} ({task.kind})")
+    return kept, [f"skipped: {', '.join(left_out)}. They have no use for --views."] if left_out else []
 
 
 def _choose_checkpoint(run: Path | None, checkpoint: str, model: str | None) -> Path:

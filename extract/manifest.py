@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from sail_align.extract import sources
 from sail_align.extract.data import Source
+from sail_align.extract.encoders.views import VIEWS
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.sources.class_names import LIBRARIES
 from sail_align.extract.sources.config import NonEmpty, SourceConfig, Strict
@@ -40,6 +41,7 @@ class TaskSettings(Strict):
         prompt: Text with one `{}` that each caption is put into.
         split: Split of the data set that the files belong to, if the source does not name it.
         variants: Departures from the task's own protocol, by name.
+        views: Views of each image that embeddings are averaged over (see `encoders.views`). Default: the encoder's own.
         background: Probability below which a pixel belongs to the class "background".
     """
 
@@ -49,6 +51,7 @@ class TaskSettings(Strict):
     prompt: Template = "{}"
     split: NonEmpty | None = None
     variants: list[NonEmpty] = Field(default=[])
+    views: NonEmpty | None = None
     background: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @field_validator("templates", mode="before")
@@ -60,6 +63,13 @@ class TaskSettings(Strict):
                 raise ValueError(f"Write a prompt with {{}} for the class name, several, or a published list ({lists})")
             return [templates]
         return templates
+
+    @field_validator("views")
+    @classmethod
+    def _require_known_views(cls, views: str | None) -> str | None:
+        if views and views not in VIEWS:
+            raise ValueError(f"Expected {' or '.join(VIEWS)}")
+        return views
 
     @model_validator(mode="after")
     def _captions_differ(self) -> "TaskSettings":
@@ -186,7 +196,9 @@ class Manifest(Strict):
 
     def scored_as(self, kind: str) -> "Manifest":
         """Return an evaluation set under another kind of task."""
-        return self.model_copy(update={"task": self.task and self.task.model_copy(update={"kind": kind})})
+        return self.model_copy(
+            update={"task": self.task and self.task.model_copy(update={"kind": kind, "views": None})}
+        )
 
     @property
     def rows(self) -> dict[str, Any]:

@@ -27,6 +27,9 @@ AllowRemoteCode = Annotated[
         help="Let this repository of an encoder run its own code, at this full commit hash. Repeatable.",
     ),
 ]
+VIEWS = "flip|3-crop|5-crop|10-crop"
+VIEWS_HELP = "Average each image's embedding over views of it, as a protocol of its own."
+Views = Annotated[str | None, typer.Option(metavar=VIEWS, help=VIEWS_HELP)]
 FeaturesDir = Annotated[Path, typer.Option(help="Folder of stores. Those of evaluation sets are in its eval/.")]
 ScoredRuns = Annotated[
     list[Path], typer.Argument(metavar="RUN", help="Runs, or checkpoints of them, with scores.", show_default=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sail_align.align.cli.options import WhichCheckpoint
-from sail_align.evaluate.cli.options import AllowRemoteCode, FeaturesDir, ModelName, RunPath
+from sail_align.evaluate.cli.options import VIEWS, VIEWS_HELP, AllowRemoteCode, FeaturesDir, ModelName, RunPath, Views
 from sail_align.extract.system.command_line import BadResult, DataRoot, Device, Quiet, Result, with_json
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def evaluate_all(
     manifest: Annotated[
         list[str] | None, typer.Option(help="An evaluation set of your own, a .yaml file; repeatable.")
     ] = None,
+    views: Views = None,
     data_root: DataRoot = None,
     features_dir: FeaturesDir = Path("features"),
     device: Device = "auto",
@@ -36,6 +37,7 @@ def evaluate_all(
         prepare(
             run,
             None,
+            views=views,
             checkpoint=checkpoint,
             model=model,
             manifest=manifest or (),
@@ -66,6 +68,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., Result]:
         allow_remote_code: AllowRemoteCode = None,
         quiet: Quiet = False,
         protocol: Annotated[str | None, typer.Option(help=protocols, hidden=not task.variants)] = None,
+        views: Annotated[str | None, typer.Option(metavar=VIEWS, help=VIEWS_HELP, hidden=not task.takes_views)] = None,
     ) -> Result:
         from sail_align.evaluate.score import prepare
 
@@ -75,6 +78,7 @@ def task_command(task: "EvaluationTask") -> Callable[..., Result]:
                 manifests,
                 task=task.kind,
                 protocol=protocol,
+                views=views,
                 checkpoint=checkpoint,
                 model=model,
                 data_root=data_root,

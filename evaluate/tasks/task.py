@@ -27,6 +27,7 @@ FIELDS: dict[str, set[Data]] = {
     "templates": {"labels", "masks"},
     "captions": {"captions"},
     "prompt": {"captions"},
+    "views": {"labels", "captions"},
     "background": {"masks"},
 }
 """Fields of a manifest's `task` that are read only by tasks that need one of these kinds of data."""
@@ -120,7 +121,7 @@ class EvaluationTask(ABC):
         settings = manifest.task
         fields = settings.model_fields_set if settings else set()
         for name in sorted(fields & FIELDS.keys()):
-            if not FIELDS[name] & self.needs:
+            if not FIELDS[name] & self.needs or (name == "views" and not self.takes_views):
                 raise UserError(
                     f"Field 'task.{name}' of {manifest.name} is invalid: {self.kind} ignores it. Remove it."
                 )
@@ -129,6 +130,20 @@ class EvaluationTask(ABC):
             if name not in known:
                 expected = f"expected {' or '.join(known)}" if known else f"{self.kind} has none"
                 raise UserError(f"Field 'task.variants' of {manifest.name} is invalid: got {name!r}, {expected}.")
+
+    def with_views(self, manifest: "Manifest", views: str) -> "Manifest":
+        """Return a manifest under its protocol with averages over views.
+
+        Raises:
+            UserError: There are no such views, or the task has no use for any.
+        """
+        from sail_align.extract.encoders.views import VIEWS
+
+        if views not in VIEWS:
+            raise UserError(f"--views is invalid: got {views!r}, expected {' or '.join(VIEWS)}.")
+        if not self.takes_views or manifest.task is None:
+            raise UserError(f"--views has no effect on {manifest.name}: {self.kind} uses no views. Leave it out.")
+        return manifest.model_copy(update={"task": manifest.task.model_copy(update={"views": views})})
 
     def variant(self, manifest: "Manifest", name: str) -> "Manifest":
         """Return a manifest under the protocol of that name.
@@ -141,6 +156,11 @@ class EvaluationTask(ABC):
             guess = did_you_mean(name, self.variants)
             raise UserError(f"Protocol {name!r} of {manifest.name} is invalid: {known}. Correct --protocol.{guess}")
         return manifest.model_copy(update={"task": manifest.task.model_copy(update=dict(self.variants[name]))})
+
+    @property
+    def takes_views(self) -> bool:
+        """Whether embeddings of images can be averaged over views: not of patches, nor where raw features count."""
+        return bool(FIELDS["views"] & self.needs) and not self.diagnostic
 
     def protocols(self, manifest: "Manifest", run: "Run") -> list["Manifest"]:
         """Return a manifest under each protocol that a run is scored by: its own, then the corrected one if any."""
@@ -157,6 +177,7 @@ class EvaluationTask(ABC):
         parts = [self.protocol, data.manifest.name]
         parts += [f"split={getattr(split, 'keep', split)}"] if split else []
         parts += self.protocol_parts(data.task)
+        parts += [f"views={data.task.views}"] if data.task.views else []
         parts += data.class_parts if self.needs & {"labels", "masks"} else []
         parts += data.caption_parts if "captions" in self.needs else []
         return "/".join(parts)

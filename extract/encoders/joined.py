@@ -1,6 +1,7 @@
 """Several encoders of one modality as one: their features are concatenated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.encoders.preprocessing import Normalisation
 from sail_align.extract.encoders.runtime import FrozenEncoder
 from sail_align.extract.encoders.text import TextEncoder
+from sail_align.extract.encoders.views import View
 from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.errors import UserError
 
@@ -80,6 +82,14 @@ class JoinedVisionEncoder(_Joined, VisionEncoder):
     @property
     def _each(self) -> list[VisionEncoder]:
         return list(self.encoders)  # type: ignore[arg-type]
+
+    @contextmanager
+    def through(self, view: View) -> Iterator[None]:
+        """Let `preprocess` make this view of a picture within a `with` block."""
+        with ExitStack() as stack:
+            for each in self._each:
+                stack.enter_context(each.through(view))
+            yield
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image for each encoder: (P, 1, 3) uint8."""

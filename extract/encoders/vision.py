@@ -16,6 +16,7 @@ from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, as_pixels, pad_to_multiple
 from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
+from sail_align.extract.encoders.views import View
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
@@ -171,6 +172,16 @@ class VisionEncoder(FrozenEncoder):
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image: (size, size, 3) uint8, which is faster to copy to a GPU than float32."""
         return as_pixels(self._resize(image))
+
+    @contextmanager
+    def through(self, view: View) -> Iterator[None]:
+        """Let `preprocess` make this view of a picture within a `with` block."""
+        own = self._resize
+        self._resize = view.resize(own, cast(Backbone, self.network).preprocessing)
+        try:
+            yield
+        finally:
+            self._resize = own
 
     def normalise(self, pixels_BHWC: Tensor, normalisation: Normalisation | None = None) -> Tensor:
         """Copy uint8 RGB pixels to the device and normalise them: (B, 3, H, W) float32, the input of the network.
