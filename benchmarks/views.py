@@ -32,10 +32,10 @@ from sail_align.extract.manifest import find_manifest
 ALL = tuple(dict.fromkeys(view for views in VIEWS.values() for view in views))
 
 
-def encode_views(store: Path, manifest: Path, rows: np.ndarray) -> dict[View, torch.Tensor]:
+def encode_views(store: Path, manifest: Path, data_root: str | None, rows: np.ndarray) -> dict[View, torch.Tensor]:
     """Return the features of every view of usable rows of a store, (rows, D) each. Pictures are decoded once."""
     (pairs,) = open_pairs([store])
-    about, root = find_manifest(str(manifest))
+    about, root = find_manifest(str(manifest), data_root)
     source = about.open_source(root)
     encoder = cast(VisionEncoder, load_recorded(pairs.image.identity))
     samples = [pairs.store.samples(int(row), int(row) + 1, captions=[])[0] for row in pairs.usable()[rows]]
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--fit", action="append", required=True, metavar="KEY=VALUE,…")
+    parser.add_argument("--data-root")
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     data, keys = read_data(asked.store), read_keys(asked.store)
@@ -69,7 +70,7 @@ def main() -> None:
     needed = np.flatnonzero(np.any(masks, axis=0))
     place = np.full(len(keys), -1)
     place[needed] = np.arange(len(needed))
-    features = encode_views(asked.store, asked.manifest, needed)
+    features = encode_views(asked.store, asked.manifest, asked.data_root, needed)
     own_ND = data.image[needed]
     print(
         f"{len(needed)} images; own view as stored: {bool(torch.allclose(features[OWN], own_ND, atol=2e-2))}",
