@@ -70,7 +70,7 @@ class OpenClipBackbone(Backbone):
         transformer: Any = importlib.import_module("open_clip.transformer")
         self._is_plain = isinstance(visual, transformer.VisionTransformer)
         self.has_patches = self._is_plain and visual.attn_pool is None
-        trunk = getattr(visual, "trunk", None)  # a model of timm
+        trunk: Any = getattr(visual, "trunk", None)  # a model of timm
         if self._is_plain:
             check_image_size(self.image_size, visual.patch_size[0])
         elif hasattr(trunk, "num_prefix_tokens"):

@@ -76,7 +76,7 @@ class TimmBackbone(Backbone):
         pooled_NE: Tensor = self.model.fc_norm(pooled_ND)
         if self._projects:
             pooled_NE = self.model.head(pooled_NE)
-        return pooled_NE.unflatten(0, patches_BhwD.shape[:3])
+        return pooled_NE.reshape(*patches_BhwD.shape[:3], -1)
 
 
 def fetch_timm(entry: TimmVision) -> EncoderFiles:
@@ -101,7 +101,7 @@ def timm_sizes(entry: TimmVision) -> tuple[int, int | None]:
     """
     preprocessing = entry.preprocessing or _published_preprocessing(entry.model)
     with torch.device("meta"):
-        model = timm.create_model(entry.model)
+        model: Any = timm.create_model(entry.model)
     has_patches = getattr(model, "num_prefix_tokens", None) is not None
     return preprocessing.crop, model.feature_info[-1]["reduction"] if has_patches else None
 
@@ -130,7 +130,7 @@ def load_timm(entry: TimmVision, image_size: int | None = None) -> tuple[Encoder
     options: Any = {"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}
     # Older versions of timm would read some models' files as the .npz files of their authors.
     source = {"file": str(weights), "custom_load": False}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
+    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **options)
     if image_size is not None and not options and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(image_size, image_size))
     return files, TimmBackbone(model, preprocessing, image_size)

@@ -74,5 +74,7 @@ def pool_each(model: Any, tokens_ND: Tensor) -> Tensor:
     if model.config.model_type in _WITH_ATTENTION:
         pooled_NE: Tensor = model.head(tokens_ND[:, None])
         return pooled_NE
-    normalised_ND: Tensor = getattr(model, "vision_model", model).post_layernorm(tokens_ND)
-    return model.visual_projection(normalised_ND) if hasattr(model, "visual_projection") else normalised_ND
+    pooled: Tensor = getattr(model, "vision_model", model).post_layernorm(tokens_ND)
+    if hasattr(model, "visual_projection"):
+        pooled = model.visual_projection(pooled)
+    return pooled

@@ -221,8 +221,9 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
 
 def patch_size(config: dict[str, Any]) -> int | None:
     """Return the side of the patches that the config of a transformers model names. None if it names none."""
-    patch = config.get("vision_config", config).get("patch_size")
-    return patch[0] if isinstance(patch, list | tuple) else patch
+    found = config.get("vision_config", config).get("patch_size")
+    patch: int | None = found[0] if isinstance(found, list | tuple) else found
+    return patch
 
 
 @contextmanager
@@ -274,8 +275,9 @@ class TransformersBackbone(Backbone):
         else:
             self.tokens = features.shape[1]
             grid = size // patch if patch else self.tokens
-            if grid**2 > self.tokens:  # the network merges patches, or pools them in stages
-                grid, patch = isqrt(self.tokens), size // isqrt(self.tokens)
+            if patch is None or grid**2 > self.tokens:  # the network merges patches, or pools them in stages
+                grid = isqrt(self.tokens)
+                patch = size // grid
             self.stride = patch
             self.has_cls = self.tokens > grid**2
         self._pooled = pooled_output(model)
@@ -311,8 +313,7 @@ class TransformersBackbone(Backbone):
 
     def pool_each(self, patches_BhwD: Tensor) -> Tensor:
         """Apply the network's head to each patch alone, (B, h, w, E)."""
-        pooled_NE = pool_each(self.model, patches_BhwD.flatten(0, 2))
-        return pooled_NE.unflatten(0, patches_BhwD.shape[:3])
+        return pool_each(self.model, patches_BhwD.flatten(0, 2)).reshape(*patches_BhwD.shape[:3], -1)
 
     def _run(self, pixels_BCHW: Tensor) -> Any:
         return self.model(pixels_BCHW, **self._options)
