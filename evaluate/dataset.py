@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -203,7 +203,7 @@ class EvaluationSet(ListedSet):
         rows["source"].pop("group", None)
         what = "images"
         if view != OWN:
-            what, name, rows = f"images, {view.name}", f"{name}-{view.name}", {**rows, "view": asdict(view)}
+            what, name, rows = f"images, {view.name}", f"{name}-{view.name}", {**rows, "view": view.to_json()}
         return self._encode(what, name, self.manifest.name, rows, bare, self.run.image, view)
 
     def text_features(self, what: str, texts: dict[str, str], name: str) -> NDArray[np.float16]:

@@ -4,8 +4,9 @@ Embeddings are averaged over several views at evaluation (Krizhevsky, Sutskever 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -34,6 +35,10 @@ class View:
     place: tuple[float, float] | None = None
     side: float = 1.0
     mirrored: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the view as a store records it. JSON has no tuples."""
+        return {**asdict(self), "place": self.place and list(self.place)}
 
     def resize(self, own: Resize, preprocessing: ImagePreprocessing) -> Resize:
         """Return the function that makes this view of a picture, given the encoder's own and its preprocessing."""
