@@ -58,7 +58,7 @@ class FitKeywords(TypedDict, total=False):
     held_out: float | None
     precision: Literal["auto", "float32", "tf32", "bfloat16"] | None
     epochs: float | None
-    preset: Literal["paper", "small"] | None
+    preset: Literal["paper", "medium", "small"] | None
     keep: int | None
     verify: Literal["first-epoch", "always", "off"] | None
     on_collapse: OnCollapse | None
@@ -157,8 +157,8 @@ class FitResult(os.PathLike[str]):
             lines.append(f"stopped early, after {self.steps:,} of {self.planned_steps:,} steps (--patience)")
         if self.best_step == 0 and self.steps:
             lines.append(
-                "note: Training did not improve on its initial weights, which the run therefore keeps. Try --head "
-                "linear, a lower --lr or more pairs."
+                "note: Training did not improve on its initial weights, which the run therefore keeps. Try a lower "
+                "--lr or more pairs."
             )
         return lines
 

@@ -1,6 +1,6 @@
 """Load a run, an exported folder or a hub repository as a model that embeds images and strings.
 
-model = sail_align.align.pretrained.load("runs/demo-glu")
+model = sail_align.align.pretrained.load("runs/demo-linear")
 model.encode_image(image) @ model.encode_text(["a cat", "a dog"]).T
 """
 

@@ -2,7 +2,7 @@
 
 `register` adds `load_sail` to its loaders:
 
-    clip_benchmark.models.load_clip("sail", "runs/demo-glu", "", None, "cpu") → (model, transform, tokenizer)
+    clip_benchmark.models.load_clip("sail", "runs/demo-linear", "", None, "cpu") → (model, transform, tokenizer)
 """
 
 import importlib

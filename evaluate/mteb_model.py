@@ -1,6 +1,6 @@
 """A run as a model of mteb, which includes MIEB: its tasks, data and metrics with our embeddings.
 
-MtebModel("runs/photos-glu", None, device="cpu") can be passed to `mteb.evaluate`, and `evaluate` does so. mteb is an
+MtebModel("runs/photos-linear", None, device="cpu") can be passed to `mteb.evaluate`, and `evaluate` does so. mteb is an
 optional package and takes seconds to import, so it is imported when it is used.
 """
 

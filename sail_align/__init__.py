@@ -4,7 +4,7 @@ Use a model: a run, an exported folder, or a repository on the hub.
 
     import sail_align
 
-    model = sail_align.load("runs/demo-glu")
+    model = sail_align.load("runs/demo-linear")
     cat = model.encode_image("cat.jpg")  # (1, E), unit-norm
     print(cat @ model.encode_text(["a cat", "a dog"]).T)
     print(model.classify("cat.jpg", ["cat", "dog"]))  # probabilities; see also segment, similarity, heads

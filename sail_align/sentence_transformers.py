@@ -1,6 +1,6 @@
 """A run as a module of sentence-transformers, for folders of `sail-align export --to sentence-transformers`.
 
-model = sail_align.sentence_transformers.load("exports/demo-glu-sentence-transformers")
+model = sail_align.sentence_transformers.load("exports/demo-linear-sentence-transformers")
 model.encode([image, "a cat", "a dog"])
 """
 

@@ -51,7 +51,7 @@ def test_the_readme_works_as_typed(folder):
     for line in typed:
         run(folder, ["sh", "-c", line])
     for block in PYTHON:
-        shown = run(folder, [sys.executable, "-c", block.replace("runs/demo-glu", "runs/photos-glu")])
+        shown = run(folder, [sys.executable, "-c", block.replace("runs/demo-linear", "runs/photos-linear")])
         assert shown.count(".") == 4  # a similarity for each picture and text
 
 

@@ -91,7 +91,7 @@ def read_hub_folder(folder: Path) -> Run:
         UserError: The folder is not an export, has another format, or is damaged.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} has no {CONFIG}. Pass a run (runs/demo-glu) or a folder of `sail-align export`.")
+        raise UserError(f"{folder} has no {CONFIG}. Pass a run (runs/demo-linear) or a folder of `sail-align export`.")
     record = read_json(folder / CONFIG, EXPORT_AGAIN)
     if record.get("library_name") != "sail-align":
         raise UserError(f"{folder / CONFIG} was not written by `sail-align export`. Pass a folder that was.")

@@ -99,7 +99,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """Name of the run, with the step of a checkpoint: `photos-glu, step 84`."""
+        """Name of the run, with the step of a checkpoint: `photos-linear, step 84`."""
         name, folder = self.run.path.resolve().name, self.path.resolve().name
         if self.run == self:
             return name

@@ -31,13 +31,13 @@ def _folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_run_is_named_after_store_and_head_and_never_overwritten(make_store, tmp_path):
     make_store("photos")
-    for seed, expected in enumerate(("photos-glu", "photos-glu-2", "photos-glu-3")):
+    for seed, expected in enumerate(("photos-linear", "photos-linear-2", "photos-linear-3")):
         result = run_fit("--features", "features/photos.zarr", "--seed", seed, *QUICK)
         assert result.exit_code == 0, result.output
         assert f"wrote runs/{expected} in" in result.output
         assert f"\nNext: sail-align export runs/{expected}\n" in result.output
-        assert result.output.splitlines()[-1].endswith(f", sail-eval retrieval TEST.yaml --run runs/{expected}")
-    assert RunFolder.newest().name == "photos-glu-3"
+        assert result.stdout.splitlines()[-1].endswith(f", sail-eval retrieval TEST.yaml --run runs/{expected}")
+    assert RunFolder.newest().name == "photos-linear-3"
 
 
 @pytest.mark.slow
@@ -48,8 +48,8 @@ def test_finished_run_is_not_trained_again(make_store, monkeypatch, out):
     monkeypatch.setattr(Stepper, "step", lambda *_: pytest.fail("trained"))
     again = run_fit(*words)
     assert again.exit_code == 0, again.output
-    (line,) = [line for line in again.output.splitlines() if "is finished: glu heads" in line]
-    assert line.startswith("mine" if out else "runs/photos-glu")
+    (line,) = [line for line in again.output.splitlines() if "is finished: linear heads" in line]
+    assert line.startswith("mine" if out else "runs/photos-linear")
     assert [line for line in first if line.startswith(("held out", "best", "Next"))] == [
         line for line in again.output.splitlines() if line.startswith(("held out", "best", "Next"))
     ]
@@ -63,9 +63,9 @@ def test_stopped_run_prints_how_to_resume_and_resumes(make_store, monkeypatch):
         patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         stopped = run_fit("--features", path, *QUICK)
     assert stopped.exit_code == 130
-    assert "The same command starts runs/photos-glu again: nothing was saved yet." in stopped.output
+    assert "The same command starts runs/photos-linear again: nothing was saved yet." in stopped.output
     assert (
-        "resuming runs/photos-glu: glu heads with closed-form initialisation on 240 pairs"
+        "resuming runs/photos-linear: linear heads with closed-form initialisation on 240 pairs"
         in run_fit("--features", path, *QUICK).output
     )
 
@@ -77,9 +77,9 @@ def test_other_precision_starts_another_run(make_store, monkeypatch):
         patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         run_fit("--features", path, *QUICK)
     other = run_fit("--features", path, *QUICK, "--precision", "bfloat16").output
-    note = "note: runs/photos-glu has other settings (--precision: float32, now bfloat16); this is a new run."
-    assert f"{note}\nwriting runs/photos-glu-2: " in other
-    assert "resuming runs/photos-glu: " in run_fit("--features", path, *QUICK, "--precision", "float32").output
+    note = "note: runs/photos-linear has other settings (--precision: float32, now bfloat16); this is a new run."
+    assert f"{note}\nwriting runs/photos-linear-2: " in other
+    assert "resuming runs/photos-linear: " in run_fit("--features", path, *QUICK, "--precision", "float32").output
     refused = run_fit("--features", path, *QUICK, "--precision", "float16")
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception) == "--precision is invalid: got 'float16', expected auto, float32, tf32, bfloat16."
@@ -95,7 +95,7 @@ def test_stopped_run_prints_the_step_it_resumes_from(make_store, monkeypatch):
 
     monkeypatch.setattr(Stepper, "step", interrupted)
     monkeypatch.setitem(trainer.fit.__kwdefaults__, "save_seconds", 0)
-    assert "The same command resumes runs/photos-glu from step 2." in run_fit("--features", path, *QUICK).output
+    assert "The same command resumes runs/photos-linear from step 2." in run_fit("--features", path, *QUICK).output
 
 
 def interrupt(*_):
@@ -108,11 +108,13 @@ def test_new_run_lists_its_differences_and_keeps_a_given_name(make_store):
     run_fit(*words)
     other = ["--seed", "3", "--weight-decay", "0.1"]
     differing = "(--seed: 0, now 3; --weight-decay: 1e-07, now 0.1)"
-    note = f"note: runs/photos-glu has other settings {differing}; this is a new run."
+    note = f"note: runs/photos-linear has other settings {differing}; this is a new run."
     assert note in run_fit(*words, *other).output
-    refused = run_fit(*words, *other, "--out", "runs/photos-glu")
+    refused = run_fit(*words, *other, "--out", "runs/photos-linear")
     assert isinstance(refused.exception, UserError)
-    assert str(refused.exception) == (f"runs/photos-glu is a run with other settings {differing}. Pass another --out.")
+    assert str(refused.exception) == (
+        f"runs/photos-linear is a run with other settings {differing}. Pass another --out."
+    )
 
 
 def test_differences_name_options_and_stores():

@@ -64,10 +64,10 @@ def test_run_resumes_only_with_the_same_list(make_store, tmp_path, monkeypatch):
         patch.setattr("sail_align.align.train.step.Stepper.step", interrupt)
         assert CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).exit_code == 130
     changed = CliRunner().invoke(app, command).output
-    assert "writing runs/photos-glu-2" in changed
+    assert "writing runs/photos-linear-2" in changed
     again = CliRunner().invoke(app, [*command, "--exclude", "list.txt"]).output
     assert "note: Rows excluded by 1 keys: 1." in again
-    assert "resuming runs/photos-glu:" in again
+    assert "resuming runs/photos-linear:" in again
 
 
 def interrupt(*_):

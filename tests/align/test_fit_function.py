@@ -39,7 +39,8 @@ def test_function_and_command_make_the_same_run(make_store):
     weights = [next(Path(run).glob("checkpoints/step-*/model.safetensors")).read_bytes() for run in ("typed", result)]
     assert weights[0] == weights[1]
     printed = done.output.replace("typed", "called").splitlines()
-    assert result.lines() == [line for line in printed if line.startswith(("held out", "best", "note: Training"))]
+    kinds = ("held out", "corrected", "best", "note: Training")
+    assert result.lines() == [line for line in printed if line.startswith(kinds)]
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_result_has_the_scores_of_the_log_and_is_a_path(make_store):
     result = sail_align.fit(str(make_store("photos")), **QUICK)
     _, entries = RunFolder(result.run).read_log(4)
     scored = [entry for entry in entries if entry["kind"] == "heldout"]
-    assert os.fspath(result) == "runs/photos-glu"
+    assert os.fspath(result) == "runs/photos-linear"
     assert (result.steps, result.training_rows, result.held_out_rows) == (4, 240, 60)
     assert result.last_metrics == {name: scored[-1][name] for name in result.last_metrics}
     best = max(scored, key=lambda entry: (entry["mrr"], -entry["step"]))
@@ -55,7 +56,7 @@ def test_result_has_the_scores_of_the_log_and_is_a_path(make_store):
     assert RunFolder(result.best_checkpoint).is_checkpoint
     assert result.trained
     assert result.to_dict()["metrics"] == dict(result.metrics)
-    assert repr(result).startswith("FitResult: runs/photos-glu, 4 steps on 240 pairs\n  held out (60 pairs): loss ")
+    assert repr(result).startswith("FitResult: runs/photos-linear, 4 steps on 240 pairs\n  held out (60 pairs): loss ")
 
 
 @pytest.mark.slow
@@ -74,7 +75,7 @@ def test_notes_go_to_stderr_in_pythons_words_unless_quiet(make_store, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "note: Using `preset` small for 240 pairs; pass `preset` paper for the other defaults.\n" in err
-    assert "writing runs/photos-glu: " in err
+    assert "writing runs/photos-linear: " in err
     assert result.notes[0].startswith("Using --preset small")
     sail_align.fit(path, **QUICK)
     assert capfd.readouterr() == ("", "")
@@ -93,7 +94,7 @@ def test_stop_saves_and_raises_what_python_expects(make_store, monkeypatch, numb
         patch.setattr(Stepper, "step", stopped)
         with pytest.raises(error):
             sail_align.fit(path, **QUICK)
-    assert RunFolder(RunFolder(Path("runs/photos-glu")).last).step == 1
+    assert RunFolder(RunFolder(Path("runs/photos-linear")).last).step == 1
     assert sail_align.fit(path, **QUICK).trained
 
 

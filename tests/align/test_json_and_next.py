@@ -79,8 +79,8 @@ def test_each_command_prints_one_document_and_the_next_command_works(make_store,
         f"sail-align probe --features features/photos.zarr {QUICK}": "T2I R@1",
         f"sail-align ladder --features features/photos.zarr --seeds 1 {QUICK}": "paper, CC3M",
         "sail-align runs": "finished",
-        "sail-align embed features/photos.zarr --run runs/photos-glu --out embedded": "wrote embedded: 300 rows",
-        "sail-align export runs/photos-glu": "wrote exports/photos-glu-hub-folder",
+        "sail-align embed features/photos.zarr --run runs/photos-linear --out embedded": "wrote embedded: 300 rows",
+        "sail-align export runs/photos-linear": "wrote exports/photos-linear-hub-folder",
         "sail-extract export features/photos.zarr --out exported": "wrote exported: 300 rows",
     }
     documents, following = {}, set()

@@ -50,6 +50,29 @@ def test_few_pairs_get_the_small_preset_and_a_note():
     assert notes == ["Using --preset small for 2,000 pairs; pass --preset paper for the other defaults."]
 
 
+@pytest.mark.parametrize(
+    ("rows", "preset", "head"),
+    [
+        (2, "small", "linear"),
+        (9_999, "small", "linear"),
+        (10_000, "medium", "glu"),
+        (99_999, "medium", "glu"),
+        (100_000, "paper", "glu"),
+    ],
+)
+def test_preset_depends_on_the_number_of_pairs(rows, preset, head):
+    settings, notes = choose(rows=rows)
+    assert (settings.head, settings.start == "random") == (head, preset == "paper")
+    assert choose(rows=rows, preset=preset)[0] == settings
+    assert notes[0].startswith(f"Using --preset {preset} for {rows:,} pairs; ")
+
+
+def test_hidden_units_need_a_head_that_has_them():
+    with pytest.raises(UserError, match="--expansion has no effect with --head linear, the default for 2,000 pairs"):
+        choose(rows=2_000, expansion=2)
+    assert choose(rows=2_000, expansion=2, head="glu")[0].expansion == 2
+
+
 def test_few_steps_suffice_after_a_closed_form_start():
     assert not any("hardly learn" in note for note in choose(rows=2_000, preset="small", steps=10)[1])
 
@@ -89,7 +112,7 @@ def test_automatic_temperature_implies_automatic_bias():
     ("options", "message"),
     [
         ({"head": "gru"}, "--head is invalid: got 'gru', expected linear, mlp, glu, cca, pcca."),
-        ({"preset": "big"}, "--preset is invalid: got 'big', expected paper, small."),
+        ({"preset": "big"}, "--preset is invalid: got 'big', expected paper, medium, small."),
         ({"lr": -1e-3}, "--lr is invalid: got -0.001, expected 1e-09 to 1."),
         ({"lr": float("nan")}, "--lr is invalid: got nan, expected 1e-09 to 1."),
         ({"lr": "abc"}, "--lr is invalid: got 'abc', expected 1e-09 to 1."),

@@ -14,7 +14,15 @@ from sail_align.align.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = {"dim": 8, "expansion": 2, "image-dropout": 0.2, "batch-size": 32, "lr": 3e-3, "start": "random"}
+OPTIONS = {
+    "head": "glu",
+    "dim": 8,
+    "expansion": 2,
+    "image-dropout": 0.2,
+    "batch-size": 32,
+    "lr": 3e-3,
+    "start": "random",
+}
 WORDS = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))] + ["--device", "cpu", "--quiet"]
 COMPILED = ["--batch-size", "50", "--held-out", "0.4", "--temperature", "auto", "--on-collapse", "warn"]
 """Training and held-out pairs are cut into blocks of different sizes."""

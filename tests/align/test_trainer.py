@@ -25,6 +25,7 @@ from sail_align.extract.store.store import Store
 CPU = torch.device("cpu")
 QUICK = {
     "preset": "small",
+    "head": "glu",
     "batch_size": 50,
     "lr": 3e-3,
     "dim": 8,
