@@ -31,7 +31,7 @@ def test_packaged_manifests_fit_their_tasks(name):
     [
         ({"kind": "classification", "prompt": "a {}"}, "Field 'task.prompt' of pictures is invalid: classification ig"),
         ({"kind": "retrieval", "templates": ["a {}"]}, "Field 'task.templates' of pictures is invalid: retrieval ig"),
-        ({"kind": "retrieval", "variants": ["maskclip"]}, "got 'maskclip', retrieval has none"),
+        ({"kind": "retrieval", "variants": ["maskclip"]}, "got 'maskclip', expected hub-corrected"),
         ({"kind": "segmentation", "variants": ["mask-clip"]}, "got 'mask-clip', expected whole-image or maskclip or"),
         ({"kind": "classification", "background": 0.5}, "Field 'task.background' of pictures is invalid"),
     ],
