@@ -28,6 +28,7 @@ class Difference:
         interval: 95 % paired bootstrap interval of second − first.
         p: Twice the smaller share of the draws on either side of no difference, at most 1. It is small if the draws
             agree on which run is better.
+        variants: Variants of the protocol, such as `hub-corrected`.
     """
 
     dataset: str
@@ -38,6 +39,7 @@ class Difference:
     second: float
     interval: tuple[float, float]
     p: float
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Comparison:
         """
         first, second = without_unknown(first), without_unknown(second)
         names = [dict.fromkeys(record.name for record in run.scored) for run in (first, second)]
-        if not names[0].keys() & names[1].keys():
+        # Earlier versions named no variants, so that the same protocol and data can have two names.
+        pairs = [(one, other) for one in first.scored for other in second.scored if one.key == other.key]
+        if not pairs and not names[0].keys() & names[1].keys():
             ours, theirs = (", ".join(each) or "nothing" for each in names)
             raise UserError(
                 f"{first.path} (scored on {ours}) and {second.path} (on {theirs}) have no set in common. Score both on "
@@ -64,18 +68,19 @@ class Comparison:
             )
         differences: list[Difference] = []
         refusals: dict[str, str] = {}
-        for name in names[0] | names[1]:
+        for one, other in pairs:
+            found, unmatched = _compare_records(first, one, second, other)
+            differences += found
+            if unmatched:
+                message = f"{one.name}: not both runs have scores of {', '.join(unmatched)}. Score both again."
+                refusals[one.name] = message
+        compared = {record.name for pair in pairs for record in pair}
+        for name in (name for name in names[0] | names[1] if name not in compared):
             mine, others = ([record for record in run.scored if record.name == name] for run in (first, second))
-            pairs = [(one, other) for one in mine for other in others if one.key == other.key]
-            if not pairs:
-                refusals[name] = _explain_refusal(first, mine, second, others)
-            for one, other in pairs:
-                found, unmatched = _compare_records(first, one, second, other)
-                differences += found
-                if unmatched:
-                    refusals[name] = f"{name}: not both runs have scores of {', '.join(unmatched)}. Score both again."
+            refusals[name] = _explain_refusal(first, mine, second, others)
         if not differences:
-            raise UserError(next(message for name, message in refusals.items() if all(name in each for each in names)))
+            everywhere = (message for name, message in refusals.items() if all(name in each for each in names))
+            raise UserError(next(everywhere, next(iter(refusals.values()))))
         unknown = [record for run in (first, second) for record in run.records if record["task"] not in all_tasks()]
         left_out = [f"{record.name} is not compared: {record.error}" for record in unknown]
         return cls(differences, list(dict.fromkeys([*refusals.values(), *left_out])))
@@ -89,7 +94,7 @@ class Comparison:
             values = (number(each.first), number(each.second), number(difference, sign="+"))
             bounds = format_interval(each.interval, difference, sign="+")
             label = each.label + (" (less is better)" if each.unit == "rank" else "")
-            name = each.dataset if each.protocol != protocol else ""
+            name = ", ".join([each.dataset, *each.variants]) if each.protocol != protocol else ""
             rows.append((name, label, *values, bounds, f"{each.p:.3f}"))
             protocol = each.protocol
         header = ("data set", "metric", "first", "second", "difference", "95% interval", "p")
@@ -116,7 +121,7 @@ def _compare_records(
     for name, (bounds, p) in zip(everywhere, found, strict=True):
         a, b = (each[name] for each in recorded)
         about = (one["dataset"], one["protocol"], a["label"], a["unit"])
-        differences.append(Difference(*about, a["value"], b["value"], bounds, p))
+        differences.append(Difference(*about, a["value"], b["value"], bounds, p, tuple(one.get("variants", ()))))
     return differences, [name for name in {**recorded[0], **recorded[1]} if name not in everywhere]
 
 

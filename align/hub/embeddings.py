@@ -53,7 +53,7 @@ def write_embeddings(
     images = store.of(run.image)
     texts = next((found for name in store.captions if (found := store.of(run.text, name))), None)
     # Without features of these encoders, the only others are opened, so that they are compared.
-    arrays = open_arrays(store, captions, images and images.node, texts and texts.node)
+    arrays = open_arrays(store, captions, images.node if images else None, texts.node if texts else None)
     for name, array in arrays.items():
         array.identity.check_matches(run.text if name else run.image, where=str(run.path))
 

@@ -22,8 +22,8 @@ SMALLEST_CORRELATION = 1e-6
 """Canonical correlations below this are rounding errors, and count as this."""
 
 MOST_BANK_ROWS = 65_536
-ROWS = 4_096
-"""Rows compared with a bank at a time, so that memory is bounded."""
+CELLS = 1 << 24
+"""Similarities to a bank that are computed at a time, so that memory is bounded for banks of any size."""
 
 
 class Correction(nn.Module, ABC):
@@ -75,6 +75,7 @@ class Bank(Correction):
     """
 
     beta: Tensor
+    image_terms: Tensor
 
     def __init__(self, rows: int, dim: int, base: Correction | None = None):
         super().__init__()
@@ -96,7 +97,7 @@ class Bank(Correction):
     def forward(self, raw_BE: Tensor, side: Side) -> tuple[Tensor, Tensor]:  # noqa: D102
         vector_BE, term_B = self.base(raw_BE, side)
         # A term of the base is in s(x, y) and in h(x), so it cancels. Those of the bank's items count.
-        parts = vector_BE.reshape(-1, vector_BE.shape[-1]).split(ROWS)
+        parts = vector_BE.reshape(-1, vector_BE.shape[-1]).split(CELLS // len(self.image_terms))
         hubness_B = torch.cat([log_mean_exp(self.compare(part_BE, side), self.beta.item()) for part_BE in parts])
         return vector_BE, -hubness_B.reshape(term_B.shape)
 

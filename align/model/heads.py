@@ -51,7 +51,8 @@ class Head(nn.Module, ABC):
 
     def of_patches(self, patches_BD: Tensor) -> Tensor:
         """Map features of patches (…, input_dim) as `forward` does, but with the power of patches."""
-        return self(patches_BD, self.patch_power)
+        out_BE: Tensor = self(patches_BD, self.patch_power)
+        return out_BE
 
     def forward(self, features_BD: Tensor, power: float | None = None) -> Tensor:
         """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised.

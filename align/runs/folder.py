@@ -314,7 +314,7 @@ def record_digest(record: Mapping[str, Any]) -> str:
 def quality(scores: Mapping[str, Any] | None) -> float | None:
     """Return the held-out score by which the best weights of a run are chosen; None if there is none.
 
-    It is the mean reciprocal rank, whose noise on 100 held-out pairs is smaller than that of R@1. Checkpoints of
+    It is the mean reciprocal rank, which takes all ranks into account where R@1 sees the first alone. Checkpoints of
     earlier versions have R@1 alone.
     """
     found = next((scores[name] for name in ("mrr", "r1") if name in scores), None) if isinstance(scores, dict) else None

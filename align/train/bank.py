@@ -128,7 +128,7 @@ def spread_evenly(rows: list[Rows], count: int) -> list[Rows]:
 def _raw(model: AlignmentModel, side: Side, features: Tensor) -> Tensor:
     """Return the outputs (…, E') of one head for features (…, D)."""
     head = model.image_head if side == "image" else model.text_head
-    parts = features.reshape(-1, features.shape[-1]).split(HEAD_ROWS)
+    parts = torch.split(features.reshape(-1, features.shape[-1]), HEAD_ROWS)
     device = model.log_scale.device
     return torch.cat([head(part.to(device).float()) for part in parts]).reshape(*features.shape[:-1], -1)
 

@@ -78,20 +78,20 @@ def _start_from_closed_form(
     architecture, settings = plan.architecture, plan.settings
     gaussian = next((each for each in model.modules() if isinstance(each, Gaussian)), None)
     dims = architecture.image_dim, architecture.text_dim
-    folded = FoldedMoments(*dims, stream.rows, device) if settings.ridge == "auto" else None
-    moments = folded or Moments(*dims, device)
+    ridge = settings.ridge
+    moments: Moments | FoldedMoments = (
+        FoldedMoments(*dims, stream.rows, device) if ridge == "auto" else Moments(*dims, device)
+    )
     with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
         for block in stream.scan():
             images = model.image_head.apply_power(block.images.to(device).float())
             moments.add(images, block.texts.to(device))
             bar.update(len(block.images))
-    if folded:
-        ridge = folded.choose_ridge(settings.dim, likelihood=gaussian is not None)
+    if isinstance(moments, FoldedMoments):
+        ridge = moments.choose_ridge(settings.dim, likelihood=gaussian is not None)
         note(f"Ridge of the closed form, cross-validated: {ridge:g}.")
-    else:
-        ridge = settings.ridge
-    total = folded.total() if folded else moments
-    image_map, text_map, correlations_E = total.cca(settings.dim, ridge, unit_norm=gaussian is None)
+        moments = moments.total()
+    image_map, text_map, correlations_E = moments.cca(settings.dim, float(ridge), unit_norm=gaussian is None)
     if gaussian:
         gaussian.fill(correlations_E)
     image_map.copy_to(model.image_head)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sail_align.align.data.captions import CaptionPolicy, parse_captions
 from sail_align.align.data.pairs import (
@@ -21,6 +21,7 @@ from sail_align.align.data.pairs import (
     stored_captions,
 )
 from sail_align.align.model.alignment import Architecture
+from sail_align.align.model.heads import HeadKind
 from sail_align.align.model.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
 from sail_align.align.runs.folder import run_digest
 from sail_align.align.settings import CLOSED_FORMS, FitOptions, FitSettings, check_options, choose_settings
@@ -63,7 +64,7 @@ class Plan:
         """Architecture of the model."""
         settings = self.settings
         return Architecture(
-            head="linear" if settings.head in CLOSED_FORMS else settings.head,
+            head="linear" if settings.head in CLOSED_FORMS else cast(HeadKind, settings.head),
             image_dim=self.pairs[0].image.dim,
             text_dim=self.pairs[0].texts[0].dim,
             dim=settings.dim,

@@ -63,7 +63,7 @@ class FoldedMoments:
     def choose_ridge(self, dim: int, *, likelihood: bool = False) -> float:
         """Return the ridge with the best mean reciprocal rank of the pairs of each fold, from the maps of the others.
 
-        Both directions are scored, among the sampled pairs of the fold. R@1 has more noise.
+        Both directions are scored, among the sampled pairs of the fold.
         Powers of two are compared, from `RIDGE` on in the direction that improves, to the first that does not.
 
         Args:
@@ -75,15 +75,13 @@ class FoldedMoments:
         """
         if self._rows < FEWEST_ROWS:
             return RIDGE
-        others = [Moments.sum(self.folds[:fold] + self.folds[fold + 1 :]) for fold in range(FOLDS)]
 
         def score(exponent: int) -> float:
-            found = [
-                _reciprocal_ranks(
-                    sample, *moments.cca(dim, RIDGE * 2.0**exponent, unit_norm=not likelihood), likelihood
-                )
-                for moments, sample in zip(others, self._sample, strict=True)
-            ]
+            found = []
+            for fold, sample in enumerate(self._sample):
+                others = Moments.sum(self.folds[:fold] + self.folds[fold + 1 :])  # one at a time: they are large
+                maps = others.cca(dim, RIDGE * 2.0**exponent, unit_norm=not likelihood)
+                found.append(_reciprocal_ranks(sample, *maps, likelihood))
             return float(np.mean(found))
 
         return RIDGE * 2.0 ** climb(score, STEPS)
@@ -117,6 +115,5 @@ def _reciprocal_ranks(
         texts.append(gaussian.extend(text_ME, "text") if likelihood else F.normalize(text_ME, dim=-1))
         owners.append(np.tile(np.arange(start, start + len(image_BD)), len(text_CBD)))
         start += len(image_BD)
-    image_NE, text_ME = (torch.cat(each).double().cpu().numpy() for each in (images, texts))
-    both = ranks(image_NE, text_ME, np.concatenate(owners))
+    both = ranks(*(torch.cat(each).double().cpu().numpy() for each in (images, texts)), np.concatenate(owners))
     return float(np.mean([np.mean(1 / (1 + found)) for found in both]))

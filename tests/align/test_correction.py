@@ -64,6 +64,15 @@ def test_a_bank_of_copies_corrects_alike(model):
     torch.testing.assert_close(bank.extend(raw, "image"), model.correction.extend(raw, "image"), atol=1e-4, rtol=0)
 
 
+def test_memory_is_bounded_for_large_banks(model, monkeypatch):
+    raw = torch.from_numpy(features(9, DIM, 6))
+    expected, compare, shapes = model.correction.extend(raw, "image"), Bank.compare, []
+    monkeypatch.setattr("sail_align.align.model.correction.CELLS", 2 * ROWS)
+    monkeypatch.setattr(Bank, "compare", lambda *given: shapes.append((found := compare(*given)).shape) or found)
+    torch.testing.assert_close(model.correction.extend(raw, "image"), expected)
+    assert shapes == [(2, ROWS)] * 4 + [(1, ROWS)]
+
+
 @pytest.mark.parametrize(("beta", "limit"), [(1e-2, np.mean), (1e3, np.max)])
 def test_sharpness_goes_from_the_mean_to_the_maximum(model, beta, limit):
     bank = Bank(ROWS, DIM)

@@ -39,6 +39,7 @@ def score(world, run, manifest):
     return list(evaluate_sets(run, [find_manifest(str(manifest))], features=world.folder / "features", quiet=True))
 
 
+@pytest.mark.slow
 def test_both_protocols_are_scored(world, corrected):
     manifest = world.squares("caps", ROWS, {"kind": "retrieval"})
     records = score(world, corrected, manifest)
@@ -55,7 +56,13 @@ def test_both_protocols_are_scored(world, corrected):
     scores = RunScores.read(corrected.path)
     assert "caps, hub-corrected" in text(Overview([scores]))
     assert "caps, hub-corrected" in write_report(corrected.path).read_text()
-    assert len({each.protocol for each in Comparison.between(scores, scores).differences}) == 2
+    comparison = Comparison.between(scores, scores)
+    assert len({each.protocol for each in comparison.differences}) == 2
+    assert "caps, hub-corrected" in comparison.table()
+    content = {**scores.content, "records": [{**each, "variants": []} for each in scores.content["records"]]}
+    comparison = Comparison.between(RunScores(scores.path, scores.name, content), scores)  # earlier ones name none
+    assert len({each.protocol for each in comparison.differences}) == 2
+    assert not comparison.refusals
 
 
 def test_ranks_are_those_of_the_corrected_similarity(world, corrected):
