@@ -28,12 +28,14 @@ class _Joined(FrozenEncoder):
     @property
     def device(self) -> torch.device:
         """Device of the networks."""
-        return self._first.device
+        device: torch.device = self._first.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the first network."""
-        return self._first.dtype
+        dtype: torch.dtype = self._first.dtype
+        return dtype
 
     @property
     def _first(self) -> Any:
@@ -75,7 +77,7 @@ class JoinedVisionEncoder(_Joined, VisionEncoder):
         return (sum(self._lengths), 1, 3)
 
     @property
-    def batch_size(self) -> int:  # type: ignore[override]
+    def batch_size(self) -> int:
         """Number of images that `encode` takes at its best on this device."""
         return min(each.batch_size for each in self._each)
 
@@ -99,7 +101,7 @@ class JoinedVisionEncoder(_Joined, VisionEncoder):
         self, pixels_BHWC: Tensor, normalisation: Normalisation | None = None
     ) -> list[Tensor]:
         """Return the normalised pixels (B, 3, size, size) of each encoder."""
-        parts = pixels_BHWC.split(self._lengths, dim=1)
+        parts = torch.split(pixels_BHWC, self._lengths, dim=1)
         return [
             each.normalise(part.reshape(-1, *each.pixel_shape), normalisation)
             for each, part in zip(self._each, parts, strict=True)
@@ -131,7 +133,7 @@ class JoinedTextEncoder(_Joined, TextEncoder):
         """Return the same as `encode` for the texts with these tokens."""
         *others, last = self._each
         lengths = [each.tokenize(["a"]).shape[1] for each in self._each]
-        *firsts, rest = tokens_BT.split(lengths, dim=1)
+        *firsts, rest = torch.split(tokens_BT, lengths, dim=1)
         features = [each.encode_tokens(part) for each, part in zip(others, firsts, strict=True)]
         return torch.cat([*features, last.encode_tokens(rest, advance)], dim=1)
 

@@ -301,9 +301,11 @@ class TextEncoderConfig(EncoderConfig):
         changed, own = self._read(files, entry)
         bidirectional = changed.bidirectional
         model = load_pretrained(files, allow_code=allow_code, dtype=self.precision, bidirectional=bidirectional)
-        around = (own.after, own.modules) if own else ()
+        after, modules = (own.after, own.modules) if own else (None, [])
         files = own.files if own else files
-        return TransformersTextEncoder(self._id(files), files, model, changed, runtime, *around, layers=self.layers)
+        return TransformersTextEncoder(
+            self._id(files), files, model, changed, runtime, after, modules, layers=self.layers
+        )
 
     def download(self) -> None:
         """Download the encoder's files if they are not here. Files of OpenCLIP are only downloaded when it loads them.

@@ -34,19 +34,18 @@ _LATENT = {
 }
 
 
-class NVEmbedModel(PreTrainedModel):  # type: ignore[misc]
+class NVEmbedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The network up to its token states, which the pooling `mean` makes features of."""
 
     config_class = MistralConfig
     base_model_prefix = ""
-    _no_split_modules = ("MistralDecoderLayer", "_LatentAttention")
     _supports_sdpa = True
 
     def __init__(self, config: MistralConfig):
         super().__init__(config)
         self.embedding_model = MistralModel(config)
         self.latent_attention_model = _LatentAttention(**{**_LATENT, **getattr(config, "latent_attention", {})})
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         """Return the token states (B, T, D) of tokens (B, T), given 1 for tokens of a text and 0 for padding."""

@@ -102,7 +102,7 @@ class TransformersTextEncoder(TextEncoder):
         golden_GD = torch.cat([self.encode([text]) for text in GOLDEN_TEXTS])
         self.identity = files.identify_layers(
             layers,
-            golden_GD.split(self._widths, dim=1),
+            torch.split(golden_GD, self._widths, dim=1),
             ["torch", "transformers", "tokenizers"],
             id=id,
             modality="text",

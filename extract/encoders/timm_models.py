@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import infer_imagenet_subset
+from timm.data.imagenet_info import infer_imagenet_subset
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights

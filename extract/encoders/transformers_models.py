@@ -176,7 +176,7 @@ def load_pretrained(
         # transformers omits the mask of texts without padding, and attention is then what its own flag says.
         for module in network.modules():
             if hasattr(module, "is_causal"):
-                module.is_causal = False
+                setattr(module, "is_causal", False)  # noqa: B010 (mypy takes attributes for tensors)
     if any(buffer.dtype in (torch.bfloat16, torch.float16) for buffer in network.buffers()):
         return load_pretrained(files, allow_code=allow_code, of_images=of_images, bidirectional=bidirectional)
     return network

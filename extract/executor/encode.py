@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -139,7 +140,7 @@ def encode_texts(texts: Sequence[str | None], encoder: TextEncoder, advance: Adv
 def _put(encoded: Sequence[EncodedRows], rows: NDArray[np.int64], features_BD: Tensor) -> None:
     """Store the concatenated output of encoders for these rows."""
     dims = [each.features.shape[1] for each in encoded]
-    for each, part_BD in zip(encoded, features_BD.split(dims, dim=1), strict=True):
+    for each, part_BD in zip(encoded, torch.split(features_BD, dims, dim=1), strict=True):
         each.put(rows, part_BD)
 
 
