@@ -1,7 +1,7 @@
 """Settings of a fit. Each is declared once, with its type, default per preset, bounds and help text.
 
-Checks, command-line options, presets and the table in docs/training.md derive from the declarations. To add a setting,
-add a field here and the code that uses it.
+Checks, command-line options, presets, the values that `tune` tries and the table in docs/training.md derive from the
+declarations. To add a setting, add a field here and the code that uses it.
 """
 
 import math
@@ -59,26 +59,63 @@ class FitSettings:
     """Everything except the data that decides a run's weights. The defaults are the paper's."""
 
     head: Literal["linear", "mlp", "glu", "cca", "pcca"] = declare(
-        "Heads", _HEAD, "glu", small="linear", medium="glu", cca=True
+        "Heads", _HEAD, "glu", small="linear", medium="glu", cca=True, search=("linear", "glu", "mlp", "cca")
     )
     expansion: int = declare(
-        "Heads", "Hidden units per input dimension.", 4, small=1, ge=1, le=64, unused_with=("--head linear",)
+        "Heads",
+        "Hidden units per input dimension.",
+        4,
+        small=1,
+        ge=1,
+        le=64,
+        unused_with=("--head linear",),
+        search=(1, 2, 4),
     )
-    dim: int = declare("Heads", "Dimension of the shared space.", 1_024, ge=1, le=65_536, shown=_DIM, cca=True)
+    dim: int = declare(
+        "Heads",
+        "Dimension of the shared space.",
+        1_024,
+        ge=1,
+        le=65_536,
+        shown=_DIM,
+        cca=True,
+        search=(128, 256, 384, 512, 1_024),
+    )
     image_dropout: float = declare(
-        "Heads", "Dropout on the image head's inputs and hidden units.", 0.0, small=0.3, ge=0, le=0.95
+        "Heads",
+        "Dropout on the image head's inputs and hidden units.",
+        0.0,
+        small=0.3,
+        ge=0,
+        le=0.95,
+        search=(0.0, 0.1, 0.3, 0.5),
     )
     text_dropout: float = declare(
-        "Heads", "Dropout on the text head's inputs and hidden units.", 0.0, small=0.1, ge=0, le=0.95
+        "Heads",
+        "Dropout on the text head's inputs and hidden units.",
+        0.0,
+        small=0.1,
+        ge=0,
+        le=0.95,
+        search=(0.0, 0.1, 0.3),
     )
     image_power: float = declare(
-        "Heads", "Exponent applied to image features, keeping their signs.", 1.0, small=0.5, ge=0.1, le=1, cca=True
+        "Heads",
+        "Exponent applied to image features, keeping their signs.",
+        1.0,
+        small=0.5,
+        ge=0.1,
+        le=1,
+        cca=True,
+        search=(0.3, 0.5, 0.7, 1.0),
     )
     patch_power: float | None = declare("Heads", _PATCH_POWER, None, ge=0.1, le=1, shown="--image-power", cca=True)
     start: Literal["random", "closed-form"] = declare(
         "Heads", "Initial weights; `closed-form` initialises a linear path with the CCA.", "random", small="closed-form"
     )
-    ridge: float | Literal["auto"] = declare("Heads", _RIDGE, "auto", ge=1e-6, le=1e6, cca=True)
+    ridge: float | Literal["auto"] = declare(
+        "Heads", _RIDGE, "auto", ge=1e-6, le=1e6, cca=True, search=("auto", 0.5, 1.0, 2.0, 4.0)
+    )
     bank: int = declare("Heads", _BANK, 4_096, ge=0, le=65_536, cca=True)
     positives: int | None = declare(
         "Data",
@@ -93,13 +130,26 @@ class FitSettings:
         "Loss", "Divisor of the sigmoid loss: |B|² (pairs) or |B| (batch).", "pairs", unused_with=("--loss infonce",)
     )
     temperature: float | Literal["auto"] = declare(
-        "Loss", "Initial temperature t; `auto` is 2 ln(batch size).", 20.0, small=15.0, ge=1, le=100
+        "Loss",
+        "Initial temperature t; `auto` is 2 ln(batch size).",
+        20.0,
+        small=15.0,
+        ge=1,
+        le=100,
+        search=(10.0, 15.0, 20.0),
     )
     bias: float | Literal["auto"] = declare(
         "Loss", _BIAS, -10.0, small=-8.0, ge=-100, le=100, unused_with=("--loss infonce",)
     )
     optimizer: Literal["lion", "adamw"] = declare("Optimiser", "Kind of optimiser.", "lion")
-    lr: float = declare("Optimiser", "Peak learning rate of a cosine schedule.", 1e-5, ge=1e-9, le=1)
+    lr: float = declare(
+        "Optimiser",
+        "Peak learning rate of a cosine schedule.",
+        1e-5,
+        ge=1e-9,
+        le=1,
+        search=(3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+    )
     weight_decay: float = declare("Optimiser", "Weight decay of the weight matrices.", 1e-7, ge=0, le=10)
     warmup: float = declare("Optimiser", "Fraction of the steps with a linear warm-up.", 0.0, ge=0, le=1)
     batch_size: int = declare("Optimiser", "Pairs per step, over all processes.", 36_864, small=512, ge=2, le=1_000_000)
@@ -130,7 +180,14 @@ class FitOptions(FitSettings):
 
     # The paper reports its training time, not its epochs: 50 epochs of its millions of pairs take that time.
     epochs: float = declare(
-        "Optimiser", "Passes over the pairs.", 50, small=25, ge=0.01, le=1_000_000, unused_with=("--steps",)
+        "Optimiser",
+        "Passes over the pairs.",
+        50,
+        small=25,
+        ge=0.01,
+        le=1_000_000,
+        unused_with=("--steps",),
+        search=(12, 25, 50, 100),
     )
     preset: Literal["paper", "medium", "small"] | None = declare(
         "Run",
@@ -163,6 +220,7 @@ class Setting:
         shown: Text of the default, where the value says too little.
         unused_with: Options beside which this one has no effect.
         cca: Whether the closed-form heads use it.
+        search: Values that `sail-align tune` tries. Empty: it keeps the default.
     """
 
     name: str
@@ -178,6 +236,7 @@ class Setting:
     shown: str = ""
     unused_with: tuple[str, ...] = ()
     cca: bool = False
+    search: tuple[Any, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -262,12 +321,27 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: SETTINGS[name].parse(value) for name, value in options.items() if value is not None}
     for name in sorted(given):
-        setting = SETTINGS[name]
-        for condition in (*setting.unused_with, *(() if setting.cca else (f"--head {each}" for each in CLOSED_FORMS))):
-            other, *values = condition.removeprefix("--").split()
-            if other in given and (not values or given[other] in values):
-                raise UserError(f"{setting.flag} has no effect with {condition}. Leave one of them out.")
+        if condition := unused_beside(name, given):
+            raise UserError(f"{SETTINGS[name].flag} has no effect with {condition}. Leave one of them out.")
     return given
+
+
+def unused_beside(name: str, given: Mapping[str, Any]) -> str | None:
+    """Return the option, as typed, beside which a setting has no effect. None if it has one."""
+    setting = SETTINGS[name]
+    conditions: list[str] = [*setting.unused_with]
+    if not setting.cca:
+        conditions += (f"--head {each}" for each in CLOSED_FORMS)
+    for condition in conditions:
+        other, *values = condition.removeprefix("--").split()
+        if other in given and (not values or given[other] in values):
+            return condition
+    return None
+
+
+def default_preset(rows: int) -> str:
+    """Return the preset of a fit of so many pairs."""
+    return "small" if rows < SMALL_ROWS else "medium" if rows < PAPER_ROWS else "paper"
 
 
 def choose_settings(
@@ -285,8 +359,7 @@ def choose_settings(
         UserError: An option does not fit the other settings or the features' dimensions.
     """
     notes = []
-    by_rows = "small" if rows < SMALL_ROWS else "medium" if rows < PAPER_ROWS else "paper"
-    preset = options.get("preset") or by_rows
+    preset = options.get("preset") or default_preset(rows)
     chosen = {**PRESETS[preset], **options}
     epochs = chosen["epochs"]
     recorded = {each.name for each in fields(FitSettings)}

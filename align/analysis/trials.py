@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -107,12 +107,14 @@ class TrialRunner:
         seeds: Number of runs of each trial.
         device: Device to train on.
         quiet: Show no progress bars.
+        checkpoint: The weights of a run to keep and score.
     """
 
     folder: Path
     seeds: int
     device: torch.device
     quiet: bool = False
+    checkpoint: Literal["best", "last"] = "last"
 
     def run(self, trials: Sequence[Trial], features: Iterable[Mapping[str, tuple[Half, Half]]]) -> list[TrialResult]:
         """Train each trial with each seed, unless its run is finished; score the runs and print a line for each.
@@ -157,16 +159,16 @@ class TrialRunner:
     def train(self, trial: Trial, seed: int) -> tuple[Run, bool]:
         """Return the finished run of a seed, and whether it was finished before. An unfinished run is resumed.
 
-        Only the last checkpoint of the run is kept, which is the one that is scored.
+        Of a run that is scored with its last weights, only these are kept.
         """
         path, finished = self.find(trial, seed)
         plan = trial.seeded(seed)
         claimed = claim_run(path, plan.record()).path
         # Of a finished run, this removes what a killed process left.
         fit(plan, claimed, device=self.device, quiet=self.quiet, keep=1, on_collapse="warn")
-        for best in RunFolder(path).checkpoints("best"):
+        for best in RunFolder(path).checkpoints("best") if self.checkpoint == "last" else ():
             RunFolder(best).discard()
-        return load_run(path, "last"), finished
+        return load_run(path, self.checkpoint), finished
 
     @torch.no_grad()
     def retrieve(self, run: Run, image_ND: Half, text_ND: Half) -> Hits:
