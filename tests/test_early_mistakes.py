@@ -23,6 +23,7 @@ finally:
         ("align", "measure no.zarr", "no.zarr is not a feature store"),
         ("align", "probe --features no.zarr", "no.zarr is not a feature store"),
         ("align", "ladder --features no.zarr", "no.zarr is not a feature store"),
+        ("align", "tune no.zarr", "no.zarr is not a feature store"),
         ("align", "export runs/no", "runs/no is not a run"),
         ("align", "import-released no.pt", "no.pt does not exist"),
         ("extract", "run no.yaml", "no.yaml"),
