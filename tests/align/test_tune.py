@@ -30,6 +30,7 @@ def space_of(path, **given):
     return Space(make_plan([path], {"held_out": 0.2, **given})[0], given)
 
 
+@pytest.mark.slow
 def test_folds_are_disjoint_and_leave_out_the_final_rows(make_store):
     plan = space_of(make_store(rows=300)).plan
     folds = make_folds(plan, 4)
@@ -42,6 +43,7 @@ def test_folds_are_disjoint_and_leave_out_the_final_rows(make_store):
         assert ((fold.training[0] | fold.chosen_on[0]) == plan.training[0]).all()
 
 
+@pytest.mark.slow
 def test_candidates_are_valid_distinct_and_begin_with_the_default(make_store):
     space = space_of(make_store(rows=300))
     (fold,) = make_folds(space.plan, 1)
@@ -85,6 +87,7 @@ def planted(make_store, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_planted_option_wins_and_the_command_has_it(planted):
     found = planted()
     assert found.best.options["image_power"] == 0.3
@@ -96,6 +99,7 @@ def test_planted_option_wins_and_the_command_has_it(planted):
     assert len(found.default.scores) == len(found.best.scores) == 4
 
 
+@pytest.mark.slow
 def test_a_winner_by_chance_is_not_recommended(planted):
     found = planted(final=0.0)
     assert found.best.options["image_power"] == 0.3
@@ -105,6 +109,7 @@ def test_a_winner_by_chance_is_not_recommended(planted):
     assert found.record()["recommended"] == {}
 
 
+@pytest.mark.slow
 def test_budget_is_kept_and_a_second_call_goes_on(planted):
     found = planted(budget=300)
     assert found.search.seconds <= 300
@@ -123,6 +128,7 @@ def test_short_budget_still_scores_the_default(planted):
     assert found.search.trained == 1
 
 
+@pytest.mark.slow
 def test_options_that_fail_are_left_out(make_store, tmp_path, monkeypatch):
     space = space_of(make_store(rows=300))
 
@@ -144,12 +150,12 @@ def test_options_that_fail_are_left_out(make_store, tmp_path, monkeypatch):
 def test_command_trains_resumes_and_keeps_scores_only(make_store, tmp_path):
     path = make_store("photos", rows=400)
     out = tmp_path / "tune"
-    line = ["tune", path, "--out", out, "--trials", 5, "--steps", 3, "--quiet", "--device", "cpu"]
+    line = ["tune", path, "--out", out, "--trials", 2, "--steps", 3, "--quiet", "--device", "cpu"]
     done = typed(*line)
     assert done.exit_code == 0, done.output
     record = json.loads((out / "tune.json").read_text())
     assert record["protocol"] == "tune-1"
-    assert len(record["candidates"]) == 5
+    assert len(record["candidates"]) == 2
     assert record["comparison"]["pairs"] == 80
     assert record["command"].startswith(f"sail-align fit --features {path}")
     assert sorted(each.name for each in out.iterdir()) == ["trials", "tune.json"]
