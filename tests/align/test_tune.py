@@ -147,7 +147,8 @@ def test_options_that_fail_are_left_out(make_store, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command_trains_resumes_and_keeps_scores_only(make_store, tmp_path):
+def test_command_trains_resumes_and_keeps_scores_only(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RUNGS", ((1, 0.5), (2, 1.0)))
     path = make_store("photos", rows=400)
     out = tmp_path / "tune"
     line = ["tune", path, "--out", out, "--trials", 2, "--steps", 3, "--quiet", "--device", "cpu"]
