@@ -41,6 +41,7 @@ def test_a_closed_form_has_a_bank(make_store, tmp_path):
         assert one == other
 
 
+@pytest.mark.slow
 def test_the_bank_has_training_rows_with_their_captions_in_turn(make_store, tmp_path):
     store = make_store("a", 300, captions={"c0": (), "c1": ()})
     result = fit(store, out=tmp_path / "run", bank=20, **CCA)
@@ -71,6 +72,7 @@ def test_without_a_bank_nothing_is_added(make_store, tmp_path):
         model.corrected_image(torch.ones(2, 8))
 
 
+@pytest.mark.slow
 def test_without_held_out_pairs_the_default_is_used(make_store, tmp_path):
     result = fit(make_store("a", 300), out=tmp_path / "run", held_out=0, **CCA)
     assert load_run(result).model.correction.beta.item() == Cosine.default_beta
@@ -110,6 +112,7 @@ def test_beta_is_the_one_that_ranks_best():
     assert cost(beta) < cost(1e-3)
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_store_can_be_corrected(make_store, tmp_path):
     store = make_store("a", 300)
     run = load_run(fit(store, out=tmp_path / "run", bank=16, **CCA))

@@ -80,6 +80,7 @@ def test_joined_features_are_those_of_the_encoders_side_by_side(store):
     np.testing.assert_array_equal(joined.chunk(2), np.concatenate([part.chunk(2) for part in parts], axis=1))
 
 
+@pytest.mark.slow
 def test_stream_serves_the_rows_that_each_encoder_alone_would_serve(store):
     """Joined batches equal a NumPy concatenation of the batches of each encoder, in the same order."""
 
@@ -97,6 +98,7 @@ def test_stream_serves_the_rows_that_each_encoder_alone_would_serve(store):
         np.testing.assert_array_equal(texts, np.concatenate([c, d], axis=2))
 
 
+@pytest.mark.slow
 def test_pairs_of_joined_encoders_are_read_and_pickled(store):
     (pairs,) = opened = open_pairs([store], ["raw"], **BOTH)
     copy = pickle.loads(pickle.dumps(pairs))  # noqa: S301
@@ -157,6 +159,7 @@ def _links(store, run):
     return list(_training_store(str(store), *digests, run.settings, {}))
 
 
+@pytest.mark.slow
 def test_single_encoders_record_what_they_did_before(make_store, tmp_path):
     path = make_store("single")
     result = fit(path, out=tmp_path / "single", head="linear", dim=4, steps=2, batch_size=64, quiet=True)
@@ -187,6 +190,7 @@ def joined_run(encoders, tmp_path):
     return save_run(tmp_path / "runs" / "joined", image, text)
 
 
+@pytest.mark.slow
 def test_exports_that_need_single_encoders_are_refused(joined_run, tmp_path):
     pytest.importorskip("sentence_transformers")
     with pytest.raises(UserError, match=r"needs single encoders, got .*[+].* Leave it out"):
@@ -264,6 +268,7 @@ def test_joined_encoders_are_loaded_with_their_own_checks(encoders):
         load_recorded(Identity.joined([joined.parts[0], changed]))
 
 
+@pytest.mark.slow
 def test_joined_run_is_scored_as_it_embeds(joined_run, tmp_path):
     """One pass fills an array per encoder; the stores of evaluation sets serve the next call without encoders."""
     run = load_run(joined_run)

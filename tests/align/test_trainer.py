@@ -117,6 +117,7 @@ def test_cca_is_a_run_without_steps(make_store, tmp_path):
     assert loaded.model.image_head.linear_path is None
 
 
+@pytest.mark.slow
 def test_pcca_has_the_cosines_of_the_cca_and_log_likelihood_ratios(make_store, tmp_path):
     store, runs = make_store(rows=500), {}
     for head in ("cca", "pcca"):
@@ -196,6 +197,7 @@ FORGETS = {"start": "closed-form", "head": "linear", "expansion": None, "lr": 0.
 """A fit that ends below its start, with a scoring after every second step."""
 
 
+@pytest.mark.slow
 def test_fit_stops_early_and_keeps_its_start(make_store, tmp_path):
     plan, run = begin([make_store(rows=150)], tmp_path / "run", **FORGETS)
     fit(plan, run, device=CPU, quiet=True, on_collapse="warn")
@@ -208,6 +210,7 @@ def test_fit_stops_early_and_keeps_its_start(make_store, tmp_path):
     assert (start.digest, start.finished) == (load_run(run).digest, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [[1], [3, 2]])
 def test_stopped_run_has_the_same_patience(make_store, tmp_path, monkeypatch, stops):
     store = make_store(rows=150)
@@ -223,6 +226,7 @@ def test_stopped_run_has_the_same_patience(make_store, tmp_path, monkeypatch, st
     assert content(run) == content(whole)
 
 
+@pytest.mark.slow
 def test_mean_reciprocal_rank_is_that_of_all_scores(make_store, tmp_path):
     plan, run = begin([make_store(rows=150, captions={"raw": (), "long": ()})], tmp_path / "run", steps=1)
     scores = fit(plan, run, device=CPU, quiet=True)

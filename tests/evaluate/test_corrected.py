@@ -65,6 +65,7 @@ def test_both_protocols_are_scored(world, corrected):
     assert not comparison.refusals
 
 
+@pytest.mark.slow
 def test_ranks_are_those_of_the_corrected_similarity(world, corrected):
     data = world.open(world.squares("caps", ROWS, {"kind": "retrieval", "variants": ["hub-corrected"]}))
     found = TASK.evaluate(data).outcomes
@@ -81,6 +82,7 @@ def test_ranks_are_those_of_the_corrected_similarity(world, corrected):
     assert (scores.argmax(axis=1) != (x @ y.T).argmax(axis=1)).any(), "this bank changes nothing"
 
 
+@pytest.mark.slow
 def test_without_a_correction(world, run):
     run.model.require_correction = lambda: None
     manifest = world.squares("caps", ROWS, {"kind": "retrieval"})

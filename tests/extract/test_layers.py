@@ -185,6 +185,7 @@ def files(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_store_gains_layers_in_one_pass_and_keeps_its_arrays(job, monkeypatch):
     plain, _ = job("plain", (-1,))
     before = files(plain.store)
