@@ -255,6 +255,8 @@ class Tuned:
             f"Tried {len(search.entered)} candidates in {search.seconds:.0f} s: {search.trained} fits trained, "
             f"{search.reused} reused; at most {max(len(each.scores) for each in search.entered)} folds each."
         )
+        if len(search.entered) == 1 < search.trials:
+            return f"{tried}\nThe budget was enough for the default only, so nothing was compared. Raise --budget."
         if self.best is self.default:
             return f"{tried}\nNo candidate has a higher R@1 than the default. Keep the default:\n\n{self.fit_command()}"
         low, high = (number(bound, sign="+") for bound in found["interval"])

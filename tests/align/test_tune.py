@@ -124,7 +124,7 @@ def test_budget_is_kept_and_a_second_call_goes_on(planted):
 def test_short_budget_still_scores_the_default(planted):
     found = planted(budget=5)
     assert found.best is found.default
-    assert "Keep the default" in found.verdict()
+    assert "enough for the default only" in found.verdict()
     assert found.search.trained == 1
 
 
