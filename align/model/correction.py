@@ -138,7 +138,7 @@ class Gaussian(Correction):
     """
 
     correlations: Tensor
-    default_beta = 1.0
+    default_beta = 0.5
 
     def __init__(self, dim: int):
         super().__init__()
