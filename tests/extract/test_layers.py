@@ -204,6 +204,7 @@ def test_store_gains_layers_in_one_pass_and_keeps_its_arrays(job, monkeypatch):
     assert not any(damaged for _, damaged in verify_store(layered.store))
 
 
+@pytest.mark.slow
 def test_text_identity_is_that_of_all_layers_of_one_network(job):
     layered, _ = job("photos", (-1,), (-2, -1))
     identity = Store.open(layered.store).text_identity()
@@ -212,6 +213,7 @@ def test_text_identity_is_that_of_all_layers_of_one_network(job):
     assert len(pairs) == 1
 
 
+@pytest.mark.slow
 def test_lost_shard_of_one_layer_is_written_again(job):
     layered, _ = job("photos", (-1, -2))
     before = files(layered.store)
