@@ -115,5 +115,6 @@ def _reciprocal_ranks(
         texts.append(gaussian.extend(text_ME, "text") if likelihood else F.normalize(text_ME, dim=-1))
         owners.append(np.tile(np.arange(start, start + len(image_BD)), len(text_CBD)))
         start += len(image_BD)
-    both = ranks(*(torch.cat(each).double().cpu().numpy() for each in (images, texts)), np.concatenate(owners))
+    image_NE, text_XE = (torch.cat(each).double().cpu().numpy() for each in (images, texts))
+    both = ranks(image_NE, text_XE, np.concatenate(owners))
     return float(np.mean([np.mean(1 / (1 + found)) for found in both]))
