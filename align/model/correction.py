@@ -138,7 +138,7 @@ class Gaussian(Correction):
     """
 
     correlations: Tensor
-    default_beta = 0.5
+    default_beta = 0.25
 
     def __init__(self, dim: int):
         super().__init__()
