@@ -59,7 +59,12 @@ class Comparison:
         first, second = without_unknown(first), without_unknown(second)
         names = [dict.fromkeys(record.name for record in run.scored) for run in (first, second)]
         # Earlier versions named no variants, so that the same protocol and data can have two names.
-        pairs = [(one, other) for one in first.scored for other in second.scored if one.key == other.key]
+        pairs = [
+            (one, other)
+            for one in first.scored
+            for other in second.scored
+            if (one["dataset"], one.key) == (other["dataset"], other.key)
+        ]
         if not pairs and not names[0].keys() & names[1].keys():
             ours, theirs = (", ".join(each) or "nothing" for each in names)
             raise UserError(

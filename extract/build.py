@@ -196,7 +196,7 @@ def build_store(
     of_text = _layers(text_layers, "--text-layers") if text_layers else _layers(layers)
     options = (text_pooling, precision, code, compile, of_text, text_prompt)
     text = TextEncoderConfig(text_name, *options) if chosen else None
-    _require_used(code, [getattr(config.entry, "origin", None) for config in (image, text) if config])
+    _require_used(code, [getattr(getattr(config, "entry", None), "origin", None) for config in (image, text) if config])
     Runtime.of(device, precision)  # raises if either is invalid
     job = Job(manifest, root, path, image, text, tuple(chosen))
     share, executor = Share.parse(worker), _choose_executor(engine, ray_address, str(workers), device)

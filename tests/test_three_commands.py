@@ -38,7 +38,7 @@ def write_csv(path: Path, rows: list[tuple[str, ...]]) -> None:
 
 def recalls(folder: Path) -> dict[str, float]:
     (run,) = (folder / "runs").iterdir()
-    (record,) = json.loads((run / "scores.json").read_bytes())["records"]
+    record, _corrected = json.loads((run / "scores.json").read_bytes())["records"]
     recalls = [metric for metric in record["metrics"] if "rank" not in metric["name"]]
     return {metric["name"]: metric["value"] / metric["chance"] for metric in recalls}
 

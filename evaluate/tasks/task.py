@@ -119,7 +119,9 @@ class EvaluationTask(ABC):
     def check_manifest(self, manifest: "Manifest") -> None:
         """Raise `UserError` if a manifest has fields or variants that this task would ignore."""
         settings = manifest.task
-        fields = settings.model_fields_set if settings else set()
+        fields = (
+            {name for name in settings.model_fields_set if getattr(settings, name) is not None} if settings else set()
+        )
         for name in sorted(fields & FIELDS.keys()):
             if not FIELDS[name] & self.needs or (name == "views" and not self.takes_views):
                 raise UserError(

@@ -94,7 +94,7 @@ class TransformersTextEncoder(TextEncoder):
         self._pooling = entry.pooling or "mean"
         self._prefix = entry.prefix
         self._after = runtime.freeze(after) if after else None
-        self._accepted = inspect.signature(model.forward).parameters
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self.tokenizer = load_tokenizer_files(files.path, end=entry.end, lowercase=entry.lowercase)
         limit = self.tokenizer.model_max_length
         self._token_limit = entry.token_limit if entry.exact_limit else min(entry.token_limit, limit)

@@ -173,7 +173,7 @@ def test_base_recipe_adapts_to_few_pairs(make_store, monkeypatch):
     assert base_recipe([path], {"steps": 9})["lr"] == trials.COMPARED_FEW["lr"]
     assert "epochs" not in base_recipe([path], {"steps": 9})
     monkeypatch.setattr(trials, "PAPER_ROWS", 300)
-    assert base_recipe([path], {"lr": 1e-4}) == {"preset": "paper", "held_out": 0.2, "warmup": 0.1, "lr": 1e-4}
+    assert base_recipe([path], {"lr": 1e-4}) == {**trials.COMPARED, "lr": 1e-4}
 
 
 def test_held_out_by_all_rejects_disjoint_rows(make_store):

@@ -24,7 +24,8 @@ def typed(*words):
 @pytest.mark.slow
 def test_recall_equals_that_of_a_cca_fit(make_store, tmp_path):
     path = make_store("photos", rows=600, bad=[3, 77])
-    words = ["--features", path, "--out", tmp_path / "run", "--head", "cca", "--ridge", 2, "--held-out", 0.2, "--quiet"]
+    words = ["--features", path, "--out", tmp_path / "run", "--head", "cca", "--ridge", 2, "--held-out", 0.2]
+    words += ["--image-power", 1, "--quiet"]
     assert typed("fit", *words).exit_code == 0
     fitted = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     (found,) = measure_store(Store.open(path), **ASKED)["measures"]

@@ -121,7 +121,7 @@ def test_cca_is_a_run_without_steps(make_store, tmp_path):
 def test_pcca_has_the_cosines_of_the_cca_and_log_likelihood_ratios(make_store, tmp_path):
     store, runs = make_store(rows=500), {}
     for head in ("cca", "pcca"):
-        plan, _ = make_plan([store], {"head": head, "bank": 0})
+        plan, _ = make_plan([store], {"head": head, "ridge": 2, "bank": 0})
         run, *_ = claim_run(tmp_path / head, plan.record())
         fit(plan, run, device=CPU, quiet=True)
         runs[head] = load_run(run).model

@@ -63,7 +63,7 @@ def records(world, run, coco, monkeypatch):
     """The packaged manifests' scores on that folder, by set and task."""
     from tests.evaluate.conftest import ColourVision
 
-    def load(recorded, device="cpu"):
+    def load(recorded, device="cpu", **_):
         return ColourVision() if recorded.spec.modality == "image" else LetterText(recorded)
 
     monkeypatch.setattr("sail_align.evaluate.models.load_recorded", load)

@@ -187,7 +187,7 @@ def test_renamed_run_keeps_its_scores(sail_eval, squares, world, run):
 
 
 def test_missing_encoder_stops_all_sets_at_once(sail_eval, squares, monkeypatch):
-    def refuse(recorded, device):
+    def refuse(recorded, device, **_):
         raise UserError("It is not in the hub's cache.")
 
     monkeypatch.setattr("sail_align.evaluate.models.load_recorded", refuse)

@@ -28,6 +28,7 @@ class BadBatches:
 
     batches: frozenset[int]
     problem: Exception
+    layers = (-1,)
 
     def load(self, device):
         encoder, count = FakeVision(), iter(range(10**6))

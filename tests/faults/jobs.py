@@ -197,14 +197,14 @@ class _FakeEncoder:
 
 
 class _FakeImageEncoder(_FakeEncoder):
-    pooling, precision = None, "float32"
+    pooling, precision, layers, image_size = None, "float32", (-1,), None
 
     def load(self, device: str):
         return FakeVision(preprocessing=PREPROCESSING, **({"dim": IMAGE_DIM} if self.name == "big-image" else {}))
 
 
 class _FakeTextEncoder(_FakeEncoder):
-    pooling, precision = None, "float32"
+    pooling, precision, layers, prompt = None, "float32", (-1,), None
 
     def load(self, device: str):
         return FakeText(**({"dim": TEXT_DIM} if self.name == "big-text" else {}))

@@ -598,7 +598,7 @@ def score_cases(folder: Path) -> Iterable[Case]:
     images, texts = FakeVision(), FakeText()
     load, models.load_recorded = (
         models.load_recorded,
-        lambda each, **_: images if each.spec.modality == "image" else texts,
+        lambda each, *_, **__: images if each.spec.modality == "image" else texts,
     )
     before = Path.cwd()
     root = folder / "world"
