@@ -213,7 +213,7 @@ class _FakeTextEncoder(_FakeEncoder):
 def _replace_slow_parts() -> None:
     """Use fake encoders, small shards and index files, saves after each step, no charts, and a clock that stands."""
     load.ImageEncoderConfig, load.TextEncoderConfig = _FakeImageEncoder, _FakeTextEncoder
-    models.load_recorded = lambda recorded, **_: (
+    models.load_recorded = lambda recorded, *_, **__: (
         FakeVision(preprocessing=PREPROCESSING) if recorded.spec.modality == "image" else FakeText()
     )
     store_module._shard_rows = lambda rows: SHARD_ROWS
