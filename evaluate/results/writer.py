@@ -109,7 +109,9 @@ def _merge(records: list[Record], new: Record) -> list[Record]:
         return records
     replaced = [each for each in same_name if each.error]
     replaced += [each for each in same_set if not each.error and each["protocol"] == new.get("protocol")]
-    place = min(map(records.index, replaced), default=len(records))
+    # The protocols of a set stay together, so that the order does not depend on which was scored first.
+    behind = max(map(records.index, same_set), default=len(records) - 1) + 1
+    place = min(map(records.index, replaced), default=behind)
     kept = [each for each in records if each not in replaced]
     return [*kept[:place], new, *kept[place:]]
 
