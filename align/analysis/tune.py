@@ -141,7 +141,7 @@ class Search:
 
     def _rung(self, candidates: Sequence[Candidate], folds: int, share: float) -> list[Candidate]:
         """Train candidates until they have scores of so many folds; return those for which there was time."""
-        done = []
+        done: list[Candidate] = []
         for each in candidates:
             missing = range(len(each.scores), folds)
             costs = [score.seconds for one in (self.entered or done) for score in one.scores]
@@ -334,7 +334,13 @@ def tune_stores(
     encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
     fixed = {name: value for name, value in given.items() if name != "held_out"}
     held_out = given.get("held_out", COMPARED["held_out"])
-    plan, notes = make_plan(stores, {**fixed, "held_out": held_out}, captions=captions, **encoders)
+    plan, notes = make_plan(
+        stores,
+        {**fixed, "held_out": held_out},
+        captions=captions,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+    )
     for note in notes:
         typer.echo(f"note: {note}")
     search = Search(Space(plan, fixed), make_folds(plan, RUNGS[-1][0]), runner, seed, trials, budget)
