@@ -1,4 +1,4 @@
-"""What layers and concatenated encoders gain: fits on one store, compared on the same held-out pairs.
+"""Gains of layers and joined encoders: fits on one store, compared on the same held-out pairs.
 
     python benchmarks/layers.py features/layers.zarr --seeds 3 --image efficientnet-lite0+efficientnet-lite0@-2
 

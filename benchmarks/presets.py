@@ -37,7 +37,7 @@ from sail_align.align.train.trainer import SCORINGS
 BETAS = (5.0, 10.0, 20.0, 40.0)
 CPU = torch.device("cpu")
 EXTRA = ("ema", "text_power")
-"""What a recipe may have besides settings: decay of an average of the weights, and the power of text features."""
+"""Further values of a recipe besides settings: decay of an average of the weights, and the power of text features."""
 
 
 class Rows:

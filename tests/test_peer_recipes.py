@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[SimpleNamespace]:
-    """The modules of the benchmark, which are scripts in a folder that is no package."""
+    """Import the scripts of the benchmark, which do not form a package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         import peer_ideas

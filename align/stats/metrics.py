@@ -70,6 +70,29 @@ def ranks(
     return image_ranks_N, unsorted_M
 
 
+def caption_ranks(
+    images_NE: Embeddings, texts_CNE: NDArray[np.floating], device: "str | torch.device" = "cpu"
+) -> tuple[Ranks, Ranks]:
+    """Rank images (N, E) by texts (C, N, E) and texts by images as `ranks`; each image owns C texts."""
+    captions, rows, _ = texts_CNE.shape
+    return ranks(images_NE, texts_CNE.reshape(captions * rows, -1), np.tile(np.arange(rows), captions), device)
+
+
+def recalls(image_ranks: Ranks, text_ranks: Ranks) -> dict[str, float]:
+    """Return `t2i_r1` … `i2t_r10` (R@1/5/10 both ways) and `r1` (the mean of both R@1), in percent."""
+    found = {
+        f"{way}_r{k}": 100 * float(np.mean(ranks_Q < k))
+        for way, ranks_Q in (("t2i", text_ranks), ("i2t", image_ranks))
+        for k in (1, 5, 10)
+    }
+    return found | {"r1": (found["t2i_r1"] + found["i2t_r1"]) / 2}
+
+
+def mean_reciprocal_rank(image_ranks: Ranks, text_ranks: Ranks) -> float:
+    """Return the mean reciprocal rank in percent, the mean of both ways."""
+    return sum(100 * float(np.mean(1 / (1 + ranks_Q))) for ranks_Q in (text_ranks, image_ranks)) / 2
+
+
 def mutual_knn(x_ND: Embeddings, y_ND: Embeddings, k: int = 10) -> NDArray[np.float64]:
     """Return the fraction (N,) of each row's `k` nearest rows that are the same in both spaces.
 

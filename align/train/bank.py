@@ -13,7 +13,7 @@ from sail_align.align.data.pairs import Rows, read_rows
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.correction import Bank, Side, extended, log_mean_exp
 from sail_align.align.runs.checkpoint import Tensors
-from sail_align.align.stats.metrics import Ranks, ranks
+from sail_align.align.stats.metrics import Ranks, caption_ranks, recalls
 from sail_align.align.train.plan import Plan
 from sail_align.extract.encoders.runtime import tf32_products
 
@@ -84,13 +84,8 @@ class BankBuilder:
         if isinstance(correction, Bank):
             chosen["hub_beta"] = choose_beta(correction, image_NE[:CHOICE_ROWS], text_CNE[:, :CHOICE_ROWS])
             correction.beta.fill_(chosen["hub_beta"])
-        image_ranks, text_ranks = _ranks(correction.extend(image_NE, "image"), correction.extend(text_CNE, "text"))
-        recalls = {
-            f"hub_{way}_r{k}": 100 * float(np.mean(ranks_Q < k))
-            for way, ranks_Q in (("t2i", text_ranks), ("i2t", image_ranks))
-            for k in (1, 5, 10)
-        }
-        return {**recalls, "hub_r1": (recalls["hub_t2i_r1"] + recalls["hub_i2t_r1"]) / 2, **chosen}
+        both = _ranks(correction.extend(image_NE, "image"), correction.extend(text_CNE, "text"))
+        return {f"hub_{name}": value for name, value in recalls(*both).items()} | chosen
 
 
 @torch.no_grad()
@@ -134,7 +129,5 @@ def _raw(model: AlignmentModel, side: Side, features: Tensor) -> Tensor:
 
 
 def _ranks(image_NE: Tensor, text_CNE: Tensor) -> tuple[Ranks, Ranks]:
-    """Return the ranks of images and of texts by dot products, as `sail_align.align.stats.metrics.ranks`."""
-    captions, rows, _ = text_CNE.shape
-    owner_M = np.tile(np.arange(rows), captions)
-    return ranks(image_NE.cpu().numpy(), text_CNE.flatten(0, 1).cpu().numpy(), owner_M, image_NE.device)
+    """Return the ranks of images and of texts by dot products, as `caption_ranks`."""
+    return caption_ranks(image_NE.cpu().numpy(), text_CNE.cpu().numpy(), image_NE.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sail_align.align.model.closed_form import LinearMap, Moments
 from sail_align.align.model.correction import Gaussian
-from sail_align.align.stats.metrics import ranks
+from sail_align.align.stats.metrics import mean_reciprocal_rank, ranks
 
 FOLDS = 5
 SAMPLE_ROWS = 4_096
@@ -105,7 +105,7 @@ def _reciprocal_ranks(
     correlations_E: Tensor,
     likelihood: bool,
 ) -> float:
-    """Return the mean reciprocal rank of images by texts and of texts by images, the mean of both."""
+    """Return the mean reciprocal rank of images by texts and of texts by images in percent, the mean of both."""
     gaussian = Gaussian(len(correlations_E)).to(correlations_E.device)
     gaussian.fill(correlations_E)
     images, texts, owners, start = [], [], [], 0
@@ -116,5 +116,4 @@ def _reciprocal_ranks(
         owners.append(np.tile(np.arange(start, start + len(image_BD)), len(text_CBD)))
         start += len(image_BD)
     image_NE, text_XE = (torch.cat(each).double().cpu().numpy() for each in (images, texts))
-    both = ranks(image_NE, text_XE, np.concatenate(owners))
-    return float(np.mean([np.mean(1 / (1 + found)) for found in both]))
+    return mean_reciprocal_rank(*ranks(image_NE, text_XE, np.concatenate(owners)))

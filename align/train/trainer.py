@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sail_align.align.data.loader import Batch, Stream
@@ -18,7 +17,7 @@ from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import differences, run_digest
 from sail_align.align.settings import FitOptions, OnCollapse
-from sail_align.align.stats.metrics import effective_rank, ranks
+from sail_align.align.stats.metrics import caption_ranks, effective_rank, mean_reciprocal_rank, recalls
 from sail_align.align.train.bank import BankBuilder
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.distributed import ALONE, World
@@ -228,12 +227,8 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
     model.eval()
     image_BE, text_CBE = model(*batch.to(device))
     scores = {"loss": loss_of(image_BE, text_CBE, model.log_scale, model.bias).total.item()}
-    captions, rows, _ = text_CBE.shape
-    owner_M = np.tile(np.arange(rows), captions)
-    images, texts = image_BE.cpu().numpy(), text_CBE.flatten(0, 1).cpu().numpy()
-    image_ranks, text_ranks = ranks(images, texts, owner_M)
-    for way, ranks_Q in (("t2i", text_ranks), ("i2t", image_ranks)):
-        scores |= {f"{way}_r{k}": 100 * float(np.mean(ranks_Q < k)) for k in (1, 5, 10)}
-    reciprocal = [100 * float(np.mean(1 / (1 + ranks_Q))) for ranks_Q in (text_ranks, image_ranks)]
-    scores |= {"r1": (scores["t2i_r1"] + scores["i2t_r1"]) / 2, "chance": 100 / rows, "mrr": sum(reciprocal) / 2}
-    return scores | {"image_rank": effective_rank(images), "text_rank": effective_rank(texts)}
+    images, texts = image_BE.cpu().numpy(), text_CBE.cpu().numpy()
+    both = caption_ranks(images, texts)
+    scores |= {**recalls(*both), "chance": 100 / len(images), "mrr": mean_reciprocal_rank(*both)}
+    text_rank = effective_rank(texts.reshape(-1, texts.shape[-1]))
+    return scores | {"image_rank": effective_rank(images), "text_rank": text_rank}

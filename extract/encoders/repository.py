@@ -40,7 +40,7 @@ _HARMLESS = {"max_seq_length", "do_lower_case", "unpad_inputs", "modality_config
 
 @dataclass(frozen=True)
 class Repository:
-    """What a repository of sentence-transformers does around its network.
+    """The steps of a sentence-transformers repository before and after its network.
 
     Attributes:
         entry: The encoder with the repository's pooling, prompt, limit on tokens and case.
@@ -56,7 +56,7 @@ class Repository:
 
 
 def read_repository(files: EncoderFiles, entry: TransformersText) -> Repository | None:
-    """Read what a repository does around its network. Return None if it is not one of sentence-transformers.
+    """Read the steps of a repository around its network. Return None if it is not one of sentence-transformers.
 
     Raises:
         UserError: It does something that has no counterpart here.

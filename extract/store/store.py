@@ -240,7 +240,7 @@ class Store(StoreView):
         """Return the image array of an encoder, or the only one. `a+b` joins the features of two encoders.
 
         Raises:
-            UserError: There is no such array.
+            UserError: The store has no such array.
         """
         return self._pick(self.images(), "image features", encoder)
 
@@ -248,7 +248,7 @@ class Store(StoreView):
         """Return a caption's array of an encoder, or the only one. `a+b` joins the features of two encoders.
 
         Raises:
-            UserError: There is no such array.
+            UserError: The store has no such array.
         """
         return self._pick(self.texts(caption), f"text features of caption {caption!r}", encoder)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from closed_form_reference import add_in_blocks, normed
 
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.closed_form import Moments
@@ -22,15 +23,7 @@ def pairs(rows=400, captions=2, seed=0):
 
 
 def moments_of(image_ND, text_CND, block=400):
-    moments = Moments(IMAGE_DIM, TEXT_DIM)
-    for start in range(0, len(image_ND), block):
-        moments.add(image_ND[start : start + block], text_CND[:, start : start + block])
-    return moments
-
-
-def normed(features):
-    x = features.numpy()
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return add_in_blocks(Moments(IMAGE_DIM, TEXT_DIM), image_ND, text_CND, block)
 
 
 def by_eigenproblem(image_ND, text_CND, dim, ridge):

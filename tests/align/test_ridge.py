@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from closed_form_reference import add_in_blocks, normed
 
 from sail_align.align.train import ridge
 from sail_align.align.train.ridge import FOLDS, FoldedMoments, climb
@@ -20,15 +21,7 @@ def pairs(rows, noise=1.0, captions=2, seed=0):
 
 
 def folded(image_ND, text_CND, block=64):
-    moments = FoldedMoments(IMAGE_DIM, TEXT_DIM, len(image_ND))
-    for start in range(0, len(image_ND), block):
-        moments.add(image_ND[start : start + block], text_CND[:, start : start + block])
-    return moments
-
-
-def normed(features):
-    x = features.numpy()
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return add_in_blocks(FoldedMoments(IMAGE_DIM, TEXT_DIM, len(image_ND)), image_ND, text_CND, block)
 
 
 def variates(x, y, rows, strength):

@@ -78,7 +78,7 @@ def test_feature_is_the_state_of_the_end_token(tmp_path, monkeypatch, name, proc
     for text, feature in zip(TEXTS, found, strict=True):
         ids = tokenizer(text)["input_ids"]
         ids = [*(ids[:-1] if ids and ids[-1] == 3 else ids)[:11], 3]
-        # An explicit mask decides which tokens a token attends to, whatever the model does by default.
+        # The explicit mask overrides the attention pattern of the model.
         allowed = torch.ones(len(ids), len(ids), dtype=torch.bool)
         allowed = allowed if TEXT[name].bidirectional else allowed.tril()
         with torch.no_grad():

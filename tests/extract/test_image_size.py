@@ -128,7 +128,7 @@ def test_recorded_size_is_restored_and_belongs_to_the_identity(vit):
     recorded = Identity.from_json(json.loads(json.dumps(large.to_json())))
     assert ImageEncoderConfig.recorded(recorded).image_size == 84
     assert load_recorded(recorded).identity == large
-    # The encoder's own size is no other encoder.
+    # Giving the encoder's own size does not change its identity.
     assert ImageEncoderConfig(vit, "mean", image_size=56).load().identity.spec == own.spec
     for size, spec, same in (
         (None, own, True),
