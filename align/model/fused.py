@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from sail_align.extract.encoders.runtime import is_device_error
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -22,7 +24,8 @@ class Compiled(Generic[Arguments, Result]):
     """A function that can also be called compiled, which fuses several passes over its tensors into one.
 
     `torch.compile` needs a C++ compiler on a CPU and Triton on a GPU, and takes some seconds at the first call. If it
-    fails, the function is called uncompiled from then on. That is slower; the results differ only by rounding.
+    fails, the function is called uncompiled from then on. That is slower; the results differ only by rounding. A GPU
+    that fails or runs out of memory is no failure of the compiler: its errors are raised.
 
     Attributes:
         failure: The error of the compiler, if it failed. It is logged as well.
@@ -31,6 +34,7 @@ class Compiled(Generic[Arguments, Result]):
     def __init__(self, function: Callable[Arguments, Result]):
         self._function = function
         self._compiled: Callable[Arguments, Result] | None = None
+        self._works: set[tuple[torch.dtype, ...]] = set()
         self.failure: str | None = None
 
     def __call__(self, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
@@ -45,16 +49,25 @@ class Compiled(Generic[Arguments, Result]):
         """Call the function compiled, or uncompiled if compiling fails."""
         if self.failure is not None:
             return self._function(*arguments, **options)
+        tensors = [each for each in arguments if isinstance(each, Tensor)]
+        kinds = tuple(each.dtype for each in tensors)
+        # A kernel may fail at its first launch, after another one has overwritten an input.
+        originals = [] if kinds in self._works else [each.clone() for each in tensors]
         try:
             if self._compiled is None:
                 self._compiled = torch.compile(self._function, dynamic=True)
-            return self._compiled(*arguments, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, OSError, ImportError) as error:  # compiling fails before anything is computed
+            result = self._compiled(*arguments, **options)
+        except Exception as error:  # compilers raise all kinds of errors
+            if is_device_error(error):
+                raise
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            _logger.warning("Compiling failed, training is slower: %s", self.failure)
-            return self._function(*arguments, **options)
+        else:
+            self._works.add(kinds)
+            return result
+        _logger.warning("Compiling failed, training is slower: %s", self.failure)
+        for tensor, original in zip(tensors, originals, strict=False):
+            tensor.copy_(original)
+        return self._function(*arguments, **options)
 
 
 MANY_UNITS = 1 << 23

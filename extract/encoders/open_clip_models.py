@@ -133,7 +133,7 @@ class OpenClipTextEncoder(TextEncoder):
         self._tokenizer = tokenizer
         self._context = int(model.context_length)
         self.identity = files.identify(
-            torch.cat([self.encode([text]) for text in GOLDEN_TEXTS]),
+            torch.cat([self._encode_batch(self.tokenize([text])) for text in GOLDEN_TEXTS]),
             ["torch", "open_clip_torch", "transformers"],
             id=id,
             modality="text",

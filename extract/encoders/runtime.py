@@ -1,5 +1,6 @@
 """The device and the precision that a network runs with. Differences between CPU and GPU are confined to this file."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,22 @@ from sail_align.extract.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+_NO_MEMORY = re.compile(
+    r"out of memory|_STATUS_(NOT_INITIALIZED|ALLOC_FAILED|\w+_ALLOCATION_FAILED)|unable to find an engine"
+)
+"""Messages of the driver, of cuBLAS and its kin, and of cuDNN, which finds no engine whose workspace fits."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU ran out of memory: PyTorch's allocator, a library or the driver."""
+    by_message = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+    return isinstance(error, torch.OutOfMemoryError) or bool(by_message)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether an error comes from a GPU that ran out of memory or failed, not from the code that it ran."""
+    is_failure = isinstance(error, getattr(torch, "AcceleratorError", ()))  # new in PyTorch 2.8
+    return is_failure or is_out_of_memory(error) or "CUDA error" in str(error)
 
 
 @contextmanager
@@ -113,15 +130,19 @@ class Runtime:
             attempt = fits * 2 or 1
             try:
                 encode(attempt)
-            except torch.OutOfMemoryError as problem:
+            except RuntimeError as problem:
+                if not is_out_of_memory(problem):
+                    raise
                 if not fits:
                     raise UserError(
                         "The encoder does not fit into the device's memory. Use --precision bfloat16."
                     ) from problem
-                torch.cuda.empty_cache()
-                return max(fits * 3 // 4, 1)
+                break
             fits = attempt
-        return fits
+        else:
+            return fits
+        torch.cuda.empty_cache()  # only now: the exception held the activations
+        return max(fits * 3 // 4, 1)
 
 
 @contextmanager

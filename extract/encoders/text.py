@@ -99,7 +99,7 @@ class TransformersTextEncoder(TextEncoder):
         limit = self.tokenizer.model_max_length
         self._token_limit = entry.token_limit if entry.exact_limit else min(entry.token_limit, limit)
         self._not_pooled = 0 if entry.pools_prefix or not entry.prefix else self._count_prefix()
-        golden_GD = torch.cat([self.encode([text]) for text in GOLDEN_TEXTS])
+        golden_GD = torch.cat([self._encode_batch(self._tokenize([text])) for text in GOLDEN_TEXTS])
         self.identity = files.identify_layers(
             layers,
             torch.split(golden_GD, self._widths, dim=1),
@@ -160,8 +160,7 @@ class TransformersTextEncoder(TextEncoder):
         blocks = [order[start : start + TEXTS_PER_BLOCK] for start in range(0, len(order), TEXTS_PER_BLOCK)]
 
         def tokenize(block: list[int]) -> Tokens:
-            prefixed = [self._prefix + texts[row] for row in block]
-            return dict(self.tokenizer(prefixed, truncation=True, max_length=self._token_limit))
+            return self._tokenize([texts[row] for row in block])
 
         with ThreadPoolExecutor(1) as worker:
             next_tokens = worker.submit(tokenize, blocks[0])
@@ -170,6 +169,10 @@ class TransformersTextEncoder(TextEncoder):
                 if following:
                     next_tokens = worker.submit(tokenize, following)
                 yield block, tokens
+
+    def _tokenize(self, texts: Sequence[str]) -> Tokens:
+        prefixed = [self._prefix + text for text in texts]
+        return dict(self.tokenizer(prefixed, truncation=True, max_length=self._token_limit))
 
     def _count_prefix(self) -> int:
         """Return the number of tokens of the prefix with those before it, as sentence-transformers counts them."""

@@ -15,7 +15,7 @@ from sail_align.extract.encoders.layers import OUTPUT, refuse_layers
 from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, as_pixels, pad_to_multiple
-from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
+from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, is_device_error, tf32_products
 from sail_align.extract.encoders.views import View
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -277,7 +277,7 @@ def report_refused_size(encoder: str, size: str | None) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, AssertionError) as problem:
-        if size is None or isinstance(problem, torch.OutOfMemoryError):
+        if size is None or is_device_error(problem):
             raise
         reason = " ".join(str(problem).split())[:200]
         raise UserError(

@@ -40,15 +40,32 @@ def test_compiled_losses_agree_with_eager_ones(monkeypatch, loss, dtype):
         torch.testing.assert_close(eager, compiled_, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("No working C++ compiler found\nmore"), FileNotFoundError("c++")])
-def test_failed_compiler_is_logged_and_not_tried_again(monkeypatch, caplog, error):
+class OutOfResourcesError(Exception):
+    """As Triton raises it where a kernel does not fit the card: no `RuntimeError`."""
+
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """Let `torch.compile` return this function."""
+    return lambda function: monkeypatch.setattr(compiled.torch, "compile", lambda _function, dynamic: function)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("No working C++ compiler found\nmore"),
+        FileNotFoundError("c++"),
+        OutOfResourcesError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+    ],
+)
+def test_failed_compiler_is_logged_and_not_tried_again(compile_with, caplog, error):
     calls = []
 
     def fail(*arguments):
         calls.append(arguments)
         raise error
 
-    monkeypatch.setattr(compiled.torch, "compile", lambda function, dynamic: fail)
+    compile_with(fail)
     double = Compiled(lambda number: 2 * number)
     with caplog.at_level("WARNING"):
         assert [double.compiled(3), double.compiled(4), double(5)] == [6, 8, 10]
@@ -57,12 +74,31 @@ def test_failed_compiler_is_logged_and_not_tried_again(monkeypatch, caplog, erro
     assert double.failure in caplog.text
 
 
-def test_out_of_memory_is_not_a_compiler_failure(monkeypatch):
-    def fail(number):
-        raise torch.OutOfMemoryError("out of memory")
+def test_uncompiled_function_gets_the_inputs_as_they_were(compile_with):
+    def fail(values):
+        values.zero_()
+        raise OutOfResourcesError("at the launch of the second kernel")
 
-    monkeypatch.setattr(compiled.torch, "compile", lambda function, dynamic: fail)
+    compile_with(fail)
+    double = Compiled(lambda values: values.mul_(2))
+    assert double.compiled(torch.arange(3.0)).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_failed_gpu_is_not_a_compiler_failure(compile_with, error):
+    def fail(number):
+        raise error
+
+    compile_with(fail)
     double = Compiled(lambda number: 2 * number)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         double.compiled(3)
     assert double.failure is None
