@@ -4,24 +4,38 @@
 """
 
 import os
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sail_align.extract.encoders.runtime import Runtime
-from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.errors import UserError, WorkersFailedError, printable
 
 T = TypeVar("T")
+_untyped: Any = dist  # stores have no type hints
 
 TIMEOUT = timedelta(minutes=30)
 """Time that a process waits for the others, which may read a large store. A process that died is noticed at once."""
+
+WATCH_TIMEOUT = timedelta(days=20)
+"""Longest run with several processes: gloo counts milliseconds in 32 bits."""
+
+END_TIME = timedelta(seconds=3)
+"""Time in which all processes raise an error, if it is one of all."""
+
+GRACE_SECONDS = 5.0
+"""Time for a process to notice the loss of another before it is ended, as NCCL may wait for that one forever."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +152,11 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that torchrun started; yield them and the device of this process.
 
     A process that torchrun did not start is alone. On GPUs each process gets its own: `auto` and `cuda` become
-    `cuda:N`. All processes raise a user's mistake, but only the leader's message is shown.
+    `cuda:N`. An error that all processes raise is shown by the leader alone. A process that fails alone prints its
+    error and ends at once, because cleaning up NCCL may wait forever for the others. These notice that it is gone.
 
     Raises:
-        UserError: The device is not available, or there are fewer GPUs than processes on this machine.
+        UserError: The device is not available, or processes would share a GPU.
         WorkersFailedError: The other processes cannot be reached.
     """
     if "WORLD_SIZE" not in os.environ:
@@ -149,31 +164,137 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         return
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if on_gpu := device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"--nproc-per-node is invalid: got {os.environ.get('LOCAL_WORLD_SIZE')} processes, but this machine "
-                f"has {torch.cuda.device_count()} GPUs. Give torchrun a smaller number."
-            )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"Device {device!r} is not available on this machine. Use auto or cpu.")
+    store, rank, size = next(iter(_untyped.rendezvous("env://", timeout=TIMEOUT)))
     # Objects go through gloo, so that they do not pass through GPU memory.
-    _call(dist.init_process_group, "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    sharing = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world = World(dist.get_rank(), dist.get_world_size(), sharing)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    _call(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    world = World(rank, size, 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    store, watch = _untyped.PrefixStore("end", store), _Watch(world)
     try:
-        yield world, world.every(lambda: Runtime.of(device, "float32").device)
-    except UserError as mistake:
-        raise mistake if world.leads else SystemExit(2) from mistake
-    finally:
+        where = world.every(lambda: _own_device(device))
+        if on_gpu:
+            _require_own_cards(world, where)
+        yield world, where
+        watch.end()
+    except BaseException as error:
+        if not _all_raise(error, store, world):
+            _end(error, world)
+        watch.end()
         dist.destroy_process_group()
+        if isinstance(error, UserError) and not world.leads:
+            raise SystemExit(2) from error
+        raise
+    dist.destroy_process_group()
 
 
-def _call(operation: Callable[..., object], *args: Any, **options: Any) -> None:
+def _own_device(device: str) -> torch.device:
+    """Return the device of this process. A launcher may show each process all cards of its machine, or its own alone.
+
+    Raises:
+        UserError: The device is not available, or all processes of the machine would use this one card.
+    """
+    if device.startswith("cuda"):
+        local, processes = (int(os.environ.get(name, default)) for name, default in _LOCAL)
+        cards = torch.cuda.device_count()
+        if device != "cuda" and processes > 1:
+            raise UserError(
+                f"--device is invalid: got {device}, which {processes} processes of this machine would share. Pass "
+                "--device cuda to give each its own GPU."
+            )
+        if cards > 1 and local >= cards:
+            raise UserError(
+                f"--nproc-per-node is invalid: got {processes} processes, but this machine has {cards} GPUs. Give "
+                "torchrun a smaller number."
+            )
+        device = device if device != "cuda" else f"cuda:{local if cards > 1 else 0}"
+        torch.cuda.set_device(device)
+    return Runtime.of(device, "float32").device
+
+
+_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+"""Variables of torchrun: number of this process on its machine, and how many there are. Defaults: it is alone."""
+
+
+def _require_own_cards(world: World, device: torch.device) -> None:
+    """Raise `UserError` in all processes if two share a GPU, which NCCL cannot do."""
+    cards = world.collect(str(torch.cuda.get_device_properties(device).uuid))
+    for rank, card in enumerate(cards):
+        if (first := cards.index(card)) < rank:
+            raise UserError(
+                f"Processes {first} and {rank} share a GPU. Start at most as many processes per machine as it has GPUs."
+            )
+
+
+class _Watch:
+    """A thread that ends this process if the next one has died while this one waits for it inside a GPU operation.
+
+    gloo raises an error at once when a peer dies, but NCCL waits. So each process holds a gloo connection to the next,
+    and waits in a thread for a message that comes when all end together. Losing one process thus ends all.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._next, self._last = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+        self._thread: threading.Thread | None = None
+        if world.size > 1:
+            self._group = _call(dist.new_group, backend="gloo", timeout=WATCH_TIMEOUT)
+            self._thread = threading.Thread(target=self._wait, name="watch", daemon=True)
+            self._thread.start()
+
+    def _wait(self) -> None:
+        try:
+            _call(dist.recv, torch.zeros(1), src=self._next, group=self._group)
+        except WorkersFailedError as lost:
+            time.sleep(GRACE_SECONDS)  # outside GPU operations the main thread notices the loss itself, and ends
+            _end(lost, self._world)
+
+    def end(self) -> None:
+        """End the threads of all processes. Each must call this."""
+        if self._thread:
+            _call(dist.send, torch.zeros(1), dst=self._last, group=self._group)
+            self._thread.join()
+
+
+def _all_raise(error: BaseException, store: Any, world: World) -> bool:
+    """Return whether all processes raise this error, within a few seconds."""
+    if isinstance(error, WorkersFailedError):  # not the one that died
+        return False
+    names = [str(rank) for rank in range(world.size)]
+    try:
+        store.set(str(world.rank), f"{type(error).__name__}: {error}")
+        store.wait(names, END_TIME)
+        raised = {store.get(name) for name in names}
+        store.add("read", 1)
+        while world.leads and store.add("read", 0) < world.size:  # its process may hold the store
+            time.sleep(0.01)
+    except RuntimeError:
+        return False
+    return len(raised) == 1
+
+
+def _end(error: BaseException, world: World) -> NoReturn:
+    """Print an error, unless that was done, and end this process at once."""
+    code: object = 1
+    if isinstance(error, SystemExit):
+        code = error.code
+    elif isinstance(error, UserError | WorkersFailedError):
+        named = "" if world.leads or isinstance(error, WorkersFailedError) else f"Process {world.rank}: "
+        print(printable(f"error: {named}{error}"), file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _call(operation: Callable[..., T], *args: Any, **options: Any) -> T:
     """Call an operation of torch.distributed; turn its error after the loss of a process into one clear message."""
     try:
-        operation(*args, **options)
+        return operation(*args, **options)
     except RuntimeError as problem:
         raise WorkersFailedError(
             f"Process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} lost its connection to "

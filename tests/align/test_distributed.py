@@ -8,11 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from saving_fit import fit
 
 from sail_align.align.data.loader import Batch
@@ -21,9 +24,10 @@ from sail_align.align.model.loss import infonce_loss, sigmoid_loss
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
+from sail_align.align.train import distributed
 from sail_align.align.train.distributed import World, joined
 from sail_align.align.train.step import Stepper, make_optimizer
-from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.errors import UserError
 
 CPU = torch.device("cpu")
 ROWS = 23
@@ -49,19 +53,25 @@ def free_port():
 
 
 @pytest.fixture
-def in_processes(start_warm, tmp_path):
-    """Run `work(world)` in joined processes; return what each returned, None for one that died."""
+def join(start_warm, tmp_path):
+    """Start `run(*arguments, path)` in processes that can be joined; return the processes and their paths."""
 
-    def run(work, size=2):
+    def start(run, *arguments, size=2):
         paths, port = [tmp_path / f"{rank}.pt" for rank in range(size)], free_port()
-        processes = [
-            start_warm(_one, work, path, output=path.with_suffix(".txt"), **environment(rank, size, port))
+        return [
+            (start_warm(run, *arguments, path, output=path.with_suffix(".txt"), **environment(rank, size, port)), path)
             for rank, path in enumerate(paths)
         ]
-        ended = [process.wait() for process in processes]
-        return [torch.load(path) if code == 0 else None for path, code in zip(paths, ended, strict=True)]
 
-    return run
+    return start
+
+
+@pytest.fixture
+def in_processes(join):
+    """Run `work(world)` in joined processes; return what each returned, None for one that died."""
+    return lambda work, size=2: [
+        torch.load(path) if process.wait() == 0 else None for process, path in join(_one, work, size=size)
+    ]
 
 
 def _one(work, path):
@@ -179,20 +189,107 @@ def test_dropout_differs_between_processes_and_is_reproducible(in_processes):
     assert not torch.equal(one, other)
 
 
-def leave(world):
+def wait_forever(*_arguments):
+    """Wait as NCCL does for a process that has died."""
+    time.sleep(600)
+
+
+def lost_process(world):
     if world.rank == 1:
         os._exit(9)
-    try:
-        world.sum(torch.zeros(1))
-    except WorkersFailedError as lost:
-        return str(lost)
+    world.sum(torch.zeros(1))
+
+
+def blocked_by_lost_process(world):
+    distributed.GRACE_SECONDS = 0.2
+    if world.rank == 1:
+        os._exit(9)
+    wait_forever()
+
+
+def raised_by_one_process(world):
+    dist.destroy_process_group, distributed.END_TIME = wait_forever, timedelta(seconds=1)
+    if world.rank == 1:
+        raise UserError("Chunk 3 is damaged.")
+    world.sum(torch.zeros(1))
+
+
+def failed_in_one_process(world):
+    dist.destroy_process_group, distributed.END_TIME = wait_forever, timedelta(seconds=1)
+    if world.rank == 1:
+        raise ZeroDivisionError("as a fault would")
+    world.sum(torch.zeros(1))
+
+
+LOST = "error: Process 0 of 2 lost its connection to another ("
 
 
 @pytest.mark.slow
-def test_remaining_process_reports_the_lost_one(in_processes):
-    said, left = in_processes(leave)
-    assert left is None
-    assert said.startswith("Process 0 of 2 lost its connection to another (")
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        (lost_process, 9, ""),
+        (blocked_by_lost_process, 9, ""),
+        (raised_by_one_process, 2, "error: Process 1: Chunk 3 is damaged.\n"),
+        (failed_in_one_process, 1, "ZeroDivisionError: as a fault would\n"),
+    ],
+)
+def test_each_process_ends_with_a_message_where_nccl_would_wait(join, work, code, said):
+    (first, _), (other, _) = join(_one, work)
+    assert [first.wait(60), other.wait(60)] == [1, code]
+    assert first.output.count(LOST) == 1
+    assert other.output.endswith(said)
+
+
+def raised_by_all_processes(world):
+    raise UserError("The loss is nan.")
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_raised_and_shown_by_the_leader(join):
+    (first, _), (other, _) = join(_one, raised_by_all_processes)
+    assert [first.wait(60), other.wait(60)] == [1, 2]  # the leader's is that of an uncaught exception
+    assert first.output.endswith("UserError: The loss is nan.\n")
+    assert other.output == ""
+
+
+class Card:
+    def __init__(self, number):
+        self.uuid = f"GPU-{number}"
+
+
+def _on_cards(device, cards, path):
+    """Join with GPUs in name only; `cards` has the numbers of those that each process sees."""
+    visible = cards[int(os.environ["RANK"])]
+    torch.cuda.is_available, torch.cuda.device_count = lambda: bool(visible), lambda: len(visible)
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.get_device_properties = lambda device: Card(visible[device.index])
+    distributed.Runtime = SimpleNamespace(of=lambda device, precision: SimpleNamespace(device=torch.device(device)))
+    begin = dist.init_process_group
+    dist.init_process_group = lambda backend, **options: begin(backend.replace(",cuda:nccl", ""), **options)
+    with joined(device) as (world, own):
+        torch.save((str(own), world.sharing), path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "cards", "found"),
+    [
+        ("cuda", [[4, 5], [4, 5]], ["cuda:0", "cuda:1"]),
+        ("auto", [[4], [5]], ["cuda:0", "cuda:0"]),  # the launcher shows each process one card
+        ("cuda", [[4], [4]], "Processes 0 and 1 share a GPU."),
+        ("cuda:0", [[4, 5], [4, 5]], "--device is invalid: got cuda:0, which 2 processes of this machine would share."),
+    ],
+)
+def test_each_process_has_its_own_card(join, device, cards, found):
+    started = join(_on_cards, device, cards)
+    codes = [process.wait(60) for process, _ in started]
+    if isinstance(found, list):
+        assert [torch.load(path) for _, path in started] == [(each, 1) for each in found]
+        assert codes == [0, 0]
+    else:
+        assert f"UserError: {found}" in started[0][0].output
+        assert codes == [1, 2]
 
 
 def metrics(run):
@@ -261,7 +358,7 @@ def test_lost_process_ends_the_job_and_any_number_resumes(begin, make_store, tmp
     first.wait_until(lambda: (folder := RunFolder(run).last) and RunFolder(folder).step >= 10)
     other.send(signal.SIGKILL)
     assert first.wait() not in (0, None)
-    assert first.output.count("error: Process 0 of 2 lost its connection to another (") == 1
+    assert first.output.count(LOST) == 1
 
     saved = Checkpoint.read(run).step
     assert 10 <= saved < steps
