@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
-from sail_align.align.settings import CLOSED_FORMS, SETTINGS, OnCollapse, Setting, check_options, choose_precision
+from sail_align.align.settings import (
+    CLOSED_FORMS,
+    SETTINGS,
+    CacheChoice,
+    OnCollapse,
+    Setting,
+    check_options,
+    choose_precision,
+)
 from sail_align.align.stats.tables import number
 from sail_align.align.train.trackers import parse_trackers
 from sail_align.extract.errors import UserError, did_you_mean
@@ -61,6 +69,8 @@ class FitKeywords(TypedDict, total=False):
     preset: Literal["paper", "medium", "small"] | None
     keep: int | None
     verify: Literal["first-epoch", "always", "off"] | None
+    order: Literal["windows", "permuted"] | None
+    cache: CacheChoice | None
     on_collapse: OnCollapse | None
 
 
@@ -295,7 +305,7 @@ def fit_stores(
 
         plan, run, finished, notes = world.first(prepare)
         started = time.monotonic()
-        chosen: dict[str, Any] = {name: options[name] for name in ("keep", "on_collapse") if name in options}
+        chosen: dict[str, Any] = {name: options[name] for name in ("keep", "cache", "on_collapse") if name in options}
         chosen |= {"track": track, "quiet": quiet or not world.leads}
         how = partial(_how_to_resume, run) if world.leads else lambda: None
         with report_stop(how), report_write_errors(run, during_run=True):

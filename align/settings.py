@@ -14,6 +14,7 @@ from sail_align.extract.errors import UserError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 OnCollapse = Literal["stop", "warn"]
+CacheChoice = Literal["auto", "device", "host", "none"]
 
 SMALL_ROWS, PAPER_ROWS = 10_000, 100_000
 """The default preset is `small` below the first number of pairs, `medium` below the second, and `paper` from there."""
@@ -47,6 +48,11 @@ _PATCH_POWER = "The same exponent for the patches of an image, as in segmentatio
 _PATIENCE = "Stop after this many scorings without better held-out scores; a run has 20 scorings."
 _VERIFY = "When to compare features with their checksums: on their first use, in every epoch, or never."
 _PRECISION = "auto: bfloat16 on a GPU, float32 on a CPU"
+_ORDER = "Order of the pairs in an epoch: shuffled within windows of 131,072, or one permutation of all."
+_CACHE = (
+    "Memory that holds the features during training: the GPU's (`device`), the machine's (`host`), or `none`, which "
+    "reads the stores. The weights are the same."
+)
 
 
 def declare(group: str, help: str, default: Any = MISSING, **more: Any) -> Any:
@@ -125,6 +131,7 @@ class FitSettings:
         le=1_000,
         shown="all",
     )
+    order: Literal["windows", "permuted"] = declare("Data", _ORDER, "windows")
     loss: Literal["sigmoid", "infonce"] = declare("Loss", "Kind of contrastive loss.", "sigmoid")
     divisor: Literal["pairs", "batch"] = declare(
         "Loss", "Divisor of the sigmoid loss: |B|² (pairs) or |B| (batch).", "pairs", unused_with=("--loss infonce",)
@@ -197,6 +204,7 @@ class FitOptions(FitSettings):
     )
     keep: int = declare("Run", "Number of resumable checkpoints to keep, besides the best one.", 2, ge=1, cca=True)
     verify: Literal["first-epoch", "always", "off"] = declare("Data", _VERIFY, "first-epoch", cca=True)
+    cache: CacheChoice = declare("Data", _CACHE, "auto")  # noqa: RUF009 (a field, not a value)
     on_collapse: OnCollapse = declare(  # noqa: RUF009 (a field, not a value)
         "Run", "Reaction to a collapse of training.", "stop", cca=True
     )

@@ -1,11 +1,12 @@
 """Shuffled batches from one or several stores, copied ahead of use by threads into a few reused buffers."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain, cycle, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sail_align.align.data.captions import CaptionPolicy
 from sail_align.align.data.pairs import Half, Pairs, Rows, fill_missing
-from sail_align.align.data.sampler import Numbers, Order, StreamState
+from sail_align.align.data.sampler import Numbers, Order, StreamState, split
 from sail_align.extract.store.joined import StoredFeatures
 
 try:
@@ -90,14 +91,79 @@ def _columns(array: StoredFeatures) -> list[slice]:
     return [slice(*span) for span in pairwise(ends)]
 
 
-class Stream:
-    """An endless sequence of batches, in the order defined by `Order`.
+class Source(ABC):
+    """An endless sequence of batches.
+
+    Attributes:
+        bytes_read: Bytes of the batches served.
+        wait_seconds: Time spent waiting for batches.
+    """
+
+    bytes_read = 0
+    wait_seconds = 0.0
+
+    @abstractmethod
+    def batches(self, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
+        """Yield this rank's part of each batch from a state on, without end, with the state after the batch.
+
+        A batch stays valid until the next but one is requested.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the threads after the copies in progress."""
+
+    def batches_on(self, device: torch.device, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
+        """Yield `batches` on a device: each is copied to a GPU while the previous is in use. A CPU needs no copy."""
+        batches = self.batches(state)
+        if device.type != "cuda":
+            yield from batches
+            return
+        copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+        def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
+            batch, next_state = next(batches)
+            with torch.cuda.stream(copying):
+                return batch.to(device), next_state, copying.record_event()
+
+        upcoming = begin_copy()
+        while True:
+            batch, next_state, copied = upcoming
+            copied.synchronize()  # requesting the next but one may overwrite the memory that is copied from
+            for part in batch:
+                part.record_stream(torch.cuda.current_stream(device))
+            upcoming = begin_copy()
+            yield batch, next_state
+
+    def _count(self, batch: Batch, asked: float) -> None:
+        """Count a batch, requested at a time of `time.perf_counter`."""
+        self.wait_seconds += time.perf_counter() - asked
+        self.bytes_read += sum(part.numel() * part.element_size() for part in batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+class Stream(Source):
+    """An endless sequence of batches read from stores, in the order defined by `Order`.
 
     The rows of a batch are in disk order. `batch_size` counts the rows of all ranks: rank r serves the r-th part of
     each batch, so that the parts of all ranks, concatenated, are the batch of a single process.
 
     Raw local shards are memory-mapped. Their rows are copied once, into the batch, and only the page cache keeps what
     was read. For other stores, the decoded chunks of the current buffer are kept in memory.
+
+    Attributes:
+        pairs: The stores.
+        policy: The captions served.
+        order: The order of the rows.
+        starts: Number of the first row of each store, then the number of all rows.
+        rank: Rank of this process.
+        parts: Part of a batch that each rank serves.
+        pin: Whether batches are in page-locked memory.
     """
 
     def __init__(
@@ -129,7 +195,7 @@ class Stream:
         Raises:
             ValueError: There are fewer rows than the batch size.
         """
-        self._pairs = pairs
+        self.pairs = pairs
         self._chunks: list[tuple[int, int]] = []
         self._served: list[Rows] = []
         for source, (each, chosen) in enumerate(zip(pairs, rows, strict=True)):
@@ -138,38 +204,30 @@ class Stream:
                     self._chunks.append((source, number))
                     self._served.append(chosen[span])
         counts = np.array([np.count_nonzero(served) for served in self._served], np.int64)
-        self._order = Order(counts, batch_size=batch_size, seed=seed, buffer_rows=buffer_rows)
+        self.order = Order(counts, batch_size=batch_size, seed=seed, buffer_rows=buffer_rows)
         first_chunks = np.searchsorted([source for source, _ in self._chunks], range(len(pairs) + 1))
-        self._starts = self._order.starts[first_chunks]  # number of each store's first row, then the total
-        size, larger = divmod(batch_size, world)  # the first `larger` ranks have one row more
-        first = rank * size + min(rank, larger)
-        self._part = slice(first, first + size + (rank < larger))
-        self._policy = policy or CaptionPolicy.uniform(pairs[0].captions)
+        self.starts = self.order.starts[first_chunks]  # number of each store's first row, then the total
+        self.rank, self.parts = rank, split(batch_size, world)
+        self._part = self.parts[rank]
+        self.policy = policy or CaptionPolicy.uniform(pairs[0].captions)
         self._present: list[Rows | None] = [None] * len(pairs)  # by row number within the store
-        if self._policy.drawn:
+        if self.policy.drawn:
             present = (each.present()[:, chosen] for each, chosen in zip(pairs, rows, strict=True))
             self._present = [None if has_CN.all() else has_CN for has_CN in present]
         self._image_columns, self._text_columns = (_columns(array) for array in pairs[0].arrays[:2])
-        self._pin = pin
+        self.pin = pin
         self._expected: set[int] = set()
         self._decoded: dict[tuple[int, int, int], Half] = {}
         self._copies: list[Future[None]] = []
         self._producer = ThreadPoolExecutor(1, "stream")
         self._gatherers = ThreadPoolExecutor(GATHER_THREADS, "gather")
-        self.rows = self._order.rows
-        self.batches_per_epoch = self._order.batches_per_epoch
-        self.bytes_read = 0
-        self.wait_seconds = 0.0
+        self.rows = self.order.rows
+        self.batches_per_epoch = self.order.batches_per_epoch
 
-    def batches(self, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
-        """Yield this rank's part of each batch from a state on, without end, with the state after the batch.
-
-        A batch stays valid until the next but one is requested. `bytes_read` counts the bytes served and `wait_seconds`
-        the time spent waiting for batches.
-        """
+    def batches(self, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:  # noqa: D102
         state = state or StreamState()
         rows = self._part.stop - self._part.start
-        buffers = cycle([self._allocate(rows, self._policy.positives) for _ in range(PREFETCH + 1)])
+        buffers = cycle([self.allocate(rows, self.policy.positives) for _ in range(PREFETCH + 1)])
         pending: deque[tuple[Future[list[Future[None]]], Batch, StreamState]] = deque()
         look_ahead: Future[None] | None = None
         while True:
@@ -177,49 +235,29 @@ class Stream:
                 batch = next(buffers)
                 filling = self._producer.submit(self._fill, batch, state, look_ahead)
                 look_ahead = self._producer.submit(self._look_ahead, state)
-                state = self._order.following(state)
+                state = self.order.following(state)
                 pending.append((filling, batch, state))
             filling, batch, next_state = pending.popleft()
             start = time.perf_counter()
             for copy in filling.result():
                 copy.result()
-            self.wait_seconds += time.perf_counter() - start
-            self.bytes_read += sum(part.numel() * part.element_size() for part in batch)
+            self._count(batch, start)
             yield batch, next_state
 
-    def batches_on(self, device: torch.device, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
-        """Yield `batches` on a device: each is copied to a GPU while the previous is in use. A CPU needs no copy."""
-        batches = self.batches(state)
-        if device.type != "cuda":
-            yield from batches
-            return
-        copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-        def begin_copy() -> tuple[Batch, StreamState, torch.cuda.Event]:
-            batch, next_state = next(batches)
-            with torch.cuda.stream(copying):
-                return batch.to(device), next_state, copying.record_event()
-
-        upcoming = begin_copy()
-        while True:
-            batch, next_state, copied = upcoming
-            copied.synchronize()  # requesting the next but one may overwrite the memory that is copied from
-            for part in batch:
-                part.record_stream(torch.cuda.current_stream(device))
-            upcoming = begin_copy()
-            yield batch, next_state
-
-    def scan(self) -> Iterator[Batch]:
+    def scan(self, rows: slice = slice(None)) -> Iterator[Batch]:
         """Yield each row once with all captions of its store, store by store, for sums over all rows.
 
         A row that has only some of the captions gets its first one in place of the others.
+
+        Args:
+            rows: Rows to yield, by number. A step is not allowed.
         """
-        for pairs, has_CN, (first, stop) in zip(
-            self._pairs, self._present, pairwise(self._starts.tolist()), strict=True
-        ):
-            for start in range(first, stop, SCAN_ROWS):
-                numbers = np.arange(start, min(start + SCAN_ROWS, stop))
-                batch = self._allocate(len(numbers), len(pairs.texts))
+        begin, end, _ = rows.indices(self.rows)
+        for pairs, has_CN, (first, stop) in zip(self.pairs, self._present, pairwise(self.starts.tolist()), strict=True):
+            last = min(stop, end)
+            for start in range(max(first, begin), last, SCAN_ROWS):
+                numbers = np.arange(start, min(start + SCAN_ROWS, last))
+                batch = self.allocate(len(numbers), len(pairs.texts))
                 for copy in self._gather(batch, numbers):
                     copy.result()
                 if has_CN is not None:
@@ -228,73 +266,74 @@ class Stream:
                 self._expected.clear()  # the page cache may have dropped it by the time a batch needs it
                 yield batch
 
-    def close(self) -> None:
-        """End the threads after the copies in progress."""
+    def close(self) -> None:  # noqa: D102
         self._producer.shutdown(cancel_futures=True)
         self._gatherers.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def _allocate(self, rows: int, captions: int) -> Batch:
-        first = self._pairs[0]
+    def allocate(self, rows: int, captions: int) -> Batch:
+        """Return an empty batch in the memory of this machine."""
+        first = self.pairs[0]
         shapes = (rows, first.image.dim), (captions, rows, first.texts[0].dim)
-        return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self._pin) for shape in shapes))
+        return Batch(*(torch.empty(shape, dtype=torch.float16, pin_memory=self.pin) for shape in shapes))
 
     def _fill(self, batch: Batch, state: StreamState, look_ahead: Future[None] | None) -> list[Future[None]]:
         """Start to copy this rank's part of a batch. Raise the error of the preceding look-ahead, if it failed."""
         if look_ahead:
             look_ahead.result()
-        if state.batch == 0 and any(pairs.verify == "always" for pairs in self._pairs):
+        if state.batch == 0 and any(pairs.verify == "always" for pairs in self.pairs):
             wait(self._copies)  # those of the previous epoch
-            for array in chain.from_iterable(pairs.parts for pairs in self._pairs):
+            for array in chain.from_iterable(pairs.parts for pairs in self.pairs):
                 array.check_again()
         if self._decoded:
             wait(self._copies)  # the copies of the previous batch read the decoded chunks
-            buffered = self._order.buffered(state)
+            buffered = self.order.buffered(state)
             self._decoded = {key: value for key, value in self._decoded.items() if key[0] in buffered}
-        self._copies = self._gather(batch, self._numbers(state), self._draw(state))
+        drawn = self.drawn(state)
+        self._copies = self._gather(batch, self._numbers(state), None if drawn is None else drawn[:, self._part])
         return self._copies
 
     def _look_ahead(self, state: StreamState) -> None:
         """Ask the system to read ahead: all of the next batch, and a growing part of the next buffer."""
-        later, share = self._order.in_next_buffer(state)
+        later, share = self.order.in_next_buffer(state)
         in_next_buffer = self._chunks_of(later)
-        ahead = [*self._chunks_of(self._order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
+        ahead = [*self._chunks_of(self.order.following(state)), *in_next_buffer[: round(share * len(in_next_buffer))]]
         self._expect(ahead)
         self._expected = {*self._chunks_of(state), *ahead}
 
-    def _draw(self, state: StreamState) -> Numbers | None:
-        """Return the captions (positives, rows) sampled for this rank's rows of a batch; None if all are served.
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a batch."""
+        first = self.pairs[0]
+        return 2 * (first.image.dim + self.policy.positives * first.texts[0].dim)
+
+    def drawn(self, state: StreamState) -> Numbers | None:
+        """Return the captions (positives, batch_size) sampled for the rows of a batch; None if all are served.
 
         Number k is caption k of the row's store.
         """
-        if not self._policy.drawn:
+        if not self.policy.drawn:
             return None
-        random = self._order.random(state.epoch, state.batch, 1)  # `Order` itself uses positions of two numbers
-        numbers = self._order.batch(state)
+        random = self.order.random(state.epoch, state.batch, 1)  # `Order` itself uses positions of two numbers
+        numbers = self.order.batch(state)
         drawn = []
         for pairs, start, (first, stop), has_CN in zip(
-            self._pairs, self._starts, pairwise(np.searchsorted(numbers, self._starts)), self._present, strict=False
+            self.pairs, self.starts, pairwise(np.searchsorted(numbers, self.starts)), self._present, strict=False
         ):
             present = None if has_CN is None else has_CN[:, numbers[first:stop] - start]
-            drawn.append(self._policy.draw(pairs.captions, stop - first, random, present))
-        return np.concatenate(drawn, axis=1)[:, self._part]
+            drawn.append(self.policy.draw(pairs.captions, stop - first, random, present))
+        return np.concatenate(drawn, axis=1)
 
     def _numbers(self, state: StreamState) -> Numbers:
-        return self._order.batch(state)[self._part]
+        return self.order.batch(state)[self._part]
 
     def _chunks_of(self, state: StreamState) -> list[int]:
-        return [chunk for chunk, _, _ in self._order.pieces(self._numbers(state))]
+        return [chunk for chunk, _, _ in self.order.pieces(self._numbers(state))]
 
     def _expect(self, chunks: Sequence[int]) -> None:
         """Ask the system to read chunks, except those that were requested recently."""
         new = sorted(set(chunks) - self._expected)
         self._expected.update(new)
-        for source, pairs in enumerate(self._pairs if new else ()):
+        for source, pairs in enumerate(self.pairs if new else ()):
             numbers = [self._chunks[chunk][1] for chunk in new if self._chunks[chunk][0] == source]
             for array in pairs.parts:
                 array.prefetch(numbers)
@@ -307,7 +346,7 @@ class Stream:
             numbers: Row numbers (N,) in rising order.
             drawn: Captions (K, N) sampled for each row. All captions are copied by default.
         """
-        pieces = self._order.pieces(numbers)
+        pieces = self.order.pieces(numbers)
         chunks = [chunk for chunk, _, _ in pieces]
         chunk_of = np.repeat(np.arange(len(pieces)), [stop - start for _, start, stop in pieces])
         rows = self._rows_within(chunks, chunk_of, numbers)
@@ -339,8 +378,8 @@ class Stream:
     def _rows_within(self, chunks: list[int], chunk_of: Numbers, numbers: Numbers) -> Numbers:
         """Return the position of each row number in its chunk, `chunks[chunk_of[n]]`; numbers rise."""
         masks = [self._served[chunk] for chunk in chunks]
-        starts = self._order.starts[chunks]
-        counts = self._order.starts[np.add(chunks, 1)] - starts
+        starts = self.order.starts[chunks]
+        counts = self.order.starts[np.add(chunks, 1)] - starts
         shift = np.cumsum([0, *counts[:-1]]) - starts  # from a row number to a position among the chunks' served rows
         begin = np.cumsum([0, *map(len, masks[:-1])])
         rows: Numbers = np.flatnonzero(np.concatenate(masks))[numbers + shift[chunk_of]] - begin[chunk_of]
@@ -349,7 +388,7 @@ class Stream:
     def _chunk(self, chunk: int, number: int, part: int) -> Half:
         """Return a chunk of a part of array `number` (0: images, then the captions), mapped or decoded and kept."""
         source, place = self._chunks[chunk]
-        array = self._pairs[source].arrays[number].parts[part]
+        array = self.pairs[source].arrays[number].parts[part]
         if array.mapped:
             return array.chunk(place)
         key = (chunk, number, part)

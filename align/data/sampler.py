@@ -1,6 +1,7 @@
 """The rows of each batch, as a pure function of seed, epoch and batch number."""
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -8,12 +9,22 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
 
+ALL_ROWS = 1 << 60
+"""Size of a buffer that holds all rows of any store, so that an epoch is one permutation."""
+
 
 class StreamState(NamedTuple):
     """The position of a stream: its next batch is number `batch` of `epoch`. JSON stores it as a list."""
 
     epoch: int = 0
     batch: int = 0
+
+
+def split(count: int, parts: int) -> list[slice]:
+    """Return the slices that divide `count` rows among processes; the first ones may have a row more."""
+    size, larger = divmod(count, parts)
+    ends = [number * size + min(number, larger) for number in range(parts + 1)]
+    return [slice(*span) for span in pairwise(ends)]
 
 
 class Order:

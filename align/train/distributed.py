@@ -50,6 +50,8 @@ class World:
     size: int = 1
     sharing: int = 1
     """Processes that share this one's memory: on a CPU those of the machine, on a GPU this one alone."""
+    local: int = 1
+    """Processes on this machine."""
 
     @property
     def leads(self) -> bool:
@@ -120,6 +122,41 @@ class World:
                 _call(dist.reduce, all_ME[rows], dst=rank)
         return all_ME[spans[self.rank]]
 
+    def move(self, part_ND: Tensor, have: list[slice], want: list[slice], out_ND: Tensor) -> None:
+        """Pass rows on between processes.
+
+        Args:
+            part_ND: The rows `have[rank]` of a batch that is spread over the processes.
+            have: Rows of the batch that each process has.
+            want: Rows of the batch that each process shall have.
+            out_ND: Memory for the rows `want[rank]`.
+        """
+
+        def both(giver: int, taker: int) -> slice:
+            start, stop = max(have[giver].start, want[taker].start), min(have[giver].stop, want[taker].stop)
+            return slice(start, max(start, stop))
+
+        def rows_of(tensor_ND: Tensor, first: int, rows: slice) -> Tensor:
+            return tensor_ND[rows.start - first : rows.stop - first]
+
+        transfers = []
+        for other in range(self.size):
+            give = rows_of(part_ND, have[self.rank].start, both(self.rank, other))
+            take = rows_of(out_ND, want[self.rank].start, both(other, self.rank))
+            if other == self.rank:
+                take.copy_(give)
+                continue
+            if len(give):
+                transfers.append(dist.P2POp(dist.isend, give, other))
+            if len(take):
+                transfers.append(dist.P2POp(dist.irecv, take, other))
+
+        def transfer() -> None:
+            for work in dist.batch_isend_irecv(transfers) if transfers else ():
+                work.wait()
+
+        _call(transfer)
+
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.size > 1:
@@ -171,7 +208,8 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     # Objects go through gloo, so that they do not pass through GPU memory.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     _call(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    world = World(rank, size, 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = World(rank, size, 1 if on_gpu else local, local)
     store, watch = _untyped.PrefixStore("end", store), _Watch(world)
     try:
         where = world.every(lambda: _own_device(device))

@@ -104,8 +104,11 @@ class Plan:
 
         It also has the stores' paths and digests, for information; `digest` leaves them out.
         """
+        settings = asdict(self.settings)
+        if settings["order"] == FitSettings.order:
+            del settings["order"]  # as in records of earlier versions
         return {
-            **asdict(self.settings),
+            **settings,
             "captions": list(self.policy.weights),
             "caption_weights": list(self.policy.weights.values()),
             "image_encoder": self.pairs[0].image.identity.spec.fingerprint,

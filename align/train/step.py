@@ -22,6 +22,7 @@ from sail_align.align.data.loader import Batch
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.heads import Head
 from sail_align.align.model.loss import Loss, LossValue
+from sail_align.align.model.pair_blocks import OTHER_BLOCK_SIZE
 from sail_align.align.settings import FitSettings, Precision
 from sail_align.align.train.distributed import ALONE, World
 from sail_align.extract.encoders.runtime import tf32_products
@@ -78,7 +79,7 @@ class Stepper:
             group["lr"] = rate
         optimizer.zero_grad()
         model.train()
-        keep_bytes = self._room() if self.keep_bytes is None else self.keep_bytes
+        keep_bytes = self.free() // 2 if self.keep_bytes is None else self.keep_bytes
         rows = len(batch.images)
         parts, spans = self._parts(rows), world.spans(rows)
         seed = int(torch.randint(1 << 62, ()))
@@ -113,19 +114,43 @@ class Stepper:
         """Return a context of a forward pass that computes matrix products in bfloat16 if that is the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def _room(self) -> int:
-        """Return half of the bytes that this process can still allocate on its GPU, or of its share of the machine."""
+    def free(self) -> int:
+        """Return the bytes that this process can still allocate on its GPU, or its share of those of the machine."""
         if self.device.type == "cuda":
             held_back = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             free = int(torch.cuda.mem_get_info(self.device)[0]) + held_back
         else:
             free = free_memory()
-        return free // (2 * self.world.sharing)
+        return free // self.world.sharing
+
+    def memory(self, rows: int, captions: int) -> int:
+        """Return the bytes that steps need to recompute nothing: free before the first one, beside weights and batches.
+
+        This is an upper bound of the memory in use, as half of what is free is not used for activations.
+
+        Args:
+            rows: Rows of a batch, of this process.
+            captions: Texts of each row.
+        """
+        model, sides = (
+            self.model,
+            ((self.model.image_head, rows), (self.model.text_head, captions * self._part_rows(rows))),
+        )
+        kept = sum(4 * head.kept_units * number for head, number in sides)
+        micro = max(4 * head.kept_units * min(self.micro_batch, number) for head, number in sides)
+        weights = 4 * sum(each.numel() for each in model.parameters())
+        embeddings = 4 * rows * self.world.size * model.image_head.out.out_features
+        block = 4 * min(rows * self.world.size, OTHER_BLOCK_SIZE) ** 2
+        others = weights + 5 * embeddings + 2 * micro + 2 * block
+        return weights * (2 if isinstance(self.optimizer, AdamW) else 1) + max(2 * kept, kept + others)
 
     def _parts(self, rows: int) -> list[slice]:
         """Return the parts into which this number of texts is split."""
-        size = max(self.micro_batch // 2, -(-rows // PARTS)) if self.in_parts else rows
+        size = self._part_rows(rows)
         return [slice(start, start + size) for start in range(0, rows, size)]
+
+    def _part_rows(self, rows: int) -> int:
+        return max(self.micro_batch // 2, -(-rows // PARTS)) if self.in_parts else rows
 
 
 class _Pass:

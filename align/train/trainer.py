@@ -8,20 +8,21 @@ from pathlib import Path
 
 import torch
 
-from sail_align.align.data.loader import Batch, Stream
+from sail_align.align.data.loader import BUFFER_ROWS, Batch, Source, Stream
 from sail_align.align.data.pairs import not_finite, read_rows
-from sail_align.align.data.sampler import StreamState
+from sail_align.align.data.sampler import ALL_ROWS, StreamState
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.loss import Loss
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import differences, run_digest
-from sail_align.align.settings import FitOptions, OnCollapse
+from sail_align.align.settings import CacheChoice, FitOptions, OnCollapse
 from sail_align.align.stats.metrics import caption_ranks, effective_rank, mean_reciprocal_rank, recalls
 from sail_align.align.train.bank import BankBuilder
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.distributed import ALONE, World
 from sail_align.align.train.initial import build_model
+from sail_align.align.train.placement import place_features
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
 from sail_align.align.train.writer import SAVE_SECONDS, RunWriter, close_finished
@@ -42,6 +43,7 @@ def fit(
     quiet: bool = False,
     keep: int = FitOptions.keep,
     save_seconds: float = SAVE_SECONDS,
+    cache: CacheChoice = FitOptions.cache,
     on_collapse: OnCollapse = FitOptions.on_collapse,
     track: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -81,12 +83,13 @@ def fit(
         stack.enter_context(training.stream)
         world.every(lambda: training.build(saved, digest, quiet=quiet))
         world.broadcast(*(parameter.data for parameter in training.model.parameters()))
+        stack.enter_context(training.place(cache, quiet=quiet))
 
         def open_writer() -> None:
             training.writer = RunWriter(
                 plan,
                 run,
-                training.stream,
+                training.source,
                 device,
                 bank=BankBuilder(plan, training.held_out, device),
                 confirm=confirm[0],
@@ -119,11 +122,13 @@ class _Training:
             plan.training,
             batch_size=plan.settings.batch_size,
             seed=plan.settings.seed,
+            buffer_rows=ALL_ROWS if plan.settings.order == "permuted" else BUFFER_ROWS,
             policy=plan.policy,
             rank=world.rank,
             world=world.size,
             pin=device.type == "cuda",
         )
+        self.source: Source = self.stream
 
     def build(self, saved: Checkpoint | None, digest: str, *, quiet: bool) -> None:
         """Build the initial model in the leader, or restore a saved one.
@@ -151,6 +156,13 @@ class _Training:
         if saved:
             saved.restore(self.model, self.stepper.optimizer)
 
+    def place(self, cache: CacheChoice, *, quiet: bool) -> Source:
+        """Load the features where `cache` asks; return the source of the batches."""
+        if self.plan.settings.steps:
+            permuted = self.plan.settings.order == "permuted"
+            self.source = place_features(cache, self.stream, self.stepper, permuted=permuted, quiet=quiet)
+        return self.source
+
     def run(self, saved: Checkpoint | None) -> dict[str, float]:
         """Train to the end; return the last held-out scores."""
         steps, writer = self.plan.settings.steps, self.writer
@@ -160,7 +172,7 @@ class _Training:
         with defer_signals() as stopped:
             if saved is None:
                 self.score(0)
-            batches = self.stream.batches_on(self.device, state)
+            batches = self.source.batches_on(self.device, state)
             for step, (batch, state) in zip(range(done + 1, steps + 1), batches, strict=False):
                 self.train(step, batch)
                 if step % interval == 0 or step == steps:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from sail_align.align.data.loader import Stream
+from sail_align.align.data.loader import Source
 from sail_align.align.data.sampler import StreamState
 from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.runs.checkpoint import Checkpoint, Tensors
@@ -82,7 +82,7 @@ class RunWriter:
         self,
         plan: Plan,
         run: Path,
-        stream: Stream,
+        stream: Source,
         device: torch.device,
         *,
         bank: BankBuilder,

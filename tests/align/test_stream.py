@@ -182,7 +182,7 @@ def test_compressed_stores_give_the_same_batches_and_decode_each_chunk_once(pair
     for path in pair_of_stores:
         compress(path)
     stream = stream_of(pair_of_stores)
-    pipeline = stream._pairs[0].image._features.zarr._async_array.codec_pipeline
+    pipeline = stream.pairs[0].image._features.zarr._async_array.codec_pipeline
     assert type(pipeline).__name__ == ("ZarrsCodecPipeline" if zarrs else "BatchedCodecPipeline")
     read, most = [], 0
     original = FeatureArray.chunk
