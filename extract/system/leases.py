@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.files import is_remote, read_regular
@@ -114,6 +115,7 @@ class Lease:
         self.generation = generation
         self.content = json.dumps({**asdict(Owner.current()), "token": uuid.uuid4().hex}).encode() + b"\n"
         self.file = self.file_of(path, generation)
+        self._lock = threading.RLock()  # a heartbeat must not write an object that is being removed; signals interrupt
 
     @staticmethod
     def file_of(path: Path, generation: int) -> Path:
@@ -143,11 +145,7 @@ class Lease:
     def create(self) -> bool:
         """Create the file. Returns whether no other process had done so."""
         if is_remote(self.path):
-            # Object storage has no exclusive creation: the last of two writers gets the lease.
-            if self.file.exists():
-                return False
-            self.file.write_bytes(self.content)
-            return _read(self.file) == self.content
+            return self._create_object()
         temporary = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
         while True:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +165,23 @@ class Lease:
                     temporary.unlink(missing_ok=True)
             return True
 
+    def _create_object(self) -> bool:
+        """Create an object with a conditional put, such as S3's `If-None-Match`, which only one of its writers wins."""
+        file: Any = self.file
+        try:
+            file.fs.pipe_file(file.path, self.content, mode="create")
+        except OSError as problem:
+            found = _read(file)  # ours if the client has tried again because an answer was lost
+            if not found and not _is_conflict(problem):
+                raise
+            return found == self.content
+        except (TypeError, ValueError, NotImplementedError):  # storage without conditional puts: the last writer wins
+            if file.exists():
+                return False
+            file.write_bytes(self.content)
+            return _read(file) == self.content
+        return True
+
     def _create_without_link(self) -> bool:
         try:
             with self.file.open("xb") as file:
@@ -178,7 +193,7 @@ class Lease:
     def renew(self) -> None:
         """Show other processes that the owner is alive. Errors, such as of a lost lease, are reported elsewhere."""
         if is_remote(self.path):
-            with suppress(Exception):  # a storage client may raise anything, and the heartbeat must continue
+            with self._lock, suppress(Exception):  # a storage client may raise anything; the heartbeat must continue
                 if (content := _read(self.file)).startswith(self.content):
                     self.file.write_bytes(content + b".")
             return
@@ -188,13 +203,14 @@ class Lease:
 
     def remove(self) -> None:
         """Remove the file after those of earlier generations, unless the lease is lost."""
-        if not _read(self.file).startswith(self.content):
-            return
-        for generation in [*(g for g in self.generations(self.path) if g < self.generation), self.generation]:
-            try:
-                self.file_of(self.path, generation).unlink(missing_ok=True)
-            except OSError:
-                _UNREMOVED.add(self.content)
+        with self._lock:
+            if not _read(self.file).startswith(self.content):
+                return
+            for generation in [*(g for g in self.generations(self.path) if g < self.generation), self.generation]:
+                try:
+                    self.file_of(self.path, generation).unlink(missing_ok=True)
+                except OSError:
+                    _UNREMOVED.add(self.content)
 
 
 class Leases:
@@ -356,6 +372,15 @@ class Leases:
                     return
             for lease in held:
                 lease.renew()
+
+
+def _is_conflict(problem: OSError) -> bool:
+    """Return whether a conditional put failed because another process created or removed the object meanwhile.
+
+    These are the answers 412 and 409, of which s3fs turns only some into a `FileExistsError`.
+    """
+    codes = ("PreconditionFailed", "ConditionalRequestConflict")
+    return isinstance(problem, FileExistsError) or any(code in str(problem.__cause__) for code in codes)
 
 
 def _read(file: Path) -> bytes:
