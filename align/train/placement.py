@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import torch
+
 from sail_align.align.data.cache import Cache
 from sail_align.align.data.loader import Source, Stream
 from sail_align.align.settings import CacheChoice
@@ -29,20 +31,28 @@ def place_features(asked: CacheChoice, stream: Stream, stepper: Stepper, *, perm
         stream: The stream.
         stepper: The steps that will use the batches.
         permuted: Whether each epoch is a full permutation, which needs a cache.
-        quiet: Print nothing.
+        quiet: Print nothing, as in all processes but the leader.
 
     Raises:
         UserError: The features do not fit where they should be, or are damaged.
     """
     place, reason = choose_place(asked, stream, stepper, permuted=permuted)
     world = stepper.world
-    if asked == "auto" and world.leads and not quiet:
+    if asked == "auto" and not quiet:
         note(f"Features: {reason}.")
     if place == "none":
         return stream
     device = stepper.device if place == "device" else None
     move = world.move if world.size > 1 else None
-    return world.every(lambda: Cache(stream, device, move, quiet=quiet))
+
+    def load() -> Cache:
+        try:
+            return Cache(stream, device, move, quiet=quiet)
+        except torch.OutOfMemoryError as problem:
+            size = format_bytes(Cache.bytes_of(stream))
+            raise UserError(f"There was no room for {size} of features on the GPU. Use --cache host.") from problem
+
+    return world.every(load)
 
 
 def choose_place(asked: CacheChoice, stream: Stream, stepper: Stepper, *, permuted: bool) -> tuple[Place, str]:

@@ -154,6 +154,22 @@ def test_damage_is_found_while_loading(make_store):
         Cache(stream, None)
 
 
+def test_full_gpu_ends_the_fit_with_advice(monkeypatch):
+    class Full:
+        def __init__(self, *_args, **_options):
+            raise torch.OutOfMemoryError
+
+        @staticmethod
+        def bytes_of(_stream):
+            return 18 * GB
+
+    monkeypatch.setattr(placement, "Cache", Full)
+    monkeypatch.setattr(placement, "choose_place", lambda *_args, **_options: ("device", ""))
+    stepper = SimpleNamespace(world=World(), device=CPU)
+    with pytest.raises(UserError, match="no room for 18 GB of features on the GPU"):
+        placement.place_features("device", None, stepper, permuted=False, quiet=True)
+
+
 GB = 10**9
 CARD = "12 kB, beside 2.07 GB for a step, of {} GB free"
 

@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,36 @@ def test_processes_exchange_objects_and_tensors(in_processes):
         assert (found["broadcast"], found["sum"]) == ([0, 0], [1, 1])
         expected = torch.logsumexp(torch.tensor([[0.0, -torch.inf, 500.0], [1.0, -torch.inf, 500.0]]), 0)
         torch.testing.assert_close(found["log-sum-exp"], expected)
+
+
+def moved(world):
+    """Pass on rows of batches that are spread over three processes in several ways."""
+    batch_BD = torch.arange(33.0).reshape(11, 3).half()
+    for ends in ((0, 4, 8), (0, 0, 11), (11, 11, 11), (3, 4, 4), (0, 0, 0)):
+        have, want = ([slice(*span) for span in pairwise(cuts)] for cuts in ((0, *ends[:2], 11), (0, 4, 8, 11)))
+        rows = want[world.rank]
+        out = torch.empty(rows.stop - rows.start, 3).half()
+        world.move(batch_BD[have[world.rank]], have, want, out)
+        assert torch.equal(out, batch_BD[rows])
+    return True
+
+
+@pytest.mark.slow
+def test_processes_pass_on_rows(in_processes):
+    assert in_processes(moved, 3) == [True] * 3
+
+
+@pytest.mark.slow
+def test_weights_do_not_depend_on_the_cache(begin, make_store, tmp_path):
+    """Two processes, each of which holds its part of the rows, train as if they read the stores."""
+    stores = [make_store("one", rows=130, captions={"raw": (3,), "long": ()}), make_store("two", rows=71, first=500)]
+    words = [word for store in stores for word in ("--features", store)]
+    runs = [tmp_path / cache for cache in ("none", "host", "device")]
+    for run in runs:
+        processes = begin(2, *words, "--positives", 1, "--steps", 9, "--cache", run.name, "--out", run)
+        assert [process.wait() for process in processes] == [0, 0]
+    weights, *others = ((Checkpoint.read(run).folder / "model.safetensors").read_bytes() for run in runs)
+    assert all(other == weights for other in others)
 
 
 def test_single_process_needs_no_communication(monkeypatch):

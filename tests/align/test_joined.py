@@ -15,6 +15,7 @@ from tiny_models import save_image_processor, save_randomised, save_tokenizer
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from sail_align.align import pretrained
+from sail_align.align.data.cache import Cache
 from sail_align.align.data.loader import Stream
 from sail_align.align.data.pairs import open_pairs, read_rows
 from sail_align.align.fit import fit
@@ -96,6 +97,18 @@ def test_stream_serves_the_rows_that_each_encoder_alone_would_serve(store):
     for (images, texts), (a, c), (b, d) in zip(joined, first, second, strict=True):
         np.testing.assert_array_equal(images, np.concatenate([a, b], axis=1))
         np.testing.assert_array_equal(texts, np.concatenate([c, d], axis=2))
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), None])
+def test_joined_features_in_memory_give_the_same_batches(store, device):
+    pairs = open_pairs([store], ["raw", "long"], **BOTH)
+    with (
+        Stream(pairs, [each.usable() for each in pairs], batch_size=40, seed=3, buffer_rows=64) as stream,
+        Cache(stream, device) as cache,
+    ):
+        for (got, _), (expected, _) in itertools.islice(zip(cache.batches(), stream.batches(), strict=True), 9):
+            assert torch.equal(got.images, expected.images)
+            assert torch.equal(got.texts, expected.texts)
 
 
 @pytest.mark.slow
