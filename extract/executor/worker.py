@@ -73,17 +73,23 @@ class Worker:
         self.shards = [Shard(path, n) for path, task in self.tasks.items() for n in share.shards(task.arrays[0])]
         self.failures: dict[Shard, WorkersFailedError] = {}
         self._bytes_read = _bytes_read()
+        for array in self._arrays.values():
+            array.markers.read_ahead(share.shards(array))
         for shard in self.shards:
             for each in self._encoded_with(shard):
                 if each.number in self._arrays[each.array].markers:
                     self._report_found(each)
 
     def pending(self) -> list[Shard]:
-        """Return the shards that are neither committed, by any worker, nor failed in this one.
+        """Return the shards that are neither known to be committed, by any worker, nor failed in this one.
 
         A shard of the first array of a task stands for those of all arrays of that task.
         """
-        return [shard for shard in self.shards if shard not in self.failures and not self._is_done(shard)]
+
+        def is_known(shard: Shard) -> bool:
+            return all(each.number in self._arrays[each.array].markers for each in self._encoded_with(shard))
+
+        return [shard for shard in self.shards if shard not in self.failures and not is_known(shard)]
 
     def run(self) -> None:
         """Return when all shards are committed, by this worker or by others. Encode one while the last is written.
@@ -99,8 +105,8 @@ class Worker:
                     while pending := self.pending():
                         if self._try_each(pending, writer):
                             pause = POLL
-                        else:
-                            self.send(Event("waiting", len(pending)))
+                        elif left := self.pending():
+                            self.send(Event("waiting", len(left)))
                             time.sleep(pause)
                             pause = min(2 * pause, LONGEST_PAUSE)
             finally:

@@ -16,7 +16,7 @@ from sail_align.extract.encoders.identity import Identity
 from sail_align.extract.errors import UserError, command
 from sail_align.extract.store.hierarchy import read_document, write_document
 from sail_align.extract.store.mapped import damaged
-from sail_align.extract.store.markers import CONTENT, Marker, Markers
+from sail_align.extract.store.markers import CONTENT, LazyMarkers, Marker, Markers
 from sail_align.extract.store.sharded import DIMENSIONS, ShardedArray
 from sail_align.extract.system.files import file_digest, write_atomically
 from sail_align.extract.system.leases import Lease
@@ -108,9 +108,9 @@ class FeatureArray:
         return {f"{self.path}/{name}" for name in NAMES}
 
     @cached_property
-    def markers(self) -> dict[int, Marker]:
+    def markers(self) -> LazyMarkers:
         """Valid markers by shard, as they were on first use and as this object has written since."""
-        return {shard: marker for shard in self.shards if (marker := self._read_marker(shard))}
+        return LazyMarkers(self.shards, self._read_marker, self._commits.readers)
 
     def _read_marker(self, shard: int) -> Marker | None:
         start, stop = self.span(shard)
@@ -250,9 +250,7 @@ class FeatureArray:
 
     def refresh(self, shard: int) -> bool:
         """Look for a marker that another process may have written since. Returns whether the shard is committed."""
-        if shard not in self.markers and (marker := self._read_marker(shard)):
-            self.markers[shard] = marker
-        return shard in self.markers
+        return self.markers.look_again(shard)
 
     def write(
         self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8], lease: Lease | None = None

@@ -5,13 +5,15 @@ and the array's type and sizes. It contains nothing that differs between two run
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sail_align.extract.system.files import (
     canonical_json,
     digest_without,
+    is_remote,
     read_regular,
     report_read_errors,
     write_atomically,
@@ -20,6 +22,8 @@ from sail_align.extract.system.files import (
 Marker = dict[str, Any]
 CONTENT = ("fingerprint", "rows", "counts", "sha256")
 """The fields of format 1. A store's digest covers these, so that an upgrade does not change it."""
+REMOTE_READERS = 32
+"""Markers that are read from object storage at a time, where each takes tens of milliseconds."""
 _FORM = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """Errors of reading a marker of another form."""
 
@@ -45,6 +49,11 @@ class Markers:
     def file(self, shard: int) -> Path:
         """Return where a shard's marker is, or would be."""
         return self._folder / f"{shard:05d}.json"
+
+    @property
+    def readers(self) -> int:
+        """The number of markers to read at a time."""
+        return REMOTE_READERS if is_remote(self._store) else 1
 
     def read(self, shard: int, rows: tuple[int, int], chunks: int) -> Marker | None:
         """Return a shard's marker, None if it is missing or not valid.
@@ -91,3 +100,60 @@ class Markers:
     def discard(self, shard: int) -> None:
         """Remove a shard's marker."""
         self.file(shard).unlink(missing_ok=True)
+
+
+class LazyMarkers(MutableMapping[int, Marker]):
+    """The valid markers of an array by shard. Each is read once, when it is first asked for.
+
+    So the time to open a shard does not depend on the number of shards. Iteration and `len` read all others.
+
+    Args:
+        shards: Numbers of the array's shards.
+        read: Function that reads a shard's marker.
+        readers: Number of markers to read at a time.
+    """
+
+    def __init__(self, shards: range, read: Callable[[int], Marker | None], readers: int):
+        self._shards = shards
+        self._read = read
+        self._readers = readers
+        self._known: dict[int, Marker | None] = {}
+
+    def __getitem__(self, shard: int) -> Marker:
+        if shard not in self._known:
+            if shard not in self._shards:
+                raise KeyError(shard)
+            self._known[shard] = self._read(shard)
+        if (marker := self._known[shard]) is None:
+            raise KeyError(shard)
+        return marker
+
+    def __setitem__(self, shard: int, marker: Marker) -> None:
+        self._known[shard] = marker
+
+    def __delitem__(self, shard: int) -> None:
+        if self._known.get(shard) is None:
+            raise KeyError(shard)
+        self._known[shard] = None
+
+    def __iter__(self) -> Iterator[int]:
+        self.read_ahead(self._shards)
+        return iter([shard for shard in self._shards if self._known[shard] is not None])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def look_again(self, shard: int) -> bool:
+        """Read a shard's marker again if there was none. Returns whether there is one."""
+        if self._known.get(shard) is None:
+            self._known[shard] = self._read(shard)
+        return self._known[shard] is not None
+
+    def read_ahead(self, shards: Iterable[int]) -> None:
+        """Read the markers of these shards that were not asked for yet, several at a time from object storage."""
+        unread = [shard for shard in shards if shard not in self._known]
+        if self._readers == 1 or len(unread) < 2:
+            self._known.update((shard, self._read(shard)) for shard in unread)
+            return
+        with ThreadPoolExecutor(self._readers, "markers") as pool:
+            self._known.update(zip(unread, pool.map(self._read, unread), strict=True))

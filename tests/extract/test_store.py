@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sail_align.extract.data import Part, Sample, Status
 from sail_align.extract.errors import UserError
 from sail_align.extract.quality.verify import verify_store
+from sail_align.extract.store import markers
 from sail_align.extract.store.store import Store
 
 ROWS = 1_000
@@ -78,6 +79,25 @@ def test_shard_without_marker_is_ignored(store):
     assert (status[:56] == Status.OK).all()
     assert (status[312:] == Status.OK).all()
     assert Store.open(store.path).image().counts["pending"] == 256
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_only_the_markers_of_the_shards_that_are_read_are_opened(store, monkeypatch, readers):
+    features, _ = fill(store.add(identity("image")))
+    store.image().discard(2)
+    opened, read = [], markers.read_regular
+    monkeypatch.setattr(markers, "read_regular", lambda path: opened.append(path.name) or read(path))
+    monkeypatch.setattr(markers.Markers, "readers", readers)
+    array = Store.open(store.path).image()
+    np.testing.assert_array_equal(array.read(800, 850)[0], features[800:850])
+    assert opened == ["00003.json"]
+    assert list(array.markers) == [0, 1, 3]
+    assert sorted(opened) == [f"{shard:05d}.json" for shard in array.shards]  # each once
+    assert not array.refresh(2)
+    store.image().write(2, features[512:768], np.zeros(256, np.uint8))
+    assert 2 not in array.markers  # as they were at first
+    assert array.refresh(2)
+    assert array.complete
 
 
 def test_marker_of_another_fingerprint_is_ignored(store):
