@@ -284,7 +284,9 @@ def fit_stores(
 
         def prepare() -> "_Prepared":
             if options.get("head") not in CLOSED_FORMS:
-                options["precision"] = choose_precision(options.get("precision", "auto"), where.type)
+                options["precision"], why = choose_precision(options.get("precision", "auto"), where)
+                if why:
+                    say(f"note: {why}")
             plan, notes = make_plan(
                 features,
                 options,

@@ -8,9 +8,12 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from sail_align.extract.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 OnCollapse = Literal["stop", "warn"]
@@ -47,7 +50,7 @@ _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if 
 _PATCH_POWER = "The same exponent for the patches of an image, as in segmentation. Training does not use it."
 _PATIENCE = "Stop after this many scorings without better held-out scores; a run has 20 scorings."
 _VERIFY = "When to compare features with their checksums: on their first use, in every epoch, or never."
-_PRECISION = "auto: bfloat16 on a GPU, float32 on a CPU"
+_PRECISION = "auto: bfloat16 on a GPU that has it, else float32"
 _ORDER = "Order of the pairs in an epoch: shuffled within windows of 131,072, or one permutation of all."
 _CACHE = (
     "Memory that holds the features during training: the GPU's (`device`), the machine's (`host`), or `none`, which "
@@ -409,21 +412,30 @@ def choose_settings(
     return FitSettings(**chosen), notes
 
 
-def choose_precision(asked: str, device: str) -> Precision:
-    """Return the precision of matrix products; `auto` is bfloat16 on a GPU and float32 elsewhere.
+def choose_precision(asked: str, device: "torch.device") -> tuple[Precision, str]:
+    """Return the precision of matrix products, and a note on a choice; "" if there was none.
+
+    `auto` is bfloat16 on a GPU that computes in it, and float32 elsewhere.
 
     Args:
         asked: Value of the option.
-        device: Type of the device.
+        device: Device of the fit.
 
     Raises:
         UserError: The device does not support it.
     """
-    if asked == "auto":
-        return "bfloat16" if device == "cuda" else "float32"
-    if asked == "tf32" and device != "cuda":
-        raise UserError(f"--precision tf32 needs an NVIDIA GPU, got device {device}. Use float32 or bfloat16.")
-    return cast(Precision, asked)
+    import torch
+
+    from sail_align.extract.encoders.runtime import has_bfloat16, require_tf32
+
+    if asked == "tf32":
+        require_tf32(device.type)
+    if asked != "auto" or device.type != "cuda":
+        return cast(Precision, "float32" if asked == "auto" else asked), ""
+    name = torch.cuda.get_device_name(device)
+    if has_bfloat16(device):
+        return "bfloat16", f"Using --precision bfloat16, which {name} computes natively."
+    return "float32", f"Using --precision float32, because {name} only emulates bfloat16."
 
 
 def settings_table() -> str:

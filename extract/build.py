@@ -114,7 +114,7 @@ def build_store(
         data_root: Folder of the manifest's files. Default: `$SAIL_DATA_ROOT`, else the folder of the manifest's file,
             `data` for a packaged manifest, and the current folder for a `Manifest`.
         device: "cpu", "cuda", "cuda:1" …, or "auto" for a GPU if there is one.
-        precision: Precision of the encoders: "float32", "bfloat16" or "float16".
+        precision: Precision of the encoders: "float32", "tf32" (on NVIDIA GPUs), "bfloat16" or "float16".
         allow_remote_code: Repositories that may run their own code, each as "owner/name@revision" with a full commit
             hash. No other code is run.
         compile: Compile the encoders with `torch.compile`.
@@ -161,7 +161,7 @@ def build_store(
             _require_data(data, manifest, root)
 
     from sail_align.extract.encoders.load import ImageEncoderConfig, TextEncoderConfig
-    from sail_align.extract.encoders.runtime import Runtime
+    from sail_align.extract.encoders.runtime import Runtime, require_tf32
     from sail_align.extract.executor.job import Job
     from sail_align.extract.executor.retry import retry_failed
     from sail_align.extract.executor.run import run_job
@@ -197,7 +197,11 @@ def build_store(
     options = (text_pooling, precision, code, compile, of_text, text_prompt)
     text = TextEncoderConfig(text_name, *options) if chosen else None
     _require_used(code, [getattr(getattr(config, "entry", None), "origin", None) for config in (image, text) if config])
-    Runtime.of(device, precision)  # raises if either is invalid
+    runtime = Runtime.of(device, precision)  # raises if either is invalid
+    if precision == "tf32":
+        require_tf32(runtime.device.type)
+    if not quiet and (line := runtime.explain()):
+        note(line)
     job = Job(manifest, root, path, image, text, tuple(chosen))
     share, executor = Share.parse(worker), _choose_executor(engine, ray_address, str(workers), device)
     if engine == "local" and not (path / "zarr.json").exists():

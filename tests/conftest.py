@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -14,6 +16,25 @@ from warm_processes import WarmProcess, start
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def use_card(monkeypatch) -> Callable[[str, int], None]:
+    """Let torch report a GPU of this name and major compute capability. Nothing can run on it."""
+
+    def use(name: str, capability: int) -> None:
+        import torch
+
+        about = SimpleNamespace(name=name, major=capability)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        # As by default it says True for a T4.
+        monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True, raising=False)
+
+    return use
 
 
 @pytest.fixture

@@ -80,7 +80,9 @@ Layers = Annotated[
     _encoder_option(help="Layers of both encoders to store, from the end: -1,-4,-8.  [default: -1, the output]"),
 ]
 TextLayers = Annotated[str | None, _encoder_option(help="Layers of the text encoder, if they differ.")]
-Precision = Annotated[str, _encoder_option(help="Precision of the encoders: float32, bfloat16, float16.")]
+Precision = Annotated[
+    str, _encoder_option(help="Precision of the encoders: float32, tf32 (NVIDIA GPUs), bfloat16, float16.")
+]
 AllowRemoteCode = Annotated[
     list[str] | None,
     _encoder_option(

@@ -48,7 +48,7 @@ class EncoderConfig(ABC):
         name: A name in the catalogue, or a reference (see `catalogue`). `owner/name` stands for `hf:owner/name`.
         pooling: `cls`, `mean`, `cls+mean`, `pooler` or `pooler+mean` for images, `cls`, `mean` or `last` for
             texts. None takes the catalogue's pooling, or the mean of an image encoder without class token.
-        precision: `float32`, `bfloat16` or `float16`, of weights and activations.
+        precision: `float32`, `tf32`, `bfloat16` or `float16`, of weights and activations.
         allow_remote_code: Repositories that may run their own code if transformers lacks their architecture, each as
             `<owner>/<name>@<full commit hash>`. They are loaded at that commit.
         compiled: Compile the network with torch.compile. Features change by rounding.
@@ -300,7 +300,8 @@ class TextEncoderConfig(EncoderConfig):
         files, allow_code = self._fetch(entry)
         changed, own = self._read(files, entry)
         bidirectional = changed.bidirectional
-        model = load_pretrained(files, allow_code=allow_code, dtype=self.precision, bidirectional=bidirectional)
+        dtype = str(runtime.dtype).removeprefix("torch.")
+        model = load_pretrained(files, allow_code=allow_code, dtype=dtype, bidirectional=bidirectional)
         after, modules = (own.after, own.modules) if own else (None, [])
         files = own.files if own else files
         return TransformersTextEncoder(

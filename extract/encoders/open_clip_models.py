@@ -21,7 +21,7 @@ from torch.func import functional_call
 from sail_align.extract.encoders.catalogue import OpenClipTower
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
-from sail_align.extract.encoders.runtime import Runtime, tf32_products
+from sail_align.extract.encoders.runtime import Runtime, in_own_precision
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
@@ -168,8 +168,7 @@ class OpenClipTextEncoder(TextEncoder):
             advance(len(batch_BT))
         return torch.cat(embeddings)
 
-    @torch.no_grad()
-    @tf32_products()
+    @in_own_precision
     def _encode_batch(self, tokens_BT: Tensor) -> Tensor:
         tower: Any = self.network
         embeddings_BE: Tensor = tower.encode_text(tokens_BT.to(self.device))

@@ -16,7 +16,7 @@ from sail_align.extract.encoders.catalogue import TransformersText
 from sail_align.extract.encoders.identity import GOLDEN_TEXTS, LAST_LAYER
 from sail_align.extract.encoders.layers import OUTPUT, TransformersLayers, require_depth
 from sail_align.extract.encoders.pooling import pool_tokens
-from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, tf32_products
+from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, in_own_precision
 from sail_align.extract.encoders.tokenizer import load_tokenizer_files
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -189,8 +189,7 @@ class TransformersTextEncoder(TextEncoder):
         features_BD = pool_tokens(hidden_BTD, mask_BT, self._pooling, self._not_pooled)
         return self._after(features_BD) if self._after else features_BD
 
-    @torch.no_grad()
-    @tf32_products()
+    @in_own_precision
     def _encode_batch(self, tokens: Tokens) -> Tensor:
         """Return the features of one batch, padded to its longest text. They are NaN for a text without tokens."""
         padded = self.tokenizer.pad(tokens, return_tensors="pt").to(self.device)

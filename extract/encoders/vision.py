@@ -15,7 +15,7 @@ from sail_align.extract.encoders.layers import OUTPUT, refuse_layers
 from sail_align.extract.encoders.maskclip import skip_last_attention
 from sail_align.extract.encoders.pooling import IMAGE_POOLINGS, check_pooling, pool_image, pool_patches
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, Normalisation, as_pixels, pad_to_multiple
-from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, is_device_error, tf32_products
+from sail_align.extract.encoders.runtime import FrozenEncoder, Runtime, in_own_precision, is_device_error
 from sail_align.extract.encoders.views import View
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
@@ -254,8 +254,7 @@ class VisionEncoder(FrozenEncoder):
                 "Use another encoder for dense features."
             )
 
-    @torch.no_grad()
-    @tf32_products()
+    @in_own_precision
     def _forward(self, pixels_BCHW: Tensor) -> list[tuple[Tensor | None, Tensor]]:
         """Return class token and map of patches of each layer."""
         backbone = cast(Backbone, self.network)
@@ -264,8 +263,7 @@ class VisionEncoder(FrozenEncoder):
             return [backbone(pixels_BCHW)]
         return backbone.forward_layers(pixels_BCHW, self._layers)
 
-    @torch.no_grad()
-    @tf32_products()
+    @in_own_precision
     def _pool_each(self, patches_BhwD: Tensor) -> Tensor:
         backbone = cast(Backbone, self.network)
         return backbone.pool_each(patches_BhwD)

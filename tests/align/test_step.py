@@ -162,11 +162,25 @@ def test_bfloat16_rounds_the_gradients_and_no_more(head, keep_bytes):
         assert 0 < (ours.grad - theirs.grad).norm() < 0.04 * theirs.grad.norm(), name
 
 
-def test_a_device_says_what_it_computes_in():
-    assert [choose_precision("auto", each) for each in ("cpu", "cuda")] == ["float32", "bfloat16"]
-    assert choose_precision("tf32", "cuda") == "tf32"
+@pytest.mark.parametrize(
+    ("name", "capability", "chosen", "why"),
+    [
+        ("NVIDIA H100", 9, "bfloat16", "Using --precision bfloat16, which NVIDIA H100 computes natively."),
+        ("Tesla T4", 7, "float32", "Using --precision float32, because Tesla T4 only emulates bfloat16."),
+    ],
+)
+def test_precision_suits_the_card_and_is_explained(use_card, name, capability, chosen, why):
+    use_card(name, capability)
+    assert choose_precision("auto", torch.device("cuda")) == (chosen, why)
+    for asked in ("float32", "tf32", "bfloat16"):
+        assert choose_precision(asked, torch.device("cuda")) == (asked, "")
+
+
+def test_precision_on_a_cpu():
+    assert choose_precision("auto", CPU) == ("float32", "")
+    assert choose_precision("bfloat16", CPU) == ("bfloat16", "")
     with pytest.raises(UserError, match="--precision tf32 needs an NVIDIA GPU, got device cpu"):
-        choose_precision("tf32", "cpu")
+        choose_precision("tf32", CPU)
 
 
 def tf32():

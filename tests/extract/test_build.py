@@ -61,6 +61,7 @@ def test_captions_are_added_and_failures_retried(pictures, fake_encoders):
         ("pictures.yaml", {"retry": "failed", "workers": 2}, "--retry works in one process"),
         ("pictures.yaml", {"engine": "slurm"}, "--engine 'slurm' is invalid"),
         ("pictures.yaml", {"precision": "float8"}, "Unknown precision 'float8'"),
+        ("pictures.yaml", {"precision": "tf32", "device": "cpu"}, "tf32 needs an NVIDIA GPU, got device cpu"),
     ],
 )
 def test_mistakes_are_user_errors_and_create_nothing(pictures, monkeypatch, data, options, message):

@@ -108,13 +108,16 @@ def test_precision_that_a_program_set_by_its_newer_name_is_restored(monkeypatch)
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def test_encoders_forbid_tf32_while_they_run(tmp_path, before):
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_encoders_run_with_tf32_only_if_it_is_their_precision(tmp_path, before, precision):
     save_randomised(BertModel(BertConfig(**TINY, vocab_size=32)), tmp_path / "text")
     save_tokenizer(tmp_path / "text")
     save_randomised(ViTModel(ViTConfig(**TINY, image_size=56, patch_size=14)), tmp_path / "image")
     save_image_processor(tmp_path / "image")
-    text = TextEncoderConfig(f"hf:{tmp_path / 'text'}", pooling="cls").load()
-    image = ImageEncoderConfig(f"hf:{tmp_path / 'image'}", pooling="cls").load()
+    text = TextEncoderConfig(f"hf:{tmp_path / 'text'}", pooling="cls", precision=precision).load().to("cpu")
+    image = ImageEncoderConfig(f"hf:{tmp_path / 'image'}", pooling="cls", precision=precision).load().to("cpu")
+    assert text.identity.spec.precision == image.identity.spec.precision == precision
+    assert text.dtype == image.dtype == torch.float32
     seen = []
 
     def observe(*_):
@@ -128,8 +131,29 @@ def test_encoders_forbid_tf32_while_they_run(tmp_path, before):
     image.encode_dense(random_pixels(1, 56, 56))
     with pytest.raises(ZeroDivisionError):
         image.encode(random_pixels(1, 56, 56))
-    assert seen == [(False, False)] * 3
+    assert seen == [(precision == "tf32",) * 2] * 3
     assert flags() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "precision", "said"),
+    [
+        (
+            "NVIDIA A100",
+            8,
+            "float32",
+            "Encoding in float32: exact. --precision bfloat16 is several times faster on NVI",
+        ),
+        ("NVIDIA A100", 8, "bfloat16", ""),
+        ("Tesla T4", 7, "float32", "Encoding in float32: exact. --precision float16 is several times faster on Tesla"),
+        ("Tesla T4", 7, "bfloat16", "Tesla T4 only emulates bfloat16. --precision float16 is faster."),
+    ],
+)
+def test_precision_is_explained_on_a_gpu(use_card, name, capability, precision, said):
+    use_card(name, capability)
+    line = Runtime(torch.device("cuda"), precision).explain()
+    assert line.startswith(said) if said else line == ""
+    assert Runtime(torch.device("cpu"), precision).explain() == ""
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
