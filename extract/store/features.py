@@ -19,7 +19,7 @@ from sail_align.extract.store.mapped import damaged
 from sail_align.extract.store.markers import CONTENT, LazyMarkers, Marker, Markers
 from sail_align.extract.store.sharded import DIMENSIONS, ShardedArray
 from sail_align.extract.system.files import file_digest, write_atomically
-from sail_align.extract.system.leases import Lease
+from sail_align.extract.system.leases import Lease, LeaseLostError
 
 NAMES = ("features", "status")
 """The two zarr arrays of a `FeatureArray`."""
@@ -261,7 +261,8 @@ class FeatureArray:
             shard: Number of the shard.
             features: Features of its rows, (n, dim).
             status: Status of its rows, (n,).
-            lease: Confirmed before the first file and before the marker; needed if other processes may write the shard.
+            lease: Confirmed before each file and the marker appear, and at the end. Needed if other processes may write
+                the shard.
 
         Returns:
             The number of bytes of the two files.
@@ -286,11 +287,25 @@ class FeatureArray:
         confirm = lease.confirm if lease else lambda: None
         confirm()
         self.discard(shard)
-        for name, array in self._arrays.items():
-            write_atomically(array.shard_file(shard), contents[name], below=self._store)
-        confirm()
-        self._commit(shard, features, status, digests)
+        try:
+            for name, array in self._arrays.items():
+                write_atomically(array.shard_file(shard), contents[name], below=self._store, confirm=confirm)
+            confirm()
+            self._commit(shard, features, status, digests)
+            confirm()
+        except LeaseLostError:
+            self._discard_mixed(shard)
+            raise
         return sum(len(content) for content in contents.values() if content)
+
+    def _discard_mixed(self, shard: int) -> None:
+        """Remove a shard's marker if its files are others, as a process may write that slept while it lost its lease.
+
+        A GPU may encode the same rows to other bits, so the files of two processes do not mix.
+        """
+        self.markers.pop(shard, None)
+        if self.refresh(shard) and self.changed(shard):
+            self.discard(shard)
 
     def _commit(
         self, shard: int, features: NDArray[np.float16], status: NDArray[np.uint8], digests: dict[str, str | None]

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -145,7 +145,13 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
     return content
 
 
-def write_atomically(path: Path, content: bytes | memoryview | None, *, below: Path | None = None) -> None:
+def write_atomically(
+    path: Path,
+    content: bytes | memoryview | None,
+    *,
+    below: Path | None = None,
+    confirm: Callable[[], object] = lambda: None,
+) -> None:
     """Write a whole file under a temporary name and rename it, so that no reader ever sees part of it.
 
     Temporary files of killed writers of the same file are removed. If that hits a live writer, it tries again. Object
@@ -155,10 +161,13 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
         path: The file.
         content: Its content, or None to remove the file.
         below: Create missing folders only below this one.
+        confirm: Called before the file appears under its name. Its errors leave everything as it is.
 
     Raises:
         FileNotFoundError: The folder `below` does not exist.
     """
+    if content is None or is_remote(path):
+        confirm()
     if content is None:
         path.unlink(missing_ok=True)
         _remove_leftovers(path)
@@ -174,7 +183,7 @@ def write_atomically(path: Path, content: bytes | memoryview | None, *, below: P
     _remove_leftovers(path)  # only once: two slow writers could delete each other's files forever
     for attempt in range(ATTEMPTS):
         try:
-            with _replacing(path) as file:
+            with _replacing(path, confirm) as file:
                 file.write(content)
         except FileNotFoundError:  # another writer removed it
             if attempt == ATTEMPTS - 1 or not path.parent.exists():
@@ -196,7 +205,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path, confirm: Callable[[], object] = lambda: None) -> Iterator[BinaryIO]:
     """Yield a file of a temporary name, and rename it at the end of the block.
 
     Raises:
@@ -208,6 +217,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        confirm()
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):

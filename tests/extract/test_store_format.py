@@ -29,7 +29,7 @@ from sail_align.extract.store.index import IndexRecord
 from sail_align.extract.store.store import Store
 from sail_align.extract.store.upgrade import upgrade_store
 from sail_align.extract.system.files import canonical_json
-from sail_align.extract.system.leases import LeaseLostError, Leases
+from sail_align.extract.system.leases import Lease, LeaseLostError, Leases
 
 ROWS, SHARD, CHUNK = 300, 128, 32
 OPTIONS = {
@@ -615,6 +615,56 @@ def test_root_is_not_written_without_the_lease(tmp_path):
         with pytest.raises(LeaseLostError):
             store.record([], lease)
     assert (store.path / "zarr.json").read_bytes() == before
+
+
+class Interrupted:
+    """Calls `other()` once, before the given moment of a write: a sync, a rename or a look at the lease."""
+
+    def __init__(self, monkeypatch, moment, other):
+        self.moment, self.other = moment, other
+        for where, name in ((os, "fsync"), (Path, "replace"), (Lease, "confirm")):
+            monkeypatch.setattr(where, name, self.before(getattr(where, name)))
+
+    def before(self, original):
+        def call(*arguments):
+            self.moment -= 1
+            if self.moment == -1:
+                self.other()
+            return original(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("moment", range(16))
+def test_shard_never_disagrees_with_its_marker_after_a_lost_lease(tmp_path, monkeypatch, moment):
+    """A GPU encodes the same rows to other bits. Two processes write them, one while the other sleeps."""
+    store = make(tmp_path / "s.zarr")
+    rows, dim = store.image().span(0)[1], store.image().dim
+    status = np.full(rows, Status.OK, np.uint8)
+    slow, quick = (np.full((rows, dim), value, np.float16) for value in (1, 2))
+    lease = store.leases.take("image")
+
+    def take_over():
+        newer = Lease(lease.path, lease.generation + 1)
+        assert newer.create()
+        Store.open(store.path).image().write(0, quick, status, newer)
+
+    interrupted = Interrupted(monkeypatch, moment, take_over)
+    lost = False
+    try:
+        store.image().write(0, slow, status, lease)
+    except LeaseLostError:
+        lost = True
+    if interrupted.moment >= 0:
+        assert not lost
+        return
+    array = Store.open(store.path).image()
+    if 0 in array.markers:
+        assert array.changed(0) is None
+        features, _ = array.read(0, rows)
+        assert np.array_equal(features, quick)
+    else:
+        assert lost  # the next run encodes the shard again
 
 
 @pytest.mark.parametrize(
