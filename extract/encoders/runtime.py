@@ -21,6 +21,8 @@ PRECISIONS = {
 }
 """Dtypes of weights and activations by name. `tf32` rounds the factors of products, on GPUs that can; elsewhere it is
 float32."""
+SHARED = 0.9
+"""Part of a GPU's memory that processes share. The driver and libraries use some outside PyTorch's allocator."""
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
@@ -67,6 +69,17 @@ def _read_tf32(backend: Any) -> tuple[str, Any]:
         return "fp32_precision", backend.fp32_precision
 
 
+def share_memory(device: str, processes: int) -> None:
+    """Limit this process to its share of a GPU's memory, so that its batch size does not depend on what others try.
+
+    Args:
+        device: Device of this process.
+        processes: Processes of this device.
+    """
+    if device.startswith("cuda") and processes > 1:
+        torch.cuda.set_per_process_memory_fraction(SHARED / processes, torch.device(device))
+
+
 def require_tf32(device: str) -> None:
     """Raise `UserError` unless a type of device has TF32."""
     if device != "cuda":
@@ -76,7 +89,7 @@ def require_tf32(device: str) -> None:
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether a GPU computes in bfloat16. Those before Ampere (T4, V100) emulate it slowly."""
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @dataclass(frozen=True)

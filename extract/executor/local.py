@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import connection
@@ -15,6 +16,7 @@ from typing import cast
 
 import torch
 
+from sail_align.extract.encoders.runtime import share_memory
 from sail_align.extract.errors import UserError, WorkersFailedError
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.tally import Event, Tally, cores
@@ -76,11 +78,13 @@ class LocalExecutor:
             )
 
     def _start(self, job: Job, share: Share) -> None:
-        threads = max(cores() // len(self.devices), 1)
+        threads, sharing = max(cores() // len(self.devices), 1), Counter(self.devices)
         context = multiprocessing.get_context("spawn")
         for number, device in enumerate(self.devices, start=1):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work_in_process, args=(job, share, device, threads, theirs))
+            process = context.Process(
+                target=_work_in_process, args=(job, share, device, sharing[device], threads, theirs)
+            )
             self._workers[ours] = number, process  # before the start: a signal during it must find the process
             process.start()
             theirs.close()
@@ -125,7 +129,7 @@ class LocalExecutor:
             process.join()
 
 
-def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Connection) -> None:
+def _work_in_process(job: Job, share: Share, device: str, sharing: int, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which terminates its workers
     lock = threading.Lock()
 
@@ -136,6 +140,7 @@ def _work_in_process(job: Job, share: Share, device: str, threads: int, pipe: Co
     with report_stop(signals=[signal.SIGTERM]):
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
+        share_memory(device, sharing)
         try:
             job.worker(share, device, threads, send).run()
         except UserError as error:

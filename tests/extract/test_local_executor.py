@@ -1,16 +1,20 @@
 """Workers on this machine: none outlives its run, and a shard that fails does not stop the others."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fakes import FakeChoice, FakeVision
 
 from sail_align.extract.errors import UserError, WorkersFailedError
+from sail_align.extract.executor import local
 from sail_align.extract.executor.job import Job
 from sail_align.extract.executor.local import LocalExecutor
 from sail_align.extract.executor.run import run_job
@@ -71,6 +75,41 @@ def test_stop_between_two_worker_starts_leaves_no_worker(pictures, monkeypatch):
     with pytest.raises(StoppedError):
         LocalExecutor(["cpu"] * 3).execute(job, Share(), Tally(600, "s", quiet=True))
     assert started[0].exitcode == -signal.SIGTERM
+
+
+class InThisProcess:
+    """A process that runs in this one when it is started."""
+
+    pid, exitcode = None, 0
+
+    def __init__(self, target, args):
+        self.start = lambda: target(*args)
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "limits"),
+    [
+        (5, "cuda", {"cuda:0": 0.3, "cuda:1": 0.45}),
+        (3, "cuda:1", {"cuda:1": 0.3}),
+        (2, "cuda", {}),
+        (2, "cpu", {}),
+    ],
+)
+def test_workers_that_share_a_gpu_divide_its_memory(monkeypatch, workers, device, limits):
+    found, used = {}, []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: found.update({str(device): share})
+    )
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=InThisProcess)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _kind: context)
+    monkeypatch.setattr(local.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _threads: None)
+    job = SimpleNamespace(worker=lambda share, device, *_: SimpleNamespace(run=lambda: used.append(device)))
+    executor = LocalExecutor.choose(str(workers), device)
+    executor._start(job, Share())
+    assert used == executor.devices
+    assert found == pytest.approx(limits)
 
 
 @pytest.mark.slow
