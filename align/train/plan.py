@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from sail_align.align.data.captions import CaptionPolicy, parse_captions
 from sail_align.align.data.pairs import (
     Exclusions,
@@ -25,6 +27,7 @@ from sail_align.align.model.heads import HeadKind
 from sail_align.align.model.loss import LogSumExp, Loss, infonce_loss, sigmoid_loss
 from sail_align.align.runs.folder import run_digest
 from sail_align.align.settings import CLOSED_FORMS, FitOptions, FitSettings, check_options, choose_settings
+from sail_align.align.train.cost import describe_cost, step_flops
 from sail_align.extract.errors import UserError
 
 MIN_ROWS = 2
@@ -43,6 +46,8 @@ class Plan:
     settings: FitSettings
     exclusions: Exclusions
     policy: CaptionPolicy
+    budget: float | None = None
+    """Seconds for which the number of steps was chosen."""
 
     @property
     def training_rows(self) -> int:
@@ -84,6 +89,12 @@ class Plan:
             return partial(infonce_loss, weights=weights, across=across)
         return partial(sigmoid_loss, divisor=self.settings.divisor, weights=weights)
 
+    def cost(self) -> str:
+        """Return the operations of all steps in words."""
+        with torch.device("meta"):
+            model = self.architecture.build()
+        return describe_cost(self.settings.steps, step_flops(model, self.settings, self.policy.positives))
+
     def describe(self) -> str:
         """Return a one-line summary."""
         chosen = self.settings
@@ -109,6 +120,7 @@ class Plan:
             del settings["order"]  # as in records of earlier versions
         return {
             **settings,
+            **({"budget": self.budget} if self.budget else {}),
             "captions": list(self.policy.weights),
             "caption_weights": list(self.policy.weights.values()),
             "image_encoder": self.pairs[0].image.identity.spec.fingerprint,

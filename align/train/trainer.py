@@ -2,17 +2,19 @@
 
 import math
 import signal
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sail_align.align.data.loader import BUFFER_ROWS, Batch, Source, Stream
 from sail_align.align.data.pairs import not_finite, read_rows
 from sail_align.align.data.sampler import ALL_ROWS, StreamState
 from sail_align.align.model.alignment import AlignmentModel
-from sail_align.align.model.loss import Loss
+from sail_align.align.model.loss import Loss, LossValue
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.runs.claim import hold_run
 from sail_align.align.runs.folder import differences, run_digest
@@ -25,10 +27,14 @@ from sail_align.align.train.initial import build_model
 from sail_align.align.train.placement import place_features
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
+from sail_align.align.train.transfer import Transfer
 from sail_align.align.train.writer import SAVE_SECONDS, RunWriter, close_finished
 from sail_align.extract.encoders.runtime import tf32_products
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.signals import StoppedError, defer_signals
+
+LOGGED = ("loss", "t", "b", *LossValue._fields[1:])
+"""Numbers of a step in the log, besides the learning rate."""
 
 SCORINGS = 20
 """Number of times that a run is scored."""
@@ -79,7 +85,7 @@ def fit(
         saved, digest = world.first(open_run)
         if saved and saved.finished:
             return dict(saved.record["scores"])
-        training = _Training(plan, device, world)
+        training = Training(plan, device, world)
         stack.enter_context(training.stream)
         world.every(lambda: training.build(saved, digest, quiet=quiet))
         world.broadcast(*(parameter.data for parameter in training.model.parameters()))
@@ -106,7 +112,7 @@ def fit(
         return training.run(saved)
 
 
-class _Training:
+class Training:
     """The training of a run in one process. Only the leader has a writer."""
 
     model: AlignmentModel
@@ -129,6 +135,10 @@ class _Training:
             pin=device.type == "cuda",
         )
         self.source: Source = self.stream
+        self.behind = int(device.type == "cuda")
+        """Steps whose numbers are not waited for, so that a GPU always has work."""
+        self.unlogged: deque[tuple[int, Transfer]] = deque()
+        self.batch: Batch | None = None
 
     def build(self, saved: Checkpoint | None, digest: str, *, quiet: bool) -> None:
         """Build the initial model in the leader, or restore a saved one.
@@ -177,18 +187,22 @@ class _Training:
                 self.train(step, batch)
                 if step % interval == 0 or step == steps:
                     self.score(step)
-                mine = (writer.collapse, writer.out_of_patience) if writer else (None, False)
+                mine = (writer.collapse, writer.out_of_patience, writer.save_is_due) if writer else (None, False, False)
                 seen = self.world.collect((*mine, stopped() is not None))
-                (collapse, ended, _), stop = seen[0], any(asked for *_, asked in seen)
+                (collapse, ended, due, _), stop = seen[0], any(asked for *_, asked in seen)
                 done = step
                 if step == steps or ended:
                     break
-                if writer and (writer.save_is_due or collapse or stop):
-                    writer.save(step, state, self.model, self.stepper.optimizer)
+                if due or collapse or stop:
+                    self.log()
+                    if writer:
+                        writer.save(step, state, self.model, self.stepper.optimizer)
                 if collapse:
                     raise UserError(collapse)
                 if stop:
                     raise stopped() or StoppedError(signal.SIGTERM)
+            self.log()
+            collapse = self.world.collect(writer.collapse if writer else None)[0]
             if writer:
                 self.scores = writer.save(done, state, self.model, None)
             if collapse:
@@ -196,33 +210,51 @@ class _Training:
         return self.scores
 
     def train(self, step: int, batch: Batch) -> None:
-        """Take step 1, 2, … and log it.
+        """Take step 1, 2, … and log it or, on a GPU, the one before: this step's numbers do not exist yet.
 
         Raises:
             UserError: The loss is not finite.
         """
         settings = self.plan.settings
         seed_torch(settings.seed, step - 1)
-        rate = settings.learning_rate(step - 1)
-        loss = self.stepper.step(batch, rate)._asdict()
+        total, *health = self.stepper.step(batch, settings.learning_rate(step - 1))
         t, b = self.model.log_scale.detach().exp(), self.model.bias.detach()
-        total = loss.pop("total")
-        logged = {"loss": total, "t": t, "b": b, **loss}
-        numbers = torch.stack(list(logged.values())).tolist()  # one transfer from a GPU
-        values = dict(zip(logged, numbers, strict=True))
-        if not math.isfinite(values["loss"]):
-            if not all(self.world.collect(all(bool(part.isfinite().all()) for part in batch))):
-                raise not_finite([pairs.store for pairs in self.plan.pairs])
-            raise UserError(f"The loss is {values['loss']} after {step} steps. Lower --lr (now {settings.lr:g}).")
-        if self.writer:
-            self.writer.log_step(step, {"lr": rate, **values})
+        # When a GPU's numbers arrive, the batch is gone. The sum of its features is NaN or infinite if one of them is.
+        sums = _sums(batch) if self.behind else []
+        self.batch = None if sums else batch
+        self.unlogged.append((step, Transfer.begin(torch.stack([total, t, b, *health, *sums]))))
+        self.log(self.behind)
+
+    def log(self, behind: int = 0) -> None:
+        """Log all steps but the last few.
+
+        Raises:
+            UserError: The loss is not finite.
+        """
+        settings = self.plan.settings
+        while len(self.unlogged) > behind:
+            step, transfer = self.unlogged.popleft()
+            numbers = transfer.wait()
+            values = dict(zip(LOGGED, numbers, strict=False))
+            if not math.isfinite(values["loss"]):
+                sums = list(map(float, _sums(self.batch))) if self.batch else numbers[len(LOGGED) :]
+                if not all(self.world.collect(all(map(math.isfinite, sums)))):
+                    raise not_finite([pairs.store for pairs in self.plan.pairs])
+                raise UserError(f"The loss is {values['loss']} after {step} steps. Lower --lr (now {settings.lr:g}).")
+            if self.writer:
+                self.writer.log_step(step, {"lr": settings.learning_rate(step - 1), **values})
 
     def score(self, step: int) -> None:
         """Score the model on held-out pairs in the leader, and log the scores."""
         if len(self.held_out.images):
+            self.log()
             self.scores = self.world.first(lambda: score(self.model, self.plan.loss(), self.held_out, self.device))
             if self.writer:
                 self.writer.log_scores(step, self.scores, self.model)
+
+
+def _sums(batch: Batch) -> list[Tensor]:
+    return [part.sum(dtype=torch.float32) for part in batch]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from sail_align.align.runs.folder import RunFolder, quality
 from sail_align.align.settings import OnCollapse
 from sail_align.align.train.bank import BankBuilder
 from sail_align.align.train.collapse import Watch
+from sail_align.align.train.cost import format_seconds
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.trackers import TRACKERS
 from sail_align.extract.errors import UserError
@@ -28,6 +29,11 @@ from sail_align.extract.system.progress import note, progress
 
 SAVE_SECONDS = 60.0
 """Time between saves: saving large heads takes longer than a small step."""
+
+RATED_STEPS = 10
+"""Steps after the first, which compiles and waits for the disk, whose rate is printed if a run takes some time."""
+
+SOME_SECONDS = 30.0
 
 WINDOW_SECONDS = 2.0
 """Shortest time over which rates are measured."""
@@ -142,13 +148,14 @@ class RunWriter:
             self._bar = progress(plan.settings.steps, "fit", unit="step", done=done or 0, quiet=hidden)
             opened.enter_context(self._bar)
             self.close = opened.pop_all().close
-        self._steps = 0
+        self._steps, self._done, self._hidden = 0, done or 0, hidden
         self._saved, self._pace, self._measured = time.monotonic(), "", self._counters()
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Log a training step."""
         self._write("train", step, values)
         self._measure_pace()
+        self._estimate_time()
         _, scores = self._scored
         r1 = f"R@1 {scores['r1']:.1f}" if scores else ""
         words = (f"loss {values['loss']:.4g}", r1, self._pace)
@@ -243,6 +250,16 @@ class RunWriter:
                 f"{steps * self._settings.batch_size / seconds:,.0f} pairs/s, {read / seconds / 1e9:.2g} GB/s read, "
                 f"{waited / seconds:.0%} waiting for data, {self._peak_bytes() / 1e9:.1f} GB"
             )
+
+    def _estimate_time(self) -> None:
+        """Print how long the run will take at the rate of its first steps."""
+        if self._steps == 1:
+            self._rated = time.monotonic()
+        elif self._steps == 1 + RATED_STEPS and not self._hidden:
+            seconds = (time.monotonic() - self._rated) / RATED_STEPS
+            total = seconds * (self._settings.steps - self._done)
+            if total >= SOME_SECONDS:
+                note(f"At the rate of the first ten steps ({seconds:.2g} s each): {format_seconds(total)}")
 
     def _counters(self) -> tuple[float, float, float, float]:
         return time.monotonic(), self._steps, self._stream.bytes_read, self._stream.wait_seconds

@@ -85,7 +85,7 @@ def test_ladder_trains_each_rung_with_each_seed_and_scores_unseen_pairs(make_sto
 def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, monkeypatch):
     path = make_store("photos")
     words = ["ladder", "--features", path, "--out", tmp_path / "ladder", "--seeds", 1, *QUICK]
-    train, calls = trainer._Training.run, []
+    train, calls = trainer.Training.run, []
 
     def interrupted(training, saved):
         calls.append(training.plan.settings)
@@ -93,7 +93,7 @@ def test_interrupted_ladder_resumes_and_repeats_no_run(make_store, tmp_path, mon
             raise KeyboardInterrupt
         return train(training, saved)
 
-    monkeypatch.setattr(trainer._Training, "run", interrupted)
+    monkeypatch.setattr(trainer.Training, "run", interrupted)
     assert typed(*words).exit_code != 0
     done = typed(*words)
     assert done.exit_code == 0, done.output

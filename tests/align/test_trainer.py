@@ -16,9 +16,11 @@ from sail_align.align.runs.checkpoint import Checkpoint, load_run
 from sail_align.align.runs.claim import claim_run
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.settings import FitSettings
+from sail_align.align.train import trainer, writer
 from sail_align.align.train.plan import make_plan
 from sail_align.align.train.step import Stepper
 from sail_align.align.train.trainer import fit
+from sail_align.align.train.transfer import Transfer
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.store import Store
 
@@ -348,8 +350,58 @@ def test_infinite_loss_stops_the_run(make_store, tmp_path, monkeypatch):
         fit(plan, run, device=CPU, quiet=True)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Read the numbers of a step after the next one has begun; return the order of steps and readings."""
+    events = []
+
+    def noted(word, original):
+        def call(*arguments):
+            events.append(word)
+            return original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(trainer.Training, "behind", property(lambda _: 1, lambda *_: None), raising=False)
+    monkeypatch.setattr(Stepper, "step", noted("step", Stepper.step))
+    monkeypatch.setattr(Transfer, "wait", noted("read", Transfer.wait))
+    return events
+
+
+def test_a_gpu_is_never_without_work_while_its_numbers_are_read(make_store, as_on_a_gpu, tmp_path):
+    plan, run = begin([make_store(rows=200)], tmp_path / "run", head="linear", expansion=None, steps=5, held_out=0)
+    fit(plan, run, device=CPU, quiet=True)
+    assert as_on_a_gpu == ["step", *("step", "read") * 4, "read"]
+    assert [entry["step"] for entry in lines(run, "train")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (1e9, False)])
+def test_time_at_the_rate_of_the_first_steps_is_printed_for_long_runs(
+    make_store, tmp_path, monkeypatch, capsys, seconds, shown
+):
+    monkeypatch.setattr(writer, "SOME_SECONDS", seconds)
+    plan, run = begin([make_store(rows=200)], tmp_path / "run", head="linear", expansion=None, steps=12, held_out=0)
+    fit(plan, run, device=CPU)
+    assert ("At the rate of the first ten steps (" in capsys.readouterr().err) == shown
+
+
 @pytest.mark.slow
-def test_nan_features_are_distinguished_from_a_high_learning_rate(make_store, poison, tmp_path):
+def test_late_numbers_change_neither_weights_nor_log(make_store, request, tmp_path):
+    path, found = make_store(), []
+    for name in ("at once", "late"):
+        plan, run = begin([path], tmp_path / name, steps=50)
+        fit(plan, run, device=CPU, quiet=True, save_seconds=0.0)
+        files = ("metrics.jsonl", "checkpoints/step-00000050/model.safetensors")
+        found.append([(run / file).read_bytes() for file in files])
+        request.getfixturevalue("as_on_a_gpu")
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
+def test_nan_features_are_distinguished_from_a_high_learning_rate(make_store, poison, tmp_path, request, late):
+    if late:
+        request.getfixturevalue("as_on_a_gpu")
     path = make_store()
     keys = make_plan([path], {})[0].held_out[0]
     poison(path, ~keys)
