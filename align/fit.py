@@ -4,11 +4,11 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from sail_align.align.data.captions import parse_captions
 from sail_align.align.runs.folder import RunFolder
@@ -20,6 +20,7 @@ from sail_align.align.settings import (
     Setting,
     check_options,
     choose_precision,
+    parse_budget,
 )
 from sail_align.align.stats.tables import number
 from sail_align.align.train.trackers import parse_trackers
@@ -189,6 +190,7 @@ def fit(
     exclude: PathLike | Sequence[PathLike] | None = None,
     out: PathLike | None = None,
     device: str = "auto",
+    budget: str | None = None,
     track: str | Sequence[str] | None = None,
     quiet: bool = False,
     **settings: Unpack[FitKeywords],
@@ -206,6 +208,8 @@ def fit(
         exclude: Files with keys to leave out, one per line, as `sail-extract overlap` writes them.
         out: Folder of the run. Default: runs/<store>-<head>, with -2, -3 … added if that has other settings.
         device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one.
+        budget: Time for training, as in "30m". It is divided by the measured time of a step, and at most the epochs of
+            the preset are trained.
         track: Also log to tensorboard, wandb or both.
         quiet: Print nothing, and show no progress bars.
         **settings: Any of the settings below. None stands for the default.
@@ -236,6 +240,7 @@ def fit(
         exclude=as_paths(exclude, "exclude") if exclude else (),
         out=None if out is None else one_path(out, "out"),
         device=device,
+        budget=budget,
         track=parse_trackers(track if track is None or isinstance(track, str) else ",".join(track)),
         quiet=quiet,
         say=say,
@@ -252,6 +257,7 @@ def fit_stores(
     exclude: Sequence[Path],
     out: Path | None,
     device: str,
+    budget: str | None,
     track: Sequence[str],
     quiet: bool,
     say: Callable[[str], object],
@@ -267,22 +273,25 @@ def fit_stores(
         exclude: Files of keys.
         out: Folder of the run, or None for the default.
         device: Device.
+        budget: Time for training, or None.
         track: Result of `parse_trackers`.
         quiet: Show no progress bars.
         say: Function that prints a note or what is being written.
     """
     options = check_options(settings)  # like all checks here, before the seconds that importing torch takes
+    seconds = None if budget is None else parse_budget(budget, options)
     parse_captions(captions)
     for store in features:
         require_store(store)
 
+    from sail_align.align.train.budget import within_budget
     from sail_align.align.train.distributed import joined
     from sail_align.align.train.plan import make_plan
     from sail_align.align.train.trainer import fit as train
 
     with joined(device) as (world, where):
 
-        def prepare() -> "_Prepared":
+        def prepare() -> tuple["Plan", tuple[str, ...]]:
             if options.get("head") not in CLOSED_FORMS:
                 options["precision"], why = choose_precision(options.get("precision", "auto"), where)
                 if why:
@@ -303,24 +312,27 @@ def fit_stores(
                 )
             for each in notes:
                 say(f"note: {each}")
-            return _Prepared(plan, *_claim_run(plan, out, features, world.size, say), tuple(notes))
+            return replace(plan, budget=seconds), tuple(notes)
 
-        plan, run, finished, notes = world.first(prepare)
+        plan, notes = world.first(prepare)
+        if seconds is not None:
+            path, cache = out or _default_path(plan, features), options.get("cache", "auto")
+            plan, why = within_budget(plan, path, numbered=out is None, cache=cache, device=where, world=world)
+            if world.leads:
+                say(f"note: {why}")
+        run, finished = world.first(lambda: _claim_run(plan, out, features, world.size, say))
         started = time.monotonic()
         chosen: dict[str, Any] = {name: options[name] for name in ("keep", "cache", "on_collapse") if name in options}
         chosen |= {"track": track, "quiet": quiet or not world.leads}
         how = partial(_how_to_resume, run) if world.leads else lambda: None
         with report_stop(how), report_write_errors(run, during_run=True):
             scores = train(plan, run, device=where, world=world, **chosen)
-        seconds = 0.0 if finished else time.monotonic() - started
-        return _result(plan, run, scores, world, notes=notes, seconds=seconds, trained=not finished)
+        took = 0.0 if finished else time.monotonic() - started
+        return _result(plan, run, scores, world, notes=notes, seconds=took, trained=not finished)
 
 
-class _Prepared(NamedTuple):
-    plan: "Plan"
-    run: Path
-    finished: bool
-    notes: tuple[str, ...]
+def _default_path(plan: "Plan", stores: Sequence[Path]) -> Path:
+    return RunFolder.default_path(stores, plan.settings.head)
 
 
 def _claim_run(
@@ -329,7 +341,7 @@ def _claim_run(
     """Choose the folder of a run and print it; return it, and whether the run is finished."""
     from sail_align.align.runs.claim import claim_run
 
-    claim = claim_run(out or RunFolder.default_path(stores, plan.settings.head), plan.record(), numbered=out is None)
+    claim = claim_run(out or _default_path(plan, stores), plan.record(), numbered=out is None)
     if claim.other:
         say(f"note: {claim.other} has other settings ({'; '.join(claim.differing)}); this is a new run.")
     if claim.finished:
@@ -337,6 +349,8 @@ def _claim_run(
     else:
         state = f"{'resuming' if claim.begun else 'writing'} {claim.path}"
     say(f"{state}: {plan.describe()}" + (f"; {processes} processes" if processes > 1 else ""))
+    if not claim.finished and plan.settings.steps:
+        say(plan.cost())
     return claim.path, claim.finished
 
 

@@ -5,6 +5,7 @@ declarations. To add a setting, add a field here and the code that uses it.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "tf32", "bfloat16"]
 OnCollapse = Literal["stop", "warn"]
 CacheChoice = Literal["auto", "device", "host", "none"]
+
+UNITS = {"s": 1, "m": 60, "h": 3_600}
 
 SMALL_ROWS, PAPER_ROWS = 10_000, 100_000
 """The default preset is `small` below the first number of pairs, `medium` below the second, and `paper` from there."""
@@ -161,7 +164,7 @@ class FitSettings:
         search=(3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
     )
     weight_decay: float = declare("Optimiser", "Weight decay of the weight matrices.", 1e-7, ge=0, le=10)
-    warmup: float = declare("Optimiser", "Fraction of the steps with a linear warm-up.", 0.0, ge=0, le=1)
+    warmup: float = declare("Optimiser", "Fraction of the steps with a linear warm-up.", 0.1, small=0.0, ge=0, le=1)
     batch_size: int = declare("Optimiser", "Pairs per step, over all processes.", 36_864, small=512, ge=2, le=1_000_000)
     steps: int = declare("Optimiser", "Optimiser steps, instead of --epochs.", ge=1, le=1_000_000_000)
     patience: int | None = declare("Run", _PATIENCE, None, ge=1, le=1_000, shown="never")
@@ -188,11 +191,11 @@ class FitSettings:
 class FitOptions(FitSettings):
     """Settings, and options that are not recorded with a run: they choose settings, or do not affect the weights."""
 
-    # The paper reports its training time, not its epochs: 50 epochs of its millions of pairs take that time.
+    # The paper reports its training time only. 100 epochs and the warm-up are those of its authors' script.
     epochs: float = declare(
         "Optimiser",
         "Passes over the pairs.",
-        50,
+        100,
         small=25,
         ge=0.01,
         le=1_000_000,
@@ -321,6 +324,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def parse_time(text: str) -> float:
+    """Return the seconds of a time such as 90s, 10m or 1.5h.
+
+    Raises:
+        UserError: The text is not a time above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--budget is invalid: got {text[:100]!r}, expected a time such as 90s, 10m or 2h.")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def parse_budget(text: str, options: Mapping[str, Any]) -> float:
+    """Return the seconds of `--budget`, beside options that were given.
+
+    Raises:
+        UserError: The text is not a time, or an option leaves the budget without effect.
+    """
+    others = [f"--{name}" for name in ("steps", "epochs") if name in options]
+    others += [f"--head {each}" for each in CLOSED_FORMS if options.get("head") == each]
+    if others:
+        raise UserError(f"--budget has no effect with {others[0]}. Leave one of them out.")
+    return parse_time(text)
+
+
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given (not None), as valid values.
 
@@ -399,7 +427,7 @@ def choose_settings(
             )
     chosen["batch_size"] = min(settings.batch_size, rows)
     if settings.head in CLOSED_FORMS:
-        return FitSettings(**{**chosen, "steps": 0}), notes
+        return FitSettings(**{**chosen, "steps": 0, "warmup": 0.0}), notes  # it has no schedule
     if settings.batch_size > rows:
         notes.append(f"Reduced the batch size from {settings.batch_size:,} to all {rows:,} pairs.")
     chosen.setdefault("steps", max(1, round(epochs * rows / chosen["batch_size"])))

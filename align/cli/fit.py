@@ -16,6 +16,7 @@ _CAPTIONS = """Captions to train on together, with optional weights: raw,long:0.
 --positives, those in any]"""
 _EXCLUDE = "Keys to leave out, one per line, as `sail-extract overlap` writes them. Can be repeated."
 _OUT = "Folder of the run.  [default: runs/<store>-<head>, with -2, -3 … added if that has other settings]"
+_BUDGET = "Time for training, as in 90s, 30m or 2h: as many steps as fit, at most the epochs of the preset."
 _TRACK = "Also log to tensorboard, wandb or both (separated by a comma); each needs its extra: 'sail-align[wandb]'."
 
 
@@ -29,6 +30,7 @@ def fit(
     exclude: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_EXCLUDE, rich_help_panel="Data")] = None,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help=_OUT, rich_help_panel="Run")] = None,
     device: Device = "auto",
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help=_BUDGET, rich_help_panel="Optimiser")] = None,
     track: Annotated[str | None, typer.Option(help=_TRACK, rich_help_panel="Run")] = None,
     quiet: Quiet = False,
     **given: Any,
@@ -43,6 +45,7 @@ def fit(
         exclude=exclude or (),
         out=out,
         device=device,
+        budget=budget,
         track=parse_trackers(track),
         quiet=quiet,
         say=typer.echo,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from sail_align.align.cli.options import ImageEncoder, TextEncoder, with_settings
 from sail_align.align.runs.folder import RunFolder
-from sail_align.align.settings import COMPARED, check_options
+from sail_align.align.settings import COMPARED, check_options, parse_time
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import Device, Quiet, Result, with_json
 from sail_align.extract.system.files import as_path, report_write_errors, require_store, write_atomically
@@ -18,7 +17,6 @@ from sail_align.extract.system.signals import report_stop
 
 BUDGET = "10m"
 MOST = 1_000
-UNITS = {"s": 1, "m": 60, "h": 3_600}
 GIVEN = (
     *("head", "expansion", "dim", "image_dropout", "text_dropout", "image_power", "start", "ridge", "positives"),
     *("loss", "temperature", "bias", "optimizer", "lr", "weight_decay", "warmup", "batch_size", "steps", "epochs"),
@@ -91,15 +89,3 @@ def tune(
         write_atomically(folder / "tune.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
     typer.echo(f"\nwrote {folder / 'tune.json'}")
     return {"folder": str(folder), **record, "next": found.fit_command()}
-
-
-def parse_time(text: str) -> float:
-    """Return the seconds of a time such as 90s, 10m or 1.5h.
-
-    Raises:
-        UserError: The text is not a time above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"--budget is invalid: got {text[:100]!r}, expected a time such as 90s, 10m or 2h.")
-    return float(match[1]) * UNITS[match[2]]

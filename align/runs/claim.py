@@ -47,13 +47,7 @@ def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) ->
     with report_write_errors(path):
         if not _is_free(path) and not RunFolder(path).is_run:
             raise UserError(f"{path} exists and is not a run. Pass another --out.")
-        runs: list[Path] = []
-        free, number = path, 1
-        while not _is_free(free):
-            if RunFolder(free).is_run:
-                runs.append(free)
-            number += 1
-            free = path.with_name(f"{path.name}-{number}")
+        runs, free = _runs_at(path)
         digest = run_digest(settings)
         finished: list[Path] = []
         others: list[tuple[Path, tuple[str, ...]]] = []
@@ -71,6 +65,35 @@ def claim_run(path: Path, settings: dict[str, Any], *, numbered: bool = True) ->
             raise UserError(f"{path} is a run with other settings ({'; '.join(others[0][1])}). Pass another --out.")
         write_atomically(free / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode())
         return Claim(free, False, False, *(others[0] if others else ()))
+
+
+def find_run(path: Path, settings: dict[str, Any], *, but: str, numbered: bool = True) -> Any:
+    """Return one setting of the newest run that has these settings but for this one; None if there is none.
+
+    Args:
+        path: Folder of the run, as for `claim_run`.
+        settings: Result of `Plan.record`.
+        but: Name of the setting.
+        numbered: As for `claim_run`.
+    """
+    runs, _ = _runs_at(path.resolve() if path.name in ("", "..") else path)
+    for run in reversed(runs if numbered else runs[:1]):
+        there = RunFolder(run).settings()
+        if run_digest({**there, but: settings[but]}) == run_digest(settings):
+            return there.get(but)
+    return None
+
+
+def _runs_at(path: Path) -> tuple[list[Path], Path]:
+    """Return the runs at `path`, `path-2`, `path-3`, …, and the first of these names that is free."""
+    runs: list[Path] = []
+    free, number = path, 1
+    while not _is_free(free):
+        if RunFolder(free).is_run:
+            runs.append(free)
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return runs, free
 
 
 def _is_free(path: Path) -> bool:

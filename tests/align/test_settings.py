@@ -34,12 +34,30 @@ def test_defaults_are_the_papers():
         optimizer="lion",
         lr=1e-5,
         weight_decay=1e-7,
-        warmup=0.0,
+        warmup=0.1,
         batch_size=36_864,
-        steps=round(50 * 5_000_000 / 36_864),
+        steps=round(100 * 5_000_000 / 36_864),
         seed=0,
     )
     assert notes == ["Using --preset paper for 5,000,000 pairs; pass --preset small for the other defaults."]
+
+
+def test_preset_paper_trains_as_long_as_the_released_schedule():
+    """Lion moves each weight by the rate, so the sum of the rates is how far training can go."""
+
+    def reach(settings):
+        return sum(settings.learning_rate(step) for step in range(settings.steps))
+
+    released = FitSettings(steps=6_700, warmup=0.1)  # 100 epochs of CC3M at a batch of 32,768
+    assert reach(released) == pytest.approx(0.0335, rel=0.01)
+    ours, _ = choose(rows=2_200_000)
+    assert reach(ours) == pytest.approx(reach(released), rel=0.15)  # a batch of 36,864 has fewer steps
+
+
+def test_runs_of_the_former_preset_resume_with_its_values():
+    settings, _ = choose(epochs=50, warmup=0)
+    assert settings == FitSettings(warmup=0.0, steps=round(50 * 5_000_000 / 36_864))
+    assert choose(head="cca")[0].warmup == choose(rows=2_000)[0].warmup == 0
 
 
 def test_few_pairs_get_the_small_preset_and_a_note():
@@ -82,7 +100,7 @@ def test_paper_settings_on_few_pairs_warn_of_an_untrained_run():
     assert settings.batch_size == 2_000
     assert notes[0] == "Reduced the batch size from 36,864 to all 2,000 pairs."
     assert notes[1] == (
-        "50 steps at a learning rate of 1e-05 change no weight by more than 0.0003. The run will hardly learn; raise "
+        "100 steps at a learning rate of 1e-05 change no weight by more than 0.0005. The run will hardly learn; raise "
         "--lr or --steps."
     )
 
