@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CUDA = torch.device("cuda:0")
 GB = 10**9
 
+ENGINE = torch.autograd.backward, torch.autograd.grad
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default: 0, aten.copy_.default: 1}
 """Operations that copy, and which of their arguments they copy from."""
@@ -122,18 +123,24 @@ def fake_cuda(free: int = 80 * GB) -> Iterator[FakeCard]:
             torch._C._set_only_lift_cpu_tensors(lifted)
 
 
-def backward(roots: Any, gradients: Any) -> None:
+def backward(roots: Any, gradients: Any = None, *_: Any, **options: Any) -> None:
     """Replace `torch.autograd.backward`."""
     roots, gradients = (
         each if isinstance(each, Sequence) and not isinstance(each, GradientEdge) else [each]
         for each in (roots, gradients)
     )
+    if not any(isinstance(each, FakeTensor) for each in (*roots, *gradients)):
+        ENGINE[0](roots, None if gradients == [None] else gradients, *_, **options)
+        return
     edges = [each if isinstance(each, GradientEdge) else get_gradient_edge(each) for each in roots]
+    gradients = [torch.ones_like(root) if each is None else each for root, each in zip(roots, gradients, strict=True)]
     _run([(edge.node, edge.output_nr, gradient) for edge, gradient in zip(edges, gradients, strict=True)], {})
 
 
-def grad(output: Tensor, inputs: Sequence[Tensor], *, materialize_grads: bool = False) -> list[Tensor]:
+def grad(output: Any, inputs: Sequence[Tensor], *_: Any, materialize_grads: bool = False, **options: Any) -> Any:
     """Replace `torch.autograd.grad`."""
+    if not isinstance(output, FakeTensor):
+        return ENGINE[1](output, inputs, *_, materialize_grads=materialize_grads, **options)
     edges = [get_gradient_edge(each) for each in inputs]
     wanted = {(edge.node, edge.output_nr): None for edge in edges}
     root = get_gradient_edge(output)

@@ -1,0 +1,1 @@
+"""`sail-align selftest`: checks and measurements of a machine."""
