@@ -3,10 +3,14 @@
 Building is compared with a plain pyarrow write of the same rows, and the join with one query in DuckDB if that is
 installed. The samples are synthetic: keys, image locations, URLs and captions of 80 characters. Every step runs in its
 own process, so that peak memories are separate. `--rows 12900000` is the size of CC12M; the default is quick.
+
+`--many 400000000` also opens a store of so many rows. Its files are hard links of those of one shard, so that it needs
+little disk.
 """
 
 import argparse
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -21,7 +25,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from sail_align import open_store
+from sail_align.align.data.pairs import Pairs
 from sail_align.extract.data import CaptionTables, Part, Sample
+from sail_align.extract.encoders.identity import EncoderSpec, Identity
+from sail_align.extract.executor.encode import ArrayTask
+from sail_align.extract.executor.worker import Share, Worker
+from sail_align.extract.store.hierarchy import write_root
 from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, Index
 from sail_align.extract.store.recaptions import RecaptionReport, join_captions
 from sail_align.extract.store.store import Store
@@ -34,11 +44,14 @@ def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rows", type=int, default=200_000)
+    options.add_argument("--many", type=int, default=10_000_000, help="rows of a store of hard links; 0: none")
     options.add_argument("--folder", help="where to write; by default a temporary folder")
     asked = options.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder, rows = Path(name), asked.rows
         imports = in_a_process(time.time)[2]
+        if asked.many:
+            report_many(folder / "many", asked.many)
         print(f"{rows:,} rows; a process that only imports the package: {imports:.2f} GB", flush=True)
         plain = shown("plain pyarrow write", rows, partial(write_plainly, folder, rows))
         built = shown("build the index", rows, partial(build, folder / "index.zarr", rows))
@@ -54,6 +67,21 @@ def main() -> None:
             print(f"join / join in DuckDB = {joined / duckdb:.2f}", flush=True)
         print(f"join / build = {joined / built:.2f}, {gigabytes:.1f} GB of captions", flush=True)
         print("\n".join(RecaptionReport.read(folder / "index.zarr" / "index").lines()))  # type: ignore[union-attr]
+
+
+def report_many(folder: Path, rows: int) -> None:
+    """Make a store of hard links and measure what opens it."""
+    seconds, size, _ = in_a_process(partial(link_store, folder, rows))
+    print(f"{rows:,} rows of hard links: made in {seconds:.0f} s, {size / 1e9:.2f} GB of disk", flush=True)
+    path = folder / "many.zarr"
+    for what, work in {
+        "open, read a shard": partial(read_last, path),
+        "a row by number": partial(read_row, path),
+        "a worker's start": partial(start_worker, path),
+        "status": partial(status, path),
+        "open as fit does": partial(open_pairs, path),
+    }.items():
+        shown(what, rows, work)
 
 
 def shown(what: str, rows: int, work: Callable[[], object]) -> float:
@@ -124,6 +152,78 @@ def read(path: Path) -> None:
     """Open a store and read one shard's samples."""
     store = Store.open(path)
     store.samples(0, min(store.shard_rows, store.rows))
+
+
+def link_store(folder: Path, rows: int) -> int:
+    """Make a complete store of one shard, and one of many shards whose files are hard links of it.
+
+    Returns the bytes on disk.
+    """
+    part = Part("0", partial(samples_of, 0, FILE_ROWS))
+    one = Store.create(
+        folder / "one.zarr",
+        dataset="bench",
+        manifest={},
+        parts=[part],
+        captions=["raw"],
+        shard_rows=FILE_ROWS,
+        quiet=True,
+    )
+    path, files = folder / "many.zarr", -(-rows // FILE_ROWS)
+    (path / "index").mkdir(parents=True)
+    attributes = {**one.attributes, "rows": files * FILE_ROWS, "index_sha256": one.index_files.digests * files}
+    write_root(path, attributes, {})
+    for number in range(files):
+        os.link(one.index_files.file(0), path / "index" / f"part-{number:05d}.parquet")
+    many = Store.open(path)
+    noise = np.random.default_rng(0).standard_normal((FILE_ROWS, 8)).astype(np.float16)
+    for modality, caption in (("image", ""), ("text", "raw")):
+        spec = EncoderSpec(f"noise-{modality}", modality, {}, "", {}, "none", "float32", 8)  # type: ignore[arg-type]
+        array = many.add(Identity(spec, [1.0], {}), caption)
+        array.write(0, noise, np.zeros(FILE_ROWS, np.uint8))
+        content = {name: array.markers[0][name] for name in ("counts", "sha256", "crc32c")}
+        for shard in array.shards[1:]:
+            for stored in array._arrays.values():
+                file = stored.shard_file(shard)
+                file.parent.mkdir(exist_ok=True)
+                os.link(stored.shard_file(0), file)
+            array._commits.write(shard, array.span(shard), content)
+    return sum(file.stat().st_size // file.stat().st_nlink for file in folder.rglob("*") if file.is_file())
+
+
+def read_last(path: Path) -> None:
+    """Open a store and read the samples and the features of its last shard."""
+    store = Store.open(path)
+    array = store.image()
+    start, stop = array.span(array.shards[-1])
+    store.samples(start, stop)
+    array.read(start, stop)
+
+
+def read_row(path: Path) -> None:
+    """Read one row with its features, as a notebook does."""
+    _ = open_store(path)[-1]
+
+
+def start_worker(path: Path) -> None:
+    """Look for the shards that are left, as a worker does when it starts."""
+    store = Store.open(path)
+    tasks = [ArrayTask((array,), lambda rows, advance: []) for array in store.arrays()]
+    if Worker(store, tasks, lambda event: None, Share()).pending():
+        raise ValueError("shards are left")
+
+
+def status(path: Path) -> None:
+    """Count the rows by status and compute the store's digest."""
+    Store.open(path).to_dict()
+
+
+def open_pairs(path: Path) -> None:
+    """Open the pairs and find the usable rows, as a fit does."""
+    pairs = Pairs.open(path, ["raw"])
+    pairs.require_complete()
+    pairs.usable()
+    _ = pairs.store.digest_of(pairs.arrays)
 
 
 def join(path: Path, table: Path) -> None:
