@@ -168,3 +168,24 @@ def test_a_batch_that_is_used_too_early_or_reused_too_late_is_found(stream, monk
         early = card.streams.pin(torch.zeros(3)).to(CUDA, non_blocking=True)
     with pytest.raises(RaceError, match="wait for the copy"):
         early + 1
+
+
+def test_the_program_never_waits_for_the_numbers_of_a_step(make_store, tmp_path):
+    options = {
+        "preset": "small",
+        "head": "linear",
+        "batch_size": 50,
+        "dim": 8,
+        "start": "random",
+        "precision": "bfloat16",
+    }
+    options |= {"held_out": 0, "bank": 0}
+    path, waits = make_store(rows=260), []
+    for count in (3, 9):
+        plan, _ = make_plan([path], {**options, "steps": count})
+        run = claim_run(tmp_path / f"{count}", plan.record()).path
+        with fake_cuda() as card:
+            fit(plan, run, device=CUDA, quiet=True)
+        waits.append(len(card.transfers))
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == count
+    assert waits[0] == waits[1]  # those of the last save
