@@ -55,7 +55,7 @@ class Cache(Source):
     @staticmethod
     def bytes_of(stream: Stream) -> int:
         """Return the bytes that each process has to hold, at most."""
-        rows = split(stream.rows, len(stream.parts))[0].stop
+        rows = int(split(stream.rows, len(stream.parts))[0].stop)
         texts = max(len(pairs.texts) for pairs in stream.pairs)
         first = stream.pairs[0]
         return 2 * rows * (first.image.dim + texts * first.texts[0].dim)
@@ -126,6 +126,7 @@ class Cache(Source):
         stores_N = self._stores_of(numbers_N)
         texts_CN = numbers_N + captions_CN * self._rows[stores_N] + self._shift[stores_N]
         images_N = numbers_N - self._own[0]
+        gather: Callable[[], Batch]
         if buffer is None:
             gather = partial(self._gather, *map(self._pinned, (images_N, texts_CN)))
         else:
