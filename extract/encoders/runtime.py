@@ -119,8 +119,9 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
-        return PRECISIONS[self.precision]
+        """The dtype of weights and activations. A program may have cast an encoder to float64."""
+        dtype: torch.dtype = PRECISIONS.get(self.precision) or getattr(torch, self.precision)
+        return dtype
 
     def explain(self) -> str:
         """Return what the precision costs or saves on a GPU, as a note to the user; "" if there is nothing to say."""

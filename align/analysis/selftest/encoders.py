@@ -33,7 +33,7 @@ PAPER = ("dinov2-large", "gte-large")
 IMAGES = 4
 TEXTS = ["a dog", "the red cat sleeps on the green bench and a dog runs on the grass", "two people", "a"]
 WORDS = ["[PAD]", "[UNK]", *dict.fromkeys(" ".join(TEXTS).split())]
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 def checks() -> Iterator[Check]:
@@ -58,7 +58,7 @@ def known(name: str, lab: Lab) -> Config:
     Raises:
         SkippedError: They are not.
     """
-    entry: Any = (VISION | TEXT)[name]  # type: ignore[operator]
+    entry: Any = (VISION | TEXT)[name]
     if isinstance(entry.origin, Hub):
         from huggingface_hub import errors, snapshot_download
 
@@ -95,9 +95,10 @@ def tiny_text(lab: Lab) -> TextEncoderConfig:
         _save(transformers.GteModel(config), folder)
         tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = Whitespace()
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
-        ).save_pretrained(folder)
+        fast: Any = transformers.PreTrainedTokenizerFast
+        fast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512).save_pretrained(
+            folder
+        )
     return TextEncoderConfig(f"hf:{folder}", pooling="cls")
 
 

@@ -19,6 +19,7 @@ from sail_align.align.data.pairs import open_pairs
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.settings import FitSettings, Precision
+from sail_align.align.train.cost import step_flops
 from sail_align.align.train.step import Stepper, make_optimizer
 from sail_align.extract.encoders.runtime import tf32_products
 from sail_align.extract.errors import UserError
@@ -165,11 +166,6 @@ def _stream(rates: Rates, name: str) -> Rate:
     return rates.rate(name, size.batch * stream.row_bytes / seconds / 1e9, "GB/s", limit)
 
 
-def loss_flops(batch: int, dim: int, captions: int) -> int:
-    """Return the floating-point operations of the loss's products: similarities, and gradients of both sides."""
-    return captions * 6 * batch**2 * dim
-
-
 def _loss(precision: Precision, rates: Rates, name: str) -> Rate:
     size, device = rates.size, rates.lab.device
     image_BE = F.normalize(torch.randn(size.batch, size.dim, device=device), dim=-1).requires_grad_()
@@ -181,23 +177,19 @@ def _loss(precision: Precision, rates: Rates, name: str) -> Rate:
             total = sigmoid_loss(image_BE, text_CBE, log_scale, bias).total
         total.backward()  # type: ignore[no-untyped-call]
 
-    flops = loss_flops(size.batch, size.dim, 1)
+    flops = 3 * 2 * size.batch**2 * size.dim  # similarities, and the gradients of both sides
     return rates.rate(name, flops / rates.time(work) / 1e12, "TFLOP/s", f"products in {precision}")
 
 
 def _step(precision: Precision, rates: Rates, name: str) -> Rate:
     size, device = rates.size, rates.lab.device
     model = Architecture("glu", size.image_dim, size.text_dim, size.dim).build().to(device)
-    optimizer = make_optimizer(model, FitSettings(steps=1))
-    stepper = Stepper(model, sigmoid_loss, optimizer, device, in_parts=True, precision=precision)
+    settings = FitSettings(steps=1, batch_size=size.batch)
+    stepper = Stepper(model, sigmoid_loss, make_optimizer(model, settings), device, in_parts=True, precision=precision)
     shapes = (size.batch, size.image_dim), (CAPTIONS, size.batch, size.text_dim)
     batch = Batch(*(torch.randn(shape, device=device).half() for shape in shapes))
     seconds = rates.time(lambda: stepper.step(batch, 1e-5))
-    flops = loss_flops(size.batch, size.dim, CAPTIONS)
-    for head, rows in ((model.image_head, size.batch), (model.text_head, CAPTIONS * size.batch)):
-        weights = [each.numel() for each in head.parameters() if each.ndim == 2]
-        # Forward and the gradients of the weights, and the gradient of the hidden units.
-        flops += rows * (4 * sum(weights) + 2 * head.out.weight.numel())
+    flops = step_flops(model, settings, CAPTIONS)
     return rates.rate(name, flops / seconds / 1e12, "TFLOP/s", f"products in {precision}")
 
 
