@@ -48,6 +48,7 @@ class FitKeywords(TypedDict, total=False):
     text_dropout: float | None
     image_power: float | None
     patch_power: float | None
+    text_hidden: int | None
     start: Literal["random", "closed-form"] | None
     ridge: float | Literal["auto"] | None
     bank: int | None
@@ -56,6 +57,7 @@ class FitKeywords(TypedDict, total=False):
     divisor: Literal["pairs", "batch"] | None
     temperature: float | Literal["auto"] | None
     bias: float | Literal["auto"] | None
+    item_bias: Literal["none", "linear"] | None
     optimizer: Literal["lion", "adamw"] | None
     lr: float | None
     weight_decay: float | None

@@ -45,10 +45,17 @@ _HEAD = (
     "Kind of both heads. `cca` is linear and computed in closed form, without training; `pcca` adds its log-likelihood "
     "ratio as the corrected similarity."
 )
+_TEXT_HIDDEN = (
+    "Hidden units beside the linear map of texts, with linear and closed-form heads; the closed form fits both."
+)
 _RIDGE = "Regularisation of the closed form; `auto` cross-validates it."
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
 _BIAS = "Initial bias b; `auto` balances positives and negatives, and is the default with --temperature auto."
 _BANK = "Training pairs kept with the heads to correct retrieval for hubs; 0 keeps none."
+_ITEM_BIAS = (
+    "Biases of single images and texts in the sigmoid loss, which absorb hubs; `linear` in the features. They are "
+    "dropped after training."
+)
 _HELD_OUT = "Fraction of the pairs to score on: at least 100 pairs (a fifth, if there are few), at most 5,000."
 _PATCH_POWER = "The same exponent for the patches of an image, as in segmentation. Training does not use it."
 _PATIENCE = "Stop after this many scorings without better held-out scores; a run has 20 scorings."
@@ -122,6 +129,18 @@ class FitSettings:
         search=(0.3, 0.5, 0.7, 1.0),
     )
     patch_power: float | None = declare("Heads", _PATCH_POWER, None, ge=0.1, le=1, shown="--image-power", cca=True)
+    text_hidden: int = declare(
+        "Heads",
+        _TEXT_HIDDEN,
+        0,
+        small=1_536,
+        medium=0,
+        ge=0,
+        le=65_536,
+        unused_with=("--head glu", "--head mlp", "--start random"),
+        cca=True,
+        search=(0, 512, 1_536),
+    )
     start: Literal["random", "closed-form"] = declare(
         "Heads", "Initial weights; `closed-form` initialises a linear path with the CCA.", "random", small="closed-form"
     )
@@ -153,6 +172,9 @@ class FitSettings:
     )
     bias: float | Literal["auto"] = declare(
         "Loss", _BIAS, -10.0, small=-8.0, ge=-100, le=100, unused_with=("--loss infonce",)
+    )
+    item_bias: Literal["none", "linear"] = declare(
+        "Loss", _ITEM_BIAS, "none", unused_with=("--loss infonce",), search=("none", "linear")
     )
     optimizer: Literal["lion", "adamw"] = declare("Optimiser", "Kind of optimiser.", "lion")
     lr: float = declare(
@@ -409,6 +431,8 @@ def choose_settings(
     if chosen.get("temperature") == "auto":
         chosen["bias"] = options.get("bias", "auto")
     settings = FitSettings(**{"steps": 0, **chosen})
+    if settings.head in ("glu", "mlp") or not settings.closed_form:
+        chosen["text_hidden"] = 0
     if settings.loss == "infonce" and settings.bias == "auto":
         raise UserError("--temperature auto is for the sigmoid loss. Give a number with --loss infonce.")
     if "expansion" in options and settings.head == "linear":

@@ -15,6 +15,7 @@ import typer
 
 from sail_align.align.data.loader import Stream
 from sail_align.align.data.pairs import open_pairs
+from sail_align.align.model.closed_form import normed
 from sail_align.align.model.correction import Bank, Correction, Cosine, Gaussian
 from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import ranks
@@ -25,13 +26,13 @@ FIXED = 2.0
 
 
 def read(path: Path, power: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images (N, D) and texts (C, N, D) of the complete rows of a store, as float32."""
+    """Return the images (N, D) and texts (C, N, D) of the complete rows of a store, after power and LayerNorm."""
     pairs = open_pairs([path])
     rows = [each.usable() for each in pairs]
     with Stream(pairs, rows, batch_size=1, seed=0) as stream:
         blocks = [(block.images.float(), block.texts.float()) for block in stream.scan()]
     images, texts = torch.cat([images for images, _ in blocks]), torch.cat([texts for _, texts in blocks], dim=1)
-    return images.sign() * images.abs() ** power, texts
+    return normed(images.sign() * images.abs() ** power), normed(texts)
 
 
 def hits(correction: Correction, raw_NE: torch.Tensor, raw_CNE: torch.Tensor) -> np.ndarray:

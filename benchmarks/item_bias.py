@@ -1,8 +1,8 @@
 r"""Compare biases per item that the sigmoid loss learns with those of a bank, on held-out training pairs.
 
 The logit of a pair is t (x·y + u(x) + v(y)) + b. The kinds of u and v are in `KINDS`. Run r has split r, which holds
-out a fifth of the images, and seed r. All kinds of a run see the same batches. The recipe is preset `small` with linear
-heads and one random caption per image and step. Gains are paired; their intervals resample images.
+out a fifth of the images, and seed r. All kinds of a run see the same batches. The recipe is preset `small` with
+linear heads and one random caption per image and step. Gains are paired; their intervals resample images.
 
 Finished runs are reused; rerun the command to resume. Writes item_bias.md.
 
@@ -25,7 +25,7 @@ from peers import count_hits, hubness, read_data, split
 from torch import Tensor, nn
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
-from sail_align.align.model.closed_form import Moments
+from sail_align.align.model.closed_form import Moments, normed
 from sail_align.align.settings import PRESETS
 from sail_align.align.stats.bootstrap import bootstrap, interval, weighted_mean
 from sail_align.align.stats.tables import format_table
@@ -92,7 +92,7 @@ def start(data: Data, kind: str) -> Fit:
     dropout = {name: preset[name] for name in ("image_dropout", "text_dropout")}
     model = Architecture("linear", *dims, DIM, **dropout).build(scale=preset["temperature"], bias=preset["bias"])
     moments = Moments(*dims)
-    moments.add(data.image, data.text)
+    moments.add(normed(data.image), normed(data.text))
     *maps, correlations = moments.cca(DIM)
     for head, linear in zip((model.image_head, model.text_head), maps, strict=True):
         linear.copy_to(head)
@@ -208,7 +208,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=math.inf, help="begin no further fit after this time")
     asked = options.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    data, began = read_data(asked.store), time.monotonic()
+    data, began = read_data(asked.store).powered(0.5), time.monotonic()
     for run in range(asked.runs):
         held = torch.from_numpy(split(len(data.image), run))
         inner, outer = data.rows(~held), data.rows(held)

@@ -19,7 +19,7 @@ from lion_pytorch import Lion
 from torch import Tensor, nn
 
 from sail_align.align.model.alignment import AlignmentModel, Architecture
-from sail_align.align.model.closed_form import LinearMap, Moments
+from sail_align.align.model.closed_form import LinearMap, Moments, normed
 from sail_align.align.model.loss import Loss, infonce_loss, sigmoid_loss
 
 DIM = 256
@@ -87,7 +87,7 @@ class Recipe:
 def cca(data: Data, ridge: float, dim: int = DIM) -> tuple[LinearMap, LinearMap, Tensor]:
     """Return the maps and correlations of the regularised CCA."""
     moments = Moments(data.image.shape[1], data.text.shape[2])
-    moments.add(data.image, data.text)
+    moments.add(normed(data.image), normed(data.text))
     return moments.cca(min(dim, data.image.shape[1], data.text.shape[2]), ridge)
 
 
@@ -98,7 +98,7 @@ def fit_cca(data: Data, ridge: float, _seed: int, _watch: Watch) -> Embedder:
 
 
 def _unit_map(linear: LinearMap, features: Tensor) -> Tensor:
-    return F.normalize(linear(features), dim=-1).float()
+    return F.normalize(linear(normed(features)), dim=-1).float()
 
 
 def fit_csa(data: Data, size: float, _seed: int, _watch: Watch) -> Embedder:
@@ -109,7 +109,7 @@ def fit_csa(data: Data, size: float, _seed: int, _watch: Watch) -> Embedder:
     image_map, text_map, correlations_E = cca(data, RIDGE, int(size))
 
     def embed(linear: LinearMap, features: Tensor) -> Tensor:
-        variates = linear(features) / correlations_E  # the maps are weighted by the correlations
+        variates = linear(normed(features)) / correlations_E  # the maps are weighted by the correlations
         return (F.normalize(variates, dim=-1) * correlations_E.sqrt()).float()
 
     return Embedder(partial(embed, image_map), partial(embed, text_map))

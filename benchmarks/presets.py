@@ -24,12 +24,13 @@ from torch import Tensor
 
 from sail_align.align.data.loader import Batch
 from sail_align.align.data.pairs import open_pairs, read_rows
-from sail_align.align.model.alignment import AlignmentModel, Architecture
+from sail_align.align.model.alignment import AlignmentModel
 from sail_align.align.model.closed_form import Moments
 from sail_align.align.model.loss import sigmoid_loss
 from sail_align.align.settings import FitSettings, check_options, choose_settings
 from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import ranks
+from sail_align.align.train.plan import architecture_of
 from sail_align.align.train.ridge import FoldedMoments
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
 from sail_align.align.train.trainer import SCORINGS
@@ -45,8 +46,8 @@ class Rows:
 
     def __init__(self, images: Tensor, texts: Tensor):
         self.images, self.texts = images, texts
-        self._folded: dict[tuple[float, float], FoldedMoments] = {}
-        self._ridges: dict[tuple[float, float, int], float] = {}
+        self._folded: dict[tuple[float, ...], FoldedMoments] = {}
+        self._ridges: dict[tuple[float, ...], float] = {}
 
     def take(self, rows: NDArray[np.integer]) -> "Rows":
         """Return some of the rows."""
@@ -54,13 +55,13 @@ class Rows:
         return Rows(self.images[index], self.texts[:, index])
 
     def closed_form(self, model: AlignmentModel, settings: FitSettings) -> tuple[Moments, float]:
-        """Return the moments with the powers of a model, and the ridge of the settings; both are computed once."""
-        powers = (model.image_head.power, model.text_head.power)
-        if powers not in self._folded:
-            dims = self.images.shape[1], self.texts.shape[2]
-            self._folded[powers] = FoldedMoments(*dims, len(self.images))
-            self._folded[powers].add(model.image_head.apply_power(self.images), model.text_head.apply_power(self.texts))
-        folded, key = self._folded[powers], (*powers, settings.dim)
+        """Return the moments of the inputs of a model, and the ridge of the settings; both are computed once."""
+        form = (model.image_head.power, model.text_head.power, model.text_head.basis_dim, settings.seed)
+        if form not in self._folded:
+            dims = model.image_head.basis_dim, model.text_head.basis_dim
+            self._folded[form] = FoldedMoments(*dims, len(self.images))
+            self._folded[form].add(model.image_head.basis(self.images), model.text_head.basis(self.texts))
+        folded, key = self._folded[form], (*form, settings.dim)
         if settings.ridge == "auto" and key not in self._ridges:
             self._ridges[key] = folded.choose_ridge(settings.dim)
         return folded.total(), self._ridges[key] if settings.ridge == "auto" else settings.ridge
@@ -87,18 +88,7 @@ def train(
     Also return for each scoring its step, the scores on these others, and `test`, the mean R@1 on the rows to score on.
     """
     torch.manual_seed(settings.seed)
-    head = "linear" if settings.head == "cca" else settings.head
-    architecture = Architecture(
-        head,
-        rows.images.shape[1],
-        rows.texts.shape[2],
-        settings.dim,
-        settings.expansion,
-        settings.image_dropout,
-        settings.text_dropout,
-        linear_path=settings.start == "closed-form" and head != "linear",
-        image_power=settings.image_power,
-    )
+    architecture = architecture_of(settings, rows.images.shape[1], rows.texts.shape[2])
     model = architecture.build(scale=float(settings.temperature), bias=float(settings.bias))
     model.text_head.power = extra.get("text_power", 1.0)
     if settings.closed_form:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sail_align.align.data.pairs import Half, held_out_count, key_hashes, not_finite
-from sail_align.align.model.closed_form import Moments
+from sail_align.align.model.closed_form import Moments, normed
 from sail_align.align.settings import CLOSED_FORM_DIM
 from sail_align.align.stats.bootstrap import mean_interval
 from sail_align.align.stats.metrics import cka_by_row, mutual_knn, ranks, unit_rows
@@ -167,8 +167,8 @@ def _closed_form(
     moments = Moments(image_ND.shape[1], text_ND.shape[1])
     for start in range(0, len(fitted), 1_024):
         block = fitted[start : start + 1_024]
-        moments.add(torch.from_numpy(image_ND[block]), torch.from_numpy(text_ND[block])[None])
+        moments.add(normed(torch.from_numpy(image_ND[block])), normed(torch.from_numpy(text_ND[block]))[None])
     image_map, text_map, _ = moments.cca(min(CLOSED_FORM_DIM, image_ND.shape[1], text_ND.shape[1]))
-    x_TE = F.normalize(image_map(torch.from_numpy(image_ND[tested])))
-    y_TE = F.normalize(text_map(torch.from_numpy(text_ND[tested])))
+    x_TE = F.normalize(image_map(normed(torch.from_numpy(image_ND[tested]))))
+    y_TE = F.normalize(text_map(normed(torch.from_numpy(text_ND[tested]))))
     return x_TE.float().numpy(), y_TE.float().numpy()

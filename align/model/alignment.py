@@ -10,8 +10,15 @@ from pydantic import ConfigDict, Field, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from sail_align.align.model.correction import MOST_BANK_ROWS, Correction, CorrectionKind, make_correction
-from sail_align.align.model.heads import HEADS, Head, HeadKind
+from sail_align.align.model.correction import (
+    MOST_BANK_ROWS,
+    Correction,
+    CorrectionKind,
+    Side,
+    extended,
+    make_correction,
+)
+from sail_align.align.model.heads import HEADS, Head, HeadKind, WideHead
 from sail_align.extract.encoders.identity import MOST_DIM
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.validation import validated
@@ -78,8 +85,18 @@ class AlignmentModel(nn.Module):
         return self.correction
 
     def forward(self, image_BD: Tensor, text_CBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of images (B, E) and of their texts (C, B, E)."""
-        return self.encode_image(image_BD), self.encode_text(text_CBD)
+        """Return what the loss compares: vectors of images (B, E) and of their texts (C, B, E).
+
+        These are the embeddings, or with item biases [x, u, 1] (B, E + 2) and [y, 1, v] (C, B, E + 2).
+        """
+        return self._compared(image_BD, "image"), self._compared(text_CBD, "text")
+
+    def _compared(self, features_BD: Tensor, side: Side) -> Tensor:
+        head = self.image_head if side == "image" else self.text_head
+        out_BE = head.with_item_bias(features_BD.float())
+        if head.item_bias is None:
+            return F.normalize(out_BE, dim=-1)
+        return extended(F.normalize(out_BE[..., :-1], dim=-1), out_BE[..., -1], side)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -106,6 +123,8 @@ class _Form(TypedDict, total=False):
     patch_power: Power | None
     correction: CorrectionKind
     bank_rows: Annotated[int, Field(ge=0, le=MOST_BANK_ROWS)]
+    item_bias: bool
+    text_hidden: Annotated[int, Field(ge=0, le=MOST_DIM)]
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,8 @@ class Architecture:
     patch_power: float | None = None
     correction: CorrectionKind = "none"
     bank_rows: int = 0
+    item_bias: bool = False
+    text_hidden: int = 0
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Architecture":
@@ -138,10 +159,15 @@ class Architecture:
         """Return a new model with random weights, drawn from torch's global random state."""
         sides = ((self.image_dim, self.image_dropout), (self.text_dim, self.text_dropout))
         hidden = {} if self.head == "linear" else {"expansion": self.expansion}
-        heads = [HEADS[self.head](input_dim, self.dim, dropout, **hidden) for input_dim, dropout in sides]
+        heads: list[Head] = [HEADS[self.head](input_dim, self.dim, dropout, **hidden) for input_dim, dropout in sides]
+        if self.text_hidden:
+            heads[1] = WideHead(self.text_dim, self.dim, self.text_dropout, self.text_hidden)
         heads[0].power, heads[0].patch_power = self.image_power, self.patch_power
         if self.linear_path:
             for head in heads:
                 head.add_linear_path()
+        if self.item_bias:
+            for head in heads:
+                head.add_item_bias()
         correction = make_correction(self.correction, self.bank_rows, self.dim)
         return AlignmentModel(*heads, scale=scale, bias=bias, correction=correction)

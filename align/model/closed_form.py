@@ -20,7 +20,9 @@ ROUNDING = 1e-12
 
 
 class Moments:
-    """First and second moments of (image, caption) pairs after LayerNorm, accumulated in float64.
+    """First and second moments of (image, caption) pairs, accumulated in float64.
+
+    A pair has the inputs of the linear maps to be found: features after LayerNorm (`Head.basis`, `normed`).
 
     An image forms a pair with each of its captions. Memory is used for the covariance matrices only, for any number of
     pairs.
@@ -36,9 +38,8 @@ class Moments:
         self._cross_DD = zeros(image_dim, text_dim)
 
     def add(self, image_BD: Tensor, text_CBD: Tensor) -> None:
-        """Add pairs of image features (B, D_I) and text features (C, B, D_T) of any float type."""
-        image_BD = _layer_norm(image_BD)
-        text_CBD = _layer_norm(text_CBD)
+        """Add pairs of image inputs (B, D_I) and text inputs (C, B, D_T) of any float type."""
+        image_BD, text_CBD = image_BD.double(), text_CBD.double()
         text_mean_BD = text_CBD.mean(dim=0)
         text_ND = text_CBD.flatten(0, 1)
         self.rows += len(image_BD)
@@ -85,40 +86,57 @@ class Moments:
         # K = L_I⁻¹ C L_T⁻ᵀ: its singular vectors are the canonical directions in whitened space.
         half_K = torch.linalg.solve_triangular(image_L, cross_DD, upper=False)
         whitened_K = torch.linalg.solve_triangular(text_L, half_K.T, upper=False).T
-        left, correlations, right = torch.linalg.svd(whitened_K, full_matrices=False)
-        correlations_E = correlations[:dim]
+        left_DE, right_DE, correlations_E = _singular_vectors(whitened_K, dim)
 
-        def linear_map(directions_DE: Tensor, whitener: Tensor, mean_D: Tensor, covariance_DD: Tensor) -> LinearMap:
-            weight_DE = torch.linalg.solve_triangular(whitener.T, directions_DE, upper=True) * correlations_E
+        def linear_map(weighted_DE: Tensor, whitener: Tensor, mean_D: Tensor, covariance_DD: Tensor) -> LinearMap:
+            weight_DE = torch.linalg.solve_triangular(whitener.T, weighted_DE, upper=True)
             if unit_norm:
                 weight_DE = weight_DE / ((covariance_DD @ weight_DE) * weight_DE).sum().sqrt()
             return LinearMap(weight_DE.T, -(mean_D @ weight_DE))
 
-        image_map = linear_map(left[:, :dim], image_L, image_mean, image_DD)
-        text_map = linear_map(right[:dim].T, text_L, text_mean, text_DD)
+        image_map = linear_map(left_DE, image_L, image_mean, image_DD)
+        text_map = linear_map(right_DE, text_L, text_mean, text_DD)
         return image_map, text_map, correlations_E
 
 
 class LinearMap(NamedTuple):
-    """`weight x + bias` on features after LayerNorm: (E, D) and (E,), float64."""
+    """`weight x + bias` on inputs x, which are features after LayerNorm: (E, D) and (E,), float64."""
 
     weight: Tensor
     bias: Tensor
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Apply the map to features (N, D) of any float type; return (N, E) float64."""
-        return _layer_norm(features) @ self.weight.T + self.bias
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Apply the map to inputs (…, D) of any float type; return (…, E) float64."""
+        return inputs.double() @ self.weight.T + self.bias
 
     @torch.no_grad()
     def copy_to(self, head: Head) -> None:
-        """Make a new head compute this map: directly if it is linear, otherwise with a linear path."""
+        """Make a new head compute this map of its `basis`: directly if it is linear, otherwise with a linear path."""
         layer = head.out if isinstance(head, LinearHead) else (head.linear_path or head.add_linear_path())
-        layer.weight.copy_(self.weight)
+        weight_ED, hidden_EH = self.weight.tensor_split([layer.in_features], dim=1)
+        layer.weight.copy_(weight_ED)
         layer.bias.copy_(self.bias)
+        if hidden_EH.shape[1]:
+            head.out.weight.copy_(hidden_EH)
 
 
-def _layer_norm(features: Tensor) -> Tensor:
+def normed(features: Tensor) -> Tensor:
+    """Return features (…, D) of any float type after LayerNorm, in float64."""
     return F.layer_norm(features.double(), features.shape[-1:])
+
+
+def _singular_vectors(matrix_XY: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular vectors (X, E) and (Y, E) times their singular values, and these values (E,).
+
+    The eigenvectors of the smaller of K Kᵀ and Kᵀ K cost a third of a singular value decomposition. Singular values
+    below 1e-7 of the largest are inexact, and of no use to a map.
+    """
+    if matrix_XY.shape[0] > matrix_XY.shape[1]:
+        right_YE, left_XE, values_E = _singular_vectors(matrix_XY.T, dim)
+        return left_XE, right_YE, values_E
+    values, vectors = torch.linalg.eigh(matrix_XY @ matrix_XY.T)
+    values_E, left_XE = values.flip(0)[:dim].clamp(min=0).sqrt(), vectors.flip(1)[:, :dim]
+    return left_XE * values_E, matrix_XY.T @ left_XE, values_E
 
 
 def _whitener(covariance_DD: Tensor, ridge: float, side: str) -> Tensor:

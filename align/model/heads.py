@@ -38,10 +38,16 @@ class Head(nn.Module, ABC):
         self.norm = nn.LayerNorm(input_dim)
         self.dropout = nn.Dropout(dropout)
         self.linear_path: nn.Linear | None = None
+        self.item_bias: nn.Linear | None = None
 
     @abstractmethod
     def body(self, of_input: OfInput) -> Tensor:
         """Return the output (…, output_dim); `of_input` applies a layer to the normalised features."""
+
+    @property
+    def basis_dim(self) -> int:
+        """Number of inputs of a closed form."""
+        return int(self.norm.normalized_shape[0])
 
     @property
     def kept_units(self) -> int:
@@ -54,12 +60,18 @@ class Head(nn.Module, ABC):
         out_BE: Tensor = self(patches_BD, self.patch_power)
         return out_BE
 
-    def forward(self, features_BD: Tensor, power: float | None = None) -> Tensor:
+    def with_item_bias(self, features_BD: Tensor) -> Tensor:
+        """Map features (…, input_dim) to (…, output_dim + 1): the output of `forward`, then the item's bias."""
+        out_BE: Tensor = self(features_BD, item_bias=True)
+        return out_BE
+
+    def forward(self, features_BD: Tensor, power: float | None = None, *, item_bias: bool = False) -> Tensor:
         """Map features (…, input_dim) of any float type to (…, output_dim), not yet L2-normalised.
 
         Args:
             features_BD: The features.
             power: Exponent of `apply_power` instead of the head's own.
+            item_bias: Append the bias of each item: see `add_item_bias`.
         """
         power = self.power if power is None else power
         *leading, input_dim = features_BD.shape
@@ -78,6 +90,8 @@ class Head(nn.Module, ABC):
         out_BE = self.body(of_input)
         if self.linear_path is not None:
             out_BE = out_BE + of_input(self.linear_path)
+        if item_bias and self.item_bias is not None:
+            out_BE = torch.cat((out_BE, of_input(self.item_bias)), dim=-1)
         return out_BE.reshape(*leading, -1)
 
     def apply_power(self, features_BD: Tensor, power: float | None = None) -> Tensor:
@@ -89,6 +103,12 @@ class Head(nn.Module, ABC):
         power = self.power if power is None else power
         return features_BD if power == 1 else features_BD.sign() * features_BD.abs() ** power
 
+    @torch.no_grad()
+    def basis(self, features_BD: Tensor) -> Tensor:
+        """Return the inputs (…, X) of a new head's closed form in float64: its features after power and LayerNorm."""
+        features_BD = self.apply_power(features_BD.to(self.norm.weight.dtype))
+        return F.layer_norm(features_BD.double(), features_BD.shape[-1:])
+
     def add_linear_path(self) -> nn.Linear:
         """Add and return a linear map beside the body, whose initial output becomes zero.
 
@@ -98,6 +118,12 @@ class Head(nn.Module, ABC):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         return self.linear_path
+
+    def add_item_bias(self) -> None:
+        """Add a number for each item beside the output, linear in the normalised features and initially 0."""
+        self.item_bias = nn.utils.skip_init(nn.Linear, self.norm.normalized_shape[0], 1)  # draws no random numbers
+        nn.init.zeros_(self.item_bias.weight)
+        nn.init.zeros_(self.item_bias.bias)
 
 
 class LinearHead(Head):
@@ -114,15 +140,39 @@ class LinearHead(Head):
 class MLPHead(Head):
     """`W_out relu6(W_a x)`, with `expansion` × input_dim hidden units."""
 
-    def __init__(self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4):
+    def __init__(
+        self, input_dim: int, output_dim: int, dropout: float = 0.0, expansion: int = 4, hidden_units: int | None = None
+    ):
         super().__init__(input_dim, dropout)
-        self.hidden_units = expansion * input_dim
+        self.hidden_units = hidden_units or expansion * input_dim
         self.hidden = _linear(input_dim, self.hidden_units)
         self.out = _linear(self.hidden_units, output_dim)
 
     def body(self, of_input: OfInput) -> Tensor:  # noqa: D102
         out_BE: Tensor = self.out(self.dropout(F.relu6(of_input(self.hidden))))
         return out_BE
+
+
+class WideHead(MLPHead):
+    """`W x + W_out relu6(W_a x)`, of which a closed form finds W and W_out together, given a random W_a.
+
+    Hidden units with random weights are random features (Rahimi and Recht, 2007; arc-cosine kernels, Cho and Saul,
+    2009): the closed form becomes an approximate kernel CCA on this side.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, dropout: float, hidden_units: int):
+        super().__init__(input_dim, output_dim, dropout, hidden_units=hidden_units)
+        self.add_linear_path()
+
+    @property
+    def basis_dim(self) -> int:  # noqa: D102
+        return super().basis_dim + self.hidden_units
+
+    @torch.no_grad()
+    def basis(self, features_BD: Tensor) -> Tensor:
+        """Return the inputs (…, D + hidden_units) of a new head's closed form in float64, hidden units last."""
+        normed_BD = super().basis(features_BD)
+        return torch.cat((normed_BD, F.relu6(normed_BD @ self.hidden.weight.double().T)), dim=-1)
 
 
 class GLUHead(Head):

@@ -51,10 +51,11 @@ class BankBuilder:
 
         Nothing is added if the plan has no bank. There are no scores without a correction or without held-out pairs.
         """
-        architecture = self._plan.architecture
+        architecture = replace(self._plan.architecture, item_bias=False)  # these serve the training only
+        weights = {name: tensor for name, tensor in weights.items() if ".item_bias." not in name}
         with torch.device("meta"):
             model = architecture.build()
-        model.load_state_dict(dict(weights), assign=True)
+        model.load_state_dict(weights, assign=True)
         model = model.to(self._device).eval().requires_grad_(False)
         if self._plan.settings.bank:
             image_MD, text_MD = self._items

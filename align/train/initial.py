@@ -72,20 +72,20 @@ def balanced_bias(model: AlignmentModel, plan: Plan, device: torch.device) -> fl
     return (low + high) / 2
 
 
+@torch.no_grad()
 def _start_from_closed_form(
     model: AlignmentModel, plan: Plan, stream: Stream, device: torch.device, quiet: bool
 ) -> None:
-    architecture, settings = plan.architecture, plan.settings
+    settings = plan.settings
     gaussian = next((each for each in model.modules() if isinstance(each, Gaussian)), None)
-    dims = architecture.image_dim, architecture.text_dim
+    dims = model.image_head.basis_dim, model.text_head.basis_dim
     ridge = settings.ridge
     moments: Moments | FoldedMoments = (
         FoldedMoments(*dims, stream.rows, device) if ridge == "auto" else Moments(*dims, device)
     )
     with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
         for block in stream.scan():
-            images = model.image_head.apply_power(block.images.to(device).float())
-            moments.add(images, block.texts.to(device))
+            moments.add(model.image_head.basis(block.images.to(device)), model.text_head.basis(block.texts.to(device)))
             bar.update(len(block.images))
     if isinstance(moments, FoldedMoments):
         ridge = moments.choose_ridge(settings.dim, likelihood=gaussian is not None)

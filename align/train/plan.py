@@ -33,6 +33,25 @@ from sail_align.extract.errors import UserError
 MIN_ROWS = 2
 
 
+def architecture_of(settings: FitSettings, image_dim: int, text_dim: int) -> Architecture:
+    """Return the architecture that settings give for features of these dimensions."""
+    return Architecture(
+        head="linear" if settings.head in CLOSED_FORMS else cast(HeadKind, settings.head),
+        image_dim=image_dim,
+        text_dim=text_dim,
+        dim=settings.dim,
+        expansion=settings.expansion,
+        image_dropout=settings.image_dropout,
+        text_dropout=settings.text_dropout,
+        linear_path=settings.start == "closed-form" and settings.head in ("mlp", "glu"),
+        image_power=settings.image_power,
+        patch_power=settings.patch_power,
+        text_hidden=settings.text_hidden,
+        correction="gaussian" if settings.head == "pcca" else "none",
+        item_bias=settings.item_bias == "linear" and settings.loss == "sigmoid" and settings.head not in CLOSED_FORMS,
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """The data, the rows to train on and to hold out, and complete settings.
@@ -67,20 +86,7 @@ class Plan:
     @property
     def architecture(self) -> Architecture:
         """Architecture of the model."""
-        settings = self.settings
-        return Architecture(
-            head="linear" if settings.head in CLOSED_FORMS else cast(HeadKind, settings.head),
-            image_dim=self.pairs[0].image.dim,
-            text_dim=self.pairs[0].texts[0].dim,
-            dim=settings.dim,
-            expansion=settings.expansion,
-            image_dropout=settings.image_dropout,
-            text_dropout=settings.text_dropout,
-            linear_path=settings.start == "closed-form" and settings.head in ("mlp", "glu"),
-            image_power=settings.image_power,
-            patch_power=settings.patch_power,
-            correction="gaussian" if settings.head == "pcca" else "none",
-        )
+        return architecture_of(self.settings, self.pairs[0].image.dim, self.pairs[0].texts[0].dim)
 
     def loss(self, across: LogSumExp | None = None) -> Loss:
         """Return the loss; of a batch that is split across processes, `infonce_loss` needs `across`."""

@@ -31,8 +31,8 @@ class FoldedMoments:
     Memory is used for the covariance matrices of each fold and for at most `SAMPLE_ROWS` pairs.
 
     Args:
-        image_dim: Dimension of the image features.
-        text_dim: Dimension of the text features.
+        image_dim: Dimension of the image inputs.
+        text_dim: Dimension of the text inputs.
         rows: Number of pairs that will be added.
         device: Device of the moments.
     """
@@ -43,7 +43,7 @@ class FoldedMoments:
         self._rows, self._span = 0, -(-rows // SAMPLE_ROWS)
 
     def add(self, image_BD: Tensor, text_CBD: Tensor) -> None:
-        """Add pairs of image features (B, D_I) and text features (C, B, D_T) of any float type.
+        """Add pairs of image inputs (B, D_I) and text inputs (C, B, D_T) of any float type, as `Moments.add`.
 
         Successive spans of pairs, one of them sampled in each, belong to successive folds.
         """
@@ -54,7 +54,7 @@ class FoldedMoments:
             if inside_B.any():
                 moments.add(image_BD[inside_B], text_CBD[:, inside_B])
                 sampled_B = inside_B & (number_B % self._span == 0)
-                sample.append((image_BD[sampled_B], text_CBD[:, sampled_B]))
+                sample.append((image_BD[sampled_B].float(), text_CBD[:, sampled_B].float()))
 
     def total(self) -> Moments:
         """Return the moments of all pairs."""

@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from sail_align.align.data.loader import Batch
 from sail_align.align.model.alignment import AlignmentModel
+from sail_align.align.model.correction import Side
 from sail_align.align.model.heads import Head
 from sail_align.align.model.loss import Loss, LossValue
 from sail_align.align.model.pair_blocks import OTHER_BLOCK_SIZE
@@ -84,13 +85,13 @@ class Stepper:
         parts, spans = self._parts(rows), world.spans(rows)
         seed = int(torch.randint(1 << 62, ()))
 
-        images = _Pass(self, model.image_head, batch.images, (seed, 0))
+        images = _Pass(self, "image", batch.images, (seed, 0))
         image_NE, keep_bytes = images.embed(keep_bytes)
         image_ME = world.gather(image_NE, spans).requires_grad_()
         gradient_ME = torch.zeros_like(image_ME)
         sums = torch.zeros(len(LossValue._fields) + 2, device=self.device)
         for number, part in enumerate(parts, start=1):
-            texts = _Pass(self, model.text_head, batch.texts[:, part].flatten(0, 1), (seed, number))
+            texts = _Pass(self, "text", batch.texts[:, part].flatten(0, 1), (seed, number))
             text_NE, _ = texts.embed(keep_bytes)
             text_CNE = text_NE.view(len(batch.texts), -1, text_NE.shape[1]).requires_grad_()
             learned = (image_ME, text_CNE, model.log_scale, model.bias)
@@ -154,20 +155,28 @@ class Stepper:
 
 
 class _Pass:
-    """Forward and backward pass of features (N, D) through a head to unit-norm embeddings, in micro-batches."""
+    """Forward and backward pass of features (N, D) through a head to what the loss compares, in micro-batches.
 
-    def __init__(self, stepper: Stepper, head: Head, features_ND: Tensor, seeds: tuple[int, ...]):
-        self._stepper, self._head, self._features_ND = stepper, head, features_ND
+    That is unit-norm embeddings (N, E), or with item biases the vectors (N, E + 2) of `extended`.
+    """
+
+    def __init__(self, stepper: Stepper, side: Side, features_ND: Tensor, seeds: tuple[int, ...]):
+        self._stepper, self._features_ND = stepper, features_ND
+        self._head: Head = getattr(stepper.model, f"{side}_head")
         self._seeds = (*seeds, stepper.world.rank)  # different dropout in each process
-        size = stepper.micro_batch
+        size, dim = stepper.micro_batch, self._head.out.out_features
         self._rows = [slice(start, start + size) for start in range(0, len(features_ND), size)]
-        self._bytes = min(size, len(features_ND)) * head.kept_units * 4
-        self._embedded_NE = torch.empty(len(features_ND), head.out.out_features, device=stepper.device)
+        self._bytes = min(size, len(features_ND)) * self._head.kept_units * 4
+        self._biased = self._head.item_bias is not None
+        self._compared_NX = torch.ones(len(features_ND), dim + 2 * self._biased, device=stepper.device)
+        self._embedded_NE = self._compared_NX[:, :dim]
+        self._place = dim if side == "image" else dim + 1
+        """Column of the item biases, where there are any."""
         self._length_N1 = torch.empty(len(features_ND), 1, device=stepper.device)
         self._kept: dict[int, GradientEdge] = {}
 
     def embed(self, keep_bytes: int) -> tuple[Tensor, int]:
-        """Return all embeddings (N, E) without a graph, and the bytes left for activations."""
+        """Return what the loss compares without a graph, and the bytes left for activations."""
         room = keep_bytes // self._bytes
         for number, rows in enumerate(self._rows):
             with torch.set_grad_enabled(number < room):
@@ -175,25 +184,29 @@ class _Pass:
             if number < room:
                 self._kept[number] = get_gradient_edge(out_BE)  # keeps the graph without the output
             out_BE = out_BE.detach().float()
+            if self._biased:
+                self._compared_NX[rows, self._place] = out_BE[:, -1]
+                out_BE = out_BE[:, :-1]
             self._length_N1[rows] = out_BE.norm(dim=1, keepdim=True).clamp_(min=1e-12)
             torch.div(out_BE, self._length_N1[rows], out=self._embedded_NE[rows])
-        return self._embedded_NE.detach(), keep_bytes - len(self._kept) * self._bytes
+        return self._compared_NX.detach(), keep_bytes - len(self._kept) * self._bytes
 
-    def backward(self, gradient_NE: Tensor) -> None:
-        """Add to the head's gradients, given the gradient (N, E) with respect to the embeddings."""
+    def backward(self, gradient_NX: Tensor) -> None:
+        """Add to the head's gradients, given the gradient with respect to what the loss compares."""
         for number, rows in enumerate(self._rows):
             edge = self._kept.pop(number) if number in self._kept else get_gradient_edge(self._forward(number))
             # Embeddings have length 1, so the part of the gradient along them has no effect.
-            embedded_BE, gradient_BE = self._embedded_NE[rows], gradient_NE[rows]
+            embedded_BE, gradient_BE = self._embedded_NE[rows], gradient_NX[rows, : self._embedded_NE.shape[1]]
             along_B1 = (embedded_BE * gradient_BE).sum(1, keepdim=True)
             across_BE = torch.addcmul(gradient_BE, embedded_BE, along_B1, value=-1).div_(self._length_N1[rows])
+            if self._biased:
+                across_BE = torch.cat((across_BE, gradient_NX[rows, self._place, None]), dim=1)
             torch.autograd.backward(edge, across_BE)
 
     def _forward(self, number: int) -> Tensor:
         seed_torch(*self._seeds, number)  # the same dropout if it is recomputed
         with self._stepper.products():
-            out_BE: Tensor = self._head(self._features_ND[self._rows[number]].to(self._stepper.device))
-        return out_BE
+            return self._head.with_item_bias(self._features_ND[self._rows[number]].to(self._stepper.device))
 
 
 def seed_torch(*numbers: int) -> None:

@@ -269,8 +269,9 @@ def score(model: AlignmentModel, loss_of: Loss, batch: Batch, device: torch.devi
         `text_rank`: effective ranks of the embeddings.
     """
     model.eval()
-    image_BE, text_CBE = model(*batch.to(device))
-    scores = {"loss": loss_of(image_BE, text_CBE, model.log_scale, model.bias).total.item()}
+    compared = model(*batch.to(device))
+    scores = {"loss": loss_of(*compared, model.log_scale, model.bias).total.item()}
+    image_BE, text_CBE = (each[..., : model.image_head.out.out_features] for each in compared)  # no item biases
     images, texts = image_BE.cpu().numpy(), text_CBE.cpu().numpy()
     both = caption_ranks(images, texts)
     scores |= {**recalls(*both), "chance": 100 / len(images), "mrr": mean_reciprocal_rank(*both)}

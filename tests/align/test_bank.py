@@ -80,7 +80,7 @@ def test_without_held_out_pairs_the_default_is_used(make_store, tmp_path):
 
 @pytest.mark.slow
 def test_last_and_best_checkpoints_have_a_bank(make_store, tmp_path):
-    result = fit(make_store("a", 300), out=tmp_path / "run", steps=6, lr=0.03, quiet=True, batch_size=64)
+    result = fit(make_store("a", 300), out=tmp_path / "run", steps=6, lr=0.01, quiet=True, batch_size=64)
     folders = [*RunFolder(result.run).checkpoints(), *RunFolder(result.run).checkpoints("best")]
     records = {folder.name: json.loads((folder / "model.json").read_bytes()) for folder in folders}
     kept = {name for name, record in records.items() if record["architecture"]["bank_rows"]}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from closed_form_reference import add_in_blocks, normed
 
+from sail_align.align.model import closed_form
 from sail_align.align.model.alignment import Architecture
 from sail_align.align.model.closed_form import Moments
 from sail_align.align.model.correction import Gaussian
@@ -136,7 +137,7 @@ def test_gaussian_scores_are_log_likelihood_ratios():
         - log_density(y, covariance[split:, split:])
     )
     (image, image_terms), (text, text_terms) = (
-        correction(linear_map(features), side)
+        correction(linear_map(closed_form.normed(features)), side)
         for linear_map, features, side in ((image_map, image_ND, "image"), (text_map, text_CND[0], "text"))
     )
     found = (image @ text.T + image_terms[:, None] + text_terms).numpy()
@@ -147,7 +148,10 @@ def test_gaussian_scores_are_log_likelihood_ratios():
 def test_gaussian_scores_separate_pairs():
     """The mean over pairs is the mutual information, and lower for texts of other images."""
     image_ND, text_CND, image_map, text_map, correction = gaussian_pairs()
-    image, text = correction(image_map(image_ND), "image"), correction(text_map(text_CND[0]), "text")
+    image, text = (
+        correction(image_map(closed_form.normed(image_ND)), "image"),
+        correction(text_map(closed_form.normed(text_CND[0])), "text"),
+    )
     scores = image[0] @ text[0].T + image[1][:, None] + text[1]
     information = -0.5 * (1 - correction.correlations.square()).log().sum()
     assert scores.diagonal().mean() + information == pytest.approx(float(information), abs=1e-3)
@@ -158,3 +162,32 @@ def test_correlations_of_zero_and_one_give_finite_scores():
     model = Architecture("linear", IMAGE_DIM, TEXT_DIM, 2, correction="gaussian").build()
     model.correction.fill(torch.tensor([1.0, 0.0]))
     assert model.corrected_image(torch.randn(3, IMAGE_DIM)).isfinite().all()
+
+
+def test_wide_head_computes_the_closed_form_of_its_features_and_hidden_units():
+    image_ND, text_CND = pairs()
+    torch.manual_seed(0)
+    head = Architecture("linear", IMAGE_DIM, TEXT_DIM, 4, text_hidden=20).build().text_head.eval()
+    x_CND = normed(text_CND)
+    hidden_CNH = np.clip(x_CND @ head.hidden.weight.detach().double().numpy().T, 0, 6)
+    basis_CNX = np.concatenate([x_CND, hidden_CNH], axis=-1)
+    np.testing.assert_allclose(head.basis(text_CND.float()), basis_CNX, atol=1e-5)
+    moments = Moments(IMAGE_DIM, head.basis_dim)
+    moments.add(torch.from_numpy(normed(image_ND)), torch.from_numpy(basis_CNX))
+    _, text_map, correlations = moments.cca(4, 1.0)
+    text_map.copy_to(head)
+    expected = basis_CNX @ text_map.weight.numpy().T + text_map.bias.numpy()
+    np.testing.assert_allclose(head(text_CND.float()).detach(), expected, atol=1e-4)
+    plain = moments_of(image_ND, text_CND).cca(4, 1.0)[2]
+    assert correlations[0] > plain[0]  # more inputs, of which the features are a part
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_leading_singular_vectors_are_those_of_the_decomposition(shape):
+    matrix = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, right, values = closed_form._singular_vectors(matrix, 3)
+    u, s, vt = np.linalg.svd(matrix.numpy())
+    np.testing.assert_allclose(values, s[:3], rtol=1e-10)
+    signs = np.sign(np.sum(left.numpy() * u[:, :3], axis=0))
+    np.testing.assert_allclose(left * signs, u[:, :3] * s[:3], atol=1e-10)
+    np.testing.assert_allclose(right * signs, vt[:3].T * s[:3], atol=1e-10)

@@ -138,15 +138,20 @@ def test_pcca_has_the_cosines_of_the_cca_and_log_likelihood_ratios(make_store, t
 def test_closed_form_start_scores_like_the_closed_form(make_store, tmp_path):
     store = make_store(rows=500)
     first = {}
-    for head in ("linear", "glu"):
-        expansion = None if head == "linear" else 2
-        plan, run = begin([store], tmp_path / head, head=head, expansion=expansion, start="closed-form", steps=1)
+    for head, form in (("linear", {"text_hidden": 0}), ("wide", {}), ("glu", {})):
+        kind = "glu" if head == "glu" else "linear"
+        expansion = 2 if head == "glu" else None
+        form = {"head": kind, "expansion": expansion, **form}
+        plan, run = begin([store], tmp_path / head, **form, start="closed-form", steps=1)
         fit(plan, run, device=CPU, quiet=True)
         first[head] = lines(run, "heldout")[0]
-    plan, _ = make_plan([store], {"head": "cca", "dim": 8, "bank": 0})
-    run, *_ = claim_run(tmp_path / "cca", plan.record())
-    first["cca"] = {"kind": "heldout", "step": 0, **fit(plan, run, device=CPU, quiet=True)}
+    for name, form in (("cca", {"text_hidden": 0}), ("wide cca", {})):
+        plan, _ = make_plan([store], {"head": "cca", "dim": 8, "bank": 0, **form})
+        run, *_ = claim_run(tmp_path / name, plan.record())
+        first[name] = {"kind": "heldout", "step": 0, **fit(plan, run, device=CPU, quiet=True)}
     assert first["linear"] == first["cca"]
+    numbers = [{key: value for key, value in first[name].items() if key != "kind"} for name in ("wide", "wide cca")]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     assert first["glu"] == pytest.approx(first["cca"])
 
 
