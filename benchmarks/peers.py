@@ -54,11 +54,10 @@ class Ours:
 
 
 OURS = (
-    Ours("ours: GLU (the default)"),
-    Ours("ours: linear", {"head": "linear"}),
-    Ours("ours: linear, power 0.5", {"head": "linear", "image_power": 0.5}),
+    Ours("ours: the default"),
+    Ours("ours: GLU heads", {"preset": "medium"}),
+    Ours("ours: closed form", {"head": "cca"}, seeded=False),
     Ours("ours: probabilistic CCA", {"head": "pcca"}, seeded=False),
-    Ours("ours: probabilistic CCA, power 0.5", {"head": "pcca", "image_power": 0.5}, seeded=False),
 )
 
 

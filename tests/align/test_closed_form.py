@@ -189,5 +189,5 @@ def test_leading_singular_vectors_are_those_of_the_decomposition(shape):
     u, s, vt = np.linalg.svd(matrix.numpy())
     np.testing.assert_allclose(values, s[:3], rtol=1e-10)
     signs = np.sign(np.sum(left.numpy() * u[:, :3], axis=0))
-    np.testing.assert_allclose(left * signs, u[:, :3] * s[:3], atol=1e-10)
-    np.testing.assert_allclose(right * signs, vt[:3].T * s[:3], atol=1e-10)
+    np.testing.assert_allclose(left.numpy() * signs, u[:, :3] * s[:3], atol=1e-10)
+    np.testing.assert_allclose(right.numpy() * signs, vt[:3].T * s[:3], atol=1e-10)
