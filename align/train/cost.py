@@ -21,7 +21,8 @@ def step_flops(
         captions: Texts of each image.
         recomputed: Images and texts whose activations do not fit, so that they pass through their head twice.
     """
-    rows, dim = settings.batch_size, model.image_head.out.out_features
+    rows, head = settings.batch_size, model.image_head
+    dim = head.out.out_features + 2 * (head.item_bias is not None)
     sides = ((model.image_head, rows, recomputed[0]), (model.text_head, captions * rows, recomputed[1]))
     heads = sum(number * head_flops(head) + again * _forward_flops(head) for head, number, again in sides)
     products = 4 if settings.loss == "infonce" else 3  # similarities, for InfoNCE twice, and two gradients
