@@ -179,7 +179,7 @@ class Loop:
             image_BD, text_CBD = data.image[rows], self._texts(data.text, rows)
             if self.augment:
                 image_BD, text_CBD = self.augment(image_BD, text_CBD)
-            image_BE, text_CBE = model(image_BD, text_CBD)
+            image_BE, text_CBE = model.encode_image(image_BD), model.encode_text(text_CBD)
             loss = self.loss(image_BE, text_CBE, model.log_scale, model.bias).total
             if self.penalty:
                 loss = loss + self.penalty(Data(image_BD, text_CBD), image_BE, text_CBE)
