@@ -68,7 +68,9 @@ def make_store(folder: Path, rows: int = ROWS, image_dim: int = IMAGE_DIM, text_
     if path.exists():
         return path
     samples = [Sample(f"{row:09d}", f"{row}.jpg", dict.fromkeys(CAPTIONS, "…")) for row in range(rows)]
-    sizes = {"shard_rows": 65_536, "chunk_rows": 1_024} if rows > 65_536 else {"shard_rows": 256, "chunk_rows": 64}
+    sizes: dict[str, Any] = (
+        {"shard_rows": 65_536, "chunk_rows": 1_024} if rows > 65_536 else {"shard_rows": 256, "chunk_rows": 64}
+    )
     store = Store.create(
         path, dataset="random", manifest={}, parts=[Part.of(samples)], captions=list(CAPTIONS), quiet=True, **sizes
     )

@@ -124,8 +124,8 @@ def _measures(lab: Lab) -> Iterator[tuple[str, Callable[[Rates, str], Rate]]]:
         yield "copy from the device", partial(_copy, True, True)
     else:
         yield "copy", partial(_copy, False, False)
-    for precision in ("float32", *(("tf32", "float16") if lab.on_gpu else ()), "bfloat16"):
-        yield f"products in {precision}", partial(_products, precision)
+    for each in ("float32", *(("tf32", "float16") if lab.on_gpu else ()), "bfloat16"):
+        yield f"products in {each}", partial(_products, each)
     yield "stream", _stream
     precision: Precision = "bfloat16" if lab.on_gpu else "float32"
     yield f"sigmoid loss in {precision}", partial(_loss, precision)

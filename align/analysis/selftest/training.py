@@ -117,7 +117,7 @@ def exact_loss(name: str, inputs: list[Tensor]) -> list[Tensor]:
 def _head(kind: str, lab: Lab) -> float:
     torch.manual_seed(0)
     more = {} if kind == "linear" else {"expansion": 2}
-    head = HEADS[kind](IMAGE_DIM, DIM, 0.0, **more)  # type: ignore[index, arg-type]
+    head = HEADS[kind](IMAGE_DIM, DIM, 0.0, **more)  # type: ignore[index]
     exact = copy.deepcopy(head).double().eval()  # evaluation mode uses autograd of the plain layers
     head = head.to(lab.device).train()
     features_BD, gradient_BE = _random(STEP_ROWS, IMAGE_DIM).half(), _random(STEP_ROWS, DIM, seed=1)
@@ -177,8 +177,8 @@ def _step(precision: Precision, difference: Difference, lab: Lab) -> float:
 def _require_compiler() -> None:
     """Raise `SkippedError` if compiling has failed, which training tolerates."""
     for function in (losses._repel, losses._log_sum_exps, losses._softmax, fused._gated, fused._gated_backward):
-        if function.failure:  # type: ignore[attr-defined]
-            raise SkippedError(f"no compiler, training is slower: {function.failure}")  # type: ignore[attr-defined]
+        if function.failure:
+            raise SkippedError(f"no compiler, training is slower: {function.failure}")
 
 
 def _compiled_losses(lab: Lab) -> float:
