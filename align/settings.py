@@ -27,6 +27,9 @@ SMALL_ROWS, PAPER_ROWS = 10_000, 100_000
 
 CLOSED_FORM_DIM = 256
 
+HIDDEN_ROWS = 1_000
+"""Hidden units of texts gain nothing with 500 pairs, and one to three points of R@1 with 1,600 and more."""
+
 CLOSED_FORMS = ("cca", "pcca")
 """Heads that are computed without training."""
 
@@ -46,7 +49,8 @@ _HEAD = (
     "ratio as the corrected similarity."
 )
 _TEXT_HIDDEN = (
-    "Hidden units beside the linear map of texts, with linear and closed-form heads; the closed form fits both."
+    "Hidden units beside the linear map of texts, with linear and closed-form heads; the closed form fits both. Below "
+    "1,000 pairs the default is 0."
 )
 _RIDGE = "Regularisation of the closed form; `auto` cross-validates it."
 _DIM = f"1024; with a closed form: {CLOSED_FORM_DIM}"
@@ -431,7 +435,8 @@ def choose_settings(
     if chosen.get("temperature") == "auto":
         chosen["bias"] = options.get("bias", "auto")
     settings = FitSettings(**{"steps": 0, **chosen})
-    if settings.head in ("glu", "mlp") or not settings.closed_form:
+    few = rows < HIDDEN_ROWS and "text_hidden" not in options
+    if few or settings.head in ("glu", "mlp") or not settings.closed_form:
         chosen["text_hidden"] = 0
     if settings.loss == "infonce" and settings.bias == "auto":
         raise UserError("--temperature auto is for the sigmoid loss. Give a number with --loss infonce.")

@@ -189,3 +189,19 @@ def test_fit_has_an_option_for_each_setting():
 def test_settings_and_command_line_import_no_torch():
     check = "import sys, sail_align.align.cli, sail_align.align.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        (2_000, {}, 1_536),
+        (999, {}, 0),
+        (999, {"text_hidden": 64}, 64),
+        (2_000, {"head": "pcca"}, 1_536),
+        (2_000, {"head": "glu"}, 0),
+        (2_000, {"start": "random"}, 0),
+        (20_000, {}, 0),
+    ],
+)
+def test_hidden_units_of_texts_by_size_and_head(rows, options, expected):
+    assert choose(rows=rows, **options)[0].text_hidden == expected

@@ -138,14 +138,14 @@ def test_pcca_has_the_cosines_of_the_cca_and_log_likelihood_ratios(make_store, t
 def test_closed_form_start_scores_like_the_closed_form(make_store, tmp_path):
     store = make_store(rows=500)
     first = {}
-    for head, form in (("linear", {"text_hidden": 0}), ("wide", {}), ("glu", {})):
+    for head, form in (("linear", {}), ("wide", {"text_hidden": 20}), ("glu", {})):
         kind = "glu" if head == "glu" else "linear"
         expansion = 2 if head == "glu" else None
         form = {"head": kind, "expansion": expansion, **form}
         plan, run = begin([store], tmp_path / head, **form, start="closed-form", steps=1)
         fit(plan, run, device=CPU, quiet=True)
         first[head] = lines(run, "heldout")[0]
-    for name, form in (("cca", {"text_hidden": 0}), ("wide cca", {})):
+    for name, form in (("cca", {}), ("wide cca", {"text_hidden": 20})):
         plan, _ = make_plan([store], {"head": "cca", "dim": 8, "bank": 0, **form})
         run, *_ = claim_run(tmp_path / name, plan.record())
         first[name] = {"kind": "heldout", "step": 0, **fit(plan, run, device=CPU, quiet=True)}
