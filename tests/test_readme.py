@@ -69,5 +69,9 @@ def test_other_commands_of_the_readme_exist():
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", README))
-def test_links_of_the_readme_lead_to_files(link):
-    assert (ROOT / link).exists()
+def test_links_of_the_readme_lead_to_files_and_headings(link):
+    name, _, anchor = link.partition("#")
+    assert (ROOT / name).exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}

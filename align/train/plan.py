@@ -122,8 +122,9 @@ class Plan:
         It also has the stores' paths and digests, for information; `digest` leaves them out.
         """
         settings = asdict(self.settings)
-        if settings["order"] == FitSettings.order:
-            del settings["order"]  # as in records of earlier versions
+        for name in ("order", "text_hidden", "item_bias"):
+            if settings[name] == getattr(FitSettings, name):
+                del settings[name]  # as in records of earlier versions
         return {
             **settings,
             **({"budget": self.budget} if self.budget else {}),
