@@ -9,7 +9,7 @@ paired differences to the first recipe with their 95 % intervals over images. Fi
 """
 
 import argparse
-import json
+import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,7 @@ from sail_align.align.stats.tables import format_interval, format_table, mean_st
 
 def parse(recipe: str) -> dict[str, Any]:
     """Return the options of a recipe, as keywords of `sail_align.fit`."""
-    pairs = [] if recipe == "default" else [each.split("=", 1) for each in recipe.split(",")]
-    return {name: json.loads(value) if value[0] in "0123456789." else value for name, value in pairs}
+    return {} if recipe == "default" else dict(each.split("=", 1) for each in recipe.split(","))
 
 
 def main() -> None:
@@ -45,15 +44,14 @@ def main() -> None:
     images = np.concatenate([np.flatnonzero(each) for each in held])
 
     def hits(recipe: str, rows: int, number: int) -> Mapping[str, Any]:
-        name = f"{asked.store.stem}-{slug(recipe)}.{rows}.{number}"
+        which = hashlib.sha256(recipe.encode()).hexdigest()[:8]  # a slug has no signs
+        name = f"{asked.store.stem}-{slug(recipe)}-{which}.{rows}.{number}"
         path = asked.out / f"{name}.npz"
         if not path.exists():
-            options = parse(recipe)
             others = np.random.default_rng(number).permutation(np.flatnonzero(~held[number]))
             unseen = asked.out / f"{name}.txt"
             unseen.write_text("".join(f"{key}\n" for key in (*keys[held[number]], *keys[others[rows:]])))
-            seed = {} if options.get("head") in ("cca", "pcca") else {"seed": number}
-            sail_align.fit(asked.store, exclude=unseen, out=asked.out / name, quiet=True, **seed, **options)
+            sail_align.fit(asked.store, exclude=unseen, out=asked.out / name, quiet=True, seed=number, **parse(recipe))
             inner, outer = (data.rows(torch.from_numpy(each)) for each in (np.sort(others[:rows]), held[number]))
             np.savez(path, **score_run(asked.out / name, inner, outer))
         with np.load(path) as saved:

@@ -82,7 +82,8 @@ class Space:
         # The bank corrects similarities after training; candidates are compared by cosine.
         extra = {"preset": self.preset, "bank": 0, "seed": number}
         rows = count_rows(fold.training)
-        settings, _ = choose_settings({**checked, **extra}, rows=rows, image_dim=image_dim, text_dim=text_dim)
+        dims = {"image_dim": image_dim, "text_dim": text_dim}
+        settings, _ = choose_settings({**checked, **extra}, rows=rows, size=self.plan.training_rows, **dims)
         settings = replace(settings, held_out=self.plan.settings.held_out)
         return replace(self.plan, training=fold.training, held_out=fold.chosen_on, settings=settings)
 

@@ -18,7 +18,8 @@ from sail_align.extract.system.signals import report_stop
 BUDGET = "10m"
 MOST = 1_000
 GIVEN = (
-    *("head", "expansion", "dim", "image_dropout", "text_dropout", "image_power", "start", "ridge", "positives"),
+    *("head", "expansion", "dim", "image_dropout", "text_dropout", "image_power", "text_hidden"),
+    *("start", "ridge", "positives", "item_bias"),
     *("loss", "temperature", "bias", "optimizer", "lr", "weight_decay", "warmup", "batch_size", "steps", "epochs"),
     *("preset", "held_out"),
 )

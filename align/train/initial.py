@@ -16,6 +16,9 @@ from sail_align.extract.system.progress import note, progress
 SAMPLE_ROWS = 1_024
 """Pairs on which the bias is measured: a million negatives, and enough positives for an accuracy of 3 %."""
 
+BASIS_ROWS = 1_024
+"""Pairs whose inputs of the closed form are in memory at a time, in float64."""
+
 BISECTIONS = 20
 
 
@@ -85,7 +88,10 @@ def _start_from_closed_form(
     )
     with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
         for block in stream.scan():
-            moments.add(model.image_head.basis(block.images.to(device)), model.text_head.basis(block.texts.to(device)))
+            for start in range(0, len(block.images), BASIS_ROWS):
+                part = slice(start, start + BASIS_ROWS)
+                images, texts = block.images[part].to(device), block.texts[:, part].to(device)
+                moments.add(model.image_head.basis(images), model.text_head.basis(texts))
             bar.update(len(block.images))
     if isinstance(moments, FoldedMoments):
         ridge = moments.choose_ridge(settings.dim, likelihood=gaussian is not None)

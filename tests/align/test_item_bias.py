@@ -1,4 +1,4 @@
-"""Biases of single items in the sigmoid loss: values and gradients in float64, and runs that drop them at the end."""
+"""Biases of single items in the sigmoid loss: values and gradients in float64. Runs are in test_trainer."""
 
 import copy
 

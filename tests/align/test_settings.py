@@ -205,3 +205,18 @@ def test_settings_and_command_line_import_no_torch():
 )
 def test_hidden_units_of_texts_by_size_and_head(rows, options, expected):
     assert choose(rows=rows, **options)[0].text_hidden == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(20_000, {}), (2_000, {"preset": "medium"}), (200_000, {"head": "linear"})]
+)
+def test_hidden_units_without_effect_are_refused(rows, options):
+    with pytest.raises(UserError, match="--text-hidden has no effect with the defaults for"):
+        choose(rows=rows, text_hidden=512, **options)
+
+
+def test_defaults_can_depend_on_another_number_of_pairs():
+    dims = {"image_dim": 1_280, "text_dim": 384}
+    fold, _ = choose_settings({}, rows=700, size=1_200, **dims)
+    assert fold.text_hidden == choose_settings({}, rows=1_200, **dims)[0].text_hidden == 1_536
+    assert fold.steps == choose_settings({}, rows=700, **dims)[0].steps

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import identity
+from safetensors.torch import load_file
 
 from sail_align.align.data.pairs import read_rows
 from sail_align.align.model.loss import LossValue
@@ -198,6 +199,29 @@ def test_stopped_run_ends_like_an_uninterrupted_one(make_store, tmp_path, monkey
     assert same == run
     fit(plan, run, device=CPU, quiet=True, save_seconds=0)
     assert content(run) == content(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", [0, 50])
+def test_hidden_units_and_item_biases_resume_and_biases_are_dropped(make_store, tmp_path, monkeypatch, bank):
+    changes = {"head": "linear", "expansion": None, "start": "closed-form", "steps": 8, "bank": bank}
+    changes |= {"text_hidden": 20, "item_bias": "linear", "text_dropout": 0.3}
+    stores = [make_store(rows=150)]
+    plan, whole = begin(stores, tmp_path / "whole", **changes)
+    fit(plan, whole, device=CPU, quiet=True)
+    plan, run = begin(stores, tmp_path / "stopped", **changes)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(StoppedError):
+            fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    assert any("item_bias" in name for name in load_file(RunFolder(run).last / "model.safetensors"))
+    fit(plan, run, device=CPU, quiet=True, save_seconds=0)
+    assert content(run) == content(whole)
+    for which in ("best", "last"):
+        model = load_run(run, which).model
+        assert not [name for name in model.state_dict() if "item_bias" in name]
+        assert model.text_head.hidden.out_features == 20
+        assert (model.correction is None) == (bank == 0)
 
 
 FORGETS = {"start": "closed-form", "head": "linear", "expansion": None, "lr": 0.03, "steps": 40, "patience": 3}

@@ -14,7 +14,7 @@ from sail_align.align.analysis.candidates import Space, make_folds
 from sail_align.align.analysis.trials import TrialRunner
 from sail_align.align.analysis.tune import Candidate, Score, Search, Tuned
 from sail_align.align.cli import app
-from sail_align.align.cli.tune import parse_time
+from sail_align.align.cli.tune import GIVEN, parse_time
 from sail_align.align.settings import SETTINGS
 from sail_align.align.train.plan import make_plan
 from sail_align.extract.errors import UserError
@@ -174,3 +174,7 @@ def test_label_and_time():
     for wrong in ("10", "0s", "m", "-1m", "1d"):
         with pytest.raises(UserError, match="--budget is invalid"):
             parse_time(wrong)
+
+
+def test_every_searched_setting_can_be_given():
+    assert {name for name, each in SETTINGS.items() if each.search} <= set(GIVEN)
