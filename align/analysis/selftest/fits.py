@@ -35,18 +35,16 @@ ROWS, IMAGE_DIM, TEXT_DIM = 1_500, 96, 64
 CAPTIONS = ("raw", "long")
 BATCH, BATCHES = 200, 20
 OPTIONS: dict[str, Any] = {
-    "preset": "small",
+    "preset": "paper",
     "head": "glu",
     "expansion": 2,
     "dim": 32,
-    "start": "random",
     "batch_size": BATCH,
     "steps": 8,
+    "lr": 1e-3,
     "bank": 0,
     "optimizer": "adamw",
     "precision": "float32",
-    "image_dropout": 0.0,
-    "text_dropout": 0.0,
 }
 TRAINED = 60
 """Processes that take longer than this many seconds to train together have stopped."""
@@ -201,7 +199,7 @@ def _processes(lab: Lab) -> float:
     except subprocess.TimeoutExpired as late:
         raise RuntimeError(f"{count} processes did not end within {late.timeout:.0f} s.") from late
     if done.returncode:
-        raise RuntimeError(f"torchrun failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"torchrun failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
     one, several = _losses(_fit(lab, "none")), _losses(run)
     if len(one) != len(several):
         raise RuntimeError(f"One process took {len(one)} steps, {count} took {len(several)}.")
