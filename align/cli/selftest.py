@@ -23,7 +23,7 @@ def selftest(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> Result:
-    """Check that a device computes what the CPU computes in float64, and measure its speed."""
+    """Check a device against the CPU in float64, and measure it."""
     if out.is_dir():
         raise UserError(f"--out is invalid: {out} is a folder. Name a file.")
     if not out.parent.is_dir():

@@ -55,7 +55,7 @@ def test_one_short_error_at_once(tmp_path, text, message):
     started = time.process_time()
     with pytest.raises(UserError, match=message) as problem:
         read(tmp_path, text)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 5
     assert "made.yaml" in str(problem.value)
     assert len(str(problem.value)) < 600
     assert str(problem.value).isprintable()
