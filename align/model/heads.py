@@ -121,7 +121,8 @@ class Head(nn.Module, ABC):
 
     def add_item_bias(self) -> None:
         """Add a number for each item beside the output, linear in the normalised features and initially 0."""
-        self.item_bias = nn.utils.skip_init(nn.Linear, self.norm.normalized_shape[0], 1)  # draws no random numbers
+        on_meta = nn.Linear(self.norm.normalized_shape[0], 1, device="meta")  # draws no random numbers
+        self.item_bias = on_meta.to_empty(device=self.norm.weight.device)
         nn.init.zeros_(self.item_bias.weight)
         nn.init.zeros_(self.item_bias.bias)
 
