@@ -48,7 +48,7 @@ def architecture_of(settings: FitSettings, image_dim: int, text_dim: int) -> Arc
         patch_power=settings.patch_power,
         text_hidden=settings.text_hidden,
         correction="gaussian" if settings.head == "pcca" else "none",
-        item_bias=settings.item_bias == "linear" and settings.loss == "sigmoid" and settings.head not in CLOSED_FORMS,
+        item_bias=settings.item_bias == "linear",
     )
 
 
