@@ -65,7 +65,7 @@ DEFAULT = ("dinov2-large", "gte-large, short caption", "gte-large, long caption"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is simulated. Times are in seconds.
+    """Parameters of a simulation. Times are in seconds.
 
     Attributes:
         shards: Number of shards to encode.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class RaceError(AssertionError):
-    """What a GPU would compute depends on chance."""
+    """The result on a GPU would depend on timing."""
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ class Compiled(Generic[Arguments, Result]):
 
     `torch.compile` needs a C++ compiler on a CPU and Triton on a GPU, and takes some seconds at the first call. If it
     fails, the function is called uncompiled from then on. That is slower; the results differ only by rounding. A GPU
-    that fails or runs out of memory is no failure of the compiler: its errors are raised.
+    that fails or runs out of memory is not the compiler's fault, so such errors are raised.
 
     Attributes:
         failure: The error of the compiler, if it failed. It is logged as well.

@@ -1,4 +1,4 @@
-"""What the checks of a self-test share: the device, a folder, and how their results are judged."""
+"""Device, folder and pass criteria shared by all checks of a self-test."""
 
 import math
 import time
@@ -24,7 +24,7 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Lab:
-    """Where a self-test runs.
+    """The device and the folder of a self-test.
 
     Attributes:
         device: The device under test.
@@ -69,7 +69,7 @@ class Check:
     measure: Callable[[Lab], float]
 
     def run(self, lab: Lab) -> "Outcome":
-        """Make the check. It is skipped if there is no time left for it."""
+        """Run the check, or skip it if no time is left."""
         begun = time.monotonic()
         result: float | None = None
         verdict: Verdict = "skipped"

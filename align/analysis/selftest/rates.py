@@ -65,7 +65,7 @@ class Rate:
         unit: Its unit.
         share: The rate relative to the one it is limited by; None for a rate of the device itself.
         of: Name of that one.
-        note: Why there is no rate.
+        note: Reason why nothing was measured.
     """
 
     name: str
