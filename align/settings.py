@@ -453,7 +453,7 @@ def choose_settings(
     if "ridge" in options and not settings.closed_form:
         raise UserError("--ridge has no effect with --start random. Leave one of them out.")
     if settings.closed_form:
-        most = min(image_dim, text_dim)
+        most = min(image_dim, text_dim + chosen.get("text_hidden", settings.text_hidden))
         chosen.setdefault("dim", min(CLOSED_FORM_DIM, most))
         if chosen["dim"] > most:
             raise UserError(

@@ -60,6 +60,7 @@ def reseal(hub: Path, record, weights=None):
         (("architecture", "image_dim"), 1 << 20, "does not fit this model"),
         (("architecture", "image_dropout"), [0], r"architecture: image_dropout: got \[0\], expected a number"),
         (("architecture", "image_power"), None, "architecture: image_power: got None, expected a number"),
+        (("architecture", "text_hidden"), 8, "architecture: text_hidden is only for a linear head, got glu"),
         (("architecture", "layers"), 3, "architecture: layers: got 3, expected no such field"),
         (("architecture",), None, "architecture: got None, expected a mapping"),
         (("image", "spec", "dim"), 8, "the image head takes 4 features, its encoder has 8"),

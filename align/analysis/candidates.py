@@ -67,9 +67,8 @@ class Space:
 
     @property
     def preset(self) -> str:
-        """Name of the preset that a fit of all rows takes."""
-        rows = self.plan.training_rows + self.plan.held_out_rows
-        return str(self.given.get("preset") or default_preset(rows))
+        """Name of the preset that `fit` takes."""
+        return str(self.given.get("preset") or default_preset(self.plan.training_rows))
 
     def planned(self, options: Mapping[str, Any], fold: Fold, number: int) -> Plan:
         """Return the plan of a candidate on a fold, whose number is its seed.

@@ -151,9 +151,12 @@ class Architecture:
         """Read a record of a checkpoint or an export.
 
         Raises:
-            ValueError: A field is missing, unknown or invalid. The message names it.
+            ValueError: A field is missing, unknown or invalid, or does not fit the head. The message names it.
         """
-        return cls(**validated(_Form, record))
+        architecture = cls(**validated(_Form, record))
+        if architecture.text_hidden and architecture.head != "linear":
+            raise ValueError(f"text_hidden is only for a linear head, got {architecture.head}")
+        return architecture
 
     def build(self, *, scale: float = 20.0, bias: float = -10.0) -> AlignmentModel:
         """Return a new model with random weights, drawn from torch's global random state."""

@@ -237,8 +237,11 @@ def make_plan(
     if leaked := count_rows(leaks):
         notes.append(f"Rows left out of training because their picture is also in a held-out pair: {leaked:,}.")
     notes += [each.unchecked for each in pairs if each.unchecked and verify != "off"]
-    if settings.held_out > 0 and not any(rows.any() for rows in held_out):
-        notes.append(f"{count} pairs are too few to hold any out; the run will not be scored.")
+    if not any(rows.any() for rows in held_out):
+        if settings.patience:
+            raise UserError("--patience has no effect without held-out pairs. Leave it out, or hold out more.")
+        if settings.held_out > 0:
+            notes.append(f"{count} pairs are too few to hold any out; the run will not be scored.")
     return Plan(pairs, training, held_out, settings, exclusions, policy), notes
 
 

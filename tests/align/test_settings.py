@@ -215,6 +215,12 @@ def test_hidden_units_without_effect_are_refused(rows, options):
         choose(rows=rows, text_hidden=512, **options)
 
 
+def test_hidden_units_of_texts_allow_a_larger_dim():
+    assert choose(rows=2_000, dim=1_500)[0].dim == 1_500
+    with pytest.raises(UserError, match=r"--dim is invalid: got 1500, .* has at most 1024"):
+        choose(rows=2_000, dim=1_500, text_hidden=0)
+
+
 def test_defaults_can_depend_on_another_number_of_pairs():
     dims = {"image_dim": 1_280, "text_dim": 384}
     fold, _ = choose_settings({}, rows=700, size=1_200, **dims)

@@ -370,6 +370,9 @@ def test_too_few_pairs_to_hold_out_are_noted(make_store):
     note = "4 pairs are too few to hold any out; the run will not be scored."
     assert note in make_plan([path], options())[1]
     assert note not in make_plan([path], options(held_out=0.0))[1]
+    for share in (0.0, 0.05):
+        with pytest.raises(UserError, match="--patience has no effect without held-out pairs"):
+            make_plan([path], options(held_out=share, patience=3))
 
 
 def test_infinite_loss_stops_the_run(make_store, tmp_path, monkeypatch):
