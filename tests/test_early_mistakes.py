@@ -25,6 +25,7 @@ finally:
         ("align", "ladder --features no.zarr", "no.zarr is not a feature store"),
         ("align", "tune no.zarr", "no.zarr is not a feature store"),
         ("align", "export runs/no", "runs/no is not a run"),
+        ("align", "search runs/no no.zarr dog", "runs/no is not a run"),
         ("align", "import-released no.pt", "no.pt does not exist"),
         ("extract", "run no.yaml", "no.yaml"),
         ("extract", "run cc3m", "The data of 'cc3m' are not in"),

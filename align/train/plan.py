@@ -165,6 +165,14 @@ class Plan:
         }
 
 
+def hold_out(pairs: Sequence[Pairs], usable: Sequence[Rows], positives: int | None, fraction: float) -> list[Rows]:
+    """Return the held-out rows among the usable ones: a fraction of those that have captions to score with."""
+    scorable = [
+        rows & each.usable(1 if positives else None) for rows, each in zip(usable, scored_pairs(pairs), strict=True)
+    ]
+    return split_held_out(pairs, scorable, fraction)
+
+
 def scored_pairs(pairs: Sequence[Pairs]) -> list[Pairs]:
     """Return the data with the captions to score with: those in all stores or, if there are none, the first of each."""
     shared = [name for name in pairs[0].captions if all(name in each.captions for each in pairs)]
@@ -211,10 +219,7 @@ def make_plan(
     unusable = sum(each.store.rows for each in pairs) - count_rows(usable)
     excluded = [exclusions.rows(each.store) for each in pairs]
     usable = [rows & ~left_out for rows, left_out in zip(usable, excluded, strict=True)]
-    scorable = [
-        rows & each.usable(1 if positives else None) for rows, each in zip(usable, scored_pairs(pairs), strict=True)
-    ]
-    held_out = split_held_out(pairs, scorable, options.get("held_out", FitSettings.held_out))
+    held_out = hold_out(pairs, usable, positives, options.get("held_out", FitSettings.held_out))
     training = [rows & ~held for rows, held in zip(usable, held_out, strict=True)]
     leaks = held_out_pictures(pairs, training, held_out, quiet=quiet, known=known_copies)
     training = [rows & ~leaked for rows, leaked in zip(training, leaks, strict=True)]
