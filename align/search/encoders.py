@@ -5,7 +5,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -83,6 +85,11 @@ class QueryEncoders:
                 raise UserError(str(problem)) from problem
             features_1D: Tensor = encoder(encoder.normalise(pixels[None]))
         return features_1D.half().cpu()
+
+    def segment(self, picture: Image.Image, labels: Sequence[str]) -> NDArray[np.integer]:
+        """Return the label of each pixel of a picture, (H, W). See `PretrainedModel.segment`."""
+        with self._lock:
+            return self.model.segment(picture, list(labels)).labels
 
     def _load(self, side: str) -> Any:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -218,6 +219,13 @@ class SearchIndex:
                 parts = [vectors_ME for vectors_ME, _ in loaded]
                 self._matrices[space] = Matrix(parts, torch.cat(terms) if terms else None, unit=is_unit)
 
+    def warm_up(self) -> None:
+        """Load the text encoder, if it is here, and the first rows, so that the first search takes no longer."""
+        with suppress(UserError):
+            self.encoders.encode_texts(["a"])
+        for shelf in self.shelves:
+            shelf.reader.facts(0)
+
     def search(
         self,
         terms: Sequence[Term],
@@ -297,7 +305,7 @@ class SearchIndex:
                 if place < len(shelf.vectors.rows) and shelf.vectors.rows[place] == row:
                     return shelf.start + place
                 raise UserError(f"Row {str(key)!r} of {shelf.store.path} has no image features. Name another one.")
-        raise UserError(f"There is no row with the key {str(key)[:200]!r}. Keys are those of `--json`.")
+        raise UserError(f"There is no row with the key {str(key)[:200]!r}. Results show the keys.")
 
     def locate(self, place: int) -> tuple[Shelf, int]:
         """Return the store of a place and the row in it."""

@@ -42,7 +42,8 @@ class Term:
 def parse_query(text: str) -> list[Term]:
     """Return the terms of a query such as `horse + stripes - key:0041.jpg`.
 
-    Operators have a space on both sides, so that hyphens in words are none. A term in double quotes is a text as it is.
+    Operators have a space on both sides, so that hyphens in words are none. A text or a key in double quotes is taken
+    as it is.
 
     Raises:
         UserError: The query is empty or too long, or an operator has nothing after it.
@@ -55,16 +56,20 @@ def parse_query(text: str) -> list[Term]:
         raise UserError("The query is invalid: it has half of a surrogate pair. Correct it.") from problem
     terms = []
     for sign, part in _split(text):
-        quoted = len(part) > 1 and part[0] == part[-1] == '"'
-        value = part[1:-1] if quoted else part
-        is_key = not quoted and value.startswith(KEY)
-        value = value.removeprefix(KEY) if is_key else value
+        is_key = part.startswith(KEY)
+        value = part.removeprefix(KEY) if is_key else part
+        value = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
         if not value.strip():
             raise UserError(f"The query {text!r} is invalid: a term is empty. Write something like 'horse + stripes'.")
         terms.append(Term(value, "key" if is_key else "text", sign))
     if len(terms) > MOST_TERMS:
         raise UserError(f"The query has {len(terms)} terms, expected at most {MOST_TERMS}. Shorten it.")
     return terms
+
+
+def name_key(key: str) -> str:
+    """Return the term of a query that names a row by its key."""
+    return f'{KEY}"{key}"' if _OPERATOR.search(key) or key != key.strip() else f"{KEY}{key}"
 
 
 def require_terms(terms: Sequence[Term]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sail_align.align.runs.folder import RunFolder
@@ -40,7 +40,9 @@ def write_report(run: Path) -> Path:
 def html(overview: Overview) -> str:
     """Return the HTML page of one run, or of several side by side."""
     environment = Environment(
-        loader=PackageLoader("sail_align.evaluate.report", "."),
+        loader=ChoiceLoader(
+            [PackageLoader("sail_align.evaluate.report", "."), PackageLoader("sail_align.align.stats", ".")]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: one_line(value) if type(value) is str else value,

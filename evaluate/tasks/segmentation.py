@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sail_align.align.stats.bootstrap import weighted_mean
+from sail_align.align.stats.overlay import PALETTE, overlay
 from sail_align.evaluate.results.metric import Annotation, Example, Metric, Outcomes, Picture, Result
 from sail_align.evaluate.tasks.metrics import count_pixels, iou_per_class
 from sail_align.evaluate.tasks.task import EvaluationTask
@@ -34,22 +34,6 @@ Labels = NDArray[np.uint8]
 
 SHOWN, CANDIDATES, SHOWN_SIDE = 5, 64, 512
 """Pictures in the report, the number of pictures spread over the set they are taken from, and their largest side."""
-PALETTE = (
-    (0, 114, 178),
-    (255, 136, 0),
-    (136, 255, 255),
-    (136, 0, 0),
-    (170, 0, 255),
-    (0, 0, 136),
-    (238, 204, 136),
-    (204, 51, 0),
-    (204, 255, 102),
-    (238, 102, 255),
-)
-"""Colours of classes that also differ for colour-blind readers, the first ones most."""
-REST = (120, 120, 120)
-TINT = 0.65
-"""Share of the class's colour in a pixel of an overlay. The rest is the image in grey."""
 
 
 class Segmentation(EvaluationTask):
@@ -168,27 +152,20 @@ class _Segmented:
         order = np.lexsort((-predicted_C, -truth_C))  # the true classes by size, then those that are only predicted
         labels = [int(label) for label in order if truth_C[label] or predicted_C[label]]
         colours = dict(zip(labels, PALETTE, strict=False))
-        size = (self.truth.shape[1], self.truth.shape[0])
-        grey_HW3 = np.asarray(image.convert("L").resize(size).convert("RGB"), dtype=np.float64)
 
-        def overlay(labels_HW: Labels, alt: str, caption: str) -> Picture:
-            """Return the image with each pixel tinted by its class. Ignored pixels stay grey."""
-            tint_HW3 = np.full(grey_HW3.shape, REST, dtype=np.float64)
-            for label, colour in colours.items():
-                tint_HW3[labels_HW == label] = colour
-            mixed_HW3 = np.where((labels_HW == IGNORED)[..., None], grey_HW3, (1 - TINT) * grey_HW3 + TINT * tint_HW3)
-            return Picture.of(Image.fromarray(mixed_HW3.astype(np.uint8)), alt, caption=caption)
+        def tinted(labels_HW: Labels, alt: str, caption: str) -> Picture:
+            return Picture.of(overlay(image, labels_HW, colours), alt, caption=caption)
 
         present = ", ".join(names[label] for label in np.flatnonzero(truth_C))
         guesses = "predicted classes: " + ", ".join(names[label] for label in colours if predicted_C[label])
         ignored = self.truth == IGNORED
         pictures = [
             Picture.of(image, f"photo with {present}", caption="image"),
-            overlay(self.truth, f"true classes: {present}", "truth"),
-            overlay(np.where(ignored, self.truth, self.predicted), guesses, "prediction where it counts"),
+            tinted(self.truth, f"true classes: {present}", "truth"),
+            tinted(np.where(ignored, self.truth, self.predicted), guesses, "prediction where it counts"),
         ]
         if ignored.any():
-            pictures.append(overlay(self.predicted, f"{guesses}, and elsewhere", "prediction everywhere"))
+            pictures.append(tinted(self.predicted, f"{guesses}, and elsewhere", "prediction everywhere"))
         legend = tuple(Annotation(names[label], colour=f"rgb{colour}") for label, colour in colours.items())
         return Example(f"pixel accuracy {100 * self.accuracy:.1f}", None, tuple(pictures), legend)
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "sail-align probe": "rank linear-probe",
     "sail-align ladder": "ablation ablate ablations sweep",
     "sail-align search": "find query knn-search lookup",
+    "sail-align serve": "browse ui web gui app",
     "sail-align embed": "predict infer inference transform",
     "sail-align export": "save convert push upload publish",
     "sail-align runs": "history experiments",

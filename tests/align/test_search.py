@@ -31,11 +31,6 @@ from sail_align.extract.store.store import Store
 TEXTS = ["a red cat", "the dog sleeps on the green bench", "a"]
 
 
-@pytest.fixture(scope="module", params=["none", "gaussian"])
-def world(request, tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("search"), correction=request.param)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("photos"))
@@ -67,6 +62,7 @@ def text(*words):
         ("- rain", [("text", "rain", -1)]),
         ("black-and-white  dog", [("text", "black-and-white  dog", 1)]),
         ('"a - b" + "key:x"', [("text", "a - b", 1), ("text", "key:x", 1)]),
+        ('key:"a - b.jpg" - c', [("key", "a - b.jpg", 1), ("text", "c", -1)]),
         ('5" pipe + tap', [("text", '5" pipe', 1), ("text", "tap", 1)]),
         ("  ", []),
     ],
@@ -107,8 +103,11 @@ def test_search_is_a_stable_sort_of_exact_scores(seed, rows, count, masked, with
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_model(world):
+@pytest.mark.parametrize("correction", ["none", "gaussian"])
+def test_scores_are_those_of_the_model(correction, request, tmp_path):
     """Texts by corrected similarity and cosine, pictures by cosine and frozen features: of all rows, in their order."""
+    is_plain = correction == "none"
+    world = request.getfixturevalue("photos") if is_plain else make_world(tmp_path, correction=correction)
     index, model = open_index(world), pretrained.load(world.run, device="cpu")
     features, _ = Store.open(world.store).image().read()
     picture = draw(99, SHADES["cat"])

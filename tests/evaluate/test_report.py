@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sail_align.align.stats.overlay import PALETTE, REST
 from sail_align.evaluate.report.overview import Overview
 from sail_align.evaluate.report.page import html as html_of
 from sail_align.evaluate.report.page import write_report
 from sail_align.evaluate.results.scores import RunScores
-from sail_align.evaluate.tasks.segmentation import PALETTE, REST
 from sail_align.extract.errors import UserError
 
 
@@ -235,7 +235,7 @@ def contrast(first, second):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_meets_wcag_aa(scheme):
     """4.5 for text, 3 for what is drawn: the levels of WCAG's AA."""
-    sheet = (resources.files("sail_align.evaluate.report") / "report.css").read_text()
+    sheet = (resources.files("sail_align.align.stats") / "page_base.css").read_text()
     light, dark = sheet.split("@media (prefers-color-scheme: dark)", 1)
     colours = dict(COLOURS.findall(light if scheme == "light" else dark.split("}", 1)[0]))
     assert contrast("#000000", "#ffffff") == pytest.approx(21)

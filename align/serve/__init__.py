@@ -1,0 +1,1 @@
+"""The search page: a local, read-only server over the search index."""
