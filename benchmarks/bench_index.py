@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.encoders.identity import EncoderSpec, Identity
 from sail_align.extract.executor.encode import ArrayTask
 from sail_align.extract.executor.worker import Share, Worker
+from sail_align.extract.store.build_index import _require_unique_keys
 from sail_align.extract.store.hierarchy import write_root
 from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, Index
 from sail_align.extract.store.recaptions import RecaptionReport, join_captions
@@ -80,6 +82,7 @@ def report_many(folder: Path, rows: int) -> None:
         "a worker's start": partial(start_worker, path),
         "status": partial(status, path),
         "open as fit does": partial(open_pairs, path),
+        "are keys unique?": partial(compare_keys, path),
     }.items():
         shown(what, rows, work)
 
@@ -224,6 +227,18 @@ def open_pairs(path: Path) -> None:
     pairs.require_complete()
     pairs.usable()
     _ = pairs.store.digest_of(pairs.arrays)
+
+
+def compare_keys(path: Path) -> None:
+    """Compare the keys of all rows, as when the index is built. The hard links' are made distinct."""
+    files = len(Store.open(path).index_files.digests)
+    _require_unique_keys(_Distinct(path / "index"), files)
+
+
+class _Distinct(Index):
+    def columns(self, name: str, files: int) -> Iterator[list[Any]]:
+        for number, keys in enumerate(super().columns(name, files)):
+            yield [f"{key}/{number}" for key in keys]
 
 
 def join(path: Path, table: Path) -> None:

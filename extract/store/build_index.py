@@ -1,18 +1,30 @@
 """Building the index of a store, part by part and file by file. A stopped build resumes."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sail_align.extract.data import CaptionTables, Part, Sample
 from sail_align.extract.errors import UserError
 from sail_align.extract.store.index import FILE_ROWS, GROUP_ROWS, Index, IndexRecord, text_hashes
 from sail_align.extract.store.recaptions import join_captions
-from sail_align.extract.system.files import remove_tree
+from sail_align.extract.system.files import is_remote, remove_tree
 from sail_align.extract.system.progress import progress
+
+RECORDS = 64
+"""Index files after which the record is not written for each, but so often that a stop loses 1/64 of them at most.
+
+The record grows with the files, so the time of writing it for each would grow with their square.
+"""
+
+HASHES = 1 << 26
+"""Hashes of keys that are compared at a time, 0.5 GB."""
 
 CANDIDATES = 65_536
 """Repeated hashes whose keys are compared at a time."""
@@ -88,7 +100,8 @@ def _write_files(
         while first := next(samples, None):
             of_file = chain([first], islice(samples, FILE_ROWS - 1))
             record.digests.append(index.write(len(record.digests), row_groups(of_file)))
-            record.write(index.folder)
+            if len(record.digests) % max(len(record.digests) // RECORDS, 1) == 0:
+                record.write(index.folder)
     record.complete = True
     record.write(index.folder)
 
@@ -105,10 +118,10 @@ def _read_samples(parts: Sequence[Part], rows: list[int]) -> Iterator[Sample]:
 def _require_unique_keys(index: Index, files: int) -> None:
     """Raise `UserError` if two samples have the same key.
 
-    Compares 64-bit hashes, eight bytes per row, and the keys themselves only if their hashes are equal.
+    Compares 64-bit hashes, and the keys themselves only if their hashes are equal.
     """
-    hashes = np.sort(np.concatenate([text_hashes([]), *map(text_hashes, index.columns("key", files))]))
-    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    parts = (np.unique(hashes[1:][hashes[1:] == hashes[:-1]]) for hashes in _sorted_hashes(index, files))
+    repeated = np.concatenate(list(parts))
     for start in range(0, len(repeated), CANDIDATES):
         seen: set[str] = set()
         for keys in index.columns("key", files):
@@ -116,3 +129,23 @@ def _require_unique_keys(index: Index, files: int) -> None:
                 if keys[row] in seen:
                     raise UserError(f"Sample key {keys[row]!r} occurs more than once. Make the keys unique.")
                 seen.add(keys[row])
+
+
+def _sorted_hashes(index: Index, files: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the hashes of all keys in parts that fit into memory, each sorted. Equal hashes are in the same part.
+
+    The parts are in files without a name, of eight bytes per row, which disappear with the process.
+    """
+    parts = -(-files * FILE_ROWS // HASHES) or 1
+    folder = None if is_remote(index.folder) else index.folder
+    with ExitStack() as stack:
+        spills = [stack.enter_context(TemporaryFile(dir=folder)) for _ in range(parts)]
+        for keys in index.columns("key", files):
+            hashes = text_hashes(keys)
+            for number, spill in enumerate(spills):
+                spill.write(hashes[hashes % parts == number].tobytes())
+        for spill in spills:
+            spill.seek(0)
+            hashes = np.fromfile(spill, np.int64)
+            hashes.sort()
+            yield hashes

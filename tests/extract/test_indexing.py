@@ -13,16 +13,17 @@ from interrupted import Killed, contents, open_and_die, open_pictures, shrink
 
 from sail_align.extract.data import Part, Sample
 from sail_align.extract.errors import UserError
-from sail_align.extract.store import index
+from sail_align.extract.store import build_index, index
 from sail_align.extract.store.open_or_create import _SourceCheck
 from sail_align.extract.store.store import Store
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_files():
-    """Index files of 32 rows in groups of 8."""
+    """Index files of 32 rows in groups of 8, of which the record is written for each of the first four."""
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr)
+        patch.setattr(build_index, "RECORDS", 2)
         yield
 
 
@@ -100,6 +101,16 @@ def test_complete_parts_are_not_read_again(tmp_path):
     assert {part for part, _ in seen} == {2}
 
 
+def test_record_is_written_for_few_files_and_a_stop_loses_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_index, "RECORDS", 4)
+    written = []
+    write = index.IndexRecord.write
+    monkeypatch.setattr(index.IndexRecord, "write", lambda self, folder: (written.append(1), write(self, folder)))
+    stop_in(tmp_path / "s.zarr", tmp_path, [1_290], part=0, row=1_289)  # the last row of file 41
+    assert len(written) < 20
+    assert len(index.IndexRecord.read(tmp_path / "s.zarr/index").digests) >= 40 * 3 // 4
+
+
 @pytest.mark.parametrize("change", ["manifest", "captions", "file", "parts"])
 def test_other_index_starts_over(tmp_path, change):
     stop_in(tmp_path / "s.zarr", tmp_path, [40, 40], part=1, row=39)
@@ -125,8 +136,10 @@ def test_reads_rows_across_files_and_groups(tmp_path):
     assert [s.captions for s in made.samples(31, 33, captions=[])] == [{}, {}]
 
 
-@pytest.mark.parametrize("hashes", ["own", "all the same"])
+@pytest.mark.parametrize("hashes", ["own", "all the same", "in parts"])
 def test_duplicate_keys_despite_colliding_hashes(tmp_path, monkeypatch, hashes):
+    if hashes == "in parts":
+        monkeypatch.setattr(build_index, "HASHES", 30)
     if hashes == "all the same":
         monkeypatch.setattr("sail_align.extract.store.index.hash", lambda _: 7, raising=False)
     create(tmp_path / "good.zarr", parts_of([40, 40], tmp_path))
