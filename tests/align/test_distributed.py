@@ -356,10 +356,11 @@ def test_torchrun_trains_like_one_process_which_can_resume(begin, make_store, tm
     many = make_store("many", rows=200, captions={"raw": (), "short": (), "long": ()})
     few = make_store("few", rows=100, captions={"long": (), "raw": ()}, first=500)
     words = ("--features", many, "--features", few, "--positives", 2, "--loss", "infonce", "--steps", 60)
+    words += ("--start", "random")  # which torchrun would take for an option of its own, but for the --
     one, two = tmp_path / "one", tmp_path / "two"
 
     program = Path(sys.executable).with_name("sail-align")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--"]
     command = [*command, program, "fit", *words, *FIT, "--out", two]
     job = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = two / "metrics.jsonl"

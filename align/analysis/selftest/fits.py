@@ -185,7 +185,7 @@ def _processes(lab: Lab) -> float:
     run, words = lab.folder / "processes", ["--features", make_store(lab.folder), "--cache", "none", "--quiet"]
     for name, value in OPTIONS.items():
         words += [f"--{name.replace('_', '-')}", value]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "--"]
     command = [*launcher, program, "fit", *words, "--device", lab.device.type, "--out", run]
     threads = {} if lab.on_gpu else {"OMP_NUM_THREADS": "1"}
     try:
