@@ -1,9 +1,10 @@
 """Plan an extraction from CC3M to 12.8 billion pairs: GPU-hours, bytes, requests, cost, and hours on preemptible nodes.
 
 A discrete-event simulation follows the shards of a run: workers start, take a shard, encode it at the speed of their
-GPU or of the shared storage, and are preempted. A shard of a lost worker returns to the others when its lease has
-expired, or at once with Ray. Shard size and leases are those of this package. Prices and rates are assumptions
-(`Prices`, `ENCODERS`). docs/scale.md shows the tables. It has not been compared with real runs yet.
+GPU or of the shared storage, and are preempted. A shard of a lost worker is tried again when no other is left. The
+worker that tries it watches its lease until that expires. Shard size and leases are those of this package. Prices and
+rates are assumptions (`Prices`, `ENCODERS`). docs/scale.md shows the tables; scale_check.py compares the simulation
+with real runs.
 """
 
 import argparse
@@ -24,8 +25,13 @@ PEAK, UTILISATION = {"A100": 312e12, "H100": 989e12}, 0.37
 IMAGE_BYTES, INDEX_BYTES = 46_000, 900
 """Per pair: a JPEG with shorter side 256, and its row in the index with seven captions (docs/cc12m.md)."""
 LONG_TOKENS, SHORT_TOKENS = 130, 30
-REQUESTS = 100
-"""Object storage requests of a shard: 3,260 for 30 shards of two workers on an S3 server, all commands included."""
+REQUESTS = {"write": (22.0, 3.0), "read": (16.0, 5.0)}
+"""Object storage requests of a shard by price class: those of its own worker, and of each worker that shares the store.
+
+Measured by s3_requests.py. Writes are PUT, POST and LIST, reads are GET and HEAD. Deletions are free.
+"""
+SHARING = 16
+"""Workers that share the store in the table of costs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Prices:
     gpu_hour: float = 2.5
     spot_hour: float = 1.0
     gigabyte_month: float = 0.023
-    requests_1000: float = 0.005
+    writes_1000: float = 0.005
+    reads_1000: float = 0.0004
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ class Plan:
         restarts: Time from the loss of a worker until its replacement is ready; None: it is not replaced.
         kills: Times at which workers are lost, with the number of the worker.
         preemptions: Losses per worker and hour, at random, in addition to `kills`.
-        takeover: Time from the loss of a worker until another can take its shards, and by how much it varies.
+        takeover: Time for which an idle worker watches the lease of a lost one before it takes the shard, and by how
+            much it varies.
         in_flight: Shards that a worker holds at a time. It encodes one.
         shard_bytes: Bytes that a worker reads for a shard.
         bandwidth: Bytes per second that storage delivers to all workers together.
@@ -110,13 +118,14 @@ class Simulation:
         plan = self.plan
         self._random, self._order = np.random.default_rng(self.seed), itertools.count()
         self._left, self._done = plan.shards, 0
+        self._unwatched = 0  # leases of lost workers that no other has seen yet
         self._held, self._life = [0] * plan.workers, [0] * plan.workers
         self._ready, self._began = [False] * plan.workers, [0.0] * plan.workers
         self._active = 0
         for worker in range(plan.workers):
             self._at(plan.starts[min(worker, len(plan.starts) - 1)], "ready", worker)
         for when, worker in plan.kills:
-            heapq.heappush(self._events, (when, next(self._order), "kill", worker, -1))
+            self._at(when, "kill", worker, life=-1)
         handlers = {"ready": self._start, "done": self._finish, "kill": self._lose, "free": self._free}
         while self._done < plan.shards:
             if not self._events:
@@ -126,8 +135,9 @@ class Simulation:
                 handlers[kind](worker)
         return self
 
-    def _at(self, when: float, kind: str, worker: int) -> None:
-        heapq.heappush(self._events, (when, next(self._order), kind, worker, self._life[worker]))
+    def _at(self, when: float, kind: str, worker: int, life: int | None = None) -> None:
+        life = self._life[worker] if life is None else life
+        heapq.heappush(self._events, (when, next(self._order), kind, worker, life))
 
     def _start(self, worker: int) -> None:
         self._ready[worker] = True
@@ -141,6 +151,15 @@ class Simulation:
         self._held[worker] += taken
         if taken and taken == self._held[worker]:
             self._encode(worker)
+        if not self._held[worker]:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Let an idle worker watch the leases of lost workers, at which none looks while other shards are left."""
+        least, varies = self.plan.takeover
+        for _ in range(self._unwatched):
+            self._at(self.now + least + varies * self._random.random(), "free", 0, life=-1)
+        self._unwatched = 0
 
     def _encode(self, worker: int) -> None:
         self._active += 1
@@ -163,20 +182,22 @@ class Simulation:
         if self._held[worker]:
             self._active -= 1
             self.wasted += self.now - self._began[worker]
-        least, varies = self.plan.takeover
-        for _ in range(self._held[worker]):
-            when = self.now + least + varies * self._random.random()
-            heapq.heappush(self._events, (when, next(self._order), "free", worker, -1))
+            self._unwatched += 1
+            self._left += self._held[worker] - 1
         self._held[worker], self._ready[worker] = 0, False
         self._life[worker] += 1
+        self._offer()
         if self.plan.restarts is not None:
             self._at(self.now + self.plan.restarts, "ready", worker)
 
     def _free(self, _: int) -> None:
         self._left += 1
-        for worker, is_ready in enumerate(self._ready):
-            if is_ready and self._left:
-                self._assign(worker)
+        self._offer()
+
+    def _offer(self) -> None:
+        """Let all workers that have room take what is left."""
+        for worker in np.flatnonzero(self._ready):
+            self._assign(worker)
 
 
 def gpu_hours(pairs: float, encoder: Encoder, card: str) -> float:
@@ -192,21 +213,23 @@ def tables(prices: Prices) -> Iterator[str]:
         hours = [[gpu_hours(pairs, encoder, card) for card in PEAK] for pairs in SETS.values()]
         yield f"| {name} | {' | '.join(f'{a:,.3g} ({h:,.3g})' for a, h in hours)} |"
     yield ""
-    columns = ("set", "shards per array", "images", "index", "features", "objects", "requests")
+    columns = ("set", "shards per array", "images", "index", "features", "objects", "writes", "reads")
     yield f"| {' | '.join(columns)} | A100-hours | GPUs | storage a month | requests |"
-    yield f"|{'---|' * 11}"
+    yield f"|{'---|' * 12}"
     chosen = [ENCODERS[name] for name in DEFAULT]
     for name, pairs in SETS.items():
         shards = -(-pairs // SHARD_ROWS)
         features = pairs * sum(2 * each.dim + 1 for each in chosen)
         stored = features + pairs * (IMAGE_BYTES + INDEX_BYTES)
-        requests, hours = REQUESTS * shards * len(chosen), sum(gpu_hours(pairs, each, "A100") for each in chosen)
+        writes, reads = (shards * len(chosen) * (own + SHARING * each) for own, each in REQUESTS.values())
+        cost = writes / 1_000 * prices.writes_1000 + reads / 1_000 * prices.reads_1000
+        hours = sum(gpu_hours(pairs, each, "A100") for each in chosen)
         objects = shards * (3 * len(chosen) + 1)
         yield (
             f"| {name} | {shards:,.0f} | {size(pairs * IMAGE_BYTES)} | {size(pairs * INDEX_BYTES)} | {size(features)} "
-            f"| {objects:,.0f} | {requests:,.0f} | {hours:,.0f} | ${hours * prices.gpu_hour:,.0f} "
+            f"| {objects:,.0f} | {writes:,.0f} | {reads:,.0f} | {hours:,.0f} | ${hours * prices.gpu_hour:,.0f} "
             f"(spot ${hours * prices.spot_hour:,.0f}) | ${stored / 1e9 * prices.gigabyte_month:,.0f} "
-            f"| ${requests / 1_000 * prices.requests_1000:,.2f} |"
+            f"| ${cost:,.2f} |"
         )
     yield ""
     rates = (0.0, 0.05, 0.2, 1.0)
