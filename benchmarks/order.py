@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sail_align.align.data.loader import Batch, Stream
 from sail_align.align.data.pairs import Half, Pairs, open_pairs, read_rows
 from sail_align.align.stats.tables import format_table, mean_std
-from sail_align.align.train.initial import build_model
+from sail_align.align.train.initial import build_model, start_model
 from sail_align.align.train.plan import Plan, make_plan
 from sail_align.align.train.step import Stepper, make_optimizer
 from sail_align.align.train.trainer import score
@@ -76,7 +76,8 @@ def trained(plan: Plan, buffer_rows: int, test: Batch) -> dict[str, float]:
     settings = plan.settings
     rows = {"batch_size": settings.batch_size, "seed": settings.seed, "buffer_rows": buffer_rows}
     with Stream(plan.pairs, plan.training, policy=plan.policy, **rows) as stream:
-        model = build_model(plan, stream, CPU, fresh=True, quiet=True)
+        model = build_model(plan, CPU)
+        start_model(model, plan, stream, CPU, quiet=True)
         stepper = Stepper(model, plan.loss(), make_optimizer(model, settings), CPU)
         for step, (batch, _) in zip(range(settings.steps), stream.batches(), strict=False):
             stepper.step(batch, settings.learning_rate(step))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sail_align.align.data.loader import PREFETCH, Batch, Source, Stream, take_rows
+from sail_align.align.data.loader import PREFETCH, SCAN_ROWS, Batch, Source, Stream, take_rows
 from sail_align.align.data.sampler import Numbers, StreamState, split
 from sail_align.extract.system.progress import progress
 
@@ -40,6 +40,7 @@ class Cache(Source):
             UserError: The features are damaged.
         """
         self._stream, self._device, self._move = stream, device, move
+        self.rows = stream.rows
         self._held = split(stream.rows, len(stream.parts))
         starts = np.clip(stream.starts, *self._own)
         self._rows = np.diff(starts)
@@ -81,6 +82,17 @@ class Cache(Source):
     def batches_on(self, device: torch.device, state: StreamState | None = None) -> Iterator[tuple[Batch, StreamState]]:
         """Yield `batches` on a device. Those that are gathered there are not copied."""
         return super().batches_on(device, state) if self._device is None else self.batches(state)
+
+    def scan(self) -> Iterator[Batch]:  # noqa: D102
+        if self._move:
+            raise RuntimeError("this process holds only a part of the rows")
+        for pairs, rows, shift, (first, stop) in zip(
+            self._stream.pairs, self._rows, self._shift, pairwise(self._stream.starts), strict=True
+        ):
+            text_CND = self._texts[first + shift :][: len(pairs.texts) * rows].view(len(pairs.texts), rows, -1)
+            for start in range(0, rows, SCAN_ROWS):
+                part = slice(start, start + SCAN_ROWS)
+                yield Batch(self._images[first:stop][part], text_CND[:, part])
 
     def close(self) -> None:  # noqa: D102
         self._thread.shutdown(cancel_futures=True)

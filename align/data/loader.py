@@ -95,10 +95,12 @@ class Source(ABC):
     """An endless sequence of batches.
 
     Attributes:
+        rows: Number of rows of all batches of an epoch.
         bytes_read: Bytes of the batches served.
         wait_seconds: Time spent waiting for batches.
     """
 
+    rows: int
     bytes_read = 0
     wait_seconds = 0.0
 
@@ -108,6 +110,10 @@ class Source(ABC):
 
         A batch stays valid until the next but one is requested.
         """
+
+    @abstractmethod
+    def scan(self) -> Iterator[Batch]:
+        """Yield each row once, store by store, with all captions of its store: the row's first one for any it lacks."""
 
     @abstractmethod
     def close(self) -> None:
@@ -245,13 +251,7 @@ class Stream(Source):
             yield batch, next_state
 
     def scan(self, rows: slice = slice(None)) -> Iterator[Batch]:
-        """Yield each row once with all captions of its store, store by store, for sums over all rows.
-
-        A row that has only some of the captions gets its first one in place of the others.
-
-        Args:
-            rows: Rows to yield, by number. A step is not allowed.
-        """
+        """Yield rows as `Source.scan` does, by default all. A slice of their numbers has no step."""
         begin, end, _ = rows.indices(self.rows)
         for pairs, has_CN, (first, stop) in zip(self.pairs, self._present, pairwise(self.starts.tolist()), strict=True):
             last = min(stop, end)

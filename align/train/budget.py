@@ -63,9 +63,7 @@ def _measure(plan: Plan, cache: CacheChoice, device: torch.device, world: World)
     with ExitStack() as stack:
         training = Training(plan, device, world)
         stack.enter_context(training.stream)
-        world.every(lambda: training.build(None, plan.digest, quiet=True))
-        world.broadcast(*(parameter.data for parameter in training.model.parameters()))
-        stack.enter_context(training.place(cache, quiet=True))
+        stack.enter_context(training.begin(None, plan.digest, cache, quiet=True))
         ready = began = time.monotonic()
         timed = 0
         for step, (batch, _) in enumerate(training.source.batches_on(device), start=1):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sail_align.align.data.loader import Stream
+from sail_align.align.data.loader import Source, Stream
 from sail_align.align.model.alignment import MAX_LOG_SCALE, AlignmentModel
 from sail_align.align.model.closed_form import Moments
 from sail_align.align.model.correction import Gaussian
@@ -22,21 +22,31 @@ BASIS_ROWS = 1_024
 BISECTIONS = 20
 
 
-def build_model(
-    plan: Plan, stream: Stream, device: torch.device, *, fresh: bool, quiet: bool = False
-) -> AlignmentModel:
-    """Return the initial model of a plan. If not `fresh`, its weights will be replaced and need no computation."""
+def build_model(plan: Plan, device: torch.device) -> AlignmentModel:
+    """Return the model of a plan with random weights. `start_model` computes those that depend on the pairs."""
     settings = plan.settings
     torch.manual_seed(settings.seed)
     scale = _temperature(settings)
     bias = -scale / 2 if settings.bias == "auto" else settings.bias
-    model = plan.architecture.build(scale=scale, bias=bias).to(device)
-    if fresh and settings.closed_form:
-        _start_from_closed_form(model, plan, stream, device, quiet)
-    if fresh and settings.bias == "auto":
+    return plan.architecture.build(scale=scale, bias=bias).to(device)
+
+
+def start_model(model: AlignmentModel, plan: Plan, source: Source, device: torch.device, *, quiet: bool) -> None:
+    """Compute the closed form and the bias of a new model. Call it right after `build_model`, whose seed it uses.
+
+    Args:
+        model: The model.
+        plan: Plan of the run.
+        source: All pairs, in their stores or in memory.
+        device: Device of the model.
+        quiet: Show no progress bar.
+    """
+    if plan.settings.closed_form:
+        _start_from_closed_form(model, plan, source, device, quiet)
+    if plan.settings.bias == "auto":
         model.bias.data.fill_(balanced_bias(model, plan, device))
-        note(f"Initial t is {scale:.4g}, initial b is {model.bias.item():.4g}.")
-    return model
+        t = model.log_scale.exp().item()
+        note(f"Initial t is {t:.4g}, initial b is {model.bias.item():.4g}.")
 
 
 def _temperature(settings: FitSettings) -> float:
@@ -77,17 +87,17 @@ def balanced_bias(model: AlignmentModel, plan: Plan, device: torch.device) -> fl
 
 @torch.no_grad()
 def _start_from_closed_form(
-    model: AlignmentModel, plan: Plan, stream: Stream, device: torch.device, quiet: bool
+    model: AlignmentModel, plan: Plan, source: Source, device: torch.device, quiet: bool
 ) -> None:
     settings = plan.settings
     gaussian = next((each for each in model.modules() if isinstance(each, Gaussian)), None)
     dims = model.image_head.basis_dim, model.text_head.basis_dim
     ridge = settings.ridge
     moments: Moments | FoldedMoments = (
-        FoldedMoments(*dims, stream.rows, device) if ridge == "auto" else Moments(*dims, device)
+        FoldedMoments(*dims, source.rows, device) if ridge == "auto" else Moments(*dims, device)
     )
-    with progress(stream.rows, "closed form", unit="pair", quiet=quiet) as bar:
-        for block in stream.scan():
+    with progress(source.rows, "closed form", unit="pair", quiet=quiet) as bar:
+        for block in source.scan():
             for start in range(0, len(block.images), BASIS_ROWS):
                 part = slice(start, start + BASIS_ROWS)
                 images, texts = block.images[part].to(device), block.texts[:, part].to(device)

@@ -23,7 +23,7 @@ from sail_align.align.stats.metrics import caption_ranks, effective_rank, mean_r
 from sail_align.align.train.bank import BankBuilder
 from sail_align.align.train.collapse import Watch
 from sail_align.align.train.distributed import ALONE, World
-from sail_align.align.train.initial import build_model
+from sail_align.align.train.initial import build_model, start_model
 from sail_align.align.train.placement import place_features
 from sail_align.align.train.plan import Plan
 from sail_align.align.train.step import Stepper, make_optimizer, seed_torch
@@ -87,9 +87,7 @@ def fit(
             return dict(saved.record["scores"])
         training = Training(plan, device, world)
         stack.enter_context(training.stream)
-        world.every(lambda: training.build(saved, digest, quiet=quiet))
-        world.broadcast(*(parameter.data for parameter in training.model.parameters()))
-        stack.enter_context(training.place(cache, quiet=quiet))
+        stack.enter_context(training.begin(saved, digest, cache, quiet=quiet))
 
         def open_writer() -> None:
             training.writer = RunWriter(
@@ -140,8 +138,25 @@ class Training:
         self.unlogged: deque[tuple[int, Transfer]] = deque()
         self.batch: Batch | None = None
 
-    def build(self, saved: Checkpoint | None, digest: str, *, quiet: bool) -> None:
-        """Build the initial model in the leader, or restore a saved one.
+    def begin(self, saved: Checkpoint | None, digest: str, cache: CacheChoice, *, quiet: bool) -> Source:
+        """Build the initial model or restore a saved one, and load the features; return the source of the batches.
+
+        Raises:
+            UserError: As for `build` and `place_features`.
+        """
+        settings, world = self.plan.settings, self.world
+        world.every(lambda: self.build(saved, digest))
+        if settings.steps:
+            permuted = settings.order == "permuted"
+            self.source = place_features(cache, self.stream, self.stepper, permuted=permuted, quiet=quiet)
+        if saved is None:
+            rows = self.source if world.size == 1 else self.stream  # of several processes, each caches a part
+            world.first(lambda: start_model(self.model, self.plan, rows, self.device, quiet=quiet))
+        world.broadcast(*(parameter.data for parameter in self.model.parameters()))
+        return self.source
+
+    def build(self, saved: Checkpoint | None, digest: str) -> None:
+        """Build a model, or restore a saved one.
 
         Raises:
             UserError: This process reads other stores or checkpoints than the leader, or they are damaged.
@@ -151,8 +166,7 @@ class Training:
             raise UserError(f"Process {world.rank} reads other stores than process 0. Give all machines the same ones.")
         if saved and not saved.folder.exists():
             raise UserError(f"Process {world.rank} does not find {saved.folder}. Use a folder that all machines share.")
-        fresh = saved is None and world.leads
-        self.model = build_model(plan, self.stream, self.device, fresh=fresh, quiet=quiet)
+        self.model = build_model(plan, self.device)
         self.stepper = Stepper(
             self.model,
             plan.loss(world.log_sum_exp),
@@ -165,13 +179,6 @@ class Training:
         self.held_out = Batch(*map(torch.from_numpy, read_rows(plan.scored, plan.held_out)))
         if saved:
             saved.restore(self.model, self.stepper.optimizer)
-
-    def place(self, cache: CacheChoice, *, quiet: bool) -> Source:
-        """Load the features where `cache` asks; return the source of the batches."""
-        if self.plan.settings.steps:
-            permuted = self.plan.settings.order == "permuted"
-            self.source = place_features(cache, self.stream, self.stepper, permuted=permuted, quiet=quiet)
-        return self.source
 
     def run(self, saved: Checkpoint | None) -> dict[str, float]:
         """Train to the end; return the last held-out scores."""

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from sail_align.align.data import cache as cache_module
+from sail_align.align.data import loader
 from sail_align.align.data.cache import Cache
 from sail_align.align.data.captions import CaptionPolicy
 from sail_align.align.data.loader import Stream
@@ -63,6 +65,23 @@ def test_batches_are_those_of_the_stream(stores, place, positives, buffer_rows):
                 assert torch.equal(got[0], expected[0])
                 assert torch.equal(got[1], expected[1])
                 assert got[2] == expected[2]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("positives", [None, 2])
+def test_scan_is_that_of_the_stream(stores, place, positives, monkeypatch):
+    for module in (cache_module, loader):
+        monkeypatch.setattr(module, "SCAN_ROWS", 32)
+    with stream_of(stores, positives) as stream, Cache(stream, PLACES[place]) as cache:
+        for got, expected in zip(cache.scan(), stream.scan(), strict=True):
+            assert all(map(torch.equal, got, expected))
+
+
+def test_a_closed_form_is_computed_from_the_cache(stores, tmp_path, monkeypatch):
+    scans, scan = [], Stream.scan
+    monkeypatch.setattr(Stream, "scan", lambda stream, *rows: scans.append(rows) or scan(stream, *rows))
+    train(stores, tmp_path / "run", "host", start="closed-form", ridge=2.0)
+    assert len(scans) == 1  # to load it
 
 
 @pytest.mark.parametrize("place", PLACES)
