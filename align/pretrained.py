@@ -4,22 +4,19 @@ model = sail_align.align.pretrained.load("runs/demo-linear")
 model.encode_image(image) @ model.encode_text(["a cat", "a dog"]).T
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from sail_align.align.hub.folder import CARD, WEIGHTS, read_hub_folder
+from sail_align.align.hub.reference import read
 from sail_align.align.pretrained_model import PretrainedModel
-from sail_align.align.runs.checkpoint import Choice, Run, checkpoint_path, load_run
-from sail_align.align.runs.folder import CONFIG, RunFolder
+from sail_align.align.runs.checkpoint import Choice
 from sail_align.extract.encoders.identity import Identity, require_known
 from sail_align.extract.encoders.load import load_recorded
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
-from sail_align.extract.encoders.weights import download
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.python_calls import PathLike
 
@@ -64,26 +61,6 @@ def load(
     image = cast(VisionEncoder, _encoder(run.image, image_folder, where, "image_folder", code))
     text = cast(TextEncoder, _encoder(run.text, text_folder, where, "text_folder", code))
     return PretrainedModel(run, image, text)
-
-
-def read(reference: PathLike, revision: str | None = None, checkpoint: Choice | None = None) -> Run:
-    """Read the heads without the encoders. See `load` for the arguments."""
-    reference = os.fspath(reference)
-    path = Path(reference)
-    if path.is_dir():
-        if revision is not None:
-            raise UserError(f"{path} is a folder and has no revision {revision!r}. Leave the revision out.")
-        folder = RunFolder(path)
-        path = checkpoint_path(path, checkpoint)
-        return load_run(path) if folder.is_run or folder.is_checkpoint else read_hub_folder(path)
-    if checkpoint is not None:
-        raise UserError(f"checkpoint is for runs, and {reference} is none. Leave it out.")
-    if reference.count("/") != 1 or reference.startswith((".", "/", "~")):
-        raise UserError(f"{reference} is neither a folder nor a repository. Pass a run, an export, or <owner>/<name>.")
-    try:
-        return read_hub_folder(download(reference, revision, [CONFIG, WEIGHTS, CARD]))
-    except UserError as problem:
-        raise UserError(f"{reference} is not a local folder. As a repository: {problem}") from problem
 
 
 def _encoder(

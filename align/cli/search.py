@@ -95,7 +95,7 @@ def search(
     require_run(run)
     require_store(store)
 
-    from sail_align.align.pretrained import read
+    from sail_align.align.hub.reference import read
     from sail_align.align.search.index import SearchIndex, Where
     from sail_align.align.search.query import Term
     from sail_align.extract.store.store import Store

@@ -54,7 +54,7 @@ def serve(
 
     import uvicorn
 
-    from sail_align.align.pretrained import read
+    from sail_align.align.hub.reference import read
     from sail_align.align.search.index import SearchIndex
     from sail_align.align.serve.app import SearchServer
     from sail_align.extract.store.store import Store
@@ -89,6 +89,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(2_048)  # from now on, connections wait for the server
     except (OSError, UnicodeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise UserError(f"{host}:{port} cannot be listened on ({reason}). Pass another --port.") from problem

@@ -1,9 +1,9 @@
-"""The encoders of a run for queries, each loaded when it is first needed."""
+"""The encoders of a run for queries, each loaded when it is first needed, with the libraries that it needs."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sail_align.align.inputs import load_pixels
-from sail_align.align.pretrained_model import PretrainedModel
 from sail_align.align.runs.checkpoint import Run
 from sail_align.extract.encoders.identity import require_known
-from sail_align.extract.encoders.load import load_recorded
-from sail_align.extract.encoders.text import TextEncoder
-from sail_align.extract.encoders.vision import VisionEncoder
 from sail_align.extract.errors import UserError
+
+if TYPE_CHECKING:
+    from sail_align.align.pretrained_model import PretrainedModel
+    from sail_align.extract.encoders.text import TextEncoder
+    from sail_align.extract.encoders.vision import VisionEncoder
 
 KEPT_TEXTS = 1_024
 """Texts whose features are kept."""
@@ -40,18 +40,20 @@ class QueryEncoders:
         self._lock = threading.RLock()
 
     @property
-    def text(self) -> TextEncoder:
+    def text(self) -> "TextEncoder":
         """The text encoder. Raises `UserError` if it cannot be loaded."""
-        return cast(TextEncoder, self._load("text"))
+        return cast("TextEncoder", self._load("text"))
 
     @property
-    def image(self) -> VisionEncoder:
+    def image(self) -> "VisionEncoder":
         """The image encoder. Raises `UserError` if it cannot be loaded."""
-        return cast(VisionEncoder, self._load("image"))
+        return cast("VisionEncoder", self._load("image"))
 
     @property
-    def model(self) -> PretrainedModel:
+    def model(self) -> "PretrainedModel":
         """Both encoders and the heads. Raises `UserError` if an encoder cannot be loaded."""
+        from sail_align.align.pretrained_model import PretrainedModel  # its import takes seconds
+
         with self._lock:
             if "model" not in self._loaded:
                 self._loaded["model"] = PretrainedModel(self._run, self.image, self.text)
@@ -79,6 +81,8 @@ class QueryEncoders:
         """
         with self._lock, torch.inference_mode():
             encoder = self.image
+            from sail_align.align.inputs import load_pixels
+
             try:
                 pixels = load_pixels(picture, 0, encoder)
             except ValueError as problem:
@@ -102,5 +106,7 @@ class QueryEncoders:
                             f"The {side} encoder {each.spec.id} of {self._run.path} is a local folder, which is not "
                             "part of an export. Search with the run itself."
                         )
+                from sail_align.extract.encoders.load import load_recorded  # its import takes seconds
+
                 self._loaded[side] = load_recorded(recorded, self._device, allow_remote_code=self._code)
         return self._loaded[side]
