@@ -54,7 +54,7 @@ class Matrix:
         """
         query_E = query_E.cpu().float()
         half_E = query_E.half()
-        rounded_M = torch.cat([torch.mv(part, half_E) for part in self._parts]).float()
+        rounded_M = torch.cat([torch.mv(part, half_E).float() for part in self._parts])
         if self._terms_M is not None:
             rounded_M += self._terms_M
         if allowed_M is not None:
