@@ -21,6 +21,7 @@ PRELOADED = [
     "torch._inductor.compile_fx",
     "sail_align.align.cli",
     "sail_align.align.train.trainer",
+    "sail_align.extract.encoders.timm_models",
     "sail_align.extract.executor.run",
 ]
 COMMANDS = {"sail-extract": "extract", "sail-align": "align", "sail-eval": "evaluate"}

@@ -32,7 +32,6 @@ from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_
 from sail_align.extract.encoders.repository import Repository, read_repository
 from sail_align.extract.encoders.runtime import Runtime
 from sail_align.extract.encoders.text import TextEncoder, TransformersTextEncoder
-from sail_align.extract.encoders.timm_models import fetch_timm, load_timm, timm_sizes
 from sail_align.extract.encoders.tokenizer import load_tokenizer_files
 from sail_align.extract.encoders.transformers_models import TransformersBackbone, load_pretrained, patch_size
 from sail_align.extract.encoders.vision import Backbone, VisionEncoder, report_refused_size
@@ -115,6 +114,8 @@ class EncoderConfig(ABC):
         """
         entry = self.entry
         if isinstance(entry, TimmVision):
+            from sail_align.extract.encoders.timm_models import fetch_timm  # imports timm, which takes seconds
+
             fetch_timm(entry)
         elif not isinstance(entry, OpenClipTower):
             self._fetch(entry)
@@ -216,6 +217,8 @@ class ImageEncoderConfig(EncoderConfig):
         if self.image_size is None or isinstance(entry, OpenClipTower):
             return
         if isinstance(entry, TimmVision):
+            from sail_align.extract.encoders.timm_models import timm_sizes
+
             own, patch = timm_sizes(entry)
         else:
             files = EncoderFiles.fetch(self._origin(entry)[0])
@@ -241,6 +244,8 @@ class ImageEncoderConfig(EncoderConfig):
                 model = load_pretrained(files, allow_code=allow_code, of_images=True)
                 return files, TransformersBackbone(model, _preprocessing(entry, files), size)
             case TimmVision():
+                from sail_align.extract.encoders.timm_models import load_timm
+
                 return load_timm(entry, size)
             case OpenClipTower():
                 towers, _, files = load_open_clip(entry)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-MODEL_TYPE = "nvembed"
 _OF_THE_CODE = ("_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "sliding_window")
 
 

@@ -14,14 +14,14 @@ from transformers import AutoConfig, GteConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from sail_align.extract.encoders.layers import TransformersLayers, require_depth
-from sail_align.extract.encoders.nv_embed import MODEL_TYPE as NV_EMBED
-from sail_align.extract.encoders.nv_embed import NVEmbedModel, translate_nv_config
 from sail_align.extract.encoders.preprocessing import ImagePreprocessing, check_image_size
 from sail_align.extract.encoders.towers import image_tower, pool_each, pooled_output, pools_patches
 from sail_align.extract.encoders.vision import Backbone
 from sail_align.extract.encoders.weights import EncoderFiles
 from sail_align.extract.errors import UserError
 
+NV_EMBED = "nvembed"
+"""`model_type` of NV-Embed-v2."""
 _log = getLogger(__name__)
 
 # GTE was first published with code of its own (`model_type` "new"), whose config has other fields than transformers'
@@ -148,9 +148,11 @@ def load_pretrained(
     if of_images and not is_remote:
         loader, config, options = image_tower(config)
     else:
-        is_nv_embed = files.config.get("model_type") == NV_EMBED
-        known = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
-        loader, options = NVEmbedModel if is_nv_embed and not is_remote else known, {}
+        loader, options = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel")), {}
+        if files.config.get("model_type") == NV_EMBED and not is_remote:
+            from sail_align.extract.encoders.nv_embed import NVEmbedModel
+
+            loader = NVEmbedModel
     with no_progress_bar():
         model, loading = loader.from_pretrained(
             files.path,
@@ -200,6 +202,8 @@ def _read_config(files: EncoderFiles, allow_code: bool) -> tuple[PreTrainedConfi
     if kind == "new":  # GTE in its original form
         return translate_gte_config(files.config), False
     if kind == NV_EMBED:
+        from sail_align.extract.encoders.nv_embed import translate_nv_config  # imports a model, which takes seconds
+
         return translate_nv_config(files.config), False
     with suppress(ValueError):  # transformers does not have the architecture
         return AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False), False
