@@ -25,7 +25,7 @@ $(VENV)/ready $(VENV)/ready-demo: pyproject.toml
 		{ echo "error: $(PYTHON) is older than Python 3.11; name another, as in make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "Setting up $(VENV); pip takes some minutes over PyTorch ..."
 	$(PYTHON) -m venv $(VENV)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(RUNS) ## The whole pipeline on the embedded data: extract, fit, evaluate, report
