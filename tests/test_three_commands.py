@@ -1,32 +1,21 @@
-"""The three commands as typed, with real encoders, on pictures saved to disk and on real photos."""
+"""The three commands with real encoders, on pictures saved to disk and on real photos."""
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from warm_processes import run_command
+from warm_processes import WarmProcess, run_command
 
-BIN = Path(sys.executable).parent
 PHOTOS = Path(__file__).parents[1] / "../shared/data/flickr8k-dev"
-
-
-def run_typed(line: str) -> str:
-    """Run a command line as the shell does and return what it printed; it must succeed."""
-    program, *arguments = line.split()
-    done = subprocess.run([BIN / program, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def write_manifest(path: Path, name: str, captions: object, **fields: object) -> None:
     source = {"kind": "table", "root": ".", "files": "captions.csv", "images": "images", "captions": captions}
     source["split"] = {"file": "split.csv", "column": "split", "keep": name}
-    encoders = {"image": "efficientnet-lite0", "text": "minilm-l6"}
+    encoders = {"image": "efficientnet-lite0", "text": "minilm-l6", "image_size": 128}
     about = {"name": name, "title": name, "licence": "test", "get": "made by a test", "encoders": encoders}
     path.write_text(yaml.safe_dump({**about, "source": source, **fields}))
 
@@ -43,6 +32,18 @@ def recalls(folder: Path) -> dict[str, float]:
     return {metric["name"]: metric["value"] / metric["chance"] for metric in recalls}
 
 
+@pytest.fixture
+def run(tmp_path: Path, start_warm: Callable[..., WarmProcess]) -> Callable[[str], str]:
+    """Run a command line in a warm process and return what it printed; it must succeed."""
+
+    def run_warm(line: str) -> str:
+        process = start_warm(run_command, *line.split(), output=tmp_path / "output.txt")
+        assert process.wait() == 0, process.output
+        return process.output
+
+    return run_warm
+
+
 def run_all(run: Callable[[str], str], folder: Path, captions: object) -> dict[str, float]:
     """Extract, fit and evaluate in a folder; return each recall as a multiple of its chance level."""
     write_manifest(folder / "train.yaml", "train", captions, purpose="train")
@@ -55,13 +56,13 @@ def run_all(run: Callable[[str], str], folder: Path, captions: object) -> dict[s
 
 
 @pytest.mark.slow
-def test_scenes_saved_to_disk(tmp_path, monkeypatch):
+def test_scenes_saved_to_disk(tmp_path, monkeypatch, run):
     from sail_align.extract.sources.demo.source import DemoSource
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     rows, split = [("image", "raw", "long")], [("image", "split")]
-    for part, count in (("train", 240), ("retrieval", 60)):
+    for part, count in (("train", 160), ("retrieval", 60)):
         source = DemoSource(part)
         for i, sample in zip(range(count), source.samples(), strict=False):
             name = f"{part}-{i}.png"
@@ -70,7 +71,7 @@ def test_scenes_saved_to_disk(tmp_path, monkeypatch):
             split.append((name, "train" if part == "train" else "test"))
     write_csv(tmp_path / "captions.csv", rows)
     write_csv(tmp_path / "split.csv", split)
-    times_chance = run_all(run_typed, tmp_path, {"raw": "raw", "long": "long"})
+    times_chance = run_all(run, tmp_path, {"raw": "raw", "long": "long"})
     assert min(times_chance.values()) > 1.5
     (run,) = (tmp_path / "runs").iterdir()
     assert "data:image" in (run / "report.html").read_text(encoding="utf-8")
@@ -78,18 +79,13 @@ def test_scenes_saved_to_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the development photos are not beside the project")
-def test_real_photos(tmp_path, monkeypatch, start_warm):
-    def run_warm(line: str) -> str:
-        process = start_warm(run_command, *line.split(), output=tmp_path / "output.txt")
-        assert process.wait() == 0, process.output
-        return process.output
-
+def test_real_photos(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     with (PHOTOS / "split.csv").open(encoding="utf-8") as file:
         photos = list(csv.DictReader(file))
-    chosen = [p for p in photos if p["split"] == "train"][:300] + [p for p in photos if p["split"] == "test"][:100]
+    chosen = [p for p in photos if p["split"] == "train"][:160] + [p for p in photos if p["split"] == "test"][:60]
     write_csv(tmp_path / "split.csv", [("image", "split")] + [(p["image"], p["split"]) for p in chosen])
     (tmp_path / "captions.csv").symlink_to(PHOTOS.resolve() / "captions.csv")
     (tmp_path / "images").symlink_to(PHOTOS.resolve() / "images")
-    times_chance = run_all(run_warm, tmp_path, "caption")
+    times_chance = run_all(run, tmp_path, "caption")
     assert min(times_chance.values()) > 2.5

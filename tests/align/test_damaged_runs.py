@@ -140,8 +140,7 @@ def test_changed_number_in_the_log_of_an_unfinished_run_is_noticed(train, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("allowed", range(8))
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize(("allowed", "keep"), [(allowed, 1 + allowed % 2) for allowed in range(8)])
 def test_rerun_ends_the_clean_up_of_a_killed_process(train, monkeypatch, allowed, keep):
     run = train(keep=keep)
     whole = files(run)

@@ -21,6 +21,7 @@ from sail_align.align.data.loader import Source
 from sail_align.align.model import fused, pair_blocks
 from sail_align.align.runs.checkpoint import Checkpoint
 from sail_align.align.train import step
+from sail_align.extract.encoders import text, vision
 from sail_align.extract.encoders.text import TransformersTextEncoder
 from sail_align.extract.encoders.vision import VisionEncoder
 
@@ -37,11 +38,11 @@ def lab(folder, device="cpu"):
 @pytest.mark.slow
 def test_selftest_on_a_cpu(tmp_path):
     out = tmp_path / "selftest.json"
-    ended = CliRunner().invoke(app, ["selftest", "--device", "cpu", "--minutes", "0.2", "--out", str(out)])
+    ended = CliRunner().invoke(app, ["selftest", "--device", "cpu", "--minutes", "0.1", "--out", str(out)])
     assert ended.exit_code == 0, ended.output
     record = json.loads(out.read_text())
     assert not record["failed"]
-    assert record["seconds"] < 5 * 12
+    assert record["seconds"] < 5 * 6
     assert {each["verdict"] for each in record["checks"]} <= {"pass", "skipped"}
     assert [each["check"] for each in record["checks"]] == list(CHECKS)
     assert record["checks"][0]["verdict"] == "pass"
@@ -139,13 +140,18 @@ def test_a_broken_component_fails_its_check(name, folder, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_checks_and_rates_run_on_a_card(tmp_path, monkeypatch):
     """The card computes nothing, so that results are wrong, but each check reaches one without an error."""
+    for module, name, small in ((vision, "GPU_BATCH", 8), (text, "GPU_TOKENS", 512), (training, "STEP_ROWS", 100)):
+        monkeypatch.setattr(module, name, small)
+    monkeypatch.setitem(fits.OPTIONS, "steps", 4)
+    packaged = encoders.PACKAGED
+    monkeypatch.setattr(encoders, "PACKAGED", ())
     monkeypatch.setattr(training, "OTHER_BLOCK_SIZE", 64)
     monkeypatch.setattr(rates, "ON_GPU", rates.Size(32, 1 << 10, 64, 16, 8, 8, 512))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with fake_cuda():
         here = lab(tmp_path, CUDA)
         for name, check in CHECKS.items():
-            if name not in (*COMPILED, *LARGE) and not name.startswith(encoders.PACKAGED):
+            if name not in (*COMPILED, *LARGE) and not name.startswith(packaged):
                 outcome = check.run(here)
                 assert outcome.result is not None or outcome.note == "this machine has one GPU", outcome
         for rate in Rates(here, 0).measure_all():

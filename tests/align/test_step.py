@@ -80,10 +80,16 @@ def test_the_gradients_are_those_of_the_whole_batch(head, micro_batch, keep_byte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("head", ["mlp", "glu"])
-@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize(
+    ("head", "dropout", "optimizer", "in_parts"),
+    [
+        ("mlp", 0.0, "lion", False),
+        ("glu", 0.4, "lion", False),
+        ("glu", 0.0, "lion", True),
+        ("glu", 0.0, "adamw", False),
+        ("mlp", 0.4, "adamw", True),
+    ],
+)
 def test_what_is_kept_changes_no_bit(head, dropout, optimizer, in_parts):
     changes = {"head": head, "optimizer": optimizer, "image_dropout": dropout, "text_dropout": dropout}
     changes["in_parts"] = in_parts

@@ -77,11 +77,11 @@ def check_kills(begin, steps, kills, *more, **options):
 
 
 def test_killed_fit_ends_with_the_same_bytes(begin):
-    check_kills(begin, 40, 6)
+    check_kills(begin, 30, 4)
 
 
 def test_killed_compiled_fit_ends_with_the_same_bytes(begin):
-    check_kills(begin, 25, 4, *COMPILED, compiled=True)
+    check_kills(begin, 15, 2, *COMPILED, compiled=True)
     if "Compiling failed" in (said := Path("killed.txt").read_text()):
         pytest.skip(f"no compiler: {said}")
     assert int(Path("graphs").read_text()) > 0

@@ -180,8 +180,7 @@ def content(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
-@pytest.mark.parametrize("stops", [[0], [7], [12, 1, 4]])
+@pytest.mark.parametrize(("optimizer", "stops"), [("lion", [0]), ("adamw", [7]), ("lion", [12, 1, 4])])
 def test_stopped_run_ends_like_an_uninterrupted_one(make_store, tmp_path, monkeypatch, optimizer, stops):
     stores = [make_store("one", rows=200), make_store("two", rows=150, first=1000)]
     changes = {"start": "closed-form", "steps": 20, "optimizer": optimizer, "text_dropout": 0.3}

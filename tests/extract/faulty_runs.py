@@ -30,7 +30,7 @@ from sail_align.extract.manifest import find_manifest
 from sail_align.extract.store import store as store_module
 from sail_align.extract.system.command_line import run_command
 
-SHARD_ROWS = 12  # 50 shards an array, each a single batch
+SHARD_ROWS = 24  # 25 shards an array, each a single batch
 
 
 def play(root: Path, scenario: str) -> None:

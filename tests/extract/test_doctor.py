@@ -206,7 +206,7 @@ def photos(tmp_path_factory) -> Store:
 
 
 def extract(folder: Path, out: Path) -> list[str]:
-    encoders = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6"]
+    encoders = ["--image-encoder", "efficientnet-lite0", "--image-size", "96", "--text-encoder", "minilm-l6"]
     done = CliRunner().invoke(app, ["run", f"{folder}/photos.yaml", "--out", str(out), "--quiet", *encoders])
     assert done.exit_code == 0, done.output
     return done.output.splitlines()

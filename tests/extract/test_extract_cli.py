@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGED = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6"]
+PACKAGED = ["--image-encoder", "efficientnet-lite0", "--image-size", "64", "--text-encoder", "minilm-l6"]
 
 
 def edit(manifest: Path, old: str, new: str) -> None:
@@ -106,7 +106,7 @@ def test_captions_are_added_without_reading_images(pictures, typed, monkeypatch)
 
     shutil.move(pictures / "elsewhere", pictures / "images")
     monkeypatch.setattr("sail_align.extract.executor.encode.encode_images", None)
-    arguments = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--text-pooling", "mean"]
+    arguments = [*PACKAGED, "--text-pooling", "mean"]
     code, printed, _ = typed("run", manifest, "--out", str(out), "--quiet", *arguments)
     assert code == 0  # finished work is neither loaded nor read
     assert "0 rows encoded" in printed

@@ -1,4 +1,4 @@
-"""A Ray cluster of three nodes, one of which dies, writes the same store as one process."""
+"""A Ray cluster of two nodes, one of which dies, writes the same store as one process."""
 
 import os
 from pathlib import Path
@@ -22,33 +22,49 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.fixture(autouse=True)
-def _workers_can_import_fakes(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def _workers_can_import_fakes():
     tests = str(Path(__file__).parents[1])
-    monkeypatch.setenv("PYTHONPATH", f"{tests}:{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tests}:{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_cluster():
     yield
     ray.shutdown()
 
 
-@pytest.fixture
-def cluster():
-    """A cluster of three nodes on this machine."""
+@pytest.fixture(scope="module")
+def cluster(_workers_can_import_fakes):
+    """A cluster of two nodes on this machine, which misses a lost one within seconds."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    soon = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": soon})
+    cluster.add_node(**node)
     cluster.wait_for_nodes()
     yield cluster
     ray.shutdown()  # before the nodes end
     cluster.shutdown()
 
 
+def test_driver_raises_the_user_error_of_a_worker(pictures, cluster):
+    from sail_align.extract.executor.ray_cluster import RayCluster
+
+    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
+    job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
+    with pytest.raises(UserError, match=r"^There is no encoder of nothing\.$"):
+        run_job(job, RayCluster(cluster.address, "1", "cpu"), Share(), quiet=True)
+
+
 def test_store_is_byte_identical_after_the_loss_of_a_node(pictures, cluster, monkeypatch):
     from sail_align.extract.executor.ray_cluster import RayCluster
 
-    monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 12)
+    monkeypatch.setattr(store_module, "_shard_rows", lambda rows: 60)
     manifest, root = find_manifest(str(pictures / "pictures.yaml"))
 
     def job(name: str, seconds: float) -> Job:
@@ -58,41 +74,32 @@ def test_store_is_byte_identical_after_the_loss_of_a_node(pictures, cluster, mon
 
     run_job(job("local.zarr", 0), LocalExecutor(["cpu"]), Share(), quiet=True)
     victim, committed = next(iter(cluster.worker_nodes)), 0
-    executor = RayCluster(cluster.address, "3", "cpu")
-    job_on_ray = job("ray.zarr", 0.3)
+    executor = RayCluster(cluster.address, "2", "cpu")
+    job_on_ray = job("ray.zarr", 0.1)
 
     original = RayCluster.execute
 
     def execute(self, job, share, tally):
         receive = tally.receive
 
-        def remove_node_after_20_shards(event, worker=0):
+        def remove_node_after_10_shards(event, worker=0):
             nonlocal committed
             committed += event.kind == "committed"
-            if committed == 20 and event.kind == "committed":
+            if committed == 10 and event.kind == "committed":
                 cluster.remove_node(victim, allow_graceful=False)
             receive(event, worker)
 
-        tally.receive = remove_node_after_20_shards
+        tally.receive = remove_node_after_10_shards
         original(self, job, share, tally)
 
     monkeypatch.setattr(RayCluster, "execute", execute)
     summary = run_job(job_on_ray, executor, Share(), quiet=True)
-    assert len(cluster.list_all_nodes()) == 2
+    assert len(cluster.list_all_nodes()) == 1
     assert contents(pictures / "ray.zarr") == contents(pictures / "local.zarr")
     encoded = (pictures / "ray.zarr.log").read_text().splitlines()
     assert set(encoded) == set((pictures / "local.zarr.log").read_text().splitlines())
     print({"shards": len(set(encoded)), "encoded again": len(encoded) - len(set(encoded)), "summary": str(summary)})
     assert len(encoded) - len(set(encoded)) <= 2  # what the lost node had
-
-
-def test_driver_raises_the_user_error_of_a_worker(pictures):
-    from sail_align.extract.executor.ray_cluster import RayCluster
-
-    manifest, root = find_manifest(str(pictures / "pictures.yaml"))
-    job = Job(manifest, root, pictures / "s.zarr", FakeChoice("nothing"), None, ())
-    with pytest.raises(UserError, match=r"^There is no encoder of nothing\.$"):
-        run_job(job, RayCluster("local", "1", "cpu"), Share(), quiet=True)
 
 
 def test_default_address_never_joins_another_cluster(pictures, monkeypatch):

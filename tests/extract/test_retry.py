@@ -176,8 +176,17 @@ def test_invalid_options_are_user_errors(pictures, typed, options, message):
 
 @pytest.mark.slow
 def test_command_reports_the_retry(pictures, typed):
-    encoders = ["--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm-l6", "--captions", "raw"]
-    command = ["run", str(pictures / "pictures.yaml"), "--out", str(pictures / "out.zarr"), "--quiet", *encoders]
+    encoders = ["--image-encoder", "efficientnet-lite0", "--image-size", "64", "--text-encoder", "minilm-l6"]
+    command = [
+        "run",
+        str(pictures / "pictures.yaml"),
+        "--out",
+        str(pictures / "out.zarr"),
+        "--quiet",
+        *encoders,
+        "--captions",
+        "raw",
+    ]
     assert typed(*command)[0] == 0
     put(pictures, 7)
     code, printed, _ = typed(*command, "--retry", "failed")

@@ -22,8 +22,8 @@ from sail_align.extract.store.store import Store
 from sail_align.extract.system.files import as_path
 from sail_align.extract.system.leases import LeaseLostError, Leases
 
-SHARD_ROWS = 128
-SHARDS = 10
+SHARD_ROWS = 200
+SHARDS = 6
 """Shards of the 600 images and of a caption of each."""
 
 

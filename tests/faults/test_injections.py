@@ -9,7 +9,7 @@ import pytest
 from tests.faults import injections
 from tests.faults.jobs import JOBS
 
-SAMPLE = 36
+SAMPLE = 31
 
 
 def play_sample(folder: Path) -> None:
