@@ -6,17 +6,19 @@ sees. Prints R@1, the mean of both directions in percent, by cosines and with th
 paired differences to the first recipe with their 95 % intervals over images. Finished fits are reused.
 
     python benchmarks/options.py features/flickr8k-train.zarr --rows 500,1000,1600 default text_hidden=0 preset=medium
+    python benchmarks/options.py features/layers.zarr default image_encoder=efficientnet-lite0+efficientnet-lite0@-2
 """
 
 import argparse
 import hashlib
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peer_recipes import Data
 from peers import percents, read_data, read_keys, score_run, slug, split
 
 import sail_align
@@ -39,9 +41,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/options"), help="folder for fits and results")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    data, keys = read_data(asked.store), read_keys(asked.store)
+    keys = read_keys(asked.store)
     held = [split(len(keys), number) for number in range(asked.splits)]
     images = np.concatenate([np.flatnonzero(each) for each in held])
+
+    @cache
+    def read(**encoders: str) -> Data:
+        return read_data(asked.store, **encoders)
 
     def hits(recipe: str, rows: int, number: int) -> Mapping[str, Any]:
         which = hashlib.sha256(recipe.encode()).hexdigest()[:8]  # a slug has no signs
@@ -52,6 +58,7 @@ def main() -> None:
             unseen = asked.out / f"{name}.txt"
             unseen.write_text("".join(f"{key}\n" for key in (*keys[held[number]], *keys[others[rows:]])))
             sail_align.fit(asked.store, exclude=unseen, out=asked.out / name, quiet=True, seed=number, **parse(recipe))
+            data = read(**{side: each for side, each in parse(recipe).items() if side.endswith("_encoder")})
             inner, outer = (data.rows(torch.from_numpy(each)) for each in (np.sort(others[:rows]), held[number]))
             np.savez(path, **score_run(asked.out / name, inner, outer))
         with np.load(path) as saved:

@@ -176,9 +176,9 @@ def count_hits(image_NE: torch.Tensor, text_CNE: torch.Tensor) -> Hits:
     return np.stack(((text_ranks_M == 0).reshape(captions, images).mean(0), image_ranks_N == 0), 1).astype(np.float64)
 
 
-def read_data(path: Path) -> Data:
-    """Read the rows of a store that have an image and all captions."""
-    pairs = open_pairs([path])
+def read_data(path: Path, **encoders: str) -> Data:
+    """Read the rows of a store that have an image and all captions, of the encoders named to `open_pairs`."""
+    pairs = open_pairs([path], **encoders)
     image_ND, text_CND = read_rows(pairs, [each.usable() for each in pairs])
     return Data(torch.from_numpy(image_ND).float(), torch.from_numpy(text_CND).float())
 
