@@ -60,7 +60,7 @@ def final_norm(network: nn.Module, run: Callable[[], Tensor]) -> nn.Module | Non
     def keep(module: nn.Module, _inputs: object, output: Any) -> None:
         outputs[module] = output
 
-    in_block = {each for stack in network.modules() if _is_stack(stack) for block in stack for each in block.modules()}
+    in_block = {each for stack in block_stacks(network) for block in stack for each in block.modules()}
     norms = [each for each in network.modules() if "Norm" in type(each).__name__ and each not in in_block]
     handles = [each.register_forward_hook(keep) for each in norms]
     try:
@@ -70,6 +70,11 @@ def final_norm(network: nn.Module, run: Callable[[], Tensor]) -> nn.Module | Non
         for handle in handles:
             handle.remove()
     return next((each for each in norms if each in outputs and outputs[each] is last), None)
+
+
+def block_stacks(network: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
+    """Return the lists of modules in a network, those within blocks as well."""
+    return [each for each in network.modules() if _is_stack(each)]
 
 
 def _is_stack(module: object) -> TypeGuard[nn.ModuleList | nn.Sequential]:
@@ -108,6 +113,7 @@ class TransformersLayers:
         chosen = []
         for layer in layers:
             state: Tensor = output.last_hidden_state if layer == LAST_LAYER else output.hidden_states[layer]
+            state = state.to(output.last_hidden_state.device)  # blocks may be spread over several
             chosen.append(self._norm(state) if self._norm and layer != LAST_LAYER else state)
         return chosen
 
@@ -148,7 +154,10 @@ class BlockLayers:
         finally:
             for handle in handles:
                 handle.remove()
-        return [self._normed(found[layer]) if layer != LAST_LAYER else found[layer] for layer in layers]
+        states = [found[layer].to(found[LAST_LAYER].device) for layer in layers]  # blocks may be spread over several
+        return [
+            state if layer == LAST_LAYER else self._normed(state) for layer, state in zip(layers, states, strict=True)
+        ]
 
     def _normed(self, state: Tensor) -> Tensor:
         norm: Any = self._norm

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sail_align.extract.encoders.identity import Identity
+from sail_align.extract.encoders.spread import spread
 from sail_align.extract.errors import UserError
 
 PRECISIONS = {
@@ -77,7 +78,8 @@ def share_memory(device: str, processes: int) -> None:
         processes: Processes of this device.
     """
     if device.startswith("cuda") and processes > 1:
-        torch.cuda.set_per_process_memory_fraction(SHARED / processes, torch.device(device))
+        for name in device.split(","):
+            torch.cuda.set_per_process_memory_fraction(SHARED / processes, torch.device(name))
 
 
 def require_tf32(device: str) -> None:
@@ -99,23 +101,32 @@ class Runtime:
     device: torch.device
     precision: str
     compiled: bool = False
+    others: tuple[torch.device, ...] = ()
+    """Devices that hold later blocks of the network."""
 
     @classmethod
     def of(cls, device: str, precision: str, *, compiled: bool = False) -> "Runtime":
-        """Check a user's choice. The device `auto` is a GPU if there is one.
+        """Check a user's choice. The device `auto` is a GPU if there is one; `cuda:0,cuda:1` are several.
 
         Raises:
-            UserError: The precision is unknown, or this machine lacks the device.
+            UserError: The precision is unknown, or this machine lacks a device.
         """
         if precision not in PRECISIONS:
             raise UserError(f"Unknown precision {precision!r}. Choose one of: {', '.join(PRECISIONS)}.")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as problem:
-            raise UserError(f"Device {device!r} is not available on this machine. Use auto or cpu.") from problem
-        return cls(torch.device(device), precision, compiled)
+        names = device.split(",")
+        for name in names:
+            try:
+                torch.zeros(1, device=name).item()
+            except (RuntimeError, AssertionError) as problem:
+                raise UserError(f"Device {name!r} is not available on this machine. Use auto or cpu.") from problem
+        first, *others = devices = [torch.device(name) for name in names]
+        if others and (compiled or len(set(devices)) < len(devices) or any(each.index is None for each in devices)):
+            raise UserError(
+                f"--device is invalid: got {device}, expected different GPUs, such as cuda:0,cuda:1, without --compile."
+            )
+        return cls(first, precision, compiled, tuple(others))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +155,11 @@ class Runtime:
         See `exact_buffers` for the buffers that stay in float32.
         """
         with exact_buffers(network):
-            frozen = network.to(self.device, self.dtype).eval().requires_grad_(False)
+            frozen = network.to(self.dtype).eval().requires_grad_(False)
+            if self.others:
+                spread(frozen, (self.device, *self.others))
+            else:
+                frozen.to(self.device)
         if self.compiled:
             frozen.compile()
         return frozen

@@ -21,7 +21,11 @@ from sail_align.extract.errors import UserError, WorkersFailedError, printable
 from sail_align.extract.system.usage import exceptions, unexpected_arguments, unknown_command, usage_error
 
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run")
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one, cuda:0,cuda:1 spreads an encoder over two.",
+        rich_help_panel="Run",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", rich_help_panel="Run")]
 DataRoot = Annotated[
