@@ -6,7 +6,8 @@ sees. Prints R@1, the mean of both directions in percent, by cosines and with th
 paired differences to the first recipe with their 95 % intervals over images. Finished fits are reused.
 
     python benchmarks/options.py features/flickr8k-train.zarr --rows 500,1000,1600 default text_hidden=0 preset=medium
-    python benchmarks/options.py features/layers.zarr default image_encoder=efficientnet-lite0+efficientnet-lite0@-2
+    python benchmarks/options.py features/layers.zarr default image_encoder=efficientnet-lite0+efficientnet-lite0@-2 \
+        --base image_encoder=efficientnet-lite0,text_encoder=minilm-l6
 """
 
 import argparse
@@ -36,29 +37,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--base", default="default", help="options of all recipes, unless one has its own")
     parser.add_argument("--rows", default="all", help="numbers of pairs to train on, with commas between them")
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/options"), help="folder for fits and results")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    keys = read_keys(asked.store)
-    held = [split(len(keys), number) for number in range(asked.splits)]
-    images = np.concatenate([np.flatnonzero(each) for each in held])
+
+    def options_of(recipe: str) -> dict[str, Any]:
+        return parse(asked.base) | parse(recipe)
+
+    def encoders_of(recipe: str) -> dict[str, str]:
+        return {name: each for name, each in options_of(recipe).items() if name.endswith("_encoder")}
 
     @cache
     def read(**encoders: str) -> Data:
         return read_data(asked.store, **encoders)
 
+    keys = read_keys(asked.store, **encoders_of("default"))
+    held = [split(len(keys), number) for number in range(asked.splits)]
+    images = np.concatenate([np.flatnonzero(each) for each in held])
+
     def hits(recipe: str, rows: int, number: int) -> Mapping[str, Any]:
-        which = hashlib.sha256(recipe.encode()).hexdigest()[:8]  # a slug has no signs
+        which = hashlib.sha256(str(options_of(recipe)).encode()).hexdigest()[:8]  # a slug has no signs
         name = f"{asked.store.stem}-{slug(recipe)}-{which}.{rows}.{number}"
         path = asked.out / f"{name}.npz"
         if not path.exists():
             others = np.random.default_rng(number).permutation(np.flatnonzero(~held[number]))
             unseen = asked.out / f"{name}.txt"
             unseen.write_text("".join(f"{key}\n" for key in (*keys[held[number]], *keys[others[rows:]])))
-            sail_align.fit(asked.store, exclude=unseen, out=asked.out / name, quiet=True, seed=number, **parse(recipe))
-            data = read(**{side: each for side, each in parse(recipe).items() if side.endswith("_encoder")})
+            sail_align.fit(
+                asked.store, exclude=unseen, out=asked.out / name, quiet=True, seed=number, **options_of(recipe)
+            )
+            data = read(**encoders_of(recipe))
             inner, outer = (data.rows(torch.from_numpy(each)) for each in (np.sort(others[:rows]), held[number]))
             np.savez(path, **score_run(asked.out / name, inner, outer))
         with np.load(path) as saved:

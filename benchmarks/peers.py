@@ -183,9 +183,9 @@ def read_data(path: Path, **encoders: str) -> Data:
     return Data(torch.from_numpy(image_ND).float(), torch.from_numpy(text_CND).float())
 
 
-def read_keys(path: Path) -> NDArray[np.str_]:
+def read_keys(path: Path, **encoders: str) -> NDArray[np.str_]:
     """Return the keys of the rows that `read_data` reads."""
-    (pairs,) = open_pairs([path])
+    (pairs,) = open_pairs([path], **encoders)
     keys = np.array(pairs.store.index(["key"])["key"].to_pylist())
     return np.asarray(keys[pairs.usable()])
 
