@@ -47,7 +47,7 @@ def test_the_readme_works_as_typed(folder):
     where = "import sail_align.extract.cli as cli; print(cli.__file__)"
     assert str(folder) in run(folder, [sys.executable, "-c", where])
     typed = [line for line in SHELL if line.startswith("sail-")]
-    assert [line.split()[1] for line in typed] == ["run", "fit", "export"]
+    assert [line.split()[1] for line in typed] == ["run", "fit", "search", "export"]
     for line in typed:
         run(folder, ["sh", "-c", line])
     for block in PYTHON:

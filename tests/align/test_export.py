@@ -255,7 +255,7 @@ def test_misspelt_run_is_reported_as_missing_folder_and_repository(run, monkeypa
     def nowhere(repository, revision, patterns):
         raise UserError(f"No repository {repository!r} on the hub; correct its name.")
 
-    monkeypatch.setattr(pretrained, "download", nowhere)
+    monkeypatch.setattr("sail_align.align.hub.reference.download", nowhere)
     with pytest.raises(UserError, match=r"runs/photso is not a local folder\. As a repository: No repository"):
         pretrained.load("runs/photso")
 
