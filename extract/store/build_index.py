@@ -23,8 +23,8 @@ RECORDS = 64
 The record grows with the files, so the time of writing it for each would grow with their square.
 """
 
-HASHES = 1 << 26
-"""Hashes of keys that are compared at a time, 0.5 GB."""
+HASHES = 1 << 25
+"""Hashes of keys that are compared at a time. Two such parts are in memory for a moment: 0.5 GB."""
 
 CANDIDATES = 65_536
 """Repeated hashes whose keys are compared at a time."""
