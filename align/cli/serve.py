@@ -79,7 +79,10 @@ def serve(
     shown = f"[{address}]" if ":" in address else address
     typer.echo(f"Open http://{shown}:{taken}/{f'?token={token}' if token else ''}    (Ctrl-C ends it)")
     config = uvicorn.Config(server.app(token), log_level="warning", server_header=False, proxy_headers=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        server.preparation.stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:

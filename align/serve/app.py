@@ -44,6 +44,7 @@ class Preparation:
         self._indexes = indexes
         self.total, self.done, self.error, self.ready = sum(map(len, indexes)), 0, "", False
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._stopped = False
 
     def start(self) -> None:
         """Begin."""
@@ -52,6 +53,12 @@ class Preparation:
     def wait(self) -> None:
         """Wait until it has ended."""
         self._thread.join()
+
+    def stop(self) -> None:
+        """End it after the current step: the interpreter must not exit while a thread is in PyTorch."""
+        self._stopped = True
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -67,6 +74,8 @@ class Preparation:
         self.ready = True
 
     def _advance(self, count: int) -> None:
+        if self._stopped:
+            raise UserError("The server is ending.")
         self.done += count
 
 
