@@ -197,7 +197,7 @@ def build_store(
     options = (text_pooling, precision, code, compile, of_text, text_prompt)
     text = TextEncoderConfig(text_name, *options) if chosen else None
     _require_used(code, [getattr(getattr(config, "entry", None), "origin", None) for config in (image, text) if config])
-    runtime = Runtime.of(device, precision)  # raises if either is invalid
+    runtime = Runtime.of(device, precision, several=True)  # raises if either is invalid
     if precision == "tf32":
         require_tf32(runtime.device.type)
     if not quiet and (line := runtime.explain()):

@@ -32,7 +32,7 @@ class SearchWorld:
     manifest: Path
 
 
-def make_world(folder: Path, *, correction: str = "none", bank_rows: int = 6) -> SearchWorld:
+def make_world(folder: Path, *, caption: str = HOSTILE, correction: str = "none", bank_rows: int = 6) -> SearchWorld:
     """Write pictures of five classes with two captions each, their store with tiny encoders, and a run on these."""
     photos = folder / "photos"
     (photos / "images").mkdir(parents=True)
@@ -41,12 +41,12 @@ def make_world(folder: Path, *, correction: str = "none", bank_rows: int = 6) ->
         table = csv.writer(file)
         table.writerow(["image", "short", "long", "kind"])
         for row in range(ROWS):
-            name = f"{row:03d}.png"
+            file = f"{row:03d}.png"
             draw(2 if row == COPY else row, SHADES[words[(2 if row == COPY else row) % 5]]).save(
-                photos / "images" / name
+                photos / "images" / file
             )
             short, long = captions_of(row)
-            table.writerow([name, short, HOSTILE if row == 3 else long, words[row % 5]])
+            table.writerow([file, short, caption if row == 3 else long, words[row % 5]])
     source = {"kind": "table", "files": "captions.csv", "images": "images", "label": "kind"}
     source["captions"] = {"short": "short", "long": "long"}
     manifest = photos / "photos.yaml"

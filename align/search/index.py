@@ -297,15 +297,19 @@ class SearchIndex:
         """Return the place of a row by its key.
 
         Raises:
-            UserError: There is no such row, or it has no image.
+            UserError: There is no such row, several stores have one, or it has no image features.
         """
-        for shelf in self.shelves:
-            if (row := shelf.reader.find(str(key))) is not None:
-                place = int(np.searchsorted(shelf.vectors.rows, row))
-                if place < len(shelf.vectors.rows) and shelf.vectors.rows[place] == row:
-                    return shelf.start + place
-                raise UserError(f"Row {str(key)!r} of {shelf.store.path} has no image features. Name another one.")
-        raise UserError(f"There is no row with the key {str(key)[:200]!r}. Results show the keys.")
+        found = [(each, row) for each in self.shelves if (row := each.reader.find(str(key))) is not None]
+        if not found:
+            raise UserError(f"There is no row with the key {str(key)[:200]!r}. Results show the keys.")
+        if len(found) > 1:
+            stores = listing(str(shelf.store.path) for shelf, _ in found)
+            raise UserError(f"Several stores have a row with the key {str(key)!r}: {stores}. Search one of them.")
+        ((shelf, row),) = found
+        place = int(np.searchsorted(shelf.vectors.rows, row))
+        if place < len(shelf.vectors.rows) and shelf.vectors.rows[place] == row:
+            return shelf.start + place
+        raise UserError(f"Row {str(key)!r} of {shelf.store.path} has no image features. Name another one.")
 
     def locate(self, place: int) -> tuple[Shelf, int]:
         """Return the store of a place and the row in it."""
@@ -391,9 +395,7 @@ class SearchIndex:
     def _find_label(self, label: str) -> list[int]:
         """Return the number of a label in each store, −1 where there is none."""
         classes = [shelf.pictures.classes for shelf in self.shelves]
-        numbers = [
-            names.index(label) if label in names else int(label) if label.isdecimal() else -1 for names in classes
-        ]
+        numbers = [names.index(label) if label in names else _number(label, names) for names in classes]
         if max(numbers) < 0:
             known = list(dict.fromkeys(name for names in classes for name in names))
             has = f"The labels are {listing(known)}." if known else "The stores have no names of labels."
@@ -409,6 +411,12 @@ class SearchIndex:
             label = classes[facts.label] if facts.label < len(classes) else str(facts.label)
         path = shelf.pictures.path(facts.image)
         return Hit(score, self.shelves.index(shelf), facts, label, path, copies)
+
+
+def _number(label: str, names: Sequence[str]) -> int:
+    """Return a label that is given as a number; −1 if it is none, or not one of the named ones."""
+    number = int(label) if label.isdecimal() and len(label) < 10 else -1  # labels are int32
+    return number if number < (len(names) or 1 << 31) else -1
 
 
 def _leave_out_copies(vectors_NE: Tensor, count: int) -> tuple[list[int], list[int]]:

@@ -53,8 +53,9 @@ class Matrix:
             allowed_M: Places to choose from. None for all.
         """
         query_E = query_E.cpu().float()
-        half_E = query_E.half()
-        rounded_M = torch.cat([torch.mv(part, half_E).float() for part in self._parts])
+        length = float(query_E.norm())
+        unit_E = query_E / length if length else query_E  # products with a long query could overflow float16
+        rounded_M = length * torch.cat([torch.mv(part, unit_E.half()).float() for part in self._parts])
         if self._terms_M is not None:
             rounded_M += self._terms_M
         if allowed_M is not None:
@@ -62,7 +63,7 @@ class Matrix:
         count = min(count, len(self) if allowed_M is None else int(allowed_M.sum()))
         if count == 0:
             return np.empty(0, np.int64), np.empty(0, np.float32)
-        margin = 2 * MARGIN * self._longest * float(query_E.norm())
+        margin = 2 * MARGIN * self._longest * length
         lowest = float(rounded_M.topk(count, sorted=False).values.min()) - margin
         candidates = torch.nonzero(rounded_M >= lowest)[:, 0]
         scores_N = (self.rows(candidates.numpy()) * query_E).sum(dim=1)  # unlike a product, equal for equal rows

@@ -163,9 +163,10 @@ class StoreVectors:
                 block = {"aligned": F.normalize(raw_NE, dim=-1)}
                 if model.correction is not None:
                     block["corrected"], block["terms"] = model.correction(raw_NE, "image")
-            if not all(part.isfinite().all() for part in block.values()):
+            stored = {name: block[name].to("cpu", getattr(torch, dtype)) for name, (_, dtype) in shapes.items()}
+            if not all(part.isfinite().all() for part in stored.values()):
                 raise UserError(f"The heads of {self._run.path} return NaN or infinity. Its training has diverged.")
-            yield {name: block[name].to("cpu", getattr(torch, dtype)) for name, (_, dtype) in shapes.items()}
+            yield stored
 
 
 def features_of(run: Run, store: Store) -> StoredFeatures:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
+from logging import getLogger
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl
 
@@ -25,9 +26,13 @@ from sail_align.extract.data import UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import jsonable
 
+_log = getLogger(__name__)
+
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "missing.svg": "image/svg+xml"}
 KEEP = {"cache-control": "private, max-age=600"}
 NOT_KEPT = {"cache-control": "no-store"}
+ASKED_AGAIN = {"cache-control": "private, no-cache"}
+"""For what depends on the stores and the runs: after a restart, the same address may have others."""
 
 
 class Preparation:
@@ -71,11 +76,14 @@ class Preparation:
                 index.warm_up()
         except (UserError, OSError) as problem:
             self.error = str(problem)
+        except Exception as problem:  # noqa: BLE001 (the page must not wait for ever)
+            _log.exception("The server cannot search.")
+            self.error = f"{type(problem).__name__}: {problem}"
         self.ready = True
 
     def _advance(self, count: int) -> None:
         if self._stopped:
-            raise UserError("The server is ending.")
+            raise UserError("The server is stopping.")
         self.done += count
 
 
@@ -163,7 +171,7 @@ class SearchServer:
             content = self._thumbnails.of_row((number, row), shelf.pictures, location, int(side))
         except UnreadableImageError:
             return _file("missing.svg", NOT_KEPT)
-        return Response(content, media_type="image/jpeg", headers=KEEP)
+        return Response(content, media_type="image/jpeg", headers=ASKED_AGAIN)
 
     async def _upload(self, request: Request) -> Response:
         content = bytearray()
@@ -195,7 +203,7 @@ class SearchServer:
             content = segmented(self.indexes[int(number)], term, asked.label_names)
         except UserError as problem:
             return JSONResponse({"error": str(problem)}, 400)
-        return Response(content, media_type="image/png", headers=KEEP)
+        return Response(content, media_type="image/png", headers=ASKED_AGAIN)
 
     def _file(self, request: Request) -> Response:
         name = request.path_params["name"]

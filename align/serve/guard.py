@@ -67,7 +67,7 @@ class Guard:
         if self._is_token(query.pop("token", [""])[-1]):
             rest = urlencode(query, doseq=True)
             response = RedirectResponse("/" + scope["path"].lstrip("/") + (f"?{rest}" if rest else ""), 303)
-            response.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            response.set_cookie(COOKIE, self._token, httponly=True, samesite="lax")
             return response
         cookie = SimpleCookie()
         try:

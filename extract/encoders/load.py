@@ -228,7 +228,7 @@ class ImageEncoderConfig(EncoderConfig):
 
     def load(self, device: str = "cpu", *, entry: VisionEntry | None = None) -> VisionEncoder:
         """Load the encoder."""
-        runtime = Runtime.of(device, self.precision, compiled=self.compiled)
+        runtime = Runtime.of(device, self.precision, compiled=self.compiled, several=True)
         entry = entry or self.entry
         size = self.image_size
         with report_refused_size(self.name, f"{size} × {size}" if size else None):
@@ -294,7 +294,7 @@ class TextEncoderConfig(EncoderConfig):
 
     def load(self, device: str = "cpu", *, entry: TextEntry | None = None) -> TextEncoder:
         """Load the encoder. Without a pooling, a repository of sentence-transformers is used as its authors use it."""
-        runtime = Runtime.of(device, self.precision, compiled=self.compiled)
+        runtime = Runtime.of(device, self.precision, compiled=self.compiled, several=True)
         entry = entry or self.entry
         if isinstance(entry, OpenClipTower):
             if self.prompt:

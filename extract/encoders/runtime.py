@@ -105,24 +105,27 @@ class Runtime:
     """Devices that hold later blocks of the network."""
 
     @classmethod
-    def of(cls, device: str, precision: str, *, compiled: bool = False) -> "Runtime":
+    def of(cls, device: str, precision: str, *, compiled: bool = False, several: bool = False) -> "Runtime":
         """Check a user's choice. The device `auto` is a GPU if there is one; `cuda:0,cuda:1` are several.
 
         Raises:
-            UserError: The precision is unknown, or this machine lacks a device.
+            UserError: The precision is unknown, this machine lacks a device, or several are named where one is needed.
         """
         if precision not in PRECISIONS:
             raise UserError(f"Unknown precision {precision!r}. Choose one of: {', '.join(PRECISIONS)}.")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         names = device.split(",")
+        if len(names) > 1 and not several:
+            raise UserError(f"--device is invalid: got {device}, expected one device. Several can extract features.")
         for name in names:
             try:
                 torch.zeros(1, device=name).item()
             except (RuntimeError, AssertionError) as problem:
                 raise UserError(f"Device {name!r} is not available on this machine. Use auto or cpu.") from problem
         first, *others = devices = [torch.device(name) for name in names]
-        if others and (compiled or len(set(devices)) < len(devices) or any(each.index is None for each in devices)):
+        are_gpus = all(each.type == "cuda" and each.index is not None for each in devices)
+        if others and (compiled or not are_gpus or len(set(devices)) < len(devices)):
             raise UserError(
                 f"--device is invalid: got {device}, expected different GPUs, such as cuda:0,cuda:1, without --compile."
             )

@@ -102,6 +102,18 @@ def test_search_is_a_stable_sort_of_exact_scores(seed, rows, count, masked, with
     assert (np.diff(found)[same] > 0).all()
 
 
+def test_long_queries_do_not_overflow():
+    random = np.random.default_rng(0)
+    vectors = (20 * random.normal(size=(50, 300))).astype(np.float16)
+    vectors[0] *= 3
+    terms = np.zeros(50, np.float32)
+    terms[0] = -1e7
+    query = vectors[0].astype(np.float32)
+    exact = vectors.astype(np.float64) @ query + terms
+    whole = matrix.Matrix([torch.from_numpy(vectors)], torch.from_numpy(terms), unit=False)
+    assert whole.search(torch.from_numpy(query), 1)[0].tolist() == [exact.argmax()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("correction", ["none", "gaussian"])
 def test_scores_are_those_of_the_model(correction, request, tmp_path):
@@ -161,6 +173,15 @@ def test_row_finds_its_copy_but_not_itself(index, space):
     assert len(found.hits) == found.rows == ROWS - 1
 
 
+def test_key_of_several_stores_is_refused(photos, tmp_path):
+    other = make_world(tmp_path, caption="another")
+    stores = [Store.open(photos.store), Store.open(other.store)]
+    both = SearchIndex.open(load_run(photos.run), stores, manifests=[str(photos.manifest)])
+    assert len(both) == 2 * ROWS
+    with pytest.raises(UserError, match=r"Several stores have a row with the key '002\.png': "):
+        both.search([Term("002.png", "key")])
+
+
 def test_near_duplicates_of_better_results_are_left_out(index, monkeypatch):
     monkeypatch.setattr(search_index, "SAME", 0.9999)
     whole = index.search(text("a red cat"), ROWS, collapse=False)
@@ -187,6 +208,8 @@ def test_filters_choose_rows(index):
         assert found.rows == len(expected)
     for where, message in [
         (Where(label="dgo"), "Did you mean 'dog'"),
+        (Where(label="7"), "There is no label '7'"),
+        (Where(label="9" * 20), "There is no label '999"),
         (Where(dataset="x"), "no data set 'x'"),
         (Where(split="test"), "expected training or held-out"),
         (Where(split="training"), "trained on other stores"),

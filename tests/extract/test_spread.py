@@ -71,4 +71,6 @@ def test_too_few_blocks_are_refused():
 )
 def test_several_devices_are_different_ones_with_numbers(devices, options):
     with pytest.raises(UserError, match=f"got {devices}, expected different GPUs"):
-        Runtime.of(devices, "float32", **options)
+        Runtime.of(devices, "float32", several=True, **options)
+    with pytest.raises(UserError, match=f"got {devices}, expected one device"):
+        Runtime.of(devices, "float32")
