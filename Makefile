@@ -8,7 +8,7 @@ WORKERS ?= 2
 COUNT ?= 1500
 
 .DEFAULT_GOAL := help
-.PHONY: help installed setup demo download extract fit eval test quick test-oldest faults soak check lint format typecheck bench fuzz dist
+.PHONY: help installed setup demo download extract fit eval test test-all quick test-oldest faults soak check lint format typecheck bench fuzz dist
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,18 +45,21 @@ fit: $(RUNS) ## Train the heads on a store: make fit DATASET=demo (or STORE=feat
 eval: $(RUNS) ## Score the newest run on every evaluation set that is there
 	$(BIN)/sail-eval all
 
-test: setup ## Run all tests, two at a time (WORKERS=8 for more)
+test: setup ## Run the tests, two at a time (WORKERS=8 for more)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not thorough"
+
+test-all: setup ## Run all tests, also those that take half a minute and more each
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 
 quick: setup ## Run the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow and not thorough"
 
 # uv alone can resolve to the lowest versions.
 test-oldest: ## Run the quick tests with the lowest versions that pyproject.toml allows, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable ".[demo,dev]"
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow"
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow and not thorough"
 
 # Runs are forks of one process, which must not have threads.
 HARNESS = PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults

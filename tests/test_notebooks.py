@@ -23,7 +23,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [name if name == "own_photos" else pytest.param(name, marks=pytest.mark.thorough) for name in EXPECTED]
+)
 def test_notebook_runs(name, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)

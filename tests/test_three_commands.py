@@ -77,6 +77,7 @@ def test_scenes_saved_to_disk(tmp_path, monkeypatch, run):
     assert "data:image" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the development photos are not beside the project")
 def test_real_photos(tmp_path, monkeypatch, run):

@@ -136,6 +136,7 @@ def save_modern_bert(folder):
     return folder
 
 
+@pytest.mark.thorough
 def test_interpolated_positions_rotary_texts_and_weights_in_a_second_file(make, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1_000)
     image, text = save_vit(tmp_path / "vit"), save_modern_bert(tmp_path / "modern")

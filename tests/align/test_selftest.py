@@ -137,6 +137,7 @@ def test_a_broken_component_fails_its_check(name, folder, tmp_path, monkeypatch)
     assert outcome.verdict == "FAIL", outcome
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_checks_and_rates_run_on_a_card(tmp_path, monkeypatch):
     """The card computes nothing, so that results are wrong, but each check reaches one without an error."""

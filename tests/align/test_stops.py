@@ -80,6 +80,7 @@ def test_killed_fit_ends_with_the_same_bytes(begin):
     check_kills(begin, 30, 4)
 
 
+@pytest.mark.thorough
 def test_killed_compiled_fit_ends_with_the_same_bytes(begin):
     check_kills(begin, 15, 2, *COMPILED, compiled=True)
     if "Compiling failed" in (said := Path("killed.txt").read_text()):

@@ -345,6 +345,7 @@ def _places(value, path=()):
         yield from _places(inner, (*path, key))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "odd"), [*enumerate([None, [], {}, "x", -7])])
 def test_odd_values_in_any_record_are_no_traceback(chain, first, odd):

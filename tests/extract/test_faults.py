@@ -76,6 +76,7 @@ def test_user_error_of_a_worker_is_printed_once(play):
     assert play("user_error") == {"end": 2, "stderr": "error: There is no encoder of nothing.\n", "left behind": []}
 
 
+@pytest.mark.thorough
 def test_ray_driver_stops_its_actors(play):
     pytest.importorskip("ray")
     result = play("ray_stop")

@@ -9,7 +9,7 @@ import pytest
 from tests.faults import injections
 from tests.faults.jobs import JOBS
 
-SAMPLE = 31
+SAMPLE = 36
 
 
 def play_sample(folder: Path) -> None:
@@ -21,6 +21,7 @@ def play_sample(folder: Path) -> None:
     (folder / "outcomes.json").write_text(json.dumps(content))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="paths of descriptors are read from /proc")
 def test_jobs_recover_from_faults_of_the_file_system(start_warm, tmp_path):

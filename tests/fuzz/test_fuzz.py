@@ -75,9 +75,10 @@ def test_every_end_of_an_input_is_judged(tmp_path, monkeypatch, work, kind, mess
     assert (outcome.kind, outcome.message[: len(message)]) == (kind, message)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_no_input_of_a_sample_fails(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fuzz", "--inputs", "1", "--seed", "7"]
+    command = [sys.executable, "-m", "fuzz", "--inputs", "4", "--seed", "7"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
