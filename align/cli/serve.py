@@ -39,7 +39,7 @@ def serve(
     allow_remote_code: RemoteCode = None,
     device: Device = "auto",
 ) -> None:
-    """Search stores in the browser: with texts, pictures, sums of these, and labels.
+    """Search stores in the browser.
 
     The server only reads, fetches nothing, and answers this machine alone unless --host is given.
     """
