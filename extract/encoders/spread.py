@@ -32,7 +32,7 @@ def spread(network: nn.Module, devices: Sequence[torch.device]) -> None:
     within = {each for block in blocks for each in block.modules()}
     outside = [each for each in network.modules() if each not in within]
     for module in outside:
-        module._apply(lambda tensor: tensor.to(devices[0]), recurse=False)
+        module._apply(lambda tensor: tensor.to(devices[0]), recurse=False)  # type: ignore[no-untyped-call]
     stays = next(weight for module in outside for weight in module.parameters(recurse=False))
     blocks[-1].register_forward_hook(lambda _block, _inputs, output: _copy(output, stays.device))
 
