@@ -105,7 +105,7 @@ def main() -> None:
             r1 = [100 * each.mean() for each in found]
             gain = "" if name == "plain" else f"{100 * gain_N.mean():+.2f} ({low:+.2f} – {high:+.2f})"
             views = len(VIEWS.get(name, (OWN,)))
-            rows.append((options, name, views, f"{np.mean(r1):.2f} ± {np.std(r1, ddof=1):.2f}", gain))
+            rows.append((options, name, str(views), f"{np.mean(r1):.2f} ± {np.std(r1, ddof=1):.2f}", gain))
             print(*rows[-1], flush=True)
     print(format_table(("fit", "views", "encoded", "mean R@1", "gain"), rows))
 
