@@ -38,7 +38,8 @@ def encode_views(store: Path, manifest: Path, data_root: str | None, rows: np.nd
     about, root = find_manifest(str(manifest), data_root)
     source = about.open_source(root)
     encoder = cast(VisionEncoder, load_recorded(pairs.image.identity))
-    samples = [pairs.store.samples(int(row), int(row) + 1, captions=[])[0] for row in np.flatnonzero(pairs.usable())[rows]]
+    chosen = np.flatnonzero(pairs.usable())[rows].tolist()
+    samples = [pairs.store.samples(row, row + 1, captions=[])[0] for row in chosen]
 
     def pixels(image: str) -> list[torch.Tensor]:
         picture = source.image(image)
