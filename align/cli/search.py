@@ -12,7 +12,7 @@ from sail_align.extract.system.command_line import DataRoot, Device, Quiet, Resu
 from sail_align.extract.system.files import require_store
 
 if TYPE_CHECKING:
-    from sail_align.align.search.index import Hit
+    from sail_align.align.search.results import Hit
 
 SHOWN_CHARACTERS = 90
 
@@ -96,8 +96,9 @@ def search(
     require_store(store)
 
     from sail_align.align.hub.reference import read
-    from sail_align.align.search.index import SearchIndex, Where
+    from sail_align.align.search.index import SearchIndex
     from sail_align.align.search.query import Term
+    from sail_align.align.search.results import Where
     from sail_align.extract.store.store import Store
 
     index = SearchIndex.open(
@@ -108,13 +109,13 @@ def search(
         data_root=data_root,
         allow_remote_code=allow_remote_code or (),
     )
-    index.build(quiet=quiet)
     found = index.search(
         [*terms, *(Term(picture, "image") for picture in pictures)],
         count,
         space=space,
         where=Where(label, caption, split),
         collapse=not duplicates,
+        quiet=quiet,
     )
     if paths:
         _print_paths(found.hits, index.shelves[0].pictures.problem)
@@ -136,7 +137,7 @@ def search(
 
 
 def require_run(reference: str) -> None:
-    """Raise `UserError` if a path is no run, before torch is imported. A repository's name is left to `read`."""
+    """Raise `UserError`, before torch is imported, if a path is not that of a run. `read` checks repositories."""
     from sail_align.align.runs.folder import RunFolder
 
     path = Path(reference)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sail_align.align.model.correction import Side
 from sail_align.align.runs.checkpoint import Run
 from sail_align.align.search.encoders import QueryEncoders
 from sail_align.align.search.matrix import Matrix
 from sail_align.align.search.pictures import Pictures
 from sail_align.align.search.query import SPACES, Space, Term, require_terms
-from sail_align.align.search.rows import RowFacts, RowReader
+from sail_align.align.search.results import Found, Hit, Where
+from sail_align.align.search.rows import RowReader
 from sail_align.align.search.splits import SPLITS, split_rows
 from sail_align.align.search.vectors import StoreVectors, vectors_folder
 from sail_align.extract.encoders.runtime import Runtime, tf32_products
@@ -36,82 +36,14 @@ SAME = 0.95
 Of 2,000 photos, no two different ones had more: 0.949 with heads that were trained on them, 0.878 with frozen features.
 """
 MOST_COMPARED = 16_384
-"""Best rows that are looked at, at most, to fill the results when near-duplicates are left out."""
+"""Once so many of the best rows are compared with each other, near-duplicates may leave results unfilled."""
 KEPT_FILTERS = 32
-
+KEPT_KEYS = 4_096
 
 Allowed = NDArray[np.bool_] | None
 """Places that may be results; None for all."""
 Best = tuple[int, float, int]
 """Place of a result, its score, and the number of its near-duplicates."""
-
-
-@dataclass(frozen=True)
-class Where:
-    """Which rows may be results. None allows all.
-
-    Attributes:
-        label: Name of a class, or its number.
-        caption: Text that one of the captions has, in capital or small letters.
-        split: Rows that the run was trained on, or held out.
-        dataset: Name of the data set of a store.
-    """
-
-    label: str | None = None
-    caption: str | None = None
-    split: str | None = None
-    dataset: str | None = None
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result.
-
-    Attributes:
-        score: Cosine, or corrected similarity.
-        store: Number of the store.
-        facts: The row.
-        label: Name of its class; "" if there is none.
-        path: File of the picture; None if it is in an archive, or not found.
-        copies: Number of near-duplicates among the best rows, which are left out.
-    """
-
-    score: float
-    store: int
-    facts: RowFacts
-    label: str
-    path: Path | None
-    copies: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result, ready for JSON."""
-        facts = self.facts
-        return {
-            "score": round(self.score, 6),
-            "key": facts.key,
-            "row": facts.row,
-            "store": self.store,
-            "image": facts.image,
-            "path": self.path and str(self.path),
-            "label": self.label or None,
-            "captions": facts.captions,
-            "near_duplicates": self.copies,
-        }
-
-
-@dataclass(frozen=True)
-class Found:
-    """The results of a query, best first.
-
-    Attributes:
-        hits: The results.
-        space: The space that was searched.
-        rows: Number of rows that were compared.
-    """
-
-    hits: list[Hit]
-    space: Space
-    rows: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +59,7 @@ class Shelf:
 
 @dataclass
 class SearchIndex:
-    """What a run embeds of the images of stores, searched by texts, pictures, rows, and sums of these.
+    """The images of stores, embedded by a run, to be searched by texts, pictures, rows, and sums of these.
 
     The search is exact: the query is compared with every image. Embeddings are computed once and kept as float16 in the
     folder of the run. It may be used by several threads.
@@ -146,6 +78,7 @@ class SearchIndex:
 
     def __post_init__(self) -> None:
         self._mask = lru_cache(KEPT_FILTERS)(self._find_mask)
+        self._place = lru_cache(KEPT_KEYS)(self._find_place)
 
     @classmethod
     def open(
@@ -174,7 +107,7 @@ class SearchIndex:
             UserError: There are no stores, one is given twice, or one has no features of this encoder.
         """
         if not stores:
-            raise UserError("There is no store to search. Give at least one.")
+            raise UserError("No store is given. Name at least one.")
         digests = [store.digest for store in stores]
         for place, digest in enumerate(digests):
             if digest in digests[:place]:
@@ -234,6 +167,7 @@ class SearchIndex:
         space: str | None = None,
         where: Where | None = None,
         collapse: bool = True,
+        quiet: bool = True,
     ) -> Found:
         """Return the rows that are most similar to a query.
 
@@ -243,16 +177,17 @@ class SearchIndex:
             space: What to compare. Default: `corrected` for texts if the run has a correction, else `aligned`.
             where: Which rows may be results.
             collapse: Leave out near-duplicates of better results.
+            quiet: Show no progress bar if the images are still to be embedded.
 
         Raises:
-            UserError: The query is empty, a value is invalid, there is no such row, or an encoder cannot be loaded.
+            UserError: The query is empty, a value is invalid, no row has a key, or an encoder cannot be loaded.
         """
         require_terms(terms)
         if not 1 <= count <= MOST_RESULTS:
             raise UserError(f"The number of results is invalid: got {count}, expected 1 to {MOST_RESULTS:,}.")
         chosen = self._choose_space(terms, space)
         allowed_M = self._mask(where) if where and where != Where() else None
-        self.build(chosen)
+        self.build(chosen, quiet=quiet)
         named = [self.find(term.value) for term in terms if term.kind == "key"]
         query_E, constant = self.vector(terms, chosen)
         if named:  # a row is not similar to itself
@@ -268,8 +203,7 @@ class SearchIndex:
         """Return the vector (E,) that a query is in a space, and a term that is added to all its scores.
 
         Raises:
-            UserError: A term is none of this space, there is no such row, the terms cancel each other out, or an
-                encoder cannot be loaded.
+            UserError: No row has a key, the terms cancel each other out, or an encoder cannot be loaded.
         """
         if space == "frozen":
             total_E = sum(term.sign * self._frozen(term) for term in terms)
@@ -281,8 +215,7 @@ class SearchIndex:
             if space == "aligned":
                 return total_E.cpu(), 0.0
             length = torch.stack([raw.norm() for raw in raws]).mean()
-            side: Side = "text"
-            vector_E, constant = model.require_correction()(length * total_E, side)
+            vector_E, constant = model.require_correction()(length * total_E, "text")
             return vector_E.float().cpu(), float(constant)
 
     def probabilities(self, term: Term, labels: Sequence[str]) -> list[float]:
@@ -297,19 +230,22 @@ class SearchIndex:
         """Return the place of a row by its key.
 
         Raises:
-            UserError: There is no such row, several stores have one, or it has no image features.
+            UserError: No row has the key, rows of several stores have it, or the row has no image features.
         """
-        found = [(each, row) for each in self.shelves if (row := each.reader.find(str(key))) is not None]
+        return self._place(str(key))
+
+    def _find_place(self, key: str) -> int:
+        found = [(each, row) for each in self.shelves if (row := each.reader.find(key)) is not None]
         if not found:
-            raise UserError(f"There is no row with the key {str(key)[:200]!r}. Results show the keys.")
+            raise UserError(f"There is no row with the key {key[:200]!r}. Results show the keys.")
         if len(found) > 1:
             stores = listing(str(shelf.store.path) for shelf, _ in found)
-            raise UserError(f"Several stores have a row with the key {str(key)!r}: {stores}. Search one of them.")
+            raise UserError(f"Several stores have a row with the key {key!r}: {stores}. Search one of them.")
         ((shelf, row),) = found
         place = int(np.searchsorted(shelf.vectors.rows, row))
         if place < len(shelf.vectors.rows) and shelf.vectors.rows[place] == row:
             return shelf.start + place
-        raise UserError(f"Row {str(key)!r} of {shelf.store.path} has no image features. Name another one.")
+        raise UserError(f"Row {key!r} of {shelf.store.path} has no image features. Name another one.")
 
     def locate(self, place: int) -> tuple[Shelf, int]:
         """Return the store of a place and the row in it."""
@@ -328,7 +264,7 @@ class SearchIndex:
                 raise UserError("Corrected similarities are of texts with images. Use the space aligned or frozen.")
         if space == "frozen" and any(term.kind == "text" for term in terms):
             raise UserError("The frozen image encoder knows no texts. Use the space aligned, or a picture alone.")
-        return next(each for each in SPACES if each == space)
+        return space
 
     def _raw(self, term: Term) -> Tensor:
         """Return the output (E,) of the head for a term; of a row, its embedding."""
@@ -414,13 +350,13 @@ class SearchIndex:
 
 
 def _number(label: str, names: Sequence[str]) -> int:
-    """Return a label that is given as a number; −1 if it is none, or not one of the named ones."""
+    """Return a label that is given as a number; −1 if the text is not a number, or no class has it."""
     number = int(label) if label.isdecimal() and len(label) < 10 else -1  # labels are int32
     return number if number < (len(names) or 1 << 31) else -1
 
 
 def _leave_out_copies(vectors_NE: Tensor, count: int) -> tuple[list[int], list[int]]:
-    """Return the first `count` of unit vectors that are no near-duplicates of earlier ones, and how many each has."""
+    """Return the first `count` unit vectors without near-duplicates of earlier ones, and how many each one has."""
     kept: list[int] = []
     copies: list[int] = []
     kept_KE = torch.empty(count, vectors_NE.shape[1])

@@ -57,7 +57,7 @@ class Pictures:
         """Open a picture as upright RGB. See `Source.image`.
 
         Raises:
-            UnreadableImageError: There is no such picture, it cannot be decoded, or the source is not here.
+            UnreadableImageError: The picture is missing or cannot be decoded, or the source is not here.
         """
         if self.problem or not location:
             raise UnreadableImageError(Status.MISSING, self.problem or "the row has no picture")

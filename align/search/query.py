@@ -15,7 +15,7 @@ KEY = "key:"
 _OPERATOR = re.compile(r"(?:^|\s)([+-])(?=\s|$)")
 
 Space = Literal["corrected", "aligned", "frozen"]
-"""What is compared.
+"""A kind of similarity.
 
 corrected: hub-corrected similarities of texts and images; only for queries of texts, and runs with a correction.
 aligned: cosines of embeddings.
@@ -42,8 +42,7 @@ class Term:
 def parse_query(text: str) -> list[Term]:
     """Return the terms of a query such as `horse + stripes - key:0041.jpg`.
 
-    Operators have a space on both sides, so that hyphens in words are none. A text or a key in double quotes is taken
-    as it is.
+    Operators have a space on both sides, unlike hyphens in words. A text or a key in double quotes is taken as it is.
 
     Raises:
         UserError: The query is empty or too long, or an operator has nothing after it.

@@ -20,7 +20,7 @@ MOST_BYTES = 192 << 20
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the index says about one row.
+    """One row of the index.
 
     Attributes:
         row: Number of the row in its store.
@@ -64,7 +64,7 @@ class RowReader:
         return None
 
     def with_text(self, text: str) -> NDArray[np.bool_]:
-        """Return the rows (N,) that have a text in a caption, in capital or small letters."""
+        """Return the rows (N,) with a text in a caption, case-insensitively."""
         return self._mask(
             lambda table: [
                 pc.match_substring(table[CAPTION + name], text, ignore_case=True).fill_null(False).to_numpy()

@@ -120,7 +120,7 @@ class StoreVectors:
         return found
 
     def _build(self, frozen: bool, shapes: Mapping[str, tuple[tuple[int, ...], str]], advance: Advance) -> Blocks:
-        """Compute the vectors, and write them unless there is no folder for them."""
+        """Compute the vectors. Write them if there is a folder for them."""
         blocks = self._frozen_blocks(advance) if frozen else self._embedded_blocks(advance)
         folder = self._folder if self._folder and _is_writable(self._folder) else None
         if folder is None:

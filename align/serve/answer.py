@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from sail_align.align.runs.folder import RunFolder
-from sail_align.align.search.index import Found, Hit, SearchIndex
+from sail_align.align.search.index import SearchIndex
 from sail_align.align.search.query import Term
+from sail_align.align.search.results import Found, Hit
 from sail_align.align.serve.asked import Asked
 from sail_align.align.serve.pictures import SIDES, Uploads
 from sail_align.align.stats.overlay import PALETTE, REST, overlay

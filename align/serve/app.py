@@ -8,7 +8,7 @@ from logging import getLogger
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -21,7 +21,7 @@ from sail_align.align.serve.answer import Answer, answer, named, picture_of, seg
 from sail_align.align.serve.asked import COUNTS, Asked
 from sail_align.align.serve.guard import Guard
 from sail_align.align.serve.pictures import MOST_UPLOADED, SIDES, Thumbnails, Uploads, jpeg
-from sail_align.align.stats.tables import one_line
+from sail_align.align.stats.pages import page_environment
 from sail_align.extract.data import UnreadableImageError
 from sail_align.extract.errors import UserError
 from sail_align.extract.system.command_line import jsonable
@@ -228,15 +228,6 @@ def _content(name: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=ChoiceLoader(
-            [PackageLoader("sail_align.align.serve", "."), PackageLoader("sail_align.align.stats", ".")]
-        ),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: one_line(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("sail_align.align.serve")
     environment.filters["fields"] = lambda url: parse_qsl(url.partition("?")[2])
     return environment

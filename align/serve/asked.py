@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import urlencode
 
-from sail_align.align.search.index import Where
 from sail_align.align.search.query import Term, name_key, parse_query
+from sail_align.align.search.results import Where
 from sail_align.align.serve.pictures import Uploads
 from sail_align.extract.errors import UserError
 

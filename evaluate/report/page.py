@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sail_align.align.runs.folder import RunFolder
 from sail_align.align.stats.charts import Points, line_chart
-from sail_align.align.stats.tables import format_interval, number, one_line
+from sail_align.align.stats.pages import page_environment
+from sail_align.align.stats.tables import format_interval, number
 from sail_align.evaluate.report.charts import MARKERS, radar_chart
 from sail_align.evaluate.report.formats import HOW_TO_READ, REPORTED, comma_separated, latex, text
 from sail_align.evaluate.report.overview import Overview
@@ -39,16 +39,7 @@ def write_report(run: Path) -> Path:
 
 def html(overview: Overview) -> str:
     """Return the HTML page of one run, or of several side by side."""
-    environment = Environment(
-        loader=ChoiceLoader(
-            [PackageLoader("sail_align.evaluate.report", "."), PackageLoader("sail_align.align.stats", ".")]
-        ),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: one_line(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("sail_align.evaluate.report")
     environment.filters.update(number=number, interval=format_interval, short=lambda digest: digest[:12])
     runs = [
         {

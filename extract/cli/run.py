@@ -10,7 +10,7 @@ import typer
 
 from sail_align.extract.cli.options import next_command
 from sail_align.extract.errors import UserError, command
-from sail_align.extract.system.command_line import DataRoot, Device, Quiet, Result, with_json
+from sail_align.extract.system.command_line import DataRoot, Devices, Quiet, Result, with_json
 from sail_align.extract.system.files import as_path
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def run(
     captions: Captions = None,
     add_captions: AddCaptions = None,
     data_root: DataRoot = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     precision: Precision = "float32",
     allow_remote_code: AllowRemoteCode = None,
     compiled: Compiled = False,

@@ -22,7 +22,12 @@ from sail_align.extract.system.usage import exceptions, unexpected_arguments, un
 
 Device = Annotated[
     str,
+    typer.Option(help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one.", rich_help_panel="Run"),
+]
+Devices = Annotated[
+    str,
     typer.Option(
+        "--device",
         help="cpu, cuda, cuda:1 …; auto uses a GPU if there is one, cuda:0,cuda:1 spreads an encoder over two.",
         rich_help_panel="Run",
     ),
